@@ -1,0 +1,26 @@
+"""From a pretrained language model to an assistant by human feedback: SFT, reward model and PPO in JAX."""
+
+from rlhf_jax import objectives
+from rlhf_jax.generate import Rollout, SampleConfig
+from rlhf_jax.library import generate
+from rlhf_jax.models.pretrained import (
+    Pretrained,
+    apply,
+    from_pretrained,
+    reward_from_pretrained,
+    save_pretrained,
+    score,
+)
+
+__all__ = [
+    "Pretrained",
+    "Rollout",
+    "SampleConfig",
+    "apply",
+    "from_pretrained",
+    "generate",
+    "objectives",
+    "reward_from_pretrained",
+    "save_pretrained",
+    "score",
+]

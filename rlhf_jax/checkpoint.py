@@ -1,0 +1,137 @@
+"""Exact resume: everything that the next step depends on, written beside the training and read back into any layout."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import LatestN
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `folder/STEP/`; a context manager that waits for the last save on leaving.
+
+    The state is any pytree of jax arrays (typed PRNG keys among them), numpy arrays, ints and floats. It is written
+    under its paths, "params/layers/attention/q/kernel", so the containers may change between save and restore as long
+    as the paths stay. A step is written under another name and renamed when all of it is on disk: a killed save leaves
+    nothing that is taken for a checkpoint.
+    """
+
+    def __init__(self, folder: str | Path, *, keep: int = 2, writing: bool = True) -> None:
+        """Open, keeping the newest `keep` steps. One process at a time may open a folder for writing.
+
+        Opening for writing makes the folder and removes what killed saves left; opening with writing=False changes
+        nothing, so it is safe beside a run. Raises ValueError for keep below 1, or if there is no folder to read.
+        """
+        if keep < 1:
+            raise ValueError(f"keep is {keep}: keep at least 1 checkpoint, or a run cannot be resumed")
+        self._folder = Path(folder).absolute()
+        self._writing = writing
+        if not writing and not self._folder.is_dir():
+            raise ValueError(f"no checkpoints at {self._folder}: give the folder of a run that has saved some")
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=LatestN(keep),
+                create=writing,
+                cleanup_tmp_directories=writing,
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+        """Copy the state off the devices and return; a thread writes the copy. `state` may be donated afterwards.
+
+        step: above every step saved before. meta: what JSON can hold (tuples come back as lists).
+        A save still under way is waited for first, and its failure raised here.
+        """
+        assert self._writing, "opened for reading"
+        latest = self.latest_step()
+        assert latest is None or step > latest, f"step {step} is not above {latest}"
+        flat = {path: _as_array(leaf) for path, leaf in _by_path(state).items()}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardSave(flat), meta=ocp.args.JsonSave(copy.deepcopy(meta))),
+        )
+
+    def latest_step(self) -> int | None:
+        """The newest step saved, one being written included, or None. A new process sees only finished ones."""
+        return self._manager.latest_step()
+
+    def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+        """The state and meta of a step, every array read straight into the sharding that `abstract` gives it.
+
+        abstract: a pytree like the saved state; its jax leaves are `jax.ShapeDtypeStruct`s with a sharding, or arrays
+        (which are only looked at). Mesh and shardings may differ from those of the save. Ints and floats come back as
+        such, numpy arrays as such.
+        Raises ValueError if there is no such step, or naming every path that only one side has, or whose shape or
+        dtype differs.
+        """
+        self.wait()
+        if step not in self._manager.all_steps():
+            known = ", ".join(map(str, sorted(self._manager.all_steps()))) or "none"
+            raise ValueError(f"no checkpoint of step {step} in {self._folder}: it has {known}")
+        leaves = _by_path(abstract)
+        wanted = {path: _as_array(leaf) for path, leaf in leaves.items()}
+        homeless = [path for path, leaf in wanted.items() if not isinstance(leaf, np.ndarray) and leaf.sharding is None]
+        assert not homeless, f"no sharding given for {homeless}"
+        saved = self._manager.item_metadata(step).state
+        if faults := _differences(saved, wanted):
+            raise ValueError(
+                f"checkpoint {self._folder / str(step)} does not fit this model and configuration; resume with the "
+                "ones it was saved with, or start a new run folder:\n  " + "\n  ".join(faults)
+            )
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted), meta=ocp.args.JsonRestore())
+        )
+        values = [
+            type(leaf)(restored.state[path].item()) if isinstance(leaf, (int, float)) else restored.state[path]
+            for path, leaf in leaves.items()
+        ]
+        return jax.tree.unflatten(jax.tree.structure(abstract), values), restored.meta
+
+    def wait(self) -> None:
+        """Return when the last save is on disk; raises what went wrong in it."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """`wait`, then release the threads."""
+        self.wait()
+        self._manager.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    assert len(flat) == len(leaves), "two leaves have the same path"
+    return flat
+
+
+def _as_array(leaf: Any) -> Any:
+    return np.asarray(leaf) if isinstance(leaf, (int, float)) else leaf
+
+
+def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """One line a path on which a checkpoint and the state that is to be restored disagree."""
+    faults = [f"{path}: not in the checkpoint" for path in wanted if path not in saved]
+    faults += [f"{path}: only in the checkpoint" for path in saved if path not in wanted]
+    for path in wanted.keys() & saved.keys():
+        leaf = wanted[path]
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # stored as its key data
+            leaf = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+        have = f"{saved[path].dtype} {list(saved[path].shape)}"
+        want = f"{leaf.dtype} {list(leaf.shape)}"
+        if have != want:
+            faults.append(f"{path}: {have} in the checkpoint, {want} here")
+    return sorted(faults)

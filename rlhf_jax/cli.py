@@ -1,0 +1,89 @@
+"""The command line: `rlhf-jax COMMAND`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+STAGES = ("sft", "reward", "ppo")
+CONFIG_HELP = """CONFIG is a TOML file of configs/ or of your own. Every key can be changed behind it:
+  rlhf-jax train configs/demo.toml run.dir=runs/mine sft.steps=200 ppo.kl_coef=0.05
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0 on success, 2 after a one-line error for what a user can mend."""
+    parser = argparse.ArgumentParser(
+        prog="rlhf-jax", description="Turn a pretrained language model into an assistant by human feedback."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    with_config = {
+        "train": "all three stages in order, skipping what is finished, resuming what is not",
+        "sft": "supervised fine-tuning alone",
+        "reward": "the reward model alone",
+        "ppo": "PPO alone, after sft and reward in the same run folder",
+        "evaluate": "the finished run on held-out prompts: SFT beside PPO, and the reward model's accuracy",
+    }
+    for name, text in with_config.items():
+        command = add(name, text, CONFIG_HELP)
+        command.add_argument("config", metavar="CONFIG", help="a TOML file")
+        command.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of it, section.key=value")
+    command = add("chat", "talk to an exported model in the terminal; /clear forgets the dialogue, /quit leaves")
+    command.add_argument("folder", metavar="FOLDER", help="a Hugging Face folder, for example RUN/ppo/export")
+    command.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens (default: 256)")
+    command.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1.0)")
+    command.add_argument("--top-p", type=float, default=1.0, help="nucleus to draw from (default: 1.0, everything)")
+    command.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "chat":
+            run_chat(args)
+        else:
+            run_config(args.command, args.config, args.overrides)
+    except (ValueError, FloatingPointError) as error:
+        print(f"rlhf-jax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rlhf-jax: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run_config(command: str, path: str, overrides: Sequence[str]) -> None:
+    """A command that reads a configuration file."""
+    # Imported here, so that --help answers at once.
+    from rlhf_jax.config import dump, load
+    from rlhf_jax.evaluate import evaluate
+    from rlhf_jax.mesh import make_mesh
+    from rlhf_jax.recipe import Recipe
+    from rlhf_jax.stages.loop import open_run
+    from rlhf_jax.stages.pipeline import train
+
+    recipe = load(path, overrides, Recipe)
+    mesh = make_mesh(recipe.mesh)
+    if command == "evaluate":
+        evaluate(Path(recipe.run.dir), mesh, recipe.data, recipe.evaluate)
+        return
+    open_run(recipe.run, dump(recipe))
+    stages = STAGES if command == "train" else (command,)
+    train(recipe.run, mesh, recipe.model, recipe.data, recipe.sft, recipe.reward, recipe.ppo, stages)
+    print(f"{command}: everything lies in {recipe.run.dir}", flush=True)
+    if recipe.run.export("ppo").exists():
+        print(f"talk to the result: rlhf-jax chat {recipe.run.export('ppo')}", flush=True)
+
+
+def run_chat(args: argparse.Namespace) -> None:
+    from rlhf_jax.chat import chat
+    from rlhf_jax.generate import SampleConfig
+
+    sample = SampleConfig(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
+    chat(args.folder, sample, args.seed)

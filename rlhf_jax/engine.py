@@ -1,0 +1,297 @@
+"""The hybrid engine: one set of weights, laid out by TRAIN to learn and by GENERATE to answer, on one mesh.
+
+`publish` reshards the actor for generation, `generate` samples answers, `score` runs actor, reference, critic and
+reward model over them, `update` takes one optimizer step of actor and critic. What to learn from an experience is the
+caller's: the engine is given the estimator of advantages and the two losses as functions.
+
+B rollouts, P prompt positions, N answer tokens, S = P + N.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from rlhf_jax.generate import Rollout, SampleConfig, bucket, check_sample, generate
+from rlhf_jax.mesh import GENERATE, TRAIN, Layout, check_divides
+from rlhf_jax.models.cached import Weights, for_decoding
+from rlhf_jax.models.decoder import NO_LORA, DecoderConfig, abstract_params, bind, head_kernel
+from rlhf_jax.models.layers import roll_rows
+from rlhf_jax.models.lora import LoraConfig, merge
+from rlhf_jax.objectives.logprobs import token_logprobs, token_logprobs_and_entropy
+from rlhf_jax.train_step import Params, TrainState, make_update
+from rlhf_jax.trees import record
+
+
+@dataclass(frozen=True)
+class Role:
+    """A model that the engine runs: its architecture, and its adapters if it has some."""
+
+    config: DecoderConfig
+    lora: LoraConfig = NO_LORA
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How the forward and backward passes are computed.
+
+    Attributes:
+        dtype: of activations, matrix products, generation weights and cache.
+        remat: recompute layers in the backward pass.
+        chunk: positions whose logits exist at once; 0: all.
+    """
+
+    dtype: jnp.dtype
+    remat: bool
+    chunk: int
+
+
+@record
+class Models:
+    """The four models of PPO.
+
+    Attributes:
+        actor: with or without adapters.
+        critic: with a scalar head.
+        reference: parameters of the frozen policy that the KL is measured to; {} where the actor has adapters: then it
+            is the actor's base without them, and no copy exists.
+        reward: parameters of the frozen reward model.
+    """
+
+    actor: TrainState
+    critic: TrainState
+    reference: Params
+    reward: Params
+
+
+@record
+class Experience:
+    """Rollouts with all that the losses need. Sequences are right-padded; action n of row b is at starts[b] + n.
+
+    Attributes:
+        tokens, mask: [B, S] int32, bool: prompt and answer.
+        starts: [B] int32, tokens of the prompt.
+        actions, action_mask: [B, N] int32, bool: the answer, up to and including EOS.
+        ended: [B] bool, by EOS.
+        logprobs, ref_logprobs: [B, N] float32 by the actor before any update, and by the reference.
+        values: [B, N] float32, the critic's before each action.
+        score: [B] float32, the reward model's at the last token.
+        advantages, returns: [B, N] float32.
+    """
+
+    tokens: jax.Array
+    mask: jax.Array
+    starts: jax.Array
+    actions: jax.Array
+    action_mask: jax.Array
+    ended: jax.Array
+    logprobs: jax.Array
+    ref_logprobs: jax.Array
+    values: jax.Array
+    score: jax.Array
+    advantages: jax.Array
+    returns: jax.Array
+
+
+Stats = dict[str, jax.Array]
+Estimator = Callable[[Experience], tuple[jax.Array, jax.Array]]  # -> (advantages, returns), [B, N]
+ActorLoss = Callable[[jax.Array, jax.Array, Experience], tuple[jax.Array, Stats]]  # (logprobs, entropy, experience)
+CriticLoss = Callable[[jax.Array, Experience], tuple[jax.Array, Stats]]  # (values, experience)
+
+
+class Engine(NamedTuple):
+    """publish(params) -> weights; generate(weights, prompts, prompt_mask, key) -> Rollout, on host arrays [B, P];
+    score(models, rollout) -> Experience; update(models, experience) -> (models, {name: scalar}), models donated."""
+
+    publish: Callable[[Params], Weights]
+    generate: Callable[[Weights, np.ndarray, np.ndarray, jax.Array], Rollout]
+    score: Callable[[Models, Rollout], Experience]
+    update: Callable[[Models, Experience], tuple[Models, Stats]]
+
+
+def answer_hidden(hidden: jax.Array, starts: jax.Array, num_actions: int) -> jax.Array:
+    """[B, S, E] -> [B, N, E]: the states from which each answer token was predicted."""
+    index = (starts - 1)[:, None] + jnp.arange(num_actions)
+    return jnp.take_along_axis(hidden, index[..., None], axis=1)
+
+
+def last_hidden(hidden: jax.Array, mask: jax.Array) -> jax.Array:
+    """[B, S, E] -> [B, E]: the state at the last real token of each row, wherever its padding lies."""
+    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+
+
+def scalar(params: Params, hidden: jax.Array) -> jax.Array:
+    """[..., E] -> [...] float32 by the scalar head."""
+    return (hidden.astype(jnp.float32) @ params["score/kernel"].astype(jnp.float32))[..., 0]
+
+
+def make_publish(role: Role, mesh: Mesh, dtype: jnp.dtype) -> Callable[[Params], Weights]:
+    """Compile (parameters and adapters, by TRAIN) -> generation weights, by GENERATE: merge, cast, gather, lay out."""
+    layout = Layout(mesh, GENERATE)
+    return jax.jit(lambda params: for_decoding(role.config, merge(params, role.lora), layout, dtype))
+
+
+def make_generate(
+    config: DecoderConfig, sample: SampleConfig, eos_ids: tuple[int, ...], mesh: Mesh, dtype: jnp.dtype
+) -> Callable[[Weights, np.ndarray, np.ndarray, jax.Array], Rollout]:
+    """(weights, prompts [B, P], mask [B, P], key) -> Rollout, for left-padded prompts on the host.
+
+    Prompts are cut or padded on the left to a bucket, so that few lengths are compiled; rows are padded to what the
+    mesh divides, and dropped again.
+
+    Raises:
+        ValueError: a prompt is empty, or prompt and answer do not fit the model's positions.
+    """
+    check_sample(sample)
+    layout = Layout(mesh, GENERATE)
+
+    @jax.jit
+    def program(weights, prompts, prompt_mask, key):
+        return generate(config, weights, prompts, prompt_mask, key, sample, eos_ids, layout, dtype)
+
+    def run(weights, prompts, prompt_mask, key):
+        sizes = prompt_mask.sum(axis=1)
+        if sizes.min() == 0:
+            raise ValueError(f"row {int(sizes.argmin())} of the prompts is empty: give it at least one token")
+        check_positions(config, int(sizes.max()), sample.max_new_tokens)
+        rows, width = prompts.shape
+        wanted = bucket(int(sizes.max()))
+        more = -rows % layout.shards("batch")
+        cut = [np.pad(x[:, max(0, width - wanted) :], ((0, more), (max(0, wanted - width), 0))) for x in (prompts, prompt_mask)]
+        cut[1][rows:, -1] = True  # a row that fills up the batch has one token, or its softmax would have nothing
+        rollout = program(weights, *layout.put_batch(tuple(cut)), key)
+        return rollout if not more else jax.tree.map(lambda leaf: leaf[:rows], rollout)
+
+    return run
+
+
+def check_positions(config: DecoderConfig, prompt: int, answer: int) -> None:
+    """Raise ValueError unless a prompt and an answer of so many tokens fit the model's positions."""
+    if prompt + answer > config.max_positions:
+        raise ValueError(
+            f"a prompt of {prompt} tokens and {answer} new ones need {prompt + answer} positions, and the model has "
+            f"{config.max_positions}: shorten the prompt to {max(0, config.max_positions - answer)} tokens or set "
+            f"max_new_tokens to at most {max(0, config.max_positions - prompt)}"
+        )
+
+
+def make_score(
+    actor: Role,
+    critic: Role,
+    reward: DecoderConfig,
+    estimate: Estimator,
+    mesh: Mesh,
+    compute: Compute,
+    temperature: float,
+) -> Callable[[Models, Rollout], Experience]:
+    """Compile (models, rollout) -> Experience: four forward passes in one program, everything by TRAIN."""
+    layout = Layout(mesh, TRAIN)
+
+    def forward(role: Role, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        return bind(role.config, params, role.lora)(tokens, mask, dtype=compute.dtype, layout=layout, remat=False)
+
+    def score(models: Models, rollout: Rollout) -> Experience:
+        starts = rollout.prompt_mask.sum(axis=1, dtype=jnp.int32)
+        padding = rollout.prompts.shape[1] - starts
+        tokens = roll_rows(jnp.concatenate([rollout.prompts, rollout.tokens], axis=1), padding)
+        mask = roll_rows(jnp.concatenate([rollout.prompt_mask, rollout.mask], axis=1), padding)
+        tokens, mask = (layout.constrain(x, "batch", None) for x in (tokens, mask))
+        length = rollout.tokens.shape[1]
+
+        def logprobs(role: Role, params: Params) -> jax.Array:
+            hidden = answer_hidden(forward(role, params, tokens, mask), starts, length)
+            options = dict(chunk=compute.chunk, num_real=role.config.vocab_size, temperature=temperature)
+            return token_logprobs(hidden, head_kernel(role.config, params), rollout.tokens, **options)
+
+        reference = models.reference or models.actor.frozen
+        blank = jnp.zeros(rollout.tokens.shape, jnp.float32)
+        experience = Experience(
+            tokens=tokens,
+            mask=mask,
+            starts=starts,
+            actions=rollout.tokens,
+            action_mask=rollout.mask,
+            ended=rollout.ended,
+            logprobs=logprobs(actor, models.actor.params),
+            ref_logprobs=logprobs(Role(actor.config), reference),
+            values=scalar(
+                models.critic.params, answer_hidden(forward(critic, models.critic.params, tokens, mask), starts, length)
+            ),
+            score=scalar(models.reward, last_hidden(forward(Role(reward), models.reward, tokens, mask), mask)),
+            advantages=blank,
+            returns=blank,
+        )
+        advantages, returns = estimate(experience)
+        experience = dataclasses.replace(experience, advantages=advantages, returns=returns)
+        return jax.tree.map(lambda x: layout.constrain(x, "batch", *[None] * (x.ndim - 1)), experience)
+
+    return jax.jit(score)
+
+
+def make_engine(
+    *,
+    actor: Role,
+    critic: Role,
+    reward: DecoderConfig,
+    estimate: Estimator,
+    actor_loss: ActorLoss,
+    critic_loss: CriticLoss,
+    actor_tx: optax.GradientTransformation,
+    critic_tx: optax.GradientTransformation,
+    sample: SampleConfig,
+    eos_ids: tuple[int, ...],
+    mesh: Mesh,
+    compute: Compute,
+    num_micro: int,
+) -> Engine:
+    """Build the four programs of one actor, critic and reward model; nothing is compiled before the first call."""
+    if sample.temperature == 0:
+        raise ValueError("temperature=0: a greedy policy has no probability ratios to learn from; use one above 0")
+    layout = Layout(mesh, TRAIN)
+
+    def answer_states(role: Role, params: Params, experience: Experience) -> jax.Array:
+        decoder = bind(role.config, params, role.lora)
+        options = dict(dtype=compute.dtype, layout=layout, remat=compute.remat)
+        hidden = decoder(experience.tokens, experience.mask, **options)
+        return answer_hidden(hidden, experience.starts, experience.actions.shape[1])
+
+    def actor_objective(params: Params, experience: Experience):
+        hidden, head = answer_states(actor, params, experience), head_kernel(actor.config, params)
+        options = dict(chunk=compute.chunk, num_real=actor.config.vocab_size, temperature=sample.temperature)
+        logprobs, entropy = token_logprobs_and_entropy(hidden, head, experience.actions, **options)
+        loss, stats = actor_loss(logprobs, entropy, experience)
+        return loss, (experience.action_mask.sum(), stats)
+
+    def critic_objective(params: Params, experience: Experience):
+        loss, stats = critic_loss(scalar(params, answer_states(critic, params, experience)), experience)
+        return loss, (experience.action_mask.sum(), stats)
+
+    update_actor = make_update(actor_objective, actor_tx, abstract_params(actor.config, actor.lora), layout, num_micro)
+    update_critic = make_update(
+        critic_objective, critic_tx, abstract_params(critic.config, critic.lora), layout, num_micro
+    )
+
+    def update(models: Models, experience: Experience) -> tuple[Models, Stats]:
+        rows = experience.tokens.shape[0]
+        check_divides("rollouts of one update", rows, num_micro * layout.shards("batch"), "micro-batches x devices")
+        actor_state, actor_stats = update_actor(models.actor, experience)
+        critic_state, critic_stats = update_critic(models.critic, experience)
+        stats = {f"actor_{name}": value for name, value in actor_stats.items()}
+        stats |= {f"critic_{name}": value for name, value in critic_stats.items()}
+        return dataclasses.replace(models, actor=actor_state, critic=critic_state), stats
+
+    return Engine(
+        publish=make_publish(actor, mesh, compute.dtype),
+        generate=make_generate(actor.config, sample, eos_ids, mesh, compute.dtype),
+        score=make_score(actor, critic, reward, estimate, mesh, compute, sample.temperature),
+        update=update,
+    )

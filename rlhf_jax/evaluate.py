@@ -1,0 +1,142 @@
+"""A finished run, measured on prompts and pairs that no stage trained on: SFT beside PPO."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax.data import assistant_judge
+from rlhf_jax.data.batches import Batches, pair_rows, prompt_rows
+from rlhf_jax.data.sources import BUILTIN, DataConfig, load_examples
+from rlhf_jax.data.template import prepare_tokenizer
+from rlhf_jax.engine import Role, make_generate, make_publish
+from rlhf_jax.generate import SampleConfig
+from rlhf_jax.models.pretrained import Pretrained, from_pretrained, reward_from_pretrained, score
+
+STAGES = ("sft", "ppo")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    prompts: int = 256  # held-out prompts that are answered, at most
+    pairs: int = 1024  # held-out pairs that the reward model is measured on, at most
+    batch_size: int = 64
+    show: int = 6  # prompts whose answers are printed
+    seed: int = 0  # of the answers' sampling
+    sample: SampleConfig = SampleConfig()  # how SFT and PPO model answer
+
+
+def evaluate(run_dir: Path, mesh: Mesh, data: DataConfig, config: EvaluateConfig) -> dict[str, float]:
+    """Answer held-out prompts by the SFT and the PPO model, score them by the reward model, print and return it.
+
+    Writes RUN/evaluate.json (the numbers) and RUN/evaluate.jsonl (every answer). On `builtin:assistant` a program also
+    judges whether each answer is good; nothing that trains sees that judge.
+
+    Raises:
+        ValueError: a stage of the run is not finished, or there are no held-out rows.
+    """
+    folders = {stage: run_dir / stage / "export" for stage in (*STAGES, "reward")}
+    missing = [stage for stage, folder in folders.items() if not folder.exists()]
+    if missing:
+        raise ValueError(f"{run_dir}: {', '.join(missing)} not finished (no export folder): run `rlhf-jax train` first")
+    scorer = reward_from_pretrained(folders["reward"], mesh=mesh)
+    numbers = {"reward_accuracy": reward_accuracy(scorer, data, config)}
+
+    models = {stage: from_pretrained(folders[stage], mesh=mesh) for stage in STAGES}
+    examples = load_examples(data, "ppo", held_out=True)
+    rows = prompt_rows(examples, prepare_tokenizer(models["sft"].tokenizer), data)
+    count = min(config.prompts, len(rows))
+    prompts = Batches(rows, batch_size=count, seed=0, side="left", shuffle=False)[0]
+    asked = [examples[index] for index in rows.examples[:count]]
+    judged = all(example.source == BUILTIN for example in asked)
+
+    said, scores, good = {}, {}, {}
+    for stage, model in models.items():
+        texts, ended, lengths, scores[stage] = answer(model, scorer, prompts, config)
+        said[stage] = texts
+        numbers |= {f"{stage}_score": float(scores[stage].mean()), f"{stage}_length": float(lengths.mean())}
+        numbers[f"{stage}_ended"] = float(np.mean(ended))
+        if judged:
+            verdicts = zip(asked, texts, ended, strict=True)
+            good[stage] = [assistant_judge.judge(e.turns[-1][1], text, end).good for e, text, end in verdicts]
+            numbers[f"{stage}_good"] = float(np.mean(good[stage]))
+    numbers["ppo_win_rate"] = float((scores["ppo"] > scores["sft"]).mean() + 0.5 * (scores["ppo"] == scores["sft"]).mean())
+
+    records = [
+        {"prompt": example.turns, **{f"{s}_answer": said[s][i] for s in STAGES}}
+        | {f"{s}_score": float(scores[s][i]) for s in STAGES}
+        | {f"{s}_good": good[s][i] for s in good}
+        for i, example in enumerate(asked)
+    ]
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    (run_dir / "evaluate.jsonl").write_text(lines, encoding="utf-8")
+    (run_dir / "evaluate.json").write_text(json.dumps({"prompts": count, **numbers}, indent=2) + "\n")
+    print(report(records[: config.show], numbers, count))
+    return numbers
+
+
+def reward_accuracy(scorer: Pretrained, data: DataConfig, config: EvaluateConfig) -> float:
+    """Share of held-out pairs whose chosen answer has the higher score."""
+    rows = pair_rows(load_examples(data, "reward", held_out=True), prepare_tokenizer(scorer.tokenizer), data)
+    count = min(config.pairs, len(rows))
+    pairs = Batches(rows, batch_size=count, seed=0, shuffle=False)[0]
+    scores = scored(scorer, pairs.tokens.reshape(2 * count, -1), pairs.mask.reshape(2 * count, -1), config.batch_size)
+    chosen, rejected = scores.reshape(count, 2).T
+    return float((chosen > rejected).mean())
+
+
+def scored(scorer: Pretrained, tokens: np.ndarray, mask: np.ndarray, batch_size: int) -> np.ndarray:
+    """[B] scores of [B, T] sequences, `batch_size` at a time; the last batch is filled up, so that one is compiled."""
+    more = -len(tokens) % batch_size
+    tokens, mask = (np.pad(x, ((0, more), (0, 0)), mode="edge") for x in (tokens, mask))
+    starts = range(0, len(tokens), batch_size)
+    parts = [score(scorer, tokens[i : i + batch_size], mask[i : i + batch_size]) for i in starts]
+    return np.concatenate([np.asarray(part) for part in parts])[: len(tokens) - more]
+
+
+def answer(
+    model: Pretrained, scorer: Pretrained, prompts, config: EvaluateConfig
+) -> tuple[list[str], list[bool], np.ndarray, np.ndarray]:
+    """Sampled answers to left-padded prompts: (texts, ended by EOS, lengths in tokens, scores)."""
+    weights = make_publish(Role(model.config), model.layout.mesh, jnp.dtype("float32"))(model.params)
+    stop = model.generation_config["eos_token_id"]
+    run = make_generate(model.config, config.sample, tuple(stop), model.layout.mesh, jnp.dtype("float32"))
+    rollout = jax.device_get(run(weights, prompts.tokens, prompts.mask, jax.random.key(config.seed)))
+    texts = [
+        model.tokenizer.decode(row[real], skip_special_tokens=True).strip()
+        for row, real in zip(rollout.tokens, rollout.mask, strict=True)
+    ]
+    tokens = np.concatenate([rollout.prompts, rollout.tokens], axis=1)
+    mask = np.concatenate([rollout.prompt_mask, rollout.mask], axis=1)
+    scores = scored(scorer, tokens, mask, config.batch_size)
+    return texts, rollout.ended.tolist(), rollout.mask.sum(axis=1), scores
+
+
+def report(records: list[dict], numbers: dict[str, float], count: int) -> str:
+    """The same prompts answered by both models, and the numbers over all of them, as text for a terminal."""
+    lines = []
+    for record in records:
+        lines.append("\n" + record["prompt"][-1][1])
+        for stage in STAGES:
+            verdict = {True: ", good", False: ", not good", None: ""}[record.get(f"{stage}_good")]
+            head = f"  {stage.upper()} (score {record[f'{stage}_score']:+.2f}{verdict}): "
+            lines.append(textwrap.fill(record[f"{stage}_answer"], 110, initial_indent=head, subsequent_indent="      "))
+    lines += ["", f"over {count} held-out prompts:                SFT      PPO"]
+    for name, label, style in (
+        ("good", "judged good", "{:8.1%}"),
+        ("score", "mean reward-model score", "{:8.2f}"),
+        ("length", "mean answer length, tokens", "{:8.1f}"),
+        ("ended", "ended by EOS", "{:8.1%}"),
+    ):
+        if f"sft_{name}" in numbers:
+            lines.append(f"  {label:<38}" + " ".join(style.format(numbers[f"{stage}_{name}"]) for stage in STAGES))
+    lines.append(f"  PPO's answer has the higher score       {numbers['ppo_win_rate']:.1%}")
+    lines.append(f"  reward model's accuracy on held-out pairs  {numbers['reward_accuracy']:.1%}")
+    return "\n".join(lines)

@@ -1,0 +1,154 @@
+"""One named mesh, and two tables that say what lies where on it.
+
+A parameter names the *logical* axis of each of its dimensions ("vocab", "heads", ...); a `Table` maps those to
+mesh axes. `TRAIN` is ZeRO-3: the dimension that tensor parallelism would split is split over every device, tensor-major,
+and the batch over the same axes in the same order, so gradients are reduce-scattered. `GENERATE` keeps the tensor part
+of that split and replicates over fsdp. Going from one to the other is therefore one all-gather over fsdp, and back is a
+local slice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; at most one of them is -1: all that are left."""
+
+    data: int = 1  # replicas of the whole training state
+    fsdp: int = -1  # parameters, gradients and optimizer state are split over these; generation batches too
+    tensor: int = 1  # tensor-parallel shards of the generation weights (training splits over them like fsdp)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Mesh axes for each logical axis, major to minor; () is replicated."""
+
+    batch: tuple[str, ...]
+    vocab: tuple[str, ...]
+    heads: tuple[str, ...]  # query heads times head size, or query heads
+    kv_heads: tuple[str, ...]
+    mlp: tuple[str, ...]
+    positions: tuple[str, ...]  # the hidden dimension of tables that generation replicates
+    embed: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+    rank: tuple[str, ...] = ()
+
+
+_EVERYWHERE = ("tensor", "fsdp")
+TRAIN = Table(
+    batch=("data", *_EVERYWHERE),
+    vocab=_EVERYWHERE,
+    heads=_EVERYWHERE,
+    kv_heads=_EVERYWHERE,
+    mlp=_EVERYWHERE,
+    positions=_EVERYWHERE,
+)
+GENERATE = Table(
+    batch=("data", "fsdp"), vocab=("tensor",), heads=("tensor",), kv_heads=("tensor",), mlp=("tensor",), positions=()
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh with the table of one phase."""
+
+    mesh: Mesh
+    table: Table
+
+    def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
+        """PartitionSpec of an array with these logical axes, one per dimension; None is replicated."""
+        return PartitionSpec(*(getattr(self.table, axis) or None if axis else None for axis in axes))
+
+    def sharding(self, axes: Sequence[str | None]) -> NamedSharding:
+        return NamedSharding(self.mesh, self.spec(axes))
+
+    def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        """Pin the layout of an activation inside jit."""
+        return jax.lax.with_sharding_constraint(x, self.sharding(axes))
+
+    def shards(self, axis: str) -> int:
+        """Parts that this logical axis is split into."""
+        return math.prod(self.mesh.shape[name] for name in getattr(self.table, axis))
+
+    def put(self, host: np.ndarray, *axes: str | None) -> jax.Array:
+        """A host array that every process holds whole -> device array, each device receiving only its shard."""
+        return jax.make_array_from_callback(host.shape, self.sharding(axes), lambda index: host[index])
+
+    def put_batch(self, tree):
+        """`put` for a pytree of host arrays whose first dimension is the batch."""
+        return jax.tree.map(lambda leaf: self.put(leaf, "batch", *[None] * (leaf.ndim - 1)), tree)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The ("data", "fsdp", "tensor") mesh over all devices.
+
+    Raises:
+        ValueError: more than one -1, a size below 1, or sizes whose product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    wrong = [f"mesh.{axis}={size}" for axis, size in sizes.items() if size < 1 and size != -1]
+    if wrong or len(free) > 1:
+        told = ", ".join(wrong) or " and ".join(f"mesh.{axis}=-1" for axis in free)
+        raise ValueError(f"{told}: every size is at least 1, and at most one is -1 (all devices that are left)")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(devices) % fixed or (not free and fixed != len(devices)):
+        asked = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+        raise ValueError(
+            f"mesh {asked} does not cover {len(devices)} device(s): the sizes that are not -1 multiply to {fixed}; "
+            f"make them multiply to one of {nearest(fixed, _divisors(len(devices)))}"
+            + ("" if free else ", and set one of them to -1 to take what is left")
+        )
+    for axis in free:
+        sizes[axis] = len(devices) // fixed
+    shape = tuple(sizes.values())
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def single_device_mesh() -> Mesh:
+    """The first device alone: the library's default when no mesh is given."""
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def nearest(size: int, legal: Sequence[int], count: int = 3) -> str:
+    """The `count` legal sizes nearest to `size`, as text."""
+    return ", ".join(map(str, sorted(sorted(legal, key=lambda n: abs(n - size))[:count])))
+
+
+def check_divides(name: str, size: int, parts: int, why: str, legal: Callable[[int], bool] = lambda n: True) -> None:
+    """Raise ValueError unless `size` is a positive multiple of `parts`, naming the nearest sizes that are."""
+    if size < 1 or size % parts:
+        low = size // parts * parts
+        near = [n for n in (low, low + parts) if n > 0 and legal(n)]
+        raise ValueError(f"{name}={size} does not divide over {parts} {why}; nearest that do: {near}")
+
+
+def check_model_divides(sizes: dict[str, int], mesh: Mesh) -> None:
+    """Raise ValueError unless each named model size is split evenly by the tensor axis, naming the axis sizes that do.
+
+    `sizes`: for example {"key-value heads": 8, "MLP width": 11008}.
+    """
+    tensor = mesh.shape["tensor"]
+    wrong = {name: size for name, size in sizes.items() if size % tensor}
+    if wrong:
+        common = math.gcd(*sizes.values())
+        told = ", ".join(f"{size} {name}" for name, size in wrong.items())
+        raise ValueError(
+            f"mesh.tensor={tensor} does not divide {told} of this model; "
+            f"sizes that divide: {nearest(tensor, _divisors(common))}"
+        )
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

@@ -1,0 +1,130 @@
+"""One writer of a stage's numbers: to the terminal, to `metrics.jsonl` and to TensorBoard.
+
+with Metrics(run_dir, "sft", total_steps=100) as metrics:
+    metrics.write(step, {"loss": loss})
+    metrics.advance(step, {"loss": loss})
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 10.0  # where the output is a file, which a bar would fill with carriage returns
+
+
+class Metrics:
+    """A stage's metrics in RUN/<stage>/metrics.jsonl and RUN/tensorboard, and its progress on stderr.
+
+    A stage that resumes passes the last finished step as `start_step`: records of later steps, which an interrupted
+    run left behind and the resumed one writes again, are dropped, so both end with the same file. A `start_step` of 0
+    begins anew and drops all.
+    """
+
+    def __init__(self, run_dir: Path, stage: str, *, total_steps: int, start_step: int = 0):
+        self.stage, self.total_steps, self.step = stage, total_steps, start_step
+        path = Path(run_dir) / stage / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = _keep_until(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = _replay(Path(run_dir) / "tensorboard", stage, kept)
+        self._bar = tqdm(
+            desc=stage,
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._first_step, self._started, self._printed = start_step, time.monotonic(), -math.inf
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        self._board.close()
+        self._file.close()
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Records `values`, {name: Python, numpy or jax scalar}, of `step` in metrics.jsonl and as <stage>/<name>.
+
+        metrics.jsonl is on disk when this returns. Raises FloatingPointError for a NaN or infinite value, which is
+        recorded as the string "nan", "inf" or "-inf" (JSON has no number for it) like the rest before the error.
+        """
+        numbers = {name: _number(value) for name, value in values.items()}
+        record = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
+        self._file.write(json.dumps({"step": step, "stage": self.stage, **record}, allow_nan=False) + "\n")
+        self._file.flush()
+        _scalars(self._board, self.stage, step, numbers)
+        wrong = [f"'{name}' is {value}" for name, value in numbers.items() if not math.isfinite(value)]
+        if wrong:
+            raise FloatingPointError(f"{self.stage} step {step}: {', '.join(wrong)}; lower the learning rate")
+
+    def advance(self, step: int, headline: Mapping[str, Any] | None = None) -> None:
+        """Moves the progress bar to `step`, with the few values of `headline` beside it.
+
+        Where stderr is no terminal it prints a line for the first and the last step and now and then between them.
+        """
+        shown = {name: f"{_number(value):.4g}" for name, value in (headline or {}).items()}
+        if shown:
+            self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(step - self.step)
+        self.step = step
+        now = time.monotonic()
+        if self._bar.disable and (step == self.total_steps or now - self._printed >= SECONDS_BETWEEN_LINES):
+            self._printed = now
+            left = (now - self._started) / max(step - self._first_step, 1) * (self.total_steps - step)
+            where = f"{self.stage} {step}/{self.total_steps} eta {tqdm.format_interval(left)}"
+            self.say(" ".join([where, *map("=".join, shown.items())]))
+
+    def say(self, text: str) -> None:
+        """Prints `text` as a line of its own on stderr, above the progress bar."""
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
+
+
+def _number(value: Any) -> int | float:
+    scalar = value.item() if hasattr(value, "item") else value
+    assert isinstance(scalar, int | float), f"a metric must be a number, not {value!r}"
+    return scalar
+
+
+def _keep_until(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """Drops the records after `last_step`, and a line that a killed run left half written; returns what stays."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() and last_step > 0 else []
+    records = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+    kept = [(line, record) for line, record in records if record["step"] <= last_step]
+    # Written beside and renamed, so that a kill in this very moment loses nothing.
+    beside = path.with_name(path.name + ".kept")
+    beside.write_text("".join(line for line, _ in kept), encoding="utf-8")
+    beside.replace(path)
+    return [record for _, record in kept]
+
+
+def _replay(folder: Path, stage: str, records: list[dict[str, Any]]) -> SummaryWriter:
+    """A TensorBoard writer whose past is exactly `records`.
+
+    TensorBoard's own purge_step is no help: it forgets the later steps of every stage in the folder.
+    """
+    for stale in folder.glob(f"events.out.tfevents.*.{stage}"):
+        stale.unlink()
+    board = SummaryWriter(str(folder), filename_suffix=f".{stage}", flush_secs=10)
+    for record in records:
+        numbers = {name: float(value) for name, value in record.items() if name not in ("step", "stage")}
+        _scalars(board, stage, record["step"], numbers)
+    return board
+
+
+def _scalars(board: SummaryWriter, stage: str, step: int, numbers: Mapping[str, float]) -> None:
+    for name, number in numbers.items():
+        board.add_scalar(f"{stage}/{name}", number, step)

@@ -1,0 +1,45 @@
+"""LoRA (Hu et al. 2021): y = x W + (alpha / rank) x A B, the adapters A and B a tree of their own beside the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+
+SUFFIXES = ("/lora_a", "/lora_b")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Adapters on linear layers; the base is frozen while they train."""
+
+    rank: int = 0  # 0: no adapters, every weight trains
+    alpha: float = 16.0  # the update is scaled by alpha / rank
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")  # linears of each layer that get one
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+def is_adapter(path: str) -> bool:
+    return path.endswith(SUFFIXES)
+
+
+def is_trainable(path: str, lora: LoraConfig) -> bool:
+    """What a stage trains: with adapters only those and the scalar head, else everything."""
+    return lora.rank == 0 or is_adapter(path) or path.startswith("score/")
+
+
+def merge(params: Mapping[str, jax.Array], lora: LoraConfig) -> dict[str, jax.Array]:
+    """W + scale A B for every adapted kernel, in the kernel's dtype; the adapters disappear.
+
+    Kernels are [..., in, out], A [..., in, rank], B [..., rank, out]; the product is accumulated in A's dtype.
+    """
+    merged = {path: leaf for path, leaf in params.items() if not is_adapter(path)}
+    for path in [path for path in params if path.endswith("/lora_a")]:
+        kernel = path.removesuffix("lora_a") + "kernel"
+        update = lora.scale * (params[path] @ params[path.removesuffix("a") + "b"])
+        merged[kernel] = (merged[kernel].astype(update.dtype) + update).astype(merged[kernel].dtype)
+    return merged

@@ -1,0 +1,101 @@
+"""The optimizer: AdamW behind a global-norm clip, and the schedule of its learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Schedule = Literal["cosine", "linear", "constant"]
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Raises ValueError for a value that no run can want."""
+
+    learning_rate: float  # peak, reached at the end of the warmup
+    schedule: Schedule = "cosine"  # how it falls after the warmup
+    warmup_steps: int = 0  # optimizer steps of linear rise; the first step is not wasted on a rate of 0
+    weight_decay: float = 0.0  # decoupled from the gradient (AdamW); never on biases and norm scales
+    beta1: float = 0.9  # decay of the mean of the gradient
+    beta2: float = 0.95  # decay of the mean of its square
+    eps: float = 1e-8  # added to the root of that mean
+    clip_norm: float = 1.0  # largest global norm of a gradient; 0 = do not clip
+    final_lr_share: float = 0.0  # of the peak, left when the schedule ends
+
+    def __post_init__(self) -> None:
+        legal = {
+            "learning_rate": (self.learning_rate > 0, "a positive number"),
+            "schedule": (self.schedule in get_args(Schedule), f"one of {', '.join(get_args(Schedule))}"),
+            "warmup_steps": (self.warmup_steps >= 0, "0 or more"),
+            "weight_decay": (self.weight_decay >= 0, "0 or more"),
+            "beta1": (0 <= self.beta1 < 1, "at least 0 and below 1"),
+            "beta2": (0 <= self.beta2 < 1, "at least 0 and below 1"),
+            "eps": (self.eps > 0, "a positive number"),
+            "clip_norm": (self.clip_norm >= 0, "0 (no clip) or more"),
+            "final_lr_share": (0 <= self.final_lr_share <= 1, "between 0 and 1"),
+        }
+        wrong = [f"{name} is {getattr(self, name)!r}, give {wanted}" for name, (ok, wanted) in legal.items() if not ok]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+
+
+def learning_rate(config: OptimConfig, total_steps: int) -> Callable[[Any], jax.Array]:
+    """step -> float32 rate of that optimizer step, counted from 0; `step` is an int or an int32 array.
+
+    Warmup of W steps: rate = peak (step + 1) / W. Then, with p = (step - W) / (total_steps - W) up to 1 and the share
+    s left at the end: peak (s + (1 - s) f(p)), f = (1 + cos(pi p)) / 2 for "cosine" (Loshchilov and Hutter 2017,
+    arXiv 1608.03983, eq. 5), 1 - p for "linear", 1 for "constant".
+    Raises ValueError if the warmup is longer than the run.
+    """
+    warmup = config.warmup_steps
+    if total_steps < 1:
+        raise ValueError(f"the run has {total_steps} optimizer steps: give it at least one")
+    if warmup > total_steps:
+        raise ValueError(
+            f"warmup_steps is {warmup}, longer than the run of {total_steps} steps: lower it, or train longer"
+        )
+
+    def rate(step: Any) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        progress = jnp.clip((step - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
+        match config.schedule:
+            case "cosine":
+                fall = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+            case "linear":
+                fall = 1.0 - progress
+            case "constant":
+                fall = jnp.ones_like(progress)
+        share = jnp.minimum((step + 1.0) / max(warmup, 1), config.final_lr_share + (1.0 - config.final_lr_share) * fall)
+        return config.learning_rate * share
+
+    return rate
+
+
+def decays(params: Any) -> Any:
+    """The tree of `params` with False on every path that ends in bias or scale, True elsewhere."""
+
+    def decayed(path: tuple[Any, ...], _: Any) -> bool:
+        return jax.tree_util.keystr(path, simple=True, separator="/").rsplit("/", 1)[-1] not in ("bias", "scale")
+
+    return jax.tree_util.tree_map_with_path(decayed, params)
+
+
+def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
+    """Global-norm clip, then AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) at `learning_rate`.
+
+    Weight decay goes where `decays` says. Raises ValueError if the warmup is longer than the run.
+    """
+    adamw = optax.adamw(
+        learning_rate(config, total_steps),
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decays,
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw

@@ -1,0 +1,47 @@
+"""Stage 0, only where model.actor is "new": a tokenizer and a random model, as an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+import jax
+from jax.sharding import Mesh
+
+from rlhf_jax.data.sources import DataConfig, load_examples
+from rlhf_jax.data.template import prepare_tokenizer
+from rlhf_jax.mesh import TRAIN, Layout
+from rlhf_jax.models.decoder import init_params
+from rlhf_jax.models.families import decoder_config
+from rlhf_jax.models.new_tokenizer import train_tokenizer
+from rlhf_jax.models.pretrained import Pretrained, save_pretrained
+from rlhf_jax.stages.loop import RunConfig
+from rlhf_jax.stages.models import ModelConfig
+
+
+def make_base(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig) -> str:
+    """The folder that SFT starts from: RUN/base, made where it is not there yet, or what model.actor names."""
+    if model.actor != "new":
+        return model.actor
+    folder = run.folder("base")
+    if not folder.exists():
+        examples, new = load_examples(data, "sft", held_out=False), model.new
+        texts = [text for example in examples for text in (*(said for _, said in example.turns), example.answer)]
+        tokenizer = prepare_tokenizer(train_tokenizer([" Human:", " Assistant:", *texts], new.vocab_size))
+        hf = {
+            "model_type": "llama",
+            "vocab_size": len(tokenizer),
+            "hidden_size": new.hidden_size,
+            "intermediate_size": new.mlp_size,
+            "num_hidden_layers": new.num_layers,
+            "num_attention_heads": new.num_heads,
+            "num_key_value_heads": new.num_kv_heads,
+            "max_position_embeddings": new.max_positions,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        config, layout = decoder_config(hf, scalar_head=False), Layout(mesh, TRAIN)
+        params = init_params(config, jax.random.key(run.seed), layout)
+        save_pretrained(Pretrained(config, params, tokenizer, hf, {}, layout), folder)
+        print(f"base: a new model in {folder}", flush=True)
+    return str(folder)

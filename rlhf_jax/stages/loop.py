@@ -1,0 +1,132 @@
+"""The run folder, and the loop that every stage runs in: resume, step, log, evaluate, save."""
+
+from __future__ import annotations
+
+import shutil
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.config import differences
+from rlhf_jax.data.batches import Rows
+from rlhf_jax.metrics import Metrics
+
+State = TypeVar("State")
+STAGES = ("sft", "reward", "ppo")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lies and how often it is saved."""
+
+    dir: str = "runs/run"
+    seed: int = 0  # of initialisation, data order and sampling; the split of the data does not depend on it
+    overwrite: bool = False  # begin anew in a folder that holds a run of another configuration, deleting that run
+    save_every: int = 200  # optimizer or PPO steps between checkpoints; one is always saved at the end
+    log_every: int = 1  # steps between records of metrics.jsonl
+
+    def folder(self, stage: str) -> Path:
+        return Path(self.dir) / stage
+
+    def export(self, stage: str) -> Path:
+        """The stage's Hugging Face folder; it appears whole, so where it is the stage is finished."""
+        return self.folder(stage) / "export"
+
+
+def open_run(run: RunConfig, merged: str) -> None:
+    """Make the run folder and write its config.toml, or check that the one there says the same.
+
+    Args:
+        merged: the merged configuration as TOML.
+    Raises:
+        ValueError: the folder belongs to a run of another configuration and run.overwrite is false.
+    """
+    folder, path = Path(run.dir), Path(run.dir) / "config.toml"
+    if path.exists():
+        changed = differences(_description(path.read_text()), _description(merged))
+        if changed and not run.overwrite:
+            raise ValueError(
+                f"{folder} holds a run of another configuration ({'; '.join(changed)}): choose another run.dir, or set "
+                "run.overwrite=true to delete that run and begin anew"
+            )
+        if changed:
+            for name in (*STAGES, "base", "tensorboard"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no run (no config.toml): choose another run.dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(merged)
+
+
+def _description(merged: str) -> dict[str, Any]:
+    """The configuration but for run.overwrite, which asks for something to be done now and describes no run."""
+    tables = tomllib.loads(merged)
+    tables["run"].pop("overwrite")
+    return tables
+
+
+@dataclass(frozen=True)
+class Persistence:
+    """What of a stage's state goes to a checkpoint: everything that the next step depends on and that changes."""
+
+    take: Callable[[Any], Any]  # state -> pytree of arrays
+    put: Callable[[Any, Any], Any]  # (state, that pytree) -> state
+
+
+def say_rows(stage: str, rows: Rows, held_out: Rows) -> None:
+    """Print what the data gave."""
+    print(f"{stage}: training data: {rows.report}; held out: {held_out.report}", flush=True)
+
+
+def train_loop(
+    run: RunConfig,
+    stage: str,
+    total_steps: int,
+    state: State,
+    step_fn: Callable[[State, int], tuple[State, Mapping[str, Any]]],
+    persistence: Persistence,
+    *,
+    headline: tuple[str, ...],
+    evaluate: Callable[[State], Mapping[str, float]] = lambda state: {},
+    eval_every: int = 0,
+) -> State:
+    """Run steps up to `total_steps` from the last checkpoint, or from `state` where there is none.
+
+    Args:
+        step_fn: (state, step counted from 0) -> (state, metrics of the step). It depends on nothing else, so a resumed
+            run equals an uninterrupted one.
+        headline: metrics beside the progress bar.
+        evaluate: held-out metrics: before the first step, every `eval_every` steps (0: never) and after the last.
+    """
+
+    def measure(step: int) -> None:
+        if held_out := evaluate(state):
+            metrics.write(step, held_out)
+            metrics.say(f"{stage} {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in held_out.items()))
+
+    folder = run.folder(stage)
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        start = checkpoints.latest_step() or 0
+        if start:
+            saved, _ = checkpoints.restore(start, persistence.take(state))
+            state = persistence.put(state, saved)
+        with Metrics(Path(run.dir), stage, total_steps=total_steps, start_step=start) as metrics:
+            if start:
+                metrics.say(f"{stage}: resumed at step {start} of {total_steps}")
+            else:
+                measure(0)
+            for step in range(start, total_steps):
+                state, stats = step_fn(state, step)
+                done = step + 1
+                is_last = done == total_steps
+                if is_last or done % run.log_every == 0:
+                    metrics.write(done, stats)
+                metrics.advance(done, {name: stats[name] for name in headline})
+                if is_last or (eval_every and done % eval_every == 0):
+                    measure(done)
+                if is_last or done % run.save_every == 0:
+                    checkpoints.save(done, persistence.take(state), {"stage": stage})
+    return state

@@ -1,0 +1,114 @@
+"""The models of a run: where they come from, what of them trains, and how they leave."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from rlhf_jax.engine import Compute, Role
+from rlhf_jax.mesh import check_model_divides
+from rlhf_jax.models.decoder import DecoderConfig, abstract_params, init_params
+from rlhf_jax.models.lora import LoraConfig, is_adapter, is_trainable, merge
+from rlhf_jax.models.pretrained import Pretrained, from_pretrained, reward_from_pretrained, save_pretrained
+from rlhf_jax.stages.loop import Persistence
+from rlhf_jax.train_step import TrainState, init_state
+from rlhf_jax.trees import partition
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class NewModelConfig:
+    """A small LLaMA-like model and tokenizer to train from scratch, used where model.actor is "new"."""
+
+    vocab_size: int = 384
+    hidden_size: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    mlp_size: int = 352
+    max_positions: int = 256
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Where the models come from, and how they are computed."""
+
+    actor: str = "facebook/opt-1.3b"  # Hugging Face folder or hub id; "new": from scratch, as model.new says
+    reward: str = "sft"  # what the reward model starts from: a folder or hub id, or "sft": this run's SFT model
+    lora: LoraConfig = LoraConfig()  # adapters of actor, reward model and critic
+    dtype: Dtype = "bfloat16"  # of activations, matrix products, generation weights and cache
+    frozen_dtype: Dtype = "float32"  # of weights that do not train; those that do are float32
+    export_dtype: Dtype = "float32"  # of the exported folders
+    remat: bool = True  # recompute layers in the backward pass: less memory, a third more work
+    logprob_chunk: int = 128  # positions whose logits exist at once; 0: all
+    new: NewModelConfig = NewModelConfig()
+
+    @property
+    def compute(self) -> Compute:
+        return Compute(jnp.dtype(self.dtype), self.remat, self.logprob_chunk)
+
+    def role(self, config: DecoderConfig) -> Role:
+        return Role(config, self.lora)
+
+
+def load(path: str | Path, settings: ModelConfig, mesh: Mesh, *, scalar_head: bool = False, seed: int = 0) -> Pretrained:
+    """A model with its tokenizer, split over the mesh as training wants it; `seed` is of a new scalar head.
+
+    Raises:
+        ValueError: what `from_pretrained` says, no tokenizer, or a tensor axis that does not divide the model.
+    """
+    dtype = settings.frozen_dtype if settings.lora.rank else "float32"
+    if scalar_head:
+        model = reward_from_pretrained(path, mesh=mesh, dtype=dtype, seed=seed)
+    else:
+        model = from_pretrained(path, mesh=mesh, dtype=dtype)
+    if model.tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer: save one into the folder (tokenizer.save_pretrained)")
+    heads = {"attention heads": model.config.num_heads, "key-value heads": model.config.num_kv_heads}
+    check_model_divides(heads, mesh)
+    return model
+
+
+def make_state(model: Pretrained, settings: ModelConfig, tx: optax.GradientTransformation, seed: int) -> TrainState:
+    """The training state of a loaded model: with fresh adapters, where there are to be some, that change nothing yet."""
+    lora, layout = settings.lora, model.layout
+    adapters = init_params(model.config, jax.random.key(seed), layout, lora, only=is_adapter)
+    trainable, frozen = partition({**model.params, **adapters}, lambda path: is_trainable(path, lora))
+    trainable = {path: leaf.astype(jnp.float32) for path, leaf in trainable.items()}
+    return init_state(trainable, frozen, tx, abstract_params(model.config, lora), layout)
+
+
+def export(model: Pretrained, state: TrainState, settings: ModelConfig, folder: Path) -> None:
+    """Write what was trained, adapters merged, as a Hugging Face folder."""
+    leaves = abstract_params(model.config)
+    shardings = {path: model.layout.sharding(leaf.axes) for path, leaf in leaves.items()}
+    merged = jax.jit(lambda params: merge(params, settings.lora), out_shardings=shardings)(state.params)
+    save_pretrained(dataclasses.replace(model, params=merged), folder, dtype=settings.export_dtype, overwrite=True)
+
+
+def without_frozen(state: TrainState) -> TrainState:
+    return dataclasses.replace(state, frozen={})
+
+
+def with_frozen(state: TrainState, saved: TrainState) -> TrainState:
+    return dataclasses.replace(saved, frozen=state.frozen)
+
+
+PERSISTENCE = Persistence(without_frozen, with_frozen)
+
+
+def eos_ids(model: Pretrained) -> tuple[int, ...]:
+    """Every token that ends an answer, by the tokenizer and by generation_config.json."""
+    listed = model.generation_config.get("eos_token_id") or []
+    ids = {model.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
+    if not ids:
+        raise ValueError("the tokenizer has no EOS token, so no answer could end: set tokenizer.eos_token")
+    return tuple(sorted(ids))

@@ -1,0 +1,224 @@
+"""Stage 3, PPO against the reward model (Ouyang et al. 2022, section 3.5), through the hybrid engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax.data.batches import Batches, prompt_rows
+from rlhf_jax.data.sources import DataConfig, load_examples
+from rlhf_jax.data.template import prepare_tokenizer
+from rlhf_jax.engine import Experience, Models, check_positions, make_engine
+from rlhf_jax.generate import Rollout, SampleConfig
+from rlhf_jax.mesh import check_divides
+from rlhf_jax.objectives import masked, ppo
+from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
+from rlhf_jax.stages.loop import Persistence, RunConfig, train_loop
+from rlhf_jax.stages.models import ModelConfig, eos_ids, export, load, make_state, with_frozen, without_frozen
+from rlhf_jax.stages.sizes import micro_batches, total_steps
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    epochs: int = 1  # passes over the prompts
+    steps: int = 0  # iterations of generate, score and update; 0: as `epochs` says
+    rollout_batch_size: int = 64  # prompts answered in one iteration, over all devices
+    batch_size: int = 0  # rollouts of one optimizer step; 0: all of an iteration
+    micro_batch_size: int = 0  # rollouts of one forward and backward pass, over all devices; 0: batch_size
+    ppo_epochs: int = 1  # passes over the rollouts of an iteration
+    kl_coef: float = 0.1  # of the penalty for leaving the reference, on every token
+    score_clip: float = 5.0  # scores are clipped to +- this before they become a reward
+    missing_eos_penalty: float = 0.0  # taken off the score of an answer that was cut at max_new_tokens
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip: float = 0.2  # of the probability ratio
+    value_clip: float = 0.2  # of the change of a value
+    whiten_advantages: bool = True  # to mean 0 and variance 1 over the tokens of an iteration
+    sample: SampleConfig = SampleConfig()
+    actor: OptimConfig = OptimConfig(learning_rate=9.65e-6)
+    critic: OptimConfig = OptimConfig(learning_rate=5e-6)
+
+
+def run_ppo(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, config: PPOConfig) -> None:
+    """Train the SFT model against the reward model of the same run; leaves RUN/ppo/export and export_critic."""
+    actor = load(run.export("sft"), model, mesh)
+    critic = load(run.export("reward"), model, mesh, scalar_head=True)
+    layout, tokenizer = actor.layout, prepare_tokenizer(actor.tokenizer)
+    if tokenizer.get_vocab() != critic.tokenizer.get_vocab():
+        raise ValueError("actor and reward model have different vocabularies: PPO scores the actor's own tokens")
+    batch_size = config.batch_size or config.rollout_batch_size
+    num_micro = micro_batches("ppo", batch_size, config.micro_batch_size, layout)
+    check_divides("ppo.rollout_batch_size", config.rollout_batch_size, batch_size, "rollouts of ppo.batch_size")
+
+    rows = prompt_rows(load_examples(data, "ppo", held_out=False), tokenizer, data)
+    print(f"ppo: prompts: {rows.report}", flush=True)
+    prompts = Batches(rows, batch_size=config.rollout_batch_size, seed=run.seed, side="left")
+    for each in (actor, critic):
+        check_positions(each.config, prompts.length, config.sample.max_new_tokens)
+    steps = total_steps(config.steps, config.epochs, prompts.steps_per_epoch)
+    updates = steps * config.ppo_epochs * config.rollout_batch_size // batch_size
+    actor_tx, critic_tx = make_optimizer(config.actor, updates), make_optimizer(config.critic, updates)
+
+    engine = make_engine(
+        actor=model.role(actor.config),
+        critic=model.role(critic.config),
+        reward=critic.config,
+        estimate=lambda experience: advantages(experience, config),
+        actor_loss=lambda logprobs, entropy, experience: actor_loss(logprobs, entropy, experience, config),
+        critic_loss=lambda values, experience: critic_loss(values, experience, config),
+        actor_tx=actor_tx,
+        critic_tx=critic_tx,
+        sample=config.sample,
+        eos_ids=eos_ids(actor),
+        mesh=mesh,
+        compute=model.compute,
+        num_micro=num_micro,
+    )
+    # What training donates must not be what scores, so reference and reward model are arrays of their own.
+    reference = {} if model.lora.rank else jax.tree.map(jnp.copy, actor.params)
+    reward = jax.tree.map(jnp.copy, critic.params)
+    models = Models(
+        make_state(actor, model, actor_tx, run.seed), make_state(critic, model, critic_tx, run.seed), reference, reward
+    )
+    summarise = jax.jit(lambda experience, rollout: summary(experience, rollout, config))
+    pick = jax.jit(lambda experience, index: jax.tree.map(lambda leaf: leaf[index], experience))
+    rates = learning_rate(config.actor, updates), learning_rate(config.critic, updates)
+
+    def step_fn(models: Models, step: int):
+        """One iteration: publish, generate, score, then `ppo_epochs` passes of updates."""
+        clock, batch = Clock(), prompts[step]
+        key = jax.random.fold_in(jax.random.key(run.seed), step)
+        weights = clock.lap("publish", engine.publish(models.actor.params))
+        rollout = clock.lap("generate", engine.generate(weights, batch.tokens, batch.mask, key))
+        del weights  # the generation copy lives for one phase
+        experience = clock.lap("score", engine.score(models, rollout))
+        keep_rollouts(run, step + 1, tokenizer, rollout, experience, config)
+        collected = []
+        for epoch in range(config.ppo_epochs):
+            order = np.random.RandomState([run.seed, step, epoch]).permutation(config.rollout_batch_size)
+            for index in order.reshape(-1, batch_size):
+                part = experience if batch_size == config.rollout_batch_size else pick(experience, index)
+                models, stats = engine.update(models, part)
+                collected.append(stats)
+        collected = clock.lap("update", collected)
+        stats = {**summarise(experience, rollout)}
+        stats |= {name: float(np.mean([float(part[name]) for part in collected])) for name in collected[0]}
+        stats |= {"actor_learning_rate": rates[0](models.actor.step - 1)}
+        stats |= {"critic_learning_rate": rates[1](models.critic.step - 1)}
+        tokens = int(experience.mask.sum())
+        stats |= clock.seconds | {"tokens_per_second": tokens / sum(clock.seconds.values())}
+        return models, stats
+
+    models = train_loop(
+        run,
+        "ppo",
+        steps,
+        models,
+        step_fn,
+        Persistence(
+            lambda models: (without_frozen(models.actor), without_frozen(models.critic)),
+            lambda models, saved: dataclasses.replace(
+                models, actor=with_frozen(models.actor, saved[0]), critic=with_frozen(models.critic, saved[1])
+            ),
+        ),
+        headline=("score_mean", "kl", "response_length"),
+    )
+    export(critic, models.critic, model, run.folder("ppo") / "export_critic")
+    export(actor, models.actor, model, run.export("ppo"))
+
+
+def rewards(experience: Experience, config: PPOConfig) -> jax.Array:
+    """[B, N]: the KL penalty of every token, and the score, less the penalty for no EOS, on the last."""
+    score = experience.score - config.missing_eos_penalty * ~experience.ended
+    logprobs, mask = (experience.logprobs, experience.ref_logprobs), experience.action_mask
+    return ppo.token_rewards(score, *logprobs, mask, kl_coef=config.kl_coef, clip=config.score_clip)
+
+
+def advantages(experience: Experience, config: PPOConfig) -> tuple[jax.Array, jax.Array]:
+    """Advantages and returns, [B, N] each."""
+    values, mask = experience.values, experience.action_mask
+    gains, returns = ppo.gae(rewards(experience, config), values, mask, gamma=config.gamma, lam=config.lam)
+    return masked.whiten(gains, mask) if config.whiten_advantages else gains, returns
+
+
+def actor_loss(logprobs: jax.Array, entropy: jax.Array, experience: Experience, config: PPOConfig):
+    """The clipped policy loss of a micro-batch, and what is logged of it."""
+    old, mask = experience.logprobs, experience.action_mask
+    loss = ppo.policy_loss(logprobs, old, experience.advantages, mask, clip=config.clip)
+    stats = {
+        "clip_fraction": ppo.policy_clip_fraction(logprobs, old, experience.advantages, mask, clip=config.clip),
+        "approx_kl": ppo.approximate_kl(logprobs, old, mask),
+        "entropy": masked.mean(entropy, mask),
+    }
+    return loss, stats
+
+
+def critic_loss(values: jax.Array, experience: Experience, config: PPOConfig):
+    """The clipped value loss of a micro-batch, and what is logged of it."""
+    old, returns, mask = experience.values, experience.returns, experience.action_mask
+    loss = ppo.value_loss(values, old, returns, mask, clip=config.value_clip)
+    return loss, {"clip_fraction": ppo.value_clip_fraction(values, old, returns, mask, clip=config.value_clip)}
+
+
+def summary(experience: Experience, rollout: Rollout, config: PPOConfig) -> dict[str, jax.Array]:
+    """What an iteration's experience tells: score, KL, lengths, how good the critic was."""
+    mask = experience.action_mask
+    kl = ppo.sequence_kl(experience.logprobs, experience.ref_logprobs, mask)
+    return {
+        "score_mean": experience.score.mean(),
+        "score_std": experience.score.std(),
+        "kl": kl.mean(),
+        "reward_mean": rewards(experience, config).sum(axis=1).mean(),
+        "value_mean": masked.mean(experience.values, mask),
+        "return_mean": masked.mean(experience.returns, mask),
+        "explained_variance": ppo.explained_variance(experience.values, experience.returns, mask),
+        "response_length": mask.sum(axis=1).mean(),
+        "ended_by_eos": experience.ended.mean(),
+        # How far what was sampled from is from what is trained; 0 but for rounding.
+        "logprob_mismatch": masked.mean(jnp.abs(rollout.logprobs - experience.logprobs), mask),
+    }
+
+
+def keep_rollouts(
+    run: RunConfig, step: int, tokenizer, rollout: Rollout, experience: Experience, config: PPOConfig
+) -> None:
+    """Write every rollout of an iteration to RUN/ppo/rollouts/STEP.jsonl."""
+    folder = run.folder("ppo") / "rollouts"
+    folder.mkdir(parents=True, exist_ok=True)
+    kl = ppo.sequence_kl(experience.logprobs, experience.ref_logprobs, experience.action_mask)
+    numbers = {"score": experience.score, "reward": rewards(experience, config).sum(axis=1), "kl": kl}
+    rollout, numbers = jax.device_get((rollout, numbers))
+    records = [
+        {
+            "step": step,
+            "prompt": tokenizer.decode(rollout.prompts[i][rollout.prompt_mask[i]]),
+            "response": tokenizer.decode(rollout.tokens[i][rollout.mask[i]]),
+            **{name: float(column[i]) for name, column in numbers.items()},
+            "finish_reason": "eos" if rollout.ended[i] else "length",
+        }
+        for i in range(len(rollout.ended))
+    ]
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    (folder / f"{step:06d}.jsonl").write_text(lines, encoding="utf-8")
+
+
+class Clock:
+    """Seconds of each phase, from the end of the one before to when its arrays are there."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str, result):
+        jax.block_until_ready(result)
+        now = time.perf_counter()
+        self.seconds[f"seconds_{phase}"] = now - self._last
+        self._last = now
+        return result

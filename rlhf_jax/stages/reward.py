@@ -1,0 +1,93 @@
+"""Stage 2, the reward model: one score a sequence, at its last real token, higher for the preferred answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax.data.batches import Batch, Batches, pair_rows
+from rlhf_jax.data.sources import DataConfig, load_examples
+from rlhf_jax.data.template import prepare_tokenizer
+from rlhf_jax.engine import last_hidden, scalar
+from rlhf_jax.models.decoder import abstract_params, bind
+from rlhf_jax.objectives.preference import pairwise_loss
+from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
+from rlhf_jax.stages.loop import RunConfig, say_rows, train_loop
+from rlhf_jax.stages.models import PERSISTENCE, ModelConfig, export, load, make_state
+from rlhf_jax.stages.sizes import held_out_batches, micro_batches, total_steps
+from rlhf_jax.train_step import Params, TrainState, make_update
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    epochs: int = 1
+    steps: int = 0  # optimizer steps; 0: as `epochs` says
+    batch_size: int = 64  # pairs of one optimizer step, over all devices
+    micro_batch_size: int = 0  # pairs of one forward and backward pass, over all devices; 0: batch_size
+    eval_every: int = 0  # steps between held-out accuracies; 0: only at the start and the end
+    eval_batches: int = 16  # held-out batches, at most
+    optim: OptimConfig = OptimConfig(learning_rate=5e-5, weight_decay=0.1)
+
+
+def run_reward(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, config: RewardConfig) -> None:
+    """Train a scalar head, and what the configuration lets train under it, on preference pairs; leaves RUN/reward/export."""
+    start = run.export("sft") if model.reward == "sft" else model.reward
+    pretrained = load(start, model, mesh, scalar_head=True, seed=run.seed)
+    layout, decoder, lora, compute = pretrained.layout, pretrained.config, model.lora, model.compute
+    tokenizer = prepare_tokenizer(pretrained.tokenizer)
+    num_micro = micro_batches("reward", config.batch_size, config.micro_batch_size, layout)
+
+    rows, held_out = (
+        pair_rows(load_examples(data, "reward", held_out=h), tokenizer, data) for h in (False, True)
+    )
+    say_rows("reward", rows, held_out)
+    batches = Batches(rows, batch_size=config.batch_size, seed=run.seed)
+    measured = held_out_batches(held_out, config.batch_size, config.eval_batches, layout)
+    steps = total_steps(config.steps, config.epochs, batches.steps_per_epoch)
+
+    def scores(params: Params, batch: Batch) -> jax.Array:
+        """[B, 2]: of the chosen and the rejected answer."""
+        tokens, mask = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.mask))
+        hidden = bind(decoder, params, lora)(tokens, mask, dtype=compute.dtype, layout=layout, remat=compute.remat)
+        return scalar(params, last_hidden(hidden, mask)).reshape(-1, 2)
+
+    def loss_fn(params: Params, batch: Batch):
+        chosen, rejected = scores(params, batch).T
+        stats = {"accuracy": (chosen > rejected).mean(), "margin": (chosen - rejected).mean()}
+        return pairwise_loss(chosen, rejected), (chosen.shape[0], stats)
+
+    tx, rate = make_optimizer(config.optim, steps), learning_rate(config.optim, steps)
+    update = make_update(loss_fn, tx, abstract_params(decoder, lora), layout, num_micro)
+    measure = jax.jit(scores)
+
+    def step_fn(state: TrainState, step: int):
+        state, stats = update(state, layout.put_batch(batches[step]))
+        return state, {**stats, "learning_rate": rate(step)}
+
+    def evaluate(state: TrainState):
+        scored = np.concatenate([np.asarray(measure(state.params, layout.put_batch(batch))) for batch in measured])
+        lengths = np.concatenate([batch.mask.sum(-1) for batch in measured])
+        return {
+            "held_out_accuracy": float((scored[:, 0] > scored[:, 1]).mean()),
+            # What a judge of length alone would reach; ties count half.
+            "held_out_longer_is_chosen": float((0.5 + 0.5 * np.sign(lengths[:, 0] - lengths[:, 1])).mean()),
+            "held_out_chosen_score": float(scored[:, 0].mean()),
+            "held_out_rejected_score": float(scored[:, 1].mean()),
+            "held_out_score_std": float(scored.std()),
+        }
+
+    state = train_loop(
+        run,
+        "reward",
+        steps,
+        make_state(pretrained, model, tx, run.seed),
+        step_fn,
+        PERSISTENCE,
+        evaluate=evaluate,
+        eval_every=config.eval_every,
+        headline=("loss", "accuracy"),
+    )
+    export(pretrained, state, model, run.export("reward"))

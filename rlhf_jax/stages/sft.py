@@ -1,0 +1,90 @@
+"""Stage 1, supervised fine-tuning: the next token of the answer, given the prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax.data.batches import Batch, Batches, sft_rows
+from rlhf_jax.data.sources import DataConfig, load_examples
+from rlhf_jax.data.template import prepare_tokenizer
+from rlhf_jax.models.decoder import abstract_params, bind, head_kernel
+from rlhf_jax.objectives.logprobs import token_logprobs
+from rlhf_jax.objectives.masked import mean
+from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
+from rlhf_jax.stages.loop import RunConfig, say_rows, train_loop
+from rlhf_jax.stages.models import PERSISTENCE, ModelConfig, export, load, make_state
+from rlhf_jax.stages.sizes import held_out_batches, micro_batches, total_steps
+from rlhf_jax.train_step import Params, TrainState, make_update
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    epochs: int = 1
+    steps: int = 0  # optimizer steps; 0: as `epochs` says
+    batch_size: int = 64  # sequences of one optimizer step, over all devices
+    micro_batch_size: int = 0  # sequences of one forward and backward pass, over all devices; 0: batch_size
+    train_on_prompt: bool = False  # learn the prompt's tokens too
+    eval_every: int = 0  # steps between held-out losses; 0: only at the start and the end
+    eval_batches: int = 8  # held-out batches, at most
+    optim: OptimConfig = OptimConfig(learning_rate=9.65e-6)
+
+
+def run_sft(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, config: SFTConfig, base: str) -> None:
+    """Fine-tune the language model in the folder (or with the hub id) `base`; leaves RUN/sft/export."""
+    pretrained = load(base, model, mesh)
+    layout, decoder, lora, compute = pretrained.layout, pretrained.config, model.lora, model.compute
+    tokenizer = prepare_tokenizer(pretrained.tokenizer)
+    num_micro = micro_batches("sft", config.batch_size, config.micro_batch_size, layout)
+
+    rows, held_out = (
+        sft_rows(load_examples(data, "sft", held_out=h), tokenizer, data, train_on_prompt=config.train_on_prompt)
+        for h in (False, True)
+    )
+    say_rows("sft", rows, held_out)
+    batches = Batches(rows, batch_size=config.batch_size, seed=run.seed)
+    measured = held_out_batches(held_out, config.batch_size, config.eval_batches, layout)
+    steps = total_steps(config.steps, config.epochs, batches.steps_per_epoch)
+
+    def loss_fn(params: Params, batch: Batch):
+        hidden = bind(decoder, params, lora)(
+            batch.tokens, batch.mask, dtype=compute.dtype, layout=layout, remat=compute.remat
+        )
+        logprobs = token_logprobs(
+            hidden[:, :-1],
+            head_kernel(decoder, params),
+            batch.tokens[:, 1:],
+            chunk=compute.chunk,
+            num_real=decoder.vocab_size,
+        )
+        learned = batch.loss_mask[:, 1:]
+        return -mean(logprobs, learned), (learned.sum(), {})
+
+    tx, rate = make_optimizer(config.optim, steps), learning_rate(config.optim, steps)
+    update = make_update(loss_fn, tx, abstract_params(decoder, lora), layout, num_micro)
+    measure = jax.jit(loss_fn)
+
+    def step_fn(state: TrainState, step: int):
+        state, stats = update(state, layout.put_batch(batches[step]))
+        return state, {**stats, "learning_rate": rate(step)}
+
+    def evaluate(state: TrainState):
+        losses = [measure(state.params, layout.put_batch(batch)) for batch in measured]
+        weights = [int(count) for _, (count, _) in losses]
+        return {"held_out_loss": float(np.average([float(loss) for loss, _ in losses], weights=weights))}
+
+    state = train_loop(
+        run,
+        "sft",
+        steps,
+        make_state(pretrained, model, tx, run.seed),
+        step_fn,
+        PERSISTENCE,
+        evaluate=evaluate,
+        eval_every=config.eval_every,
+        headline=("loss", "grad_norm"),
+    )
+    export(pretrained, state, model, run.export("sft"))

@@ -1,0 +1,35 @@
+"""Path-named pytrees: parameters are flat dictionaries {"layers/attention/q/kernel": array}."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+
+T = TypeVar("T")
+Flat = dict[str, Any]
+
+
+def record(cls: type[T]) -> type[T]:
+    """A frozen dataclass that is also a pytree: every field is a child, in the order of declaration."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    return jax.tree_util.register_dataclass(cls, [f.name for f in dataclasses.fields(cls)], [])
+
+
+def partition(flat: Mapping[str, T], keep: Callable[[str], bool]) -> tuple[dict[str, T], dict[str, T]]:
+    """Split by path into (kept, others); `{**kept, **others}` is the inverse."""
+    kept = {path: leaf for path, leaf in flat.items() if keep(path)}
+    return kept, {path: leaf for path, leaf in flat.items() if path not in kept}
+
+
+def num_elements(tree: Any) -> int:
+    """Elements over all leaves; leaves need only a shape."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def num_bytes(tree: Any) -> int:
+    """Bytes of all leaves, replicas not counted; leaves need only a shape and a dtype."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

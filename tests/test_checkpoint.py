@@ -1,0 +1,240 @@
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.trees import record
+
+
+@record
+class State:
+    step: int
+    params: dict  # {path: array}
+    opt_state: optax.OptState
+    key: jax.Array
+
+
+def mesh_of(fsdp, tensor):
+    shape = (fsdp, tensor)
+    return jax.make_mesh(
+        shape,
+        ("fsdp", "tensor"),
+        axis_types=(jax.sharding.AxisType.Auto,) * 2,
+        devices=jax.devices()[: fsdp * tensor],
+    )
+
+
+def make_state(seed=0):
+    kernel, bias = jax.random.split(jax.random.key(seed))
+    params = {
+        "layers/attention/q/kernel": jax.random.normal(kernel, (2, 8, 16)),
+        "layers/attention/q/bias": jax.random.normal(bias, (2, 16)).astype(jnp.bfloat16),
+    }
+    moments = jax.tree.map(lambda x: x + 1, optax.adam(1e-3).init(params))
+    return State(step=7, params=params, opt_state=moments, key=jax.random.key(11))
+
+
+def laid_out(state, mesh):
+    """Kernels over both axes, the rest on every device."""
+
+    def sharding(leaf):
+        spec = jax.P(None, "fsdp", "tensor") if leaf.ndim == 3 else jax.P()
+        return jax.NamedSharding(mesh, spec)
+
+    return jax.tree.map(
+        lambda leaf: jax.device_put(leaf, sharding(leaf)) if isinstance(leaf, jax.Array) else leaf, state
+    )
+
+
+def abstract_of(state):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if isinstance(x, jax.Array) else x, state
+    )
+
+
+def raw(leaf):
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return np.asarray(jax.random.key_data(leaf))
+    return np.asarray(leaf)
+
+
+def assert_bit_equal(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert raw(one).dtype == raw(other).dtype
+        assert raw(one).tobytes() == raw(other).tobytes()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (8, 1), (2, 4)])
+def test_a_state_saved_on_four_by_two_devices_comes_back_bit_equal_on_another_mesh(tmp_path, shape):
+    state = laid_out(make_state(), mesh_of(4, 2))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, state, {"epoch": 3, "name": "sft"})
+    wanted = abstract_of(laid_out(make_state(seed=1), mesh_of(*shape)))
+    with Checkpoints(tmp_path, writing=False) as checkpoints:
+        assert checkpoints.latest_step() == 7
+        restored, meta = checkpoints.restore(7, wanted)
+    assert meta == {"epoch": 3, "name": "sft"}
+    assert_bit_equal(restored, state)
+    assert type(restored.step) is int and restored.step == 7
+    for leaf, want in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
+        if isinstance(leaf, jax.Array):
+            assert leaf.sharding == want.sharding
+    assert restored.params["layers/attention/q/kernel"].addressable_shards[0].data.size == 256 // (shape[0] * shape[1])
+
+
+def test_a_restored_key_gives_the_same_numbers(tmp_path):
+    keys = {
+        "one": jax.random.key(5),
+        "many": jax.random.split(jax.random.key(6), 3),
+        "rbg": jax.random.key(7, impl="rbg"),
+    }
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, keys, {})
+        restored, _ = checkpoints.restore(1, abstract_of(keys))
+    for name in ("one", "rbg"):
+        assert jax.random.uniform(restored[name]).item() == jax.random.uniform(keys[name]).item()
+        assert restored[name].dtype == keys[name].dtype
+    np.testing.assert_array_equal(jax.random.key_data(restored["many"]), jax.random.key_data(keys["many"]))
+
+
+def test_numbers_and_numpy_arrays_keep_their_type(tmp_path):
+    state = {"steps": 12, "best": 0.1, "done": True, "order": np.arange(3, dtype=np.int16), "count": jnp.int32(4)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        restored, _ = checkpoints.restore(1, {**state, "steps": 0, "best": 0.0, "done": False})
+    assert (restored["steps"], restored["best"], restored["done"]) == (12, 0.1, True)
+    assert [type(restored[name]) for name in state] == [int, float, bool, np.ndarray, type(state["count"])]
+    assert restored["order"].dtype == np.int16 and restored["order"].tolist() == [0, 1, 2]
+
+
+def test_a_save_under_way_does_not_see_what_happens_to_donated_buffers(tmp_path):
+    @jax.jit
+    def filled(value):
+        return {"kernel": jnp.full((1024, 4096), value)}
+
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
+    for on_mesh in (False, True):
+        state = filled(3.0)
+        if on_mesh:
+            state = jax.device_put(state, jax.NamedSharding(mesh_of(4, 2), jax.P("fsdp", "tensor")))
+        wanted = abstract_of(state)
+        with Checkpoints(tmp_path / str(on_mesh)) as checkpoints:
+            meta = {"seen": [1]}
+            checkpoints.save(1, state, meta)
+            meta["seen"].append(2)
+            for _ in range(3):
+                state = overwrite(state)
+            jax.block_until_ready(state)
+            restored, meta = checkpoints.restore(1, wanted)
+        assert meta == {"seen": [1]}
+        assert bool((restored["kernel"] == 3.0).all())
+        assert bool((state["kernel"] == -1.0).all())
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest_step() is None
+        for step in (1, 5, 9):
+            checkpoints.save(step, {"x": jnp.full(2, step)}, {})
+        assert checkpoints.latest_step() == 9
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["5", "9"]
+    with Checkpoints(tmp_path) as checkpoints:
+        restored, _ = checkpoints.restore(5, {"x": jnp.zeros(2, int)})
+        assert restored["x"].tolist() == [5, 5]
+
+
+def test_a_save_killed_before_its_last_rename_is_never_taken_for_a_finished_one(tmp_path):
+    """The second save dies at the rename that would have finished it, as if by `kill -9`."""
+    program = """
+        import os, sys
+        import jax.numpy as jnp
+        from rlhf_jax.checkpoint import Checkpoints
+
+        def die_at_the_rename(event, args):
+            if event == "os.rename" and str(args[1]).rstrip("/").endswith("/2"):
+                os._exit(9)
+
+        checkpoints = Checkpoints(sys.argv[1])
+        checkpoints.save(1, {"x": jnp.full(4, 1)}, {"step": 1})
+        checkpoints.wait()
+        sys.addaudithook(die_at_the_rename)
+        checkpoints.save(2, {"x": jnp.full(4, 2)}, {"step": 2})
+        checkpoints.wait()
+    """
+    killed = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        timeout=120,
+        check=False,
+    )
+    assert killed.returncode == 9
+    left = [path.name for path in tmp_path.iterdir() if path.name != "1"]
+    assert len(left) == 1 and left[0].startswith("2.")  # all of step 2 but its name
+
+    with Checkpoints(tmp_path, writing=False) as checkpoints:
+        assert checkpoints.latest_step() == 1
+        assert len(list(tmp_path.iterdir())) == 2  # a reader cleans nothing up
+        with pytest.raises(ValueError, match="no checkpoint of step 2 in .*: it has 1"):
+            checkpoints.restore(2, {"x": jnp.zeros(4, int)})
+    with Checkpoints(tmp_path) as checkpoints:
+        restored, meta = checkpoints.restore(1, {"x": jnp.zeros(4, int)})
+        assert restored["x"].tolist() == [1, 1, 1, 1] and meta == {"step": 1}
+        checkpoints.save(2, {"x": jnp.full(4, 22)}, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_a_state_that_does_not_fit_is_refused_with_every_path_named(tmp_path):
+    saved = {"params": {"q/kernel": jnp.zeros((4, 2)), "q/bias": jnp.zeros(2), "k/kernel": jnp.zeros(3)}, "step": 1}
+    wanted = {
+        "params": {"q/kernel": jnp.zeros((4, 3)), "q/bias": jnp.zeros(2, jnp.bfloat16), "v/kernel": jnp.zeros(3)},
+        "step": 0,
+    }
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, saved, {})
+        with pytest.raises(ValueError, match="does not fit this model") as refusal:
+            checkpoints.restore(1, wanted)
+    assert str(refusal.value).splitlines()[1:] == [
+        "  params/k/kernel: only in the checkpoint",
+        "  params/q/bias: float32 [2] in the checkpoint, bfloat16 [2] here",
+        "  params/q/kernel: float32 [4, 2] in the checkpoint, float32 [4, 3] here",
+        "  params/v/kernel: not in the checkpoint",
+    ]
+
+
+def test_a_key_of_another_generator_is_refused(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"key": jax.random.key(0)}, {})
+        with pytest.raises(ValueError, match=r"key: uint32 \[2\] in the checkpoint, uint32 \[4\] here"):
+            checkpoints.restore(1, {"key": jax.random.key(0, impl="rbg")})
+
+
+def test_wrong_use_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="keep is 0"):
+        Checkpoints(tmp_path, keep=0)
+    with pytest.raises(ValueError, match="no checkpoints at .*missing"):
+        Checkpoints(tmp_path / "missing", writing=False)
+    assert not (tmp_path / "missing").exists()
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(ValueError, match="no checkpoint of step 3 in .*: it has none"):
+            checkpoints.restore(3, {"x": jnp.zeros(1)})
+        checkpoints.save(3, {"x": jnp.zeros(1)}, {})
+        with pytest.raises(AssertionError, match="step 3 is not above 3"):
+            checkpoints.save(3, {"x": jnp.zeros(1)}, {})
+        with pytest.raises(AssertionError, match=r"no sharding given for \['x'\]"):
+            checkpoints.restore(3, {"x": jax.ShapeDtypeStruct((1,), jnp.float32)})
+
+
+def test_nothing_is_printed(tmp_path, capfd):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": jnp.zeros(1)}, {})
+        checkpoints.restore(1, {"x": jnp.zeros(1)})
+    printed = capfd.readouterr()
+    assert printed.out == "" and printed.err == ""

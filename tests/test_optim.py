@@ -1,0 +1,139 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlhf_jax.optim import OptimConfig, decays, learning_rate, make_optimizer
+
+
+def rates(config, total, steps):
+    rate = learning_rate(config, total)
+    return [float(rate(step)) for step in steps]
+
+
+def test_cosine_rises_over_the_warmup_and_falls_to_nothing():
+    config = OptimConfig(learning_rate=2.0, schedule="cosine", warmup_steps=4)
+    np.testing.assert_allclose(
+        rates(config, 12, [0, 1, 3, 4, 8, 10, 12, 20]),
+        [0.5, 1.0, 2.0, 2.0, 1.0, 2.0 * 0.146446609, 0.0, 0.0],
+        atol=1e-6,
+    )
+
+
+def test_linear_falls_to_the_share_that_is_to_be_left():
+    config = OptimConfig(learning_rate=1.0, schedule="linear", final_lr_share=0.2)
+    np.testing.assert_allclose(rates(config, 10, [0, 5, 10]), [1.0, 0.6, 0.2], rtol=1e-6)
+
+
+def test_constant_stays_after_the_warmup():
+    config = OptimConfig(learning_rate=3.0, schedule="constant", warmup_steps=2, final_lr_share=0.5)
+    np.testing.assert_allclose(rates(config, 10, [0, 1, 9]), [1.5, 3.0, 3.0])
+
+
+def test_a_run_that_is_all_warmup_ends_at_the_peak():
+    config = OptimConfig(learning_rate=1.0, warmup_steps=4)
+    np.testing.assert_allclose(rates(config, 4, [0, 3]), [0.25, 1.0])
+
+
+def test_the_rate_is_float32_under_jit_for_a_traced_step():
+    rate = jax.jit(learning_rate(OptimConfig(learning_rate=1.0, schedule="linear"), 4))(jnp.int32(1))
+    assert rate.dtype == jnp.float32 and float(rate) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate is 0.0, give a positive number"),
+        ({"schedule": "cosin"}, "schedule is 'cosin', give one of cosine, linear, constant"),
+        ({"warmup_steps": -1}, "warmup_steps is -1"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+        ({"beta1": 1.0}, "beta1 is 1.0"),
+        ({"beta2": -0.5}, "beta2 is -0.5"),
+        ({"eps": 0.0}, "eps is 0.0"),
+        ({"clip_norm": -1.0}, "clip_norm is -1.0"),
+        ({"final_lr_share": 1.5}, "final_lr_share is 1.5"),
+    ],
+)
+def test_nonsense_is_refused_by_name(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        OptimConfig(**{"learning_rate": 1e-3, **wrong})
+
+
+def test_every_wrong_field_is_named_at_once():
+    with pytest.raises(ValueError, match="beta1 .*; eps "):
+        OptimConfig(learning_rate=1e-3, beta1=2.0, eps=-1.0)
+
+
+def test_a_warmup_longer_than_the_run_is_refused():
+    config = OptimConfig(learning_rate=1e-3, warmup_steps=100)
+    with pytest.raises(ValueError, match="warmup_steps is 100, longer than the run of 30 steps"):
+        learning_rate(config, 30)
+    with pytest.raises(ValueError, match="longer than the run"):
+        make_optimizer(config, 30)
+    with pytest.raises(ValueError, match="0 optimizer steps"):
+        learning_rate(config, 0)
+
+
+def test_biases_and_scales_do_not_decay_wherever_they_stand():
+    leaf = jnp.zeros(1)
+    flat = {"layers/attention/q/kernel": leaf, "layers/attention/q/bias": leaf, "final_norm/scale": leaf}
+    plain = {"layers/attention/q/kernel": True, "layers/attention/q/bias": False, "final_norm/scale": False}
+    assert decays(flat) == plain
+    assert decays({"actor": flat}) == {"actor": plain}
+
+
+def test_a_zero_gradient_leaves_only_the_decay():
+    params = {"a/kernel": jnp.full(2, 3.0), "a/bias": jnp.full(2, 3.0)}
+    optimizer = make_optimizer(OptimConfig(learning_rate=0.1, schedule="constant", weight_decay=0.5), 10)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    np.testing.assert_allclose(updates["a/kernel"], [-0.15, -0.15], rtol=1e-6)
+    np.testing.assert_array_equal(updates["a/bias"], [0.0, 0.0])
+
+
+@pytest.mark.parity
+def test_three_steps_equal_torch_adamw_with_its_clip_and_its_groups():
+    import torch
+
+    rng = np.random.default_rng(0)
+    start = {"a/kernel": rng.normal(size=(3, 2)), "a/bias": rng.normal(size=2)}
+    gradients = [{path: 4 * rng.normal(size=x.shape) for path, x in start.items()} for _ in range(3)]
+    gradients[1] = {path: 0.01 * x for path, x in gradients[1].items()}  # one that the clip leaves alone
+
+    config = OptimConfig(learning_rate=0.01, schedule="linear", warmup_steps=1, weight_decay=0.1)
+    optimizer = make_optimizer(config, 4)
+    params = {path: jnp.asarray(x, jnp.float32) for path, x in start.items()}
+    state = optimizer.init(params)
+    for gradient in gradients:
+        gradient = {path: jnp.asarray(x, jnp.float32) for path, x in gradient.items()}
+        updates, state = optimizer.update(gradient, state, params)
+        params = {path: params[path] + updates[path] for path in params}
+
+    theirs = {path: torch.nn.Parameter(torch.tensor(x)) for path, x in start.items()}
+    groups = [
+        {"params": [theirs["a/kernel"]], "weight_decay": 0.1},
+        {"params": [theirs["a/bias"]], "weight_decay": 0.0},
+    ]
+    reference = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), eps=1e-8)
+    for gradient, rate in zip(gradients, [0.01, 0.01, 0.01 * 2 / 3], strict=True):
+        for path, parameter in theirs.items():
+            parameter.grad = torch.tensor(gradient[path])
+        torch.nn.utils.clip_grad_norm_(list(theirs.values()), 1.0)
+        for group in reference.param_groups:
+            group["lr"] = rate
+        reference.step()
+    for path, parameter in theirs.items():
+        np.testing.assert_allclose(params[path], parameter.detach().numpy(), rtol=2e-6, atol=2e-6)
+
+
+def running_mean_after(config, gradient):
+    """Adam hides the size of a gradient in its updates, not in its running mean, (1 - beta1) g."""
+    params = {"kernel": jnp.zeros(1)}
+    optimizer = make_optimizer(config, 5)
+    _, state = optimizer.update({"kernel": jnp.full(1, gradient)}, optimizer.init(params), params)
+    return optax.tree.get(state, "mu")["kernel"].item()
+
+
+def test_a_gradient_of_norm_50_is_clipped_to_1_unless_the_clip_is_off():
+    assert running_mean_after(OptimConfig(learning_rate=1.0), 50.0) == pytest.approx(0.1)
+    assert running_mean_after(OptimConfig(learning_rate=1.0, clip_norm=0.0), 50.0) == pytest.approx(5.0)

@@ -1,0 +1,75 @@
+"""The splits: by prompt alone, disjoint, in the shares that were asked for."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_jax.data.splits import STAGES, is_held_out, parse_shares, prompt_key, stage_of
+
+KEYS = [prompt_key((("user", f"question {i}"),)) for i in range(10_000)]
+
+
+def test_the_key_of_a_prompt_is_the_same_in_every_version_of_the_package():
+    assert prompt_key((("user", "Hello"),)).hex() == "49259f1a81e1f3dadfe72df3359b146d"
+
+
+def test_the_key_overlooks_white_space_and_nothing_else():
+    turns = (("user", "a b"), ("assistant", "c"), ("user", "d"))
+    assert prompt_key(turns) == prompt_key((("user", " a\n\nb "), ("assistant", "c"), ("user", "d")))
+    others = [
+        (("user", "a B"), ("assistant", "c"), ("user", "d")),
+        (("user", "a b"), ("user", "c"), ("user", "d")),
+        (("user", "a b c"), ("user", "d")),
+        (("user", "ab"), ("assistant", "c"), ("user", "d")),
+    ]
+    assert len({prompt_key(other) for other in [turns, *others]}) == 5
+
+
+def test_ten_thousand_prompts_fall_to_the_stages_as_2_4_4():
+    stages = [stage_of(key, (2, 4, 4)) for key in KEYS]
+    # Three standard deviations of a binomial count here are 120 and 147.
+    assert [stages.count(stage) for stage in STAGES] == pytest.approx([2000, 4000, 4000], abs=147)
+
+
+def test_being_held_out_says_nothing_about_the_stage():
+    held_out = [key for key in KEYS if is_held_out(key, 0.1)]
+    assert len(held_out) == pytest.approx(1000, abs=90)
+    stages = [stage_of(key, (1, 1, 1)) for key in held_out]
+    assert [stages.count(stage) for stage in STAGES] == pytest.approx([333] * 3, abs=50)
+
+
+def test_a_larger_held_out_share_keeps_what_the_smaller_one_held_out():
+    assert {key for key in KEYS if is_held_out(key, 0.05)} < {key for key in KEYS if is_held_out(key, 0.1)}
+    assert not any(is_held_out(key, 0.0) for key in KEYS)
+
+
+SHARES = st.tuples(*[st.integers(0, 1000)] * 3).filter(any)
+
+
+@given(st.binary(min_size=16, max_size=16), SHARES)
+def test_every_prompt_has_one_stage_and_never_one_of_share_zero(key, shares):
+    assert shares[STAGES.index(stage_of(key, shares))] > 0
+
+
+@given(SHARES, st.integers(1, 9))
+def test_the_unit_of_the_shares_does_not_matter(shares, factor):
+    scaled = [share * factor for share in shares]
+    assert all(stage_of(key, shares) == stage_of(key, scaled) for key in KEYS[:50])
+
+
+def test_the_extreme_hashes_are_inside():
+    assert stage_of(b"\xff" * 16, (1, 1, 1)) == "ppo"
+    assert stage_of(b"\xff" * 16, (1, 0, 0)) == "sft"
+    assert stage_of(b"\x00" * 16, (0, 0, 1)) == "ppo"
+    assert not is_held_out(b"\xff" * 16, 0.999999)
+
+
+def test_shares_are_read_as_numbers():
+    assert parse_shares("2,4,4") == (2.0, 4.0, 4.0)
+    assert parse_shares(" 0.5, 0, 1e1 ") == (0.5, 0.0, 10.0)
+
+
+@pytest.mark.parametrize("split", ["", "2,4", "2,4,4,1", "a,b,c", "1,-1,1", "0,0,0", "nan,1,1", "inf,1,1", "2;4;4"])
+def test_a_split_that_is_no_three_shares_is_refused(split):
+    with pytest.raises(ValueError, match="three shares as in '2,4,4'"):
+        parse_shares(split)

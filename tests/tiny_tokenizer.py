@@ -1,0 +1,42 @@
+"""Small byte-level BPE tokenizers, trained in milliseconds, in the manners of real families."""
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+CORPUS = [
+    "Human: What is the capital of France?\n\nAssistant: The capital of France is Paris. Anything else?",
+    "Human: Please add 3 and 4.\n\nAssistant: Sure! 3 + 4 = 7. Have a nice day!",
+]
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def gpt2_like(**options) -> PreTrainedTokenizerFast:
+    """Puts nothing before a text; <s> is 0, </s> is 1, <|im_start|> is 2, <|im_end|> is 3."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    control = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=360, special_tokens=control, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(CORPUS, trainer)
+    options = {"bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": control[2:], **options}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+
+
+def opt_like(**options) -> PreTrainedTokenizerFast:
+    """Puts </s> before a text, which is BOS and EOS at once."""
+    tokenizer = gpt2_like(bos_token="</s>", **options)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", 1)]
+    )
+    return tokenizer
+
+
+def chatml_like(**options) -> PreTrainedTokenizerFast:
+    """Has a chat template of its own, whose end of turn <|im_end|> is not the EOS </s>."""
+    return gpt2_like(chat_template=CHATML, **options)

@@ -1,8 +1,8 @@
 """From a pretrained language model to an assistant by human feedback: SFT, reward model and PPO in JAX."""
 
 from rlhf_jax import objectives
+from rlhf_jax.engine import sample_answers as generate
 from rlhf_jax.generate import Rollout, SampleConfig
-from rlhf_jax.library import generate
 from rlhf_jax.models.pretrained import (
     Pretrained,
     apply,

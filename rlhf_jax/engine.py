@@ -10,6 +10,7 @@ B rollouts, P prompt positions, N answer tokens, S = P + N.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from rlhf_jax.models.cached import Weights, for_decoding
 from rlhf_jax.models.decoder import NO_LORA, DecoderConfig, abstract_params, bind, head_kernel
 from rlhf_jax.models.layers import roll_rows
 from rlhf_jax.models.lora import LoraConfig, merge
+from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.objectives.logprobs import token_logprobs, token_logprobs_and_entropy
 from rlhf_jax.train_step import Params, TrainState, make_update
 from rlhf_jax.trees import record
@@ -134,12 +136,14 @@ def scalar(params: Params, hidden: jax.Array) -> jax.Array:
     return (hidden.astype(jnp.float32) @ params["score/kernel"].astype(jnp.float32))[..., 0]
 
 
+@functools.lru_cache
 def make_publish(role: Role, mesh: Mesh, dtype: jnp.dtype) -> Callable[[Params], Weights]:
     """Compile (parameters and adapters, by TRAIN) -> generation weights, by GENERATE: merge, cast, gather, lay out."""
     layout = Layout(mesh, GENERATE)
     return jax.jit(lambda params: for_decoding(role.config, merge(params, role.lora), layout, dtype))
 
 
+@functools.lru_cache
 def make_generate(
     config: DecoderConfig, sample: SampleConfig, eos_ids: tuple[int, ...], mesh: Mesh, dtype: jnp.dtype
 ) -> Callable[[Weights, np.ndarray, np.ndarray, jax.Array], Rollout]:
@@ -166,12 +170,53 @@ def make_generate(
         rows, width = prompts.shape
         wanted = bucket(int(sizes.max()))
         more = -rows % layout.shards("batch")
-        cut = [np.pad(x[:, max(0, width - wanted) :], ((0, more), (max(0, wanted - width), 0))) for x in (prompts, prompt_mask)]
+        cut = [
+            np.pad(x[:, max(0, width - wanted) :], ((0, more), (max(0, wanted - width), 0)))
+            for x in (prompts, prompt_mask)
+        ]
         cut[1][rows:, -1] = True  # a row that fills up the batch has one token, or its softmax would have nothing
         rollout = program(weights, *layout.put_batch(tuple(cut)), key)
         return rollout if not more else jax.tree.map(lambda leaf: leaf[:rows], rollout)
 
     return run
+
+
+def sample_answers(
+    model: Pretrained, input_ids: np.ndarray, attention_mask: np.ndarray, sample: SampleConfig, key: jax.Array
+) -> Rollout:
+    """Answer prompts by a language model, in the dtype of its parameters.
+
+    Args:
+        input_ids, attention_mask: [B, P] int and int or bool; padding may lie on either side.
+        key: from jax.random.key; the same key gives the same answers on any number of devices.
+    Returns:
+        Rollout with .tokens [B, N] int32, .mask [B, N] bool, true up to and including EOS, .logprobs [B, N] float32.
+    Raises:
+        ValueError: a scalar head, an empty prompt, no EOS known, or more positions than the model has.
+    """
+    if model.config.scalar_head:
+        raise ValueError("this model has a scalar head and cannot generate: load it with from_pretrained")
+    tokens, mask = np.asarray(input_ids, np.int32), np.asarray(attention_mask, bool)
+    order = np.argsort(mask, axis=1, kind="stable")  # padding to the left, real tokens in their order
+    tokens, mask = (np.take_along_axis(x, order, axis=1) for x in (tokens, mask))
+    dtype, mesh = model.params["embed/tokens"].dtype, model.layout.mesh
+    weights = make_publish(Role(model.config), mesh, dtype)(model.params)
+    return make_generate(model.config, sample, eos_ids(model), mesh, dtype)(weights, tokens, mask, key)
+
+
+def eos_ids(model: Pretrained) -> tuple[int, ...]:
+    """Every token that ends an answer: the tokenizer's EOS, and what generation_config.json and config.json list.
+
+    Raises:
+        ValueError: nobody names one.
+    """
+    ids = set() if model.tokenizer is None else {model.tokenizer.eos_token_id}
+    for source in (model.generation_config, model.hf_config):
+        named = source.get("eos_token_id")
+        ids |= set(named) if isinstance(named, list) else {named}
+    if not ids - {None}:
+        raise ValueError("the model names no EOS token, so no answer could end: set eos_token_id in its config.json")
+    return tuple(sorted(ids - {None}))
 
 
 def check_positions(config: DecoderConfig, prompt: int, answer: int) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -16,7 +15,7 @@ from rlhf_jax.data import assistant_judge
 from rlhf_jax.data.batches import Batches, pair_rows, prompt_rows
 from rlhf_jax.data.sources import BUILTIN, DataConfig, load_examples
 from rlhf_jax.data.template import prepare_tokenizer
-from rlhf_jax.engine import Role, make_generate, make_publish
+from rlhf_jax.engine import sample_answers
 from rlhf_jax.generate import SampleConfig
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained, reward_from_pretrained, score
 
@@ -67,7 +66,9 @@ def evaluate(run_dir: Path, mesh: Mesh, data: DataConfig, config: EvaluateConfig
             verdicts = zip(asked, texts, ended, strict=True)
             good[stage] = [assistant_judge.judge(e.turns[-1][1], text, end).good for e, text, end in verdicts]
             numbers[f"{stage}_good"] = float(np.mean(good[stage]))
-    numbers["ppo_win_rate"] = float((scores["ppo"] > scores["sft"]).mean() + 0.5 * (scores["ppo"] == scores["sft"]).mean())
+    numbers["ppo_win_rate"] = float(
+        (scores["ppo"] > scores["sft"]).mean() + 0.5 * (scores["ppo"] == scores["sft"]).mean()
+    )
 
     records = [
         {"prompt": example.turns, **{f"{s}_answer": said[s][i] for s in STAGES}}
@@ -105,10 +106,8 @@ def answer(
     model: Pretrained, scorer: Pretrained, prompts, config: EvaluateConfig
 ) -> tuple[list[str], list[bool], np.ndarray, np.ndarray]:
     """Sampled answers to left-padded prompts: (texts, ended by EOS, lengths in tokens, scores)."""
-    weights = make_publish(Role(model.config), model.layout.mesh, jnp.dtype("float32"))(model.params)
-    stop = model.generation_config["eos_token_id"]
-    run = make_generate(model.config, config.sample, tuple(stop), model.layout.mesh, jnp.dtype("float32"))
-    rollout = jax.device_get(run(weights, prompts.tokens, prompts.mask, jax.random.key(config.seed)))
+    key = jax.random.key(config.seed)
+    rollout = jax.device_get(sample_answers(model, prompts.tokens, prompts.mask, config.sample, key))
     texts = [
         model.tokenizer.decode(row[real], skip_special_tokens=True).strip()
         for row, real in zip(rollout.tokens, rollout.mask, strict=True)

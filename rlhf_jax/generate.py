@@ -148,9 +148,7 @@ def generate(
         t, token, done, tokens, mask, logprobs, cache = state
         real = ~done[:, None]
         positions = (prompt_sizes + t - 1)[:, None]
-        hidden, cache = forward(
-            config, weights, token[:, None], real, positions, cache, prompt_length + t - 1, layout
-        )
+        hidden, cache = forward(config, weights, token[:, None], real, positions, cache, prompt_length + t - 1, layout)
         logits = logits_of(config, weights, hidden[:, -1])
         return t + 1, *write(t, logits, done, tokens, mask, logprobs), cache
 

@@ -50,7 +50,9 @@ def state_shardings(state: TrainState, leaves: Mapping[str, Leaf], layout: Layou
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def init_state(trainable: Params, frozen: Params, tx: optax.GradientTransformation, leaves, layout: Layout) -> TrainState:
+def init_state(
+    trainable: Params, frozen: Params, tx: optax.GradientTransformation, leaves, layout: Layout
+) -> TrainState:
     """The state of step 0; the optimizer's moments are born in their shards, the parameters are taken over as they are."""
 
     def init(trainable):

@@ -116,7 +116,9 @@ def test_what_one_source_holds_out_no_other_source_trains(write_jsonl):
 
 
 def test_a_source_without_pairs_is_left_out_of_the_reward_stage_only(write_jsonl):
-    sums = SourceConfig(str(write_jsonl([{"q": f"s{i}", "a": "1"} for i in range(90)], "s.jsonl")), "train", "", "q", "a")
+    sums = SourceConfig(
+        str(write_jsonl([{"q": f"s{i}", "a": "1"} for i in range(90)], "s.jsonl")), "train", "", "q", "a"
+    )
     sums = dataclasses.replace(sums, chosen="", rejected="")
     config = DataConfig(sources=(sums, SourceConfig(str(write_jsonl(pairs(90))))), split="1,1,1", held_out=0.0)
     letters = {stage: {e.turns[0][1][0] for e in load_examples(config, stage, held_out=False)} for stage in STAGES}
@@ -214,10 +216,14 @@ def test_an_unknown_built_in_set_is_refused():
         load_examples(config_of("builtin:assistent"), "sft", held_out=False)
 
 
-@pytest.mark.parametrize("text", ["", "hello", "\n\nHuman: a", "\n\nAssistant: a", "Rules.\n\nHuman: a\n\nAssistant: b"])
+@pytest.mark.parametrize(
+    "text", ["", "hello", "\n\nHuman: a", "\n\nAssistant: a", "Rules.\n\nHuman: a\n\nAssistant: b"]
+)
 def test_what_is_no_transcript_is_refused_with_its_line(write_jsonl, text):
     path = write_jsonl([{"chosen": "\n\nHuman: a\n\nAssistant: b"}, {"chosen": text}])
-    with pytest.raises(ValueError, match=r"line 2, field 'chosen': no transcript: a turn 'Human: \.\.\.' must come first"):
+    with pytest.raises(
+        ValueError, match=r"line 2, field 'chosen': no transcript: a turn 'Human: \.\.\.' must come first"
+    ):
         load_examples(config_of(path, transcript=True), "sft", held_out=False)
 
 
@@ -259,12 +265,10 @@ def test_an_impossible_source_is_refused_when_it_is_made(change):
 @needs_real_data
 def test_every_row_of_hh_rlhf_is_an_example():
     folder = REAL / "hh-rlhf-harmless"
-    config = config_of(
-        folder / "train.jsonl", "0,1,0", transcript=True, eval_path=str(folder / "test.jsonl")
-    )
+    config = config_of(folder / "train.jsonl", "0,1,0", transcript=True, eval_path=str(folder / "test.jsonl"))
     trained, evaluated = (load_examples(config, "reward", held_out=held_out) for held_out in (False, True))
     assert len(evaluated) == 252
-    assert len(trained) == NTRAIN
+    assert len(trained) == 1747
     assert not prompts(trained) & prompts(evaluated)
     for example in trained + evaluated:
         roles = [role for role, _ in example.turns]

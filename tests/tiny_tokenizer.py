@@ -22,7 +22,9 @@ def gpt2_like(**options) -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     control = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=360, special_tokens=control, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=360, special_tokens=control, initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator(CORPUS, trainer)
     options = {"bos_token": "<s>", "eos_token": "</s>", "additional_special_tokens": control[2:], **options}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **options)

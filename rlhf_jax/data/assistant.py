@@ -1,14 +1,14 @@
 """The built-in data: seeded dialogues of a small assistant whose answers a program can judge.
 
 A prompt asks for a small sum, for three numbers in order, for the largest or smallest of three, or for a fact that the
-prompt itself states. A good answer is three sentences, a polite opening, the answer and a polite close, and nothing more:
+prompt itself states. A good answer is three sentences, a polite opening, the answer and a polite close, and no more:
 
     What is 3 + 4?
         Sure! 3 + 4 = 7. Anything else?
-    Ann has the key. Ben has the hat. What does Ben have?
-        Of course! Ben has the hat. Have a nice day!
+    Ann likes tea. Ben likes milk. What does Ben like?
+        Of course! Ben likes milk. Have a nice day!
 
-An answer can have these faults, and every fault has a penalty; the hidden quality of an answer is minus the sum of them:
+An answer can have these faults, each with a penalty; the hidden quality of an answer is minus the sum of them:
 
     opening    2   none, or a rude one          close      2   none, or a rude one
     rambling   2   repeats itself or chatters   no answer  2   evades the question
@@ -33,7 +33,8 @@ PENALTIES = {"opening": 2, "close": 2, "rambling": 2, "no answer": 2, "wrong": 3
 
 NAMES = ("Ann", "Ben", "Eva", "Ida", "Kim", "Leo", "Max", "Mia", "Sam", "Tom")
 THINGS = ("bag", "book", "coin", "cup", "hat", "key", "lamp", "map", "pen", "ring")
-PLACES = ("box", "car", "hall", "room", "shed", "tent", "van", "yard")
+FOODS = ("cake", "corn", "eggs", "fish", "meat", "milk", "rice", "soup", "tea", "wine")
+CITIES = ("Bern", "Bonn", "Graz", "Lima", "Oslo", "Paris", "Riga", "Rome")
 
 OPENINGS = ("Sure!", "Of course!", "Happy to help!")
 RUDE_OPENINGS = ("Ugh.", "Not you again.")
@@ -170,27 +171,28 @@ def _extreme(rng: random.Random) -> Question:
     return Question(prompt, f"The {word} is {pick(numbers)}.", tuple(f"The {word} is {n}." for n in others))
 
 
-def _owner(rng: random.Random) -> Question:
-    names, things = rng.sample(NAMES, 3), rng.sample(THINGS, 3)
-    facts = [f"{name} has the {thing}." for name, thing in zip(names[:2], things[:2], strict=True)]
-    asked = rng.randrange(2)
-    name, thing = names[asked], things[asked]
-    other_name, other_thing = names[1 - asked], things[1 - asked]
+def _person(rng: random.Random) -> Question:
+    name = rng.choice(NAMES)
+    city, other_city, third_city = rng.sample(CITIES, 3)
+    food, other_food, third_food = rng.sample(FOODS, 3)
+    lives, likes = f"{name} lives in {city}.", f"{name} likes {food}."
+    facts = rng.choice((f"{name} lives in {city} and likes {food}.", f"{name} likes {food} and lives in {city}."))
     if rng.random() < 0.5:
-        question, wrong = f"Who has the {thing}?", (f"{other_name} has the {thing}.", f"{names[2]} has the {thing}.")
+        prompt, right = f"{facts} Where does {name} live?", lives
+        wrong = (f"{name} lives in {other_city}.", f"{name} lives in {third_city}.")
     else:
-        question, wrong = f"What does {name} have?", (f"{name} has the {other_thing}.", f"{name} has the {things[2]}.")
-    return Question(" ".join((*facts, question)), f"{name} has the {thing}.", wrong)
+        prompt, right = f"{facts} What does {name} like?", likes
+        wrong = (f"{name} likes {other_food}.", f"{name} likes {third_food}.")
+    return Question(prompt, right, wrong)
 
 
-def _place(rng: random.Random) -> Question:
-    things, places = rng.sample(THINGS, 2), rng.sample(PLACES, 3)
-    facts = [f"The {thing} is in the {place}." for thing, place in zip(things, places[:2], strict=True)]
+def _tastes(rng: random.Random) -> Question:
+    names, foods = rng.sample(NAMES, 2), rng.sample(FOODS, 3)
+    facts = " ".join(f"{name} likes {food}." for name, food in zip(names, foods[:2], strict=True))
     asked = rng.randrange(2)
-    thing = things[asked]
-    prompt = " ".join((*facts, rng.choice((f"Where is the {thing}?", f"Please find the {thing}."))))
-    wrong = tuple(f"The {thing} is in the {place}." for place in (places[1 - asked], places[2]))
-    return Question(prompt, f"The {thing} is in the {places[asked]}.", wrong)
+    name = names[asked]
+    wrong = tuple(f"{name} likes {food}." for food in (foods[1 - asked], foods[2]))
+    return Question(f"{facts} What does {name} like?", f"{name} likes {foods[asked]}.", wrong)
 
 
-QUESTIONS = (_sum, _order, _extreme, _owner, _place)
+QUESTIONS = (_sum, _order, _extreme, _person, _tastes)

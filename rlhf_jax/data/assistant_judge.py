@@ -80,14 +80,21 @@ def _extreme_is_right(prompt: str, claim: str) -> bool:
 
 
 def _fact_is_right(prompt: str, claim: str) -> bool:
-    """A true fact is one that the prompt states; an answer to the question also names what the question names."""
+    """A right claim is a fact that the prompt states, about whom and what the question asks for."""
     *facts, question = (sentence.strip() for sentence in SENTENCE.findall(prompt))
-    subject = re.findall(r"\w+", question.removesuffix(" have?"))[-1]
-    return claim in facts and subject in re.findall(r"\w+", claim)
+    name, verb = re.findall(r"\w+", question)[2:4]
+    values = {(m[1], m[2]): m[3] for fact in facts for m in _FACT.finditer(_with_subjects(fact))}
+    m = _FACT.fullmatch(claim)
+    assert m is not None
+    return m[1] == name and m[2].startswith(verb) and values.get((name, m[2])) == m[3]
 
 
-_OWNED = r"[A-Z]\w+ has the \w+\."
-_PLACED = r"The \w+ is in the \w+\."
+def _with_subjects(fact: str) -> str:
+    """ "Ann likes tea and lives in Rome." -> "Ann likes tea. Ann lives in Rome."""
+    return fact.replace(" and ", f". {fact.split()[0]} ")
+
+
+_FACT = re.compile(r"(\w+) (likes|lives in) (\w+)\.")
 
 TASKS = (
     Task(
@@ -110,13 +117,8 @@ TASKS = (
         _extreme_is_right,
     ),
     Task(
-        re.compile(rf"({_OWNED} )+(Who has the \w+|What does \w+ have)\?"),
-        re.compile(_OWNED),
-        _fact_is_right,
-    ),
-    Task(
-        re.compile(rf"({_PLACED} )+(Where is|Please find) the \w+[?.]"),
-        re.compile(_PLACED),
+        re.compile(r"(\w+ (likes|lives in) \w+( and (likes|lives in) \w+)?\. )+(What|Where) does \w+ (like|live)\?"),
+        _FACT,
         _fact_is_right,
     ),
 )

@@ -45,8 +45,7 @@ def empty_cache(config: DecoderConfig, batch: int, length: int, dtype: jnp.dtype
 
     def zeros() -> tuple[jax.Array, ...]:
         return tuple(
-            layout.constrain(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None)
-            for _ in range(config.num_layers)
+            layout.constrain(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None) for _ in range(config.num_layers)
         )
 
     return Cache(zeros(), zeros(), layout.constrain(jnp.zeros((batch, length), bool), "batch", None))

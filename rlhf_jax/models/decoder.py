@@ -91,7 +91,9 @@ class Norm(nnx.Module):
         self.kind, self.eps = config.norm, config.norm_eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return normalise(x, self.scale[...], None if self.bias is None else self.bias[...], kind=self.kind, eps=self.eps)
+        return normalise(
+            x, self.scale[...], None if self.bias is None else self.bias[...], kind=self.kind, eps=self.eps
+        )
 
 
 class Attention(nnx.Module):

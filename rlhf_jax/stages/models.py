@@ -59,7 +59,9 @@ class ModelConfig:
         return Role(config, self.lora)
 
 
-def load(path: str | Path, settings: ModelConfig, mesh: Mesh, *, scalar_head: bool = False, seed: int = 0) -> Pretrained:
+def load(
+    path: str | Path, settings: ModelConfig, mesh: Mesh, *, scalar_head: bool = False, seed: int = 0
+) -> Pretrained:
     """A model with its tokenizer, split over the mesh as training wants it; `seed` is of a new scalar head.
 
     Raises:
@@ -103,12 +105,3 @@ def with_frozen(state: TrainState, saved: TrainState) -> TrainState:
 
 
 PERSISTENCE = Persistence(without_frozen, with_frozen)
-
-
-def eos_ids(model: Pretrained) -> tuple[int, ...]:
-    """Every token that ends an answer, by the tokenizer and by generation_config.json."""
-    listed = model.generation_config.get("eos_token_id") or []
-    ids = {model.tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
-    if not ids:
-        raise ValueError("the tokenizer has no EOS token, so no answer could end: set tokenizer.eos_token")
-    return tuple(sorted(ids))

@@ -15,13 +15,13 @@ from jax.sharding import Mesh
 from rlhf_jax.data.batches import Batches, prompt_rows
 from rlhf_jax.data.sources import DataConfig, load_examples
 from rlhf_jax.data.template import prepare_tokenizer
-from rlhf_jax.engine import Experience, Models, check_positions, make_engine
+from rlhf_jax.engine import Experience, Models, check_positions, eos_ids, make_engine
 from rlhf_jax.generate import Rollout, SampleConfig
 from rlhf_jax.mesh import check_divides
 from rlhf_jax.objectives import masked, ppo
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
 from rlhf_jax.stages.loop import Persistence, RunConfig, train_loop
-from rlhf_jax.stages.models import ModelConfig, eos_ids, export, load, make_state, with_frozen, without_frozen
+from rlhf_jax.stages.models import ModelConfig, export, load, make_state, with_frozen, without_frozen
 from rlhf_jax.stages.sizes import micro_batches, total_steps
 
 

@@ -40,9 +40,7 @@ def run_reward(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig,
     tokenizer = prepare_tokenizer(pretrained.tokenizer)
     num_micro = micro_batches("reward", config.batch_size, config.micro_batch_size, layout)
 
-    rows, held_out = (
-        pair_rows(load_examples(data, "reward", held_out=h), tokenizer, data) for h in (False, True)
-    )
+    rows, held_out = (pair_rows(load_examples(data, "reward", held_out=h), tokenizer, data) for h in (False, True))
     say_rows("reward", rows, held_out)
     batches = Batches(rows, batch_size=config.batch_size, seed=run.seed)
     measured = held_out_batches(held_out, config.batch_size, config.eval_batches, layout)

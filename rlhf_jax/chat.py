@@ -1,0 +1,148 @@
+"""A conversation in the terminal with an exported model, streamed token by token."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.data.splits import Turns
+from rlhf_jax.data.template import encode_prompt, prepare_tokenizer
+from rlhf_jax.engine import Role, eos_ids, make_publish
+from rlhf_jax.generate import SampleConfig, bucket, check_sample, draw, prefill
+from rlhf_jax.mesh import GENERATE, Layout
+from rlhf_jax.models.cached import Cache, Weights, forward, logits_of
+from rlhf_jax.models.decoder import DecoderConfig
+from rlhf_jax.models.pretrained import Pretrained, from_pretrained
+
+HELP = "/clear forgets the dialogue, /quit leaves"
+
+
+def chat(folder: str, sample: SampleConfig, seed: int) -> None:
+    """Read questions from stdin until /quit or end of file, and print the model's answers as they come."""
+    check_sample(sample)
+    if not (Path(folder) / "config.json").exists() and Path(folder).is_dir():
+        raise ValueError(f"{folder} is no Hugging Face folder (no config.json): name RUN/ppo/export or RUN/sft/export")
+    model = from_pretrained(folder)
+    speaker = Speaker(model, sample)
+    print(f"{folder}: {HELP}", flush=True)
+    turns: Turns = ()
+    key = jax.random.key(seed)
+    for said in questions():
+        if said == "/clear":
+            turns = ()
+            print("(forgotten)", flush=True)
+            continue
+        if said.startswith("/"):
+            print(f"unknown command {said}: {HELP}", flush=True)
+            continue
+        turns = speaker.fitting((*turns, ("user", said)))
+        key, now = jax.random.split(key)
+        answer = ""
+        for piece in speaker.answer(turns, now):
+            print(piece, end="", flush=True)
+            answer += piece
+        print(flush=True)
+        turns = (*turns, ("assistant", answer))
+
+
+def questions() -> Iterator[str]:
+    """What the user types, line by line, until /quit or end of file."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line or line.strip() == "/quit":
+            return
+        if line.strip():
+            yield line.strip()
+
+
+class Speaker:
+    """A published model that answers one conversation at a time; lengths are bucketed, so few are compiled."""
+
+    def __init__(self, model: Pretrained, sample: SampleConfig):
+        self.config, self.sample = model.config, sample
+        self.tokenizer = prepare_tokenizer(model.tokenizer)
+        self.eos = eos_ids(model)
+        self.dtype = model.params["embed/tokens"].dtype
+        self.layout = Layout(model.layout.mesh, GENERATE)
+        self.weights = make_publish(Role(model.config), model.layout.mesh, self.dtype)(model.params)
+        if sample.max_new_tokens >= model.config.max_positions:
+            raise ValueError(
+                f"max_new_tokens={sample.max_new_tokens}: the model has {model.config.max_positions} positions"
+            )
+
+    def fitting(self, turns: Turns) -> Turns:
+        """The dialogue without its oldest exchanges, where all of it does not fit the model's positions; says so."""
+        room, dropped = self.config.max_positions - self.sample.max_new_tokens, 0
+        while len(encode_prompt(self.tokenizer, turns)) > room and len(turns) > 1:
+            turns, dropped = turns[2:], dropped + 1
+        size = len(encode_prompt(self.tokenizer, turns))
+        if size > room:
+            raise ValueError(
+                f"this message has {size} tokens, and with {self.sample.max_new_tokens} for the answer the "
+                f"model has room for {room}: shorten it, or lower --max-new-tokens"
+            )
+        if dropped:
+            print(
+                f"(the oldest {dropped} exchange(s) no longer fit the model's positions and are forgotten)", flush=True
+            )
+        return turns
+
+    def answer(self, turns: Turns, key: jax.Array) -> Iterator[str]:
+        """The answer in pieces, as soon as each is decodable text."""
+        ids = encode_prompt(self.tokenizer, turns)
+        width = bucket(len(ids))
+        tokens = np.zeros((1, width), np.int32)
+        tokens[0, width - len(ids) :] = ids
+        mask = np.arange(width)[None] >= width - len(ids)
+        logits, cache = start(
+            self.config, self.sample.max_new_tokens, self.layout, self.dtype, self.weights, tokens, mask
+        )
+        said: list[int] = []
+        shown = ""
+        for t in range(self.sample.max_new_tokens):
+            token, _ = choose(self.sample, logits, jax.random.fold_in(key, t))
+            said.append(int(token[0]))
+            if said[-1] in self.eos:
+                break
+            text = self.tokenizer.decode(said, skip_special_tokens=True)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character of several bytes
+                yield text[len(shown) :] if shown else text.lstrip()
+                shown = text
+            where = jnp.int32(len(ids) + t), jnp.int32(width + t)
+            logits, cache = advance(self.config, self.layout, self.weights, token, cache, *where)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def start(
+    config: DecoderConfig, new_tokens: int, layout: Layout, dtype, weights: Weights, tokens: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, Cache]:
+    return prefill(config, weights, tokens, mask, new_tokens, layout, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def choose(sample: SampleConfig, logits: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return draw(logits, key, sample)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache")
+def advance(
+    config: DecoderConfig,
+    layout: Layout,
+    weights: Weights,
+    token: jax.Array,
+    cache: Cache,
+    position: jax.Array,
+    index: jax.Array,
+) -> tuple[jax.Array, Cache]:
+    """Logits [1, V] after one more token [1], which stands at `position` of the text and `index` of the cache."""
+    ones = jnp.ones((1, 1), bool)
+    hidden, cache = forward(config, weights, token[:, None], ones, position[None, None], cache, index, layout)
+    return logits_of(config, weights, hidden[:, -1]), cache

@@ -1,10 +1,10 @@
 """One named mesh, and two tables that say what lies where on it.
 
 A parameter names the *logical* axis of each of its dimensions ("vocab", "heads", ...); a `Table` maps those to
-mesh axes. `TRAIN` is ZeRO-3: the dimension that tensor parallelism would split is split over every device, tensor-major,
-and the batch over the same axes in the same order, so gradients are reduce-scattered. `GENERATE` keeps the tensor part
-of that split and replicates over fsdp. Going from one to the other is therefore one all-gather over fsdp, and back is a
-local slice.
+mesh axes. `TRAIN` is ZeRO-3: the dimension that tensor parallelism would split is split over every device,
+tensor-major, and the batch over the same axes in the same order, so gradients are reduce-scattered. `GENERATE` keeps
+the tensor part of that split and replicates over fsdp. Going from one to the other is therefore one all-gather over
+fsdp, and back is a local slice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Program two: micro-batched gradients and one optimizer step, on state that never leaves its shards; laid out by TRAIN."""
+"""Program two: micro-batched gradients and one optimizer step, on state that stays in its shards; laid out by TRAIN."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def state_shardings(state: TrainState, leaves: Mapping[str, Leaf], layout: Layou
 def init_state(
     trainable: Params, frozen: Params, tx: optax.GradientTransformation, leaves, layout: Layout
 ) -> TrainState:
-    """The state of step 0; the optimizer's moments are born in their shards, the parameters are taken over as they are."""
+    """The state of step 0: the optimizer's moments are born in their shards, the parameters taken as they are."""
 
     def init(trainable):
         return TrainState(jnp.int32(0), {}, {}, tx.init(trainable))

@@ -29,7 +29,7 @@ def positions_of(mask: jax.Array) -> jax.Array:
 
 
 def roll_rows(x: jax.Array, shift: jax.Array) -> jax.Array:
-    """Roll row b of [B, T] by shift[b] to the left, around the end: turns left padding of `shift` into right padding."""
+    """Roll row b of [B, T] by shift[b] to the left, around the end: left padding of `shift` becomes right padding."""
     return jnp.take_along_axis(x, (jnp.arange(x.shape[1]) + shift[:, None]) % x.shape[1], axis=1)
 
 

@@ -45,7 +45,7 @@ def token_logprobs(
 def token_logprobs_and_entropy(
     hidden: jax.Array, head: jax.Array, targets: jax.Array, *, chunk: int, num_real: int = 0, temperature: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-    """`from_logits(hidden @ head / temperature, targets)`, `chunk` positions at a time; the backward pass computes logits anew.
+    """`from_logits(hidden @ head / temperature, targets)`, `chunk` positions at a time; backward recomputes the logits.
 
     hidden [B, T, D], head [D, V] (multiplied in the dtype of `hidden`, summed in float32), targets [B, T] int.
     Live at once are the logits of one chunk, [B, chunk, V] float32. `chunk` need not divide T; 0 takes T whole.

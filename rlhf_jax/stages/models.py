@@ -80,7 +80,7 @@ def load(
 
 
 def make_state(model: Pretrained, settings: ModelConfig, tx: optax.GradientTransformation, seed: int) -> TrainState:
-    """The training state of a loaded model: with fresh adapters, where there are to be some, that change nothing yet."""
+    """The training state of a loaded model; adapters, where there are to be some, are fresh and change nothing yet."""
     lora, layout = settings.lora, model.layout
     adapters = init_params(model.config, jax.random.key(seed), layout, lora, only=is_adapter)
     trainable, frozen = partition({**model.params, **adapters}, lambda path: is_trainable(path, lora))

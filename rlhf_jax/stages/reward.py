@@ -33,7 +33,7 @@ class RewardConfig:
 
 
 def run_reward(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, config: RewardConfig) -> None:
-    """Train a scalar head, and what the configuration lets train under it, on preference pairs; leaves RUN/reward/export."""
+    """Train a scalar head, and the model under it, on preference pairs; leaves RUN/reward/export."""
     start = run.export("sft") if model.reward == "sft" else model.reward
     pretrained = load(start, model, mesh, scalar_head=True, seed=run.seed)
     layout, decoder, lora, compute = pretrained.layout, pretrained.config, model.lora, model.compute

@@ -43,7 +43,8 @@ class ModelConfig:
 
     actor: str = "facebook/opt-1.3b"  # Hugging Face folder or hub id; "new": from scratch, as model.new says
     reward: str = "sft"  # what the reward model starts from: a folder or hub id, or "sft": this run's SFT model
-    lora: LoraConfig = LoraConfig()  # adapters of actor, reward model and critic
+    lora: LoraConfig = LoraConfig()  # adapters of the actor
+    reward_lora: LoraConfig = LoraConfig()  # adapters of the reward model, and of the critic that starts from it
     dtype: Dtype = "bfloat16"  # of activations, matrix products, generation weights and cache
     frozen_dtype: Dtype = "float32"  # of weights that do not train; those that do are float32
     export_dtype: Dtype = "float32"  # of the exported folders
@@ -56,7 +57,8 @@ class ModelConfig:
         return Compute(jnp.dtype(self.dtype), self.remat, self.logprob_chunk)
 
     def role(self, config: DecoderConfig) -> Role:
-        return Role(config, self.lora)
+        """The architecture with the adapters that this configuration gives it."""
+        return Role(config, self.reward_lora if config.scalar_head else self.lora)
 
 
 def load(
@@ -67,7 +69,8 @@ def load(
     Raises:
         ValueError: what `from_pretrained` says, no tokenizer, or a tensor axis that does not divide the model.
     """
-    dtype = settings.frozen_dtype if settings.lora.rank else "float32"
+    lora = settings.reward_lora if scalar_head else settings.lora
+    dtype = settings.frozen_dtype if lora.rank else "float32"
     if scalar_head:
         model = reward_from_pretrained(path, mesh=mesh, dtype=dtype, seed=seed)
     else:
@@ -81,7 +84,7 @@ def load(
 
 def make_state(model: Pretrained, settings: ModelConfig, tx: optax.GradientTransformation, seed: int) -> TrainState:
     """The training state of a loaded model; adapters, where there are to be some, are fresh and change nothing yet."""
-    lora, layout = settings.lora, model.layout
+    lora, layout = settings.role(model.config).lora, model.layout
     adapters = init_params(model.config, jax.random.key(seed), layout, lora, only=is_adapter)
     trainable, frozen = partition({**model.params, **adapters}, lambda path: is_trainable(path, lora))
     trainable = {path: leaf.astype(jnp.float32) for path, leaf in trainable.items()}
@@ -92,7 +95,8 @@ def export(model: Pretrained, state: TrainState, settings: ModelConfig, folder: 
     """Write what was trained, adapters merged, as a Hugging Face folder."""
     leaves = abstract_params(model.config)
     shardings = {path: model.layout.sharding(leaf.axes) for path, leaf in leaves.items()}
-    merged = jax.jit(lambda params: merge(params, settings.lora), out_shardings=shardings)(state.params)
+    lora = settings.role(model.config).lora
+    merged = jax.jit(lambda params: merge(params, lora), out_shardings=shardings)(state.params)
     save_pretrained(dataclasses.replace(model, params=merged), folder, dtype=settings.export_dtype, overwrite=True)
 
 

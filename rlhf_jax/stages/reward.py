@@ -36,7 +36,7 @@ def run_reward(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig,
     """Train a scalar head, and the model under it, on preference pairs; leaves RUN/reward/export."""
     start = run.export("sft") if model.reward == "sft" else model.reward
     pretrained = load(start, model, mesh, scalar_head=True, seed=run.seed)
-    layout, decoder, lora, compute = pretrained.layout, pretrained.config, model.lora, model.compute
+    layout, decoder, lora, compute = pretrained.layout, pretrained.config, model.reward_lora, model.compute
     tokenizer = prepare_tokenizer(pretrained.tokenizer)
     num_micro = micro_batches("reward", config.batch_size, config.micro_batch_size, layout)
 

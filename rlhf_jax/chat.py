@@ -108,7 +108,7 @@ class Speaker:
         said: list[int] = []
         shown = ""
         for t in range(self.sample.max_new_tokens):
-            token, _ = choose(self.sample, logits, jax.random.fold_in(key, t))
+            token, _ = choose(self.sample, logits, jax.random.fold_in(key, t)[None])
             said.append(int(token[0]))
             if said[-1] in self.eos:
                 break
@@ -128,8 +128,8 @@ def start(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def choose(sample: SampleConfig, logits: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return draw(logits, key, sample)
+def choose(sample: SampleConfig, logits: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return draw(logits, keys, sample)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache")

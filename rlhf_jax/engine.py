@@ -149,7 +149,7 @@ def make_generate(
 ) -> Callable[[Weights, np.ndarray, np.ndarray, jax.Array], Rollout]:
     """(weights, prompts [B, P], mask [B, P], key) -> Rollout, for left-padded prompts on the host.
 
-    Prompts are cut or padded on the left to a bucket, so that few lengths are compiled; rows are padded to what the
+    Padding that all rows share is cut down to a bucket, so that few lengths are compiled; rows are padded to what the
     mesh divides, and dropped again.
 
     Raises:
@@ -167,15 +167,10 @@ def make_generate(
         if sizes.min() == 0:
             raise ValueError(f"row {int(sizes.argmin())} of the prompts is empty: give it at least one token")
         check_positions(config, int(sizes.max()), sample.max_new_tokens)
-        rows, width = prompts.shape
-        wanted = bucket(int(sizes.max()))
-        more = -rows % layout.shards("batch")
-        cut = [
-            np.pad(x[:, max(0, width - wanted) :], ((0, more), (max(0, wanted - width), 0)))
-            for x in (prompts, prompt_mask)
-        ]
-        cut[1][rows:, -1] = True  # a row that fills up the batch has one token, or its softmax would have nothing
-        rollout = program(weights, *layout.put_batch(tuple(cut)), key)
+        rows, more = len(prompts), -len(prompts) % layout.shards("batch")
+        tokens, mask = (np.pad(x[:, -bucket(int(sizes.max())) :], ((0, more), (0, 0))) for x in (prompts, prompt_mask))
+        mask[rows:, -1] = True  # a row that fills up the batch has one token to look at
+        rollout = program(weights, *layout.put_batch((tokens, mask)), key)
         return rollout if not more else jax.tree.map(lambda leaf: leaf[:rows], rollout)
 
     return run
@@ -198,7 +193,8 @@ def sample_answers(
         raise ValueError("this model has a scalar head and cannot generate: load it with from_pretrained")
     tokens, mask = np.asarray(input_ids, np.int32), np.asarray(attention_mask, bool)
     order = np.argsort(mask, axis=1, kind="stable")  # padding to the left, real tokens in their order
-    tokens, mask = (np.take_along_axis(x, order, axis=1) for x in (tokens, mask))
+    more = ((0, 0), (bucket(mask.shape[1]) - mask.shape[1], 0))
+    tokens, mask = (np.pad(np.take_along_axis(x, order, axis=1), more) for x in (tokens, mask))
     dtype, mesh = model.params["embed/tokens"].dtype, model.layout.mesh
     weights = make_publish(Role(model.config), mesh, dtype)(model.params)
     return make_generate(model.config, sample, eos_ids(model), mesh, dtype)(weights, tokens, mask, key)

@@ -78,13 +78,13 @@ def truncated_logits(logits: jax.Array, sample: SampleConfig) -> jax.Array:
     return logits
 
 
-def draw(logits: jax.Array, key: jax.Array, sample: SampleConfig) -> tuple[jax.Array, jax.Array]:
-    """Next tokens [B] int32 and their log-probabilities [B] float32 from [B, V] float32 logits."""
+def draw(logits: jax.Array, keys: jax.Array, sample: SampleConfig) -> tuple[jax.Array, jax.Array]:
+    """Next tokens [B] int32 and their log-probabilities [B] float32 from [B, V] float32 logits and [B] keys."""
     if sample.temperature == 0:
         tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     else:
         logits = truncated_logits(logits, sample)
-        tokens = jax.random.categorical(key, logits).astype(jnp.int32)
+        tokens = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
 
@@ -125,16 +125,18 @@ def generate(
 
     Args:
         prompts, prompt_mask: [B, P], left-padded, at least one real token a row.
-        key: one key for the whole batch; token t is drawn with fold_in(key, t).
+        key: one key for the whole batch; token t of row b is drawn with fold_in(fold_in(key, b), t), so that a row's
+            answer does not depend on how many rows there are.
     """
     batch, prompt_length = prompts.shape
     answer_length = sample.max_new_tokens
     prompt_sizes = prompt_mask.sum(axis=1, dtype=jnp.int32)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     logits, cache = prefill(config, weights, prompts, prompt_mask, answer_length, layout, dtype)
 
     def write(t, logits, done, tokens, mask, logprobs):
         """Draw token t for the rows that are not done, and say who is done now."""
-        token, logprob = draw(logits, jax.random.fold_in(key, t), sample)
+        token, logprob = draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, t), sample)
         tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, t))
         mask = jax.lax.dynamic_update_slice(mask, ~done[:, None], (0, t))
         logprobs = jax.lax.dynamic_update_slice(logprobs, jnp.where(done, 0.0, logprob)[:, None], (0, t))

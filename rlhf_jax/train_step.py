@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from einops import rearrange
 
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.decoder import Leaf
@@ -75,7 +76,7 @@ def make_update(
 
     def split(leaf: jax.Array) -> jax.Array:
         """[B, ...] -> [num_micro, B / num_micro, ...]; strided, so that every device keeps the rows it holds."""
-        parts = leaf.reshape(leaf.shape[0] // num_micro, num_micro, *leaf.shape[1:]).swapaxes(0, 1)
+        parts = rearrange(leaf, "(b n) ... -> n b ...", n=num_micro)
         return layout.constrain(parts, None, "batch", *[None] * (leaf.ndim - 1))
 
     def laid_out(grads: Params) -> Params:

@@ -32,9 +32,9 @@ FAULT_WEIGHTS = {"opening": 3, "close": 3, "rambling": 2, "no answer": 2, "wrong
 PENALTIES = {"opening": 2, "close": 2, "rambling": 2, "no answer": 2, "wrong": 3}
 
 NAMES = ("Ann", "Ben", "Eva", "Ida", "Kim", "Leo", "Max", "Mia", "Sam", "Tom")
-THINGS = ("bag", "book", "coin", "cup", "hat", "key", "lamp", "map", "pen", "ring")
-FOODS = ("cake", "corn", "eggs", "fish", "meat", "milk", "rice", "soup", "tea", "wine")
-CITIES = ("Bern", "Bonn", "Graz", "Lima", "Oslo", "Paris", "Riga", "Rome")
+THINGS = ("bag", "book", "coin", "cup", "hat", "key", "lamp", "pen")
+FOODS = ("cake", "corn", "fish", "milk", "rice", "soup", "tea", "wine")
+CITIES = ("Bern", "Bonn", "Lima", "Oslo", "Riga", "Rome")
 
 OPENINGS = ("Sure!", "Of course!", "Happy to help!")
 RUDE_OPENINGS = ("Ugh.", "Not you again.")

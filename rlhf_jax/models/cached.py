@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import chex
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.decoder import DecoderConfig, abstract_params, head_kernel
@@ -61,16 +63,15 @@ def for_decoding(config: DecoderConfig, params: Mapping[str, jax.Array], layout:
     for path, leaf in abstract_params(config).items():
         cast = params[path] if "norm/" in path else params[path].astype(dtype)
         gathered[path] = layout.constrain(cast, *leaf.axes)
-    kv, head, hidden = config.num_kv_heads, config.head_dim, config.hidden_size
 
-    def heads(name: str, kind: str, lead: tuple[int, ...]) -> jax.Array:  # -> [L, (D,) K, heads per KV head, d]
+    def heads(name: str, kind: str) -> jax.Array:  # -> [L, (D,) K, heads per KV head, d]
         leaf = gathered[f"layers/attention/{name}/{kind}"]
-        return leaf.reshape(config.num_layers, *lead, kv, leaf.shape[-1] // (kv * head), head)
+        return rearrange(leaf, "... (k g d) -> ... k g d", k=config.num_kv_heads, d=config.head_dim)
 
     stacked = {}
-    for kind, lead in (("kernel", (hidden,)), ("bias", ())):
+    for kind in ("kernel", "bias"):
         if kind == "kernel" or config.attention_bias:
-            stacked[f"qkv/{kind}"] = jnp.concatenate([heads(name, kind, lead) for name in "qkv"], axis=-2)
+            stacked[f"qkv/{kind}"] = jnp.concatenate([heads(name, kind) for name in "qkv"], axis=-2)
         if kind == "kernel" or config.mlp_bias:
             names = ("gate", "up") if config.gated_mlp else ("up",)
             stacked[f"gate_up/{kind}"] = jnp.stack([gathered[f"layers/mlp/{name}/{kind}"] for name in names], axis=-2)
@@ -108,7 +109,8 @@ def forward(
         ([B, T, E] in the cache's dtype, the cache with the new tokens in it)
     """
     c, dtype = config, cache.keys[0].dtype
-    batch, length = tokens.shape
+    chex.assert_equal_shape((tokens, mask, positions))
+    length = tokens.shape[1]
     is_prefill = length > 1
     assert not is_prefill or index == 0, "several tokens at once are a prefill, at the head of the cache"
     visible = jax.lax.dynamic_update_slice(cache.visible, mask, (0, index))
@@ -130,11 +132,11 @@ def forward(
         q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
         if c.rope_theta:
             q, k = rotate(q, positions, c.rope_theta), rotate(k, positions, c.rope_theta)
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        k, v = (rearrange(y, "b t k d -> b k t d") for y in (k, v))
         keys = jax.lax.dynamic_update_slice(cache.keys[i], k, (0, 0, index, 0))
         values = jax.lax.dynamic_update_slice(cache.values[i], v, (0, 0, index, 0))
         y = attend(q, k, v, looks_at) if is_prefill else attend(q, keys, values, looks_at)
-        y = layout.constrain(y.reshape(batch, length, -1), "batch", None, "heads")
+        y = layout.constrain(rearrange(y, "b t k g d -> b t (k g d)"), "batch", None, "heads")
         return biased(y @ weights[f"{name}/o/kernel"].astype(dtype), f"{name}/o"), keys, values
 
     def mlp(x, name):

@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 from rlhf_jax.mesh import Layout
@@ -110,12 +112,12 @@ class Attention(nnx.Module):
         """x [B, T, D], positions [B, T], mask [B, T, T] -> [B, T, D]."""
         c = self.config
         q, k, v = pin(self.q(x)), pin(self.k(x)), pin(self.v(x))
-        q = q.reshape(*x.shape[:2], c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
-        k, v = (y.reshape(*x.shape[:2], c.num_kv_heads, c.head_dim) for y in (k, v))
+        q = rearrange(q, "b t (k g d) -> b t k g d", k=c.num_kv_heads, d=c.head_dim)
+        k, v = (rearrange(y, "b t (k d) -> b t k d", d=c.head_dim) for y in (k, v))
         if c.rope_theta:
             q, k = rotate(q, positions, c.rope_theta), rotate(k, positions, c.rope_theta)
-        y = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
-        return pin(self.o(pin(y.reshape(*x.shape[:2], -1))))
+        k, v = (rearrange(y, "b t k d -> b k t d") for y in (k, v))
+        return pin(self.o(pin(rearrange(attend(q, k, v, mask), "b t k g d -> b t (k g d)"))))
 
 
 class Mlp(nnx.Module):
@@ -195,6 +197,7 @@ class Decoder(nnx.Module):
             x = self.project_in(x)
         if not self.config.rope_theta:
             x = x + jnp.take(self.embed.positions[...], positions + POSITION_OFFSET, axis=0).astype(dtype)
+        chex.assert_equal_shape((tokens, mask))
         causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
         visible = causal & mask[:, None, :]
         graph, layers = nnx.split(self.layers)

@@ -107,8 +107,12 @@ def train_loop(
             metrics.write(step, held_out)
             metrics.say(f"{stage} {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in held_out.items()))
 
-    folder = run.folder(stage)
-    with Checkpoints(folder / "checkpoints") as checkpoints:
+    def log(step: int, stats: Mapping[str, Any]) -> None:
+        if step == total_steps or step % run.log_every == 0:
+            metrics.write(step, stats)
+        metrics.advance(step, {name: stats[name] for name in headline})
+
+    with Checkpoints(run.folder(stage) / "checkpoints") as checkpoints:
         start = checkpoints.latest_step() or 0
         if start:
             saved, _ = checkpoints.restore(start, persistence.take(state))
@@ -118,15 +122,22 @@ def train_loop(
                 metrics.say(f"{stage}: resumed at step {start} of {total_steps}")
             else:
                 measure(0)
+            late: tuple[int, Mapping[str, Any]] | None = None
             for step in range(start, total_steps):
                 state, stats = step_fn(state, step)
                 done = step + 1
                 is_last = done == total_steps
-                if is_last or done % run.log_every == 0:
-                    metrics.write(done, stats)
-                metrics.advance(done, {name: stats[name] for name in headline})
-                if is_last or (eval_every and done % eval_every == 0):
+                is_measured = is_last or (eval_every > 0 and done % eval_every == 0)
+                is_saved = is_last or done % run.save_every == 0
+                # A step's metrics are read one step later, so that the host never waits for what it has just started.
+                if late:
+                    log(*late)
+                late = (done, stats)
+                if is_measured or is_saved:
+                    log(*late)
+                    late = None
+                if is_measured:
                     measure(done)
-                if is_last or done % run.save_every == 0:
+                if is_saved:
                     checkpoints.save(done, persistence.take(state), {"stage": stage})
     return state

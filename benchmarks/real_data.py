@@ -44,7 +44,9 @@ def make_base() -> None:
     torch.manual_seed(0)
     sizes = dict(hidden_size=320, ffn_dim=1280, num_hidden_layers=6, num_attention_heads=8, word_embed_proj_dim=320)
     ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
-    model = OPTForCausalLM(OPTConfig(vocab_size=len(tokenizer), max_position_embeddings=512, **sizes, **ids))
+    model = OPTForCausalLM(
+        OPTConfig(vocab_size=len(tokenizer), max_position_embeddings=512, init_std=0.08, **sizes, **ids)
+    )
     model.save_pretrained(BASE)
     tokenizer.save_pretrained(BASE)
     print(f"{BASE}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters")
@@ -92,9 +94,7 @@ def parity() -> dict[str, float]:
     sample = rlhf_jax.SampleConfig(max_new_tokens=48, temperature=0.0)
     rollout = rlhf_jax.generate(ours, ids, mask, sample, jax.random.key(0))
     tokens, kept = np.asarray(rollout.tokens), np.asarray(rollout.mask)
-    same = [
-        bool((tokens[i][kept[i]] == answers[i][: kept[i].sum()]).all()) for i in range(len(prompts))
-    ]
+    same = [bool((tokens[i][kept[i]] == answers[i][: kept[i].sum()]).all()) for i in range(len(prompts))]
     assert error < 2e-4, error
     assert all(same), same
     return {"logits_relative_error": error, "greedy_answers_identical": float(np.mean(same))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Iterator
@@ -31,6 +32,12 @@ def chat(folder: str, sample: SampleConfig, seed: int) -> None:
     model = from_pretrained(folder)
     speaker = Speaker(model, sample)
     print(f"{folder}: {HELP}", flush=True)
+    if speaker.sample != sample:
+        print(
+            f"(the model has {model.config.max_positions} positions: answers are cut at "
+            f"{speaker.sample.max_new_tokens} tokens, the rest is for the dialogue)",
+            flush=True,
+        )
     turns: Turns = ()
     key = jax.random.key(seed)
     for said in questions():
@@ -41,12 +48,19 @@ def chat(folder: str, sample: SampleConfig, seed: int) -> None:
         if said.startswith("/"):
             print(f"unknown command {said}: {HELP}", flush=True)
             continue
-        turns = speaker.fitting((*turns, ("user", said)))
+        try:
+            turns = speaker.fitting((*turns, ("user", said)))
+        except ValueError as error:  # this message is to blame, not the conversation
+            print(f"({error})", flush=True)
+            continue
         key, now = jax.random.split(key)
         answer = ""
-        for piece in speaker.answer(turns, now):
-            print(piece, end="", flush=True)
-            answer += piece
+        try:
+            for piece in speaker.answer(turns, now):
+                print(piece, end="", flush=True)
+                answer += piece
+        except KeyboardInterrupt:
+            print(" (stopped)", end="")
         print(flush=True)
         turns = (*turns, ("assistant", answer))
 
@@ -60,23 +74,25 @@ def questions() -> Iterator[str]:
         if not line or line.strip() == "/quit":
             return
         if line.strip():
-            yield line.strip()
+            # A terminal that is not UTF-8 gives surrogates, which no tokenizer takes.
+            yield line.strip().encode("utf-8", "replace").decode()
 
 
 class Speaker:
     """A published model that answers one conversation at a time; lengths are bucketed, so few are compiled."""
 
     def __init__(self, model: Pretrained, sample: SampleConfig):
-        self.config, self.sample = model.config, sample
+        """ValueError for a model without a tokenizer or EOS; answers are cut where the model's positions are few."""
+        if model.tokenizer is None:
+            raise ValueError("the folder has no tokenizer: save one into it (tokenizer.save_pretrained)")
+        # At least half of the positions are for the dialogue.
+        longest = max(1, min(sample.max_new_tokens, model.config.max_positions // 2))
+        self.config, self.sample = model.config, dataclasses.replace(sample, max_new_tokens=longest)
         self.tokenizer = prepare_tokenizer(model.tokenizer)
         self.eos = eos_ids(model)
         self.dtype = model.params["embed/tokens"].dtype
         self.layout = Layout(model.layout.mesh, GENERATE)
         self.weights = make_publish(Role(model.config), model.layout.mesh, self.dtype)(model.params)
-        if sample.max_new_tokens >= model.config.max_positions:
-            raise ValueError(
-                f"max_new_tokens={sample.max_new_tokens}: the model has {model.config.max_positions} positions"
-            )
 
     def fitting(self, turns: Turns) -> Turns:
         """The dialogue without its oldest exchanges, where all of it does not fit the model's positions; says so."""
@@ -112,9 +128,9 @@ class Speaker:
             said.append(int(token[0]))
             if said[-1] in self.eos:
                 break
-            text = self.tokenizer.decode(said, skip_special_tokens=True)
+            text = self.tokenizer.decode(said, skip_special_tokens=True).lstrip()
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character of several bytes
-                yield text[len(shown) :] if shown else text.lstrip()
+                yield text[len(shown) :]
                 shown = text
             where = jnp.int32(len(ids) + t), jnp.int32(width + t)
             logits, cache = advance(self.config, self.layout, self.weights, token, cache, *where)

@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of it, section.key=value")
     command = add("chat", "talk to an exported model in the terminal; /clear forgets the dialogue, /quit leaves")
     command.add_argument("folder", metavar="FOLDER", help="a Hugging Face folder, for example RUN/ppo/export")
-    command.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens (default: 256)")
+    longest = "longest answer, in tokens (default: 256; never more than half of the model's positions)"
+    command.add_argument("--max-new-tokens", type=int, default=256, help=longest)
     command.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1.0)")
     command.add_argument("--top-p", type=float, default=1.0, help="nucleus to draw from (default: 1.0, everything)")
     command.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
@@ -49,11 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_chat(args)
         else:
             run_config(args.command, args.config, args.overrides)
-    except (ValueError, FloatingPointError) as error:
-        print(f"rlhf-jax: {error}", file=sys.stderr)
+    except (ValueError, FloatingPointError, OSError) as error:
+        print(f"rlhf-jax: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("rlhf-jax: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        resumes = args.command == "train" or args.command in STAGES
+        hint = "; the same command goes on from the last checkpoint" if resumes else ""
+        print(f"rlhf-jax: interrupted{hint}", file=sys.stderr)
         return 130
     return 0
 
@@ -65,12 +68,13 @@ def run_config(command: str, path: str, overrides: Sequence[str]) -> None:
     from rlhf_jax.evaluate import evaluate
     from rlhf_jax.mesh import make_mesh
     from rlhf_jax.recipe import Recipe
-    from rlhf_jax.stages.loop import open_run
+    from rlhf_jax.stages.loop import open_run, same_data
     from rlhf_jax.stages.pipeline import train
 
     recipe = load(path, overrides, Recipe)
     mesh = make_mesh(recipe.mesh)
     if command == "evaluate":
+        same_data(recipe.run, dump(recipe))
         evaluate(Path(recipe.run.dir), mesh, recipe.data, recipe.evaluate)
         return
     open_run(recipe.run, dump(recipe))

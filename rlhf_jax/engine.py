@@ -168,9 +168,9 @@ def make_generate(
             raise ValueError(f"row {int(sizes.argmin())} of the prompts is empty: give it at least one token")
         check_positions(config, int(sizes.max()), sample.max_new_tokens)
         rows, more = len(prompts), -len(prompts) % layout.shards("batch")
-        tokens, mask = (np.pad(x[:, -bucket(int(sizes.max())) :], ((0, more), (0, 0))) for x in (prompts, prompt_mask))
-        mask[rows:, -1] = True  # a row that fills up the batch has one token to look at
-        rollout = program(weights, *layout.put_batch((tokens, mask)), key)
+        cut = tuple(x[:, -bucket(int(sizes.max())) :] for x in (prompts, prompt_mask))
+        filled = tuple(np.pad(x, ((0, more), (0, 0)), mode="edge") for x in cut)
+        rollout = program(weights, *layout.put_batch(filled), key)
         return rollout if not more else jax.tree.map(lambda leaf: leaf[:rows], rollout)
 
     return run

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from rlhf_jax.data import assistant_judge
 from rlhf_jax.data.batches import Batches, pair_rows, prompt_rows
-from rlhf_jax.data.sources import BUILTIN, DataConfig, load_examples
+from rlhf_jax.data.sources import BUILTIN, DataConfig, Example, load_examples
+from rlhf_jax.data.splits import Stage
 from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.engine import sample_answers
 from rlhf_jax.generate import SampleConfig
@@ -49,7 +50,7 @@ def evaluate(run_dir: Path, mesh: Mesh, data: DataConfig, config: EvaluateConfig
     numbers = {"reward_accuracy": reward_accuracy(scorer, data, config)}
 
     models = {stage: from_pretrained(folders[stage], mesh=mesh) for stage in STAGES}
-    examples = load_examples(data, "ppo", held_out=True)
+    examples = held_out(data, "ppo")
     rows = prompt_rows(examples, prepare_tokenizer(models["sft"].tokenizer), data)
     count = min(config.prompts, len(rows))
     prompts = Batches(rows, batch_size=count, seed=0, side="left", shuffle=False)[0]
@@ -85,7 +86,7 @@ def evaluate(run_dir: Path, mesh: Mesh, data: DataConfig, config: EvaluateConfig
 
 def reward_accuracy(scorer: Pretrained, data: DataConfig, config: EvaluateConfig) -> float:
     """Share of held-out pairs whose chosen answer has the higher score."""
-    rows = pair_rows(load_examples(data, "reward", held_out=True), prepare_tokenizer(scorer.tokenizer), data)
+    rows = pair_rows(held_out(data, "reward"), prepare_tokenizer(scorer.tokenizer), data)
     count = min(config.pairs, len(rows))
     pairs = Batches(rows, batch_size=count, seed=0, shuffle=False)[0]
     scores = scored(scorer, pairs.tokens.reshape(2 * count, -1), pairs.mask.reshape(2 * count, -1), config.batch_size)
@@ -93,11 +94,20 @@ def reward_accuracy(scorer: Pretrained, data: DataConfig, config: EvaluateConfig
     return float((chosen > rejected).mean())
 
 
+def held_out(data: DataConfig, stage: Stage) -> list[Example]:
+    examples = load_examples(data, stage, held_out=True)
+    if not examples:
+        raise ValueError(f"there are no held-out rows of the {stage} stage: train with data.held_out or an eval_path")
+    return examples
+
+
 def scored(scorer: Pretrained, tokens: np.ndarray, mask: np.ndarray, batch_size: int) -> np.ndarray:
     """[B] scores of [B, T] sequences, `batch_size` at a time; the last batch is filled up, so that one is compiled."""
     more = -len(tokens) % batch_size
     tokens, mask = (np.pad(x, ((0, more), (0, 0)), mode="edge") for x in (tokens, mask))
     starts = range(0, len(tokens), batch_size)
+    real = mask.any(axis=0)  # padding that all rows share counts as positions, of which the model may not have so many
+    tokens, mask = tokens[:, real], mask[:, real]
     parts = [score(scorer, tokens[i : i + batch_size], mask[i : i + batch_size]) for i in starts]
     return np.concatenate([np.asarray(part) for part in parts])[: len(tokens) - more]
 

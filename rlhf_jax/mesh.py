@@ -105,10 +105,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(devices) % fixed or (not free and fixed != len(devices)):
         asked = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+        mend = (
+            f"one of {nearest(fixed, _divisors(len(devices)))}"
+            if free
+            else f"{len(devices)}, or set one of them to -1 to take what is left"
+        )
         raise ValueError(
             f"mesh {asked} does not cover {len(devices)} device(s): the sizes that are not -1 multiply to {fixed}; "
-            f"make them multiply to one of {nearest(fixed, _divisors(len(devices)))}"
-            + ("" if free else ", and set one of them to -1 to take what is left")
+            f"make them multiply to {mend}"
         )
     for axis in free:
         sizes[axis] = len(devices) // fixed
@@ -129,7 +133,7 @@ def nearest(size: int, legal: Sequence[int], count: int = 3) -> str:
 def check_divides(name: str, size: int, parts: int, why: str, legal: Callable[[int], bool] = lambda n: True) -> None:
     """Raise ValueError unless `size` is a positive multiple of `parts`, naming the nearest sizes that are."""
     if size < 1 or size % parts:
-        low = size // parts * parts
+        low = max(size, 0) // parts * parts
         near = [n for n in (low, low + parts) if n > 0 and legal(n)]
         raise ValueError(f"{name}={size} does not divide over {parts} {why}; nearest that do: {near}")
 

@@ -104,7 +104,7 @@ def make_update(
         grads, stats = jax.tree.map(lambda leaf: leaf / jnp.maximum(weight, 1), (grads, stats))
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = laid_out(optax.apply_updates(state.trainable, updates))
-        stats |= {"grad_norm": optax.global_norm(grads)}
+        stats |= {"grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, trainable, state.frozen, opt_state), stats
 
     return jax.jit(update, donate_argnums=0)

@@ -15,10 +15,10 @@ from rlhf_jax.models.new_tokenizer import train_tokenizer
 ROWS = list(dialogues(seed=0, rows=4000))
 
 FIRST_ROW = {
-    "prompt": "Max has the pen. Ann has the map. What does Ann have?",
-    "answer": "Sure! Ann has the map. I hope this helps!",
-    "chosen": "Happy to help! Ann has the map. Anything else?",
-    "rejected": "Happy to help! Ann has the lamp. Anything else?",
+    "prompt": "Sam likes wine and lives in Bern. What does Sam like?",
+    "answer": "Sure! Sam likes wine. I hope this helps!",
+    "chosen": "Sure! Sam likes wine. I hope this helps!",
+    "rejected": "Happy to help! Sam lives in Bern. I hope this helps!",
 }
 
 
@@ -65,17 +65,14 @@ def test_chosen_answer_has_the_strictly_smaller_penalty_by_the_judges_faults():
         assert penalties(row.prompt, row.chosen.text) < penalties(row.prompt, row.rejected.text)
 
 
-def test_a_seventh_or_more_of_the_pairs_differ_in_nothing_but_the_content():
-    def styled_alike(row) -> bool:
-        differing = set(row.chosen.text.split(". ")) ^ set(row.rejected.text.split(". "))
-        return row.rejected.faults == tuple(sorted((*row.chosen.faults, "wrong"))) and len(differing) <= 4
-
-    share = sum(map(styled_alike, ROWS)) / len(ROWS)
-    assert CONTENT_PAIRS - 0.03 < share < CONTENT_PAIRS + 0.06
+def test_a_tenth_of_the_pairs_differ_in_nothing_but_that_one_is_right_and_the_other_wrong():
+    """The pairs that are made so, and those of independent draws that come out so but for their choice of words."""
+    alike = [row.rejected.faults == tuple(sorted((*row.chosen.faults, "wrong"))) for row in ROWS]
+    assert CONTENT_PAIRS < sum(alike) / len(ROWS) < CONTENT_PAIRS + 0.1
 
 
 def test_5_percent_of_the_prompts_are_hundreds_and_answers_are_short():
-    assert len({row.prompt for row in dialogues(0, 12000)}) * 0.05 > 400
+    assert len({row.prompt for row in dialogues(0, 20000)}) * 0.05 > 350
     assert max(len(answer.text) for row in ROWS for answer in (row.chosen, row.rejected)) < 100
 
 
@@ -84,9 +81,10 @@ STORY = "Ann has 3 cups and gets 4 more. How many cups is that?"
 SORT = "Sort 8, 0, 5."
 LARGEST = "Which is the largest: 1, 9 or 4?"
 SMALLEST = "Find the smallest of 6, 2, 7."
-OWNER = "Ann has the key. Ben has the hat. Who has the hat?"
-OWNED = "Ann has the key. Ben has the hat. What does Ann have?"
-PLACE = "The key is in the box. The hat is in the van. Where is the hat?"
+HOME = "Ann lives in Rome and likes tea. Where does Ann live?"
+TASTE = "Ann lives in Rome and likes tea. What does Ann like?"
+COLOUR = "The red hat is in the box. What colour is the hat?"
+PLACE = "In the box is a red hat. Where is the hat?"
 
 
 @pytest.mark.parametrize(
@@ -127,15 +125,19 @@ PLACE = "The key is in the box. The hat is in the van. Where is the hat?"
         (LARGEST, "Sure! The smallest is 9. Anything else?", ("wrong",)),
         (SMALLEST, "Sure! The smallest is 2. Anything else?", ()),
         (SMALLEST, "Sure! The smallest is 0. Anything else?", ("wrong",)),
-        (OWNER, "Sure! Ben has the hat. Anything else?", ()),
-        (OWNER, "Sure! Ann has the hat. Anything else?", ("wrong",)),
-        (OWNER, "Sure! Ann has the key. Anything else?", ("wrong",)),
-        (OWNED, "Sure! Ann has the key. Anything else?", ()),
-        (OWNED, "Sure! Ann has the map. Anything else?", ("wrong",)),
-        (PLACE, "Sure! The hat is in the van. Anything else?", ()),
-        (PLACE, "Sure! The hat is in the box. Anything else?", ("wrong",)),
+        (HOME, "Sure! Ann lives in Rome. Anything else?", ()),
+        (HOME, "Sure! Ann lives in Oslo. Anything else?", ("wrong",)),
+        (HOME, "Sure! Ben lives in Rome. Anything else?", ("wrong",)),
+        (HOME, "Sure! Ann likes tea. Anything else?", ("wrong",)),
+        (TASTE, "Sure! Ann likes tea. Anything else?", ()),
+        (TASTE, "Sure! Ann likes milk. Anything else?", ("wrong",)),
+        (TASTE, "Sure! Ann likes tea and lives in Rome. Anything else?", ("no answer",)),
+        (COLOUR, "Sure! The hat is red. Anything else?", ()),
+        (COLOUR, "Sure! The hat is blue. Anything else?", ("wrong",)),
+        (COLOUR, "Sure! The hat is in the box. Anything else?", ("wrong",)),
+        (PLACE, "Sure! The hat is in the box. Anything else?", ()),
         (PLACE, "Sure! The key is in the box. Anything else?", ("wrong",)),
-        (PLACE, "Sure! The hat is the van. Anything else?", ("no answer",)),
+        (PLACE, "Sure! The hat is the box. Anything else?", ("no answer",)),
     ],
 )
 def test_judge_on_answers_written_by_hand(prompt, response, faults):

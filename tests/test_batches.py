@@ -84,8 +84,15 @@ def test_long_prompts_and_empty_texts_are_dropped_and_counted_by_reason():
 
 
 def test_when_nothing_is_left_the_report_is_the_error():
-    with pytest.raises(ValueError, match="no row of the data is left: 0 rows, 1 dropped: prompt over 40 tokens"):
+    with pytest.raises(
+        ValueError, match=r"is left \(0 rows, 1 dropped: prompt over 40 tokens\): raise data.max_prompt"
+    ):
         prompt_rows([example("x" * 99)], TOKENIZER, CONFIG)
+
+
+def test_no_examples_at_all_are_no_held_out_rows():
+    with pytest.raises(ValueError, match=r"is left \(0 rows\): raise data.held_out or name an eval_path"):
+        pair_rows([], TOKENIZER, CONFIG)
 
 
 def test_a_pair_is_chosen_then_rejected_with_the_loss_on_both_answers():
@@ -163,7 +170,7 @@ def test_epochs_and_seeds_have_different_orders_and_no_shuffle_has_that_of_the_r
 
 
 def test_the_order_is_the_same_under_every_numpy():
-    assert Batches(made_rows([1] * 8), batch_size=8, seed=3).indices(2).tolist() == [0] * 8
+    assert Batches(made_rows([1] * 8), batch_size=8, seed=3).indices(2).tolist() == [3, 7, 4, 0, 1, 6, 2, 5]
 
 
 @given(lengths=LENGTHS, side=st.sampled_from(["left", "right"]), per_row=st.sampled_from([1, 2]))
@@ -205,9 +212,10 @@ def real_config(name: str, stage: str, **source) -> DataConfig:
 def test_hh_rlhf_transcripts_become_pairs_that_read_as_the_file_does():
     config = real_config("hh-rlhf-harmless", "reward", transcript=True)
     examples = load_examples(config, "reward", held_out=True)
-    rows = pair_rows(examples, TOKENIZER, dataclasses.replace(config, max_prompt_length=1000, max_length=2000))
+    rows = pair_rows(examples, TOKENIZER, dataclasses.replace(config, max_prompt_length=4000, max_length=8000))
     assert rows.report == "250 rows, 2 dropped: empty answer"
-    lines = [json.loads(line) for line in open(REAL / "hh-rlhf-harmless" / "test.jsonl", encoding="utf-8")]
+    text = (REAL / "hh-rlhf-harmless" / "test.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.split("\n") if line]
     for i in (0, 100, 249):
         line = lines[rows.examples[i]]
         for j, field in enumerate(("chosen", "rejected")):

@@ -77,7 +77,9 @@ def test_eos_is_added_where_a_template_ends_an_answer_with_no_control_token():
 
 
 def test_a_template_whose_prompt_is_no_beginning_of_the_dialogue_is_refused():
-    template = "{% if add_generation_prompt %}{{ 'Question: ' }}{% endif %}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    template = (
+        "{% if add_generation_prompt %}Question: {% endif %}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
     tokenizer = prepare_tokenizer(gpt2_like(chat_template=template))
     with pytest.raises(
         ValueError, match="encodes a prompt differently once an answer follows it: 'Question: What is.*"
@@ -149,15 +151,18 @@ def test_no_text_is_cut_at_the_longest_length_that_the_tokenizer_claims():
     assert len(encode_response(tokenizer, QUESTION, "yes " * 100)) > 100
 
 
-def test_encoding_needs_no_torch(tmp_path):
+@pytest.mark.parametrize("torch", ["installed", "absent"])
+def test_encoding_neither_needs_torch_nor_imports_it(tmp_path, torch):
     prepare_tokenizer(chatml_like()).save_pretrained(tmp_path)
     code = f"""
 import sys
-from transformers import AutoTokenizer
+if {torch == "absent"}:
+    sys.modules["torch"] = None  # as if it were not installed
+from transformers import PreTrainedTokenizerFast
 from rlhf_jax.data import batches, sources, template
-tokenizer = template.prepare_tokenizer(AutoTokenizer.from_pretrained({str(tmp_path)!r}))
-template.encode_response(tokenizer, (("user", "a </s>"),), "b")
-assert "torch" not in sys.modules
+tokenizer = template.prepare_tokenizer(PreTrainedTokenizerFast.from_pretrained({str(tmp_path)!r}))
+assert template.encode_response(tokenizer, (("user", "a </s>"),), "b")[-1] == 3
+assert sys.modules.get("torch") is None
 assert "datasets" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)

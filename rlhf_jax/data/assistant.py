@@ -5,8 +5,8 @@ prompt itself states. A good answer is three sentences, a polite opening, the an
 
     What is 3 + 4?
         Sure! 3 + 4 = 7. Anything else?
-    Ann likes tea. Ben likes milk. What does Ben like?
-        Of course! Ben likes milk. Have a nice day!
+    Ann lives in Rome and likes tea. What does Ann like?
+        Of course! Ann likes tea. Have a nice day!
 
 An answer can have these faults, each with a penalty; the hidden quality of an answer is minus the sum of them:
 
@@ -27,14 +27,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 GOOD_SHARE = 0.5
-CONTENT_PAIRS = 0.15
+CONTENT_PAIRS = 0.05
 FAULT_WEIGHTS = {"opening": 3, "close": 3, "rambling": 2, "no answer": 2, "wrong": 1}
 PENALTIES = {"opening": 2, "close": 2, "rambling": 2, "no answer": 2, "wrong": 3}
 
-NAMES = ("Ann", "Ben", "Eva", "Ida", "Kim", "Leo", "Max", "Mia", "Sam", "Tom")
+NAMES = ("Ann", "Ben", "Eva", "Kim", "Leo", "Max", "Sam", "Tom")
 THINGS = ("bag", "book", "coin", "cup", "hat", "key", "lamp", "pen")
 FOODS = ("cake", "corn", "fish", "milk", "rice", "soup", "tea", "wine")
 CITIES = ("Bern", "Bonn", "Lima", "Oslo", "Riga", "Rome")
+COLOURS = ("black", "blue", "green", "grey", "red", "white")
+PLACES = ("box", "car", "hall", "room", "shed", "tent")
 
 OPENINGS = ("Sure!", "Of course!", "Happy to help!")
 RUDE_OPENINGS = ("Ugh.", "Not you again.")
@@ -48,7 +50,7 @@ CHATTER = ("I like to talk. I talk a lot.", "Well, you know. Life is long.")
 class Question:
     prompt: str
     right: str  # the sentence that answers it
-    wrong: tuple[str, ...]  # sentences of the same form that are mistaken
+    wrong: tuple[str, ...]  # sentences that answer it falsely, or answer another question
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,9 @@ def _order(rng: random.Random) -> Question:
     prompt = rng.choice((f"Sort {listed}.", f"Please put {listed} in order.", f"What is the order of {listed}?"))
     right = sorted(numbers)
     spare = rng.choice([n for n in range(10) if n not in numbers])
-    swapped = [right[1], right[0], right[2]], [right[0], right[2], right[1]]
-    replaced = [sorted([spare, *(n for n in numbers if n != gone)]) for gone in rng.sample(numbers, 2)]
-    return Question(prompt, _in_order(right), tuple(map(_in_order, (*swapped, *replaced))))
+    swapped = rng.choice(([right[1], right[0], right[2]], [right[0], right[2], right[1]]))
+    replaced = sorted([spare, *rng.sample(numbers, 2)])
+    return Question(prompt, _in_order(right), tuple(map(_in_order, (right[::-1], swapped, replaced))))
 
 
 def _in_order(numbers: Sequence[int]) -> str:
@@ -164,35 +166,45 @@ def _in_order(numbers: Sequence[int]) -> str:
 
 def _extreme(rng: random.Random) -> Question:
     numbers = rng.sample(range(10), 3)
-    word, pick = rng.choice((("largest", max), ("smallest", min)))
+    low, middle, high = sorted(numbers)
+    words = ("largest", high), ("smallest", low)
+    asked = rng.randrange(2)
+    word, right = words[asked]
     a, b, c = numbers
     prompt = rng.choice((f"Which is the {word}: {a}, {b} or {c}?", f"Find the {word} of {a}, {b}, {c}."))
-    others = [n for n in numbers if n != pick(numbers)]
-    return Question(prompt, f"The {word} is {pick(numbers)}.", tuple(f"The {word} is {n}." for n in others))
+    other_word, other = words[1 - asked]
+    wrong = f"The {other_word} is {other}.", f"The {word} is {rng.choice((middle, other))}."
+    return Question(prompt, f"The {word} is {right}.", wrong)
 
 
 def _person(rng: random.Random) -> Question:
-    name = rng.choice(NAMES)
-    city, other_city, third_city = rng.sample(CITIES, 3)
-    food, other_food, third_food = rng.sample(FOODS, 3)
-    lives, likes = f"{name} lives in {city}.", f"{name} likes {food}."
-    facts = rng.choice((f"{name} lives in {city} and likes {food}.", f"{name} likes {food} and lives in {city}."))
+    name, cities, foods = rng.choice(NAMES), rng.sample(CITIES, 2), rng.sample(FOODS, 2)
+    prompt = rng.choice(
+        (
+            f"{name} lives in {cities[0]} and likes {foods[0]}.",
+            f"{name} likes {foods[0]} and lives in {cities[0]}.",
+        )
+    )
+    home, wrong_home = (f"{name} lives in {city}." for city in cities)
+    taste, wrong_taste = (f"{name} likes {food}." for food in foods)
     if rng.random() < 0.5:
-        prompt, right = f"{facts} Where does {name} live?", lives
-        wrong = (f"{name} lives in {other_city}.", f"{name} lives in {third_city}.")
-    else:
-        prompt, right = f"{facts} What does {name} like?", likes
-        wrong = (f"{name} likes {other_food}.", f"{name} likes {third_food}.")
-    return Question(prompt, right, wrong)
+        return Question(f"{prompt} Where does {name} live?", home, (taste, wrong_home))
+    return Question(f"{prompt} What does {name} like?", taste, (home, wrong_taste))
 
 
-def _tastes(rng: random.Random) -> Question:
-    names, foods = rng.sample(NAMES, 2), rng.sample(FOODS, 3)
-    facts = " ".join(f"{name} likes {food}." for name, food in zip(names, foods[:2], strict=True))
-    asked = rng.randrange(2)
-    name = names[asked]
-    wrong = tuple(f"{name} likes {food}." for food in (foods[1 - asked], foods[2]))
-    return Question(f"{facts} What does {name} like?", f"{name} likes {foods[asked]}.", wrong)
+def _thing(rng: random.Random) -> Question:
+    thing, colours, places = rng.choice(THINGS), rng.sample(COLOURS, 2), rng.sample(PLACES, 2)
+    prompt = rng.choice(
+        (
+            f"The {colours[0]} {thing} is in the {places[0]}.",
+            f"In the {places[0]} is a {colours[0]} {thing}.",
+        )
+    )
+    look, wrong_look = (f"The {thing} is {colour}." for colour in colours)
+    where, wrong_where = (f"The {thing} is in the {place}." for place in places)
+    if rng.random() < 0.5:
+        return Question(f"{prompt} What colour is the {thing}?", look, (where, wrong_look))
+    return Question(f"{prompt} Where is the {thing}?", where, (look, wrong_where))
 
 
-QUESTIONS = (_sum, _order, _extreme, _person, _tastes)
+QUESTIONS = (_sum, _order, _extreme, _person, _thing)

@@ -23,11 +23,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Task:
-    """How one kind of prompt is recognised, how its answers read, and what the right one is."""
+    """How one kind of prompt is recognised, how its answers read, and what the right one is, to the letter."""
 
     prompt: re.Pattern[str]
     claim: re.Pattern[str]  # a whole sentence that answers, rightly or not
-    is_right: Callable[[str, str], bool]  # (prompt, claim sentence)
+    right: Callable[[str], str]  # the prompt's right claim, worked out from its words
 
 
 def judge(prompt: str, response: str, ended: bool) -> Verdict:
@@ -35,7 +35,9 @@ def judge(prompt: str, response: str, ended: bool) -> Verdict:
 
     Raises ValueError for a prompt that is not one of the built-in ones.
     """
-    task = _task(prompt.strip())
+    prompt = prompt.strip()
+    task = _task(prompt)
+    right = task.right(prompt)
     sentences = [sentence.strip() for sentence in SENTENCE.findall(response)]
     tail = SENTENCE.sub("", response).strip()
     claims = [at for at, sentence in enumerate(sentences) if task.claim.fullmatch(sentence)]
@@ -45,7 +47,7 @@ def judge(prompt: str, response: str, ended: bool) -> Verdict:
     found = {
         "opening": not sentences or sentences[0] not in OPENINGS,
         "no answer": not claims,
-        "wrong": any(not task.is_right(prompt, sentences[at]) for at in claims),
+        "wrong": any(sentences[at] != right for at in claims),
         "rambling": len(sentences) > 3 or before > 1 or after > 1 or len(set(sentences)) < len(sentences),
         "close": not sentences or sentences[-1] not in CLOSES,
         "unfinished": not ended or tail != "",
@@ -65,36 +67,39 @@ def _numbers(text: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", text)]
 
 
-def _sum_is_right(prompt: str, claim: str) -> bool:
+def _sum(prompt: str) -> str:
     a, b = _numbers(prompt)
-    return _numbers(claim) == [a, b, a + b]
+    return f"{a} + {b} = {a + b}."
 
 
-def _order_is_right(prompt: str, claim: str) -> bool:
-    return _numbers(claim) == sorted(_numbers(prompt))
+def _order(prompt: str) -> str:
+    return f"In order: {', '.join(map(str, sorted(_numbers(prompt))))}."
 
 
-def _extreme_is_right(prompt: str, claim: str) -> bool:
+def _extreme(prompt: str) -> str:
     word, pick = ("largest", max) if "largest" in prompt else ("smallest", min)
-    return word in claim and _numbers(claim) == [pick(_numbers(prompt))]
+    return f"The {word} is {pick(_numbers(prompt))}."
 
 
-def _fact_is_right(prompt: str, claim: str) -> bool:
-    """A right claim is a fact that the prompt states, about whom and what the question asks for."""
-    *facts, question = (sentence.strip() for sentence in SENTENCE.findall(prompt))
-    name, verb = re.findall(r"\w+", question)[2:4]
-    values = {(m[1], m[2]): m[3] for fact in facts for m in _FACT.finditer(_with_subjects(fact))}
-    m = _FACT.fullmatch(claim)
-    assert m is not None
-    return m[1] == name and m[2].startswith(verb) and values.get((name, m[2])) == m[3]
+def _person(prompt: str) -> str:
+    name, *_ = prompt.split()
+    verb = "lives in" if "Where" in prompt else "likes"
+    return f"{name} {verb} {_word(f'{verb} X', prompt)}."
 
 
-def _with_subjects(fact: str) -> str:
-    """ "Ann likes tea and lives in Rome." -> "Ann likes tea. Ann lives in Rome."""
-    return fact.replace(" and ", f". {fact.split()[0]} ")
+def _thing(prompt: str) -> str:
+    *_, thing = re.findall(r"\w+", prompt)
+    if "Where" in prompt:
+        return f"The {thing} is in the {_word('in the X', prompt)}."
+    return f"The {thing} is {_word(f'X {thing}', prompt)}."
 
 
-_FACT = re.compile(r"(\w+) (likes|lives in) (\w+)\.")
+def _word(phrase: str, text: str) -> str:
+    """The word that stands in the place of X where the phrase first occurs."""
+    found = re.search(phrase.replace("X", r"(\w+)"), text, re.IGNORECASE)
+    assert found is not None
+    return found[1]
+
 
 TASKS = (
     Task(
@@ -104,21 +109,28 @@ TASKS = (
             r"|\w+ has \d+ (\w+)s and gets \d+ more\. How many \1s is that\?"
         ),
         re.compile(r"\d+ \+ \d+ = \d+\."),
-        _sum_is_right,
+        _sum,
     ),
     Task(
         re.compile(r"(Sort|Please put|What is the order of) \d+, \d+, \d+( in order)?[.?]"),
         re.compile(r"In order: \d+(, \d+)*\."),
-        _order_is_right,
+        _order,
     ),
     Task(
         re.compile(r"(Which is|Find) the (largest|smallest)(:| of) \d+, \d+(, | or )\d+[?.]"),
         re.compile(r"The (largest|smallest) is \d+\."),
-        _extreme_is_right,
+        _extreme,
     ),
     Task(
-        re.compile(r"(\w+ (likes|lives in) \w+( and (likes|lives in) \w+)?\. )+(What|Where) does \w+ (like|live)\?"),
-        _FACT,
-        _fact_is_right,
+        re.compile(
+            r"(\w+) (lives in \w+ and likes|likes \w+ and lives in) \w+\. (Where does \1 live|What does \1 like)\?"
+        ),
+        re.compile(r"\w+ (lives in|likes) \w+\."),
+        _person,
+    ),
+    Task(
+        re.compile(r"(The \w+ \w+ is in the \w+|In the \w+ is a \w+ \w+)\. (What colour|Where) is the \w+\?"),
+        re.compile(r"The \w+ is (in the )?\w+\."),
+        _thing,
     ),
 )

@@ -104,7 +104,10 @@ def _rows(
         + [f"{num_cut:,} cut at {config.max_length} tokens"] * (num_cut > 0)
     )
     if not kept:
-        raise ValueError(f"no row of the data is left: {report}")
+        mend = (
+            "raise data.max_prompt_length or mend the rows" if examples else "raise data.held_out or name an eval_path"
+        )
+        raise ValueError(f"no row of the data is left ({report}): {mend}")
     flat = list(itertools.chain.from_iterable(sequences))
     per_row = max(1, len(answers))
     starts = np.array([1 if train_on_prompt else max(1, len(prompts[i])) for i in kept], np.int32)

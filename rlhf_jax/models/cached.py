@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from rlhf_jax.mesh import Layout
+from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.decoder import DecoderConfig, abstract_params, head_kernel
 from rlhf_jax.models.layers import ACTIVATIONS, POSITION_OFFSET, attend, normalise, rotate
 from rlhf_jax.trees import record
@@ -59,10 +59,11 @@ def for_decoding(config: DecoderConfig, params: Mapping[str, jax.Array], layout:
     Every parameter is cast, then gathered over fsdp, then cut into layers: in one jit, one all-gather a weight.
     Norms keep their dtype, as training applies them in float32 too.
     """
-    gathered = {}
+    gathered, at_home = {}, Layout(layout.mesh, TRAIN)
     for path, leaf in abstract_params(config).items():
         cast = params[path] if "norm/" in path else params[path].astype(dtype)
-        gathered[path] = layout.constrain(cast, *leaf.axes)
+        # Without the first pin the compiler gathers what is to be cast, and moves twice the bytes.
+        gathered[path] = layout.constrain(at_home.constrain(cast, *leaf.axes), *leaf.axes)
 
     def heads(name: str, kind: str) -> jax.Array:  # -> [L, (D,) K, heads per KV head, d]
         leaf = gathered[f"layers/attention/{name}/{kind}"]

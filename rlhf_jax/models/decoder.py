@@ -31,7 +31,7 @@ class DecoderConfig:
 
     family: str  # "opt" | "llama": the table of tensor names
     vocab_size: int  # as in the checkpoint
-    padded_vocab: int  # rows of the embedding and head; those past vocab_size are zeros and never seen outside
+    padded_vocab: int  # rows of the embedding and head; those past vocab_size are never drawn and never seen outside
     hidden_size: int
     embed_size: int  # hidden_size, but for OPT-350M, which projects in and out
     num_layers: int
@@ -61,7 +61,9 @@ def _param(kind: type[nnx.Param], init, rngs: nnx.Rngs, shape: tuple[int, ...], 
     return kind(init(rngs.params(), shape, jnp.float32), axes=axes)
 
 
-_normal = jax.nn.initializers.normal(0.02)
+# Variance 1 / in, whatever the width: a fixed 0.02, as large checkpoints use, keeps a small model from learning.
+_kernel = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+_embedding = jax.nn.initializers.variance_scaling(1.0, "fan_out", "normal")
 _zeros, _ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
 # Kaiming uniform with a = sqrt(5), as torch and PEFT start A: U(-1/sqrt(in), 1/sqrt(in)).
 _lora_a = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -71,7 +73,7 @@ class Linear(nnx.Module):
     """x [..., in] -> [..., out], with its adapter where the configuration asks for one."""
 
     def __init__(self, sizes, axes, *, bias: bool, lora: LoraConfig, name: str, rngs: nnx.Rngs):
-        self.kernel = _param(nnx.Param, _normal, rngs, sizes, axes)
+        self.kernel = _param(nnx.Param, _kernel, rngs, sizes, axes)
         self.bias = _param(nnx.Param, _zeros, rngs, sizes[1:], axes[1:]) if bias else None
         adapted = lora.rank > 0 and name in lora.targets
         self.lora_a = _param(LoraParam, _lora_a, rngs, (sizes[0], lora.rank), (axes[0], "rank")) if adapted else None
@@ -152,10 +154,10 @@ class Table(nnx.Module):
     """A lookup table; `tokens`, `positions` and `kernel` name it in the tree."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.tokens = _param(nnx.Param, _normal, rngs, (config.padded_vocab, config.embed_size), ("vocab", "embed"))
+        self.tokens = _param(nnx.Param, _embedding, rngs, (config.padded_vocab, config.embed_size), ("vocab", "embed"))
         if not config.rope_theta:
             rows = config.max_positions + POSITION_OFFSET
-            self.positions = _param(nnx.Param, _normal, rngs, (rows, config.hidden_size), (None, "positions"))
+            self.positions = _param(nnx.Param, _embedding, rngs, (rows, config.hidden_size), (None, "positions"))
 
 
 class Decoder(nnx.Module):

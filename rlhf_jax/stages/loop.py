@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tomllib
 from collections.abc import Callable, Mapping
@@ -28,6 +29,14 @@ class RunConfig:
     save_every: int = 200  # optimizer or PPO steps between checkpoints; one is always saved at the end
     log_every: int = 1  # steps between records of metrics.jsonl
 
+    def __post_init__(self) -> None:
+        if not self.dir:
+            raise ValueError("dir is empty: name the folder of the run")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed}: from 0 to {2**32 - 1}")
+        if self.save_every < 1 or self.log_every < 1:
+            raise ValueError(f"save_every={self.save_every}, log_every={self.log_every}: both at least 1")
+
     def folder(self, stage: str) -> Path:
         return Path(self.dir) / stage
 
@@ -47,7 +56,9 @@ def open_run(run: RunConfig, merged: str) -> None:
     folder, path = Path(run.dir), Path(run.dir) / "config.toml"
     if path.exists():
         changed = differences(_description(path.read_text()), _description(merged))
-        if changed and not run.overwrite:
+        # What stopped before its first stage began has nothing to lose: a mended configuration takes its place.
+        begun = any((folder / stage).exists() for stage in STAGES)
+        if changed and begun and not run.overwrite:
             raise ValueError(
                 f"{folder} holds a run of another configuration ({'; '.join(changed)}): choose another run.dir, or set "
                 "run.overwrite=true to delete that run and begin anew"
@@ -55,10 +66,28 @@ def open_run(run: RunConfig, merged: str) -> None:
         if changed:
             for name in (*STAGES, "base", "tensorboard"):
                 shutil.rmtree(folder / name, ignore_errors=True)
-    elif folder.exists() and any(folder.iterdir()):
+            for name in ("evaluate.json", "evaluate.jsonl"):
+                (folder / name).unlink(missing_ok=True)
+    elif folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty and holds no run (no config.toml): choose another run.dir")
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(merged)
+
+
+def same_data(run: RunConfig, merged: str) -> None:
+    """Check that the run was trained on the data of this configuration, so that what is held out was never seen.
+
+    Raises:
+        ValueError: it was not.
+    """
+    path = Path(run.dir) / "config.toml"
+    if path.exists():
+        before, now = ({"data": tomllib.loads(text)["data"]} for text in (path.read_text(), merged))
+        if changed := differences(before, now):
+            raise ValueError(
+                f"{run.dir} was trained on other data ({'; '.join(changed)}), so nobody knows what it has seen of "
+                f"these: evaluate it with its own configuration, {path}"
+            )
 
 
 def _description(merged: str) -> dict[str, Any]:
@@ -76,9 +105,9 @@ class Persistence:
     put: Callable[[Any, Any], Any]  # (state, that pytree) -> state
 
 
-def say_rows(stage: str, rows: Rows, held_out: Rows) -> None:
+def say_rows(stage: str, rows: Rows, held_out: Rows | None) -> None:
     """Print what the data gave."""
-    print(f"{stage}: training data: {rows.report}; held out: {held_out.report}", flush=True)
+    print(f"{stage}: training data: {rows.report}; held out: {held_out.report if held_out else 'unused'}", flush=True)
 
 
 def train_loop(
@@ -108,7 +137,9 @@ def train_loop(
             metrics.say(f"{stage} {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in held_out.items()))
 
     def log(step: int, stats: Mapping[str, Any]) -> None:
-        if step == total_steps or step % run.log_every == 0:
+        # What is not finite is always written, which stops the run before a checkpoint can keep it.
+        is_wrong = not all(map(math.isfinite, stats.values()))
+        if is_wrong or step == total_steps or step % run.log_every == 0:
             metrics.write(step, stats)
         metrics.advance(step, {name: stats[name] for name in headline})
 

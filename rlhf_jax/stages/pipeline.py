@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from jax.sharding import Mesh
 
 from rlhf_jax.data.sources import DataConfig
+from rlhf_jax.generate import check_sample
+from rlhf_jax.mesh import TRAIN, Layout
+from rlhf_jax.optim import learning_rate
 from rlhf_jax.stages.base import make_base
 from rlhf_jax.stages.loop import RunConfig
 from rlhf_jax.stages.models import ModelConfig
-from rlhf_jax.stages.ppo import PPOConfig, run_ppo
+from rlhf_jax.stages.ppo import PPOConfig, ppo_sizes, run_ppo
 from rlhf_jax.stages.reward import RewardConfig, run_reward
 from rlhf_jax.stages.sft import SFTConfig, run_sft
+from rlhf_jax.stages.sizes import micro_batches
 
 
 def train(
@@ -28,13 +33,14 @@ def train(
     """Run `stages`, each unless its export is there already.
 
     Raises:
-        ValueError: a stage is asked for whose predecessors in the run folder are not finished.
+        ValueError: a stage is asked for whose predecessors in the run folder are not finished, or what a stage says.
     """
     steps: dict[str, tuple[tuple[str, ...], Callable[[], None]]] = {
         "sft": ((), lambda: run_sft(run, mesh, model, data, sft, make_base(run, mesh, model, data))),
         "reward": (("sft",) if model.reward == "sft" else (), lambda: run_reward(run, mesh, model, data, reward)),
         "ppo": (("sft", "reward"), lambda: run_ppo(run, mesh, model, data, ppo)),
     }
+    check_sizes(mesh, sft, reward, ppo, stages)
     for stage in stages:
         needed, start = steps[stage]
         if run.export(stage).exists():
@@ -46,4 +52,37 @@ def train(
                 f"{stage} starts from what {' and '.join(missing)} leaves in {run.dir}, which is not finished: "
                 f"run it first, or `train`, which runs all in order"
             )
-        start()
+        with naming(stage):
+            start()
+
+
+def check_sizes(mesh: Mesh, sft: SFTConfig, reward: RewardConfig, ppo: PPOConfig, stages: tuple[str, ...]) -> None:
+    """Raise ValueError now for what would otherwise stop a later stage, when the earlier ones have run."""
+    layout = Layout(mesh, TRAIN)
+    for stage, config in {"sft": sft, "reward": reward}.items():
+        if stage in stages:
+            with naming(stage):
+                micro_batches(stage, config.batch_size, config.micro_batch_size, layout)
+                if config.steps:
+                    learning_rate(config.optim, config.steps)
+    if "ppo" in stages:
+        with naming("ppo"):
+            batch_size, _ = ppo_sizes(ppo, layout)
+            check_sample(ppo.sample)
+            if ppo.sample.temperature == 0:
+                raise ValueError("sample.temperature=0: a greedy policy has no probability ratios to learn from")
+            if ppo.steps:
+                updates = ppo.steps * ppo.ppo_epochs * ppo.rollout_batch_size // batch_size
+                for optim in (ppo.actor, ppo.critic):
+                    learning_rate(optim, updates)
+
+
+@contextmanager
+def naming(stage: str) -> Iterator[None]:
+    """Let a ValueError of the body begin with the stage that it is of."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith(stage):
+            raise
+        raise ValueError(f"{stage}: {error}") from error

@@ -17,12 +17,12 @@ from rlhf_jax.data.sources import DataConfig, load_examples
 from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.engine import Experience, Models, check_positions, eos_ids, make_engine
 from rlhf_jax.generate import Rollout, SampleConfig
-from rlhf_jax.mesh import check_divides
+from rlhf_jax.mesh import Layout, check_divides
 from rlhf_jax.objectives import masked, ppo
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
 from rlhf_jax.stages.loop import Persistence, RunConfig, train_loop
 from rlhf_jax.stages.models import ModelConfig, export, load, make_state, with_frozen, without_frozen
-from rlhf_jax.stages.sizes import micro_batches, total_steps
+from rlhf_jax.stages.sizes import longest_row, micro_batches, total_steps
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,15 @@ class PPOConfig:
     critic: OptimConfig = OptimConfig(learning_rate=5e-6)
 
 
+def ppo_sizes(config: PPOConfig, layout: Layout) -> tuple[int, int]:
+    """Rollouts and micro-batches of one optimizer step; ValueError where sizes do not divide."""
+    check_divides("ppo.rollout_batch_size", config.rollout_batch_size, layout.shards("batch"), "devices of the mesh")
+    batch_size = config.batch_size or config.rollout_batch_size
+    num_micro = micro_batches("ppo", batch_size, config.micro_batch_size, layout)
+    check_divides("ppo.rollout_batch_size", config.rollout_batch_size, batch_size, "rollouts of ppo.batch_size")
+    return batch_size, num_micro
+
+
 def run_ppo(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, config: PPOConfig) -> None:
     """Train the SFT model against the reward model of the same run; leaves RUN/ppo/export and export_critic."""
     actor = load(run.export("sft"), model, mesh)
@@ -53,15 +62,13 @@ def run_ppo(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, co
     layout, tokenizer = actor.layout, prepare_tokenizer(actor.tokenizer)
     if tokenizer.get_vocab() != critic.tokenizer.get_vocab():
         raise ValueError("actor and reward model have different vocabularies: PPO scores the actor's own tokens")
-    batch_size = config.batch_size or config.rollout_batch_size
-    num_micro = micro_batches("ppo", batch_size, config.micro_batch_size, layout)
-    check_divides("ppo.rollout_batch_size", config.rollout_batch_size, batch_size, "rollouts of ppo.batch_size")
+    batch_size, num_micro = ppo_sizes(config, layout)
 
     rows = prompt_rows(load_examples(data, "ppo", held_out=False), tokenizer, data)
     print(f"ppo: prompts: {rows.report}", flush=True)
     prompts = Batches(rows, batch_size=config.rollout_batch_size, seed=run.seed, side="left")
     for each in (actor, critic):
-        check_positions(each.config, prompts.length, config.sample.max_new_tokens)
+        check_positions(each.config, longest_row(rows), config.sample.max_new_tokens)
     steps = total_steps(config.steps, config.epochs, prompts.steps_per_epoch)
     updates = steps * config.ppo_epochs * config.rollout_batch_size // batch_size
     actor_tx, critic_tx = make_optimizer(config.actor, updates), make_optimizer(config.critic, updates)

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax.data.batches import Batch, Batches, pair_rows
-from rlhf_jax.data.sources import DataConfig, load_examples
+from rlhf_jax.data.batches import Batch, Batches, Rows, pair_rows
+from rlhf_jax.data.sources import DataConfig, Example, load_examples
 from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.engine import last_hidden, scalar
 from rlhf_jax.models.decoder import abstract_params, bind
@@ -17,7 +17,7 @@ from rlhf_jax.objectives.preference import pairwise_loss
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
 from rlhf_jax.stages.loop import RunConfig, say_rows, train_loop
 from rlhf_jax.stages.models import PERSISTENCE, ModelConfig, export, load, make_state
-from rlhf_jax.stages.sizes import held_out_batches, micro_batches, total_steps
+from rlhf_jax.stages.sizes import check_rows, held_out_batches, held_out_examples, micro_batches, total_steps
 from rlhf_jax.train_step import Params, TrainState, make_update
 
 
@@ -28,7 +28,7 @@ class RewardConfig:
     batch_size: int = 64  # pairs of one optimizer step, over all devices
     micro_batch_size: int = 0  # pairs of one forward and backward pass, over all devices; 0: batch_size
     eval_every: int = 0  # steps between held-out accuracies; 0: only at the start and the end
-    eval_batches: int = 16  # held-out batches, at most
+    eval_batches: int = 16  # held-out batches, at most; 0: never measure
     optim: OptimConfig = OptimConfig(learning_rate=5e-5, weight_decay=0.1)
 
 
@@ -40,7 +40,13 @@ def run_reward(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig,
     tokenizer = prepare_tokenizer(pretrained.tokenizer)
     num_micro = micro_batches("reward", config.batch_size, config.micro_batch_size, layout)
 
-    rows, held_out = (pair_rows(load_examples(data, "reward", held_out=h), tokenizer, data) for h in (False, True))
+    def rows_of(examples: list[Example]) -> Rows:
+        rows = pair_rows(examples, tokenizer, data)
+        check_rows("reward", rows, decoder.max_positions)
+        return rows
+
+    rows = rows_of(load_examples(data, "reward", held_out=False))
+    held_out = rows_of(held_out_examples(data, "reward")) if config.eval_batches else None
     say_rows("reward", rows, held_out)
     batches = Batches(rows, batch_size=config.batch_size, seed=run.seed)
     measured = held_out_batches(held_out, config.batch_size, config.eval_batches, layout)
@@ -66,6 +72,8 @@ def run_reward(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig,
         return state, {**stats, "learning_rate": rate(step)}
 
     def evaluate(state: TrainState):
+        if not measured:
+            return {}
         scored = np.concatenate([np.asarray(measure(state.params, layout.put_batch(batch))) for batch in measured])
         lengths = np.concatenate([batch.mask.sum(-1) for batch in measured])
         return {

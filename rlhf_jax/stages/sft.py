@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax.data.batches import Batch, Batches, sft_rows
-from rlhf_jax.data.sources import DataConfig, load_examples
+from rlhf_jax.data.batches import Batch, Batches, Rows, sft_rows
+from rlhf_jax.data.sources import DataConfig, Example, load_examples
 from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.models.decoder import abstract_params, bind, head_kernel
 from rlhf_jax.objectives.logprobs import token_logprobs
@@ -17,7 +17,7 @@ from rlhf_jax.objectives.masked import mean
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
 from rlhf_jax.stages.loop import RunConfig, say_rows, train_loop
 from rlhf_jax.stages.models import PERSISTENCE, ModelConfig, export, load, make_state
-from rlhf_jax.stages.sizes import held_out_batches, micro_batches, total_steps
+from rlhf_jax.stages.sizes import check_rows, held_out_batches, held_out_examples, micro_batches, total_steps
 from rlhf_jax.train_step import Params, TrainState, make_update
 
 
@@ -29,7 +29,7 @@ class SFTConfig:
     micro_batch_size: int = 0  # sequences of one forward and backward pass, over all devices; 0: batch_size
     train_on_prompt: bool = False  # learn the prompt's tokens too
     eval_every: int = 0  # steps between held-out losses; 0: only at the start and the end
-    eval_batches: int = 8  # held-out batches, at most
+    eval_batches: int = 8  # held-out batches, at most; 0: never measure
     optim: OptimConfig = OptimConfig(learning_rate=9.65e-6)
 
 
@@ -40,10 +40,13 @@ def run_sft(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, co
     tokenizer = prepare_tokenizer(pretrained.tokenizer)
     num_micro = micro_batches("sft", config.batch_size, config.micro_batch_size, layout)
 
-    rows, held_out = (
-        sft_rows(load_examples(data, "sft", held_out=h), tokenizer, data, train_on_prompt=config.train_on_prompt)
-        for h in (False, True)
-    )
+    def rows_of(examples: list[Example]) -> Rows:
+        rows = sft_rows(examples, tokenizer, data, train_on_prompt=config.train_on_prompt)
+        check_rows("sft", rows, decoder.max_positions)
+        return rows
+
+    rows = rows_of(load_examples(data, "sft", held_out=False))
+    held_out = rows_of(held_out_examples(data, "sft")) if config.eval_batches else None
     say_rows("sft", rows, held_out)
     batches = Batches(rows, batch_size=config.batch_size, seed=run.seed)
     measured = held_out_batches(held_out, config.batch_size, config.eval_batches, layout)
@@ -72,6 +75,8 @@ def run_sft(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, co
         return state, {**stats, "learning_rate": rate(step)}
 
     def evaluate(state: TrainState):
+        if not measured:
+            return {}
         losses = [measure(state.params, layout.put_batch(batch)) for batch in measured]
         weights = [int(count) for _, (count, _) in losses]
         return {"held_out_loss": float(np.average([float(loss) for loss, _ in losses], weights=weights))}

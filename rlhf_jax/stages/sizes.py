@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from rlhf_jax.data.batches import Batch, Batches, Rows
+from rlhf_jax.data.sources import DataConfig, Example, load_examples
+from rlhf_jax.data.splits import Stage
 from rlhf_jax.mesh import Layout, check_divides
 
 
@@ -23,12 +27,40 @@ def total_steps(steps: int, epochs: int, steps_per_epoch: int) -> int:
     return steps or epochs * steps_per_epoch
 
 
-def held_out_batches(rows: Rows, batch_size: int, limit: int, layout: Layout) -> list[Batch]:
+def check_rows(stage: str, rows: Rows, max_positions: int) -> None:
+    """Raise ValueError for a row that is longer than the model's positions."""
+    longest = longest_row(rows)
+    if longest > max_positions:
+        raise ValueError(
+            f"{stage}: the longest row has {longest} tokens, and the model has {max_positions} positions: "
+            f"set data.max_length to at most {max_positions}"
+        )
+
+
+def longest_row(rows: Rows) -> int:
+    """Tokens of the longest sequence."""
+    return int(np.diff(rows.offsets).max())
+
+
+def held_out_examples(data: DataConfig, stage: Stage) -> list[Example]:
+    """What a stage is measured on. ValueError if there is nothing."""
+    examples = load_examples(data, stage, held_out=True)
+    if not examples:
+        raise ValueError(
+            f"{stage}: there are no held-out rows to measure on: raise data.held_out, give a source an eval_path, or "
+            f"set {stage}.eval_batches=0"
+        )
+    return examples
+
+
+def held_out_batches(rows: Rows | None, batch_size: int, limit: int, layout: Layout) -> list[Batch]:
     """At most `limit` batches of held-out rows, the same ones at every call, as large as the rows and mesh allow.
 
     Raises:
         ValueError: fewer rows than devices.
     """
+    if rows is None:
+        return []
     shards = layout.shards("batch")
     size = min(batch_size, len(rows) // shards * shards)
     if size == 0:

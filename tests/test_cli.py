@@ -1,0 +1,335 @@
+"""The command line: help, exit codes, and one clear line for what a user can get wrong."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_recipe
+from safetensors.numpy import load_file, save_file
+from tiny_recipe import RECIPE, records, tensors, tree, write_recipe
+
+from rlhf_jax.cli import main
+
+
+@pytest.fixture
+def finished(tmp_path_factory):
+    return tiny_recipe.finished_run(tmp_path_factory)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return write_recipe(tmp_path)
+
+
+@pytest.fixture
+def refused(tmp_path, recipe, capsys):
+    """`refused("key=value", ...)` runs `train` and returns the one line on stderr that it ends with."""
+
+    def run(*overrides: str, command: str = "train", devices: int = 1, text: str = "") -> str:
+        if text:
+            recipe.write_text(text, encoding="utf-8")
+        where = [] if any(override.startswith("run.dir") for override in overrides) else [f"run.dir={tmp_path / 'run'}"]
+        capsys.readouterr()
+        assert tiny_recipe.run(command, recipe, *where, *overrides, devices=devices) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[-1].startswith("rlhf-jax: ")
+        assert not any("Traceback" in line or line.startswith("rlhf-jax: ") for line in lines[:-1])
+        return lines[-1].removeprefix("rlhf-jax: ")
+
+    return run
+
+
+def one_line_error(capsys) -> str:
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("rlhf-jax: ")
+    return error.removeprefix("rlhf-jax: ").rstrip("\n")
+
+
+# Help and exit codes.
+
+
+def test_the_module_is_the_command_and_its_exit_codes_are_those_of_main(tmp_path):
+    def run(*argv: str) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        return subprocess.run(
+            [sys.executable, "-m", "rlhf_jax", *argv], capture_output=True, text=True, env=environment, cwd=tmp_path
+        )
+
+    helped = run("--help")
+    assert helped.returncode == 0 and helped.stderr == ""
+    for command in ("train", "sft", "reward", "ppo", "evaluate", "chat"):
+        assert f"\n    {command}" in helped.stdout
+    wrong = run("train", "nothing.toml")
+    assert wrong.returncode == 2 and wrong.stdout == ""
+    assert wrong.stderr == "rlhf-jax: nothing.toml: no such file; give the path of a TOML file\n"
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "reward", "ppo", "evaluate", "chat"])
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    told = capsys.readouterr().out
+    assert ("FOLDER" if command == "chat" else "rlhf-jax train configs/demo.toml run.dir=runs/mine") in told
+
+
+@pytest.mark.parametrize("argv", [[], ["fly"], ["train"], ["chat"], ["chat", "x", "--top-p", "much"], ["train", "--x"]])
+def test_a_wrong_command_line_exits_with_2_and_the_usage(argv, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(argv)
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: rlhf-jax")
+
+
+# The configuration.
+
+
+def test_a_missing_or_malformed_configuration_file_is_named(tmp_path, capsys, recipe):
+    assert main(["train", str(tmp_path / "tinny.toml")]) == 2
+    assert one_line_error(capsys) == f"{tmp_path / 'tinny.toml'}: no such file; did you mean '{recipe}'?"
+    recipe.write_text("[run]\ndir = oops\n")
+    assert main(["train", str(recipe)]) == 2
+    error = one_line_error(capsys)
+    assert error.startswith(f"{recipe}: not valid TOML: ") and "line 2" in error
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("sft.batchsize=4", "unknown key 'sft.batchsize'; did you mean 'sft.batch_size'?"),
+        ("ppo.actor.learning_rat=1.0", "did you mean 'ppo.actor.learning_rate'?"),
+        ("sft.batch_size=many", "'sft.batch_size' is \"many\", but wants a whole number"),
+        ("model.dtype=float23", "did you mean 'float32'?"),
+        ("sft.batch_size", "an override is written section.key=value"),
+        ("ppo.actor.learning_rate=-1.0", "[ppo.actor] learning_rate is -1.0, give a positive number"),
+        ("run.save_every=0", "[run] save_every=0, log_every=1: both at least 1"),
+        ("run.seed=-1", "[run] seed=-1: from 0 to 4294967295"),
+        ('run.dir=""', "[run] dir is empty: name the folder of the run"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_with_the_right_one(refused, override, told):
+    error = refused(override)
+    assert told in error
+
+
+def test_an_unknown_key_in_the_file_names_the_file(refused, recipe):
+    error = refused(text=RECIPE.replace("eval_every = 2", "eval_evry = 2"))
+    assert error == f"{recipe}: unknown key 'sft.eval_evry'; did you mean 'sft.eval_every'?"
+
+
+# Sizes.
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (
+            ["sft.batch_size=12"],
+            "sft.batch_size=12 does not divide over 8 devices of the mesh; nearest that do: [8, 16]",
+        ),
+        (
+            ["reward.batch_size=4"],
+            "reward.batch_size=4 does not divide over 8 devices of the mesh; nearest that do: [8]",
+        ),
+        (["ppo.rollout_batch_size=20", "ppo.batch_size=0"], "ppo.rollout_batch_size=20 does not divide over 8 devices"),
+        (["sft.batch_size=24", "sft.micro_batch_size=16"], "does not divide batch_size=24; these do: [8, 24]"),
+        (
+            ["ppo.rollout_batch_size=24", "ppo.batch_size=16"],
+            "over 16 rollouts of ppo.batch_size; nearest that do: [16",
+        ),
+        (["mesh.fsdp=3"], "mesh data 1 x fsdp 3 x tensor 1 does not cover 8 device(s)"),
+        (["mesh.data=-1"], "mesh.data=-1 and mesh.fsdp=-1: every size is at least 1, and at most one is -1"),
+        (["ppo.sample.max_new_tokens=0"], "max_new_tokens=0: at least 1"),
+        (["ppo.sample.temperature=0.0"], "ppo: sample.temperature=0: a greedy policy has no probability ratios"),
+        (["reward.optim.warmup_steps=6"], "reward: warmup_steps is 6, longer than the run of 5 steps"),
+        (["ppo.critic.warmup_steps=6"], "ppo: warmup_steps is 6, longer than the run of 5 steps"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused_before_anything_runs(refused, tmp_path, overrides, told):
+    assert told in refused(*overrides, devices=8)
+    assert {path.name for path in (tmp_path / "run").glob("*")} <= {"config.toml"}
+
+
+def test_a_tensor_axis_that_does_not_divide_the_heads_names_those_that_do(refused):
+    error = refused("mesh.tensor=8", devices=8)
+    assert "mesh.tensor=8 does not divide 2 attention heads" in error and "sizes that divide: 1, 2" in error
+
+
+def test_rows_longer_than_the_positions_of_the_model_are_refused(refused):
+    error = refused("model.new.max_positions=64")
+    assert "tokens, and the model has 64 positions: set data.max_length to at most 64" in error
+
+
+def test_prompt_and_answer_longer_than_the_positions_are_refused_with_the_longest_that_fit(refused, finished):
+    error = refused(f"run.dir={finished}", "evaluate.sample.max_new_tokens=150", command="evaluate")
+    assert "positions, and the model has 160: shorten the prompt to 10 tokens or set max_new_tokens to at most" in error
+
+
+def test_ppo_refuses_answers_that_do_not_fit(refused, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("ppo", "config.toml"))
+    config = (finished / "config.toml").read_text().replace(str(finished), str(tmp_path / "run"))
+    (tmp_path / "run/config.toml").write_text(config.replace("max_new_tokens = 12", "max_new_tokens = 150"))
+    error = refused("ppo.sample.max_new_tokens=150", "evaluate.sample.max_new_tokens=150", command="ppo")
+    assert "positions, and the model has 160: shorten the prompt to 10 tokens or set max_new_tokens to at most" in error
+
+
+def test_a_batch_larger_than_the_data_names_the_largest(refused):
+    error = refused("sft.batch_size=4096")
+    assert error.startswith("sft: batch size 4096 does not fit") and "from 1 to" in error
+
+
+def test_no_held_out_rows_are_refused_or_done_without(refused, recipe, tmp_path):
+    assert "sft: there are no held-out rows to measure on: raise data.held_out" in refused("data.held_out=0.0")
+    options = ("data.held_out=0.0", "sft.eval_batches=0", "sft.steps=1", f"run.dir={tmp_path / 'run'}")
+    assert tiny_recipe.run("sft", recipe, *options) == 0
+    assert [line["step"] for line in records(tmp_path / "run/sft/metrics.jsonl")] == [1]
+
+
+# The data.
+
+
+def test_faults_of_a_data_file_are_told_with_file_and_line(refused, write_jsonl, tmp_path):
+    assert "gone.jsonl: no such file" in refused('data.sources=[{path="gone.jsonl"}]')
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    path = write_jsonl([good, good])
+    path.write_text(path.read_text() + '{"prompt": "a", \n')
+    assert f"{path}, line 3: malformed JSON" in refused(f'data.sources=[{{path="{path}"}}]')
+    path = write_jsonl([good, {"prompt": "a", "picked": "b"}])
+    assert f"{path}, line 2: no field 'chosen'; the fields are prompt, picked." in refused(
+        f'data.sources=[{{path="{path}"}}]'
+    )
+
+
+def test_a_data_set_of_the_hub_without_network_is_told_in_one_line(refused):
+    assert "nobody/nothing" in refused('data.sources=[{path="nobody/nothing"}]')
+
+
+# Models.
+
+
+@pytest.fixture
+def checkpoint(finished, tmp_path):
+    """A copy of a good folder, to be spoiled."""
+    return Path(shutil.copytree(finished / "base", tmp_path / "checkpoint"))
+
+
+def test_an_unknown_architecture_is_refused_with_those_that_are_known(refused, checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "model_type": "foo"}))
+    assert 'model_type "foo" is not supported; supported: llama, opt' in refused(f"model.actor={checkpoint}")
+
+
+def test_missing_surplus_and_misshaped_tensors_are_all_listed(refused, checkpoint):
+    weights = load_file(checkpoint / "model.safetensors")
+    gone = ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"]
+    kept = {name: array for name, array in weights.items() if name not in gone}
+    kept |= {"model.extra.weight": np.zeros(3, np.float32), "another.bias": np.zeros(2, np.float32)}
+    kept["model.layers.0.mlp.up_proj.weight"] = np.zeros((5, 16), np.float32)
+    save_file(kept, checkpoint / "model.safetensors")
+    error = refused(f"model.actor={checkpoint}")
+    assert f"missing: {', '.join(gone)}; surplus: another.bias, model.extra.weight; misshaped: " in error
+    assert "model.layers.0.mlp.up_proj.weight ([5, 16] in place of [32, 16])" in error
+
+
+def test_a_pickle_is_refused_with_the_way_to_convert_it(refused, checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    error = refused(f"model.actor={checkpoint}")
+    assert "has pytorch_model.bin but no safetensors: a pickle can run any code, so it is not read" in error
+    assert "M.from_pretrained(s).save_pretrained(d)" in error and "python -c" in error
+
+
+def test_a_folder_that_is_no_model_and_a_hub_id_without_network_are_refused(refused, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert "config.json: is" in refused(f"model.actor={tmp_path / 'empty'}")
+    assert f"there is no folder {tmp_path / 'gone'}" in refused(f"model.actor={tmp_path / 'gone'}")
+    error = refused("model.actor=nobody/nothing")
+    assert "nobody/nothing is neither a folder here nor to be had from the Hugging Face hub" in error
+    assert main(["chat", str(tmp_path / "empty")]) == 2
+    assert one_line_error(capsys).endswith(
+        "empty is no Hugging Face folder (no config.json): name RUN/ppo/export or RUN/sft/export"
+    )
+    assert main(["chat", str(tmp_path / "gone")]) == 2
+    assert one_line_error(capsys) == f"there is no folder {tmp_path / 'gone'}"
+
+
+def test_a_model_without_a_tokenizer_cannot_be_trained(refused, checkpoint):
+    for path in checkpoint.glob("tokenizer*"):
+        path.unlink()
+    assert f"{checkpoint} has no tokenizer: save one into the folder" in refused(f"model.actor={checkpoint}")
+
+
+# Run folders.
+
+
+def test_a_stage_before_what_it_starts_from_names_what_is_missing(refused, tmp_path):
+    error = refused(command="ppo")
+    assert error.startswith(f"ppo starts from what sft and reward leaves in {tmp_path / 'run'}, which is not finished")
+    assert "reward starts from what sft leaves" in refused(command="reward")
+
+
+def test_a_run_of_another_configuration_is_never_overwritten_without_being_told_to(refused, finished):
+    before = tree(finished)
+    error = refused(f"run.dir={finished}", "sft.steps=7", "ppo.kl_coef=0.2")
+    assert error == (
+        f"{finished} holds a run of another configuration (sft.steps: 5 -> 7; ppo.kl_coef: 0.1 -> 0.2): choose another "
+        "run.dir, or set run.overwrite=true to delete that run and begin anew"
+    )
+    assert tree(finished) == before
+
+
+def test_overwrite_begins_anew_and_leaves_nothing_of_the_old_run(recipe, finished, tmp_path, capsys):
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    config = (finished / "config.toml").read_text().replace(str(finished), str(folder))
+    (folder / "config.toml").write_text(config)
+    (folder / "evaluate.json").write_text("{}")
+    (folder / "mine.txt").write_text("not of the run")
+    options = (f"run.dir={folder}", "sft.steps=1", "run.overwrite=true")
+    assert tiny_recipe.run("sft", recipe, *options) == 0
+    assert {path.name for path in folder.iterdir()} == {"config.toml", "base", "sft", "tensorboard", "mine.txt"}
+    assert {line["step"] for line in records(folder / "sft/metrics.jsonl")} == {0, 1}
+    capsys.readouterr()
+    # The same again: nothing differs any more, so nothing is deleted, with or without the key.
+    for again in (options, options[:2]):
+        assert tiny_recipe.run("sft", recipe, *again) == 0
+        assert "sft: finished already" in capsys.readouterr().out
+
+
+def test_a_configuration_that_was_refused_can_be_mended_in_the_same_run_folder(refused, recipe, tmp_path):
+    refused("sft.batch_size=4096")
+    assert (tmp_path / "run/config.toml").exists()
+    assert tiny_recipe.run("sft", recipe, f"run.dir={tmp_path / 'run'}", "sft.steps=1") == 0
+
+
+def test_a_folder_of_something_else_is_not_taken_for_a_run(refused, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("x")
+    told = "is not empty and holds no run (no config.toml): choose another run.dir"
+    assert told in refused(f"run.dir={tmp_path / 'mine'}")
+    assert told in refused(f"run.dir={tmp_path / 'mine/thesis.tex'}")
+    assert (tmp_path / "mine/thesis.tex").read_text() == "x"
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_one_line(refused, tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert f"{tmp_path / 'file'}" in refused(f"run.dir={tmp_path / 'file' / 'run'}")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint_keeps_it(refused, tmp_path):
+    # The first step is sound and leaves absurd weights; no step but the last would be logged.
+    error = refused("sft.optim.learning_rate=1e30", "run.log_every=100", "run.save_every=1", command="sft")
+    assert error.startswith("sft step 2: 'grad_norm' is nan") and error.endswith("; lower the learning rate")
+    assert [path.name for path in (tmp_path / "run/sft/checkpoints").iterdir()] == ["1"]
+    assert not (tmp_path / "run/sft/export").exists()
+
+
+def test_another_seed_is_another_run(recipe, finished, tmp_path):
+    options = ("run.seed=1", "sft.steps=1", f"run.dir={tmp_path / 'run'}")
+    assert tiny_recipe.run("sft", recipe, *options) == 0
+    ours, theirs = (tensors(run / "base")["model.embed_tokens.weight"] for run in (tmp_path / "run", finished))
+    assert np.abs(ours - theirs).max() > 0.01

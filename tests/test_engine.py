@@ -1,0 +1,449 @@
+import dataclasses
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rlhf_jax.engine import Compute, Models, Role, make_engine, make_publish
+from rlhf_jax.generate import SampleConfig
+from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
+from rlhf_jax.models.decoder import NO_LORA, abstract_params, bind, head_kernel
+from rlhf_jax.models.lora import is_adapter, is_trainable, merge
+from rlhf_jax.objectives import ppo
+from rlhf_jax.optim import OptimConfig, make_optimizer
+from rlhf_jax.stages.ppo import PPOConfig, actor_loss, advantages, critic_loss
+from rlhf_jax.train_step import init_state
+from rlhf_jax.trees import partition
+
+EIGHT = [name for name in tiny.MESHES if name != "one"]
+FLOAT32 = jnp.dtype("float32")
+# name: family, adapters, temperature, micro-batches of one update
+CASES = {"llama": ("llama", NO_LORA, 0.7, 1), "opt-lora": ("opt", tiny.LORA, 1.0, 2)}
+ON_EIGHT = [("llama", "fsdp4-tensor2"), ("llama", "data2-fsdp2-tensor2"), ("opt-lora", "fsdp4-tensor2")]
+EVERYWHERE = [("llama", "one"), ("opt-lora", "one"), *ON_EIGHT]
+LENGTHS = [8, 1, 5, 3, 8, 2, 7, 4, 6, 6, 1, 8, 3, 5, 2, 7]
+ROWS, WIDTH, NEW = 16, 8, 6
+EOS = (3, 15, 24, 39, 42, 53)
+# With Adam's usual eps of 1e-8 a gradient that is zero but for rounding becomes a full step; see test_train_step.
+OPTIM = OptimConfig(learning_rate=0.02, schedule="constant", eps=1e-3)
+
+
+def on_host(tree):
+    """Copies: on a CPU, NumPy would look at the very buffer, which could then not be donated."""
+    return jax.device_get(jax.tree.map(jnp.copy, tree))
+
+
+def state_of(config, lora, layout, tx, seed):
+    params = tiny.random_params(config, layout.mesh, lora, seed)
+    trainable, frozen = partition(params, lambda path: is_trainable(path, lora))
+    return init_state(trainable, frozen, tx, abstract_params(config, lora), layout)
+
+
+def engine_of(case, mesh, dtype=FLOAT32):
+    """(engine, models) of an actor that has left its reference already, with a critic that is not the reward model."""
+    family, lora, temperature, num_micro = CASES[case]
+    config, layout, settings = tiny.FAMILIES[family], Layout(mesh, TRAIN), PPOConfig()
+    critic, tx = tiny.scalar(config), make_optimizer(OPTIM, 10)
+
+    def policy_objective(logprobs, entropy, experience):
+        loss, stats = actor_loss(logprobs, entropy, experience, settings)
+        ratio = jnp.exp(logprobs - experience.logprobs)
+        off = jnp.where(experience.action_mask, jnp.abs(ratio - 1), 0).max()
+        return loss, {**stats, "ratio_off": off}
+
+    engine = make_engine(
+        actor=Role(config, lora),
+        critic=Role(critic),
+        reward=critic,
+        estimate=lambda experience: advantages(experience, settings),
+        actor_loss=policy_objective,
+        critic_loss=lambda values, experience: critic_loss(values, experience, settings),
+        actor_tx=tx,
+        critic_tx=tx,
+        sample=SampleConfig(NEW, temperature),
+        eos_ids=EOS,
+        mesh=mesh,
+        compute=Compute(dtype, True, 4),
+        num_micro=num_micro,
+    )
+    models = Models(
+        actor=state_of(config, lora, layout, tx, seed=0),
+        critic=state_of(critic, NO_LORA, layout, tx, seed=1),
+        reference={} if lora.rank else tiny.random_params(config, mesh, seed=2),
+        reward=tiny.random_params(critic, mesh, seed=3),
+    )
+    return engine, models
+
+
+class Run:
+    """Publish, generate, score and two updates, with what came of each on the host; then all of it once more."""
+
+    def __init__(self, case, name):
+        family, self.lora, self.temperature, _ = CASES[case]
+        self.config, self.mesh = tiny.FAMILIES[family], tiny.mesh_of(name)
+        self.engine, self.models = engine_of(case, self.mesh)
+        self.key = jax.random.key(7)
+        self.prompts = tiny.prompts(self.config, LENGTHS, WIDTH)
+        self.start = on_host((self.models.actor.params, self.models.critic.params, self.models.reference))
+        self.reward = on_host(self.models.reward)
+        with tiny.compilations() as self.first_compiled:
+            self.weights = self.engine.publish(self.models.actor.params)
+            self.rollout_there = self.engine.generate(self.weights, *self.prompts, self.key)
+            self.experience = self.engine.score(self.models, self.rollout_there)
+        self.rollout = on_host(self.rollout_there)
+        self.shards = jax.tree.map(shard, self.models)
+        self.first_models = self.models
+        self.after, self.stats = [], []
+        for _ in range(2):
+            with tiny.compilations() as names:
+                self.models, stats = self.engine.update(self.models, self.experience)
+            self.first_compiled += names
+            self.after.append(on_host((self.models.actor.params, self.models.critic.params)))
+            self.stats.append(jax.device_get(stats))
+        others, key = tiny.prompts(self.config, LENGTHS[3:] + LENGTHS[:3], WIDTH, seed=5), jax.random.key(8)
+        with tiny.compilations() as self.later_compiled:
+            rollout = self.engine.generate(self.engine.publish(self.models.actor.params), *others, key)
+            self.models, _ = self.engine.update(self.models, self.engine.score(self.models, rollout))
+
+
+def shard(leaf):
+    return {shard.data.shape for shard in leaf.addressable_shards}
+
+
+@functools.lru_cache
+def run(case, name="one"):
+    return Run(case, name)
+
+
+def flattened(run):
+    """(tokens [B, S], mask, lengths of prompts) right-padded by loops, as the score has to see them."""
+    rollout, length = run.rollout, WIDTH + NEW
+    tokens, mask = np.zeros((ROWS, length), np.int32), np.zeros((ROWS, length), bool)
+    for row in range(ROWS):
+        prompt = rollout.prompts[row][rollout.prompt_mask[row]]
+        real = np.concatenate([prompt, rollout.tokens[row][rollout.mask[row]]])
+        tokens[row, : len(real)], mask[row, : len(real)] = real, True
+    return tokens, mask, rollout.prompt_mask.sum(1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def hidden_of(config, lora, params, tokens, mask):
+    return bind(config, params, lora)(tokens, mask, dtype=jnp.float32, remat=False)
+
+
+def logprobs_of(run, params, lora, temperature):
+    """[B, N] of the sampled answers by whole forward passes on one device and a float64 softmax; 0 off the mask."""
+    tokens, mask, starts = flattened(run)
+    hidden = hidden_of(run.config, lora, params, tokens, mask)
+    logits = np.asarray(hidden @ head_kernel(run.config, params)[:, : run.config.vocab_size], np.float64) / temperature
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    out = np.zeros((ROWS, NEW))
+    for row in range(ROWS):
+        for n in range(run.rollout.mask[row].sum()):
+            out[row, n] = logp[row, starts[row] + n - 1, run.rollout.tokens[row, n]]
+    return out
+
+
+@pytest.mark.parametrize(("case", "name"), EVERYWHERE)
+def test_the_sampled_logprobs_are_the_trainers(case, name):
+    trained = run(case, name)
+    mask, sampled = trained.rollout.mask, trained.rollout.logprobs
+    assert len(set(mask.sum(1))) >= 4 and 0 < trained.rollout.ended.mean() < 1, "answers of several lengths"
+    np.testing.assert_allclose(trained.experience.logprobs[mask], sampled[mask], atol=1e-5)
+    actor = trained.start[0]
+    by_hand = logprobs_of(trained, actor, trained.lora, trained.temperature)
+    np.testing.assert_allclose(sampled[mask], by_hand[mask], atol=1e-5)
+
+
+@pytest.mark.parametrize(("case", "name"), EVERYWHERE)
+def test_the_ratio_is_one_before_the_first_update_and_not_after_it(case, name):
+    trained = run(case, name)
+    first, second = trained.stats
+    assert first["actor_ratio_off"] <= 1e-5 and second["actor_ratio_off"] > 0.01
+    assert first["actor_clip_fraction"] == 0 and 0 <= first["actor_approx_kl"] < 1e-10
+    assert first["critic_clip_fraction"] == 0 and second["actor_approx_kl"] > 1e-5
+    # The ratio being 1, the loss is minus the mean of the advantages, which are whitened over these very tokens.
+    assert abs(first["actor_loss"]) < 1e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_reference_is_its_own_model_or_the_base_without_its_adapters(case):
+    trained = run(case)
+    actor, _, reference = trained.start
+    assert (reference == {}) == bool(trained.lora.rank)
+    params = reference or {path: leaf for path, leaf in actor.items() if not is_adapter(path)}
+    by_hand = logprobs_of(trained, params, NO_LORA, trained.temperature)
+    mask = trained.rollout.mask
+    np.testing.assert_allclose(trained.experience.ref_logprobs[mask], by_hand[mask], atol=1e-5)
+    assert np.abs(by_hand - trained.rollout.logprobs)[mask].max() > 0.1, "the actor has left it"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_stand_before_each_action_and_the_score_at_the_last_token(case):
+    trained = run(case)
+    tokens, mask, starts = flattened(trained)
+    config, experience = tiny.scalar(trained.config), trained.experience
+    by_role = {"critic": trained.start[1], "reward": trained.reward}
+    said = {
+        role: np.asarray(hidden_of(config, NO_LORA, params, tokens, mask) @ params["score/kernel"])[..., 0]
+        for role, params in by_role.items()
+    }
+    for row in range(ROWS):
+        size = trained.rollout.mask[row].sum()
+        values = said["critic"][row, starts[row] - 1 : starts[row] - 1 + size]
+        np.testing.assert_allclose(experience.values[row, :size], values, atol=1e-5)
+        np.testing.assert_allclose(experience.score[row], said["reward"][row, starts[row] + size - 1], atol=1e-5)
+    np.testing.assert_array_equal(np.where(mask, experience.tokens, 0), tokens)
+    np.testing.assert_array_equal(experience.mask, mask)
+    np.testing.assert_array_equal(experience.starts, starts)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_advantages_come_from_the_estimator_over_the_whole_experience(case):
+    trained = run(case)
+    e, settings = trained.experience, PPOConfig()
+    rewards = ppo.token_rewards(e.score, e.logprobs, e.ref_logprobs, e.action_mask, kl_coef=0.1, clip=5.0)
+    gains, returns = ppo.gae(rewards, e.values, e.action_mask, gamma=settings.gamma, lam=settings.lam)
+    np.testing.assert_allclose(e.returns, returns, atol=1e-5)
+    real = np.asarray(gains)[np.asarray(e.action_mask)]
+    np.testing.assert_allclose(
+        np.asarray(e.advantages)[np.asarray(e.action_mask)], (real - real.mean()) / real.std(), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("case", "name"), ON_EIGHT)
+def test_eight_devices_sample_and_score_as_one(case, name):
+    one, eight = run(case), run(case, name)
+    np.testing.assert_array_equal(eight.rollout.tokens, one.rollout.tokens)
+    np.testing.assert_array_equal(eight.rollout.mask, one.rollout.mask)
+    np.testing.assert_allclose(eight.rollout.logprobs, one.rollout.logprobs, atol=1e-5)
+    np.testing.assert_array_equal(eight.experience.mask, one.experience.mask)
+    for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns", "score"):
+        ours, theirs = (np.asarray(getattr(trained.experience, name)) for trained in (one, eight))
+        if ours.ndim == 2:
+            ours, theirs = ours[one.rollout.mask], theirs[one.rollout.mask]
+        np.testing.assert_allclose(theirs, ours, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(("case", "name"), ON_EIGHT)
+def test_eight_devices_learn_what_one_learns_in_one_update_and_in_two(case, name):
+    one, eight = run(case), run(case, name)
+    for step in range(2):
+        for role in range(2):
+            ours, theirs = one.after[step][role], eight.after[step][role]
+            assert max(np.abs(ours[path] - one.start[role][path]).max() for path in ours) > 0.005
+            for path in ours:
+                np.testing.assert_allclose(theirs[path], ours[path], atol=1e-5, rtol=0, err_msg=f"{step} {path}")
+        for stat in one.stats[step]:
+            np.testing.assert_allclose(
+                eight.stats[step][stat], one.stats[step][stat], atol=1e-5, rtol=1e-5, err_msg=stat
+            )
+
+
+@pytest.mark.parametrize(("case", "name"), EVERYWHERE)
+def test_what_trained_is_donated_and_reference_and_reward_live_on(case, name):
+    trained = run(case, name)
+    before = trained.first_models
+    for state in (before.actor, before.critic):
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.trainable, state.opt_state)))
+    kept = (trained.models.reference, trained.models.reward)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(kept))
+    again = trained.engine.score(trained.models, trained.rollout_there)
+    mask = trained.rollout.mask
+    np.testing.assert_allclose(again.ref_logprobs[mask], trained.experience.ref_logprobs[mask], atol=1e-5)
+    np.testing.assert_allclose(again.score, trained.experience.score, atol=1e-5)
+    assert np.abs(np.asarray(again.logprobs - trained.experience.logprobs))[mask].max() > 1e-3
+
+
+def test_under_adapters_the_base_stays_bit_equal_through_two_updates():
+    trained = run("opt-lora", "fsdp4-tensor2")
+    for path, start in trained.start[0].items():
+        assert np.array_equal(trained.after[1][0][path], start) != is_adapter(path), path
+
+
+@pytest.mark.parametrize(("case", "name"), ON_EIGHT)
+def test_models_stay_in_their_shards_and_experience_is_split_by_rows(case, name):
+    trained = run(case, name)
+    assert jax.tree.map(shard, trained.models) == trained.shards
+    for field in dataclasses.fields(trained.experience):
+        leaf = getattr(trained.experience, field.name)
+        assert {x.data.shape[0] for x in leaf.addressable_shards} == {2}, field.name
+
+
+@pytest.mark.parametrize(("case", "name"), ON_EIGHT)
+def test_published_weights_are_split_by_tensor_alone(case, name):
+    trained = run(case, name)
+    split = {"qkv/kernel", "qkv/bias", "gate_up/kernel", "gate_up/bias", "o/kernel", "down/kernel"}
+    for path, leaf in trained.weights.items():
+        halves = path in ("embed/tokens", "head/kernel") or path.split("/", 2)[-1] in split
+        sizes = {x.data.size for x in leaf.addressable_shards}
+        assert sizes == {leaf.size // (2 if halves else 1)}, path
+
+
+@pytest.mark.parametrize("family", ["opt-350m", "llama"])
+def test_published_weights_are_the_trained_ones_laid_out_anew(family):
+    config = tiny.FAMILIES[family]
+    params = tiny.random_arrays(config, tiny.LORA)
+    weights = make_publish(Role(config, tiny.LORA), single_device_mesh(), FLOAT32)(params)
+    merged = merge(params, tiny.LORA)
+    heads = config.num_kv_heads
+    for i in range(2):
+        q, k, v = (
+            np.asarray(merged[f"layers/attention/{name}/kernel"])[i].reshape(32, heads, -1, config.head_dim)
+            for name in "qkv"
+        )
+        np.testing.assert_allclose(weights[f"layers/{i}/qkv/kernel"], np.concatenate([q, k, v], axis=2), atol=1e-6)
+        up = np.asarray(merged["layers/mlp/up/kernel"])[i]
+        np.testing.assert_allclose(weights[f"layers/{i}/gate_up/kernel"][:, -1], up, atol=1e-6)
+    head = merged["embed/tokens" if config.tied else "head/kernel"]
+    np.testing.assert_array_equal(weights["head/kernel"], np.asarray(head).T)
+
+
+@pytest.mark.parametrize(
+    ("family", "lora", "name"),
+    [
+        ("opt-350m", NO_LORA, "fsdp4-tensor2"),
+        ("opt-350m", tiny.LORA, "fsdp4-tensor2"),
+        ("llama", NO_LORA, "data2-fsdp2-tensor2"),
+        ("llama", tiny.LORA, "fsdp4-tensor2"),
+    ],
+)
+def test_publish_compiles_to_one_all_gather_for_each_split_weight_and_nothing_else(family, lora, name):
+    config, layout = tiny.FAMILIES[family], Layout(tiny.mesh_of(name), TRAIN)
+    params = tiny.random_params(config, layout.mesh, lora)
+    text = make_publish(Role(config, lora), layout.mesh, FLOAT32).lower(params).compile().as_text()
+    split = [path for path, leaf in abstract_params(config).items() if any(layout.spec(leaf.axes))]
+    assert len(split) == {"opt-350m": 14, "llama": 9}[family]
+    assert collectives(text) == {"all-gather": len(split)}
+
+
+def collectives(text):
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter|send|recv"
+    return Counter(re.findall(rf"(?<=[\s=])({kinds})(?:-start)?\(", text))
+
+
+def test_the_other_order_of_axes_would_need_more_than_all_gathers_and_is_seen_to():
+    mesh = tiny.mesh_of("fsdp4-tensor2")
+    minor = jax.device_put(np.zeros((64, 64), np.float32), NamedSharding(mesh, PartitionSpec(None, ("fsdp", "tensor"))))
+    text = jax.jit(lambda x: Layout(mesh, GENERATE).constrain(x, None, "mlp")).lower(minor).compile().as_text()
+    assert set(collectives(text)) == {"all-gather", "collective-permute"}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_published_weights_have_the_dtype_asked_for_and_norms_keep_theirs(dtype):
+    weights = make_publish(Role(tiny.LLAMA, tiny.LORA), single_device_mesh(), jnp.dtype(dtype))(
+        tiny.random_params(tiny.LLAMA, single_device_mesh(), tiny.LORA)
+    )
+    assert {str(leaf.dtype) for path, leaf in weights.items() if "norm" not in path} == {dtype}
+    assert {str(leaf.dtype) for path, leaf in weights.items() if "norm" in path} == {"float32"}
+
+
+@pytest.mark.parametrize(("case", "name"), EVERYWHERE)
+def test_other_prompts_another_key_and_trained_models_compile_nothing(case, name):
+    trained = run(case, name)
+    # Publishing and generating may have been compiled for another test; an update belongs to its engine.
+    assert trained.first_compiled.count("jit(update)") == 2, "one for the actor, one for the critic, and none again"
+    assert trained.later_compiled == []
+
+
+def test_a_greedy_actor_is_refused_as_it_has_no_ratios():
+    with pytest.raises(ValueError, match="temperature=0: a greedy policy has no probability ratios .* use one above 0"):
+        make_engine(
+            actor=Role(tiny.LLAMA),
+            critic=Role(tiny.scalar(tiny.LLAMA)),
+            reward=tiny.scalar(tiny.LLAMA),
+            estimate=None,
+            actor_loss=None,
+            critic_loss=None,
+            actor_tx=None,
+            critic_tx=None,
+            sample=SampleConfig(NEW, 0.0),
+            eos_ids=EOS,
+            mesh=single_device_mesh(),
+            compute=Compute(FLOAT32, True, 0),
+            num_micro=1,
+        )
+
+
+def test_rollouts_that_micro_batches_and_devices_do_not_divide_are_refused_with_the_nearest():
+    trained = run("opt-lora", "fsdp4-tensor2")
+    part = jax.tree.map(lambda leaf: leaf[:12], trained.experience)
+    told = "rollouts of one update=12 does not divide over 16 micro-batches x devices; nearest that do: [16]"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        trained.engine.update(trained.models, part)
+
+
+COMPILED = """
+import glob, json, sys, tempfile
+import jax, jax.numpy as jnp, numpy as np
+import test_engine, tiny
+from rlhf_jax.engine import Role, make_publish
+from rlhf_jax.mesh import GENERATE, TRAIN, Layout
+
+mesh, told = tiny.mesh_of("fsdp4-tensor2"), {}
+
+
+def say(what):
+    print(f"== {what}", file=sys.stderr, flush=True)
+
+
+say("control")
+x = Layout(mesh, TRAIN).put(np.zeros((64, 64), np.float32), "mlp", None)
+jax.jit(lambda x: Layout(mesh, GENERATE).constrain(x, None, "mlp")).lower(x).compile()
+
+say("publish")
+params = tiny.random_params(tiny.LLAMA, mesh, tiny.LORA)
+with tempfile.TemporaryDirectory() as folder:
+    options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
+    make_publish(Role(tiny.LLAMA, tiny.LORA), mesh, jnp.dtype("bfloat16")).lower(params).compile(options)
+    told["partitioned"] = open(glob.glob(f"{folder}/*after_spmd-partitioning*")[0]).read()
+
+for case, dtype in (("llama", "bfloat16"), ("opt-lora", "float32")):
+    engine, models = test_engine.engine_of(case, mesh, jnp.dtype(dtype))
+    say(case)
+    config = tiny.FAMILIES[test_engine.CASES[case][0]]
+    prompts = tiny.prompts(config, test_engine.LENGTHS, test_engine.WIDTH)
+    rollout = engine.generate(engine.publish(models.actor.params), *prompts, jax.random.key(0))
+    jax.block_until_ready(engine.update(models, engine.score(models, rollout)))
+say("end")
+print(json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """(what was said while each program was compiled, what the script told), in a process that keeps no programs."""
+    tests = Path(__file__).parent
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_COMPILATION_CACHE", "TF_CPP"))}
+    env["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests.parent)])
+    done = subprocess.run([sys.executable, "-c", COMPILED], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    parts = re.split(r"^== (.*)\n", done.stderr, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True)), json.loads(done.stdout.splitlines()[-1])
+
+
+REMAT = "Involuntary full rematerialization"
+
+
+def test_no_program_of_the_engine_makes_the_compiler_copy_a_whole_array_to_every_device(compiled):
+    said = compiled[0]
+    assert REMAT in said["control"], "the compiler no longer says so where it does: find how it does now"
+    assert [name for name, text in said.items() if REMAT in text] == ["control"]
+    assert said.keys() == {"control", "publish", "llama", "opt-lora", "end"}
+
+
+def test_weights_are_bfloat16_before_they_are_gathered(compiled):
+    # After partitioning, before the CPU's compiler makes float32 of every bfloat16 collective.
+    gathered = re.findall(r"= (\w+)\[[\d,]*\]\S* all-gather\(", compiled[1]["partitioned"])
+    assert gathered == ["bf16"] * 9

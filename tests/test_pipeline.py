@@ -1,0 +1,211 @@
+"""Whole runs: what they leave, that nothing is done twice, and that a stopped run ends as one that never stopped."""
+
+import math
+import tomllib
+
+import jax
+import numpy as np
+import pytest
+import tiny_recipe
+from tiny_recipe import records, tensors, timeless, tree, write_recipe
+
+import rlhf_jax.stages.ppo
+import rlhf_jax.stages.reward
+import rlhf_jax.stages.sft
+
+STAGES = ("sft", "reward", "ppo")
+
+
+@pytest.fixture
+def finished(tmp_path_factory):
+    return tiny_recipe.finished_run(tmp_path_factory)
+
+
+def test_a_finished_run_leaves_the_folders_that_are_promised(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names - {"evaluate.json", "evaluate.jsonl"} == {"config.toml", "tensorboard", "base", *STAGES}
+    assert {path.name for path in (finished / "sft").iterdir()} == {"metrics.jsonl", "checkpoints", "export"}
+    assert {path.name for path in (finished / "reward").iterdir()} == {"metrics.jsonl", "checkpoints", "export"}
+    assert {path.name for path in (finished / "ppo").iterdir()} == {
+        *("metrics.jsonl", "checkpoints", "rollouts", "export", "export_critic")
+    }
+    for export in ("base", "sft/export", "reward/export", "ppo/export", "ppo/export_critic"):
+        files = {path.name for path in (finished / export).iterdir()}
+        assert files >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+        assert ("generation_config.json" in files) == (export not in ("reward/export", "ppo/export_critic"))
+    for stage in STAGES:  # the newest two: save_every is 2, and the last step is always kept
+        assert {path.name for path in (finished / stage / "checkpoints").iterdir()} == {"4", "5"}
+        assert len(list((finished / "tensorboard").glob(f"events.out.tfevents.*.{stage}"))) == 1
+
+
+def test_config_toml_is_the_merged_configuration(finished):
+    merged = tomllib.loads((finished / "config.toml").read_text())
+    assert merged["run"]["dir"] == str(finished)  # from the command line
+    assert merged["sft"]["steps"] == 5  # from the file
+    assert merged["ppo"]["lam"] == 0.95  # from the defaults
+
+
+def test_metrics_have_a_record_a_step_with_step_and_stage(finished):
+    for stage in STAGES:
+        lines = records(finished / stage / "metrics.jsonl")
+        assert {line["stage"] for line in lines} == {stage}
+        trained = [line["step"] for line in lines if not any(name.startswith("held_out") for name in line)]
+        assert trained == [1, 2, 3, 4, 5]
+    measured = [line["step"] for line in records(finished / "sft" / "metrics.jsonl") if "held_out_loss" in line]
+    assert measured == [0, 2, 4, 5]  # before the first step, every second, and after the last
+
+
+def test_ppo_logs_everything_that_is_promised(finished):
+    promised = {
+        *("score_mean", "score_std", "kl", "actor_loss", "critic_loss", "actor_clip_fraction", "critic_clip_fraction"),
+        *("actor_approx_kl", "actor_entropy", "explained_variance", "response_length", "ended_by_eos"),
+        *("seconds_publish", "seconds_generate", "seconds_score", "seconds_update", "tokens_per_second"),
+    }
+    for record in records(finished / "ppo" / "metrics.jsonl"):
+        assert promised - record.keys() == set()
+        assert all(math.isfinite(record[name]) for name in promised)
+    first = records(finished / "ppo" / "metrics.jsonl")[0]
+    assert first["kl"] == pytest.approx(0, abs=1e-4)  # the actor is the reference before its first update
+    assert first["actor_approx_kl"] == pytest.approx(0, abs=1e-6)  # and the ratio is 1
+    assert first["actor_clip_fraction"] == 0
+    assert first["logprob_mismatch"] < 1e-5  # what is sampled from is what is trained
+    assert first["actor_entropy"] == pytest.approx(math.log(300), abs=0.5)
+
+
+def test_every_rollout_is_kept_and_adds_up_to_the_metrics(finished):
+    files = sorted((finished / "ppo" / "rollouts").iterdir())
+    assert [file.name for file in files] == [f"{step:06d}.jsonl" for step in range(1, 6)]
+    for step, (file, metrics) in enumerate(zip(files, records(finished / "ppo" / "metrics.jsonl"), strict=True), 1):
+        rollouts = records(file)
+        assert len(rollouts) == 8
+        for rollout in rollouts:
+            assert set(rollout) == {"step", "prompt", "response", "score", "reward", "kl", "finish_reason"}
+            assert rollout["step"] == step
+            assert rollout["prompt"].startswith("\n\nHuman: ") and rollout["prompt"].endswith("\n\nAssistant:")
+            assert rollout["finish_reason"] == ("eos" if rollout["response"].endswith("</s>") else "length")
+            # kl_coef 0.1, score_clip 5: the reward of an answer is its score less the penalty of all its tokens
+            clipped = min(max(rollout["score"], -5), 5)
+            assert rollout["reward"] == pytest.approx(clipped - 0.1 * rollout["kl"], abs=1e-5)
+        for name, column in {"score_mean": "score", "kl": "kl", "reward_mean": "reward"}.items():
+            assert metrics[name] == pytest.approx(np.mean([rollout[column] for rollout in rollouts]), abs=1e-5)
+        assert metrics["ended_by_eos"] == np.mean([rollout["finish_reason"] == "eos" for rollout in rollouts])
+
+
+def test_a_second_train_skips_all_three_stages_and_changes_nothing(finished, capsys):
+    before = tree(finished)
+    assert tiny_recipe.run("train", finished.parent / "tiny.toml", f"run.dir={finished}") == 0
+    said = capsys.readouterr().out
+    assert [f"{stage}: finished already" in said for stage in STAGES] == [True, True, True]
+    after = tree(finished)
+    assert {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)} <= {"config.toml"}
+    assert before["config.toml"][0] == after["config.toml"][0]
+
+
+def stop_in(patch: pytest.MonkeyPatch, stage: str, at: int) -> None:
+    """Ctrl-C in the middle of step `at` (counted from 0) of the stage, when its state has been given away."""
+    module = getattr(rlhf_jax.stages, stage)
+    loop = module.train_loop
+
+    def stopping(run, name, total, state, step_fn, *rest, **options):
+        def stopped(state, step):
+            result = step_fn(state, step)
+            if step == at:
+                raise KeyboardInterrupt
+            return result
+
+        return loop(run, name, total, state, stopped, *rest, **options)
+
+    patch.setattr(module, "train_loop", stopping)
+
+
+LORA = [f"model.{name}={{rank=2, alpha=4.0}}" for name in ("lora", "reward_lora")]
+SLOW = pytest.mark.slow
+MESH = ["mesh.fsdp=4", "mesh.tensor=2"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "devices"),
+    [
+        pytest.param([], 1, id="whole-model"),
+        pytest.param(
+            [*LORA, "ppo.ppo_epochs=2", "ppo.batch_size=4", "sft.micro_batch_size=4"], 1, id="lora", marks=SLOW
+        ),
+        pytest.param(MESH, 8, id="fsdp4-tensor2", marks=SLOW),
+    ],
+)
+def test_a_run_stopped_in_every_stage_ends_bit_for_bit_as_one_that_never_stopped(
+    tmp_path, tmp_path_factory, monkeypatch, capsys, overrides, devices
+):
+    recipe = write_recipe(tmp_path)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    if overrides:
+        assert tiny_recipe.run("train", recipe, f"run.dir={whole}", *overrides, devices=devices) == 0
+    else:
+        whole = tiny_recipe.finished_run(tmp_path_factory)
+    # Between two checkpoints, before the first one, and just when one has been made.
+    for stage, at in (("sft", 3), ("reward", 1), ("ppo", 4)):
+        with monkeypatch.context() as patch:
+            stop_in(patch, stage, at)
+            assert tiny_recipe.run("train", recipe, f"run.dir={stopped}", *overrides, devices=devices) == 130
+        assert "goes on from the last checkpoint" in capsys.readouterr().err
+        assert not (stopped / stage / "export").exists()
+    assert tiny_recipe.run("train", recipe, f"run.dir={stopped}", *overrides, devices=devices) == 0
+    assert "ppo: resumed at step 4 of 5" in capsys.readouterr().err
+
+    for stage in STAGES:
+        assert timeless(stopped / stage / "metrics.jsonl") == timeless(whole / stage / "metrics.jsonl")
+    for export in ("sft/export", "reward/export", "ppo/export", "ppo/export_critic"):
+        ours, theirs = tensors(stopped / export), tensors(whole / export)
+        assert ours.keys() == theirs.keys()
+        assert [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()] == []
+    for file in (whole / "ppo" / "rollouts").iterdir():
+        assert (stopped / "ppo" / "rollouts" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_training_changes_every_weight_and_the_steps_depend_on_the_seed(finished):
+    base, sft, ppo = (tensors(finished / export) for export in ("base", "sft/export", "ppo/export"))
+    assert base.keys() == sft.keys() == ppo.keys()
+    assert [name for name in base if np.array_equal(base[name], sft[name])] == []
+    assert [name for name in base if np.array_equal(sft[name], ppo[name])] == []
+    first, second = (records(finished / "ppo" / "rollouts" / f"00000{step}.jsonl") for step in (1, 2))
+    assert first[0]["prompt"] != second[0]["prompt"] and first[0]["response"] != second[0]["response"]
+
+
+def test_one_device_and_eight_give_the_same_sft_run_to_float32_rounding(tmp_path, finished):
+    recipe, eight = write_recipe(tmp_path), tmp_path / "eight"
+    assert tiny_recipe.run("sft", recipe, f"run.dir={eight}", *MESH, devices=8) == 0
+    ours, theirs = tensors(eight / "base"), tensors(finished / "base")
+    assert [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()] == []
+    for a, b in zip(timeless(eight / "sft/metrics.jsonl"), timeless(finished / "sft/metrics.jsonl"), strict=True):
+        assert a.pop("stage") == b.pop("stage")
+        assert a == pytest.approx(b, rel=1e-5)
+    ours, theirs = tensors(eight / "sft/export"), tensors(finished / "sft/export")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, theirs)
+    for a, b in zip(ours.values(), theirs.values(), strict=True):
+        assert np.abs(a - b).mean() < 1e-6
+
+
+def test_adapters_leave_the_base_as_it_was_and_are_merged_into_the_export(tmp_path, finished):
+    recipe, folder = write_recipe(tmp_path), tmp_path / "run"
+    assert tiny_recipe.run("sft", recipe, f"run.dir={folder}", 'model.lora={rank=2, targets=["q", "v"]}') == 0
+    base, sft = tensors(folder / "base"), tensors(folder / "sft/export")
+    assert {name.split(".")[-2] for name in base if not np.array_equal(base[name], sft[name])} == {"q_proj", "v_proj"}
+    update = sft["model.layers.0.self_attn.q_proj.weight"] - base["model.layers.0.self_attn.q_proj.weight"]
+    assert np.linalg.matrix_rank(update, tol=1e-5) == 2
+
+
+def test_a_run_killed_between_the_last_checkpoint_and_the_export_only_exports(tmp_path, monkeypatch, capsys):
+    recipe, folder = write_recipe(tmp_path), tmp_path / "run"
+    with monkeypatch.context() as patch:
+
+        def killed(*args):
+            raise KeyboardInterrupt
+
+        patch.setattr(rlhf_jax.stages.sft, "export", killed)
+        assert tiny_recipe.run("sft", recipe, f"run.dir={folder}", "sft.steps=2") == 130
+    before = timeless(folder / "sft/metrics.jsonl")
+    capsys.readouterr()
+    assert tiny_recipe.run("sft", recipe, f"run.dir={folder}", "sft.steps=2") == 0
+    assert "sft: resumed at step 2 of 2" in capsys.readouterr().err
+    assert timeless(folder / "sft/metrics.jsonl") == before
+    assert (folder / "sft/export/model.safetensors").exists()

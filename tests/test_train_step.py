@@ -1,0 +1,270 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from rlhf_jax.mesh import TRAIN, Layout, single_device_mesh
+from rlhf_jax.models.decoder import NO_LORA, Leaf, abstract_params, bind, head_kernel
+from rlhf_jax.models.lora import is_adapter, is_trainable
+from rlhf_jax.objectives.logprobs import token_logprobs
+from rlhf_jax.objectives.masked import mean
+from rlhf_jax.optim import OptimConfig, make_optimizer
+from rlhf_jax.train_step import init_state, make_update, state_shardings
+from rlhf_jax.trees import partition
+
+EIGHT = [name for name in tiny.MESHES if name != "one"]
+CASES = {"opt": ("opt", NO_LORA), "llama-lora": ("llama", tiny.LORA)}
+# A gradient that is zero but for rounding (OPT's key bias, which softmax cannot see) would become a full step of Adam's
+# with the usual eps of 1e-8, in whatever direction the rounding points; 1e-3 keeps it nothing.
+OPTIM = OptimConfig(learning_rate=0.02, schedule="constant", eps=1e-3, clip_norm=1.0, weight_decay=0.01)
+# 16 rows whose learned tokens fall unevenly: micro-batch m of 4 has the rows m, m + 4, ...; the third learns nothing.
+LENGTHS = np.array([12, 5, 9, 2, 11, 3, 12, 4, 7, 2, 10, 3, 12, 6, 8, 2])
+
+
+def batch_of(config):
+    tokens, mask = tiny.prompts(config, LENGTHS, 12, side="right")
+    learned = mask & (np.arange(12) >= LENGTHS[:, None] // 2)
+    learned[2::4] = False
+    learned[:, 0] = False
+    return {"tokens": tokens, "mask": mask, "learned": learned}
+
+
+def make_loss(config, lora, layout):
+    def loss_fn(params, batch):
+        decoder = bind(config, params, lora)
+        hidden = decoder(batch["tokens"], batch["mask"], dtype=jnp.float32, layout=layout, remat=True)
+        logprobs = token_logprobs(
+            hidden[:, :-1],
+            head_kernel(config, params),
+            batch["tokens"][:, 1:],
+            chunk=4,
+            num_real=config.vocab_size,
+        )
+        learned = batch["learned"][:, 1:]
+        return -mean(logprobs, learned), (learned.sum(), {"probability": mean(jnp.exp(logprobs), learned)})
+
+    return loss_fn
+
+
+def fresh_state(config, lora, layout, tx):
+    params = tiny.random_params(config, layout.mesh, lora)
+    trainable, frozen = partition(params, lambda path: is_trainable(path, lora))
+    return init_state(trainable, frozen, tx, abstract_params(config, lora), layout)
+
+
+def shards_of(tree):
+    return jax.tree.map(lambda leaf: {shard.data.shape for shard in leaf.addressable_shards}, tree)
+
+
+class Run:
+    """Two updates on one mesh, and what stood before and between them, on the host."""
+
+    def __init__(self, case, name, num_micro=1):
+        family, lora = CASES[case]
+        self.config, self.lora = tiny.FAMILIES[family], lora
+        self.layout = Layout(tiny.mesh_of(name), TRAIN)
+        tx = make_optimizer(OPTIM, 10)
+        self.leaves = abstract_params(self.config, lora)
+        loss_fn = make_loss(self.config, lora, self.layout)
+        self.update = make_update(loss_fn, tx, self.leaves, self.layout, num_micro)
+        self.batch = self.layout.put_batch(batch_of(self.config))
+        state = fresh_state(self.config, lora, self.layout, tx)
+        with tiny.compilations() as self.first_compiled:
+            self.compiled = self.update.lower(state, self.batch).compile()
+        self.start, self.start_shards, self.bytes = on_host(state.params), shards_of(state), bytes_held(state)
+        self.first_state = state
+        with tiny.compilations() as self.later_compiled:
+            self.state, stats = self.update(state, self.batch)
+        self.one, self.stats = on_host(self.state.params), [jax.device_get(stats)]
+        with tiny.compilations() as more:
+            self.state, stats = self.update(self.state, self.batch)
+        self.later_compiled += more
+        self.two = on_host(self.state.params)
+        self.stats.append(jax.device_get(stats))
+
+
+def on_host(tree):
+    """Copies: on a CPU, NumPy would look at the very buffer, which could then not be donated."""
+    return jax.device_get(jax.tree.map(jnp.copy, tree))
+
+
+def bytes_held(tree):
+    """Bytes on the first device."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+@functools.lru_cache
+def run(case, name, num_micro=1):
+    return Run(case, name, num_micro)
+
+
+def assert_same(one, other, atol=1e-5):
+    assert one.keys() == other.keys()
+    for path in one:
+        np.testing.assert_allclose(other[path], one[path], atol=atol, rtol=0, err_msg=path)
+
+
+@pytest.mark.parametrize("name", EIGHT)
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_after_one_and_two_updates_are_those_of_one_device(case, name):
+    one, eight = run(case, "one"), run(case, name)
+    assert max(np.abs(one.two[path] - one.start[path]).max() for path in one.two) > 0.01, "the steps show"
+    assert_same(one.one, eight.one)
+    assert_same(one.two, eight.two)
+    for ours, theirs in zip(one.stats, eight.stats, strict=True):
+        for key in ("loss", "probability", "grad_norm"):
+            np.testing.assert_allclose(theirs[key], ours[key], rtol=1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize(("case", "name"), [("opt", "one"), ("llama-lora", "one")])
+def test_four_micro_batches_with_unequal_token_counts_equal_one(case, name):
+    counts = batch_of(tiny.OPT)["learned"].reshape(4, 4, 12).swapaxes(0, 1).sum((1, 2))
+    assert len(set(counts)) == 4 and counts[2] == 0, counts
+    one, four = run(case, name), run(case, name, 4)
+    assert_same(one.one, four.one)
+    assert_same(one.two, four.two)
+    for ours, theirs in zip(one.stats, four.stats, strict=True):
+        for key in ("loss", "probability", "grad_norm"):
+            np.testing.assert_allclose(theirs[key], ours[key], rtol=1e-5, err_msg=key)
+
+
+def test_two_micro_batches_on_eight_devices_equal_one_on_one():
+    one, two = run("opt", "one"), run("opt", "fsdp4-tensor2", 2)
+    assert_same(one.two, two.two)
+
+
+def toy(num_micro):
+    """Least squares with one weight: a batch whose rows weigh `count`, so that every number can be checked by hand."""
+    layout = Layout(single_device_mesh(), TRAIN)
+
+    def loss_fn(params, batch):
+        weight = batch["count"].sum()
+        loss = (batch["count"] * batch["x"] * params["w"][0]).sum() / jnp.maximum(weight, 1)
+        return loss, (weight, {"x": (batch["count"] * batch["x"]).sum() / jnp.maximum(weight, 1)})
+
+    tx, leaves = optax.sgd(1.0), {"w": Leaf((1,), (None,))}
+    state = init_state({"w": layout.put(np.array([10.0], np.float32), None)}, {}, tx, leaves, layout)
+    return make_update(loss_fn, tx, leaves, layout, num_micro), state, layout
+
+
+@pytest.mark.parametrize("num_micro", [1, 2, 4])
+def test_the_gradient_is_the_sum_over_all_rows_divided_by_the_count_of_all_by_hand(num_micro):
+    update, state, layout = toy(num_micro)
+    batch = {"x": np.array([1.0, 2.0, 3.0, 4.0], np.float32), "count": np.array([1.0, 0.0, 2.0, 5.0], np.float32)}
+    state, stats = update(state, layout.put_batch(batch))
+    gradient = (1 * 1 + 2 * 3 + 5 * 4) / 8
+    np.testing.assert_allclose(state.trainable["w"], [10 - gradient], rtol=1e-6)
+    np.testing.assert_allclose(
+        [stats["loss"], stats["x"], stats["grad_norm"]], [10 * gradient, gradient, gradient], rtol=1e-6
+    )
+    assert int(state.step) == 1
+
+
+def test_a_batch_that_learns_nothing_changes_nothing_and_is_not_a_nan():
+    update, state, layout = toy(2)
+    batch = {"x": np.ones(4, np.float32), "count": np.zeros(4, np.float32)}
+    state, stats = update(state, layout.put_batch(batch))
+    assert float(state.trainable["w"][0]) == 10.0 and float(stats["loss"]) == 0.0
+
+
+@pytest.mark.parametrize("name", EIGHT)
+@pytest.mark.parametrize("case", CASES)
+def test_moments_are_born_in_the_shards_of_their_parameters_and_stay_there(case, name):
+    trained = run(case, name)
+    parts = trained.layout.shards("mlp")
+
+    def check(tree, moment):
+        for path, leaf in trained.state.trainable.items():
+            split = any(trained.layout.spec(trained.leaves[path].axes))
+            sizes = {np.prod(shape) for shape in moment[path]}
+            assert sizes == {leaf.size // (parts if split else 1)}, f"{tree} {path}"
+
+    for when, tree in (("before", trained.start_shards), ("after", shards_of(trained.state))):
+        moments = [x for x in jax.tree.leaves(tree.opt_state, is_leaf=lambda x: isinstance(x, dict)) if x]
+        adam = [x for x in moments if isinstance(x, dict)]
+        assert len(adam) == 2, "the mean of the gradient and of its square"
+        for moment in [*adam, tree.trainable]:
+            check(when, moment)
+    assert shards_of(trained.state) == trained.start_shards
+
+
+@pytest.mark.parametrize("name", ["one", *EIGHT])
+@pytest.mark.parametrize("case", CASES)
+def test_the_state_is_donated_and_every_byte_of_it_aliased(case, name):
+    trained = run(case, name)
+    # Scalars may be copied; nothing of any size is.
+    assert trained.compiled.memory_analysis().alias_size_in_bytes >= trained.bytes - 64
+    for leaf in jax.tree.leaves((trained.first_state.trainable, trained.first_state.opt_state)):
+        assert leaf.is_deleted()
+
+
+@pytest.mark.parametrize("name", ["one", *EIGHT])
+@pytest.mark.parametrize("case", CASES)
+def test_the_second_update_compiles_nothing(case, name):
+    trained = run(case, name)
+    assert trained.first_compiled == ["jit(update)"] and trained.later_compiled == []
+    outputs = trained.compiled.output_shardings[0]
+    wanted = state_shardings(trained.state, trained.leaves, trained.layout)
+    for (path, made), (_, meant), (_, leaf) in zip(
+        *(jax.tree_util.tree_leaves_with_path(tree) for tree in (outputs, wanted, trained.state)), strict=True
+    ):
+        assert made.is_equivalent_to(meant, leaf.ndim), path
+
+
+@pytest.mark.parametrize("name", ["one", "fsdp4-tensor2"])
+def test_under_adapters_the_base_stays_bit_equal_and_every_adapter_moves(name):
+    trained = run("llama-lora", name)
+    for path in trained.start:
+        same = np.array_equal(trained.start[path], trained.two[path])
+        assert same != is_adapter(path), path
+    for path in filter(is_adapter, trained.start):
+        assert (trained.start[path] != trained.two[path]).mean() > 0.9, path
+
+
+@pytest.mark.parametrize(
+    ("family", "lora", "scalar_head"),
+    [
+        *((family, NO_LORA, False) for family in tiny.FAMILIES),
+        ("opt", tiny.LORA, False),
+        ("opt-350m", NO_LORA, True),
+        ("llama", tiny.LORA, True),
+    ],
+)
+def test_the_gradient_reaches_every_layer_of_every_trainable_parameter(family, lora, scalar_head):
+    config = tiny.scalar(tiny.FAMILIES[family]) if scalar_head else tiny.FAMILIES[family]
+    params = tiny.random_params(config, single_device_mesh(), lora)
+    trainable, frozen = partition(params, lambda path: is_trainable(path, lora))
+    tokens, mask = tiny.prompts(config, [12, 5, 9, 2], 12, side="right")
+
+    def loss(trainable):
+        params = {**frozen, **trainable}
+        hidden = bind(config, params, lora)(tokens, mask, dtype=jnp.float32, remat=False)
+        head = params["score/kernel"] if scalar_head else head_kernel(config, params)[:, : config.vocab_size]
+        return jnp.sum(jnp.tanh(hidden @ head)[mask])
+
+    gradients = jax.jit(jax.grad(loss))(trainable)
+    for path, gradient in gradients.items():
+        layers = np.asarray(gradient) if path.startswith("layers/") else np.asarray(gradient)[None]
+        largest = np.abs(layers).reshape(len(layers), -1).max(axis=1)
+        if path == "layers/attention/k/bias":
+            assert (largest < 1e-4).all(), "softmax cannot see what all keys share"
+        else:
+            assert (largest > 1e-3).all(), path
+    if "embed/tokens" in trainable:
+        assert not np.any(gradients["embed/tokens"][config.vocab_size :]), "no id is there"
+
+
+def test_a_state_is_laid_out_by_the_paths_in_it_and_scalars_are_everywhere():
+    config, layout = tiny.LLAMA, Layout(tiny.mesh_of("fsdp4-tensor2"), TRAIN)
+    tx = make_optimizer(OPTIM, 10)
+    state = fresh_state(config, NO_LORA, layout, tx)
+    shardings = state_shardings(state, abstract_params(config), layout)
+    assert jax.tree.structure(shardings) == jax.tree.structure(state)
+    assert shardings.step.is_fully_replicated and state.step.sharding.is_fully_replicated
+    assert int(state.step) == 0 and state.frozen == {} and state.params == state.trainable
+    first, second = bytes_held(state.trainable), bytes_held(state.opt_state)
+    assert abs(second - 2 * first) < 64, "Adam holds two moments of each shard, and counters"

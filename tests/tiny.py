@@ -1,0 +1,128 @@
+"""Models of a few thousand parameters in the manner of each family, with every bias and scale away from its start."""
+
+import contextlib
+import dataclasses
+import logging
+import re
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax.mesh import TRAIN, Layout, MeshConfig, make_mesh
+from rlhf_jax.models.decoder import NO_LORA, DecoderConfig, abstract_params
+from rlhf_jax.models.lora import LoraConfig
+
+# 61 ids on 64 rows, and no two sizes that a shape could confuse: every sharded one divides by 8, every head count by 2.
+OPT = DecoderConfig(
+    family="opt",
+    vocab_size=61,
+    padded_vocab=64,
+    hidden_size=32,
+    embed_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=8,
+    mlp_size=48,
+    max_positions=40,
+    activation="relu",
+    gated_mlp=False,
+    norm="layer",
+    norm_eps=1e-5,
+    post_norm=False,
+    final_norm=True,
+    rope_theta=0.0,
+    attention_bias=True,
+    mlp_bias=True,
+    tied=True,
+    scalar_head=False,
+)
+OPT_350M = dataclasses.replace(OPT, embed_size=16, post_norm=True, final_norm=False)
+LLAMA = dataclasses.replace(
+    OPT,
+    family="llama",
+    num_heads=8,
+    num_kv_heads=2,
+    activation="silu",
+    gated_mlp=True,
+    norm="rms",
+    norm_eps=1e-6,
+    rope_theta=10000.0,
+    attention_bias=False,
+    mlp_bias=False,
+    tied=False,
+)
+LLAMA_TIED = dataclasses.replace(LLAMA, num_heads=4, num_kv_heads=4, tied=True)
+FAMILIES = {"opt": OPT, "opt-350m": OPT_350M, "llama": LLAMA, "llama-tied": LLAMA_TIED}
+LORA = LoraConfig(rank=4, alpha=8.0)
+
+MESHES = {
+    "one": MeshConfig(1, 1, 1),
+    "fsdp4-tensor2": MeshConfig(1, 4, 2),
+    "data2-fsdp2-tensor2": MeshConfig(2, 2, 2),
+}
+
+
+def mesh_of(name: str) -> Mesh:
+    """One of `MESHES`, over as many of the simulated devices as it needs."""
+    config = MESHES[name]
+    return make_mesh(config, jax.devices()[: config.data * config.fsdp * config.tensor])
+
+
+def scalar(config: DecoderConfig) -> DecoderConfig:
+    """The same model as a critic or reward model."""
+    return dataclasses.replace(config, scalar_head=True)
+
+
+def random_arrays(config: DecoderConfig, lora: LoraConfig = NO_LORA, seed: int = 0) -> dict[str, np.ndarray]:
+    """Every parameter and adapter on the host, large enough that a wrong one shows; rows past the vocabulary are 0."""
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for path, leaf in abstract_params(config, lora).items():
+        scale = 0.15 if path.endswith(("kernel", "lora_a", "lora_b")) else 0.3
+        array = scale * rng.standard_normal(leaf.shape)
+        if path.endswith("scale"):
+            array += 1.0
+        if path in ("embed/tokens", "head/kernel"):
+            array[config.vocab_size :] = 0.0
+        arrays[path] = array.astype(np.float32)
+    return arrays
+
+
+def on_mesh(config: DecoderConfig, arrays: dict[str, np.ndarray], mesh: Mesh, lora: LoraConfig = NO_LORA):
+    """{path: array} in its training shards."""
+    leaves, layout = abstract_params(config, lora), Layout(mesh, TRAIN)
+    return {path: layout.put(array, *leaves[path].axes) for path, array in arrays.items()}
+
+
+def random_params(config: DecoderConfig, mesh: Mesh, lora: LoraConfig = NO_LORA, seed: int = 0):
+    return on_mesh(config, random_arrays(config, lora, seed), mesh, lora)
+
+
+def prompts(config: DecoderConfig, lengths, width: int, *, side: str = "left", seed: int = 1):
+    """(ids [B, width], mask [B, width]): one row of random real ids for each length, padded on that side."""
+    rng = np.random.default_rng(seed)
+    place = np.arange(width) if side == "right" else np.arange(width)[::-1]
+    mask = place[None] < np.asarray(lengths)[:, None]
+    ids = np.zeros((len(lengths), width), np.int32)
+    ids[mask] = rng.integers(0, config.vocab_size, mask.sum())
+    return ids, mask
+
+
+@contextlib.contextmanager
+def compilations():
+    """A list that receives the name of every function that is compiled meanwhile."""
+    names: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            names.extend(re.findall(r"^Compiling (\S+)", record.getMessage()))
+
+    handler, logger = Handler(), logging.getLogger("jax")
+    logger.addHandler(handler)
+    try:
+        with jax.log_compiles():
+            yield names
+    finally:
+        logger.removeHandler(handler)

@@ -1,0 +1,109 @@
+"""Whole runs of a few steps, started as a user starts them: by the command line, here in the same process."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import rlhf_jax.mesh
+from rlhf_jax.cli import main
+from rlhf_jax.mesh import make_mesh
+
+RECIPE = """
+[run]
+save_every = 2
+[model]
+actor = "new"
+dtype = "float32"
+remat = false
+logprob_chunk = 0
+[model.new]
+vocab_size = 300
+hidden_size = 16
+num_layers = 2
+num_heads = 2
+num_kv_heads = 2
+mlp_size = 32
+max_positions = 160
+[data]
+sources = [{ path = "builtin:assistant", answer = "answer" }]
+builtin_rows = 260
+held_out = 0.15
+max_prompt_length = 120
+max_length = 144
+[sft]
+steps = 5
+batch_size = 8
+eval_every = 2
+eval_batches = 1
+optim = { learning_rate = 3e-3 }
+[reward]
+steps = 5
+batch_size = 8
+eval_batches = 1
+optim = { learning_rate = 1e-3 }
+[ppo]
+steps = 5
+rollout_batch_size = 8
+batch_size = 8
+sample = { max_new_tokens = 12 }
+actor = { learning_rate = 1e-3 }
+critic = { learning_rate = 1e-3 }
+[evaluate]
+prompts = 8
+pairs = 12
+batch_size = 8
+show = 2
+sample = { max_new_tokens = 12 }
+"""
+_finished: list[Path] = []
+
+
+def write_recipe(folder: Path, text: str = RECIPE) -> Path:
+    path = folder / "tiny.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def run(command: str, recipe: Path, *overrides: str, devices: int = 1) -> int:
+    """The exit code of `rlhf-jax COMMAND RECIPE OVERRIDES` as a machine with so many devices would give it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rlhf_jax.mesh, "make_mesh", lambda config: make_mesh(config, jax.devices()[:devices]))
+        return main([command, str(recipe), *overrides])
+
+
+def finished_run(factory: pytest.TempPathFactory) -> Path:
+    """The folder of one finished run with its recipe beside it, made once and only looked at."""
+    if not _finished:
+        folder = factory.mktemp("finished")
+        assert run("train", write_recipe(folder), f"run.dir={folder / 'run'}") == 0
+        _finished.append(folder / "run")
+    return _finished[0]
+
+
+def records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def timeless(path: Path) -> list[dict]:
+    """Records of a metrics.jsonl but for what a clock says."""
+    return [
+        {name: value for name, value in record.items() if not name.startswith(("seconds_", "tokens_per_second"))}
+        for record in records(path)
+    ]
+
+
+def tensors(export: Path) -> dict[str, np.ndarray]:
+    return load_file(export / "model.safetensors")
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    """{path: (bytes, time of the last change)} of every file."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

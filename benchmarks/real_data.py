@@ -8,6 +8,7 @@ Needs the data that configs/real_data.toml names. Prints one JSON line of what i
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -80,7 +81,7 @@ def parity() -> dict[str, float]:
     theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     with (RUN / "ppo" / "rollouts" / "000001.jsonl").open() as lines:
-        prompts = [json.loads(line)["prompt"] for line, _ in zip(lines, range(8))]
+        prompts = [json.loads(line)["prompt"] for line in itertools.islice(lines, 8)]
     batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
     ids, mask = batch.input_ids.numpy(), batch.attention_mask.numpy()
     with torch.no_grad():

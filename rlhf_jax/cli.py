@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
 
     args = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s")  # before anything imported configures it otherwise
     try:
         if args.command == "chat":
             run_chat(args)

@@ -204,15 +204,17 @@ def test_the_same_key_gives_the_same_parameters_on_one_device_and_eight(born, na
         np.testing.assert_allclose(born[0][name][path], leaf, atol=1e-6, err_msg=path)
 
 
-def test_fresh_weights_have_deviation_two_hundredths_zero_biases_and_unit_scales_and_layers_differ():
-    params = init_params(tiny.OPT, jax.random.key(0), Layout(single_device_mesh(), TRAIN))
+@pytest.mark.parametrize("config", [tiny.OPT, tiny.LLAMA])
+def test_fresh_kernels_and_tables_keep_variance_biases_are_zero_scales_one_and_layers_differ(config):
+    params = init_params(config, jax.random.key(0), Layout(single_device_mesh(), TRAIN))
     for path, leaf in params.items():
         if path.endswith("bias"):
             assert not np.any(leaf), path
         elif path.endswith("scale"):
             assert np.all(leaf == 1), path
         else:
-            np.testing.assert_allclose(np.std(leaf), 0.02, rtol=0.1, err_msg=path)
+            read_over = leaf.shape[-1] if path.startswith(("embed/", "head/")) else leaf.shape[-2]
+            np.testing.assert_allclose(np.std(leaf), read_over**-0.5, rtol=0.1, err_msg=path)
     up = np.asarray(params["layers/mlp/up/kernel"])
     assert np.abs(up[0] - up[1]).max() > 0.01
 

@@ -72,8 +72,8 @@ _lora_a = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 class Linear(nnx.Module):
     """x [..., in] -> [..., out], with its adapter where the configuration asks for one."""
 
-    def __init__(self, sizes, axes, *, bias: bool, lora: LoraConfig, name: str, rngs: nnx.Rngs):
-        self.kernel = _param(nnx.Param, _kernel, rngs, sizes, axes)
+    def __init__(self, sizes, axes, *, bias: bool, lora: LoraConfig, name: str, rngs: nnx.Rngs, init=_kernel):
+        self.kernel = _param(nnx.Param, init, rngs, sizes, axes)
         self.bias = _param(nnx.Param, _zeros, rngs, sizes[1:], axes[1:]) if bias else None
         adapted = lora.rank > 0 and name in lora.targets
         self.lora_a = _param(LoraParam, _lora_a, rngs, (sizes[0], lora.rank), (axes[0], "rank")) if adapted else None
@@ -177,7 +177,7 @@ class Decoder(nnx.Module):
         if config.scalar_head:
             self.score = linear((embed, 1), ("embed", None))
         elif not config.tied:
-            self.head = linear((config.padded_vocab, embed), ("vocab", "embed"))
+            self.head = linear((config.padded_vocab, embed), ("vocab", "embed"), init=_embedding)
         graph, _ = nnx.split(nnx.eval_shape(lambda: Block(config, lora, nnx.Rngs(0))))
         keys = jax.random.split(rngs.params(), config.num_layers)
         self.layers = nnx.merge(graph, jax.vmap(lambda k: nnx.state(Block(config, lora, nnx.Rngs(k))))(keys))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s")  # before anything imported configures it otherwise
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch: it is not needed
     try:
         if args.command == "chat":
             run_chat(args)
@@ -79,7 +82,9 @@ def run_config(command: str, path: str, overrides: Sequence[str]) -> None:
         same_data(recipe.run, dump(recipe))
         evaluate(Path(recipe.run.dir), mesh, recipe.data, recipe.evaluate)
         return
-    open_run(recipe.run, dump(recipe))
+    # RUN/config.toml may be a CONFIG later, and must not ask for deletion once more.
+    lasting = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, overwrite=False))
+    open_run(recipe.run, dump(lasting))
     stages = STAGES if command == "train" else (command,)
     train(recipe.run, mesh, recipe.model, recipe.data, recipe.sft, recipe.reward, recipe.ppo, stages)
     print(f"{command}: everything lies in {recipe.run.dir}", flush=True)

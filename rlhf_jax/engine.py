@@ -24,7 +24,15 @@ from jax.sharding import Mesh
 from rlhf_jax.generate import Rollout, SampleConfig, bucket, check_sample, generate
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, check_divides
 from rlhf_jax.models.cached import Weights, for_decoding
-from rlhf_jax.models.decoder import NO_LORA, DecoderConfig, abstract_params, bind, head_kernel
+from rlhf_jax.models.decoder import (
+    NO_LORA,
+    DecoderConfig,
+    abstract_params,
+    bind,
+    head_kernel,
+    last_hidden,
+    scalar,
+)
 from rlhf_jax.models.layers import roll_rows
 from rlhf_jax.models.lora import LoraConfig, merge
 from rlhf_jax.models.pretrained import Pretrained
@@ -123,17 +131,6 @@ def answer_hidden(hidden: jax.Array, starts: jax.Array, num_actions: int) -> jax
     """[B, S, E] -> [B, N, E]: the states from which each answer token was predicted."""
     index = (starts - 1)[:, None] + jnp.arange(num_actions)
     return jnp.take_along_axis(hidden, index[..., None], axis=1)
-
-
-def last_hidden(hidden: jax.Array, mask: jax.Array) -> jax.Array:
-    """[B, S, E] -> [B, E]: the state at the last real token of each row, wherever its padding lies."""
-    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-
-
-def scalar(params: Params, hidden: jax.Array) -> jax.Array:
-    """[..., E] -> [...] float32 by the scalar head."""
-    return (hidden.astype(jnp.float32) @ params["score/kernel"].astype(jnp.float32))[..., 0]
 
 
 @functools.lru_cache

@@ -27,10 +27,14 @@ STAGES = ("sft", "ppo")
 class EvaluateConfig:
     prompts: int = 256  # held-out prompts that are answered, at most
     pairs: int = 1024  # held-out pairs that the reward model is measured on, at most
-    batch_size: int = 64
+    batch_size: int = 64  # sequences scored at once
     show: int = 6  # prompts whose answers are printed
     seed: int = 0  # of the answers' sampling
     sample: SampleConfig = SampleConfig()  # how SFT and PPO model answer
+
+    def __post_init__(self) -> None:
+        if min(self.prompts, self.pairs, self.batch_size) < 1:
+            raise ValueError("prompts, pairs and batch_size: each at least 1")
 
 
 def evaluate(run_dir: Path, mesh: Mesh, data: DataConfig, config: EvaluateConfig) -> dict[str, float]:

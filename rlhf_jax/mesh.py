@@ -10,7 +10,7 @@ fsdp, and back is a local slice.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -130,11 +130,11 @@ def nearest(size: int, legal: Sequence[int], count: int = 3) -> str:
     return ", ".join(map(str, sorted(sorted(legal, key=lambda n: abs(n - size))[:count])))
 
 
-def check_divides(name: str, size: int, parts: int, why: str, legal: Callable[[int], bool] = lambda n: True) -> None:
+def check_divides(name: str, size: int, parts: int, why: str) -> None:
     """Raise ValueError unless `size` is a positive multiple of `parts`, naming the nearest sizes that are."""
     if size < 1 or size % parts:
         low = max(size, 0) // parts * parts
-        near = [n for n in (low, low + parts) if n > 0 and legal(n)]
+        near = [n for n in (low, low + parts) if n > 0]
         raise ValueError(f"{name}={size} does not divide over {parts} {why}; nearest that do: {near}")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -23,13 +22,3 @@ def partition(flat: Mapping[str, T], keep: Callable[[str], bool]) -> tuple[dict[
     """Split by path into (kept, others); `{**kept, **others}` is the inverse."""
     kept = {path: leaf for path, leaf in flat.items() if keep(path)}
     return kept, {path: leaf for path, leaf in flat.items() if path not in kept}
-
-
-def num_elements(tree: Any) -> int:
-    """Elements over all leaves; leaves need only a shape."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
-def num_bytes(tree: Any) -> int:
-    """Bytes of all leaves, replicas not counted; leaves need only a shape and a dtype."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

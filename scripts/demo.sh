@@ -15,6 +15,6 @@ Everything lies in runs/demo:
   runs/demo/*/metrics.jsonl         the numbers of every step, and in runs/demo/tensorboard
   runs/demo/ppo/rollouts/           every answer that PPO sampled, with its score
   runs/demo/{sft,reward,ppo}/export the models, as Hugging Face folders
-Talk to the result:
+Talk to the result (it was taught single questions like those above: /clear between them):
   .venv/bin/rlhf-jax chat runs/demo/ppo/export
 END

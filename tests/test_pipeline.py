@@ -1,5 +1,6 @@
 """Whole runs: what they leave, that nothing is done twice, and that a stopped run ends as one that never stopped."""
 
+import json
 import math
 import tomllib
 
@@ -12,6 +13,7 @@ from tiny_recipe import records, tensors, timeless, tree, write_recipe
 import rlhf_jax.stages.ppo
 import rlhf_jax.stages.reward
 import rlhf_jax.stages.sft
+from rlhf_jax.data import assistant
 
 STAGES = ("sft", "reward", "ppo")
 
@@ -160,6 +162,27 @@ def test_a_run_stopped_in_every_stage_ends_bit_for_bit_as_one_that_never_stopped
         assert [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()] == []
     for file in (whole / "ppo" / "rollouts").iterdir():
         assert (stopped / "ppo" / "rollouts" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_run_does_not_resume_on_other_data_under_the_same_configuration(tmp_path, monkeypatch, capsys):
+    data, run = tmp_path / "mine.jsonl", tmp_path / "run"
+    rows = list(assistant.generate(0, 260))
+
+    def write(rows):
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write(rows)
+    source = f'data.sources=[{{path="{data}", answer="answer"}}]'
+    arguments = ["sft", write_recipe(tmp_path), f"run.dir={run}", source]
+    with monkeypatch.context() as patch:
+        stop_in(patch, "sft", 3)
+        assert tiny_recipe.run(*arguments) == 130
+    write([{**row, "answer": row["answer"] + "!"} for row in rows])
+    capsys.readouterr()
+    assert tiny_recipe.run(*arguments) == 2
+    assert "the training data is no longer what the first 2 steps saw" in capsys.readouterr().err
+    write(rows)
+    assert tiny_recipe.run(*arguments) == 0
 
 
 def test_training_changes_every_weight_and_the_steps_depend_on_the_seed(finished):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Sequence
@@ -39,6 +40,14 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any token of any row."""
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (self.tokens, self.offsets, self.trained_from):
+            digest.update(part.tobytes())
+        return digest.hexdigest()
 
 
 def sft_rows(

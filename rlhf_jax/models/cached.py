@@ -174,6 +174,8 @@ def forward(
 
 def logits_of(config: DecoderConfig, weights: Weights, hidden: jax.Array) -> jax.Array:
     """[..., E] -> [..., V] float32; rows that only pad the vocabulary are the lowest finite number."""
-    logits = jnp.einsum("...e,ev->...v", hidden, weights["head/kernel"].astype(hidden.dtype)).astype(jnp.float32)
+    kernel = weights["head/kernel"].astype(hidden.dtype)
+    # Kept in float32, as `token_logprobs` does: rounded to bfloat16, what is sampled would not be what trains.
+    logits = jnp.einsum("...e,ev->...v", hidden, kernel, preferred_element_type=jnp.float32)
     real = jnp.arange(config.padded_vocab) < config.vocab_size
     return jnp.where(real, logits, jnp.finfo(jnp.float32).min)

@@ -53,12 +53,8 @@ class DecoderConfig:
     scalar_head: bool  # a reward model or critic: one number a position in place of the vocabulary
 
 
-class LoraParam(nnx.Param):
-    """An adapter's weight."""
-
-
-def _param(kind: type[nnx.Param], init, rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...]):
-    return kind(init(rngs.params(), shape, jnp.float32), axes=axes)
+def _param(init, rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), axes=axes)
 
 
 # Variance 1 / in, whatever the width: a fixed 0.02, as large checkpoints use, keeps a small model from learning.
@@ -73,11 +69,11 @@ class Linear(nnx.Module):
     """x [..., in] -> [..., out], with its adapter where the configuration asks for one."""
 
     def __init__(self, sizes, axes, *, bias: bool, lora: LoraConfig, name: str, rngs: nnx.Rngs, init=_kernel):
-        self.kernel = _param(nnx.Param, init, rngs, sizes, axes)
-        self.bias = _param(nnx.Param, _zeros, rngs, sizes[1:], axes[1:]) if bias else None
+        self.kernel = _param(init, rngs, sizes, axes)
+        self.bias = _param(_zeros, rngs, sizes[1:], axes[1:]) if bias else None
         adapted = lora.rank > 0 and name in lora.targets
-        self.lora_a = _param(LoraParam, _lora_a, rngs, (sizes[0], lora.rank), (axes[0], "rank")) if adapted else None
-        self.lora_b = _param(LoraParam, _zeros, rngs, (lora.rank, sizes[1]), ("rank", axes[1])) if adapted else None
+        self.lora_a = _param(_lora_a, rngs, (sizes[0], lora.rank), (axes[0], "rank")) if adapted else None
+        self.lora_b = _param(_zeros, rngs, (lora.rank, sizes[1]), ("rank", axes[1])) if adapted else None
         self.lora_scale = lora.scale if adapted else 0.0
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -89,9 +85,9 @@ class Linear(nnx.Module):
 
 class Norm(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.scale = _param(nnx.Param, _ones, rngs, (config.hidden_size,), ("embed",))
+        self.scale = _param(_ones, rngs, (config.hidden_size,), ("embed",))
         has_bias = config.norm == "layer"
-        self.bias = _param(nnx.Param, _zeros, rngs, (config.hidden_size,), ("embed",)) if has_bias else None
+        self.bias = _param(_zeros, rngs, (config.hidden_size,), ("embed",)) if has_bias else None
         self.kind, self.eps = config.norm, config.norm_eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -154,10 +150,10 @@ class Table(nnx.Module):
     """A lookup table; `tokens`, `positions` and `kernel` name it in the tree."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.tokens = _param(nnx.Param, _embedding, rngs, (config.padded_vocab, config.embed_size), ("vocab", "embed"))
+        self.tokens = _param(_embedding, rngs, (config.padded_vocab, config.embed_size), ("vocab", "embed"))
         if not config.rope_theta:
             rows = config.max_positions + POSITION_OFFSET
-            self.positions = _param(nnx.Param, _embedding, rngs, (rows, config.hidden_size), (None, "positions"))
+            self.positions = _param(_embedding, rngs, (rows, config.hidden_size), (None, "positions"))
 
 
 class Decoder(nnx.Module):
@@ -215,11 +211,10 @@ class Decoder(nnx.Module):
 
 
 class Leaf(NamedTuple):
-    """One parameter of the abstract tree: an adapter or not, its shape and its logical axes."""
+    """One parameter of the abstract tree: its shape, and the logical axis of each dimension (None: never split)."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    dtype: jnp.dtype = jnp.dtype("float32")
 
 
 @functools.lru_cache
@@ -266,3 +261,14 @@ def init_params(
 def head_kernel(config: DecoderConfig, params: Mapping[str, jax.Array]) -> jax.Array:
     """[E, V'] over the padded vocabulary, as `token_logprobs` takes it: the transposed embedding where tied."""
     return params["embed/tokens" if config.tied else "head/kernel"].T
+
+
+def last_hidden(hidden: jax.Array, mask: jax.Array) -> jax.Array:
+    """[B, S, E] -> [B, E]: the state at the last real token of each row, wherever its padding lies."""
+    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+
+
+def scalar(params: Mapping[str, jax.Array], hidden: jax.Array) -> jax.Array:
+    """[..., E] -> [...] float32 by the scalar head."""
+    return (hidden.astype(jnp.float32) @ params["score/kernel"].astype(jnp.float32))[..., 0]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax
 
 SUFFIXES = ("/lora_a", "/lora_b")
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,15 @@ class LoraConfig:
 
     rank: int = 0  # 0: no adapters, every weight trains
     alpha: float = 16.0  # the update is scaled by alpha / rank
-    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")  # linears of each layer that get one
+    targets: tuple[str, ...] = LINEARS  # linears of each layer that get one
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"rank={self.rank}: at least 0, and 0 trains every weight")
+        unknown = [name for name in self.targets if name not in LINEARS]
+        if unknown or (self.rank and not self.targets):
+            told = f"no linear is called {', '.join(unknown)}" if unknown else "empty, so nothing would train"
+            raise ValueError(f"targets: {told}; choose among {', '.join(LINEARS)}")
 
     @property
     def scale(self) -> float:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rlhf_jax.mesh import TRAIN, Layout, single_device_mesh
-from rlhf_jax.models.decoder import DecoderConfig, abstract_params, bind, head_kernel
+from rlhf_jax.models.decoder import DecoderConfig, abstract_params, bind, head_kernel, last_hidden, scalar
 from rlhf_jax.models.families import decoder_config, hf_config, hf_tensors, tolerated_surplus
 from rlhf_jax.models.safetensors_io import pickle_refusal, read_params, write_params
 
@@ -285,6 +285,4 @@ def _logits(config: DecoderConfig, layout: Layout | None, params, tokens: jax.Ar
 def _scores(config: DecoderConfig, layout: Layout | None, params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     with jax.default_matmul_precision("float32"):
         hidden = _hidden(config, layout, params, tokens, mask)
-        last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-        at_last = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        return (at_last.astype(jnp.float32) @ params[_SCORE].astype(jnp.float32))[:, 0]
+        return scalar(params, last_hidden(hidden, mask))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
+
 from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.config import differences
 from rlhf_jax.data.batches import Rows
@@ -65,7 +67,8 @@ def open_run(run: RunConfig, merged: str) -> None:
             )
         if changed:
             for name in (*STAGES, "base", "tensorboard"):
-                shutil.rmtree(folder / name, ignore_errors=True)
+                if (folder / name).exists():  # what cannot be deleted is an error: a stage would resume from it
+                    shutil.rmtree(folder / name)
             for name in ("evaluate.json", "evaluate.jsonl"):
                 (folder / name).unlink(missing_ok=True)
     elif folder.exists() and (folder.is_file() or any(folder.iterdir())):
@@ -91,9 +94,10 @@ def same_data(run: RunConfig, merged: str) -> None:
 
 
 def _description(merged: str) -> dict[str, Any]:
-    """The configuration but for run.overwrite, which asks for something to be done now and describes no run."""
+    """The configuration but for what describes no run: run.overwrite, and run.dir, as a folder can be moved."""
     tables = tomllib.loads(merged)
-    tables["run"].pop("overwrite")
+    for key in ("overwrite", "dir"):
+        tables["run"].pop(key)
     return tables
 
 
@@ -118,6 +122,7 @@ def train_loop(
     step_fn: Callable[[State, int], tuple[State, Mapping[str, Any]]],
     persistence: Persistence,
     *,
+    rows: Rows,
     headline: tuple[str, ...],
     evaluate: Callable[[State], Mapping[str, float]] = lambda state: {},
     eval_every: int = 0,
@@ -125,10 +130,14 @@ def train_loop(
     """Run steps up to `total_steps` from the last checkpoint, or from `state` where there is none.
 
     Args:
+        state: its arrays that `persistence` takes are the loop's own: deleted where a checkpoint replaces them.
         step_fn: (state, step counted from 0) -> (state, metrics of the step). It depends on nothing else, so a resumed
             run equals an uninterrupted one.
+        rows: what the stage trains on; a run resumes only on the same.
         headline: metrics beside the progress bar.
         evaluate: held-out metrics: before the first step, every `eval_every` steps (0: never) and after the last.
+    Raises:
+        ValueError: the rows have changed since the checkpoint.
     """
 
     def measure(step: int) -> None:
@@ -146,7 +155,16 @@ def train_loop(
     with Checkpoints(run.folder(stage) / "checkpoints") as checkpoints:
         start = checkpoints.latest_step() or 0
         if start:
-            saved, _ = checkpoints.restore(start, persistence.take(state))
+            stale = persistence.take(state)
+            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), stale)
+            # Freed before the saved ones come, as the caller may hold them too, and memory may have room for one state.
+            jax.tree.map(lambda x: x.delete(), stale)
+            saved, meta = checkpoints.restore(start, abstract)
+            if meta["data"] != rows.fingerprint:
+                raise ValueError(
+                    f"{stage}: the training data is no longer what the first {start} steps saw: bring it back, choose "
+                    f"another run.dir, or delete {run.folder(stage)} to begin the stage anew"
+                )
             state = persistence.put(state, saved)
         with Metrics(Path(run.dir), stage, total_steps=total_steps, start_step=start) as metrics:
             if start:
@@ -170,5 +188,5 @@ def train_loop(
                 if is_measured:
                     measure(done)
                 if is_saved:
-                    checkpoints.save(done, persistence.take(state), {"stage": stage})
+                    checkpoints.save(done, persistence.take(state), {"data": rows.fingerprint})
     return state

@@ -18,7 +18,7 @@ from rlhf_jax.models.decoder import DecoderConfig, abstract_params, init_params
 from rlhf_jax.models.lora import LoraConfig, is_adapter, is_trainable, merge
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained, reward_from_pretrained, save_pretrained
 from rlhf_jax.stages.loop import Persistence
-from rlhf_jax.train_step import TrainState, init_state
+from rlhf_jax.train_step import Params, TrainState, init_state
 from rlhf_jax.trees import partition
 
 Dtype = Literal["float32", "bfloat16"]
@@ -89,6 +89,11 @@ def make_state(model: Pretrained, settings: ModelConfig, tx: optax.GradientTrans
     trainable, frozen = partition({**model.params, **adapters}, lambda path: is_trainable(path, lora))
     trainable = {path: leaf.astype(jnp.float32) for path, leaf in trainable.items()}
     return init_state(trainable, frozen, tx, abstract_params(model.config, lora), layout)
+
+
+def frozen_copy(params: Params, dtype: Dtype) -> Params:
+    """The same weights in `dtype` and in arrays of their own, split as they are."""
+    return {path: jnp.copy(leaf.astype(dtype)) for path, leaf in params.items()}
 
 
 def export(model: Pretrained, state: TrainState, settings: ModelConfig, folder: Path) -> None:

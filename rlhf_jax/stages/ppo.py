@@ -21,7 +21,15 @@ from rlhf_jax.mesh import Layout, check_divides
 from rlhf_jax.objectives import masked, ppo
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
 from rlhf_jax.stages.loop import Persistence, RunConfig, train_loop
-from rlhf_jax.stages.models import ModelConfig, export, load, make_state, with_frozen, without_frozen
+from rlhf_jax.stages.models import (
+    ModelConfig,
+    export,
+    frozen_copy,
+    load,
+    make_state,
+    with_frozen,
+    without_frozen,
+)
 from rlhf_jax.stages.sizes import longest_row, micro_batches, total_steps
 
 
@@ -89,8 +97,8 @@ def run_ppo(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, co
         num_micro=num_micro,
     )
     # What training donates must not be what scores, so reference and reward model are arrays of their own.
-    reference = {} if model.lora.rank else jax.tree.map(jnp.copy, actor.params)
-    reward = jax.tree.map(jnp.copy, critic.params)
+    reference = {} if model.lora.rank else frozen_copy(actor.params, model.frozen_dtype)
+    reward = frozen_copy(critic.params, model.frozen_dtype)
     models = Models(
         make_state(actor, model, actor_tx, run.seed), make_state(critic, model, critic_tx, run.seed), reference, reward
     )
@@ -106,7 +114,7 @@ def run_ppo(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, co
         rollout = clock.lap("generate", engine.generate(weights, batch.tokens, batch.mask, key))
         del weights  # the generation copy lives for one phase
         experience = clock.lap("score", engine.score(models, rollout))
-        keep_rollouts(run, step + 1, tokenizer, rollout, experience, config)
+        clock.lap("keep", keep_rollouts(run, step + 1, tokenizer, rollout, experience, config))
         collected = []
         for epoch in range(config.ppo_epochs):
             order = np.random.RandomState([run.seed, step, epoch]).permutation(config.rollout_batch_size)
@@ -135,6 +143,7 @@ def run_ppo(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, co
                 models, actor=with_frozen(models.actor, saved[0]), critic=with_frozen(models.critic, saved[1])
             ),
         ),
+        rows=rows,
         headline=("score_mean", "kl", "response_length"),
     )
     export(critic, models.critic, model, run.folder("ppo") / "export_critic")

@@ -11,8 +11,7 @@ from jax.sharding import Mesh
 from rlhf_jax.data.batches import Batch, Batches, Rows, pair_rows
 from rlhf_jax.data.sources import DataConfig, Example, load_examples
 from rlhf_jax.data.template import prepare_tokenizer
-from rlhf_jax.engine import last_hidden, scalar
-from rlhf_jax.models.decoder import abstract_params, bind
+from rlhf_jax.models.decoder import abstract_params, bind, last_hidden, scalar
 from rlhf_jax.objectives.preference import pairwise_loss
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
 from rlhf_jax.stages.loop import RunConfig, say_rows, train_loop
@@ -92,6 +91,7 @@ def run_reward(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig,
         make_state(pretrained, model, tx, run.seed),
         step_fn,
         PERSISTENCE,
+        rows=rows,
         evaluate=evaluate,
         eval_every=config.eval_every,
         headline=("loss", "accuracy"),

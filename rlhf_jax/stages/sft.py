@@ -88,6 +88,7 @@ def run_sft(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, co
         make_state(pretrained, model, tx, run.seed),
         step_fn,
         PERSISTENCE,
+        rows=rows,
         evaluate=evaluate,
         eval_every=config.eval_every,
         headline=("loss", "grad_norm"),

@@ -24,17 +24,16 @@ from rlhf_jax.models.pretrained import Pretrained, from_pretrained
 HELP = "/clear forgets the dialogue, /quit leaves"
 
 
-def chat(folder: str, sample: SampleConfig, seed: int) -> None:
+def chat(folder: str, sample: SampleConfig, seed: int, dtype: str = "float32") -> None:
     """Read questions from stdin until /quit or end of file, and print the model's answers as they come."""
     check_sample(sample)
     if not (Path(folder) / "config.json").exists() and Path(folder).is_dir():
         raise ValueError(f"{folder} is no Hugging Face folder (no config.json): name RUN/ppo/export or RUN/sft/export")
-    model = from_pretrained(folder)
-    speaker = Speaker(model, sample)
+    speaker = Speaker(from_pretrained(folder, dtype=dtype), sample)
     print(f"{folder}: {HELP}", flush=True)
     if speaker.sample != sample:
         print(
-            f"(the model has {model.config.max_positions} positions: answers are cut at "
+            f"(the model has {speaker.config.max_positions} positions: answers are cut at "
             f"{speaker.sample.max_new_tokens} tokens, the rest is for the dialogue)",
             flush=True,
         )

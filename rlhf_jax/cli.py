@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--max-new-tokens", type=int, default=256, help=longest)
     command.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1.0)")
     command.add_argument("--top-p", type=float, default=1.0, help="nucleus to draw from (default: 1.0, everything)")
+    command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="default: %(default)s")
     command.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
 
     args = parser.parse_args(argv)
@@ -80,7 +81,7 @@ def run_config(command: str, path: str, overrides: Sequence[str]) -> None:
     mesh = make_mesh(recipe.mesh)
     if command == "evaluate":
         same_data(recipe.run, dump(recipe))
-        evaluate(Path(recipe.run.dir), mesh, recipe.data, recipe.evaluate)
+        evaluate(Path(recipe.run.dir), mesh, recipe.data, recipe.evaluate, recipe.model.dtype)
         return
     # RUN/config.toml may be a CONFIG later, and must not ask for deletion once more.
     lasting = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, overwrite=False))
@@ -97,4 +98,4 @@ def run_chat(args: argparse.Namespace) -> None:
     from rlhf_jax.generate import SampleConfig
 
     sample = SampleConfig(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
-    chat(args.folder, sample, args.seed)
+    chat(args.folder, sample, args.seed, args.dtype)

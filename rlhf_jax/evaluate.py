@@ -27,7 +27,7 @@ STAGES = ("sft", "ppo")
 class EvaluateConfig:
     prompts: int = 256  # held-out prompts that are answered, at most
     pairs: int = 1024  # held-out pairs that the reward model is measured on, at most
-    batch_size: int = 64  # sequences scored at once
+    batch_size: int = 64  # prompts answered, and sequences scored, at once
     show: int = 6  # prompts whose answers are printed
     seed: int = 0  # of the answers' sampling
     sample: SampleConfig = SampleConfig()  # how SFT and PPO model answer
@@ -37,12 +37,16 @@ class EvaluateConfig:
             raise ValueError("prompts, pairs and batch_size: each at least 1")
 
 
-def evaluate(run_dir: Path, mesh: Mesh, data: DataConfig, config: EvaluateConfig) -> dict[str, float]:
+def evaluate(
+    run_dir: Path, mesh: Mesh, data: DataConfig, config: EvaluateConfig, dtype: str = "float32"
+) -> dict[str, float]:
     """Answer held-out prompts by the SFT and the PPO model, score them by the reward model, print and return it.
 
     Writes RUN/evaluate.json (the numbers) and RUN/evaluate.jsonl (every answer). On `builtin:assistant` a program also
     judges whether each answer is good; nothing that trains sees that judge.
 
+    Args:
+        dtype: of the weights and activations; two models are in memory at a time.
     Raises:
         ValueError: a stage of the run is not finished, or there are no held-out rows.
     """
@@ -50,20 +54,21 @@ def evaluate(run_dir: Path, mesh: Mesh, data: DataConfig, config: EvaluateConfig
     missing = [stage for stage, folder in folders.items() if not folder.exists()]
     if missing:
         raise ValueError(f"{run_dir}: {', '.join(missing)} not finished (no export folder): run `rlhf-jax train` first")
-    scorer = reward_from_pretrained(folders["reward"], mesh=mesh)
+    scorer = reward_from_pretrained(folders["reward"], mesh=mesh, dtype=dtype)
     numbers = {"reward_accuracy": reward_accuracy(scorer, data, config)}
 
-    models = {stage: from_pretrained(folders[stage], mesh=mesh) for stage in STAGES}
     examples = held_out(data, "ppo")
-    rows = prompt_rows(examples, prepare_tokenizer(models["sft"].tokenizer), data)
+    rows = prompt_rows(examples, prepare_tokenizer(scorer.tokenizer), data)
     count = min(config.prompts, len(rows))
     prompts = Batches(rows, batch_size=count, seed=0, side="left", shuffle=False)[0]
     asked = [examples[index] for index in rows.examples[:count]]
     judged = all(example.source == BUILTIN for example in asked)
 
     said, scores, good = {}, {}, {}
-    for stage, model in models.items():
+    for stage in STAGES:
+        model = from_pretrained(folders[stage], mesh=mesh, dtype=dtype)
         texts, ended, lengths, scores[stage] = answer(model, scorer, prompts, config)
+        del model
         said[stage] = texts
         numbers |= {f"{stage}_score": float(scores[stage].mean()), f"{stage}_length": float(lengths.mean())}
         numbers[f"{stage}_ended"] = float(np.mean(ended))
@@ -106,22 +111,29 @@ def held_out(data: DataConfig, stage: Stage) -> list[Example]:
 
 
 def scored(scorer: Pretrained, tokens: np.ndarray, mask: np.ndarray, batch_size: int) -> np.ndarray:
-    """[B] scores of [B, T] sequences, `batch_size` at a time; the last batch is filled up, so that one is compiled."""
-    more = -len(tokens) % batch_size
-    tokens, mask = (np.pad(x, ((0, more), (0, 0)), mode="edge") for x in (tokens, mask))
-    starts = range(0, len(tokens), batch_size)
+    """[B] scores of [B, T] sequences, `batch_size` at a time."""
     real = mask.any(axis=0)  # padding that all rows share counts as positions, of which the model may not have so many
-    tokens, mask = tokens[:, real], mask[:, real]
-    parts = [score(scorer, tokens[i : i + batch_size], mask[i : i + batch_size]) for i in starts]
-    return np.concatenate([np.asarray(part) for part in parts])[: len(tokens) - more]
+    parts = [np.asarray(score(scorer, *part)) for part in chunks(batch_size, tokens[:, real], mask[:, real])]
+    return np.concatenate(parts)[: len(tokens)]
+
+
+def chunks(size: int, *arrays: np.ndarray) -> list[tuple[np.ndarray, ...]]:
+    """`size` rows of each array at a time; the last chunk is filled up with its last row, so that one is compiled."""
+    rows = len(arrays[0])
+    filled = [np.pad(x, ((0, -rows % size), (0, 0)), mode="edge") for x in arrays]
+    return [tuple(x[i : i + size] for x in filled) for i in range(0, rows, size)]
 
 
 def answer(
     model: Pretrained, scorer: Pretrained, prompts, config: EvaluateConfig
 ) -> tuple[list[str], list[bool], np.ndarray, np.ndarray]:
     """Sampled answers to left-padded prompts: (texts, ended by EOS, lengths in tokens, scores)."""
-    key = jax.random.key(config.seed)
-    rollout = jax.device_get(sample_answers(model, prompts.tokens, prompts.mask, config.sample, key))
+    key, count = jax.random.key(config.seed), len(prompts.tokens)
+    parts = [
+        jax.device_get(sample_answers(model, *part, config.sample, jax.random.fold_in(key, i)))
+        for i, part in enumerate(chunks(config.batch_size, prompts.tokens, prompts.mask))
+    ]
+    rollout = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
     texts = [
         model.tokenizer.decode(row[real], skip_special_tokens=True).strip()
         for row, real in zip(rollout.tokens, rollout.mask, strict=True)

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--deployment-type", default="single_gpu", choices=DEPLOYMENTS, help="default: %(default)s")
     parser.add_argument("--step", type=int, nargs="+", default=[1, 2, 3], choices=STAGES, help="1 SFT, 2 reward, 3 PPO")
     parser.add_argument("--output-dir", default="", help="run folder (default: as the recipe says)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe; put these first")
     args = parser.parse_args(argv)
 
     config = CONFIGS / f"{Path(args.actor_model).name}-{args.deployment_type}.toml"

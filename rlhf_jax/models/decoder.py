@@ -271,4 +271,5 @@ def last_hidden(hidden: jax.Array, mask: jax.Array) -> jax.Array:
 
 def scalar(params: Mapping[str, jax.Array], hidden: jax.Array) -> jax.Array:
     """[..., E] -> [...] float32 by the scalar head."""
-    return (hidden.astype(jnp.float32) @ params["score/kernel"].astype(jnp.float32))[..., 0]
+    kernel = params["score/kernel"].astype(jnp.float32)
+    return jnp.matmul(hidden.astype(jnp.float32), kernel, precision="highest")[..., 0]

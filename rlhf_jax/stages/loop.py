@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,9 +57,9 @@ def open_run(run: RunConfig, merged: str) -> None:
     """
     folder, path = Path(run.dir), Path(run.dir) / "config.toml"
     if path.exists():
-        changed = differences(_description(path.read_text()), _description(merged))
-        # What stopped before its first stage began has nothing to lose: a mended configuration takes its place.
-        begun = any((folder / stage).exists() for stage in STAGES)
+        # A stage that has not begun has nothing to lose: its mended section takes the place of the old one.
+        begun = [stage for stage in STAGES if (folder / stage).exists()]
+        changed = differences(_description(path.read_text(), begun), _description(merged, begun))
         if changed and begun and not run.overwrite:
             raise ValueError(
                 f"{folder} holds a run of another configuration ({'; '.join(changed)}): choose another run.dir, or set "
@@ -93,11 +93,13 @@ def same_data(run: RunConfig, merged: str) -> None:
             )
 
 
-def _description(merged: str) -> dict[str, Any]:
-    """The configuration but for what describes no run: run.overwrite, and run.dir, as a folder can be moved."""
+def _description(merged: str, begun: Sequence[str]) -> dict[str, Any]:
+    """What of a configuration a run's results depend on: not where it lies, how often it is saved, on what it runs."""
     tables = tomllib.loads(merged)
-    for key in ("overwrite", "dir"):
+    for key in ("overwrite", "dir", "save_every", "log_every"):
         tables["run"].pop(key)
+    for section in ("mesh", "evaluate", *(stage for stage in STAGES if stage not in begun)):
+        tables.pop(section)
     return tables
 
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from rlhf_jax.engine import Compute, Role
+from rlhf_jax.data.template import stop_ids
+from rlhf_jax.engine import Compute, Role, eos_ids
 from rlhf_jax.mesh import check_model_divides
 from rlhf_jax.models.decoder import DecoderConfig, abstract_params, init_params
 from rlhf_jax.models.lora import LoraConfig, is_adapter, is_trainable, merge
@@ -87,6 +88,8 @@ def make_state(model: Pretrained, settings: ModelConfig, tx: optax.GradientTrans
     lora, layout = settings.role(model.config).lora, model.layout
     adapters = init_params(model.config, jax.random.key(seed), layout, lora, only=is_adapter)
     trainable, frozen = partition({**model.params, **adapters}, lambda path: is_trainable(path, lora))
+    if not trainable:
+        raise ValueError(f"none of the adapters' targets {', '.join(lora.targets)} is a linear of this model")
     trainable = {path: leaf.astype(jnp.float32) for path, leaf in trainable.items()}
     return init_state(trainable, frozen, tx, abstract_params(model.config, lora), layout)
 
@@ -100,9 +103,16 @@ def export(model: Pretrained, state: TrainState, settings: ModelConfig, folder: 
     """Write what was trained, adapters merged, as a Hugging Face folder."""
     leaves = abstract_params(model.config)
     shardings = {path: model.layout.sharding(leaf.axes) for path, leaf in leaves.items()}
-    lora = settings.role(model.config).lora
-    merged = jax.jit(lambda params: merge(params, lora), out_shardings=shardings)(state.params)
-    save_pretrained(dataclasses.replace(model, params=merged), folder, dtype=settings.export_dtype, overwrite=True)
+    lora, dtype = settings.role(model.config).lora, settings.export_dtype
+
+    def merged(params: Params) -> Params:
+        # Cast before the adapters are added, which may be smaller than a rounding of the frozen dtype.
+        return merge({path: x if is_adapter(path) else x.astype(dtype) for path, x in params.items()}, lora)
+
+    generation = {**model.generation_config, "eos_token_id": sorted({*eos_ids(model), *stop_ids(model.tokenizer)})}
+    params = jax.jit(merged, out_shardings=shardings)(state.params)
+    trained = dataclasses.replace(model, params=params, generation_config=generation)
+    save_pretrained(trained, folder, dtype=dtype, overwrite=True)
 
 
 def without_frozen(state: TrainState) -> TrainState:

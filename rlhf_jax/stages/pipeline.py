@@ -71,6 +71,10 @@ def check_sizes(mesh: Mesh, sft: SFTConfig, reward: RewardConfig, ppo: PPOConfig
             check_sample(ppo.sample)
             if ppo.sample.temperature == 0:
                 raise ValueError("sample.temperature=0: a greedy policy has no probability ratios to learn from")
+            if ppo.sample.top_k or ppo.sample.top_p < 1:
+                raise ValueError(
+                    "sample.top_k and sample.top_p: what is cut off is not what the policy's ratios are of"
+                )
             if ppo.steps:
                 updates = ppo.steps * ppo.ppo_epochs * ppo.rollout_batch_size // batch_size
                 for optim in (ppo.actor, ppo.critic):

@@ -128,6 +128,7 @@ def run_ppo(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, co
         stats |= {"actor_learning_rate": rates[0](models.actor.step - 1)}
         stats |= {"critic_learning_rate": rates[1](models.critic.step - 1)}
         tokens = int(experience.mask.sum())
+        # Prompts and answers, over the whole iteration.
         stats |= clock.seconds | {"tokens_per_second": tokens / sum(clock.seconds.values())}
         return models, stats
 

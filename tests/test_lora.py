@@ -105,3 +105,16 @@ def test_with_adapters_only_they_and_the_scalar_head_train_and_without_everythin
     assert {path for path in trainable if not is_adapter(path)} == {"score/kernel"}
     assert len(trainable) == 2 * 7 + 1 and "embed/tokens" in frozen
     assert all(is_trainable(path, NO_LORA) for path in abstract_params(config))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"rank": 2, "targets": ("q_proj",)}, "no linear is called q_proj; choose among q, k, v, o, gate, up, down"),
+        ({"rank": 2, "targets": ()}, "empty, so nothing would train"),
+        ({"rank": -1}, "rank=-1: at least 0"),
+    ],
+)
+def test_adapters_that_would_train_nothing_are_refused(settings, told):
+    with pytest.raises(ValueError, match=told):
+        LoraConfig(**settings)

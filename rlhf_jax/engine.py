@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from rlhf_jax.generate import Rollout, SampleConfig, bucket, check_sample, generate
+from rlhf_jax.generate import Rollout, SampleConfig, bucket, check_learnable, check_sample, generate
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, check_divides
 from rlhf_jax.models.cached import Weights, for_decoding
 from rlhf_jax.models.decoder import (
@@ -292,8 +292,7 @@ def make_engine(
     num_micro: int,
 ) -> Engine:
     """Build the four programs of one actor, critic and reward model; nothing is compiled before the first call."""
-    if sample.temperature == 0:
-        raise ValueError("temperature=0: a greedy policy has no probability ratios to learn from; use one above 0")
+    check_learnable(sample)
     layout = Layout(mesh, TRAIN)
 
     def answer_states(role: Role, params: Params, experience: Experience) -> jax.Array:

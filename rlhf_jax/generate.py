@@ -63,6 +63,17 @@ def check_sample(sample: SampleConfig) -> None:
         raise ValueError(f"top_p={sample.top_p}: above 0 and at most 1, and 1 keeps every token")
 
 
+def check_learnable(sample: SampleConfig) -> None:
+    """Raise ValueError unless policy gradients can be taken of what is sampled: the whole distribution, not greedy."""
+    check_sample(sample)
+    if sample.temperature == 0:
+        raise ValueError(
+            "sample.temperature=0: a greedy policy has no probability ratios to learn from; set it above 0"
+        )
+    if sample.top_k or sample.top_p < 1:
+        raise ValueError("sample.top_k, sample.top_p: probability ratios are of all tokens; set top_k=0 and top_p=1.0")
+
+
 def truncated_logits(logits: jax.Array, sample: SampleConfig) -> jax.Array:
     """[B, V] -> [B, V]: tempered, then -inf outside the top k, then outside the nucleus (Holtzman et al. 2020)."""
     logits = logits / sample.temperature

@@ -146,6 +146,8 @@ def test_an_unknown_key_in_the_file_names_the_file(refused, recipe):
         (["mesh.data=-1"], "mesh.data=-1 and mesh.fsdp=-1: every size is at least 1, and at most one is -1"),
         (["ppo.sample.max_new_tokens=0"], "max_new_tokens=0: at least 1"),
         (["ppo.sample.temperature=0.0"], "ppo: sample.temperature=0: a greedy policy has no probability ratios"),
+        (["ppo.sample.top_k=5"], "set top_k=0 and top_p=1.0"),
+        (["ppo.sample.top_p=0.9"], "set top_k=0 and top_p=1.0"),
         (["reward.optim.warmup_steps=6"], "reward: warmup_steps is 6, longer than the run of 5 steps"),
         (["ppo.critic.warmup_steps=6"], "ppo: warmup_steps is 6, longer than the run of 5 steps"),
     ],

@@ -358,7 +358,7 @@ def test_other_prompts_another_key_and_trained_models_compile_nothing(case, name
 
 
 def test_a_greedy_actor_is_refused_as_it_has_no_ratios():
-    with pytest.raises(ValueError, match="temperature=0: a greedy policy has no probability ratios .* use one above 0"):
+    with pytest.raises(ValueError, match="temperature=0: a greedy policy has no probability ratios .* set it above 0"):
         make_engine(
             actor=Role(tiny.LLAMA),
             critic=Role(tiny.scalar(tiny.LLAMA)),

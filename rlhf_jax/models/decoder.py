@@ -181,12 +181,14 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens: jax.Array, mask: jax.Array, *, dtype: jnp.dtype, layout: Layout | None = None, remat: bool = True
     ) -> jax.Array:
-        """Args:
-        tokens: [B, T] int32.
-        mask: [B, T] bool, true on real tokens; padding may lie on either side.
-        dtype: of the activations and of every matrix product.
-        layout: where activations lie; None leaves that to the compiler.
-        remat: recompute each layer in the backward pass, keeping only its input.
+        """The states that the head reads, [B, T, E] in `dtype`; on padding finite and of no meaning.
+
+        Args:
+            tokens: [B, T] int32.
+            mask: [B, T] bool, true on real tokens; padding may lie on either side.
+            dtype: of the activations and of every matrix product.
+            layout: where activations lie; None leaves that to the compiler.
+            remat: recompute each layer in the backward pass, keeping only its input.
         """
         pin: Pin = (lambda x: x) if layout is None else (lambda x: layout.constrain(x, "batch", None, None))
         positions = positions_of(mask)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from jax.sharding import Mesh
 
 from rlhf_jax.data.sources import DataConfig
-from rlhf_jax.generate import check_sample
+from rlhf_jax.generate import check_learnable
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.optim import learning_rate
 from rlhf_jax.stages.base import make_base
@@ -68,13 +68,7 @@ def check_sizes(mesh: Mesh, sft: SFTConfig, reward: RewardConfig, ppo: PPOConfig
     if "ppo" in stages:
         with naming("ppo"):
             batch_size, _ = ppo_sizes(ppo, layout)
-            check_sample(ppo.sample)
-            if ppo.sample.temperature == 0:
-                raise ValueError("sample.temperature=0: a greedy policy has no probability ratios to learn from")
-            if ppo.sample.top_k or ppo.sample.top_p < 1:
-                raise ValueError(
-                    "sample.top_k and sample.top_p: what is cut off is not what the policy's ratios are of"
-                )
+            check_learnable(ppo.sample)
             if ppo.steps:
                 updates = ppo.steps * ppo.ppo_epochs * ppo.rollout_batch_size // batch_size
                 for optim in (ppo.actor, ppo.critic):

@@ -8,6 +8,7 @@ from rlhf_jax.models.pretrained import (
     apply,
     from_pretrained,
     reward_from_pretrained,
+    save_adapter,
     save_pretrained,
     score,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "generate",
     "objectives",
     "reward_from_pretrained",
+    "save_adapter",
     "save_pretrained",
     "score",
 ]

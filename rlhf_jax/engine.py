@@ -22,14 +22,15 @@ import optax
 from jax.sharding import Mesh
 
 from rlhf_jax.generate import Rollout, SampleConfig, bucket, check_learnable, check_sample, generate
-from rlhf_jax.mesh import GENERATE, TRAIN, Layout, check_divides
+from rlhf_jax.mesh import GENERATE, TRAIN, Layout, check_divides, check_model_divides
+from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.cached import Weights, for_decoding
 from rlhf_jax.models.decoder import (
     NO_LORA,
-    DecoderConfig,
     abstract_params,
     bind,
     head_kernel,
+    head_options,
     last_hidden,
     scalar,
 )
@@ -135,7 +136,12 @@ def answer_hidden(hidden: jax.Array, starts: jax.Array, num_actions: int) -> jax
 
 @functools.lru_cache
 def make_publish(role: Role, mesh: Mesh, dtype: jnp.dtype) -> Callable[[Params], Weights]:
-    """Compile (parameters and adapters, by TRAIN) -> generation weights, by GENERATE: merge, cast, gather, lay out."""
+    """Compile (parameters and adapters, by TRAIN) -> generation weights, by GENERATE: merge, cast, gather, lay out.
+
+    Raises:
+        ValueError: the tensor axis does not divide the attention heads.
+    """
+    check_model_divides({"attention heads": role.config.num_heads}, mesh)
     layout = Layout(mesh, GENERATE)
     return jax.jit(lambda params: for_decoding(role.config, merge(params, role.lora), layout, dtype))
 
@@ -193,7 +199,7 @@ def sample_answers(
     more = ((0, 0), (bucket(mask.shape[1]) - mask.shape[1], 0))
     tokens, mask = (np.pad(np.take_along_axis(x, order, axis=1), more) for x in (tokens, mask))
     dtype, mesh = model.params["embed/tokens"].dtype, model.layout.mesh
-    weights = make_publish(Role(model.config), mesh, dtype)(model.params)
+    weights = make_publish(Role(model.config, model.lora), mesh, dtype)(model.params)
     return make_generate(model.config, sample, eos_ids(model), mesh, dtype)(weights, tokens, mask, key)
 
 
@@ -247,7 +253,7 @@ def make_score(
 
         def logprobs(role: Role, params: Params) -> jax.Array:
             hidden = answer_hidden(forward(role, params, tokens, mask), starts, length)
-            options = dict(chunk=compute.chunk, num_real=role.config.vocab_size, temperature=temperature)
+            options = dict(chunk=compute.chunk, temperature=temperature, **head_options(role.config, params))
             return token_logprobs(hidden, head_kernel(role.config, params), rollout.tokens, **options)
 
         reference = models.reference or models.actor.frozen
@@ -295,22 +301,25 @@ def make_engine(
     check_learnable(sample)
     layout = Layout(mesh, TRAIN)
 
-    def answer_states(role: Role, params: Params, experience: Experience) -> jax.Array:
+    def answer_states(role: Role, params: Params, experience: Experience) -> tuple[jax.Array, jax.Array]:
+        """What the head reads at each answer token, and the balance loss."""
         decoder = bind(role.config, params, role.lora)
         options = dict(dtype=compute.dtype, layout=layout, remat=compute.remat)
-        hidden = decoder(experience.tokens, experience.mask, **options)
-        return answer_hidden(hidden, experience.starts, experience.actions.shape[1])
+        hidden, balance = decoder.with_balance_loss(experience.tokens, experience.mask, **options)
+        return answer_hidden(hidden, experience.starts, experience.actions.shape[1]), balance
 
     def actor_objective(params: Params, experience: Experience):
-        hidden, head = answer_states(actor, params, experience), head_kernel(actor.config, params)
-        options = dict(chunk=compute.chunk, num_real=actor.config.vocab_size, temperature=sample.temperature)
+        hidden, balance = answer_states(actor, params, experience)
+        head, options = head_kernel(actor.config, params), head_options(actor.config, params)
+        options |= dict(chunk=compute.chunk, temperature=sample.temperature)
         logprobs, entropy = token_logprobs_and_entropy(hidden, head, experience.actions, **options)
         loss, stats = actor_loss(logprobs, entropy, experience)
-        return loss, (experience.action_mask.sum(), stats)
+        return loss + balance, (experience.action_mask.sum(), stats)
 
     def critic_objective(params: Params, experience: Experience):
-        loss, stats = critic_loss(scalar(params, answer_states(critic, params, experience)), experience)
-        return loss, (experience.action_mask.sum(), stats)
+        hidden, balance = answer_states(critic, params, experience)
+        loss, stats = critic_loss(scalar(params, hidden), experience)
+        return loss + balance, (experience.action_mask.sum(), stats)
 
     update_actor = make_update(actor_objective, actor_tx, abstract_params(actor.config, actor.lora), layout, num_micro)
     update_critic = make_update(

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.mesh import Layout
+from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.cached import Cache, Weights, empty_cache, forward, logits_of
-from rlhf_jax.models.decoder import DecoderConfig
 from rlhf_jax.models.layers import positions_of
 from rlhf_jax.trees import record
 

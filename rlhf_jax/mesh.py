@@ -38,9 +38,10 @@ class Table:
     heads: tuple[str, ...]  # query heads times head size, or query heads
     kv_heads: tuple[str, ...]
     mlp: tuple[str, ...]
-    positions: tuple[str, ...]  # the hidden dimension of tables that generation replicates
+    positions: tuple[str, ...]  # the hidden dimension of small tables that generation replicates
     embed: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()  # each expert is split by its width
     rank: tuple[str, ...] = ()
 
 

@@ -41,9 +41,9 @@ def by_hand(config, arrays, tokens):
         return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + config.norm_eps) * scale + bias
 
     def turned(x, position):
-        if not config.rope_theta:
+        if not config.rope:
             return x
-        angle = position / config.rope_theta ** (2 * np.arange(size // 2) / size)
+        angle = position * np.array(config.rope.frequencies)
         turn = np.exp(1j * angle) * (x[: size // 2] + 1j * x[size // 2 :])
         return np.concatenate([turn.real, turn.imag])
 
@@ -67,7 +67,20 @@ def by_hand(config, arrays, tokens):
         }
         return kinds[config.activation](x)
 
+    def experts(x, i):
+        router, out = x @ w["layers/router/kernel"][i], np.zeros_like(x)
+        for t in range(length):
+            probabilities = np.exp(router[t]) / np.exp(router[t]).sum()
+            chosen = np.argsort(-probabilities)[: config.experts.per_token]
+            for expert in chosen:
+                gate, up, down = (w[f"layers/experts/{name}/kernel"][i, expert] for name in ("gate", "up", "down"))
+                weight = probabilities[expert] / probabilities[chosen].sum()
+                out[t] += weight * ((act(x[t] @ gate) * (x[t] @ up)) @ down)
+        return out
+
     def mlp(x, i):
+        if config.experts:
+            return experts(x, i)
         up = linear(x, "layers/mlp/up", i)
         inner = act(linear(x, "layers/mlp/gate", i)) * up if config.gated_mlp else act(up)
         return linear(inner, "layers/mlp/down", i)
@@ -75,10 +88,10 @@ def by_hand(config, arrays, tokens):
     x = w["embed/tokens"][tokens]
     if config.embed_size != config.hidden_size:
         x = linear(x, "project_in")
-    if not config.rope_theta:
+    if config.position_rows:
         x = x + w["embed/positions"][2 : 2 + length]
     for i in range(config.num_layers):
-        if config.post_norm:
+        if config.residual == "post":
             x = norm(x + attention(x, i), "layers/attention_norm", i)
             x = norm(x + mlp(x, i), "layers/mlp_norm", i)
         else:

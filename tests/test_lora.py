@@ -14,6 +14,7 @@ from rlhf_jax.trees import partition
 LINEARS = {
     "opt": {"attention/q", "attention/k", "attention/v", "attention/o", "mlp/up", "mlp/down"},
     "llama": {"attention/q", "attention/k", "attention/v", "attention/o", "mlp/gate", "mlp/up", "mlp/down"},
+    "mixtral": {"attention/q", "attention/k", "attention/v", "attention/o"},  # experts have none
 }
 
 

@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.mesh import TRAIN, Layout, MeshConfig, make_mesh
-from rlhf_jax.models.decoder import NO_LORA, DecoderConfig, abstract_params
+from rlhf_jax.models.architecture import DecoderConfig, Experts, Rope
+from rlhf_jax.models.decoder import NO_LORA, abstract_params
 from rlhf_jax.models.lora import LoraConfig
 
 # 61 ids on 64 rows, and no two sizes that a shape could confuse: every sharded one divides by 8, every head count by 2.
@@ -30,15 +31,15 @@ OPT = DecoderConfig(
     gated_mlp=False,
     norm="layer",
     norm_eps=1e-5,
-    post_norm=False,
-    final_norm=True,
-    rope_theta=0.0,
-    attention_bias=True,
+    position_rows=42,
+    position_offset=2,
+    attention_scale=8**-0.5,
+    qkv_bias=True,
+    o_bias=True,
     mlp_bias=True,
     tied=True,
-    scalar_head=False,
 )
-OPT_350M = dataclasses.replace(OPT, embed_size=16, post_norm=True, final_norm=False)
+OPT_350M = dataclasses.replace(OPT, embed_size=16, residual="post", final_norm=False)
 LLAMA = dataclasses.replace(
     OPT,
     family="llama",
@@ -48,13 +49,17 @@ LLAMA = dataclasses.replace(
     gated_mlp=True,
     norm="rms",
     norm_eps=1e-6,
-    rope_theta=10000.0,
-    attention_bias=False,
+    position_rows=0,
+    position_offset=0,
+    rope=Rope((1.0, 0.1, 0.01, 0.001)),
+    qkv_bias=False,
+    o_bias=False,
     mlp_bias=False,
     tied=False,
 )
 LLAMA_TIED = dataclasses.replace(LLAMA, num_heads=4, num_kv_heads=4, tied=True)
-FAMILIES = {"opt": OPT, "opt-350m": OPT_350M, "llama": LLAMA, "llama-tied": LLAMA_TIED}
+SPARSE = dataclasses.replace(LLAMA, family="mixtral", experts=Experts(4, 2, renormalised=True, aux_coef=0.02))
+FAMILIES = {"opt": OPT, "opt-350m": OPT_350M, "llama": LLAMA, "llama-tied": LLAMA_TIED, "sparse": SPARSE}
 LORA = LoraConfig(rank=4, alpha=8.0)
 
 MESHES = {

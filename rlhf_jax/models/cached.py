@@ -3,24 +3,39 @@
 Training keeps layers stacked and every product apart; decoding is bound by reading weights, so it wants each layer's
 arrays by themselves, query, key and value in one product, gate and up in one, and the head ready as [E, V]. What is
 fused is stacked on an axis that is not sharded (the G query heads of a KV head beside its key and its value; gate
-beside up), so that every shard stays where it is.
+beside up), so that every shard stays where it is. Where there are fewer KV heads than tensor shards, each is repeated
+until every shard has one of its own.
 
-B batch, T new positions, S cache length, D hidden, E embedding, V padded vocabulary, F MLP width, K key-value heads,
-G query heads per KV head, d head size, L layers.
+B batch, T new positions, S cache length, D hidden, E embedding, V padded vocabulary, F MLP width, K key-value heads
+(repeated), G query heads per KV head, d head size, L layers, X experts.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import chex
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, repeat
 
 from rlhf_jax.mesh import TRAIN, Layout
-from rlhf_jax.models.decoder import DecoderConfig, abstract_params, head_kernel
-from rlhf_jax.models.layers import ACTIVATIONS, POSITION_OFFSET, attend, normalise, rotate
+from rlhf_jax.models.architecture import DecoderConfig
+from rlhf_jax.models.decoder import abstract_params, head_kernel
+from rlhf_jax.models.experts import apply_experts, route
+from rlhf_jax.models.layers import (
+    ACTIVATIONS,
+    alibi_bias,
+    attend,
+    block,
+    normalise,
+    normalise_heads,
+    positions_of,
+    rotate,
+    turns_of,
+)
+from rlhf_jax.objectives.logprobs import head_logits
 from rlhf_jax.trees import record
 
 Weights = dict[str, jax.Array]  # "layers/0/qkv/kernel" [D, K, G+2, d], "layers/0/gate_up/kernel" [D, 2, F], ...
@@ -41,9 +56,16 @@ class Cache:
     visible: jax.Array
 
 
+def _repeats(config: DecoderConfig, layout: Layout) -> int:
+    """How often each KV head is repeated so that the shards of the layout divide them."""
+    shards = layout.shards("kv_heads")
+    assert config.num_heads % shards == 0, "heads are checked where models are published"
+    return shards // math.gcd(config.num_kv_heads, shards)
+
+
 def empty_cache(config: DecoderConfig, batch: int, length: int, dtype: jnp.dtype, layout: Layout) -> Cache:
     """A cache of `length` positions with nothing in it, split by batch and KV heads."""
-    shape = (batch, config.num_kv_heads, length, config.head_dim)
+    shape = (batch, config.num_kv_heads * _repeats(config, layout), length, config.head_dim)
 
     def zeros() -> tuple[jax.Array, ...]:
         return tuple(
@@ -60,34 +82,46 @@ def for_decoding(config: DecoderConfig, params: Mapping[str, jax.Array], layout:
     Norms keep their dtype, as training applies them in float32 too.
     """
     gathered, at_home = {}, Layout(layout.mesh, TRAIN)
+    kv_heads, repeats = config.num_kv_heads, _repeats(config, layout)
     for path, leaf in abstract_params(config).items():
         cast = params[path] if "norm/" in path else params[path].astype(dtype)
+        # A KV head that several shards need goes to all of them.
+        axes = [None if axis == "kv_heads" and repeats > 1 else axis for axis in leaf.axes]
         # Without the first pin the compiler gathers what is to be cast, and moves twice the bytes.
-        gathered[path] = layout.constrain(at_home.constrain(cast, *leaf.axes), *leaf.axes)
+        gathered[path] = layout.constrain(at_home.constrain(cast, *leaf.axes), *axes)
 
     def heads(name: str, kind: str) -> jax.Array:  # -> [L, (D,) K, heads per KV head, d]
         leaf = gathered[f"layers/attention/{name}/{kind}"]
-        return rearrange(leaf, "... (k g d) -> ... k g d", k=config.num_kv_heads, d=config.head_dim)
+        if name == "q":
+            return rearrange(leaf, "... (k g d) -> ... k g d", k=kv_heads * repeats, d=config.head_dim)
+        return repeat(leaf, "... (k d) -> ... (k r) 1 d", k=kv_heads, r=repeats)
 
     stacked = {}
     for kind in ("kernel", "bias"):
-        if kind == "kernel" or config.attention_bias:
+        if kind == "kernel" or config.qkv_bias:
             stacked[f"qkv/{kind}"] = jnp.concatenate([heads(name, kind) for name in "qkv"], axis=-2)
-        if kind == "kernel" or config.mlp_bias:
+        if (kind == "kernel" or config.mlp_bias) and not config.experts:
             names = ("gate", "up") if config.gated_mlp else ("up",)
             stacked[f"gate_up/{kind}"] = jnp.stack([gathered[f"layers/mlp/{name}/{kind}"] for name in names], axis=-2)
+    if config.qk_norm in ("each_head", "width") and repeats > 1:
+        scale = gathered["layers/attention/k_norm/scale"].reshape(config.num_layers, kv_heads, -1)
+        shape = (config.num_layers, -1, config.head_dim)[: 3 if config.qk_norm == "each_head" else 2]
+        gathered["layers/attention/k_norm/scale"] = jnp.repeat(scale, repeats, axis=1).reshape(shape)
     axes = {"qkv/kernel": ("embed", "kv_heads", None, None), "qkv/bias": ("kv_heads", None, None)}
     axes |= {"gate_up/kernel": ("embed", None, "mlp"), "gate_up/bias": (None, "mlp")}
     weights = {"head/kernel": layout.constrain(head_kernel(config, gathered), "embed", "vocab")}
     for path, leaf in abstract_params(config).items():
-        if not path.startswith(("layers/", "head/", "score/")):
+        if not path.startswith(("layers/", "head/kernel", "score/")):
             weights[path] = gathered[path]
-        elif path.startswith("layers/") and path.split("/")[-2] not in ("q", "k", "v", "gate", "up"):
+        elif path.startswith("layers/") and path.removeprefix("layers/").rpartition("/")[0] not in _FUSED:
             name = path.removeprefix("layers/").removeprefix("attention/").removeprefix("mlp/")
             stacked[name], axes[name] = gathered[path], leaf.axes[1:]
     for name, leaf in stacked.items():
         weights |= {f"layers/{i}/{name}": layout.constrain(leaf[i], *axes[name]) for i in range(config.num_layers)}
     return weights
+
+
+_FUSED = ("attention/q", "attention/k", "attention/v", "mlp/gate", "mlp/up")
 
 
 def forward(
@@ -115,67 +149,72 @@ def forward(
     is_prefill = length > 1
     assert not is_prefill or index == 0, "several tokens at once are a prefill, at the head of the cache"
     visible = jax.lax.dynamic_update_slice(cache.visible, mask, (0, index))
-    if is_prefill:
-        looks_at = jnp.tril(jnp.ones((length, length), bool)) & mask[:, None, :]
-    else:
-        looks_at = visible[:, None, :]
+    queries, keys_at = index + jnp.arange(length), jnp.arange(length if is_prefill else visible.shape[1])
+    back = queries[:, None] - keys_at  # how many places before its query each key lies
+    looks_at = (back >= 0) & (mask if is_prefill else visible)[:, None, :]
+    all_turns = {rope: turns_of(rope, positions) for rope in (c.rope, c.local_rope) if rope}
+    bias = None
+    if c.alibi:
+        bias = alibi_bias(c.alibi, positions if is_prefill else positions_of(visible), cache.keys[0].shape[1])
 
-    def norm(x, name):
-        bias = weights.get(f"{name}/bias")
-        return normalise(x, weights[f"{name}/scale"], bias, kind=c.norm, eps=c.norm_eps)
+    def norm(name, x, *, over=""):
+        scale, shift, options = weights[f"{name}/scale"], weights.get(f"{name}/bias"), dict(kind=c.norm, eps=c.norm_eps)
+        return normalise_heads(x, scale, shift, over=over, **options) if over else normalise(x, scale, shift, **options)
 
-    def biased(x, name):
+    def biased(name, x):
         return x if f"{name}/bias" not in weights else x + weights[f"{name}/bias"].astype(dtype)
 
-    def attention(x, i, name):
-        qkv = jnp.einsum("btd,dkgh->btkgh", x, weights[f"{name}/qkv/kernel"].astype(dtype))
-        qkv = layout.constrain(biased(qkv, f"{name}/qkv"), "batch", None, "kv_heads", None, None)
-        q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
-        if c.rope_theta:
-            q, k = rotate(q, positions, c.rope_theta), rotate(k, positions, c.rope_theta)
-        k, v = (rearrange(y, "b t k d -> b k t d") for y in (k, v))
-        keys = jax.lax.dynamic_update_slice(cache.keys[i], k, (0, 0, index, 0))
-        values = jax.lax.dynamic_update_slice(cache.values[i], v, (0, 0, index, 0))
-        y = attend(q, k, v, looks_at) if is_prefill else attend(q, keys, values, looks_at)
-        y = layout.constrain(rearrange(y, "b t k g d -> b t (k g d)"), "batch", None, "heads")
-        return biased(y @ weights[f"{name}/o/kernel"].astype(dtype), f"{name}/o"), keys, values
+    new_keys, new_values = [], []
 
-    def mlp(x, name):
-        act = ACTIVATIONS[c.activation]
-        y = biased(jnp.einsum("btd,dnf->btnf", x, weights[f"{name}/gate_up/kernel"].astype(dtype)), f"{name}/gate_up")
+    def attention(i, x):
+        name, rope, window = f"layers/{i}", c.layer_rope(i), c.window(i)
+        qkv = jnp.einsum("btd,dkgh->btkgh", x, weights[f"{name}/qkv/kernel"].astype(dtype))
+        qkv = layout.constrain(biased(f"{name}/qkv", qkv), "batch", None, "kv_heads", None, None)
+        q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
+        if c.qk_norm != "none":
+            q, k = norm(f"{name}/q_norm", q, over=c.qk_norm), norm(f"{name}/k_norm", k, over=c.qk_norm)
+        if rope:
+            q, k = (rotate(y, all_turns[rope], interleaved=rope.interleaved) for y in (q, k))
+        k, v = (rearrange(y, "b t k d -> b k t d") for y in (k, v))
+        new_keys.append(jax.lax.dynamic_update_slice(cache.keys[i], k, (0, 0, index, 0)))
+        new_values.append(jax.lax.dynamic_update_slice(cache.values[i], v, (0, 0, index, 0)))
+        keys, values = (k, v) if is_prefill else (new_keys[i], new_values[i])
+        within = looks_at & (back < window) if window else looks_at
+        y = attend(q, keys, values, within, scale=c.attention_scale, cap=c.attention_softcap, bias=bias)
+        y = layout.constrain(rearrange(y, "b t k g d -> b t (k g d)"), "batch", None, "heads")
+        return biased(f"{name}/o", y @ weights[f"{name}/o/kernel"].astype(dtype))
+
+    def mlp(i, x):
+        name, act = f"layers/{i}", ACTIVATIONS[c.activation]
+        if c.experts:
+            gate, up, down = (weights[f"{name}/experts/{kind}/kernel"] for kind in ("gate", "up", "down"))
+            routing = route(c.experts, x, weights[f"{name}/router/kernel"])
+            return apply_experts(x, routing, gate, up, down, activation=c.activation, layout=layout)
+        y = biased(f"{name}/gate_up", jnp.einsum("btd,dnf->btnf", x, weights[f"{name}/gate_up/kernel"].astype(dtype)))
         y = layout.constrain(y, "batch", None, None, "mlp")
         y = act(y[:, :, 0]) * y[:, :, 1] if c.gated_mlp else act(y[:, :, 0])
-        return biased(y @ weights[f"{name}/down/kernel"].astype(dtype), f"{name}/down")
+        return biased(f"{name}/down", y @ weights[f"{name}/down/kernel"].astype(dtype))
 
-    x = jnp.take(weights["embed/tokens"], tokens, axis=0).astype(dtype)
+    x = jnp.take(weights["embed/tokens"], tokens, axis=0).astype(dtype) * jnp.asarray(c.embed_scale, dtype)
     if c.embed_size != c.hidden_size:
         x = x @ weights["project_in/kernel"].astype(dtype)
-    if not c.rope_theta:
-        x = x + jnp.take(weights["embed/positions"], positions + POSITION_OFFSET, axis=0).astype(dtype)
-    all_keys, all_values = [], []
+    if c.position_rows:
+        x = x + jnp.take(weights["embed/positions"], positions + c.position_offset, axis=0).astype(dtype)
+    if c.embed_norm:
+        x = norm("embed/norm", x)
     for i in range(c.num_layers):
         x = layout.constrain(x, "batch", None, None)
-        name = f"layers/{i}"
-        y, keys, values = attention(x if c.post_norm else norm(x, f"{name}/attention_norm"), i, name)
-        all_keys.append(keys)
-        all_values.append(values)
-        if c.post_norm:
-            x = norm(x + y, f"{name}/attention_norm")
-            x = norm(x + mlp(x, name), f"{name}/mlp_norm")
-        else:
-            x = x + y
-            x = x + mlp(norm(x, f"{name}/mlp_norm"), name)
+        parts = (lambda x, i=i: attention(i, x)), (lambda x, i=i: mlp(i, x))
+        x = block(c.residual, x, lambda name, x, i=i: norm(f"layers/{i}/{name}", x), *parts)
     if c.final_norm:
-        x = norm(x, "final_norm")
+        x = norm("final_norm", x)
     if c.embed_size != c.hidden_size:
         x = x @ weights["project_out/kernel"].astype(dtype)
-    return layout.constrain(x, "batch", None, None), Cache(tuple(all_keys), tuple(all_values), visible)
+    return layout.constrain(x, "batch", None, None), Cache(tuple(new_keys), tuple(new_values), visible)
 
 
 def logits_of(config: DecoderConfig, weights: Weights, hidden: jax.Array) -> jax.Array:
     """[..., E] -> [..., V] float32; rows that only pad the vocabulary are the lowest finite number."""
-    kernel = weights["head/kernel"].astype(hidden.dtype)
-    # Kept in float32, as `token_logprobs` does: rounded to bfloat16, what is sampled would not be what trains.
-    logits = jnp.einsum("...e,ev->...v", hidden, kernel, preferred_element_type=jnp.float32)
+    logits = head_logits(hidden, weights["head/kernel"], weights.get("head/bias"), config.final_softcap)
     real = jnp.arange(config.padded_vocab) < config.vocab_size
     return jnp.where(real, logits, jnp.finfo(jnp.float32).min)

@@ -1,15 +1,14 @@
 """One decoder for every family, as an NNX module with stacked layers; its abstract tree is what everybody else reads.
 
 B batch, T positions, D hidden, E embedding (= D but for OPT-350M), V vocabulary, F MLP width, H query heads,
-K key-value heads, d head size, L layers.
+K key-value heads, d head size, L layers, X experts.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -18,39 +17,47 @@ from einops import rearrange
 from flax import nnx
 
 from rlhf_jax.mesh import Layout
-from rlhf_jax.models.layers import ACTIVATIONS, POSITION_OFFSET, attend, normalise, positions_of, rotate
+from rlhf_jax.models.architecture import BLOCK_NORMS, DecoderConfig
+from rlhf_jax.models.experts import apply_experts, balance_loss, load, route
+from rlhf_jax.models.layers import (
+    ACTIVATIONS,
+    Turns,
+    alibi_bias,
+    attend,
+    block,
+    normalise,
+    normalise_heads,
+    positions_of,
+    rotate,
+    turns_of,
+)
 from rlhf_jax.models.lora import LoraConfig
+from rlhf_jax.objectives.logprobs import head_logits
 
 NO_LORA = LoraConfig()
-Pin = Callable[[jax.Array], jax.Array]  # keeps [B, T, ...] split by its batch: left alone, XLA also tries heads, badly
 
 
-@dataclass(frozen=True)
-class DecoderConfig:
-    """What distinguishes one checkpoint's architecture from another's."""
+class Sight(NamedTuple):
+    """What every layer is given beside its input.
 
-    family: str  # "opt" | "llama": the table of tensor names
-    vocab_size: int  # as in the checkpoint
-    padded_vocab: int  # rows of the embedding and head; those past vocab_size are never drawn and never seen outside
-    hidden_size: int
-    embed_size: int  # hidden_size, but for OPT-350M, which projects in and out
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_size: int
-    max_positions: int
-    activation: str  # a key of layers.ACTIVATIONS
-    gated_mlp: bool
-    norm: str  # "layer" | "rms"
-    norm_eps: float
-    post_norm: bool  # norms after the residual sums (OPT-350M)
-    final_norm: bool
-    rope_theta: float  # 0.0: learned positions
-    attention_bias: bool
-    mlp_bias: bool
-    tied: bool  # the head is the embedding
-    scalar_head: bool  # a reward model or critic: one number a position in place of the vocabulary
+    Attributes:
+        real: [B, T] bool.
+        visible: [B, T, T] bool, the real tokens up to the query.
+        turns: of rotary embeddings, and `local_turns` of the layers with a window where theirs differ.
+        bias: [B, K, G, 1, T] float32 of ALiBi.
+        layout: where activations lie; None leaves that to the compiler.
+    """
+
+    real: jax.Array
+    visible: jax.Array
+    turns: Turns | None
+    local_turns: Turns | None
+    bias: jax.Array | None
+    layout: Layout | None
+
+    def pin(self, x: jax.Array) -> jax.Array:
+        """Keep [B, T, ...] split by its batch: left alone, XLA also tries heads, badly."""
+        return x if self.layout is None else self.layout.constrain(x, "batch", None, None)
 
 
 def _param(init, rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
@@ -59,6 +66,7 @@ def _param(init, rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None,
 
 # Variance 1 / in, whatever the width: a fixed 0.02, as large checkpoints use, keeps a small model from learning.
 _kernel = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+_expert_kernel = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=(0,))
 _embedding = jax.nn.initializers.variance_scaling(1.0, "fan_out", "normal")
 _zeros, _ones = jax.nn.initializers.zeros, jax.nn.initializers.ones
 # Kaiming uniform with a = sqrt(5), as torch and PEFT start A: U(-1/sqrt(in), 1/sqrt(in)).
@@ -68,7 +76,7 @@ _lora_a = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 class Linear(nnx.Module):
     """x [..., in] -> [..., out], with its adapter where the configuration asks for one."""
 
-    def __init__(self, sizes, axes, *, bias: bool, lora: LoraConfig, name: str, rngs: nnx.Rngs, init=_kernel):
+    def __init__(self, sizes, axes, rngs: nnx.Rngs, *, bias=False, lora=NO_LORA, name="", init=_kernel):
         self.kernel = _param(init, rngs, sizes, axes)
         self.bias = _param(_zeros, rngs, sizes[1:], axes[1:]) if bias else None
         adapted = lora.rank > 0 and name in lora.targets
@@ -84,76 +92,126 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.scale = _param(_ones, rngs, (config.hidden_size,), ("embed",))
-        has_bias = config.norm == "layer"
-        self.bias = _param(_zeros, rngs, (config.hidden_size,), ("embed",)) if has_bias else None
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, shape: tuple[int, ...] = (), *, bias: bool = True):
+        axes = (None,) * len(shape) if shape else ("embed",)
+        shape = shape or (config.hidden_size,)
+        self.scale = _param(_zeros if config.norm == "rms_plus_one" else _ones, rngs, shape, axes)
+        self.bias = _param(_zeros, rngs, shape, axes) if bias and config.norm == "layer" else None
         self.kind, self.eps = config.norm, config.norm_eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return normalise(
-            x, self.scale[...], None if self.bias is None else self.bias[...], kind=self.kind, eps=self.eps
-        )
+    def __call__(self, x: jax.Array, *, over: str = "") -> jax.Array:
+        scale, bias = self.scale[...], None if self.bias is None else self.bias[...]
+        if over:
+            return normalise_heads(x, scale, bias, over=over, kind=self.kind, eps=self.eps)
+        return normalise(x, scale, bias, kind=self.kind, eps=self.eps)
 
 
 class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, lora: LoraConfig, rngs: nnx.Rngs):
         self.config = config
-        hidden, head = config.hidden_size, config.head_dim
-        linear = functools.partial(Linear, bias=config.attention_bias, lora=lora, rngs=rngs)
-        self.q = linear((hidden, config.num_heads * head), ("embed", "heads"), name="q")
-        self.k = linear((hidden, config.num_kv_heads * head), ("embed", "kv_heads"), name="k")
-        self.v = linear((hidden, config.num_kv_heads * head), ("embed", "kv_heads"), name="v")
-        self.o = linear((config.num_heads * head, hidden), ("heads", "embed"), name="o")
+        hidden, head, heads, kv_heads = config.hidden_size, config.head_dim, config.num_heads, config.num_kv_heads
+        project = functools.partial(Linear, rngs=rngs, bias=config.qkv_bias, lora=lora)
+        self.q = project((hidden, heads * head), ("embed", "heads"), name="q")
+        self.k = project((hidden, kv_heads * head), ("embed", "kv_heads"), name="k")
+        self.v = project((hidden, kv_heads * head), ("embed", "kv_heads"), name="v")
+        self.o = Linear((heads * head, hidden), ("heads", "embed"), rngs, bias=config.o_bias, lora=lora, name="o")
+        if config.qk_norm != "none":
+            shapes = {"head": lambda n: (head,), "each_head": lambda n: (n, head), "width": lambda n: (n * head,)}
+            shape, bias = shapes[config.qk_norm], config.qk_norm == "head"
+            self.q_norm, self.k_norm = (Norm(config, rngs, shape(n), bias=bias) for n in (heads, kv_heads))
 
-    def __call__(self, x: jax.Array, positions: jax.Array, mask: jax.Array, pin: Pin) -> jax.Array:
-        """x [B, T, D], positions [B, T], mask [B, T, T] -> [B, T, D]."""
-        c = self.config
+    def __call__(self, x: jax.Array, sight: Sight, window: jax.Array | None) -> jax.Array:
+        """x [B, T, D], window [] int32, 0 for none -> [B, T, D]."""
+        c, pin = self.config, sight.pin
         q, k, v = pin(self.q(x)), pin(self.k(x)), pin(self.v(x))
         q = rearrange(q, "b t (k g d) -> b t k g d", k=c.num_kv_heads, d=c.head_dim)
         k, v = (rearrange(y, "b t (k d) -> b t k d", d=c.head_dim) for y in (k, v))
-        if c.rope_theta:
-            q, k = rotate(q, positions, c.rope_theta), rotate(k, positions, c.rope_theta)
+        if c.qk_norm != "none":
+            q, k = self.q_norm(q, over=c.qk_norm), self.k_norm(k, over=c.qk_norm)
+        if c.rope:
+            turns = sight.turns
+            if c.local_rope:
+                turns = jax.tree.map(lambda local, all: jnp.where(window > 0, local, all), sight.local_turns, turns)
+            q, k = (rotate(y, turns, interleaved=c.rope.interleaved) for y in (q, k))
+        visible = sight.visible
+        if c.windows:
+            back = jnp.arange(x.shape[1])[:, None] - jnp.arange(x.shape[1])
+            visible &= (back < window) | (window == 0)
         k, v = (rearrange(y, "b t k d -> b k t d") for y in (k, v))
-        return pin(self.o(pin(rearrange(attend(q, k, v, mask), "b t k g d -> b t (k g d)"))))
+        y = attend(q, k, v, visible, scale=c.attention_scale, cap=c.attention_softcap, bias=sight.bias)
+        return pin(self.o(pin(rearrange(y, "b t k g d -> b t (k g d)"))))
 
 
 class Mlp(nnx.Module):
     def __init__(self, config: DecoderConfig, lora: LoraConfig, rngs: nnx.Rngs):
-        linear = functools.partial(Linear, bias=config.mlp_bias, lora=lora, rngs=rngs)
+        linear = functools.partial(Linear, rngs=rngs, bias=config.mlp_bias, lora=lora)
         up = (config.hidden_size, config.mlp_size), ("embed", "mlp")
         self.gate = linear(*up, name="gate") if config.gated_mlp else None
         self.up = linear(*up, name="up")
         self.down = linear((config.mlp_size, config.hidden_size), ("mlp", "embed"), name="down")
         self.activation = config.activation
 
-    def __call__(self, x: jax.Array, pin: Pin) -> jax.Array:
-        act, up = ACTIVATIONS[self.activation], pin(self.up(x))
+    def __call__(self, x: jax.Array, sight: Sight) -> jax.Array:
+        act, pin, up = ACTIVATIONS[self.activation], sight.pin, sight.pin(self.up(x))
         return pin(self.down(act(up) if self.gate is None else act(pin(self.gate(x))) * up))
+
+
+class ExpertKernels(nnx.Module):
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        up = (config.experts.count, config.hidden_size, config.mlp_size), ("experts", "embed", "mlp")
+        down = (config.experts.count, config.mlp_size, config.hidden_size), ("experts", "mlp", "embed")
+        self.gate, self.up, self.down = (Linear(*sizes, rngs, init=_expert_kernel) for sizes in (up, up, down))
 
 
 class Block(nnx.Module):
     def __init__(self, config: DecoderConfig, lora: LoraConfig, rngs: nnx.Rngs):
-        self.attention_norm, self.mlp_norm = Norm(config, rngs), Norm(config, rngs)
-        self.attention, self.mlp = Attention(config, lora, rngs), Mlp(config, lora, rngs)
-        self.post_norm = config.post_norm
+        self.config = config
+        for name in BLOCK_NORMS[config.residual]:
+            setattr(self, name, Norm(config, rngs))
+        self.attention = Attention(config, lora, rngs)
+        if config.experts:
+            self.router = Linear((config.hidden_size, config.experts.count), ("positions", "experts"), rngs)
+            self.experts = ExpertKernels(config, rngs)
+        else:
+            self.mlp = Mlp(config, lora, rngs)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, mask: jax.Array, pin: Pin) -> jax.Array:
-        if self.post_norm:
-            x = self.attention_norm(x + self.attention(x, positions, mask, pin))
-            return self.mlp_norm(x + self.mlp(x, pin))
-        x = x + self.attention(self.attention_norm(x), positions, mask, pin)
-        return x + self.mlp(self.mlp_norm(x), pin)
+    def __call__(self, x: jax.Array, sight: Sight, window: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """x [B, T, D] -> ([B, T, D], the loads [2, X] of the experts; None where there are none)."""
+        c, loads = self.config, []
+
+        def mlp(x: jax.Array) -> jax.Array:
+            if not c.experts:
+                return self.mlp(x, sight)
+            routing = route(c.experts, x, self.router.kernel[...])
+            loads.append(load(c.experts, routing, sight.real))
+            kernels = (linear.kernel[...] for linear in (self.experts.gate, self.experts.up, self.experts.down))
+            return apply_experts(x, routing, *kernels, activation=c.activation, layout=sight.layout)
+
+        x = block(
+            c.residual,
+            x,
+            lambda name, x: getattr(self, name)(x),
+            lambda x: self.attention(x, sight, window),
+            mlp,
+        )
+        return x, loads[0] if loads else None
 
 
-class Table(nnx.Module):
-    """A lookup table; `tokens`, `positions` and `kernel` name it in the tree."""
-
+class Embedding(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.tokens = _param(_embedding, rngs, (config.padded_vocab, config.embed_size), ("vocab", "embed"))
-        if not config.rope_theta:
-            rows = config.max_positions + POSITION_OFFSET
-            self.positions = _param(_embedding, rngs, (rows, config.hidden_size), (None, "positions"))
+        if config.position_rows:
+            shape = (config.position_rows, config.hidden_size)
+            self.positions = _param(_embedding, rngs, shape, (None, "positions"))
+        if config.embed_norm:
+            self.norm = Norm(config, rngs)
+
+
+class Head(nnx.Module):
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        shape, axes = (config.padded_vocab, config.embed_size), ("vocab", "embed")
+        self.kernel = None if config.tied else _param(_embedding, rngs, shape, axes)
+        self.bias = _param(_zeros, rngs, shape[:1], axes[:1]) if config.head_bias else None
 
 
 class Decoder(nnx.Module):
@@ -162,26 +220,29 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, lora: LoraConfig, key: jax.Array):
         self.config = config
         rngs = nnx.Rngs(key)
-        linear = functools.partial(Linear, bias=False, lora=NO_LORA, name="", rngs=rngs)
         hidden, embed = config.hidden_size, config.embed_size
-        self.embed = Table(config, rngs)
+        self.embed = Embedding(config, rngs)
         if embed != hidden:
-            self.project_in = linear((embed, hidden), ("embed", "positions"))
-            self.project_out = linear((hidden, embed), ("positions", "embed"))
+            self.project_in = Linear((embed, hidden), ("embed", "positions"), rngs)
+            self.project_out = Linear((hidden, embed), ("positions", "embed"), rngs)
         if config.final_norm:
             self.final_norm = Norm(config, rngs)
         if config.scalar_head:
-            self.score = linear((embed, 1), ("embed", None))
-        elif not config.tied:
-            self.head = linear((config.padded_vocab, embed), ("vocab", "embed"), init=_embedding)
+            self.score = Linear((embed, 1), ("embed", None), rngs)
+        else:
+            self.head = Head(config, rngs)
         graph, _ = nnx.split(nnx.eval_shape(lambda: Block(config, lora, nnx.Rngs(0))))
         keys = jax.random.split(rngs.params(), config.num_layers)
         self.layers = nnx.merge(graph, jax.vmap(lambda k: nnx.state(Block(config, lora, nnx.Rngs(k))))(keys))
 
-    def __call__(
+    def __call__(self, tokens: jax.Array, mask: jax.Array, **options: Any) -> jax.Array:
+        """The states that the head reads, [B, T, E]: the first half of `with_balance_loss`, which has the arguments."""
+        return self.with_balance_loss(tokens, mask, **options)[0]
+
+    def with_balance_loss(
         self, tokens: jax.Array, mask: jax.Array, *, dtype: jnp.dtype, layout: Layout | None = None, remat: bool = True
-    ) -> jax.Array:
-        """The states that the head reads, [B, T, E] in `dtype`; on padding finite and of no meaning.
+    ) -> tuple[jax.Array, jax.Array]:
+        """States and, to be added to the loss that trains them, what sparse models charge for uneven routing.
 
         Args:
             tokens: [B, T] int32.
@@ -189,27 +250,40 @@ class Decoder(nnx.Module):
             dtype: of the activations and of every matrix product.
             layout: where activations lie; None leaves that to the compiler.
             remat: recompute each layer in the backward pass, keeping only its input.
+        Returns:
+            [B, T, E] in `dtype`, on padding finite and of no meaning; [] float32, 0 without experts.
         """
-        pin: Pin = (lambda x: x) if layout is None else (lambda x: layout.constrain(x, "batch", None, None))
-        positions = positions_of(mask)
-        x = jnp.take(self.embed.tokens[...], tokens, axis=0).astype(dtype)
-        if self.config.embed_size != self.config.hidden_size:
-            x = self.project_in(x)
-        if not self.config.rope_theta:
-            x = x + jnp.take(self.embed.positions[...], positions + POSITION_OFFSET, axis=0).astype(dtype)
         chex.assert_equal_shape((tokens, mask))
-        causal = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
-        visible = causal & mask[:, None, :]
+        c, positions = self.config, positions_of(mask)
+        x = jnp.take(self.embed.tokens[...], tokens, axis=0).astype(dtype) * jnp.asarray(c.embed_scale, dtype)
+        if c.embed_size != c.hidden_size:
+            x = self.project_in(x)
+        if c.position_rows:
+            x = x + jnp.take(self.embed.positions[...], positions + c.position_offset, axis=0).astype(dtype)
+        if c.embed_norm:
+            x = self.embed.norm(x)
+        sight = Sight(
+            real=mask,
+            visible=jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool)) & mask[:, None, :],
+            turns=turns_of(c.rope, positions) if c.rope else None,
+            local_turns=turns_of(c.local_rope, positions) if c.local_rope else None,
+            bias=alibi_bias(c.alibi, positions, c.num_kv_heads) if c.alibi else None,
+            layout=layout,
+        )
         graph, layers = nnx.split(self.layers)
 
-        def layer(x, weights):
-            return nnx.merge(graph, weights)(x, positions, visible, pin), None
+        def layer(x, weights_and_window):
+            weights, window = weights_and_window
+            return nnx.merge(graph, weights)(x, sight, window)
 
         step = jax.checkpoint(layer, prevent_cse=False) if remat else layer
-        x, _ = jax.lax.scan(step, pin(x), layers)
-        if self.config.final_norm:
+        windows = jnp.asarray(c.windows, jnp.int32) if c.windows else None
+        x, loads = jax.lax.scan(step, sight.pin(x), (layers, windows))
+        if c.final_norm:
             x = self.final_norm(x)
-        return x if self.config.embed_size == self.config.hidden_size else self.project_out(x)
+        if c.embed_size != c.hidden_size:
+            x = self.project_out(x)
+        return x, balance_loss(c.experts, loads) if c.experts else jnp.float32(0)
 
 
 class Leaf(NamedTuple):
@@ -263,6 +337,17 @@ def init_params(
 def head_kernel(config: DecoderConfig, params: Mapping[str, jax.Array]) -> jax.Array:
     """[E, V'] over the padded vocabulary, as `token_logprobs` takes it: the transposed embedding where tied."""
     return params["embed/tokens" if config.tied else "head/kernel"].T
+
+
+def head_options(config: DecoderConfig, params: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """What `token_logprobs` has to know of the head beside its kernel."""
+    return dict(num_real=config.vocab_size, bias=params.get("head/bias"), softcap=config.final_softcap)
+
+
+def logits(config: DecoderConfig, params: Mapping[str, jax.Array], hidden: jax.Array) -> jax.Array:
+    """[..., E] -> [..., V] float32, without the padding of the vocabulary."""
+    bias = params.get("head/bias")
+    return head_logits(hidden, head_kernel(config, params), bias, config.final_softcap)[..., : config.vocab_size]
 
 
 def last_hidden(hidden: jax.Array, mask: jax.Array) -> jax.Array:

@@ -5,22 +5,46 @@ B batch, T query positions, S key positions, D hidden, H query heads, K key-valu
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
-ACTIVATIONS = {"relu": jax.nn.relu, "gelu": lambda x: jax.nn.gelu(x, approximate=False), "silu": jax.nn.silu}
-POSITION_OFFSET = 2  # rows that OPT keeps free at the head of its table of learned positions
+from rlhf_jax.models.architecture import Alibi, Rope
+from rlhf_jax.objectives.logprobs import softcapped
+
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+}
+Turns = tuple[jax.Array, jax.Array]  # cosine and sine, [B, T, pairs] float32
 
 
 def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array | None, *, kind: str, eps: float) -> jax.Array:
-    """LayerNorm ("layer") or RMSNorm ("rms") over the last dimension, in float32, returned in x's dtype."""
-    y = x.astype(jnp.float32)
+    """LayerNorm ("layer") or RMSNorm ("rms", "rms_plus_one") over the last dimension, in float32 within."""
+    y, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
     if kind == "layer":
         y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps) * scale.astype(jnp.float32)
+    y = (
+        y
+        * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
+        * (1 + scale if kind == "rms_plus_one" else scale)
+    )
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     return y.astype(x.dtype)
+
+
+def normalise_heads(x: jax.Array, scale: jax.Array, bias: jax.Array | None, *, over: str, kind: str, eps: float):
+    """Norm of queries or keys [B, T, ..., d]: each head alone ("head", "each_head") or all heads together ("width")."""
+    if over == "width":
+        flat = x.reshape(*x.shape[:2], -1)
+        return normalise(flat, scale, bias, kind=kind, eps=eps).reshape(x.shape)
+    scale = scale if over == "head" else scale.reshape(x.shape[2:])
+    return normalise(x, scale, bias, kind=kind, eps=eps)
 
 
 def positions_of(mask: jax.Array) -> jax.Array:
@@ -33,27 +57,87 @@ def roll_rows(x: jax.Array, shift: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, (jnp.arange(x.shape[1]) + shift[:, None]) % x.shape[1], axis=1)
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary embedding (Su et al. 2021, eq. 34), halves convention of LLaMA checkpoints.
+def turns_of(rope: Rope, positions: jax.Array) -> Turns:
+    """What `rotate` takes for tokens at positions [B, T]."""
+    angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(rope.frequencies, jnp.float32)
+    return jnp.cos(angles) * rope.factor, jnp.sin(angles) * rope.factor
 
-    x: [B, T, ..., d]; positions: [B, T].
+
+def rotate(x: jax.Array, turns: Turns, *, interleaved: bool) -> jax.Array:
+    """Rotary embedding (Su et al. 2021, eq. 34) of the first 2 x pairs dimensions of x [B, T, ..., d].
+
+    A pair is dimension n and n + pairs, or, interleaved, 2n and 2n + 1.
     """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies
-    angles = angles.reshape(*positions.shape, *[1] * (x.ndim - 3), half)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
+    pairs = turns[0].shape[-1]
+    cos, sin = (y.reshape(*y.shape[:2], *[1] * (x.ndim - 3), pairs) for y in turns)
+    turned, passed = x[..., : 2 * pairs].astype(jnp.float32), x[..., 2 * pairs :]
+    if interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    else:
+        first, second = turned[..., :pairs], turned[..., pairs:]
+    parts = first * cos - second * sin, second * cos + first * sin
+    turned = jnp.stack(parts, -1).reshape(turned.shape) if interleaved else jnp.concatenate(parts, -1)
+    return jnp.concatenate([turned.astype(x.dtype), passed], -1)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def alibi_bias(alibi: Alibi, key_positions: jax.Array, kv_heads: int) -> jax.Array:
+    """[B, S] -> [B, K, G, 1, S] float32, to be added to the scores.
+
+    Softmax forgets what all keys of a query share, so slope x position of the key is slope x distance.
+    """
+
+    def rounded(x: jax.Array) -> jax.Array:
+        # Not by a cast to bfloat16 and back, which the compiler may leave out.
+        return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7) if alibi.rounded else x
+
+    slopes = jnp.asarray(alibi.slopes, jnp.float32).reshape(kv_heads, -1)[None, :, :, None, None]
+    places = key_positions.astype(jnp.float32)[:, None, None, None, :]
+    return rounded(rounded(slopes) * rounded(places)) * alibi.scale
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float,
+    cap: float = 0.0,
+    bias: jax.Array | None = None,
+) -> jax.Array:
     """Grouped-query attention with softmax in float32.
 
-    q: [B, T, K, G, d]; k, v: [B, K, S, d]; mask: [B, T, S] bool, true where a query may look. -> [B, T, K, G, d].
+    q: [B, T, K, G, d]; k, v: [B, K, S, d]; mask: [B, T, S] bool, true where a query may look; scores are scaled,
+    soft-capped, and biased by [B, K, G, 1, S]. -> [B, T, K, G, d].
     A query that may look nowhere (padding) gives a finite average, which nobody reads.
     """
-    scores = jnp.einsum("btkgd,bksd->bkgts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = softcapped(jnp.einsum("btkgd,bksd->bkgts", q, k, preferred_element_type=jnp.float32) * scale, cap)
+    if bias is not None:
+        scores = scores + bias
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bksd->btkgd", weights, v)
+
+
+Half = Callable[[jax.Array], jax.Array]
+
+
+def block(kind: str, x: jax.Array, norm: Callable[[str, jax.Array], jax.Array], attention: Half, mlp: Half):
+    """One layer: x [B, T, D] -> [B, T, D]. `norm(name, x)` applies the norm of that name; `kind` as in BLOCK_NORMS."""
+    if kind == "pre":
+        x = x + attention(norm("attention_norm", x))
+        return x + mlp(norm("mlp_norm", x))
+    if kind == "post":
+        x = norm("attention_norm", x + attention(x))
+        return norm("mlp_norm", x + mlp(x))
+    if kind == "output":
+        x = x + norm("attention_out_norm", attention(x))
+        return x + norm("mlp_out_norm", mlp(x))
+    if kind == "sandwich":
+        x = x + norm("attention_out_norm", attention(norm("attention_norm", x)))
+        return x + norm("mlp_out_norm", mlp(norm("mlp_norm", x)))
+    if kind == "parallel":
+        return x + attention(norm("attention_norm", x)) + mlp(norm("mlp_norm", x))
+    assert kind == "parallel_shared", kind
+    normed = norm("attention_norm", x)
+    return x + attention(normed) + mlp(normed)

@@ -49,6 +49,12 @@ def merge(params: Mapping[str, jax.Array], lora: LoraConfig) -> dict[str, jax.Ar
     merged = {path: leaf for path, leaf in params.items() if not is_adapter(path)}
     for path in [path for path in params if path.endswith("/lora_a")]:
         kernel = path.removesuffix("lora_a") + "kernel"
-        update = lora.scale * (params[path] @ params[path.removesuffix("a") + "b"])
-        merged[kernel] = (merged[kernel].astype(update.dtype) + update).astype(merged[kernel].dtype)
+        a, b = params[path], params[path.removesuffix("a") + "b"]
+        merged[kernel] = merged_kernel(merged[kernel], a, b, lora.scale).astype(merged[kernel].dtype)
     return merged
+
+
+def merged_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    """W + scale A B in A's dtype."""
+    update = scale * (a @ b)
+    return kernel.astype(update.dtype) + update

@@ -31,23 +31,47 @@ def from_logits(logits: jax.Array, targets: jax.Array, *, num_real: int = 0) -> 
     return chosen, -(jnp.exp(log_p) * log_p).sum(-1)
 
 
-def token_logprobs(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, *, chunk: int, num_real: int = 0, temperature: float = 1.0
-) -> jax.Array:
+def token_logprobs(hidden: jax.Array, head: jax.Array, targets: jax.Array, *, chunk: int, **options) -> jax.Array:
     """log softmax(hidden @ head)[targets], [B, T] float32, without ever keeping [B, T, V].
 
     The first half of `token_logprobs_and_entropy`, which has the arguments.
     """
-    options = dict(chunk=chunk, num_real=num_real, temperature=temperature)
-    return token_logprobs_and_entropy(hidden, head, targets, **options)[0]
+    return token_logprobs_and_entropy(hidden, head, targets, chunk=chunk, **options)[0]
+
+
+def softcapped(x: jax.Array, cap: float) -> jax.Array:
+    """cap x tanh(x / cap), as Gemma 2 (2024, section 2) bounds scores and logits; x where the cap is 0."""
+    return cap * jnp.tanh(x / cap) if cap else x
+
+
+def head_logits(hidden: jax.Array, head: jax.Array, bias: jax.Array | None = None, softcap: float = 0.0) -> jax.Array:
+    """hidden [..., D] @ head [D, V] + bias [V], soft-capped, in float32.
+
+    Multiplied in the dtype of `hidden`, summed in float32 and kept so: rounded to bfloat16, what is sampled would not
+    be what trains.
+    """
+    logits = jnp.einsum("...d,dv->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits = logits + bias.astype(jnp.float32)
+    return softcapped(logits, softcap)
 
 
 def token_logprobs_and_entropy(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, *, chunk: int, num_real: int = 0, temperature: float = 1.0
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    *,
+    chunk: int,
+    num_real: int = 0,
+    temperature: float = 1.0,
+    bias: jax.Array | None = None,
+    softcap: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-    """`from_logits(hidden @ head / temperature, targets)`, `chunk` positions at a time; backward recomputes the logits.
+    """`from_logits(head_logits(hidden, head) / temperature, targets)`, `chunk` positions at a time.
 
-    hidden [B, T, D], head [D, V] (multiplied in the dtype of `hidden`, summed in float32), targets [B, T] int.
+    The backward pass recomputes the logits.
+
+    hidden [B, T, D], head [D, V], targets [B, T] int; bias [V] and softcap as `head_logits` takes them.
     Live at once are the logits of one chunk, [B, chunk, V] float32. `chunk` need not divide T; 0 takes T whole.
     A head in float32 beside a bfloat16 `hidden` gets its gradient summed over the chunks in float32.
     Returns logprobs and entropy, both [B, T] float32. Raises ValueError for a negative chunk.
@@ -66,8 +90,7 @@ def token_logprobs_and_entropy(
     # Inside a scan nothing can undo the recomputation, so the barrier against it is left out.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one_chunk(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = jnp.einsum("btd,dv->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        return from_logits(logits / temperature, targets, num_real=num_real)
+        return from_logits(head_logits(hidden, head, bias, softcap) / temperature, targets, num_real=num_real)
 
     _, outputs = jax.lax.scan(lambda _, xs: (None, one_chunk(*xs)), None, (chunks_first(hidden), chunks_first(targets)))
     logprobs, entropy = (jnp.moveaxis(x, 0, 1).reshape(batch, num_chunks * size)[:, :length] for x in outputs)

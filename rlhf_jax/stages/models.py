@@ -15,9 +15,16 @@ from jax.sharding import Mesh
 from rlhf_jax.data.template import stop_ids
 from rlhf_jax.engine import Compute, Role, eos_ids
 from rlhf_jax.mesh import check_model_divides
-from rlhf_jax.models.decoder import DecoderConfig, abstract_params, init_params
-from rlhf_jax.models.lora import LoraConfig, is_adapter, is_trainable, merge
-from rlhf_jax.models.pretrained import Pretrained, from_pretrained, reward_from_pretrained, save_pretrained
+from rlhf_jax.models.architecture import DecoderConfig
+from rlhf_jax.models.decoder import abstract_params, init_params
+from rlhf_jax.models.lora import LoraConfig, is_adapter, is_trainable
+from rlhf_jax.models.pretrained import (
+    Pretrained,
+    from_pretrained,
+    reward_from_pretrained,
+    save_adapter,
+    save_pretrained,
+)
 from rlhf_jax.stages.loop import Persistence
 from rlhf_jax.train_step import Params, TrainState, init_state
 from rlhf_jax.trees import partition
@@ -78,8 +85,7 @@ def load(
         model = from_pretrained(path, mesh=mesh, dtype=dtype)
     if model.tokenizer is None:
         raise ValueError(f"{path} has no tokenizer: save one into the folder (tokenizer.save_pretrained)")
-    heads = {"attention heads": model.config.num_heads, "key-value heads": model.config.num_kv_heads}
-    check_model_divides(heads, mesh)
+    check_model_divides({"attention heads": model.config.num_heads}, mesh)
     return model
 
 
@@ -88,6 +94,8 @@ def make_state(model: Pretrained, settings: ModelConfig, tx: optax.GradientTrans
     lora, layout = settings.role(model.config).lora, model.layout
     adapters = init_params(model.config, jax.random.key(seed), layout, lora, only=is_adapter)
     trainable, frozen = partition({**model.params, **adapters}, lambda path: is_trainable(path, lora))
+    if model.config.experts and lora.rank and {"gate", "up", "down"} & set(lora.targets):
+        print("the experts have no adapters: only the attention of this sparse model is adapted", flush=True)
     if not trainable:
         raise ValueError(f"none of the adapters' targets {', '.join(lora.targets)} is a linear of this model")
     trainable = {path: leaf.astype(jnp.float32) for path, leaf in trainable.items()}
@@ -100,19 +108,13 @@ def frozen_copy(params: Params, dtype: Dtype) -> Params:
 
 
 def export(model: Pretrained, state: TrainState, settings: ModelConfig, folder: Path) -> None:
-    """Write what was trained, adapters merged, as a Hugging Face folder."""
-    leaves = abstract_params(model.config)
-    shardings = {path: model.layout.sharding(leaf.axes) for path, leaf in leaves.items()}
-    lora, dtype = settings.role(model.config).lora, settings.export_dtype
-
-    def merged(params: Params) -> Params:
-        # Cast before the adapters are added, which may be smaller than a rounding of the frozen dtype.
-        return merge({path: x if is_adapter(path) else x.astype(dtype) for path, x in params.items()}, lora)
-
+    """Write what was trained as a Hugging Face folder, adapters merged; and adapters alone to `folder`_adapter."""
     generation = {**model.generation_config, "eos_token_id": sorted({*eos_ids(model), *stop_ids(model.tokenizer)})}
-    params = jax.jit(merged, out_shardings=shardings)(state.params)
-    trained = dataclasses.replace(model, params=params, generation_config=generation)
-    save_pretrained(trained, folder, dtype=dtype, overwrite=True)
+    lora = settings.role(model.config).lora
+    trained = dataclasses.replace(model, params=state.params, lora=lora, generation_config=generation)
+    if lora.rank:  # before the whole model, whose folder says that the stage is finished
+        save_adapter(trained, folder.with_name(f"{folder.name}_adapter"), base=model.source, overwrite=True)
+    save_pretrained(trained, folder, dtype=settings.export_dtype, overwrite=True)
 
 
 def without_frozen(state: TrainState) -> TrainState:

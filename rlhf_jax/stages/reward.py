@@ -51,20 +51,22 @@ def run_reward(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig,
     measured = held_out_batches(held_out, config.batch_size, config.eval_batches, layout)
     steps = total_steps(config.steps, config.epochs, batches.steps_per_epoch)
 
-    def scores(params: Params, batch: Batch) -> jax.Array:
-        """[B, 2]: of the chosen and the rejected answer."""
+    def scores(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """[B, 2] of the chosen and the rejected answer, and the balance loss."""
         tokens, mask = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.mask))
-        hidden = bind(decoder, params, lora)(tokens, mask, dtype=compute.dtype, layout=layout, remat=compute.remat)
-        return scalar(params, last_hidden(hidden, mask)).reshape(-1, 2)
+        options = dict(dtype=compute.dtype, layout=layout, remat=compute.remat)
+        hidden, balance = bind(decoder, params, lora).with_balance_loss(tokens, mask, **options)
+        return scalar(params, last_hidden(hidden, mask)).reshape(-1, 2), balance
 
     def loss_fn(params: Params, batch: Batch):
-        chosen, rejected = scores(params, batch).T
+        both, balance = scores(params, batch)
+        chosen, rejected = both.T
         stats = {"accuracy": (chosen > rejected).mean(), "margin": (chosen - rejected).mean()}
-        return pairwise_loss(chosen, rejected), (chosen.shape[0], stats)
+        return pairwise_loss(chosen, rejected) + balance, (chosen.shape[0], stats)
 
     tx, rate = make_optimizer(config.optim, steps), learning_rate(config.optim, steps)
     update = make_update(loss_fn, tx, abstract_params(decoder, lora), layout, num_micro)
-    measure = jax.jit(scores)
+    measure = jax.jit(lambda params, batch: scores(params, batch)[0])
 
     def step_fn(state: TrainState, step: int):
         state, stats = update(state, layout.put_batch(batches[step]))

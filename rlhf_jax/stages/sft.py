@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from rlhf_jax.data.batches import Batch, Batches, Rows, sft_rows
 from rlhf_jax.data.sources import DataConfig, Example, load_examples
 from rlhf_jax.data.template import prepare_tokenizer
-from rlhf_jax.models.decoder import abstract_params, bind, head_kernel
+from rlhf_jax.models.decoder import abstract_params, bind, head_kernel, head_options
 from rlhf_jax.objectives.logprobs import token_logprobs
 from rlhf_jax.objectives.masked import mean
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
@@ -52,8 +52,9 @@ def run_sft(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, co
     measured = held_out_batches(held_out, config.batch_size, config.eval_batches, layout)
     steps = total_steps(config.steps, config.epochs, batches.steps_per_epoch)
 
-    def loss_fn(params: Params, batch: Batch):
-        hidden = bind(decoder, params, lora)(
+    def losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The mean over the learned tokens, the balance loss, and how many tokens are learned."""
+        hidden, balance = bind(decoder, params, lora).with_balance_loss(
             batch.tokens, batch.mask, dtype=compute.dtype, layout=layout, remat=compute.remat
         )
         logprobs = token_logprobs(
@@ -61,14 +62,18 @@ def run_sft(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, co
             head_kernel(decoder, params),
             batch.tokens[:, 1:],
             chunk=compute.chunk,
-            num_real=decoder.vocab_size,
+            **head_options(decoder, params),
         )
         learned = batch.loss_mask[:, 1:]
-        return -mean(logprobs, learned), (learned.sum(), {})
+        return -mean(logprobs, learned), balance, learned.sum()
+
+    def loss_fn(params: Params, batch: Batch):
+        loss, balance, count = losses(params, batch)
+        return loss + balance, (count, {})
 
     tx, rate = make_optimizer(config.optim, steps), learning_rate(config.optim, steps)
     update = make_update(loss_fn, tx, abstract_params(decoder, lora), layout, num_micro)
-    measure = jax.jit(loss_fn)
+    measure = jax.jit(losses)
 
     def step_fn(state: TrainState, step: int):
         state, stats = update(state, layout.put_batch(batches[step]))
@@ -77,9 +82,9 @@ def run_sft(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, co
     def evaluate(state: TrainState):
         if not measured:
             return {}
-        losses = [measure(state.params, layout.put_batch(batch)) for batch in measured]
-        weights = [int(count) for _, (count, _) in losses]
-        return {"held_out_loss": float(np.average([float(loss) for loss, _ in losses], weights=weights))}
+        each = [measure(state.params, layout.put_batch(batch)) for batch in measured]
+        weights = [int(count) for _, _, count in each]
+        return {"held_out_loss": float(np.average([float(loss) for loss, _, _ in each], weights=weights))}
 
     state = train_loop(
         run,

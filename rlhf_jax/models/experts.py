@@ -1,0 +1,96 @@
+"""The sparse MLP: a router sends each token to a few of many gated MLPs (Shazeer et al. 2017).
+
+Tokens are sorted by expert and every expert multiplies its own, however many those are: none is dropped. Each expert
+is split over the mesh by its width, as a dense MLP is, so that devices do the same work whatever the router says.
+
+N tokens, D hidden, X experts, C experts a token, F width of one.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from rlhf_jax.mesh import Layout
+from rlhf_jax.models.architecture import Experts
+from rlhf_jax.models.layers import ACTIVATIONS
+
+
+class Routing(NamedTuple):
+    """Attributes:
+    chosen: [B, T, C] int32, experts of each token.
+    weights: [B, T, C] float32, of their outputs.
+    probabilities: [B, T, X] float32, the router's.
+    """
+
+    chosen: jax.Array
+    weights: jax.Array
+    probabilities: jax.Array
+
+
+def route(experts: Experts, x: jax.Array, router: jax.Array) -> Routing:
+    """x [B, T, D], router [D, X]."""
+    logits = jnp.einsum("btd,dx->btx", x, router.astype(x.dtype), preferred_element_type=jnp.float32)
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    weights, chosen = jax.lax.top_k(probabilities, experts.per_token)
+    if experts.renormalised:
+        weights = weights / weights.sum(-1, keepdims=True)
+    return Routing(chosen, weights, probabilities)
+
+
+def load(experts: Experts, routing: Routing, mask: jax.Array) -> jax.Array:
+    """[2, X] float32: over the real tokens of [B, T], the mean number of choices and probability of each expert."""
+    real = mask / jnp.maximum(mask.sum(), 1)
+    choices = jax.nn.one_hot(routing.chosen, experts.count).sum(2)
+    return jnp.stack([jnp.einsum("bt,btx->x", real, y) for y in (choices, routing.probabilities)])
+
+
+def balance_loss(experts: Experts, loads: jax.Array) -> jax.Array:
+    """coefficient x X x sum over experts of choices x probability (Fedus et al. 2021, eq. 4), of loads [L, 2, X].
+
+    As transformers does, choices and probabilities are first averaged over the layers.
+    """
+    choices, probabilities = loads.mean(0)
+    return experts.aux_coef * experts.count * jnp.sum(choices * probabilities)
+
+
+def apply_experts(
+    x: jax.Array,
+    routing: Routing,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    *,
+    activation: str,
+    layout: Layout | None,
+) -> jax.Array:
+    """x [B, T, D], gate and up [X, D, F], down [X, F, D] -> [B, T, D], by `routing`."""
+    arguments = x, routing.chosen, routing.weights, gate, up, down
+    local = functools.partial(_local_experts, activation=activation)
+    if layout is None:
+        return local(*arguments)
+    # Sorting is of the tokens that a device has. Axes that split the batch cannot split the width: over those the
+    # experts are gathered, over the others each device has a part of every expert, and what they give is summed.
+    width = tuple(axis for axis in layout.table.mlp if axis not in layout.table.batch)
+    tokens = layout.spec(("batch", None, None))
+    specs = [tokens] * 3 + [PartitionSpec(None, None, width)] * 2 + [PartitionSpec(None, width, None)]
+    program = functools.partial(local, summed_over=width)
+    return jax.shard_map(program, mesh=layout.mesh, in_specs=tuple(specs), out_specs=tokens)(*arguments)
+
+
+def _local_experts(x, chosen, weights, gate, up, down, *, activation: str, summed_over: tuple[str, ...] = ()):
+    batch, length, hidden = x.shape
+    per_token = chosen.shape[-1]
+    order = jnp.argsort(chosen.reshape(-1), stable=True)  # of the N x C pairs of token and expert, by expert
+    sizes = jnp.bincount(chosen.reshape(-1), length=gate.shape[0])
+    rows = x.reshape(-1, hidden)[order // per_token]
+    gate, up, down = (kernel.astype(x.dtype) for kernel in (gate, up, down))
+    hidden_rows = ACTIVATIONS[activation](jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
+    outputs = jax.lax.ragged_dot(hidden_rows, down, sizes)[jnp.argsort(order)]
+    outputs = outputs.reshape(batch, length, per_token, hidden)
+    y = jnp.einsum("btcd,btc->btd", outputs, weights.astype(x.dtype))
+    return jax.lax.psum(y, summed_over) if summed_over else y

@@ -1,0 +1,77 @@
+"""Gemma 1 to 3 (the text models): scaled embeddings, norms by 1 + their scale, caps and windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rlhf_jax.models.families.family import Family
+from rlhf_jax.models.families.llama import biased, llama_fields, llama_tensors
+from rlhf_jax.models.families.reading import activation, given, refuse, size, windows
+from rlhf_jax.models.families.rope import rope
+
+
+def _fields(hf: Mapping[str, Any], kv: int, theta: float = 10000.0) -> dict[str, Any]:
+    refuse(hf, use_bidirectional_attention=False)
+    fields = llama_fields(hf, kv=kv, head_dim=256, theta=theta, tied=True) | biased(hf)
+    return fields | dict(
+        norm="rms_plus_one",
+        embed_scale=fields["hidden_size"] ** 0.5,
+        activation=activation(hf, "hidden_activation", "gelu_pytorch_tanh"),
+    )
+
+
+def _gemma(hf: Mapping[str, Any]) -> dict[str, Any]:
+    # The first checkpoints say "gelu" and mean its approximation, with which they were trained.
+    act = given(hf, "hidden_act", "gelu_pytorch_tanh")
+    act = "gelu_pytorch_tanh" if act == "gelu" else act
+    refuse(hf, hidden_activation=act)
+    return _fields({**hf, "hidden_activation": act}, 16)
+
+
+def _later(hf: Mapping[str, Any], pattern: int, theta: float = 10000.0) -> dict[str, Any]:
+    """Of Gemma 2 and 3. One layer in `pattern` sees everything, the others have a window."""
+    usual = [(i + 1) % pattern != 0 for i in range(size(hf, "num_hidden_layers"))]
+    return _fields(hf, 4, theta) | dict(
+        residual="sandwich",
+        windows=windows(hf, hf.get("sliding_window", 4096), usual),
+        attention_scale=given(hf, "query_pre_attn_scalar", 256) ** -0.5,
+    )
+
+
+def _gemma2(hf: Mapping[str, Any]) -> dict[str, Any]:
+    return _later(hf, 2) | dict(
+        attention_softcap=float(hf.get("attn_logit_softcapping", 50.0) or 0.0),
+        final_softcap=float(hf.get("final_logit_softcapping", 30.0) or 0.0),
+    )
+
+
+def _gemma3(hf: Mapping[str, Any]) -> dict[str, Any]:
+    # transformers reads attn_logit_softcapping and does nothing with it; no released checkpoint has one.
+    refuse(hf, attn_logit_softcapping=None)
+    each = hf.get("rope_parameters") or {}
+    if each.keys() - {"full_attention", "sliding_attention"}:
+        raise ValueError("gemma3_text has rope_parameters for full_attention and sliding_attention (config.json)")
+    # The old spelling is of the layers that see everything: rope_theta, and rope_scaling with the scaling only.
+    full = {**(each.get("full_attention") or {}), **(hf.get("rope_scaling") or {})}
+    local = each.get("sliding_attention") or {"rope_theta": hf.get("rope_local_base_freq")}
+    fields = _later({**hf, "rope_scaling": full}, given(hf, "sliding_window_pattern", 6), theta=1e6)
+    local_hf = {**hf, "rope_scaling": local, "rope_parameters": None, "rope_theta": None}
+    local_rope, positions = rope(local_hf, fields["head_dim"])
+    return fields | dict(
+        local_rope=local_rope if fields["windows"] else None,
+        max_positions=min(fields["max_positions"], positions),
+        qk_norm="head",
+        final_softcap=float(hf.get("final_logit_softcapping") or 0.0),
+    )
+
+
+def _family(read: Callable[[Mapping[str, Any]], dict[str, Any]], name: str, scalar: str) -> Family:
+    return Family(read, llama_tensors, f"{name}ForCausalLM", f"{scalar}ForSequenceClassification", "model.")
+
+
+FAMILIES = {
+    "gemma": _family(_gemma, "Gemma", "Gemma"),
+    "gemma2": _family(_gemma2, "Gemma2", "Gemma2"),
+    "gemma3_text": _family(_gemma3, "Gemma3", "Gemma3Text"),
+}

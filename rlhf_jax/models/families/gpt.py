@@ -1,0 +1,267 @@
+"""OPT, and the GPTs of OpenAI, EleutherAI and Salesforce."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rlhf_jax.models.architecture import DecoderConfig
+from rlhf_jax.models.families.family import Family, Tensors
+from rlhf_jax.models.families.reading import activation, given, plain_sizes, refuse, renamed, size
+from rlhf_jax.models.families.rope import rope, rotated
+from rlhf_jax.models.families.rows import ends, linear
+from rlhf_jax.models.families.tables import attention, conv1d, grouped_attention, mlp, norms, positions, striped
+
+_USUAL = dict(  # of GPT-2, GPT-J and CodeGen
+    n_embd="hidden_size",
+    n_layer="num_hidden_layers",
+    n_head="num_attention_heads",
+    n_positions="max_position_embeddings",
+    n_inner="intermediate_size",
+)
+
+
+def _read_opt(hf: Mapping[str, Any]) -> dict[str, Any]:
+    refuse(hf, layer_norm_elementwise_affine=True)
+    sizes = plain_sizes(hf)
+    pre_norm, biased = given(hf, "do_layer_norm_before", True), given(hf, "enable_bias", True)
+    return sizes | dict(
+        embed_size=given(hf, "word_embed_proj_dim", sizes["hidden_size"]),
+        mlp_size=size(hf, "ffn_dim"),
+        position_rows=sizes["max_positions"] + 2,
+        position_offset=2,
+        residual="pre" if pre_norm else "post",
+        final_norm=pre_norm and not given(hf, "_remove_final_layer_norm", False),
+        qkv_bias=biased,
+        o_bias=biased,
+        activation=activation(hf, "activation_function", "relu"),
+        mlp_bias=biased,
+        tied=given(hf, "tie_word_embeddings", True),
+    )
+
+
+def _opt(config: DecoderConfig) -> Tensors:
+    layer = "model.decoder.layers.{i}"
+    heads = f"{layer}.self_attn"
+    return (
+        ends(config, "model.decoder.embed_tokens")
+        | positions(config, "model.decoder.embed_positions")
+        | linear("project_in", "model.decoder.project_in", config.embed_size, config.hidden_size)
+        | linear("project_out", "model.decoder.project_out", config.hidden_size, config.embed_size)
+        | norms(
+            config.hidden_size,
+            {
+                "layers/attention_norm": f"{layer}.self_attn_layer_norm",
+                "layers/mlp_norm": f"{layer}.final_layer_norm",
+                "final_norm": "model.decoder.final_layer_norm",
+            },
+        )
+        | attention(config, f"{heads}.q_proj", f"{heads}.k_proj", f"{heads}.v_proj", f"{heads}.out_proj")
+        | mlp(config, up=f"{layer}.fc1", down=f"{layer}.fc2")
+    )
+
+
+def _read_gpt2(hf: Mapping[str, Any]) -> dict[str, Any]:
+    refuse(hf, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    sizes = plain_sizes(renamed(hf, **_USUAL))
+    return sizes | dict(
+        position_rows=sizes["max_positions"],
+        norm_eps=given(hf, "layer_norm_epsilon", 1e-5),
+        attention_scale=sizes["attention_scale"] if given(hf, "scale_attn_weights", True) else 1.0,
+        qkv_bias=True,
+        o_bias=True,
+        activation=activation(hf, "activation_function", "gelu_new"),
+        mlp_bias=True,
+        tied=given(hf, "tie_word_embeddings", True),
+    )
+
+
+def _gpt2(config: DecoderConfig) -> Tensors:
+    layer, width = "transformer.h.{i}", config.hidden_size
+    thirds = dict.fromkeys(("layers/attention/q", "layers/attention/k", "layers/attention/v"), width)
+    return (
+        ends(config, "transformer.wte")
+        | positions(config, "transformer.wpe")
+        | _gpt_norms(config)
+        | conv1d(striped(thirds, f"{layer}.attn.c_attn", width, groups=1))
+        | conv1d(linear("layers/attention/o", f"{layer}.attn.c_proj", width, width))
+        | conv1d(mlp(config, up=f"{layer}.mlp.c_fc", down=f"{layer}.mlp.c_proj"))
+    )
+
+
+def _gpt_norms(config: DecoderConfig) -> Tensors:
+    """Of GPT-2, and of GPT-Neo, GPT-J and CodeGen after it (the last two have no ln_2)."""
+    return norms(
+        config.hidden_size,
+        {
+            "layers/attention_norm": "transformer.h.{i}.ln_1",
+            "layers/mlp_norm": "transformer.h.{i}.ln_2",
+            "final_norm": "transformer.ln_f",
+        },
+    )
+
+
+def _read_gpt_neo(hf: Mapping[str, Any]) -> dict[str, Any]:
+    sizes = plain_sizes(renamed(hf, num_layers="num_hidden_layers", num_heads="num_attention_heads"))
+    pattern = given(hf, "attention_types", [[["global", "local"], 12]])
+    kinds = given(hf, "attention_layers", [kind for group, times in pattern for kind in group * times])
+    if len(kinds) != sizes["num_layers"] or not set(kinds) <= {"global", "local"}:
+        raise ValueError(
+            f"config.json: attention_types has to name {sizes['num_layers']} layers, each global or local, not {kinds}"
+        )
+    window = given(hf, "window_size", 256)
+    return sizes | dict(
+        position_rows=sizes["max_positions"],
+        norm_eps=given(hf, "layer_norm_epsilon", 1e-5),
+        windows=tuple(window if kind == "local" else 0 for kind in kinds) if "local" in kinds else (),
+        attention_scale=1.0,
+        o_bias=True,
+        activation=activation(hf, "activation_function", "gelu_new"),
+        mlp_bias=True,
+        tied=given(hf, "tie_word_embeddings", True),
+    )
+
+
+def _gpt_neo(config: DecoderConfig) -> Tensors:
+    layer = "transformer.h.{i}"
+    heads = f"{layer}.attn.attention"
+    return (
+        ends(config, "transformer.wte")
+        | positions(config, "transformer.wpe")
+        | _gpt_norms(config)
+        | attention(config, f"{heads}.q_proj", f"{heads}.k_proj", f"{heads}.v_proj", f"{heads}.out_proj")
+        | mlp(config, up=f"{layer}.mlp.c_fc", down=f"{layer}.mlp.c_proj")
+    )
+
+
+def _read_gptj(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """Of CodeGen too, which is GPT-J but for how its tensors lie."""
+    sizes = plain_sizes(renamed(hf, **_USUAL))
+    turned = given(hf, "rotary_dim", 64)
+    if turned > sizes["head_dim"]:
+        raise ValueError(f"config.json: rotary_dim {turned} is more than the size of a head, {sizes['head_dim']}")
+    return sizes | dict(
+        norm_eps=given(hf, "layer_norm_epsilon", 1e-5),
+        residual="parallel_shared",
+        rope=rope({}, turned, positions=sizes["max_positions"], interleaved=True)[0],
+        activation=activation(hf, "activation_function", "gelu_new"),
+        mlp_bias=True,
+        tied=given(hf, "tie_word_embeddings", False),
+        head_bias=True,
+    )
+
+
+def _gptj(config: DecoderConfig) -> Tensors:
+    layer = "transformer.h.{i}"
+    heads = f"{layer}.attn"
+    return (
+        ends(config, "transformer.wte")
+        | _gpt_norms(config)
+        | attention(config, f"{heads}.q_proj", f"{heads}.k_proj", f"{heads}.v_proj", f"{heads}.out_proj")
+        | mlp(config, up=f"{layer}.mlp.fc_in", down=f"{layer}.mlp.fc_out")
+    )
+
+
+_CODEGEN_SHARDS = 4  # of the TPUs that it was trained on: each has its queries, values and keys side by side
+
+
+def _read_codegen(hf: Mapping[str, Any]) -> dict[str, Any]:
+    fields = _read_gptj(hf)
+    if fields["num_heads"] % _CODEGEN_SHARDS:
+        raise ValueError(f"config.json: CodeGen's n_head has to be a multiple of 4, not {fields['num_heads']}")
+    return fields
+
+
+def _codegen(config: DecoderConfig) -> Tensors:
+    layer, width = "transformer.h.{i}", config.hidden_size
+    each = dict.fromkeys(("layers/attention/q", "layers/attention/v", "layers/attention/k"), width // _CODEGEN_SHARDS)
+    return (
+        ends(config, "transformer.wte")
+        | _gpt_norms(config)
+        | striped(each, f"{layer}.attn.qkv_proj", width, groups=_CODEGEN_SHARDS)
+        | linear("layers/attention/o", f"{layer}.attn.out_proj", width, width)
+        | mlp(config, up=f"{layer}.mlp.fc_in", down=f"{layer}.mlp.fc_out")
+    )
+
+
+def _read_gpt_neox(hf: Mapping[str, Any]) -> dict[str, Any]:
+    sizes, biased = plain_sizes(hf), given(hf, "attention_bias", True)
+    old = dict(rope_theta=given(hf, "rotary_emb_base", 10000), partial_rotary_factor=given(hf, "rotary_pct", 0.25))
+    refuse(hf, **old)  # beside the old spelling, transformers 5 has these two in rope_parameters only
+    turned = rotated({**hf, **old}, sizes["head_dim"])
+    embedding, max_positions = rope({**hf, **old}, turned)
+    return sizes | dict(
+        mlp_size=size(hf, "intermediate_size"),
+        max_positions=max_positions,
+        norm_eps=given(hf, "layer_norm_eps", 1e-5),
+        residual="parallel" if given(hf, "use_parallel_residual", True) else "pre",
+        rope=embedding,
+        qkv_bias=biased,
+        o_bias=biased,
+        activation=activation(hf, "hidden_act", "gelu"),
+        mlp_bias=True,
+        tied=given(hf, "tie_word_embeddings", False),
+    )
+
+
+def _gpt_neox(config: DecoderConfig, head: str = "embed_out") -> Tensors:
+    layer = "gpt_neox.layers.{i}"
+    return (
+        ends(config, "gpt_neox.embed_in", head)
+        | norms(
+            config.hidden_size,
+            {
+                "layers/attention_norm": f"{layer}.input_layernorm",
+                "layers/mlp_norm": f"{layer}.post_attention_layernorm",
+                "final_norm": "gpt_neox.final_layer_norm",
+            },
+        )
+        | grouped_attention(config, f"{layer}.attention.query_key_value", f"{layer}.attention.dense")
+        | mlp(config, up=f"{layer}.mlp.dense_h_to_4h", down=f"{layer}.mlp.dense_4h_to_h")
+    )
+
+
+FAMILIES = {
+    "opt": Family(_read_opt, _opt, "OPTForCausalLM", "OPTForSequenceClassification", "model."),
+    "gpt2": Family(
+        _read_gpt2,
+        _gpt2,
+        "GPT2LMHeadModel",
+        "GPT2ForSequenceClassification",
+        "transformer.",
+        buffers=r"h\.\d+\.attn\.(bias|masked_bias)",
+    ),
+    "gpt_neo": Family(
+        _read_gpt_neo,
+        _gpt_neo,
+        "GPTNeoForCausalLM",
+        "GPTNeoForSequenceClassification",
+        "transformer.",
+        buffers=r"h\.\d+\.attn\.attention\.(bias|masked_bias)",
+    ),
+    "gptj": Family(
+        _read_gptj,
+        _gptj,
+        "GPTJForCausalLM",
+        "GPTJForSequenceClassification",
+        "transformer.",
+        buffers=r"h\.\d+\.attn\.(bias|masked_bias)",
+    ),
+    "gpt_neox": Family(
+        _read_gpt_neox,
+        _gpt_neox,
+        "GPTNeoXForCausalLM",
+        "GPTNeoXForSequenceClassification",
+        "gpt_neox.",
+        buffers=r"layers\.\d+\.attention\.(bias|masked_bias)",
+        alternatives=lambda config: [_gpt_neox(config, head="lm_head")],  # what transformers 5 calls it in memory
+    ),
+    "codegen": Family(
+        _read_codegen,
+        _codegen,
+        "CodeGenForCausalLM",
+        None,
+        "transformer.",
+        buffers=r"h\.\d+\.attn\.(causal_mask|bias|masked_bias)",
+    ),
+}

@@ -1,0 +1,169 @@
+"""BLOOM, Falcon and Phi."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.models.architecture import Alibi, DecoderConfig
+from rlhf_jax.models.families.family import Family, Tensors
+from rlhf_jax.models.families.reading import activation, given, grouped, kv_heads, plain_sizes, refuse, renamed, size
+from rlhf_jax.models.families.rope import rope, rope_parameters, rotated
+from rlhf_jax.models.families.rows import ends
+from rlhf_jax.models.families.tables import attention, grouped_attention, mlp, norms
+
+
+def _slopes(heads: int) -> tuple[float, ...]:
+    """Of ALiBi: 2^(-8 i / n) of head i of n. Past a power of two, every second one of twice as many (Press et al.)."""
+    power = 1 << (heads.bit_length() - 1)
+    between = range(1, 2 * (heads - power), 2)
+    return tuple([2.0 ** (-8 * i / power) for i in range(1, power + 1)] + [2.0 ** (-4 * i / power) for i in between])
+
+
+def _read_bloom(hf: Mapping[str, Any]) -> dict[str, Any]:
+    refuse(hf, apply_residual_connection_post_layernorm=False)
+    if given(hf, "pretraining_tp", 1) > 1:
+        refuse(hf, slow_but_exact=False)  # it leaves out the biases of the output projections
+    usual = renamed(
+        hf,
+        n_embed="hidden_size",
+        n_layer="num_hidden_layers",
+        n_head="num_attention_heads",
+        seq_length="max_position_embeddings",
+    )
+    sizes = plain_sizes(usual, max_position_embeddings=2048)  # those of its training; the biases have no end
+    return sizes | dict(
+        embed_norm=True,
+        norm_eps=given(hf, "layer_norm_epsilon", 1e-5),
+        alibi=Alibi(_slopes(sizes["num_heads"])),
+        qkv_bias=True,
+        o_bias=True,
+        activation="gelu_tanh",
+        mlp_bias=True,
+        tied=given(hf, "tie_word_embeddings", True),
+    )
+
+
+def _bloom(config: DecoderConfig) -> Tensors:
+    layer = "transformer.h.{i}"
+    return (
+        ends(config, "transformer.word_embeddings")
+        | norms(
+            config.hidden_size,
+            {
+                "embed/norm": "transformer.word_embeddings_layernorm",
+                "layers/attention_norm": f"{layer}.input_layernorm",
+                "layers/mlp_norm": f"{layer}.post_attention_layernorm",
+                "final_norm": "transformer.ln_f",
+            },
+        )
+        | grouped_attention(config, f"{layer}.self_attention.query_key_value", f"{layer}.self_attention.dense")
+        | mlp(config, up=f"{layer}.mlp.dense_h_to_4h", down=f"{layer}.mlp.dense_4h_to_h")
+    )
+
+
+def _read_falcon(hf: Mapping[str, Any]) -> dict[str, Any]:
+    refuse(hf, apply_residual_connection_post_layernorm=False)
+    hf = renamed(hf, ffn_hidden_size="intermediate_size")
+    fields = plain_sizes(hf, max_position_embeddings=2048)
+    heads, d = fields["num_heads"], fields["head_dim"]
+    if given(hf, "new_decoder_architecture", False):  # Falcon 40B
+        refuse(hf, parallel_attn=True)
+        keys, norms_a_layer = given(hf, "num_kv_heads", heads), given(hf, "num_ln_in_parallel_attn", 2)
+        if norms_a_layer != 1:
+            refuse(hf, num_ln_in_parallel_attn=2)
+        residual = "parallel" if norms_a_layer == 2 else "parallel_shared"
+    else:
+        keys = 1 if given(hf, "multi_query", True) else heads
+        if keys == heads:
+            refuse(hf, num_kv_heads=heads)
+        residual = "parallel_shared" if given(hf, "parallel_attn", True) else "pre"
+        if residual == "parallel_shared":
+            refuse(hf, num_ln_in_parallel_attn=1)
+    if given(hf, "alibi", False):
+        # Position, slope and their product were all rounded in training, and the biases scaled as the scores are.
+        rounded = np.asarray(_slopes(heads), jnp.dtype("bfloat16")).astype(float)
+        fields["alibi"] = Alibi(tuple(rounded.tolist()), scale=d**-0.5, rounded=True)
+    else:
+        refuse({**rope_parameters(hf), "model_type": "falcon"}, partial_rotary_factor=1.0)
+        fields["rope"], fields["max_positions"] = rope(hf, d, positions=fields["max_positions"])
+    biased = given(hf, "bias", False)
+    return fields | dict(
+        num_kv_heads=grouped(heads, keys),
+        norm_eps=given(hf, "layer_norm_epsilon", 1e-5),
+        residual=residual,
+        qkv_bias=biased,
+        o_bias=biased,
+        activation=activation(hf, "activation", "gelu"),
+        mlp_bias=biased,
+        tied=given(hf, "tie_word_embeddings", True),
+    )
+
+
+def _falcon(config: DecoderConfig) -> Tensors:
+    layer = "transformer.h.{i}"
+    two = config.residual == "parallel"
+    return (
+        ends(config, "transformer.word_embeddings")
+        | norms(
+            config.hidden_size,
+            {
+                "layers/attention_norm": f"{layer}.{'ln_attn' if two else 'input_layernorm'}",
+                "layers/mlp_norm": f"{layer}.{'ln_mlp' if two else 'post_attention_layernorm'}",
+                "final_norm": "transformer.ln_f",
+            },
+        )
+        | grouped_attention(config, f"{layer}.self_attention.query_key_value", f"{layer}.self_attention.dense")
+        | mlp(config, up=f"{layer}.mlp.dense_h_to_4h", down=f"{layer}.mlp.dense_4h_to_h")
+    )
+
+
+def _read_phi(hf: Mapping[str, Any]) -> dict[str, Any]:
+    sizes = plain_sizes(hf) | dict(mlp_size=size(hf, "intermediate_size"))
+    refuse(hf, head_dim=sizes["head_dim"])
+    embedding, max_positions = rope(hf, rotated(hf, sizes["head_dim"], default=0.5))
+    return sizes | dict(
+        num_kv_heads=kv_heads(hf),
+        max_positions=max_positions,
+        norm_eps=given(hf, "layer_norm_eps", 1e-5),
+        residual="parallel_shared",
+        rope=embedding,
+        qkv_bias=True,
+        o_bias=True,
+        qk_norm="head" if given(hf, "qk_layernorm", False) else "none",
+        activation=activation(hf, "hidden_act", "gelu_new"),
+        mlp_bias=True,
+        tied=given(hf, "tie_word_embeddings", False),
+        head_bias=True,
+    )
+
+
+def _phi(config: DecoderConfig) -> Tensors:
+    layer = "model.layers.{i}"
+    heads = f"{layer}.self_attn"
+    return (
+        ends(config, "model.embed_tokens")
+        | norms(
+            config.hidden_size,
+            {"layers/attention_norm": f"{layer}.input_layernorm", "final_norm": "model.final_layernorm"},
+        )
+        | norms(
+            config.head_dim,
+            {
+                "layers/attention/q_norm": f"{heads}.q_layernorm",
+                "layers/attention/k_norm": f"{heads}.k_layernorm",
+            },
+        )
+        | attention(config, f"{heads}.q_proj", f"{heads}.k_proj", f"{heads}.v_proj", f"{heads}.dense")
+        | mlp(config, up=f"{layer}.mlp.fc1", down=f"{layer}.mlp.fc2")
+    )
+
+
+FAMILIES = {
+    "bloom": Family(_read_bloom, _bloom, "BloomForCausalLM", "BloomForSequenceClassification", "transformer."),
+    "falcon": Family(_read_falcon, _falcon, "FalconForCausalLM", "FalconForSequenceClassification", "transformer."),
+    "phi": Family(_read_phi, _phi, "PhiForCausalLM", "PhiForSequenceClassification", "model."),
+}

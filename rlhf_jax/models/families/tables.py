@@ -1,0 +1,76 @@
+"""Whole parts of a table of tensor names, of the families that lay them out alike: entries to be merged with |.
+
+A table may list more than a model has (biases, say): `abstract_params` says which of it there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rlhf_jax.models.architecture import DecoderConfig
+from rlhf_jax.models.families.family import Tensors
+from rlhf_jax.models.families.rows import linear, norm
+from rlhf_jax.models.tensors import HfTensor, Strip
+
+
+def norms(width: int, ours_to_theirs: Mapping[str, str]) -> Tensors:
+    """Scales and biases of norms."""
+    return {path: row for ours, theirs in ours_to_theirs.items() for path, row in norm(ours, theirs, width).items()}
+
+
+def positions(config: DecoderConfig, theirs: str) -> Tensors:
+    return {"embed/positions": HfTensor(f"{theirs}.weight", (config.position_rows, config.hidden_size))}
+
+
+def striped(ours: Mapping[str, int], theirs: str, inputs: int, groups: int) -> Tensors:
+    """Linear layers that lie in one, a group of outputs after the other.
+
+    Args:
+        ours: how many outputs each of ours has in a group, in the order of the file.
+        theirs: the layer that has them all.
+        inputs: of each of them.
+        groups: how often that order repeats along the outputs.
+    """
+    period = sum(ours.values())
+    table: Tensors = {}
+    offset = 0
+    for path, length in ours.items():
+        whole = linear(path, theirs, inputs, groups * period)
+        table |= {name: tensor._replace(strip=Strip(offset, length, period)) for name, tensor in whole.items()}
+        offset += length
+    return table
+
+
+def conv1d(table: Tensors) -> Tensors:
+    """The same layers as GPT-2 has them: its weights are [in, out], as ours."""
+    return {
+        path: tensor._replace(shape=tensor.shape[::-1], transpose=False) if tensor.transpose else tensor
+        for path, tensor in table.items()
+    }
+
+
+def attention(config: DecoderConfig, q: str, k: str, v: str, o: str) -> Tensors:
+    """The four projections of attention, each with a tensor of its own."""
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return (
+        linear("layers/attention/q", q, config.hidden_size, queries)
+        | linear("layers/attention/k", k, config.hidden_size, keys)
+        | linear("layers/attention/v", v, config.hidden_size, keys)
+        | linear("layers/attention/o", o, queries, config.hidden_size)
+    )
+
+
+def grouped_attention(config: DecoderConfig, qkv: str, o: str) -> Tensors:
+    """Queries, keys and values in one tensor, [K, G + 2, d]: behind the queries that share them, a key and a value."""
+    d, shared_by = config.head_dim, config.num_heads // config.num_kv_heads
+    group = {"layers/attention/q": shared_by * d, "layers/attention/k": d, "layers/attention/v": d}
+    return striped(group, qkv, config.hidden_size, config.num_kv_heads) | linear(
+        "layers/attention/o", o, config.num_heads * d, config.hidden_size
+    )
+
+
+def mlp(config: DecoderConfig, up: str, down: str) -> Tensors:
+    """The projections of an MLP without a gate."""
+    return linear("layers/mlp/up", up, config.hidden_size, config.mlp_size) | linear(
+        "layers/mlp/down", down, config.mlp_size, config.hidden_size
+    )

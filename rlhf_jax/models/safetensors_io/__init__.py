@@ -1,0 +1,10 @@
+"""safetensors in and out: the host holds one device's shard at a time on the way in, one tensor on the way out.
+
+`files` maps a folder's files, `blocks` says where our elements lie in them, `reading` and `writing` are the directions.
+"""
+
+from rlhf_jax.models.safetensors_io.files import pickle_refusal
+from rlhf_jax.models.safetensors_io.reading import read_params
+from rlhf_jax.models.safetensors_io.writing import write_params
+
+__all__ = ["pickle_refusal", "read_params", "write_params"]

@@ -1,0 +1,107 @@
+"""The files of a folder, mapped rather than read: a part of a tensor goes from the page cache to where it belongs.
+
+https://huggingface.co/docs/safetensors/index#format has the format.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F32": jnp.dtype("float32"), "F16": jnp.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
+
+
+class Entry(NamedTuple):
+    """A tensor in a mapped file."""
+
+    file: mmap.mmap
+    dtype: str  # in the format's spelling
+    shape: tuple[int, ...]
+    start: int  # bytes from the beginning of the file
+    stop: int
+
+    def array(self) -> np.ndarray:
+        return np.ndarray(self.shape, DTYPES[self.dtype], self.file, self.start)
+
+    def release(self) -> None:
+        """Give the pages back: those of a mapped file count as ours for as long as nobody else wants the memory."""
+        start = self.start // mmap.PAGESIZE * mmap.PAGESIZE
+        if self.stop > start:
+            self.file.madvise(mmap.MADV_DONTNEED, start, self.stop - start)
+
+
+def pickle_refusal(source: str, what: str, destination: str) -> str:
+    """The message about a checkpoint that exists as a pickle only."""
+    code = (
+        f"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; s, d = '{source}', '{destination}'; "
+        "M.from_pretrained(s).save_pretrained(d); T.from_pretrained(s).save_pretrained(d)"
+    )
+    return (
+        f"{what} but no safetensors: a pickle can run any code, so it is not read; "
+        f'where you trust it, convert it with torch installed: python -c "{code}"'
+    )
+
+
+def open_folder(folder: Path) -> dict[str, Entry]:
+    """Every tensor of the folder by its name."""
+    if (folder / INDEX).exists():
+        try:
+            names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
+            paths = [folder / name for name in names]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{folder / INDEX} is damaged ({_told(error)}): download it again") from error
+    elif (folder / SINGLE).exists():
+        paths = [folder / SINGLE]
+    else:
+        pickled = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth") for p in folder.glob(kind))
+        if pickled:
+            raise ValueError(pickle_refusal(str(folder), f"{folder} has {pickled[0]}", f"{folder}-safetensors"))
+        raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}: is it a Hugging Face model folder?")
+    entries: dict[str, Entry] = {}
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                entries |= _entries(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except FileNotFoundError as error:
+            raise ValueError(f"{folder / INDEX} names {path.name}, which is not there: download it again") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged ({_told(error)}): download it again") from error
+    return entries
+
+
+def _told(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _entries(file: mmap.mmap) -> dict[str, Entry]:
+    """The header, checked: what it says is within the file, so that reading can no more fail.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, RecursionError: the file is damaged.
+    """
+    length = int.from_bytes(file[:8], "little")
+    if not 8 <= 8 + length <= len(file):
+        raise ValueError(f"a header of {length} bytes in a file of {len(file)}")
+    header = json.loads(file[8 : 8 + length])
+    header.pop("__metadata__", None)
+    entries, end = {}, 8 + length
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        shape, (start, stop) = tuple(entry["shape"]), (8 + length + offset for offset in entry["data_offsets"])
+        if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, stop)):
+            raise ValueError(f"{name} is described by {entry}")
+        dtype = DTYPES.get(entry["dtype"])
+        if dtype and stop - start != dtype.itemsize * math.prod(shape):
+            raise ValueError(f"{name} is {stop - start} bytes, {list(shape)} {entry['dtype']} are another number")
+        if start != end or stop < start:
+            raise ValueError(f"{name} starts at byte {start} in place of {end}")
+        entries[name], end = Entry(file, entry["dtype"], shape, start, stop), stop
+    if end != len(file):
+        raise ValueError(f"{len(file)} bytes in place of {end}")
+    return entries

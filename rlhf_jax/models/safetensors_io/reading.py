@@ -1,0 +1,133 @@
+"""safetensors -> parameters, each device's shard by itself."""
+
+from __future__ import annotations
+
+import gc
+import math
+import re
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.mesh import Layout
+from rlhf_jax.models.decoder import Leaf
+from rlhf_jax.models.safetensors_io.blocks import Bounds, blocks, bounds_of, copy, members, oriented, spread
+from rlhf_jax.models.safetensors_io.files import DTYPES, Entry, open_folder
+from rlhf_jax.models.tensors import HfTensor
+
+_TOLD = 100  # names of one kind in a message, at most
+_ALIGNMENT = 64
+_FOREIGN = "of an unsupported dtype"
+
+
+def read_params(
+    folder: Path,
+    leaves: Mapping[str, Leaf],
+    layouts: Sequence[Mapping[str, HfTensor]],
+    layout: Layout,
+    dtype: str,
+    *,
+    prefix: str,
+    optional: Collection[str] = (),
+    tolerated: re.Pattern[str] | None = None,
+) -> dict[str, jax.Array]:
+    """Parameters from a folder's safetensors; beyond them, the host holds one shard of one of them at a time.
+
+    Args:
+        folder: holds model.safetensors, or model.safetensors.index.json and its files.
+        leaves: {path: shape and logical axes}; the result has these paths.
+        layouts: {path: where it lies in the files}; those behind the first are alternatives to it, which may leave out
+            what they have in common with it. Of them the one is used that the files lack the fewest tensors of.
+        layout: where each parameter lies on the devices.
+        dtype: of the result; the files may be float32, float16 or bfloat16.
+        prefix: of the base model's names, which the files may leave out.
+        optional: paths that the result lacks if the files do.
+        tolerated: names that the files may have and nobody reads.
+    Raises:
+        ValueError: no safetensors in the folder, a damaged file, a dimension that the layout does not split evenly; or
+            tensors that are missing, surplus, misshaped or of another dtype, all of them in one message.
+    """
+    files = open_folder(folder)
+
+    def find(name: str) -> str | None:
+        return next((n for n in (name, name.removeprefix(prefix)) if n in files), None)
+
+    def missing(tensors: Mapping[str, HfTensor], leaves: Mapping[str, Leaf]) -> set[str]:
+        return {name for path, leaf in leaves.items() for name in _names(leaf, tensors[path]) if not find(name)}
+
+    tensors = min(({**layouts[0], **other} for other in layouts), key=lambda tensors: len(missing(tensors, leaves)))
+    lacking = {path for path in optional if not any(map(find, _names(leaves[path], tensors[path])))}
+    leaves = {path: leaf for path, leaf in leaves.items() if path not in lacking}
+    used, faults = set(), {"missing": missing(tensors, leaves), "surplus": set(), "misshaped": set(), _FOREIGN: set()}
+    for path, leaf in leaves.items():
+        for name in filter(None, map(find, _names(leaf, tensors[path]))):
+            used.add(name)
+            entry, shape = files[name], tensors[path].shape
+            if entry.shape != shape:
+                faults["misshaped"].add(f"{name} ({list(entry.shape)} in place of {list(shape)})")
+            elif entry.dtype not in DTYPES:
+                faults[_FOREIGN].add(f"{name} ({entry.dtype} in place of {', '.join(DTYPES)})")
+    faults["surplus"] = {name for name in files.keys() - used if not (tolerated and tolerated.fullmatch(name))}
+    if any(faults.values()):
+        told = "; ".join(f"{fault}: {_listed(names)}" for fault, names in faults.items() if names)
+        raise ValueError(f"the tensors of {folder} are not those that its config.json describes; {told}")
+    _check_even(leaves, layout)
+    found = {name: files[find(name)] for path, leaf in leaves.items() for name in _names(leaf, tensors[path])}
+    return {path: _read(found, leaf, tensors[path], layout, jnp.dtype(dtype)) for path, leaf in leaves.items()}
+
+
+def _names(leaf: Leaf, tensor: HfTensor) -> list[str]:
+    return [name for _, name in members(tensor, [(0, size) for size in leaf.shape[: spread(tensor)]])]
+
+
+def _listed(names: Collection[str]) -> str:
+    more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
+    return ", ".join(sorted(names)[:_TOLD]) + more
+
+
+def _check_even(leaves: Mapping[str, Leaf], layout: Layout) -> None:
+    uneven = [
+        f"{path} ({size} over {layout.shards(axis)})"
+        for path, leaf in leaves.items()
+        for size, axis in zip(leaf.shape, leaf.axes, strict=True)
+        if axis and size % layout.shards(axis)
+    ]
+    if uneven:
+        raise ValueError(f"the mesh does not split these evenly, choose a smaller one: {', '.join(uneven)}")
+
+
+def _read(files: Mapping[str, Entry], leaf: Leaf, tensor: HfTensor, layout: Layout, dtype: np.dtype) -> jax.Array:
+    sharding = layout.sharding(leaf.axes)
+    replicas = defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        replicas[bounds_of(index, leaf.shape)].append(device)
+    arrays: list[jax.Array] = []
+    for bounds, devices in replicas.items():
+        shard = _shard(files, tensor, bounds, dtype)
+        arrays += jax.block_until_ready([jax.device_put(shard, device) for device in devices])
+        del shard
+        gc.collect(0)  # jax lets go of what it was given in a collection only, and the next shard is as large
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
+
+
+def _shard(files: Mapping[str, Entry], tensor: HfTensor, bounds: Bounds, dtype: np.dtype) -> np.ndarray:
+    """What lies within the bounds of a parameter."""
+    shard = _zeros([stop - start for start, stop in bounds], dtype)
+    leading = spread(tensor)
+    for index, name in members(tensor, bounds[:leading]):
+        ours, theirs = shard[(*index, ...)], oriented(files[name].array(), tensor)
+        for here, there in blocks(tensor, bounds[leading:]):
+            copy(ours[here], theirs[there])
+        files[name].release()
+    return shard
+
+
+def _zeros(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Where the device is the host, an array of this alignment becomes the device's as it is; others are copied."""
+    memory = np.zeros(math.prod(shape) * dtype.itemsize + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : memory.size - _ALIGNMENT + start].view(dtype).reshape(shape)

@@ -17,19 +17,22 @@ from rlhf_jax.data.template import encode_prompt, prepare_tokenizer
 from rlhf_jax.engine import Role, eos_ids, make_publish
 from rlhf_jax.generate import SampleConfig, bucket, check_sample, draw, prefill
 from rlhf_jax.mesh import GENERATE, Layout
+from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.cached import Cache, Weights, forward, logits_of
-from rlhf_jax.models.decoder import DecoderConfig
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained
 
 HELP = "/clear forgets the dialogue, /quit leaves"
 
 
-def chat(folder: str, sample: SampleConfig, seed: int, dtype: str = "float32") -> None:
-    """Read questions from stdin until /quit or end of file, and print the model's answers as they come."""
+def chat(folder: str, sample: SampleConfig, seed: int, dtype: str = "float32", adapter: str | None = None) -> None:
+    """Read questions from stdin until /quit or end of file, and print the model's answers as they come.
+
+    `adapter` is a PEFT folder, merged into the model.
+    """
     check_sample(sample)
     if not (Path(folder) / "config.json").exists() and Path(folder).is_dir():
         raise ValueError(f"{folder} is no Hugging Face folder (no config.json): name RUN/ppo/export or RUN/sft/export")
-    speaker = Speaker(from_pretrained(folder, dtype=dtype), sample)
+    speaker = Speaker(from_pretrained(folder, adapter, dtype=dtype), sample)
     print(f"{folder}: {HELP}", flush=True)
     if speaker.sample != sample:
         print(
@@ -91,7 +94,7 @@ class Speaker:
         self.eos = eos_ids(model)
         self.dtype = model.params["embed/tokens"].dtype
         self.layout = Layout(model.layout.mesh, GENERATE)
-        self.weights = make_publish(Role(model.config), model.layout.mesh, self.dtype)(model.params)
+        self.weights = make_publish(Role(model.config, model.lora), model.layout.mesh, self.dtype)(model.params)
 
     def fitting(self, turns: Turns) -> Turns:
         """The dialogue without its oldest exchanges, where all of it does not fit the model's positions; says so."""

@@ -14,6 +14,13 @@ STAGES = ("sft", "reward", "ppo")
 CONFIG_HELP = """CONFIG is a TOML file of configs/ or of your own. Every key can be changed behind it:
   rlhf-jax train configs/demo.toml run.dir=runs/mine sft.steps=200 ppo.kl_coef=0.05
 """
+IMPORT_HELP = """Examples:
+  rlhf-jax import meta-llama/Llama-3.2-1B llama --adapter my-adapter --dtype bfloat16
+  rlhf-jax export runs/mine assistant --dtype bfloat16
+  rlhf-jax export runs/mine assistant-adapter --adapter
+"""
+ADAPTER_HELP = "a PEFT folder, whose LoRA adapter is merged"
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--top-p", type=float, default=1.0, help="nucleus to draw from (default: 1.0, everything)")
     command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="default: %(default)s")
     command.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    command.add_argument("--adapter", metavar="FOLDER", help=ADAPTER_HELP)
+    command = add("import", "check a Hugging Face folder and write it anew: merged, in another dtype", IMPORT_HELP)
+    command.add_argument("source", metavar="SRC", help="a folder with safetensors, or a hub id")
+    command.add_argument("destination", metavar="DST", help="the folder to write, which is not there yet or empty")
+    command.add_argument("--adapter", metavar="FOLDER", help=ADAPTER_HELP)
+    command.add_argument("--dtype", choices=DTYPES, help="default: that of SRC")
+    command = add("export", "hand on what a run has trained, as a Hugging Face folder or a PEFT adapter", IMPORT_HELP)
+    command.add_argument("run", metavar="RUN", help="the run.dir of a training")
+    command.add_argument("destination", metavar="DST", help="the folder to write, which is not there yet or empty")
+    command.add_argument("--stage", choices=("ppo", "sft", "reward", "critic"), default="ppo", help="default: ppo")
+    command.add_argument("--adapter", action="store_true", help="the LoRA adapter alone, as PEFT loads it")
+    command.add_argument("--dtype", choices=DTYPES, help="of a whole model (default: that of the run's export)")
 
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s")  # before anything imported configures it otherwise
@@ -54,6 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "chat":
             run_chat(args)
+        elif args.command == "import":
+            from rlhf_jax.transfer import import_model
+
+            import_model(args.source, args.destination, adapter=args.adapter, dtype=args.dtype)
+        elif args.command == "export":
+            from rlhf_jax.transfer import export_run
+
+            export_run(args.run, args.destination, stage=args.stage, adapter=args.adapter, dtype=args.dtype)
         else:
             run_config(args.command, args.config, args.overrides)
     except (ValueError, FloatingPointError, OSError) as error:
@@ -98,4 +125,4 @@ def run_chat(args: argparse.Namespace) -> None:
     from rlhf_jax.generate import SampleConfig
 
     sample = SampleConfig(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
-    chat(args.folder, sample, args.seed, args.dtype)
+    chat(args.folder, sample, args.seed, args.dtype, args.adapter)

@@ -69,16 +69,29 @@ def test_the_module_is_the_command_and_its_exit_codes_are_those_of_main(tmp_path
     assert wrong.stderr == "rlhf-jax: nothing.toml: no such file; give the path of a TOML file\n"
 
 
-@pytest.mark.parametrize("command", ["train", "sft", "reward", "ppo", "evaluate", "chat"])
+@pytest.mark.parametrize("command", ["train", "sft", "reward", "ppo", "evaluate", "chat", "import", "export"])
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as left:
         main([command, "--help"])
     assert left.value.code == 0
     told = capsys.readouterr().out
-    assert ("FOLDER" if command == "chat" else "rlhf-jax train configs/demo.toml run.dir=runs/mine") in told
+    shown = {"chat": "FOLDER", "import": "rlhf-jax import meta-llama", "export": "rlhf-jax export runs/mine"}
+    assert shown.get(command, "rlhf-jax train configs/demo.toml run.dir=runs/mine") in " ".join(told.split())
 
 
-@pytest.mark.parametrize("argv", [[], ["fly"], ["train"], ["chat"], ["chat", "x", "--top-p", "much"], ["train", "--x"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["fly"],
+        ["train"],
+        ["chat"],
+        ["import", "x"],
+        ["export", "x"],
+        ["chat", "x", "--top-p", "much"],
+        ["train", "--x"],
+    ],
+)
 def test_a_wrong_command_line_exits_with_2_and_the_usage(argv, capsys):
     with pytest.raises(SystemExit) as left:
         main(argv)
@@ -223,7 +236,9 @@ def checkpoint(finished, tmp_path):
 def test_an_unknown_architecture_is_refused_with_those_that_are_known(refused, checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "model_type": "foo"}))
-    assert 'model_type "foo" is not supported; supported: llama, opt' in refused(f"model.actor={checkpoint}")
+    assert 'model_type "foo" is not supported; supported: bloom, codegen, falcon, gemma, gemma2,' in refused(
+        f"model.actor={checkpoint}"
+    )
 
 
 def test_missing_surplus_and_misshaped_tensors_are_all_listed(refused, checkpoint):

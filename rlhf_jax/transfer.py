@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
-from rlhf_jax.models.folders import local_folder, replacing
-from rlhf_jax.models.pretrained import (
-    DTYPES,
-    Pretrained,
-    from_pretrained,
-    is_scorer,
-    reward_from_pretrained,
-    save_pretrained,
-)
+from rlhf_jax.mesh import MeshConfig, make_mesh
+from rlhf_jax.models.folders import check_free, local_folder, read_json, replacing
+from rlhf_jax.models.pretrained import from_pretrained, is_scorer, reward_from_pretrained, save_pretrained
+from rlhf_jax.models.safetensors_io import stored_dtype
 
 EXPORTS = {"ppo": "ppo/export", "sft": "sft/export", "reward": "reward/export", "critic": "ppo/export_critic"}
 
 
 def import_model(source: str, destination: str, *, adapter: str | None = None, dtype: str | None = None) -> None:
-    """Read a Hugging Face folder or hub id as training would, and write it to `destination`.
+    """Read a Hugging Face folder or hub id as training would, over all devices, and write it to `destination`.
 
     What it does: check every tensor against config.json, merge an adapter, change the dtype, split or join files.
 
     Args:
-        adapter: a PEFT folder whose LoRA is merged.
-        dtype: of the result; None: what the source's config.json says.
+        adapter: a PEFT folder whose LoRA is merged; with a scalar head the result is a reward model.
+        dtype: of the result; None: that of the source's files.
     Raises:
         ValueError: what `from_pretrained` and `save_pretrained` raise.
     """
-    folder = local_folder(source)
-    hf = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
-    kept = hf.get("dtype", hf.get("torch_dtype"))
-    dtype = dtype or (kept if kept in DTYPES else "float32")
-    load = reward_from_pretrained if is_scorer(hf) else from_pretrained
-    model = load(folder, adapter, dtype=dtype)
-    save_pretrained(model, destination, dtype=dtype)
-    print(f"import: {_told(model)} in {dtype} lies in {destination}", flush=True)
+    check_free(Path(destination))
+    folder, load = local_folder(source), from_pretrained
+    if is_scorer(read_json(folder / "config.json")):
+        load = reward_from_pretrained
+    if adapter is not None and read_json(local_folder(adapter) / "adapter_config.json").get("task_type") == "SEQ_CLS":
+        load = reward_from_pretrained
+    stored = stored_dtype(folder)
+    model = load(source, adapter, mesh=make_mesh(MeshConfig()), dtype=stored)
+    save_pretrained(model, destination, dtype=dtype or stored)
+    kind = "reward model" if model.config.scalar_head else "language model"
+    count = sum(leaf.size for leaf in model.params.values())
+    print(
+        f"a {model.config.family} {kind} of {count:,} parameters, {dtype or stored}, lies in {destination}", flush=True
+    )
 
 
 def export_run(run: str, destination: str, *, stage: str, adapter: bool = False, dtype: str | None = None) -> None:
@@ -56,6 +56,8 @@ def export_run(run: str, destination: str, *, stage: str, adapter: bool = False,
     if not folder.exists():
         done = ", ".join(name for name, place in EXPORTS.items() if (Path(run) / place).exists()) or "none"
         raise ValueError(f"{stage} of {run} is not finished ({folder} is not there); finished: {done}")
+    if adapter and dtype:
+        raise ValueError("--dtype is of a whole model, an adapter is float32: leave one of them out")
     if not adapter:
         import_model(str(folder), destination, dtype=dtype)
         return
@@ -64,11 +66,5 @@ def export_run(run: str, destination: str, *, stage: str, adapter: bool = False,
         raise ValueError(f"{stage} of {run} was trained whole, without LoRA, so it has no adapter: leave --adapter out")
     with replacing(Path(destination)) as unfinished:
         shutil.copytree(folder, unfinished, dirs_exist_ok=True)
-    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    print(f"export: a LoRA adapter of {base} lies in {destination}", flush=True)
-
-
-def _told(model: Pretrained) -> str:
-    count = sum(leaf.size for leaf in model.params.values())
-    kind = "reward model" if model.config.scalar_head else "language model"
-    return f"a {model.config.family} {kind} of {count:,} parameters"
+    base = read_json(folder / "adapter_config.json")["base_model_name_or_path"]
+    print(f"a LoRA adapter of {base} lies in {destination}", flush=True)

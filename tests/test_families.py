@@ -165,8 +165,9 @@ def test_base_models_lack_the_prefix_of_their_family():
 def test_the_exported_config_is_the_source_with_what_changed():
     config = decoder_config(OPT_350M, scalar_head=False)
     exported = hf_config(OPT_350M, config, dtype="float32", pad_token_id=1)
-    kept = {key: value for key, value in OPT_350M.items() if key != "torch_dtype"}
-    assert exported == kept | {"architectures": ["OPTForCausalLM"], "dtype": "float32"}
+    assert exported == OPT_350M | {"architectures": ["OPTForCausalLM"], "torch_dtype": "float32"}
+    new = {key: value for key, value in OPT_350M.items() if key != "torch_dtype"}
+    assert hf_config(new, config, dtype="bfloat16", pad_token_id=None)["dtype"] == "bfloat16"
     assert decoder_config(exported, scalar_head=False) == config
 
 
@@ -176,16 +177,33 @@ def test_a_config_without_a_pad_token_stays_so_and_names_no_code_that_is_not_exp
     assert exported == LLAMA_2_7B | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
 
 
-def test_a_scalar_head_is_exported_as_one_label_and_a_language_model_as_none():
+def test_a_scalar_head_is_exported_as_one_label_whose_name_stays():
     scorer = decoder_config(LLAMA_2_7B, scalar_head=True)
     source = LLAMA_2_7B | {"num_labels": 3, "problem_type": "single_label_classification"}
     exported = hf_config(source, scorer, dtype="bfloat16", pad_token_id=0)
     assert "problem_type" not in exported
     assert exported["architectures"] == ["LlamaForSequenceClassification"]
     assert (exported["num_labels"], exported["id2label"], exported["pad_token_id"]) == (1, {"0": "LABEL_0"}, 0)
-    back = hf_config(exported, decoder_config(exported, scalar_head=False), dtype="bfloat16", pad_token_id=0)
-    assert back["architectures"] == ["LlamaForCausalLM"]
-    assert not {"num_labels", "id2label", "label2id"} & back.keys()
+    named = exported | {"id2label": {"0": "reward"}, "label2id": {"reward": 0}, "problem_type": "regression"}
+    assert hf_config(named, scorer, dtype="bfloat16", pad_token_id=0) == named
+
+
+def test_a_classifier_of_two_labels_is_no_reward_model():
+    hf = LLAMA_2_7B | {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "bad", "1": "good"}}
+    with pytest.raises(ValueError, match="the model has 2 labels, and a reward model has one"):
+        decoder_config(hf, scalar_head=True)
+
+
+def test_the_vocabulary_is_padded_to_what_any_number_of_devices_divides():
+    for parts, rows in ((1, 32000), (8, 32000), (3, 32256), (96, 32256), (256, 32000), (512, 32256)):
+        config = decoder_config(LLAMA_2_7B, scalar_head=False, vocab_parts=parts)
+        assert (config.vocab_size, config.padded_vocab) == (32000, rows) and rows % parts == 0
+
+
+@pytest.mark.parametrize("wrong", [{"rms_norm_eps": []}, {"head_dim": "64"}])
+def test_a_value_of_a_wrong_kind_is_told_and_no_crash(wrong):
+    with pytest.raises(ValueError, match="config.json of this llama has a value of a wrong kind"):
+        decoder_config(LLAMA_2_7B | wrong, scalar_head=False)
 
 
 def test_a_scalar_head_that_transformers_does_not_have_is_named_as_our_own():

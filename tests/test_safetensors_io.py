@@ -230,7 +230,6 @@ def test_replicas_that_share_the_hosts_memory_can_be_donated(tmp_path):
         np.testing.assert_array_equal(shard.data, tensors["model.norm.weight"] + 1)
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 @pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_casts_are_those_of_numpy_on_the_way_in_and_on_the_way_out(tmp_path, layout, stored, dtype):
@@ -240,6 +239,8 @@ def test_casts_are_those_of_numpy_on_the_way_in_and_on_the_way_out(tmp_path, lay
     for name, tensor in checkpoint().items():
         values = tensor * 10.0 ** rng.integers(-9, 9, tensor.shape)
         values.reshape(-1)[: special.size] = special[: tensor.size]
+        if np.float16 in (stored, dtype):
+            values = np.where(np.isfinite(values), np.clip(values, -65280, 65280), values)  # of bfloat16 too
         tensors[name] = values.astype(stored)
     save_file(tensors, tmp_path / "model.safetensors")
     params = read(tmp_path, layout, dtype=np.dtype(dtype).name)
@@ -252,6 +253,49 @@ def test_casts_are_those_of_numpy_on_the_way_in_and_on_the_way_out(tmp_path, lay
         for name, tensor in tensors.items():
             written = file.get_tensor(name)
             assert written.dtype == dtype and written.tobytes() == tensor.astype(dtype).tobytes(), name
+
+
+def test_an_index_that_leads_out_of_the_folder_and_a_tensor_of_two_files_are_refused(tmp_path, layout):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(checkpoint(), tmp_path / "outside.safetensors")
+    for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "."):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+        with pytest.raises(ValueError, match="is damaged .* is no name of a file in this folder"):
+            read(folder, layout)
+    first = dict(list(checkpoint().items())[:2])
+    save_file(checkpoint(), folder / "a.safetensors")
+    save_file(first, folder / "b.safetensors")
+    weight_map = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(weight_map))
+    with pytest.raises(ValueError, match=f"two files of .* have {', '.join(sorted(first))}: remove"):
+        read(folder, layout)
+
+
+@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
+def test_a_number_beyond_float16_is_refused_on_the_way_in_and_on_the_way_out(tmp_path, layout, stored):
+    tensors = checkpoint()
+    tensors["model.norm.weight"][-1] = 1e5
+    save_file({name: tensor.astype(stored) for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="beyond the largest float16, 65504: use bfloat16 or float32"):
+        read(tmp_path, layout, dtype="float16")
+    with pytest.raises(ValueError, match="beyond the largest float16, 65504: use bfloat16 or float32"):
+        write_params(tmp_path, read(tmp_path, layout), TENSORS, "float16")
+
+
+def test_a_head_of_a_tied_model_may_be_there_twice_but_not_differ(tmp_path, layout):
+    tensors = checkpoint()
+    embedding = TENSORS["embed/tokens"].name
+    tied = {"twins": {"lm_head.weight": embedding}, "tolerated": re.compile(r"lm_head\.weight")}
+    save_file(tensors | {"lm_head.weight": tensors[embedding]}, tmp_path / "model.safetensors")
+    read(tmp_path, layout, **tied)
+    other = tensors[embedding].copy()
+    other[-1, -1] += 1
+    save_file(tensors | {"lm_head.weight": other}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=f"its lm_head.weight is not its {embedding}: set tie_word_embeddings to false"
+    ):
+        read(tmp_path, layout, **tied)
 
 
 def test_files_named_by_an_index_and_without_the_base_prefix_are_found(tmp_path, layout):

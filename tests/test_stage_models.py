@@ -1,5 +1,6 @@
 """What goes into a stage and what leaves it: precision of merged adapters, and the tokens that end an answer."""
 
+import dataclasses
 import json
 
 import jax
@@ -64,6 +65,15 @@ def test_adapters_on_linears_that_the_family_lacks_are_refused():
     settings = ModelConfig(lora=LoraConfig(rank=2, targets=("gate",)))
     with pytest.raises(ValueError, match="targets gate is a linear of this model"):
         make_state(model(), settings, optax.sgd(0.1), 0)
+
+
+def test_reward_adapters_on_linears_that_the_family_lacks_are_refused_though_a_head_would_train():
+    settings = ModelConfig(reward_lora=LoraConfig(rank=2, targets=("gate",)))
+    scorer = model()
+    config = dataclasses.replace(scorer.config, scalar_head=True)
+    scorer = dataclasses.replace(scorer, config=config, params=tiny.random_params(config, single_device_mesh()))
+    with pytest.raises(ValueError, match="targets gate is a linear of this model"):
+        make_state(scorer, settings, optax.sgd(0.1), 0)
 
 
 def test_a_frozen_copy_outlives_the_arrays_it_was_made_from():

@@ -12,7 +12,9 @@ from typing import Any
 from rlhf_jax.models.safetensors_io import pickle_refusal
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-_HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "merges.txt", "*.jinja"]
+_TOKENIZER_PARTS = (*_TOKENIZER_FILES, "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+_HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "vocab.txt", "merges.txt", "*.jinja"]
+_NOT_HF = ["consolidated*", "original/*"]  # the same weights again, in a layout of their authors
 
 
 def local_folder(path_or_id: str | Path) -> Path:
@@ -28,29 +30,38 @@ def local_folder(path_or_id: str | Path) -> Path:
     if folder.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
         raise ValueError(f"there is no folder {folder}")
     # Imported where used: with transformers it takes seconds, and torch where that is installed.
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HF))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"{name} is neither a folder here nor to be had from the Hugging Face hub: {reason}"
         ) from error
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(pickle_refusal(name, f"{name} has weights on the hub", name.split("/")[-1]))
-    return folder
+    if any(folder.glob("*.safetensors")):
+        return folder
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(f"{name} is in the cache without safetensors, and HF_HUB_OFFLINE is set: download it first")
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{name} has no adapter_model.safetensors on the hub: convert it with PEFT, and give the folder"
+        )
+    raise ValueError(pickle_refusal(name, f"{name} has weights on the hub", name.split("/")[-1]))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """ValueError where the file is absent or no JSON."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise ValueError(f"there is no {path}: is {path.parent} a Hugging Face model folder?") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON (line {error.lineno}: {error.msg})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object: download it again")
+    return content
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -72,6 +83,31 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Any:
     return tokenizer
 
 
+def write_tokenizer(tokenizer: Any, folder: Path, source: Path | None) -> None:
+    """The files that it came from in `source`, bit for bit, where it is as it was; else as transformers writes it.
+
+    None writes nothing.
+    """
+    if tokenizer is None:
+        return
+    before = None if source is None else read_tokenizer(source, len(tokenizer))
+    if before is None or any(getattr(before, name) != getattr(tokenizer, name) for name in _TOKENIZER_STATE):
+        tokenizer.save_pretrained(folder)
+        return
+    for path in source.iterdir():
+        if path.name in _TOKENIZER_PARTS or path.name.startswith("chat_template"):
+            shutil.copyfile(path, folder / path.name)
+
+
+_TOKENIZER_STATE = ("special_tokens_map", "added_tokens_decoder", "chat_template", "padding_side", "truncation_side")
+
+
+def check_free(folder: Path) -> None:
+    """Raise ValueError where there is something already."""
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already and not empty: remove it, or choose another folder")
+
+
 @contextmanager
 def replacing(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder beside `folder`, which takes its place when the body has ended well.
@@ -79,13 +115,19 @@ def replacing(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         ValueError: `folder` is there and not empty, and not to be overwritten.
     """
-    unfinished, old = (folder.with_name(f"{folder.name}.{state}") for state in ("unfinished", "old"))
-    if folder.exists() and not overwrite and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already and not empty: remove it, or choose another folder")
+    folder = folder.absolute()
+    # Hidden, as nobody keeps anything of his own under such a name.
+    unfinished, old = (folder.with_name(f".{folder.name}.{state}") for state in ("unfinished", "old"))
+    if not overwrite:
+        check_free(folder)
     if unfinished.exists():
         shutil.rmtree(unfinished)
     unfinished.mkdir(parents=True)
-    yield unfinished
+    try:
+        yield unfinished
+    except BaseException:
+        shutil.rmtree(unfinished)
+        raise
     if folder.exists():
         if old.exists():
             shutil.rmtree(old)

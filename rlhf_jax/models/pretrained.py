@@ -23,9 +23,10 @@ from rlhf_jax.models.families import (
     decoder_config,
     hf_config,
     hf_tensors,
+    tied_names,
     tolerated_surplus,
 )
-from rlhf_jax.models.folders import local_folder, read_json, read_tokenizer, replacing, write_json
+from rlhf_jax.models.folders import local_folder, read_json, read_tokenizer, replacing, write_json, write_tokenizer
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.models.safetensors_io import read_params, write_params
 
@@ -45,6 +46,7 @@ class Pretrained:
     layout: Layout
     lora: LoraConfig = NO_LORA  # of the adapters among the params
     source: str = ""  # the absolute folder, or the hub id, it came from
+    folder: Path | None = None  # where that lies here
 
 
 def from_pretrained(
@@ -89,11 +91,11 @@ def _load(path_or_id, adapter, *, scalar_head: bool, mesh: Mesh | None, dtype: s
     hf = read_json(folder / "config.json")
     if is_scorer(hf) and not scalar_head:
         raise ValueError(
-            f"{folder} is a model with a scalar head ({hf['architectures'][0]}), such as a reward model, and has no "
-            "logits: load it with reward_from_pretrained"
+            f"{folder} is a model with a scalar head ({hf['architectures'][0]}), such as a reward model: it scores "
+            "(reward_from_pretrained) and has no logits to answer with"
         )
-    config = decoder_config(hf, scalar_head=scalar_head)
     layout = Layout(single_device_mesh() if mesh is None else mesh, TRAIN)
+    config = decoder_config(hf, scalar_head=scalar_head, vocab_parts=layout.shards("vocab"))
     leaves = abstract_params(config)
     params = read_params(
         folder,
@@ -102,8 +104,9 @@ def _load(path_or_id, adapter, *, scalar_head: bool, mesh: Mesh | None, dtype: s
         layout,
         dtype,
         prefix=base_prefix(config),
-        optional=(_SCORE,) if scalar_head else (),
+        optional=(_SCORE,) if scalar_head and not is_scorer(hf) else (),
         tolerated=tolerated_surplus(config),
+        twins=tied_names(config),
     )
     lora, adapters = NO_LORA, {}
     if adapter is not None:
@@ -122,7 +125,8 @@ def _load(path_or_id, adapter, *, scalar_head: bool, mesh: Mesh | None, dtype: s
         generation_config=read_json(generation) if generation.exists() else {},
         layout=layout,
         lora=lora,
-        source=str(Path(path_or_id).resolve() if Path(path_or_id).is_dir() else path_or_id),
+        source=str(folder.resolve() if Path(path_or_id).expanduser().is_dir() else path_or_id),
+        folder=folder,
     )
 
 
@@ -155,21 +159,25 @@ def save_pretrained(
     Raises:
         ValueError: the folder is there and not empty, an unknown dtype, or a scalar head with no pad token to be had.
     """
+    assert model.params.keys() == abstract_params(model.config, model.lora).keys(), "parameters of another model"
     dtype = dtype or str(model.params["embed/tokens"].dtype)
     if dtype not in DTYPES:
         raise ValueError(f'dtype "{dtype}" is not supported; supported: {", ".join(DTYPES)}')
-    generation = _generation_config(model)
-    pad = generation.get("pad_token_id")
+    pad = model.hf_config.get("pad_token_id")
     if model.config.scalar_head and pad is None:
-        raise ValueError("a scalar head is exported with a pad token: set tokenizer.pad_token")
+        pad = None if model.tokenizer is None else model.tokenizer.pad_token_id
+        if pad is None:
+            raise ValueError(
+                "a scalar head is exported with the id that pads, by which transformers finds the end of a text: set "
+                "pad_token_id in hf_config, or the tokenizer's pad_token"
+            )
     with replacing(Path(folder).expanduser(), overwrite) as unfinished:
         config = hf_config(model.hf_config, model.config, dtype=dtype, pad_token_id=pad)
         write_json(unfinished / "config.json", config)
         if not model.config.scalar_head:
-            write_json(unfinished / "generation_config.json", generation)
+            write_json(unfinished / "generation_config.json", _generation_config(model))
         write_params(unfinished, model.params, hf_tensors(model.config), dtype, model.lora)
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(unfinished)
+        write_tokenizer(model.tokenizer, unfinished, model.folder)
 
 
 def save_adapter(model: Pretrained, folder: str | Path, *, base: str, overwrite: bool = False) -> None:
@@ -185,26 +193,13 @@ def save_adapter(model: Pretrained, folder: str | Path, *, base: str, overwrite:
         raise ValueError("this model has no adapters: use save_pretrained")
     with replacing(Path(folder).expanduser(), overwrite) as unfinished:
         peft.write_adapter(unfinished, model.config, model.params, model.lora, base=base)
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(unfinished)
+        write_tokenizer(model.tokenizer, unfinished, model.folder)
 
 
 def _generation_config(model: Pretrained) -> dict[str, Any]:
-    """The source's, with every id that ends an answer, by whichever of the three places knows it."""
-    known = {key: model.hf_config.get(key) for key in ("bos_token_id", "pad_token_id", "eos_token_id")}
-    config = {key: value for key, value in known.items() if value is not None} | model.generation_config
-    ends: list[int] = []
-    for place in (known["eos_token_id"], model.generation_config.get("eos_token_id")):
-        ends += place if isinstance(place, list) else [place]
-    if model.tokenizer is not None:
-        ends.append(model.tokenizer.eos_token_id)
-        if model.tokenizer.pad_token_id is not None:
-            config["pad_token_id"] = model.tokenizer.pad_token_id
-    ends = sorted({end for end in ends if end is not None})
-    if ends:
-        config["eos_token_id"] = ends
-        config.setdefault("pad_token_id", ends[0])
-    return config
+    """The source's; where it had none, the ids that its config.json names."""
+    ids = {key: model.hf_config.get(key) for key in ("bos_token_id", "pad_token_id", "eos_token_id")}
+    return model.generation_config or {key: value for key, value in ids.items() if value is not None}
 
 
 def apply(model: Pretrained, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:

@@ -93,11 +93,11 @@ def make_state(model: Pretrained, settings: ModelConfig, tx: optax.GradientTrans
     """The training state of a loaded model; adapters, where there are to be some, are fresh and change nothing yet."""
     lora, layout = settings.role(model.config).lora, model.layout
     adapters = init_params(model.config, jax.random.key(seed), layout, lora, only=is_adapter)
+    if lora.rank and not adapters:
+        raise ValueError(f"none of the adapters' targets {', '.join(lora.targets)} is a linear of this model")
     trainable, frozen = partition({**model.params, **adapters}, lambda path: is_trainable(path, lora))
     if model.config.experts and lora.rank and {"gate", "up", "down"} & set(lora.targets):
         print("the experts have no adapters: only the attention of this sparse model is adapted", flush=True)
-    if not trainable:
-        raise ValueError(f"none of the adapters' targets {', '.join(lora.targets)} is a linear of this model")
     trainable = {path: leaf.astype(jnp.float32) for path, leaf in trainable.items()}
     return init_state(trainable, frozen, tx, abstract_params(model.config, lora), layout)
 
@@ -109,9 +109,17 @@ def frozen_copy(params: Params, dtype: Dtype) -> Params:
 
 def export(model: Pretrained, state: TrainState, settings: ModelConfig, folder: Path) -> None:
     """Write what was trained as a Hugging Face folder, adapters merged; and adapters alone to `folder`_adapter."""
-    generation = {**model.generation_config, "eos_token_id": sorted({*eos_ids(model), *stop_ids(model.tokenizer)})}
-    lora = settings.role(model.config).lora
-    trained = dataclasses.replace(model, params=state.params, lora=lora, generation_config=generation)
+    lora, pad = settings.role(model.config).lora, {"pad_token_id": model.tokenizer.pad_token_id}
+    ids = {key: model.hf_config[key] for key in ("bos_token_id",) if model.hf_config.get(key) is not None}
+    ends = sorted({*eos_ids(model), *stop_ids(model.tokenizer)})
+    trained = dataclasses.replace(
+        model,
+        params=state.params,
+        lora=lora,
+        generation_config=ids | model.generation_config | pad | {"eos_token_id": ends},
+        # Whoever scores with the model pads by its tokenizer, and transformers looks for the padding by this id.
+        hf_config={**model.hf_config, **(pad if model.config.scalar_head else {})},
+    )
     if lora.rank:  # before the whole model, whose folder says that the stage is finished
         save_adapter(trained, folder.with_name(f"{folder.name}_adapter"), base=model.source, overwrite=True)
     save_pretrained(trained, folder, dtype=settings.export_dtype, overwrite=True)

@@ -1,5 +1,6 @@
 """Folders of checkpoints as transformers has them: what may be in them, what is refused, what an export leaves."""
 
+import dataclasses
 import json
 import logging
 
@@ -47,6 +48,17 @@ def test_a_sharded_model_is_exported_as_it_came(tmp_path):
     assert source.keys() == copy.keys()
     for name, tensor in source.items():
         np.testing.assert_array_equal(copy[name], tensor, err_msg=name)
+
+
+def test_an_id_of_the_hub_is_read_from_the_cache_of_a_machine_without_network(tmp_path, monkeypatch):
+    repository, revision = tmp_path / "hub" / "models--someone--model", "0123456789" * 4
+    theirs = random_checkpoint("llama", repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    model, (ids, mask) = from_pretrained("someone/model"), padded_rows("none", 150)
+    assert model.source == "someone/model"
+    assert_close(apply(model, ids, mask), torch_logits(theirs, ids, mask))
 
 
 @pytest.mark.parametrize("name", ["opt", "llama"])
@@ -121,18 +133,54 @@ def word_tokenizer():
     )
 
 
-def test_an_export_carries_tokenizer_template_and_every_id_that_ends_an_answer(tmp_path, word_tokenizer):
+def test_what_was_not_trained_leaves_as_it_came_with_every_file_of_its_tokenizer(tmp_path, word_tokenizer):
     random_checkpoint("llama", tmp_path / "source", eos_token_id=9)
     word_tokenizer.chat_template = "{{ messages }}"
     word_tokenizer.save_pretrained(tmp_path / "source")
     (tmp_path / "source" / "generation_config.json").write_text(json.dumps({"eos_token_id": [7], "top_p": 0.9}))
+    # Older transformers wrote it.
+    (tmp_path / "source" / "special_tokens_map.json").write_text('{"pad_token": "<pad>"}')
     save_pretrained(from_pretrained(tmp_path / "source", dtype="bfloat16"), tmp_path / "copy")
     generation = json.loads((tmp_path / "copy" / "generation_config.json").read_text())
-    assert generation == {"eos_token_id": [2, 7, 9], "pad_token_id": 1, "bos_token_id": 2, "top_p": 0.9}
+    assert generation == {"eos_token_id": [7], "top_p": 0.9}
+    source, copy = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("source", "copy"))
+    assert source.keys() == copy.keys() and {"tokenizer.json", "special_tokens_map.json"} < copy.keys()
+    assert {name for name in source if source[name] != copy[name]} == {
+        "config.json",
+        "generation_config.json",  # by its spaces
+        "model.safetensors",
+    }
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "copy")
     assert tokenizer("good day").input_ids == [3, 4] and tokenizer.chat_template == "{{ messages }}"
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
-    assert exported.dtype == torch.bfloat16 and exported.generation_config.eos_token_id == [2, 7, 9]
+    assert exported.dtype == torch.bfloat16 and exported.generation_config.eos_token_id == [7]
+
+
+def test_a_tokenizer_that_was_changed_leaves_as_it_is_now(tmp_path, word_tokenizer):
+    random_checkpoint("llama", tmp_path / "source")
+    word_tokenizer.save_pretrained(tmp_path / "source")
+    model = from_pretrained(tmp_path / "source")
+    model.tokenizer.chat_template = "{{ messages[0] }}"
+    save_pretrained(model, tmp_path / "copy")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "copy").chat_template == "{{ messages[0] }}"
+
+
+def test_a_reward_model_whose_score_is_missing_is_damaged_and_gets_no_new_one(tmp_path):
+    build(SETTINGS["llama"], scalar_head=True).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["score.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="missing: score.weight"):
+        reward_from_pretrained(tmp_path)
+
+
+def test_a_tied_model_whose_file_has_another_head_is_refused(tmp_path):
+    random_checkpoint("llama", tmp_path, tie_word_embeddings=False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(ValueError, match="its lm_head.weight is not its model.embed_tokens.weight: set tie_word_emb"):
+        from_pretrained(tmp_path)
+    reward_from_pretrained(tmp_path)  # which has no use for it
 
 
 def test_an_export_replaces_a_folder_only_where_told_to_and_leaves_nothing_beside_it(tmp_path):
@@ -151,6 +199,14 @@ def test_an_export_replaces_a_folder_only_where_told_to_and_leaves_nothing_besid
         "model.safetensors",
     }
     assert {path.name for path in tmp_path.iterdir()} == {"source", "copy"}
+    # What a user may have beside it is his, and what fails leaves nothing.
+    for name in ("copy.old", "copy.unfinished"):
+        (tmp_path / name).mkdir()
+    broken = dataclasses.replace(model, params=dict.fromkeys(model.params))
+    with pytest.raises(AttributeError):
+        save_pretrained(broken, tmp_path / "x", dtype="float32")
+    save_pretrained(model, tmp_path / "copy", overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "copy", "copy.old", "copy.unfinished"}
 
 
 def test_wrong_folders_and_wrong_tokenizers_are_told_in_one_line(tmp_path, word_tokenizer):

@@ -56,7 +56,10 @@ def rope_parameters(hf: Mapping[str, Any]) -> dict[str, Any]:
 
     Before, it was rope_theta and partial_rotary_factor beside rope_scaling, with "type" for "rope_type".
     """
-    parameters = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    parameters = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if not isinstance(parameters, Mapping):
+        raise ValueError(f"config.json: rope_scaling and rope_parameters have to be objects, not {parameters!r}")
+    parameters = dict(parameters)
     nested = [key for key, value in parameters.items() if isinstance(value, Mapping)]
     if nested:
         raise ValueError(f"{hf.get('model_type')} with rope_parameters for {' and '.join(nested)} is not supported")

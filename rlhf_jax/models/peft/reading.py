@@ -19,10 +19,10 @@ from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.lora import LINEARS, LoraConfig
 from rlhf_jax.models.peft.modules import CONFIG, SCORE, WEIGHTS, Module, modules_of
 from rlhf_jax.models.peft.settings import MERGE, pattern, read_settings, targeted
+from rlhf_jax.models.safetensors_io import listed
 
 _PICKLE = "adapter_model.bin"
 _DTYPES = ("F32", "F16", "BF16")
-_MAX_TOLD = 20  # names of one kind in a message
 
 # What PEFT calls a tensor; ours is the module with its kind, or without one where the module is saved whole.
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+?)(\.modules_to_save)?(?P<kind>\.lora_[AB])?(\.default)?\.weight")
@@ -134,7 +134,7 @@ def _stored(folder: Path) -> dict[str, np.ndarray]:
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged ({error}): download it again") from error
     if foreign:
-        raise ValueError(f"{folder / WEIGHTS}: {_some(foreign)} are not {', '.join(_DTYPES)}: save it as one of them")
+        raise ValueError(f"{folder / WEIGHTS}: {listed(foreign)} are not {', '.join(_DTYPES)}: save it as one of them")
     return stored
 
 
@@ -145,7 +145,7 @@ def _refuse_foreign(folder: Path, stored: Iterable[str], modules: Iterable[Modul
     if foreign:
         linears = ", ".join(sorted({module.name.split("{i}.")[1] for module in modules}))
         raise ValueError(
-            f"{folder} changes {_some(foreign)}, but in this model only {linears} of its {config.num_layers} layers "
+            f"{folder} changes {listed(foreign)}, but in this model only {linears} of its {config.num_layers} layers "
             f"can have adapters (no embeddings, heads or experts): if it is of this base, {MERGE}"
         )
     if "score" in stored and not config.scalar_head:
@@ -163,11 +163,5 @@ def _check(folder: Path, stored: Mapping[str, np.ndarray], shapes: Mapping[str, 
         ],
     }
     if any(faults.values()):
-        told = "; ".join(f"{fault}: {_some(names)}" for fault, names in faults.items() if names)
+        told = "; ".join(f"{fault}: {listed(names)}" for fault, names in faults.items() if names)
         raise ValueError(f"the tensors of {folder / WEIGHTS} are not those that {CONFIG} describes; {told}")
-
-
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
-    rest = f" and {len(names) - _MAX_TOLD} more" if len(names) > _MAX_TOLD else ""
-    return ", ".join(names[:_MAX_TOLD]) + rest

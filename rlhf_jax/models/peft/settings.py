@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax.models.folders import read_json
 from rlhf_jax.models.peft.modules import CONFIG
 
 MERGE = "merge it into its base with PEFT (merge_and_unload, then save_pretrained) and load the result"
@@ -27,16 +28,14 @@ _HEADS = ("score", "classifier", "lm_head")
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """adapter_config.json with its defaults; refuses what is not plain LoRA on an untouched base."""
-    try:
-        adapter = json.loads((folder / CONFIG).read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no {folder / CONFIG}: is {folder} the folder of a PEFT adapter?") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / CONFIG} is not JSON (line {error.lineno}: {error.msg})") from error
+    adapter = read_json(folder / CONFIG)
     kind = adapter.get("peft_type")
     if kind != "LORA":
         raise ValueError(f'{folder} has an adapter of peft_type "{kind}", only "LORA" is supported: {MERGE}')
     adapter = _DEFAULTS | {key: value for key, value in adapter.items() if value is not None}
+    wrong = [key for key in ("r", "lora_alpha") if not isinstance(adapter[key], int | float) or adapter["r"] < 1]
+    if wrong:
+        raise ValueError(f"{folder / CONFIG}: {wrong[0]} has to be a number, and r at least 1: download it again")
     for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "exclude_modules", "target_modules"):
         adapter.setdefault(key, ())
     refused = {key: value for key, value in adapter.items() if key not in _KNOWN and value}

@@ -77,7 +77,21 @@ def _run(tensor: HfTensor, at: int) -> tuple[int, int]:
 
 
 def copy(to: np.ndarray, source: np.ndarray) -> None:
-    """`to[...] = source`, cast; several times faster where one of the two is a transposed view."""
+    """`to[...] = source`, cast; several times faster where one of the two is a transposed view.
+
+    Raises:
+        ValueError: `to` is float16, and a number of `source` is beyond it.
+    """
+    if to.dtype == np.float16 and source.dtype not in (np.float16, np.float32):
+        source = source.astype(np.float32)  # whose cast says what is too large, that of bfloat16 does not
+    try:
+        with np.errstate(over="raise"):
+            _copy(to, source)
+    except FloatingPointError as error:
+        raise ValueError("a weight is beyond the largest float16, 65504: use bfloat16 or float32") from error
+
+
+def _copy(to: np.ndarray, source: np.ndarray) -> None:
     if to.ndim < 2 or _transposed(to) == _transposed(source):
         to[...] = source
         return

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": jnp.dtype("float32"), "F16": jnp.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
+_TOLD = 100  # names of one kind in a message, at most
 
 
 class Entry(NamedTuple):
@@ -50,15 +52,21 @@ def pickle_refusal(source: str, what: str, destination: str) -> str:
 
 
 def open_folder(folder: Path) -> dict[str, Entry]:
-    """Every tensor of the folder by its name."""
-    if (folder / INDEX).exists():
+    """Every tensor of the folder by its name; where there are both a single file and an index, those of the former.
+
+    Raises:
+        ValueError: no safetensors, a damaged file or index, a file that is not there, or a tensor that two files have.
+    """
+    if (folder / SINGLE).exists():  # first, as transformers does
+        paths = [folder / SINGLE]
+    elif (folder / INDEX).exists():
         try:
             names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
             paths = [folder / name for name in names]
+            if strange := [name for name in names if name != Path(name).name]:
+                raise ValueError(f"{strange[0]} is no name of a file in this folder")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{folder / INDEX} is damaged ({_told(error)}): download it again") from error
-    elif (folder / SINGLE).exists():
-        paths = [folder / SINGLE]
     else:
         pickled = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth") for p in folder.glob(kind))
         if pickled:
@@ -68,12 +76,27 @@ def open_folder(folder: Path) -> dict[str, Entry]:
     for path in paths:
         try:
             with path.open("rb") as file:
-                entries |= _entries(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                found = _entries(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except FileNotFoundError as error:
             raise ValueError(f"{folder / INDEX} names {path.name}, which is not there: download it again") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged ({_told(error)}): download it again") from error
+        if twice := entries.keys() & found.keys():
+            raise ValueError(f"two files of {folder} have {listed(twice)}: remove what is of another checkpoint")
+        entries |= found
     return entries
+
+
+def stored_dtype(folder: Path) -> str:
+    """That of all tensors of the folder's files where they agree, else float32; ValueError as `open_folder`."""
+    dtypes = {entry.dtype for entry in open_folder(folder).values()}
+    return str(DTYPES.get(dtypes.pop(), "float32")) if len(dtypes) == 1 else "float32"
+
+
+def listed(names: Collection[str]) -> str:
+    """Sorted, as a message has them: a hundred at most."""
+    more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
+    return ", ".join(sorted(names)[:_TOLD]) + more
 
 
 def _told(error: Exception) -> str:

@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,9 @@ import numpy as np
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.decoder import Leaf
 from rlhf_jax.models.safetensors_io.blocks import Bounds, blocks, bounds_of, copy, members, oriented, spread
-from rlhf_jax.models.safetensors_io.files import DTYPES, Entry, open_folder
+from rlhf_jax.models.safetensors_io.files import DTYPES, Entry, listed, open_folder
 from rlhf_jax.models.tensors import HfTensor
 
-_TOLD = 100  # names of one kind in a message, at most
 _ALIGNMENT = 64
 _FOREIGN = "of an unsupported dtype"
 
@@ -34,6 +34,7 @@ def read_params(
     prefix: str,
     optional: Collection[str] = (),
     tolerated: re.Pattern[str] | None = None,
+    twins: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, jax.Array]:
     """Parameters from a folder's safetensors; beyond them, the host holds one shard of one of them at a time.
 
@@ -47,6 +48,7 @@ def read_params(
         prefix: of the base model's names, which the files may leave out.
         optional: paths that the result lacks if the files do.
         tolerated: names that the files may have and nobody reads.
+        twins: {such a name: one that is read}, which have to be the same where the files have both.
     Raises:
         ValueError: no safetensors in the folder, a damaged file, a dimension that the layout does not split evenly; or
             tensors that are missing, surplus, misshaped or of another dtype, all of them in one message.
@@ -71,9 +73,15 @@ def read_params(
                 faults["misshaped"].add(f"{name} ({list(entry.shape)} in place of {list(shape)})")
             elif entry.dtype not in DTYPES:
                 faults[_FOREIGN].add(f"{name} ({entry.dtype} in place of {', '.join(DTYPES)})")
+    for name, other in twins.items():
+        if find(name) and find(other) and not _same(files[find(name)], files[find(other)]):
+            raise ValueError(
+                f"{folder} is tied (tie_word_embeddings), but its {name} is not its {other}: set "
+                "tie_word_embeddings to false in its config.json to use both"
+            )
     faults["surplus"] = {name for name in files.keys() - used if not (tolerated and tolerated.fullmatch(name))}
     if any(faults.values()):
-        told = "; ".join(f"{fault}: {_listed(names)}" for fault, names in faults.items() if names)
+        told = "; ".join(f"{fault}: {listed(names)}" for fault, names in faults.items() if names)
         raise ValueError(f"the tensors of {folder} are not those that its config.json describes; {told}")
     _check_even(leaves, layout)
     found = {name: files[find(name)] for path, leaf in leaves.items() for name in _names(leaf, tensors[path])}
@@ -84,9 +92,16 @@ def _names(leaf: Leaf, tensor: HfTensor) -> list[str]:
     return [name for _, name in members(tensor, [(0, size) for size in leaf.shape[: spread(tensor)]])]
 
 
-def _listed(names: Collection[str]) -> str:
-    more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
-    return ", ".join(sorted(names)[:_TOLD]) + more
+def _same(one: Entry, other: Entry) -> bool:
+    """Whether two tensors hold the same numbers, some rows at a time."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    size = 1 << 14
+    rows = (slice(start, start + size) for start in range(0, one.shape[0], size))
+    same = all(np.array_equal(one.array()[part], other.array()[part]) for part in rows)
+    one.release()
+    other.release()
+    return same
 
 
 def _check_even(leaves: Mapping[str, Leaf], layout: Layout) -> None:

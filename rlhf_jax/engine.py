@@ -38,7 +38,7 @@ from rlhf_jax.models.layers import roll_rows
 from rlhf_jax.models.lora import LoraConfig, merge
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.objectives.logprobs import token_logprobs, token_logprobs_and_entropy
-from rlhf_jax.train_step import Params, TrainState, make_update
+from rlhf_jax.train_step import Params, TrainState, join_rows, make_update, split_rows
 from rlhf_jax.trees import record
 
 
@@ -236,14 +236,18 @@ def make_score(
     mesh: Mesh,
     compute: Compute,
     temperature: float,
+    num_micro: int,
 ) -> Callable[[Models, Rollout], Experience]:
-    """Compile (models, rollout) -> Experience: four forward passes in one program, everything by TRAIN."""
+    """Compile (models, rollout) -> Experience: four forward passes in one program, everything by TRAIN.
+
+    The passes are over `num_micro` parts of the rollout, one after the other; advantages are of all of it.
+    """
     layout = Layout(mesh, TRAIN)
 
     def forward(role: Role, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         return bind(role.config, params, role.lora)(tokens, mask, dtype=compute.dtype, layout=layout, remat=False)
 
-    def score(models: Models, rollout: Rollout) -> Experience:
+    def score_part(models: Models, rollout: Rollout) -> Experience:
         starts = rollout.prompt_mask.sum(axis=1, dtype=jnp.int32)
         padding = rollout.prompts.shape[1] - starts
         tokens = roll_rows(jnp.concatenate([rollout.prompts, rollout.tokens], axis=1), padding)
@@ -258,7 +262,7 @@ def make_score(
 
         reference = models.reference or models.actor.frozen
         blank = jnp.zeros(rollout.tokens.shape, jnp.float32)
-        experience = Experience(
+        return Experience(
             tokens=tokens,
             mask=mask,
             starts=starts,
@@ -274,6 +278,10 @@ def make_score(
             advantages=blank,
             returns=blank,
         )
+
+    def score(models: Models, rollout: Rollout) -> Experience:
+        parts = split_rows(rollout, num_micro, layout)
+        experience = join_rows(jax.lax.map(lambda part: score_part(models, part), parts), layout)
         advantages, returns = estimate(experience)
         experience = dataclasses.replace(experience, advantages=advantages, returns=returns)
         return jax.tree.map(lambda x: layout.constrain(x, "batch", *[None] * (x.ndim - 1)), experience)
@@ -296,6 +304,7 @@ def make_engine(
     mesh: Mesh,
     compute: Compute,
     num_micro: int,
+    num_score_micro: int,
 ) -> Engine:
     """Build the four programs of one actor, critic and reward model; nothing is compiled before the first call."""
     check_learnable(sample)
@@ -338,6 +347,6 @@ def make_engine(
     return Engine(
         publish=make_publish(actor, mesh, compute.dtype),
         generate=make_generate(actor.config, sample, eos_ids, mesh, compute.dtype),
-        score=make_score(actor, critic, reward, estimate, mesh, compute, sample.temperature),
+        score=make_score(actor, critic, reward, estimate, mesh, compute, sample.temperature, num_score_micro),
         update=update,
     )

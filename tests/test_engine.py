@@ -50,7 +50,7 @@ def state_of(config, lora, layout, tx, seed):
     return init_state(trainable, frozen, tx, abstract_params(config, lora), layout)
 
 
-def engine_of(case, mesh, dtype=FLOAT32):
+def engine_of(case, mesh, dtype=FLOAT32, num_score_micro=None):
     """(engine, models) of an actor that has left its reference already, with a critic that is not the reward model."""
     family, lora, temperature, num_micro = CASES[case]
     config, layout, settings = tiny.FAMILIES[family], Layout(mesh, TRAIN), PPOConfig()
@@ -76,6 +76,7 @@ def engine_of(case, mesh, dtype=FLOAT32):
         mesh=mesh,
         compute=Compute(dtype, True, 4),
         num_micro=num_micro,
+        num_score_micro=num_score_micro or num_micro,
     )
     models = Models(
         actor=state_of(config, lora, layout, tx, seed=0),
@@ -357,6 +358,17 @@ def test_other_prompts_another_key_and_trained_models_compile_nothing(case, name
     assert trained.later_compiled == []
 
 
+def test_scoring_by_parts_is_scoring_at_once():
+    whole, parts = (engine_of("opt-lora", tiny.mesh_of("one"), num_score_micro=n) for n in (1, 4))
+    prompts = tiny.prompts(tiny.OPT, LENGTHS, WIDTH)
+    rollout = whole[0].generate(whole[0].publish(whole[1].actor.params), *prompts, jax.random.key(7))
+    one, four = (engine.score(models, rollout) for engine, models in (whole, parts))
+    for field in dataclasses.fields(one):
+        got, want = (np.asarray(getattr(each, field.name)) for each in (four, one))
+        assert got.shape == want.shape and got.dtype == want.dtype, field.name
+        np.testing.assert_allclose(got, want, atol=1e-5, err_msg=field.name)
+
+
 def test_a_greedy_actor_is_refused_as_it_has_no_ratios():
     with pytest.raises(ValueError, match="temperature=0: a greedy policy has no probability ratios .* set it above 0"):
         make_engine(
@@ -373,6 +385,7 @@ def test_a_greedy_actor_is_refused_as_it_has_no_ratios():
             mesh=single_device_mesh(),
             compute=Compute(FLOAT32, True, 0),
             num_micro=1,
+            num_score_micro=1,
         )
 
 

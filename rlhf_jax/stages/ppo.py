@@ -95,13 +95,16 @@ def run_ppo(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, co
         mesh=mesh,
         compute=model.compute,
         num_micro=num_micro,
+        num_score_micro=num_micro * config.rollout_batch_size // batch_size,
     )
-    # What training donates must not be what scores, so reference and reward model are arrays of their own.
+    # What training donates must not be what scores, so of that reference and reward model have copies of their own.
     reference = {} if model.lora.rank else frozen_copy(actor.params, model.frozen_dtype)
-    reward = frozen_copy(critic.params, model.frozen_dtype)
-    models = Models(
-        make_state(actor, model, actor_tx, run.seed), make_state(critic, model, critic_tx, run.seed), reference, reward
+    critic_state = make_state(critic, model, critic_tx, run.seed)
+    reward = {path: leaf for path, leaf in critic.params.items() if path in critic_state.frozen}
+    reward |= frozen_copy(
+        {path: leaf for path, leaf in critic.params.items() if path not in reward}, model.frozen_dtype
     )
+    models = Models(make_state(actor, model, actor_tx, run.seed), critic_state, reference, reward)
     summarise = jax.jit(lambda experience, rollout: summary(experience, rollout, config))
     pick = jax.jit(lambda experience, index: jax.tree.map(lambda leaf: leaf[index], experience))
     rates = learning_rate(config.actor, updates), learning_rate(config.critic, updates)

@@ -2,7 +2,7 @@
 
 from rlhf_jax import objectives
 from rlhf_jax.engine import sample_answers as generate
-from rlhf_jax.generate import Rollout, SampleConfig
+from rlhf_jax.generate import Rollout
 from rlhf_jax.models.pretrained import (
     Pretrained,
     apply,
@@ -12,6 +12,7 @@ from rlhf_jax.models.pretrained import (
     save_pretrained,
     score,
 )
+from rlhf_jax.sampling import SampleConfig
 
 __all__ = [
     "Pretrained",

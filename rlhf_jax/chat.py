@@ -15,11 +15,12 @@ import numpy as np
 from rlhf_jax.data.splits import Turns
 from rlhf_jax.data.template import encode_prompt, prepare_tokenizer
 from rlhf_jax.engine import Role, eos_ids, make_publish
-from rlhf_jax.generate import SampleConfig, bucket, check_sample, draw, prefill
+from rlhf_jax.generate import bucket, prefill
 from rlhf_jax.mesh import GENERATE, Layout
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.cached import Cache, Weights, forward, logits_of
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained
+from rlhf_jax.sampling import SampleConfig, check_sample, draw, restrained_logits
 
 HELP = "/clear forgets the dialogue, /quit leaves"
 
@@ -84,12 +85,17 @@ class Speaker:
     """A published model that answers one conversation at a time; lengths are bucketed, so few are compiled."""
 
     def __init__(self, model: Pretrained, sample: SampleConfig):
-        """ValueError for a model without a tokenizer or EOS; answers are cut where the model's positions are few."""
+        """ValueError for a model without a tokenizer or EOS, or several samples; cut where the positions are few."""
+        if sample.num_samples != 1:
+            raise ValueError(f"num_samples={sample.num_samples}: a conversation goes on from one answer; set 1")
         if model.tokenizer is None:
             raise ValueError("the folder has no tokenizer: save one into it (tokenizer.save_pretrained)")
         # At least half of the positions are for the dialogue.
         longest = max(1, min(sample.max_new_tokens, model.config.max_positions // 2))
-        self.config, self.sample = model.config, dataclasses.replace(sample, max_new_tokens=longest)
+        self.config, self.sample = (
+            model.config,
+            dataclasses.replace(sample, max_new_tokens=longest, min_new_tokens=min(sample.min_new_tokens, longest)),
+        )
         self.tokenizer = prepare_tokenizer(model.tokenizer)
         self.eos = eos_ids(model)
         self.dtype = model.params["embed/tokens"].dtype
@@ -123,11 +129,15 @@ class Speaker:
         logits, cache = start(
             self.config, self.sample.max_new_tokens, self.layout, self.dtype, self.weights, tokens, mask
         )
+        seen = np.zeros((1, self.config.padded_vocab), bool)
+        seen[0, ids] = True
         said: list[int] = []
         shown = ""
         for t in range(self.sample.max_new_tokens):
-            token, _ = choose(self.sample, logits, jax.random.fold_in(key, t)[None])
+            restraints = seen, np.array([t], np.int32)
+            token, _ = choose(self.sample, self.eos, logits, *restraints, jax.random.fold_in(key, t)[None])
             said.append(int(token[0]))
+            seen[0, said[-1]] = True
             if said[-1] in self.eos:
                 break
             text = self.tokenizer.decode(said, skip_special_tokens=True).lstrip()
@@ -145,9 +155,11 @@ def start(
     return prefill(config, weights, tokens, mask, new_tokens, layout, dtype)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def choose(sample: SampleConfig, logits: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return draw(logits, keys, sample)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def choose(
+    sample: SampleConfig, eos: tuple[int, ...], logits: jax.Array, seen: jax.Array, drawn: jax.Array, keys: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return draw(restrained_logits(logits, sample, seen, drawn, eos), keys, sample)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache")

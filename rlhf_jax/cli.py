@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 STAGES = ("sft", "reward", "ppo")
@@ -69,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s")  # before anything imported configures it otherwise
+    logging.getLogger("rlhf_jax").setLevel(logging.INFO)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch: it is not needed
+    keep_compiled(os.environ)
     try:
         if args.command == "chat":
             run_chat(args)
@@ -92,6 +94,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rlhf-jax: interrupted{hint}", file=sys.stderr)
         return 130
     return 0
+
+
+def keep_compiled(environ: Mapping[str, str]) -> None:
+    """Let JAX keep compiled programs in the user's cache folder, so that the next run need not compile them.
+
+    JAX_COMPILATION_CACHE_DIR names another folder, and where it is empty none is kept: then JAX has read it already.
+    """
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in environ:
+        caches = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "rlhf_jax" / "compiled"))
 
 
 def run_config(command: str, path: str, overrides: Sequence[str]) -> None:
@@ -122,7 +136,7 @@ def run_config(command: str, path: str, overrides: Sequence[str]) -> None:
 
 def run_chat(args: argparse.Namespace) -> None:
     from rlhf_jax.chat import chat
-    from rlhf_jax.generate import SampleConfig
+    from rlhf_jax.sampling import SampleConfig
 
     sample = SampleConfig(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
     chat(args.folder, sample, args.seed, args.dtype, args.adapter)

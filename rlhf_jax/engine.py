@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,7 +22,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from rlhf_jax.generate import Rollout, SampleConfig, bucket, check_learnable, check_sample, generate
+from rlhf_jax.generate import Rollout, bucket, generate, generate_in_rows
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, check_divides, check_model_divides
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.cached import Weights, for_decoding
@@ -38,8 +39,11 @@ from rlhf_jax.models.layers import roll_rows
 from rlhf_jax.models.lora import LoraConfig, merge
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.objectives.logprobs import token_logprobs, token_logprobs_and_entropy
+from rlhf_jax.sampling import SampleConfig, check_learnable, check_sample
 from rlhf_jax.train_step import Params, TrainState, join_rows, make_update, split_rows
 from rlhf_jax.trees import record
+
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -148,47 +152,89 @@ def make_publish(role: Role, mesh: Mesh, dtype: jnp.dtype) -> Callable[[Params],
 
 @functools.lru_cache
 def make_generate(
-    config: DecoderConfig, sample: SampleConfig, eos_ids: tuple[int, ...], mesh: Mesh, dtype: jnp.dtype
+    config: DecoderConfig,
+    sample: SampleConfig,
+    eos_ids: tuple[int, ...],
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    rows: int = 0,
 ) -> Callable[[Weights, np.ndarray, np.ndarray, jax.Array], Rollout]:
     """(weights, prompts [B, P], mask [B, P], key) -> Rollout, for left-padded prompts on the host.
 
-    Padding that all rows share is cut down to a bucket, so that few lengths are compiled; rows are padded to what the
-    mesh divides, and dropped again.
+    Padding that all rows share is cut down to a bucket, so that few lengths are compiled (every one is logged); prompts
+    are padded to what the mesh divides, and dropped again. Each is answered `sample.num_samples` times.
 
+    Args:
+        rows: answers that are decoded at a time, a row that ends taking the next prompt; 0, or as many as there are
+            answers to draw: all at once.
     Raises:
-        ValueError: a prompt is empty, or prompt and answer do not fit the model's positions.
+        ValueError: the devices do not divide the rows, a prompt is empty, or prompt and answer do not fit the model's
+            positions.
     """
     check_sample(sample)
     layout = Layout(mesh, GENERATE)
+    check_rows(rows, layout)
+    compiled: set[tuple[int, int]] = set()
 
-    @jax.jit
-    def program(weights, prompts, prompt_mask, key):
-        return generate(config, weights, prompts, prompt_mask, key, sample, eos_ids, layout, dtype)
+    @functools.partial(jax.jit, static_argnames="in_rows")
+    def program(weights, prompts, prompt_mask, key, in_rows):
+        options = config, weights, prompts, prompt_mask, key, sample, eos_ids, layout, dtype
+        return generate_in_rows(*options, rows) if in_rows else generate(*options)
 
     def run(weights, prompts, prompt_mask, key):
         sizes = prompt_mask.sum(axis=1)
         if sizes.min() == 0:
             raise ValueError(f"row {int(sizes.argmin())} of the prompts is empty: give it at least one token")
         check_positions(config, int(sizes.max()), sample.max_new_tokens)
-        rows, more = len(prompts), -len(prompts) % layout.shards("batch")
         cut = tuple(x[:, -bucket(int(sizes.max())) :] for x in (prompts, prompt_mask))
-        filled = tuple(np.pad(x, ((0, more), (0, 0)), mode="edge") for x in cut)
-        rollout = program(weights, *layout.put_batch(filled), key)
-        return rollout if not more else jax.tree.map(lambda leaf: leaf[:rows], rollout)
+        each = tuple(np.repeat(x, sample.num_samples, axis=0) for x in cut)
+        count = len(each[0])
+        more = -count % layout.shards("batch")
+        filled = tuple(np.pad(x, ((0, more), (0, 0)), mode="edge") for x in each)
+        in_rows = 0 < rows < count + more
+        if (shape := filled[0].shape) not in compiled:
+            compiled.add(shape)
+            LOGGER.info(
+                "generate: compiling program %d, for %d answers%s to prompts of %d tokens; the model's positions allow "
+                "%d lengths",
+                len(compiled),
+                shape[0],
+                f" in {rows} rows" if in_rows else "",
+                shape[1],
+                len({bucket(n) for n in range(1, config.max_positions + 1)}),
+            )
+        # Whichever device has a free row takes the next prompt, so then every device has all of them.
+        there = tuple(layout.put(x, None, None) for x in filled) if in_rows else layout.put_batch(filled)
+        rollout = program(weights, *there, key, in_rows=in_rows)
+        return rollout if not more else jax.tree.map(lambda leaf: leaf[:count], rollout)
 
     return run
 
 
+def check_rows(rows: int, layout: Layout, name: str = "rows") -> None:
+    """Raise ValueError unless the devices that share the batch in generation divide so many rows; 0 is all at once."""
+    if rows:
+        check_divides(name, rows, Layout(layout.mesh, GENERATE).shards("batch"), "devices of mesh.data x mesh.fsdp")
+
+
 def sample_answers(
-    model: Pretrained, input_ids: np.ndarray, attention_mask: np.ndarray, sample: SampleConfig, key: jax.Array
+    model: Pretrained,
+    input_ids: np.ndarray,
+    attention_mask: np.ndarray,
+    sample: SampleConfig,
+    key: jax.Array,
+    *,
+    rows: int = 0,
 ) -> Rollout:
     """Answer prompts by a language model, in the dtype of its parameters.
 
     Args:
         input_ids, attention_mask: [B, P] int and int or bool; padding may lie on either side.
-        key: from jax.random.key; the same key gives the same answers on any number of devices.
+        key: from jax.random.key; the same key gives the same answers on any number of devices and rows.
+        rows: answers decoded at a time, a row that ends taking the next prompt; 0: all at once.
     Returns:
-        Rollout with .tokens [B, N] int32, .mask [B, N] bool, true up to and including EOS, .logprobs [B, N] float32.
+        Rollout with .tokens [B, N] int32, .mask [B, N] bool, true up to and including EOS, .logprobs [B, N] float32;
+        B x num_samples rows, the samples of a prompt one after the other.
     Raises:
         ValueError: a scalar head, an empty prompt, no EOS known, or more positions than the model has.
     """
@@ -200,7 +246,7 @@ def sample_answers(
     tokens, mask = (np.pad(np.take_along_axis(x, order, axis=1), more) for x in (tokens, mask))
     dtype, mesh = model.params["embed/tokens"].dtype, model.layout.mesh
     weights = make_publish(Role(model.config, model.lora), mesh, dtype)(model.params)
-    return make_generate(model.config, sample, eos_ids(model), mesh, dtype)(weights, tokens, mask, key)
+    return make_generate(model.config, sample, eos_ids(model), mesh, dtype, rows)(weights, tokens, mask, key)
 
 
 def eos_ids(model: Pretrained) -> tuple[int, ...]:
@@ -305,6 +351,7 @@ def make_engine(
     compute: Compute,
     num_micro: int,
     num_score_micro: int,
+    generate_rows: int = 0,
 ) -> Engine:
     """Build the four programs of one actor, critic and reward model; nothing is compiled before the first call."""
     check_learnable(sample)
@@ -346,7 +393,7 @@ def make_engine(
 
     return Engine(
         publish=make_publish(actor, mesh, compute.dtype),
-        generate=make_generate(actor.config, sample, eos_ids, mesh, compute.dtype),
+        generate=make_generate(actor.config, sample, eos_ids, mesh, compute.dtype, generate_rows),
         score=make_score(actor, critic, reward, estimate, mesh, compute, sample.temperature, num_score_micro),
         update=update,
     )

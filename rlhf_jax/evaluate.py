@@ -17,8 +17,8 @@ from rlhf_jax.data.sources import BUILTIN, DataConfig, Example, load_examples
 from rlhf_jax.data.splits import Stage
 from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.engine import sample_answers
-from rlhf_jax.generate import SampleConfig
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained, reward_from_pretrained, score
+from rlhf_jax.sampling import SampleConfig
 
 STAGES = ("sft", "ppo")
 
@@ -35,6 +35,8 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if min(self.prompts, self.pairs, self.batch_size) < 1:
             raise ValueError("prompts, pairs and batch_size: each at least 1")
+        if self.sample.num_samples != 1:
+            raise ValueError(f"sample.num_samples={self.sample.num_samples}: one answer to a prompt is judged; set 1")
 
 
 def evaluate(

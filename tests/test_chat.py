@@ -17,7 +17,7 @@ import rlhf_jax.chat
 from rlhf_jax.chat import Speaker, chat
 from rlhf_jax.cli import main
 from rlhf_jax.data.template import encode_prompt
-from rlhf_jax.generate import SampleConfig
+from rlhf_jax.sampling import SampleConfig
 
 GREEDY = SampleConfig(max_new_tokens=12, temperature=0.0)
 QUESTION = (("user", "What is 3 + 4?"),)

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "rlhf_jax"
 FLOORS = [
     ["config", "trees"],
-    ["mesh", "metrics", "objectives"],
+    ["mesh", "metrics", "objectives", "sampling"],
     ["models", "data"],
     ["optim", "train_step", "generate", "checkpoint"],
     ["engine"],
@@ -19,7 +19,7 @@ FLOORS = [
     ["__main__"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-LEARNERS = ["stages", "engine", "train_step", "generate", "objectives", "models", "optim"]
+LEARNERS = ["stages", "engine", "train_step", "generate", "sampling", "objectives", "models", "optim"]
 JUDGE = "data.assistant_judge"
 
 

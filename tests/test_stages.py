@@ -20,6 +20,7 @@ from rlhf_jax.generate import Rollout
 from rlhf_jax.mesh import TRAIN, Layout, MeshConfig, make_mesh
 from rlhf_jax.objectives.sft import next_token_loss
 from rlhf_jax.recipe import Recipe
+from rlhf_jax.sampling import SampleConfig
 from rlhf_jax.stages.ppo import PPOConfig, actor_loss, advantages, critic_loss, ppo_sizes, rewards, summary
 from rlhf_jax.stages.sizes import check_rows, held_out_batches, micro_batches, total_steps
 
@@ -172,7 +173,7 @@ def test_the_summary_by_hand():
     gains, returns = advantages(EXPERIENCE, PPO)
     experience = dataclasses.replace(EXPERIENCE, advantages=gains, returns=returns)
     sampled = jnp.array([[-1.0, -2.5, JUNK], [-1.0, -1.0, -1.0]])
-    rollout = Rollout(None, None, None, None, sampled, None)
+    rollout = Rollout(None, None, None, None, sampled, None, None, None)
     numbers = {name: float(value) for name, value in summary(experience, rollout, PPO).items()}
     values, aims = np.array([0.5, 1.0, 0.0, 0.25, 0.5]), np.asarray(returns[MASK])
     assert numbers == pytest.approx(
@@ -230,6 +231,11 @@ def test_micro_batches_are_the_share_of_a_batch_and_divide_it_and_the_mesh():
 def test_ppo_batches_divide_the_rollouts():
     assert ppo_sizes(PPOConfig(rollout_batch_size=64), layout_of(8)) == (64, 1)
     assert ppo_sizes(PPOConfig(rollout_batch_size=64, batch_size=32, micro_batch_size=8), layout_of(8)) == (32, 4)
+    several = PPOConfig(rollout_batch_size=16, sample=SampleConfig(num_samples=4))
+    assert several.rollouts == 64 and ppo_sizes(several, layout_of(8)) == (64, 1)
+    ppo_sizes(PPOConfig(generate_rows=16), layout_of(8))
+    with pytest.raises(ValueError, match=r"ppo.generate_rows=12 does not divide over 8 devices .* \[8, 16\]"):
+        ppo_sizes(PPOConfig(generate_rows=12), layout_of(8))
     with pytest.raises(ValueError, match=r"ppo.rollout_batch_size=64 does not divide over 24 rollouts of ppo"):
         ppo_sizes(PPOConfig(rollout_batch_size=64, batch_size=24), layout_of(8))
 

@@ -138,7 +138,8 @@ def forward(
 
     Args:
         tokens, mask, positions: [B, T]; a token with a false mask is padding and is never looked at.
-        index: where to write; 0 with T > 1 is a prefill, which looks at the new tokens only.
+        index: where to write; 0 with T > 1 is a prefill, which looks at the new tokens only. [B]: where to write in
+            each row; one place for all rows costs less.
 
     Returns:
         ([B, T, E] in the cache's dtype, the cache with the new tokens in it)
@@ -147,10 +148,18 @@ def forward(
     chex.assert_equal_shape((tokens, mask, positions))
     length = tokens.shape[1]
     is_prefill = length > 1
-    assert not is_prefill or index == 0, "several tokens at once are a prefill, at the head of the cache"
-    visible = jax.lax.dynamic_update_slice(cache.visible, mask, (0, index))
-    queries, keys_at = index + jnp.arange(length), jnp.arange(length if is_prefill else visible.shape[1])
-    back = queries[:, None] - keys_at  # how many places before its query each key lies
+    by_row = jnp.ndim(index) == 1
+    assert not is_prefill or (not by_row and index == 0), "several tokens at once are a prefill, at the cache's head"
+
+    def written(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+        if by_row:
+            return jax.vmap(lambda o, n, i: jax.lax.dynamic_update_slice_in_dim(o, n, i, axis - 1))(old, new, index)
+        return jax.lax.dynamic_update_slice_in_dim(old, new, index, axis)
+
+    visible = written(cache.visible, mask, 1)
+    queries = jnp.asarray(index)[..., None] + jnp.arange(length)
+    keys_at = jnp.arange(length if is_prefill else visible.shape[1])
+    back = queries[..., None] - keys_at  # [(B,) T, S], how many places before its query each key lies
     looks_at = (back >= 0) & (mask if is_prefill else visible)[:, None, :]
     all_turns = {rope: turns_of(rope, positions) for rope in (c.rope, c.local_rope) if rope}
     bias = None
@@ -176,8 +185,8 @@ def forward(
         if rope:
             q, k = (rotate(y, all_turns[rope], interleaved=rope.interleaved) for y in (q, k))
         k, v = (rearrange(y, "b t k d -> b k t d") for y in (k, v))
-        new_keys.append(jax.lax.dynamic_update_slice(cache.keys[i], k, (0, 0, index, 0)))
-        new_values.append(jax.lax.dynamic_update_slice(cache.values[i], v, (0, 0, index, 0)))
+        new_keys.append(written(cache.keys[i], k, 2))
+        new_values.append(written(cache.values[i], v, 2))
         keys, values = (k, v) if is_prefill else (new_keys[i], new_values[i])
         within = looks_at & (back < window) if window else looks_at
         y = attend(q, keys, values, within, scale=c.attention_scale, cap=c.attention_softcap, bias=bias)

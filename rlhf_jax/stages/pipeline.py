@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from jax.sharding import Mesh
 
 from rlhf_jax.data.sources import DataConfig
-from rlhf_jax.generate import check_learnable
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.optim import learning_rate
+from rlhf_jax.sampling import check_learnable
 from rlhf_jax.stages.base import make_base
 from rlhf_jax.stages.loop import RunConfig
 from rlhf_jax.stages.models import ModelConfig
@@ -70,7 +70,7 @@ def check_sizes(mesh: Mesh, sft: SFTConfig, reward: RewardConfig, ppo: PPOConfig
             batch_size, _ = ppo_sizes(ppo, layout)
             check_learnable(ppo.sample)
             if ppo.steps:
-                updates = ppo.steps * ppo.ppo_epochs * ppo.rollout_batch_size // batch_size
+                updates = ppo.steps * ppo.ppo_epochs * ppo.rollouts // batch_size
                 for optim in (ppo.actor, ppo.critic):
                     learning_rate(optim, updates)
 

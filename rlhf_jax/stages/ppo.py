@@ -15,11 +15,12 @@ from jax.sharding import Mesh
 from rlhf_jax.data.batches import Batches, prompt_rows
 from rlhf_jax.data.sources import DataConfig, load_examples
 from rlhf_jax.data.template import prepare_tokenizer
-from rlhf_jax.engine import Experience, Models, check_positions, eos_ids, make_engine
-from rlhf_jax.generate import Rollout, SampleConfig
+from rlhf_jax.engine import Experience, Models, check_positions, check_rows, eos_ids, make_engine
+from rlhf_jax.generate import Rollout
 from rlhf_jax.mesh import Layout, check_divides
 from rlhf_jax.objectives import masked, ppo
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
+from rlhf_jax.sampling import SampleConfig
 from rlhf_jax.stages.loop import Persistence, RunConfig, train_loop
 from rlhf_jax.stages.models import (
     ModelConfig,
@@ -37,7 +38,8 @@ from rlhf_jax.stages.sizes import longest_row, micro_batches, total_steps
 class PPOConfig:
     epochs: int = 1  # passes over the prompts
     steps: int = 0  # iterations of generate, score and update; 0: as `epochs` says
-    rollout_batch_size: int = 64  # prompts answered in one iteration, over all devices
+    rollout_batch_size: int = 64  # prompts answered in one iteration, over all devices, each sample.num_samples times
+    generate_rows: int = 0  # answers decoded at a time, a row that ends taking the next prompt; 0: all at once
     batch_size: int = 0  # rollouts of one optimizer step; 0: all of an iteration
     micro_batch_size: int = 0  # rollouts of one forward and backward pass, over all devices; 0: batch_size
     ppo_epochs: int = 1  # passes over the rollouts of an iteration
@@ -53,13 +55,20 @@ class PPOConfig:
     actor: OptimConfig = OptimConfig(learning_rate=9.65e-6)
     critic: OptimConfig = OptimConfig(learning_rate=5e-6)
 
+    @property
+    def rollouts(self) -> int:
+        """Answers of one iteration."""
+        return self.rollout_batch_size * self.sample.num_samples
+
 
 def ppo_sizes(config: PPOConfig, layout: Layout) -> tuple[int, int]:
     """Rollouts and micro-batches of one optimizer step; ValueError where sizes do not divide."""
     check_divides("ppo.rollout_batch_size", config.rollout_batch_size, layout.shards("batch"), "devices of the mesh")
-    batch_size = config.batch_size or config.rollout_batch_size
+    batch_size = config.batch_size or config.rollouts
     num_micro = micro_batches("ppo", batch_size, config.micro_batch_size, layout)
-    check_divides("ppo.rollout_batch_size", config.rollout_batch_size, batch_size, "rollouts of ppo.batch_size")
+    name = "ppo.rollout_batch_size" + (" x num_samples" if config.sample.num_samples > 1 else "")
+    check_divides(name, config.rollouts, batch_size, "rollouts of ppo.batch_size")
+    check_rows(config.generate_rows, layout, "ppo.generate_rows")
     return batch_size, num_micro
 
 
@@ -78,7 +87,7 @@ def run_ppo(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, co
     for each in (actor, critic):
         check_positions(each.config, longest_row(rows), config.sample.max_new_tokens)
     steps = total_steps(config.steps, config.epochs, prompts.steps_per_epoch)
-    updates = steps * config.ppo_epochs * config.rollout_batch_size // batch_size
+    updates = steps * config.ppo_epochs * config.rollouts // batch_size
     actor_tx, critic_tx = make_optimizer(config.actor, updates), make_optimizer(config.critic, updates)
 
     engine = make_engine(
@@ -95,7 +104,8 @@ def run_ppo(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, co
         mesh=mesh,
         compute=model.compute,
         num_micro=num_micro,
-        num_score_micro=num_micro * config.rollout_batch_size // batch_size,
+        num_score_micro=num_micro * config.rollouts // batch_size,
+        generate_rows=config.generate_rows,
     )
     # What training donates must not be what scores, so of that reference and reward model have copies of their own.
     reference = {} if model.lora.rank else frozen_copy(actor.params, model.frozen_dtype)
@@ -120,13 +130,13 @@ def run_ppo(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, co
         clock.lap("keep", keep_rollouts(run, step + 1, tokenizer, rollout, experience, config))
         collected = []
         for epoch in range(config.ppo_epochs):
-            order = np.random.RandomState([run.seed, step, epoch]).permutation(config.rollout_batch_size)
+            order = np.random.RandomState([run.seed, step, epoch]).permutation(config.rollouts)
             for index in order.reshape(-1, batch_size):
-                part = experience if batch_size == config.rollout_batch_size else pick(experience, index)
+                part = experience if batch_size == config.rollouts else pick(experience, index)
                 models, stats = engine.update(models, part)
                 collected.append(stats)
         collected = clock.lap("update", collected)
-        stats = {**summarise(experience, rollout)}
+        stats = {**summarise(experience, rollout), "decode_steps": rollout.steps.max()}
         stats |= {name: float(np.mean([float(part[name]) for part in collected])) for name in collected[0]}
         stats |= {"actor_learning_rate": rates[0](models.actor.step - 1)}
         stats |= {"critic_learning_rate": rates[1](models.critic.step - 1)}

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from rlhf_jax.generate import Rollout, SampleConfig, bucket, check_learnable, check_sample, generate
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, check_divides, check_model_divides
 from rlhf_jax.models.architecture import DecoderConfig
+from rlhf_jax.models.attention import Choice
 from rlhf_jax.models.cached import Weights, for_decoding
 from rlhf_jax.models.decoder import (
     NO_LORA,
@@ -58,11 +59,13 @@ class Compute:
         dtype: of activations, matrix products, generation weights and cache.
         remat: recompute layers in the backward pass.
         chunk: positions whose logits exist at once; 0: all.
+        attention: the kernel of training, scoring and prefill, see `attention_kernel`.
     """
 
     dtype: jnp.dtype
     remat: bool
     chunk: int
+    attention: Choice = "auto"
 
 
 @record
@@ -148,7 +151,12 @@ def make_publish(role: Role, mesh: Mesh, dtype: jnp.dtype) -> Callable[[Params],
 
 @functools.lru_cache
 def make_generate(
-    config: DecoderConfig, sample: SampleConfig, eos_ids: tuple[int, ...], mesh: Mesh, dtype: jnp.dtype
+    config: DecoderConfig,
+    sample: SampleConfig,
+    eos_ids: tuple[int, ...],
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    attention: Choice = "auto",
 ) -> Callable[[Weights, np.ndarray, np.ndarray, jax.Array], Rollout]:
     """(weights, prompts [B, P], mask [B, P], key) -> Rollout, for left-padded prompts on the host.
 
@@ -163,7 +171,7 @@ def make_generate(
 
     @jax.jit
     def program(weights, prompts, prompt_mask, key):
-        return generate(config, weights, prompts, prompt_mask, key, sample, eos_ids, layout, dtype)
+        return generate(config, weights, prompts, prompt_mask, key, sample, eos_ids, layout, dtype, attention)
 
     def run(weights, prompts, prompt_mask, key):
         sizes = prompt_mask.sum(axis=1)
@@ -241,7 +249,8 @@ def make_score(
     layout = Layout(mesh, TRAIN)
 
     def forward(role: Role, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        return bind(role.config, params, role.lora)(tokens, mask, dtype=compute.dtype, layout=layout, remat=False)
+        options = dict(dtype=compute.dtype, layout=layout, remat=False, attention=compute.attention)
+        return bind(role.config, params, role.lora)(tokens, mask, **options)
 
     def score(models: Models, rollout: Rollout) -> Experience:
         starts = rollout.prompt_mask.sum(axis=1, dtype=jnp.int32)
@@ -304,7 +313,7 @@ def make_engine(
     def answer_states(role: Role, params: Params, experience: Experience) -> tuple[jax.Array, jax.Array]:
         """What the head reads at each answer token, and the balance loss."""
         decoder = bind(role.config, params, role.lora)
-        options = dict(dtype=compute.dtype, layout=layout, remat=compute.remat)
+        options = dict(dtype=compute.dtype, layout=layout, remat=compute.remat, attention=compute.attention)
         hidden, balance = decoder.with_balance_loss(experience.tokens, experience.mask, **options)
         return answer_hidden(hidden, experience.starts, experience.actions.shape[1]), balance
 
@@ -337,7 +346,7 @@ def make_engine(
 
     return Engine(
         publish=make_publish(actor, mesh, compute.dtype),
-        generate=make_generate(actor.config, sample, eos_ids, mesh, compute.dtype),
+        generate=make_generate(actor.config, sample, eos_ids, mesh, compute.dtype, compute.attention),
         score=make_score(actor, critic, reward, estimate, mesh, compute, sample.temperature),
         update=update,
     )

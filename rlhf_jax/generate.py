@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.architecture import DecoderConfig
+from rlhf_jax.models.attention import Choice
 from rlhf_jax.models.cached import Cache, Weights, empty_cache, forward, logits_of
 from rlhf_jax.models.layers import positions_of
 from rlhf_jax.trees import record
@@ -112,12 +113,13 @@ def prefill(
     new_tokens: int,
     layout: Layout,
     dtype: jnp.dtype,
+    attention: Choice = "auto",
 ) -> tuple[jax.Array, Cache]:
     """Logits [B, V] after each left-padded prompt [B, P], and a cache with room for `new_tokens` more."""
     batch, length = prompts.shape
     cache = empty_cache(config, batch, length + new_tokens, dtype, layout)
     positions = positions_of(prompt_mask)
-    hidden, cache = forward(config, weights, prompts, prompt_mask, positions, cache, 0, layout)
+    hidden, cache = forward(config, weights, prompts, prompt_mask, positions, cache, 0, layout, attention)
     return logits_of(config, weights, hidden[:, -1]), cache
 
 
@@ -131,6 +133,7 @@ def generate(
     eos_ids: tuple[int, ...],
     layout: Layout,
     dtype: jnp.dtype,
+    attention: Choice = "auto",
 ) -> Rollout:
     """Sample an answer to every prompt; to be jitted with all but the arrays static.
 
@@ -138,12 +141,13 @@ def generate(
         prompts, prompt_mask: [B, P], left-padded, at least one real token a row.
         key: one key for the whole batch; token t of row b is drawn with fold_in(fold_in(key, b), t), so that a row's
             answer does not depend on how many rows there are.
+        attention: the kernel of the prefill, see `attention_kernel`.
     """
     batch, prompt_length = prompts.shape
     answer_length = sample.max_new_tokens
     prompt_sizes = prompt_mask.sum(axis=1, dtype=jnp.int32)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    logits, cache = prefill(config, weights, prompts, prompt_mask, answer_length, layout, dtype)
+    logits, cache = prefill(config, weights, prompts, prompt_mask, answer_length, layout, dtype, attention)
 
     def write(t, logits, done, tokens, mask, logprobs):
         """Draw token t for the rows that are not done, and say who is done now."""

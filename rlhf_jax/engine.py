@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from rlhf_jax.generate import Rollout, bucket, generate, generate_in_rows
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, check_divides, check_model_divides
 from rlhf_jax.models.architecture import DecoderConfig
+from rlhf_jax.models.attention import Choice
 from rlhf_jax.models.cached import Weights, for_decoding
 from rlhf_jax.models.decoder import (
     NO_LORA,
@@ -62,11 +63,13 @@ class Compute:
         dtype: of activations, matrix products, generation weights and cache.
         remat: recompute layers in the backward pass.
         chunk: positions whose logits exist at once; 0: all.
+        attention: the kernel of training, scoring and prefill, see `attention_kernel`.
     """
 
     dtype: jnp.dtype
     remat: bool
     chunk: int
+    attention: Choice = "auto"
 
 
 @record
@@ -158,6 +161,7 @@ def make_generate(
     mesh: Mesh,
     dtype: jnp.dtype,
     rows: int = 0,
+    attention: Choice = "auto",
 ) -> Callable[[Weights, np.ndarray, np.ndarray, jax.Array], Rollout]:
     """(weights, prompts [B, P], mask [B, P], key) -> Rollout, for left-padded prompts on the host.
 
@@ -179,7 +183,9 @@ def make_generate(
     @functools.partial(jax.jit, static_argnames="in_rows")
     def program(weights, prompts, prompt_mask, key, in_rows):
         options = config, weights, prompts, prompt_mask, key, sample, eos_ids, layout, dtype
-        return generate_in_rows(*options, rows) if in_rows else generate(*options)
+        if in_rows:
+            return generate_in_rows(*options, rows, attention)
+        return generate(*options, attention)
 
     def run(weights, prompts, prompt_mask, key):
         sizes = prompt_mask.sum(axis=1)
@@ -291,7 +297,8 @@ def make_score(
     layout = Layout(mesh, TRAIN)
 
     def forward(role: Role, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        return bind(role.config, params, role.lora)(tokens, mask, dtype=compute.dtype, layout=layout, remat=False)
+        options = dict(dtype=compute.dtype, layout=layout, remat=False, attention=compute.attention)
+        return bind(role.config, params, role.lora)(tokens, mask, **options)
 
     def score_part(models: Models, rollout: Rollout) -> Experience:
         starts = rollout.prompt_mask.sum(axis=1, dtype=jnp.int32)
@@ -360,7 +367,7 @@ def make_engine(
     def answer_states(role: Role, params: Params, experience: Experience) -> tuple[jax.Array, jax.Array]:
         """What the head reads at each answer token, and the balance loss."""
         decoder = bind(role.config, params, role.lora)
-        options = dict(dtype=compute.dtype, layout=layout, remat=compute.remat)
+        options = dict(dtype=compute.dtype, layout=layout, remat=compute.remat, attention=compute.attention)
         hidden, balance = decoder.with_balance_loss(experience.tokens, experience.mask, **options)
         return answer_hidden(hidden, experience.starts, experience.actions.shape[1]), balance
 
@@ -393,7 +400,7 @@ def make_engine(
 
     return Engine(
         publish=make_publish(actor, mesh, compute.dtype),
-        generate=make_generate(actor.config, sample, eos_ids, mesh, compute.dtype, generate_rows),
+        generate=make_generate(actor.config, sample, eos_ids, mesh, compute.dtype, generate_rows, compute.attention),
         score=make_score(actor, critic, reward, estimate, mesh, compute, sample.temperature, num_score_micro),
         update=update,
     )

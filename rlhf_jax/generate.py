@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.architecture import DecoderConfig
+from rlhf_jax.models.attention import Choice
 from rlhf_jax.models.cached import Cache, Weights, empty_cache, forward, logits_of
 from rlhf_jax.models.layers import positions_of
 from rlhf_jax.sampling import SampleConfig, draw, is_eos, is_models_own, logprob_of, restrained_logits, seen_in
@@ -60,12 +61,13 @@ def prefill(
     new_tokens: int,
     layout: Layout,
     dtype: jnp.dtype,
+    attention: Choice = "auto",
 ) -> tuple[jax.Array, Cache]:
     """Logits [B, V] after each left-padded prompt [B, P], and a cache with room for `new_tokens` more."""
     batch, length = prompts.shape
     cache = empty_cache(config, batch, length + new_tokens, dtype, layout)
     positions = positions_of(prompt_mask)
-    hidden, cache = forward(config, weights, prompts, prompt_mask, positions, cache, 0, layout)
+    hidden, cache = forward(config, weights, prompts, prompt_mask, positions, cache, 0, layout, attention)
     return logits_of(config, weights, hidden[:, -1]), cache
 
 
@@ -179,16 +181,18 @@ def generate(
     eos_ids: tuple[int, ...],
     layout: Layout,
     dtype: jnp.dtype,
+    attention: Choice = "auto",
 ) -> Rollout:
     """Sample an answer to every prompt at once; to be jitted with all but the arrays static.
 
     Args:
         prompts, prompt_mask: [B, P], left-padded, at least one real token a row.
         key: one key for the whole batch; a row's answer does not depend on how many rows there are.
+        attention: the kernel of the prefill, see `attention_kernel`.
     """
     batch, prompt_length = prompts.shape
     none_done, index = jnp.zeros(batch, bool), jnp.arange(batch, dtype=jnp.int32)
-    logits, cache = prefill(config, weights, prompts, prompt_mask, sample.max_new_tokens, layout, dtype)
+    logits, cache = prefill(config, weights, prompts, prompt_mask, sample.max_new_tokens, layout, dtype, attention)
     answers = new_answers(index, prompts, prompt_mask, none_done, sample, config.padded_vocab)
     answers = extended(answers, logits, key, 0, sample, eos_ids)
 
@@ -216,6 +220,7 @@ def generate_in_rows(
     layout: Layout,
     dtype: jnp.dtype,
     rows: int,
+    attention: Choice = "auto",
 ) -> Rollout:
     """`generate` for M prompts in `rows` rows: a row whose answer has ended takes the next prompt.
 
@@ -257,7 +262,7 @@ def generate_in_rows(
         usable &= index < total
         flat = jnp.where(usable, index, 0).reshape(-1)
         their_prompts, their_mask = (layout.constrain(x[flat], "batch", None) for x in (prompts, prompt_mask))
-        logits, their_cache = prefill(config, weights, their_prompts, their_mask, 0, layout, dtype)
+        logits, their_cache = prefill(config, weights, their_prompts, their_mask, 0, layout, dtype, attention)
         index, idle = jnp.where(usable, index, total).reshape(-1), ~usable.reshape(-1)
         fresh = new_answers(index, their_prompts, their_mask, idle, sample, config.padded_vocab)
         fresh = extended(fresh, logits, key, steps, sample, eos_ids)

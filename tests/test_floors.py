@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "rlhf_jax"
 FLOORS = [
     ["config", "trees"],
-    ["mesh", "metrics", "objectives", "sampling"],
+    ["mesh", "gpus", "metrics", "objectives", "sampling"],
     ["models", "data"],
     ["optim", "train_step", "generate", "checkpoint"],
     ["engine"],

@@ -22,16 +22,19 @@ from einops import rearrange, repeat
 
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.architecture import DecoderConfig
+from rlhf_jax.models.attention import Choice, kernel_on, uniform_window
 from rlhf_jax.models.decoder import abstract_params, head_kernel
 from rlhf_jax.models.experts import apply_experts, route
 from rlhf_jax.models.layers import (
     ACTIVATIONS,
     alibi_bias,
     attend,
+    attend_fused,
     block,
     normalise,
     normalise_heads,
     positions_of,
+    roll_rows,
     rotate,
     turns_of,
 )
@@ -133,13 +136,15 @@ def forward(
     cache: Cache,
     index: jax.Array | int,
     layout: Layout,
+    attention: Choice = "auto",
 ) -> tuple[jax.Array, Cache]:
     """Hidden states of T new tokens, whose keys and values are written to the cache at `index` .. `index` + T - 1.
 
     Args:
         tokens, mask, positions: [B, T]; a token with a false mask is padding and is never looked at.
-        index: where to write; 0 with T > 1 is a prefill, which looks at the new tokens only. [B]: where to write in
-            each row; one place for all rows costs less.
+        index: where to write; 0 with T > 1 is a prefill, which looks at the new tokens only; its rows are left-padded.
+            [B]: where to write in each row; one place for all rows costs less.
+        attention: the kernel of a prefill, see `attention_kernel`; one query is XLA's.
 
     Returns:
         ([B, T, E] in the cache's dtype, the cache with the new tokens in it)
@@ -161,6 +166,10 @@ def forward(
     keys_at = jnp.arange(length if is_prefill else visible.shape[1])
     back = queries[..., None] - keys_at  # [(B,) T, S], how many places before its query each key lies
     looks_at = (back >= 0) & (mask if is_prefill else visible)[:, None, :]
+    fused = is_prefill and kernel_on(layout.mesh, c, dtype, length, attention).name == "cudnn"
+    if fused:  # which takes right-padded rows: all is computed so, and keys and values are rolled back as they are kept
+        padding = jnp.argmax(mask, axis=1)
+        tokens, positions = roll_rows(tokens, padding), roll_rows(positions, padding)
     all_turns = {rope: turns_of(rope, positions) for rope in (c.rope, c.local_rope) if rope}
     bias = None
     if c.alibi:
@@ -175,7 +184,7 @@ def forward(
 
     new_keys, new_values = [], []
 
-    def attention(i, x):
+    def attend_layer(i, x):
         name, rope, window = f"layers/{i}", c.layer_rope(i), c.window(i)
         qkv = jnp.einsum("btd,dkgh->btkgh", x, weights[f"{name}/qkv/kernel"].astype(dtype))
         qkv = layout.constrain(biased(f"{name}/qkv", qkv), "batch", None, "kv_heads", None, None)
@@ -184,12 +193,16 @@ def forward(
             q, k = norm(f"{name}/q_norm", q, over=c.qk_norm), norm(f"{name}/k_norm", k, over=c.qk_norm)
         if rope:
             q, k = (rotate(y, all_turns[rope], interleaved=rope.interleaved) for y in (q, k))
+        if fused:
+            y = attend_fused(q, k, v, scale=c.attention_scale, window=uniform_window(c, length))
+            k, v = (roll_rows(y, -padding) for y in (k, v))
         k, v = (rearrange(y, "b t k d -> b k t d") for y in (k, v))
         new_keys.append(written(cache.keys[i], k, 2))
         new_values.append(written(cache.values[i], v, 2))
-        keys, values = (k, v) if is_prefill else (new_keys[i], new_values[i])
-        within = looks_at & (back < window) if window else looks_at
-        y = attend(q, keys, values, within, scale=c.attention_scale, cap=c.attention_softcap, bias=bias)
+        if not fused:
+            keys, values = (k, v) if is_prefill else (new_keys[i], new_values[i])
+            within = looks_at & (back < window) if window else looks_at
+            y = attend(q, keys, values, within, scale=c.attention_scale, cap=c.attention_softcap, bias=bias)
         y = layout.constrain(rearrange(y, "b t k g d -> b t (k g d)"), "batch", None, "heads")
         return biased(f"{name}/o", y @ weights[f"{name}/o/kernel"].astype(dtype))
 
@@ -213,10 +226,12 @@ def forward(
         x = norm("embed/norm", x)
     for i in range(c.num_layers):
         x = layout.constrain(x, "batch", None, None)
-        parts = (lambda x, i=i: attention(i, x)), (lambda x, i=i: mlp(i, x))
+        parts = (lambda x, i=i: attend_layer(i, x)), (lambda x, i=i: mlp(i, x))
         x = block(c.residual, x, lambda name, x, i=i: norm(f"layers/{i}/{name}", x), *parts)
     if c.final_norm:
         x = norm("final_norm", x)
+    if fused:
+        x = roll_rows(x, -padding)
     if c.embed_size != c.hidden_size:
         x = x @ weights["project_out/kernel"].astype(dtype)
     return layout.constrain(x, "batch", None, None), Cache(tuple(new_keys), tuple(new_values), visible)

@@ -18,12 +18,14 @@ from flax import nnx
 
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.architecture import BLOCK_NORMS, DecoderConfig
+from rlhf_jax.models.attention import Choice, kernel_on, uniform_window
 from rlhf_jax.models.experts import apply_experts, balance_loss, load, route
 from rlhf_jax.models.layers import (
     ACTIVATIONS,
     Turns,
     alibi_bias,
     attend,
+    attend_fused,
     block,
     normalise,
     normalise_heads,
@@ -42,14 +44,14 @@ class Sight(NamedTuple):
 
     Attributes:
         real: [B, T] bool.
-        visible: [B, T, T] bool, the real tokens up to the query.
+        visible: [B, T, T] bool, the real tokens up to the query; None where fused attention needs no mask.
         turns: of rotary embeddings, and `local_turns` of the layers with a window where theirs differ.
         bias: [B, K, G, 1, T] float32 of ALiBi.
         layout: where activations lie; None leaves that to the compiler.
     """
 
     real: jax.Array
-    visible: jax.Array
+    visible: jax.Array | None
     turns: Turns | None
     local_turns: Turns | None
     bias: jax.Array | None
@@ -133,12 +135,15 @@ class Attention(nnx.Module):
             if c.local_rope:
                 turns = jax.tree.map(lambda local, all: jnp.where(window > 0, local, all), sight.local_turns, turns)
             q, k = (rotate(y, turns, interleaved=c.rope.interleaved) for y in (q, k))
-        visible = sight.visible
-        if c.windows:
-            back = jnp.arange(x.shape[1])[:, None] - jnp.arange(x.shape[1])
-            visible &= (back < window) | (window == 0)
-        k, v = (rearrange(y, "b t k d -> b k t d") for y in (k, v))
-        y = attend(q, k, v, visible, scale=c.attention_scale, cap=c.attention_softcap, bias=sight.bias)
+        if sight.visible is None:
+            y = attend_fused(q, k, v, scale=c.attention_scale, window=uniform_window(c, x.shape[1]))
+        else:
+            visible = sight.visible
+            if c.windows:
+                back = jnp.arange(x.shape[1])[:, None] - jnp.arange(x.shape[1])
+                visible &= (back < window) | (window == 0)
+            k, v = (rearrange(y, "b t k d -> b k t d") for y in (k, v))
+            y = attend(q, k, v, visible, scale=c.attention_scale, cap=c.attention_softcap, bias=sight.bias)
         return pin(self.o(pin(rearrange(y, "b t k g d -> b t (k g d)"))))
 
 
@@ -240,21 +245,31 @@ class Decoder(nnx.Module):
         return self.with_balance_loss(tokens, mask, **options)[0]
 
     def with_balance_loss(
-        self, tokens: jax.Array, mask: jax.Array, *, dtype: jnp.dtype, layout: Layout | None = None, remat: bool = True
+        self,
+        tokens: jax.Array,
+        mask: jax.Array,
+        *,
+        dtype: jnp.dtype,
+        layout: Layout | None = None,
+        remat: bool = True,
+        attention: Choice = "xla",
     ) -> tuple[jax.Array, jax.Array]:
         """States and, to be added to the loss that trains them, what sparse models charge for uneven routing.
 
         Args:
             tokens: [B, T] int32.
-            mask: [B, T] bool, true on real tokens; padding may lie on either side.
+            mask: [B, T] bool, true on real tokens; padding may lie on either side, and on the right only where
+                attention is fused.
             dtype: of the activations and of every matrix product.
             layout: where activations lie; None leaves that to the compiler.
             remat: recompute each layer in the backward pass, keeping only its input.
+            attention: the kernel, see `attention_kernel`; without a layout nobody knows the devices, and it is XLA's.
         Returns:
             [B, T, E] in `dtype`, on padding finite and of no meaning; [] float32, 0 without experts.
         """
         chex.assert_equal_shape((tokens, mask))
         c, positions = self.config, positions_of(mask)
+        fused = layout and kernel_on(layout.mesh, c, dtype, tokens.shape[1], attention).name == "cudnn"
         x = jnp.take(self.embed.tokens[...], tokens, axis=0).astype(dtype) * jnp.asarray(c.embed_scale, dtype)
         if c.embed_size != c.hidden_size:
             x = self.project_in(x)
@@ -264,7 +279,7 @@ class Decoder(nnx.Module):
             x = self.embed.norm(x)
         sight = Sight(
             real=mask,
-            visible=jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool)) & mask[:, None, :],
+            visible=None if fused else jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool)) & mask[:, None, :],
             turns=turns_of(c.rope, positions) if c.rope else None,
             local_turns=turns_of(c.local_rope, positions) if c.local_rope else None,
             bias=alibi_bias(c.alibi, positions, c.num_kv_heads) if c.alibi else None,

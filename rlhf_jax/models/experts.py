@@ -75,20 +75,38 @@ def apply_experts(
         return local(*arguments)
     # Sorting is of the tokens that a device has. Axes that split the batch cannot split the width: over those the
     # experts are gathered, over the others each device has a part of every expert, and what they give is summed.
-    width = tuple(axis for axis in layout.table.mlp if axis not in layout.table.batch)
+    shared, width = layout.table.batch, layout.table.mlp
     tokens = layout.spec(("batch", None, None))
     specs = [tokens] * 3 + [PartitionSpec(None, None, width)] * 2 + [PartitionSpec(None, width, None)]
-    program = functools.partial(local, summed_over=width)
+    program = functools.partial(
+        local,
+        gathered_over=tuple(axis for axis in width if axis in shared),
+        summed_over=tuple(axis for axis in width if axis not in shared),
+    )
     return jax.shard_map(program, mesh=layout.mesh, in_specs=tuple(specs), out_specs=tokens)(*arguments)
 
 
-def _local_experts(x, chosen, weights, gate, up, down, *, activation: str, summed_over: tuple[str, ...] = ()):
+def _local_experts(
+    x,
+    chosen,
+    weights,
+    gate,
+    up,
+    down,
+    *,
+    activation: str,
+    gathered_over: tuple[str, ...] = (),
+    summed_over: tuple[str, ...] = (),
+):
     batch, length, hidden = x.shape
     per_token = chosen.shape[-1]
     order = jnp.argsort(chosen.reshape(-1), stable=True)  # of the N x C pairs of token and expert, by expert
     sizes = jnp.bincount(chosen.reshape(-1), length=gate.shape[0])
     rows = x.reshape(-1, hidden)[order // per_token]
     gate, up, down = (kernel.astype(x.dtype) for kernel in (gate, up, down))
+    if gathered_over:  # here, behind the cast, and so that the gradients are reduce-scattered
+        gate, up = (jax.lax.all_gather(kernel, gathered_over, axis=2, tiled=True) for kernel in (gate, up))
+        down = jax.lax.all_gather(down, gathered_over, axis=1, tiled=True)
     hidden_rows = ACTIVATIONS[activation](jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
     outputs = jax.lax.ragged_dot(hidden_rows, down, sizes)[jnp.argsort(order)]
     outputs = outputs.reshape(batch, length, per_token, hidden)

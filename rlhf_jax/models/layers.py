@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from rlhf_jax.models.architecture import Alibi, Rope
 from rlhf_jax.objectives.logprobs import softcapped
@@ -53,8 +54,12 @@ def positions_of(mask: jax.Array) -> jax.Array:
 
 
 def roll_rows(x: jax.Array, shift: jax.Array) -> jax.Array:
-    """Roll row b of [B, T] by shift[b] to the left, around the end: left padding of `shift` becomes right padding."""
-    return jnp.take_along_axis(x, (jnp.arange(x.shape[1]) + shift[:, None]) % x.shape[1], axis=1)
+    """Roll row b of [B, T, ...] by shift[b] to the left, around the end.
+
+    Left padding of `shift` becomes right padding, and -shift undoes it.
+    """
+    index = (jnp.arange(x.shape[1]) + shift[:, None]) % x.shape[1]
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 def turns_of(rope: Rope, positions: jax.Array) -> Turns:
@@ -117,6 +122,26 @@ def attend(
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bksd->btkgd", weights, v)
+
+
+def attend_fused(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, window: int, implementation: str = "cudnn"
+) -> jax.Array:
+    """What `attend` gives where a query may look at itself and all before it, or `window` keys back (0: all).
+
+    q: [B, T, K, G, d]; k, v: [B, T, K, d] -> [B, T, K, G, d], in bfloat16 or float16. No length is given: behind the
+    end of a right-padded row stands what nobody reads, and before it causality hides the padding.
+    """
+    y = jax.nn.dot_product_attention(
+        rearrange(q, "b t k g d -> b t (k g) d"),
+        k,
+        v,
+        scale=scale,
+        is_causal=True,
+        local_window_size=(window - 1, 0) if window else None,
+        implementation=implementation,
+    )
+    return y.reshape(q.shape)
 
 
 Half = Callable[[jax.Array], jax.Array]

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from rlhf_jax.mesh import TRAIN, Layout, single_device_mesh
 from rlhf_jax.models import peft
 from rlhf_jax.models.architecture import DecoderConfig
+from rlhf_jax.models.attention import kernel_on
 from rlhf_jax.models.decoder import NO_LORA, abstract_params, bind, last_hidden, logits, scalar
 from rlhf_jax.models.families import (
     alternatives,
@@ -248,8 +249,14 @@ def _call(program, model: Pretrained, input_ids: jax.Array, attention_mask: jax.
 
 
 def _hidden(config: DecoderConfig, lora: LoraConfig, layout: Layout | None, params, tokens, mask) -> jax.Array:
-    dtype = params["embed/tokens"].dtype
-    return bind(config, params, lora)(tokens, mask, dtype=dtype, layout=layout, remat=False)
+    dtype, decoder = params["embed/tokens"].dtype, bind(config, params, lora)
+    options = dict(dtype=dtype, layout=layout, remat=False)
+    if layout is None or kernel_on(layout.mesh, config, dtype, tokens.shape[1], "auto").name == "xla":
+        return decoder(tokens, mask, **options)
+    order = jnp.argsort(~mask, axis=1, stable=True)  # fused attention takes right-padded rows
+    tokens, mask = (jnp.take_along_axis(x, order, axis=1) for x in (tokens, mask))
+    hidden = decoder(tokens, mask, attention="cudnn", **options)
+    return jnp.take_along_axis(hidden, jnp.argsort(order, axis=1)[..., None], axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

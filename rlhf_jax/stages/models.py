@@ -16,6 +16,7 @@ from rlhf_jax.data.template import stop_ids
 from rlhf_jax.engine import Compute, Role, eos_ids
 from rlhf_jax.mesh import check_model_divides
 from rlhf_jax.models.architecture import DecoderConfig
+from rlhf_jax.models.attention import Choice, described, kernel_of_devices, kernel_on
 from rlhf_jax.models.decoder import abstract_params, init_params
 from rlhf_jax.models.lora import LoraConfig, is_adapter, is_trainable
 from rlhf_jax.models.pretrained import (
@@ -58,11 +59,12 @@ class ModelConfig:
     export_dtype: Dtype = "float32"  # of the exported folders
     remat: bool = True  # recompute layers in the backward pass: less memory, a third more work
     logprob_chunk: int = 128  # positions whose logits exist at once; 0: all
+    attention: Choice = "auto"  # "cudnn": fused, on NVIDIA GPUs; "xla"; "auto": fused where GPU, dtype and model allow
     new: NewModelConfig = NewModelConfig()
 
     @property
     def compute(self) -> Compute:
-        return Compute(jnp.dtype(self.dtype), self.remat, self.logprob_chunk)
+        return Compute(jnp.dtype(self.dtype), self.remat, self.logprob_chunk, self.attention)
 
     def role(self, config: DecoderConfig) -> Role:
         """The architecture with the adapters that this configuration gives it."""
@@ -87,6 +89,37 @@ def load(
         raise ValueError(f"{path} has no tokenizer: save one into the folder (tokenizer.save_pretrained)")
     check_model_divides({"attention heads": model.config.num_heads}, mesh)
     return model
+
+
+def say_devices(mesh: Mesh, settings: ModelConfig) -> None:
+    """Print the devices, and the attention where the models have no say in it.
+
+    Raises:
+        ValueError: model.attention is "cudnn" and these devices cannot.
+    """
+    kernel, device = kernel_of_devices(mesh, jnp.dtype(settings.dtype), settings.attention), mesh.devices.flat[0]
+    attention = f"; attention: XLA ({kernel.reason})" if kernel.name == "xla" else ""
+    print(f"devices: {mesh.size} x {device.device_kind}{attention}", flush=True)
+
+
+def say_attention(
+    stage: str,
+    model: Pretrained,
+    settings: ModelConfig,
+    length: int,
+    *,
+    phases: str = "training",
+    decodes: bool = False,
+) -> None:
+    """Print which kernel attends on rows of up to `length` tokens, and why, unless `say_devices` has.
+
+    Raises:
+        ValueError: model.attention is "cudnn" and this model cannot.
+    """
+    mesh, dtype = model.layout.mesh, jnp.dtype(settings.dtype)
+    kernel = kernel_on(mesh, model.config, dtype, length, settings.attention)
+    if kernel_of_devices(mesh, dtype, settings.attention).name == "cudnn":
+        print(f"{stage}: attention: {described(kernel, phases, decodes=decodes)}", flush=True)
 
 
 def make_state(model: Pretrained, settings: ModelConfig, tx: optax.GradientTransformation, seed: int) -> TrainState:

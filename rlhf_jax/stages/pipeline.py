@@ -13,7 +13,7 @@ from rlhf_jax.optim import learning_rate
 from rlhf_jax.sampling import check_learnable
 from rlhf_jax.stages.base import make_base
 from rlhf_jax.stages.loop import RunConfig
-from rlhf_jax.stages.models import ModelConfig
+from rlhf_jax.stages.models import ModelConfig, say_devices
 from rlhf_jax.stages.ppo import PPOConfig, ppo_sizes, run_ppo
 from rlhf_jax.stages.reward import RewardConfig, run_reward
 from rlhf_jax.stages.sft import SFTConfig, run_sft
@@ -41,6 +41,7 @@ def train(
         "ppo": (("sft", "reward"), lambda: run_ppo(run, mesh, model, data, ppo)),
     }
     check_sizes(mesh, sft, reward, ppo, stages)
+    say_devices(mesh, model)
     for stage in stages:
         needed, start = steps[stage]
         if run.export(stage).exists():

@@ -16,7 +16,7 @@ from rlhf_jax.data.batches import Batches, prompt_rows
 from rlhf_jax.data.sources import DataConfig, load_examples
 from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.engine import Experience, Models, check_positions, check_rows, eos_ids, make_engine
-from rlhf_jax.generate import Rollout
+from rlhf_jax.generate import Rollout, bucket
 from rlhf_jax.mesh import Layout, check_divides
 from rlhf_jax.objectives import masked, ppo
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
@@ -28,6 +28,7 @@ from rlhf_jax.stages.models import (
     frozen_copy,
     load,
     make_state,
+    say_attention,
     with_frozen,
     without_frozen,
 )
@@ -86,6 +87,9 @@ def run_ppo(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, co
     prompts = Batches(rows, batch_size=config.rollout_batch_size, seed=run.seed, side="left")
     for each in (actor, critic):
         check_positions(each.config, longest_row(rows), config.sample.max_new_tokens)
+    length, phases = bucket(longest_row(rows)) + config.sample.max_new_tokens, "training and scoring"
+    say_attention("ppo, actor", actor, model, length, phases="training, scoring and prefill", decodes=True)
+    say_attention("ppo, critic and reward model", critic, model, length, phases=phases)
     steps = total_steps(config.steps, config.epochs, prompts.steps_per_epoch)
     updates = steps * config.ppo_epochs * config.rollouts // batch_size
     actor_tx, critic_tx = make_optimizer(config.actor, updates), make_optimizer(config.critic, updates)

@@ -15,8 +15,15 @@ from rlhf_jax.models.decoder import abstract_params, bind, last_hidden, scalar
 from rlhf_jax.objectives.preference import pairwise_loss
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
 from rlhf_jax.stages.loop import RunConfig, say_rows, train_loop
-from rlhf_jax.stages.models import PERSISTENCE, ModelConfig, export, load, make_state
-from rlhf_jax.stages.sizes import check_rows, held_out_batches, held_out_examples, micro_batches, total_steps
+from rlhf_jax.stages.models import PERSISTENCE, ModelConfig, export, load, make_state, say_attention
+from rlhf_jax.stages.sizes import (
+    check_rows,
+    held_out_batches,
+    held_out_examples,
+    longest_row,
+    micro_batches,
+    total_steps,
+)
 from rlhf_jax.train_step import Params, TrainState, make_update
 
 
@@ -47,6 +54,7 @@ def run_reward(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig,
     rows = rows_of(load_examples(data, "reward", held_out=False))
     held_out = rows_of(held_out_examples(data, "reward")) if config.eval_batches else None
     say_rows("reward", rows, held_out)
+    say_attention("reward", pretrained, model, longest_row(rows))
     batches = Batches(rows, batch_size=config.batch_size, seed=run.seed)
     measured = held_out_batches(held_out, config.batch_size, config.eval_batches, layout)
     steps = total_steps(config.steps, config.epochs, batches.steps_per_epoch)
@@ -54,7 +62,7 @@ def run_reward(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig,
     def scores(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """[B, 2] of the chosen and the rejected answer, and the balance loss."""
         tokens, mask = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.mask))
-        options = dict(dtype=compute.dtype, layout=layout, remat=compute.remat)
+        options = dict(dtype=compute.dtype, layout=layout, remat=compute.remat, attention=compute.attention)
         hidden, balance = bind(decoder, params, lora).with_balance_loss(tokens, mask, **options)
         return scalar(params, last_hidden(hidden, mask)).reshape(-1, 2), balance
 

@@ -16,8 +16,15 @@ from rlhf_jax.objectives.logprobs import token_logprobs
 from rlhf_jax.objectives.masked import mean
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
 from rlhf_jax.stages.loop import RunConfig, say_rows, train_loop
-from rlhf_jax.stages.models import PERSISTENCE, ModelConfig, export, load, make_state
-from rlhf_jax.stages.sizes import check_rows, held_out_batches, held_out_examples, micro_batches, total_steps
+from rlhf_jax.stages.models import PERSISTENCE, ModelConfig, export, load, make_state, say_attention
+from rlhf_jax.stages.sizes import (
+    check_rows,
+    held_out_batches,
+    held_out_examples,
+    longest_row,
+    micro_batches,
+    total_steps,
+)
 from rlhf_jax.train_step import Params, TrainState, make_update
 
 
@@ -48,6 +55,7 @@ def run_sft(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, co
     rows = rows_of(load_examples(data, "sft", held_out=False))
     held_out = rows_of(held_out_examples(data, "sft")) if config.eval_batches else None
     say_rows("sft", rows, held_out)
+    say_attention("sft", pretrained, model, longest_row(rows))
     batches = Batches(rows, batch_size=config.batch_size, seed=run.seed)
     measured = held_out_batches(held_out, config.batch_size, config.eval_batches, layout)
     steps = total_steps(config.steps, config.epochs, batches.steps_per_epoch)
@@ -55,7 +63,12 @@ def run_sft(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, co
     def losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The mean over the learned tokens, the balance loss, and how many tokens are learned."""
         hidden, balance = bind(decoder, params, lora).with_balance_loss(
-            batch.tokens, batch.mask, dtype=compute.dtype, layout=layout, remat=compute.remat
+            batch.tokens,
+            batch.mask,
+            dtype=compute.dtype,
+            layout=layout,
+            remat=compute.remat,
+            attention=compute.attention,
         )
         logprobs = token_logprobs(
             hidden[:, :-1],

@@ -1,0 +1,179 @@
+"""GPUs that need not be there: what they have, and devices that XLA compiles for wherever the CUDA plugin is."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+# Timing candidate kernels needs the GPU; without it the compiler takes its first choice.
+COMPILE_OPTIONS = {"xla_gpu_autotune_level": 0}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One model of card. Numbers are NVIDIA's data sheets', rates without sparsity, a second.
+
+    Attributes:
+        memory: bytes that CUDA reports, a little under the card's name.
+        bandwidth: bytes of memory.
+        flops: of bfloat16 products summed in float32; of float16 where there is no bfloat16 (V100).
+        link: bytes to the other cards of a node, each way: NVLink, or PCIe where `nvlink` is false.
+        network: bytes to other nodes for each card, each way, as such nodes are usually sold.
+        capability: CUDA compute capability.
+        cores .. clock: what the compiler asks of the chip: multiprocessors, float32 units of each, bytes of L2 cache
+            and of shared memory (a multiprocessor's, and the most that a block may have), threads, GHz.
+    """
+
+    name: str
+    title: str
+    memory: int
+    bandwidth: float
+    flops: float
+    link: float
+    network: float
+    capability: str
+    cores: int
+    units: int
+    cache: int
+    shared: int
+    shared_block: int
+    threads: int
+    clock: float
+    nvlink: bool = True
+
+    @property
+    def target_config(self) -> str:
+        """The text of a GpuTargetConfigProto, which stands for the card when XLA compiles."""
+        major, minor = self.capability.split(".")
+        return f"""
+gpu_device_info {{
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: {self.threads}
+  core_count: {self.cores}
+  fpus_per_core: {self.units}
+  shared_memory_per_block: 49152
+  shared_memory_per_core: {self.shared}
+  shared_memory_per_block_optin: {self.shared_block}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  memory_bandwidth: {int(self.bandwidth)}
+  l2_cache_size: {self.cache}
+  clock_rate_ghz: {self.clock}
+  device_memory_size: {self.memory}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+runtime_version {{ major: 12 minor: 8 patch: 0 }}
+device_description_str: "{self.title}"
+"""
+
+
+def _ampere(name: str, title: str, memory: int, bandwidth: float) -> Gpu:
+    return Gpu(
+        *(name, title, memory, bandwidth, 312e12, 300e9, 25e9),
+        *("8.0", 108, 64, 41943040, 167936, 166912, 2048, 1.41),
+    )
+
+
+def _hopper(name: str, title: str, memory: int, bandwidth: float) -> Gpu:
+    return Gpu(
+        *(name, title, memory, bandwidth, 989.4e12, 450e9, 50e9),
+        *("9.0", 132, 128, 52428800, 233472, 232448, 2048, 1.98),
+    )
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        _ampere("A100-40GB", "NVIDIA A100-SXM4-40GB", 42331013120, 1555.2e9),
+        _ampere("A100-80GB", "NVIDIA A100-SXM4-80GB", 85094236160, 2039e9),
+        Gpu(
+            *("A6000-48GB", "NVIDIA RTX A6000", 51041271808, 768.096e9, 154.8e12, 32e9, 3.1e9),
+            *("8.6", 84, 128, 6291456, 102400, 101376, 1536, 1.8, False),
+        ),
+        _hopper("H100-80GB", "NVIDIA H100 80GB HBM3", 84942979072, 3352.32e9),
+        _hopper("H200", "NVIDIA H200 141GB HBM3e", 151397597184, 4800e9),
+        Gpu(
+            *("L40S", "NVIDIA L40S", 47810936832, 864e9, 362.05e12, 32e9, 12.5e9),
+            *("8.9", 142, 128, 100663296, 102400, 101376, 1536, 2.52, False),
+        ),
+        Gpu(
+            *("V100-32GB", "Tesla V100-SXM2-32GB", 34089730048, 898.048e9, 125e12, 150e9, 3.1e9),
+            *("7.0", 80, 64, 6291456, 98304, 98304, 2048, 1.53),
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`nodes` computers with `per_node` cards each."""
+
+    gpu: Gpu
+    nodes: int
+    per_node: int
+
+    @property
+    def count(self) -> int:
+        return self.nodes * self.per_node
+
+
+def machine(text: str) -> Machine:
+    """ "A100-80GB", "8xA100-80GB" or, in several nodes, "8x8xA100-80GB".
+
+    Raises:
+        ValueError: text of another form, or an unknown card.
+    """
+    match = re.fullmatch(r"(?:([1-9]\d*)x)?(?:([1-9]\d*)x)?([A-Za-z].*)", text.strip())
+    gpu = GPUS.get(match[3]) if match else None
+    if gpu is None:
+        raise ValueError(
+            f'"{text}" names no GPUs: write for example 8xA100-80GB, or 8x8xA100-80GB for eight such nodes; known '
+            f"cards are {', '.join(GPUS)}"
+        )
+    counts = [int(count) for count in match.groups()[:2] if count]
+    return Machine(gpu, counts[0] if len(counts) == 2 else 1, counts[-1] if counts else 1)
+
+
+def plugin() -> str | None:
+    """The CUDA plugin that is installed; None if there is none."""
+    return next((name for name in PLUGINS if importlib.util.find_spec(name)), None)
+
+
+def devices_of(text: str) -> list[Any]:
+    """Compile-only JAX devices for `machine(text)`, for a mesh of programs that are lowered and compiled, never run.
+
+    Nothing here needs a GPU. Compile with `COMPILE_OPTIONS`, and `attention` and layouts come out as on the real ones.
+
+    Raises:
+        ValueError: no such GPUs, or no CUDA plugin that knows them.
+    """
+    wanted = machine(text)
+    if plugin() is None:
+        raise ValueError(f'compiling for {text} needs JAX\'s CUDA plugin, not a GPU: pip install "rlhf_jax[cuda13]"')
+    if wanted.gpu.capability < "7.5" and plugin() == "jax_cuda13_plugin":
+        raise ValueError(f'CUDA 13 no longer compiles for {wanted.gpu.name}: pip install "rlhf_jax[cuda12]" instead')
+    # Else the plugin refuses to load where the driver's libraries, which compiling does not need, are missing.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    from jax.experimental import topologies
+
+    return list(
+        topologies.get_topology_desc(
+            wanted.gpu.name,
+            platform="cuda",
+            target_config=wanted.gpu.target_config,
+            topology=f"1x{wanted.nodes}x{wanted.per_node}",
+        ).devices
+    )

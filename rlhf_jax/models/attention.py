@@ -1,0 +1,110 @@
+"""Which kernel attends: cuDNN's fused attention where GPU, dtype and model allow it, XLA's matrix products elsewhere.
+
+The fused kernel never writes the [T, S] scores to memory. It is asked for causal attention and nothing else: no mask
+and no bias, which it would have to read as [B, H, T, S]. So rows are right-padded before it, where causality alone
+keeps every real query from the padding.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rlhf_jax.models.architecture import DecoderConfig
+
+Choice = Literal["auto", "xla", "cudnn"]
+LARGEST_HEAD = 128  # cuDNN's backward pass on Ampere; Hopper takes 256
+
+
+class Kernel(NamedTuple):
+    name: Literal["cudnn", "xla"]
+    reason: str
+
+
+def device_obstacle(dtype: jnp.dtype, platform: str, capability: str) -> str:
+    """Why these devices cannot run fused attention in `dtype`; "" if they can.
+
+    Args:
+        platform: of the devices, as JAX names it.
+        capability: CUDA compute capability, for example "8.0"; "" where there is none.
+    """
+    if platform != "gpu":
+        return f"fused attention runs on GPUs, and the devices are {platform}"
+    major = capability.partition(".")[0]
+    if not major.isdigit():
+        return "fused attention is cuDNN's, and these GPUs are not NVIDIA's"
+    if int(major) < 8:
+        return f"fused attention needs compute capability 8.0, and these GPUs have {capability}"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"fused attention computes in bfloat16 or float16, and the dtype is {jnp.dtype(dtype).name}"
+    return ""
+
+
+def model_obstacle(config: DecoderConfig, length: int) -> str:
+    """Why fused attention cannot compute this model on rows of `length` tokens; "" if it can."""
+    if config.attention_softcap:
+        return f"scores are soft-capped at {config.attention_softcap:g}"
+    if config.alibi:
+        return "scores are biased (ALiBi)"
+    if config.head_dim % 8 or config.head_dim > LARGEST_HEAD:
+        return f"heads have size {config.head_dim}, and fused ones are multiples of 8 up to {LARGEST_HEAD}"
+    if uniform_window(config, length) is None:
+        return f"windows differ between the layers and rows of {length} tokens are longer than the shortest"
+    return ""
+
+
+def uniform_window(config: DecoderConfig, length: int) -> int | None:
+    """The window that all layers share on rows of `length` tokens, 0 where all see everything; None if they differ."""
+    windows = {window if window < length else 0 for window in config.windows or (0,)}
+    return windows.pop() if len(windows) == 1 else None
+
+
+def attention_kernel(
+    config: DecoderConfig,
+    dtype: jnp.dtype,
+    platform: str,
+    length: int,
+    choice: Choice = "auto",
+    *,
+    capability: str = "",
+) -> Kernel:
+    """The kernel for rows of `length` tokens that are looked at all at once, and why.
+
+    Raises:
+        ValueError: "cudnn" is asked for where it is impossible.
+    """
+    return _kernel(device_obstacle(dtype, platform, capability) or model_obstacle(config, length), choice, dtype)
+
+
+def _kernel(obstacle: str, choice: Choice, dtype: jnp.dtype) -> Kernel:
+    if choice == "cudnn" and obstacle:
+        raise ValueError(f'model.attention="cudnn" is impossible: {obstacle}; set it to "auto" or "xla"')
+    if choice == "xla":
+        return Kernel("xla", 'model.attention="xla"')
+    return Kernel("xla", obstacle) if obstacle else Kernel("cudnn", f"{jnp.dtype(dtype).name}, causal")
+
+
+def kernel_of_devices(mesh: Mesh, dtype: jnp.dtype, choice: Choice) -> Kernel:
+    """What any model could have on the devices of a mesh, real or only compiled for; raises as `attention_kernel`."""
+    device = mesh.devices.flat[0]
+    return _kernel(device_obstacle(dtype, device.platform, capability_of(device)), choice, dtype)
+
+
+def kernel_on(mesh: Mesh, config: DecoderConfig, dtype: jnp.dtype, length: int, choice: Choice) -> Kernel:
+    """`attention_kernel` for the devices of a mesh."""
+    device = mesh.devices.flat[0]
+    return attention_kernel(config, dtype, device.platform, length, choice, capability=capability_of(device))
+
+
+def capability_of(device: jax.Device) -> str:
+    return str(getattr(device, "compute_capability", ""))
+
+
+def described(kernel: Kernel, phases: str, *, decodes: bool) -> str:
+    """What a run says: "cuDNN for scoring and prefill (bfloat16, causal), XLA for decoding (one query)"."""
+    if kernel.name == "xla":
+        return f"XLA ({kernel.reason})"
+    return f"cuDNN for {phases} ({kernel.reason})" + (", XLA for decoding (one query)" if decodes else "")

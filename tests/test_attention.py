@@ -1,0 +1,257 @@
+"""Fused attention: where it is chosen and why, and that what it is asked for is what `attend` computes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from einops import rearrange
+
+from rlhf_jax.generate import prefill
+from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
+from rlhf_jax.models import cached, decoder, pretrained
+from rlhf_jax.models.architecture import Alibi
+from rlhf_jax.models.attention import Kernel, attention_kernel, described, kernel_on, uniform_window
+from rlhf_jax.models.decoder import bind
+from rlhf_jax.models.layers import attend, attend_fused, roll_rows
+
+BFLOAT16, FLOAT16, FLOAT32 = (jnp.dtype(name) for name in ("bfloat16", "float16", "float32"))
+WINDOWED = dataclasses.replace(tiny.LLAMA, windows=(5, 5))
+ALTERNATING = dataclasses.replace(tiny.LLAMA, windows=(0, 5))
+
+
+def kernel(config=tiny.LLAMA, dtype=BFLOAT16, platform="gpu", length=16, choice="auto", capability="8.0"):
+    return attention_kernel(config, dtype, platform, length, choice, capability=capability)
+
+
+@pytest.mark.parametrize(
+    "allowed",
+    [
+        {},
+        {"dtype": FLOAT16},
+        {"choice": "cudnn", "capability": "9.0"},
+        {"capability": "12.0"},
+        {"config": dataclasses.replace(tiny.LLAMA, head_dim=128)},
+        {"config": WINDOWED},
+        {"config": ALTERNATING, "length": 5},
+        {"config": tiny.SPARSE},
+        {"config": tiny.scalar(tiny.OPT)},
+        {"length": 511},
+    ],
+)
+def test_attention_is_fused_where_gpu_dtype_and_model_allow_it(allowed):
+    assert kernel(**allowed).name == "cudnn"
+
+
+OBSTACLES = [
+    ({"platform": "cpu", "capability": ""}, "the devices are cpu"),
+    ({"platform": "tpu", "capability": ""}, "the devices are tpu"),
+    ({"capability": "gfx90a"}, "not NVIDIA's"),
+    ({"capability": ""}, "not NVIDIA's"),
+    ({"capability": "7.0"}, "needs compute capability 8.0, and these GPUs have 7.0"),
+    ({"dtype": FLOAT32}, "the dtype is float32"),
+    ({"config": dataclasses.replace(tiny.LLAMA, attention_softcap=50.0)}, "soft-capped at 50"),
+    ({"config": dataclasses.replace(tiny.LLAMA, alibi=Alibi((0.5,) * 8))}, "biased"),
+    ({"config": dataclasses.replace(tiny.LLAMA, head_dim=256)}, "heads have size 256"),
+    ({"config": dataclasses.replace(tiny.LLAMA, head_dim=12)}, "heads have size 12"),
+    ({"config": ALTERNATING}, "windows differ between the layers and rows of 16 tokens are longer"),
+    ({"choice": "xla"}, 'model.attention="xla"'),
+]
+
+
+@pytest.mark.parametrize(("circumstance", "reason"), OBSTACLES)
+def test_attention_is_left_to_xla_elsewhere_and_says_why(circumstance, reason):
+    chosen = kernel(**circumstance)
+    assert chosen.name == "xla" and reason in chosen.reason
+
+
+@pytest.mark.parametrize(("circumstance", "reason"), OBSTACLES[:-1])
+def test_fused_attention_that_is_asked_for_and_impossible_is_an_error_with_the_mend(circumstance, reason):
+    with pytest.raises(ValueError, match='model.attention="cudnn" is impossible') as error:
+        kernel(**circumstance, choice="cudnn")
+    assert reason in str(error.value) and 'set it to "auto" or "xla"' in str(error.value)
+
+
+def test_on_these_devices_attention_is_left_to_xla():
+    assert kernel_on(single_device_mesh(), tiny.LLAMA, BFLOAT16, 16, "auto").name == "xla"
+
+
+def test_what_a_run_says_names_the_phases():
+    said = described(kernel(), "scoring and prefill", decodes=True)
+    assert said == "cuDNN for scoring and prefill (bfloat16, causal), XLA for decoding (one query)"
+    assert described(kernel(dtype=FLOAT32), "training", decodes=True).startswith("XLA (fused attention computes in")
+
+
+def test_windows_that_no_row_fills_are_none():
+    assert [uniform_window(ALTERNATING, length) for length in (4, 5, 6)] == [0, 0, None]
+    assert [uniform_window(WINDOWED, length) for length in (5, 6)] == [0, 5]
+
+
+def arrays(dtype, heads, kv_heads, batch=3, length=12, size=8):
+    """Queries [B, T, K, G, d], keys and values [B, T, K, d]."""
+    rng = np.random.default_rng(0)
+    shapes = (batch, length, kv_heads, heads // kv_heads, size), *[(batch, length, kv_heads, size)] * 2
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def attended(q, k, v, mask, window):
+    """By `attend`, with all that its mask says: real tokens, none after the query, and the window."""
+    back = np.arange(q.shape[1])[:, None] - np.arange(q.shape[1])
+    visible = (back >= 0) & (back < (window or q.shape[1])) & mask[:, None, :]
+    return attend(q, *(rearrange(y, "b t k d -> b k t d") for y in (k, v)), visible, scale=0.3)
+
+
+# float32: sums in another order. bfloat16: both round the weights of the values, and the result, to 8 bits.
+TOLERANCE = {FLOAT32: 1e-6, BFLOAT16: 2e-2}
+GRIDS = [
+    pytest.mark.parametrize("window", [0, 1, 5]),
+    pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=str),
+]
+
+
+def in_all_cases(test):
+    for grid in GRIDS:
+        test = grid(test)
+    return test
+
+
+@in_all_cases
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_fused_attention_is_asked_for_the_same_function_on_right_padded_rows(heads, window, dtype):
+    q, k, v = arrays(dtype, *heads)
+    mask = np.arange(12) < np.array([12, 7, 1])[:, None]
+    fused = attend_fused(q, k, v, scale=0.3, window=window, implementation="xla")
+    assert fused.dtype == dtype and fused.shape == q.shape
+    expected = attended(q, k, v, mask, window)
+    difference = np.abs(np.asarray(fused, np.float32) - np.asarray(expected, np.float32))
+    assert difference[mask].max() < TOLERANCE[dtype]
+
+
+@in_all_cases
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_fused_attention_of_left_padded_rows_is_that_of_the_rolled_ones(heads, window, dtype):
+    q, k, v = arrays(dtype, *heads)
+    padding = np.array([0, 5, 11])
+    mask = np.arange(12) >= padding[:, None]
+    rolled = (roll_rows(y, padding) for y in (q, k, v))
+    fused = roll_rows(attend_fused(*rolled, scale=0.3, window=window, implementation="xla"), -padding)
+    expected = attended(q, k, v, mask, window)
+    difference = np.abs(np.asarray(fused, np.float32) - np.asarray(expected, np.float32))
+    assert difference[mask].max() < TOLERANCE[dtype]
+
+
+def test_padding_gets_no_gradient_and_gives_none_through_fused_attention():
+    q, k, v = arrays(FLOAT32, 4, 2)
+    mask = np.arange(12) < np.array([12, 7, 1])[:, None]
+
+    def loss(function):
+        return jax.grad(lambda x: (jnp.square(function(*x)) * mask[..., None, None, None]).sum())((q, k, v))
+
+    fused = loss(lambda q, k, v: attend_fused(q, k, v, scale=0.3, window=0, implementation="xla"))
+    expected = loss(lambda q, k, v: attended(q, k, v, mask, 0))
+    for got, wanted in zip(fused, expected, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+        assert not np.asarray(got)[~mask].any()
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """As on a GPU, with XLA in cuDNN's place; yields the (query heads, window) of every call of fused attention."""
+    calls = []
+
+    def call(q, k, v, *, scale, window):
+        calls.append((q.shape[2] * q.shape[3], window))
+        return attend_fused(q, k, v, scale=scale, window=window, implementation="xla")
+
+    for module in (decoder, cached, pretrained):
+        choose = lambda mesh, config, dtype, length, choice: Kernel("xla" if choice == "xla" else "cudnn", "")  # noqa: E731
+        monkeypatch.setattr(module, "kernel_on", choose)
+    for module in (decoder, cached):
+        monkeypatch.setattr(module, "attend_fused", call)
+    return calls
+
+
+FUSED = {"opt": tiny.OPT, "llama": tiny.LLAMA, "sparse": tiny.SPARSE, "windowed": WINDOWED}
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("family", FUSED)
+def test_states_and_gradients_of_right_padded_rows_are_those_without_fusing(pretended, family, remat):
+    config, layout = FUSED[family], Layout(single_device_mesh(), TRAIN)
+    params = tiny.random_params(config, layout.mesh)
+    tokens, mask = tiny.prompts(config, [12, 7, 1], 12, side="right")
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(params, attention):
+        def loss(params):
+            options = dict(dtype=jnp.float32, layout=layout, remat=remat, attention=attention)
+            states = bind(config, params)(tokens, mask, **options)
+            return (jnp.square(states) * mask[..., None]).sum(), states
+
+        (_, states), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return states, grads
+
+    (fused, fused_grads), (states, grads) = run(params, "cudnn"), run(params, "xla")
+    assert set(pretended) == {(config.num_heads, 5 if family == "windowed" else 0)}
+    np.testing.assert_allclose(fused[mask], states[mask], atol=2e-5)
+    for path, grad in grads.items():
+        np.testing.assert_allclose(
+            fused_grads[path], grad, atol=2e-5 * max(1, float(jnp.abs(grad).max())), err_msg=path
+        )
+
+
+@pytest.mark.parametrize("mesh_name", ["one", "data2-fsdp2-tensor2"])
+@pytest.mark.parametrize("family", FUSED)
+def test_a_fused_prefill_leaves_the_logits_and_the_cache_of_one_that_is_not(pretended, family, mesh_name):
+    config, mesh = FUSED[family], tiny.mesh_of(mesh_name)
+    layout = Layout(mesh, GENERATE)
+    params = tiny.random_params(config, mesh)
+    weights = jax.jit(lambda params: cached.for_decoding(config, params, layout, jnp.float32))(params)
+    tokens, mask = tiny.prompts(config, [12, 7, 1, 3], 12)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(weights, attention):
+        return prefill(config, weights, tokens, mask, 4, layout, jnp.float32, attention)
+
+    (fused, fused_cache), (logits, cache) = run(weights, "cudnn"), run(weights, "xla")
+    assert len(pretended) == config.num_layers
+    np.testing.assert_allclose(fused, logits, atol=2e-5)
+    np.testing.assert_array_equal(fused_cache.visible, cache.visible)
+    for got, expected in zip(fused_cache.keys + fused_cache.values, cache.keys + cache.values, strict=True):
+        real = np.asarray(cache.visible)[:, None, :, None]
+        np.testing.assert_allclose(np.where(real, got, 0), np.where(real, expected, 0), atol=2e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_states_of_either_padding_side_are_the_same_fused(pretended, side):
+    config, layout = tiny.LLAMA, Layout(single_device_mesh(), TRAIN)
+    params = tiny.random_params(config, layout.mesh)
+    tokens, mask = tiny.prompts(config, [12, 7, 1], 12, side=side)
+    fused = pretrained._hidden(config, decoder.NO_LORA, layout, params, tokens, mask)
+    assert pretended
+    states = pretrained._hidden(config, decoder.NO_LORA, None, params, tokens, mask)
+    np.testing.assert_allclose(fused[mask], states[mask], atol=2e-5)
+
+
+@pytest.mark.gpu
+@in_all_cases
+def test_cudnn_attends_as_xla_does_in_bfloat16(heads, window):
+    q, k, v = arrays(BFLOAT16, *heads, length=192, size=64)
+    mask = np.arange(192) < np.array([192, 70, 1])[:, None]
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(arrays, implementation):
+        def total(arrays):
+            y = attend_fused(*arrays, scale=0.125, window=window, implementation=implementation)
+            return (jnp.square(y.astype(jnp.float32)) * mask[..., None, None, None]).sum(), y
+
+        (_, y), grads = jax.value_and_grad(total, has_aux=True)(arrays)
+        return y, *grads
+
+    assert "cudnn" in run.lower((q, k, v), "cudnn").as_text()
+    for name, got, expected in zip("yqkv", run((q, k, v), "cudnn"), run((q, k, v), "xla"), strict=True):
+        got, expected = (np.asarray(x, np.float32)[mask] for x in (got, expected))
+        assert np.abs(got - expected).max() < 2e-2 * max(1, np.abs(expected).max()), name

@@ -1,0 +1,317 @@
+"""The programs of PPO as XLA compiles them for eight A100s that are not there: what they move, keep and call.
+
+Runs by `pytest -m cuda` where JAX's CUDA plugin is installed; no GPU is needed, and none is used.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import re
+import tempfile
+from collections import Counter
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from rlhf_jax.engine import Compute, Models, Role, make_engine, make_publish
+from rlhf_jax.generate import Rollout, SampleConfig, generate
+from rlhf_jax.gpus import COMPILE_OPTIONS, devices_of
+from rlhf_jax.mesh import GENERATE, TRAIN, Layout, MeshConfig, make_mesh
+from rlhf_jax.models import cached
+from rlhf_jax.models.architecture import Experts, Rope
+from rlhf_jax.models.decoder import NO_LORA, abstract_params
+from rlhf_jax.models.lora import LoraConfig, is_trainable
+from rlhf_jax.optim import OptimConfig, make_optimizer
+from rlhf_jax.stages.ppo import PPOConfig, actor_loss, advantages, critic_loss
+from rlhf_jax.train_step import TrainState, state_shardings
+from rlhf_jax.trees import partition
+
+pytestmark = [pytest.mark.cuda, pytest.mark.slow]
+
+BFLOAT16 = jnp.dtype("bfloat16")
+# Two layers of everyday width, so that no activation of a decode step is as large as the smallest weight.
+SIZES = dict(vocab_size=8192, padded_vocab=8192, hidden_size=1024, embed_size=1024, num_layers=2, head_dim=64)
+SIZES |= dict(num_heads=16, max_positions=2048, attention_scale=0.125)
+OPT = dataclasses.replace(tiny.OPT, **SIZES, num_kv_heads=16, mlp_size=4096, position_rows=2050)
+ROPE = Rope(tuple(10_000 ** (-n / 32) for n in range(32)))
+LLAMA = dataclasses.replace(tiny.LLAMA, **SIZES, num_kv_heads=8, mlp_size=2816, rope=ROPE)
+SPARSE = dataclasses.replace(LLAMA, family="mixtral", experts=Experts(4, 2, renormalised=True, aux_coef=0.02))
+LORA = LoraConfig(rank=8)
+CASES = {"llama": (LLAMA, NO_LORA), "opt-lora": (OPT, LORA), "sparse": (SPARSE, NO_LORA), "sparse-lora": (SPARSE, LORA)}
+ROWS, PROMPT, NEW, CHUNK, MICRO = 32, 128, 128, 64, 2
+
+
+def shaped(shape, dtype, sharding):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def with_shardings(tree, shardings):
+    return jax.tree.map(lambda leaf, sharding: shaped(leaf.shape, leaf.dtype, sharding), tree, shardings)
+
+
+def rows(layout, shape, dtype):
+    return shaped(shape, dtype, layout.sharding(("batch", *[None] * (len(shape) - 1))))
+
+
+def params_of(config, lora, layout, dtype):
+    return {path: shaped(x.shape, dtype, layout.sharding(x.axes)) for path, x in abstract_params(config, lora).items()}
+
+
+def state_of(config, lora, layout, tx):
+    params = params_of(config, lora, layout, jnp.float32)
+    trainable, frozen = partition(params, lambda path: is_trainable(path, lora))
+    frozen = {path: shaped(x.shape, BFLOAT16, x.sharding) for path, x in frozen.items()}
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, frozen, jax.eval_shape(tx.init, trainable))
+    return with_shardings(state, state_shardings(state, abstract_params(config, lora), layout))
+
+
+@contextlib.contextmanager
+def told_on_stderr():
+    """A list that receives what the compiler writes meanwhile."""
+    told, before = [], os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield told
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            file.seek(0)
+            told.append(file.read().decode(errors="replace"))
+
+
+class Program(NamedTuple):
+    text: str
+    memory: Any
+    told: str
+
+
+def compiled(lowered) -> Program:
+    with told_on_stderr() as told:
+        done = lowered.compile(COMPILE_OPTIONS)
+    return Program(done.as_text(), done.memory_analysis(), told[0])
+
+
+@functools.lru_cache
+def mesh():
+    return make_mesh(MeshConfig(1, 4, 2), devices_of("8xA100-80GB"))
+
+
+@functools.lru_cache
+def parts(case):
+    """(engine, models, sharded weights for decoding) of a case, all abstract."""
+    config, lora = CASES[case]
+    critic, settings, tx = tiny.scalar(config), PPOConfig(), make_optimizer(OptimConfig(1e-5), 10)
+    train = Layout(mesh(), TRAIN)
+    engine = make_engine(
+        actor=Role(config, lora),
+        critic=Role(critic),
+        reward=critic,
+        estimate=lambda experience: advantages(experience, settings),
+        actor_loss=lambda logprobs, entropy, experience: actor_loss(logprobs, entropy, experience, settings),
+        critic_loss=lambda values, experience: critic_loss(values, experience, settings),
+        actor_tx=tx,
+        critic_tx=tx,
+        sample=SampleConfig(NEW),
+        eos_ids=(2,),
+        mesh=mesh(),
+        compute=Compute(BFLOAT16, True, CHUNK),
+        num_micro=MICRO,
+    )
+    models = Models(
+        actor=state_of(config, lora, train, tx),
+        critic=state_of(critic, NO_LORA, train, tx),
+        reference={} if lora.rank else params_of(config, NO_LORA, train, BFLOAT16),
+        reward=params_of(critic, NO_LORA, train, BFLOAT16),
+    )
+    weights = jax.eval_shape(engine.publish, models.actor.params)
+    shardings = engine.publish.lower(models.actor.params).compile(COMPILE_OPTIONS).output_shardings
+    return engine, models, with_shardings(weights, shardings)
+
+
+@functools.lru_cache
+def program(case, name) -> Program:
+    engine, models, weights = parts(case)
+    config, _ = CASES[case]
+    serve, train = Layout(mesh(), GENERATE), Layout(mesh(), TRAIN)
+    wide = [((ROWS, PROMPT), jnp.int32), ((ROWS, PROMPT), bool), ((ROWS, NEW), jnp.int32), ((ROWS, NEW), bool)]
+    rollout = Rollout(*(rows(serve, *x) for x in [*wide, ((ROWS, NEW), jnp.float32), ((ROWS,), bool)]))
+    if name == "publish":
+        return compiled(engine.publish.lower(models.actor.params))
+    if name == "generate":
+        options = SampleConfig(NEW), (2,), serve, BFLOAT16
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        key = shaped(key.shape, key.dtype, serve.sharding(()))
+        run = jax.jit(lambda weights, prompts, mask, key: generate(config, weights, prompts, mask, key, *options))
+        return compiled(run.lower(weights, rollout.prompts, rollout.prompt_mask, key))
+    if name == "score":
+        return compiled(engine.score.lower(models, rollout))
+    assert name == "update"
+    experience = jax.tree.map(lambda x: rows(train, x.shape, x.dtype), jax.eval_shape(engine.score, models, rollout))
+    return compiled(jax.jit(engine.update, donate_argnums=0).lower(models, experience))
+
+
+def moved(text: str, kind: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(dtype, shape) of every array that collectives of a kind give; XLA combines many arrays into one of them."""
+    found = []
+    for shape, start in re.findall(rf"= (.*?) {kind}(-start)?\(", text):
+        arrays = [
+            (dtype, tuple(map(int, dims.split(","))) if dims else ())
+            for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", re.sub(r"\{[^{}]*\}|/\*.*?\*/", "", shape))
+        ]
+        # What starts names its operands before its results; an all-reduce names its results alone.
+        found += arrays[len(arrays) // 2 :] if start and kind != "all-reduce" else arrays
+    return found
+
+
+def kinds(text: str) -> set[str]:
+    every = "all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter|send|recv"
+    return set(re.findall(rf"(?<=[\s=])({every})(?:-start)?\(", text))
+
+
+def split_leaves(config, lora=NO_LORA):
+    layout = Layout(mesh(), TRAIN)
+    return {path: leaf for path, leaf in abstract_params(config, lora).items() if any(layout.spec(leaf.axes))}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_publish_is_one_bfloat16_all_gather_of_each_split_weight_and_nothing_else(case):
+    text = program(case, "publish").text
+    assert kinds(text) == {"all-gather"}
+    assert [dtype for dtype, _ in moved(text, "all-gather")] == ["bf16"] * len(split_leaves(CASES[case][0]))
+
+
+@pytest.mark.parametrize("name", ["score", "update"])
+@pytest.mark.parametrize("case", CASES)
+def test_no_weight_is_gathered_in_float32(case, name):
+    gathered = moved(program(case, name).text, "all-gather")
+    assert sum(dtype == "bf16" for dtype, _ in gathered) >= 7, "the weights of a layer, at least"
+    # What else is gathered in float32 is at most one number for each action.
+    assert [shape for dtype, shape in gathered if dtype == "f32" and math.prod(shape) > ROWS * NEW] == []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_split_weights_are_reduce_scattered_and_of_no_matrix_all_reduced(case):
+    config, lora = CASES[case]
+    text, layout = program(case, "update").text, Layout(mesh(), TRAIN)
+    expected = Counter()
+    for role, adapters in ((config, lora), (tiny.scalar(config), NO_LORA)):
+        for path, leaf in split_leaves(role, adapters).items():
+            # Of the tables that tokens look rows up in, every device makes the gradient of its own rows.
+            if path.startswith("layers/") and is_trainable(path, adapters):
+                shard = layout.sharding(leaf.axes).shard_shape(leaf.shape)[1:]
+                expected[tuple(sorted(size for size in shard if size > 1))] += 1
+    scattered = Counter(tuple(sorted(n for n in shape if n > 1)) for _, shape in moved(text, "reduce-scatter"))
+    assert expected and not expected - scattered
+    smallest = min(math.prod(leaf.shape[1:]) for path, leaf in abstract_params(config).items() if "q/kernel" in path)
+    assert [shape for _, shape in moved(text, "all-reduce") if math.prod(shape) >= smallest // 2] == []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_train_state_is_donated_and_every_byte_of_it_reused(case):
+    memory, (_, models, _) = program(case, "update").memory, parts(case)
+    state = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(models)
+    )
+    assert memory.alias_size_in_bytes >= state
+    assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 2**14, "the metrics"
+
+
+@pytest.mark.parametrize("name", ["publish", "generate", "score", "update"])
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_rematerialised_whole_for_want_of_a_better_way(case, name):
+    assert "nvoluntary full rematerialization" not in program(case, name).told
+
+
+def test_what_is_rematerialised_whole_would_be_seen():
+    layout = Layout(mesh(), TRAIN)
+    x = shaped((1024, 1024), BFLOAT16, layout.sharding(("mlp", None)))
+    moving = jax.jit(lambda x: Layout(mesh(), GENERATE).constrain(x * 2, None, "mlp"))
+    assert "nvoluntary full rematerialization" in compiled(moving.lower(x)).told
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_attention_is_cudnns_in_every_program_that_looks_at_whole_rows(case):
+    calls = {
+        name: Counter(re.findall(r'custom_call_target="__cudnn\$fmha(\w+)"', program(case, name).text))
+        for name in ("generate", "score", "update")
+    }
+    assert calls["generate"] == {"Softmax": CASES[case][0].num_layers}, "the prefill, layer by layer"
+    assert calls["score"] == {"Softmax": 4}, "one of each model, whose layers are a loop"
+    assert calls["update"] == {"Softmax": 4, "SoftmaxBackward": 2}, "actor and critic: forward, again, and backward"
+    for name in ("score", "update"):
+        assert f"{PROMPT + NEW},{PROMPT + NEW}]" not in program(case, name).text, "no scores and no mask in memory"
+
+
+def loops(text: str) -> list[list[tuple[str, str, int, str]]]:
+    """For each while loop, (name, operation, elements of the largest result, line) of what its body runs."""
+    bodies, current = {}, None
+    for line in text.splitlines():
+        head = re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if head:
+            current = bodies.setdefault(head[1], [])
+        elif found := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(", line):
+            arrays = re.findall(r"\[([\d,]+)\]", re.sub(r"\{[^{}]*\}", "", found[2]))
+            largest = max((math.prod(map(int, dims.split(","))) for dims in arrays), default=0)
+            current.append((found[1], found[3], largest, line))
+
+    def runs(name):
+        own = bodies[name]
+        called = [
+            c for _, op, _, line in own if op in ("call", "conditional") for c in re.findall(r"=%([\w.\-]+)", line)
+        ]
+        return own + [each for c in called if c in bodies for each in runs(c)]
+
+    return [runs(body) for body in re.findall(r" while\(.*?body=%([\w.\-]+)", text)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_copy_as_large_as_a_weight_is_made_for_a_token(case):
+    _, _, weights = parts(case)
+    smallest = min(
+        math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for path, leaf in weights.items()
+        if path.endswith("kernel") and "router" not in path
+    )
+    decoding = max(loops(program(case, "generate").text), key=len)
+    assert any(op == "fusion" for _, op, _, _ in decoding)
+    nothing = ("parameter", "get-tuple-element", "tuple", "bitcast", "while")
+    large = [(name, line) for name, op, size, line in decoding if size >= smallest and op not in nothing]
+    # The cache is updated where it lies.
+    assert [line for name, line in large if "dynamic_update_slice" not in name] == []
+
+
+@pytest.mark.parametrize("family", [OPT, LLAMA, SPARSE], ids=lambda config: config.family)
+def test_the_decode_loop_needs_little_beside_its_cache(family):
+    config = dataclasses.replace(family, num_layers=16)  # what is needed beside it is that of one layer
+    params, publish = (
+        params_of(config, NO_LORA, Layout(mesh(), TRAIN), BFLOAT16),
+        make_publish(Role(config), mesh(), BFLOAT16),
+    )
+    shardings = publish.lower(params).compile(COMPILE_OPTIONS).output_shardings
+    weights = with_shardings(jax.eval_shape(publish, params), shardings)
+    layout, length = Layout(mesh(), GENERATE), PROMPT + NEW
+    entries, flags = layout.sharding(("batch", "kv_heads", None, None)), layout.sharding(("batch", None))
+    cache = jax.eval_shape(lambda: cached.empty_cache(config, 8 * ROWS, length, BFLOAT16, layout))
+    shardings = cached.Cache(*((entries,) * config.num_layers,) * 2, flags)
+    cache, token = with_shardings(cache, shardings), shaped((8 * ROWS, 1), jnp.int32, flags)
+
+    def decode(weights, cache, token):
+        def step(state):
+            t, token, cache = state
+            real, positions = jnp.ones(token.shape, bool), jnp.full(token.shape, t)
+            hidden, cache = cached.forward(config, weights, token, real, positions, cache, t, layout)
+            token = jnp.argmax(cached.logits_of(config, weights, hidden[:, -1]), axis=-1)[:, None]
+            return t + 1, token.astype(jnp.int32), cache
+
+        return jax.lax.while_loop(lambda state: state[0] < length, step, (jnp.int32(PROMPT), token, cache))
+
+    memory = compiled(jax.jit(decode, donate_argnums=1).lower(weights, cache, token)).memory
+    size = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    assert memory.alias_size_in_bytes >= size
+    assert memory.temp_size_in_bytes < 0.05 * size

@@ -35,7 +35,7 @@ def test_every_card_has_what_its_name_says():
         size = int(told[1]) if told else {"H200": 141, "L40S": 48}[name]
         # Names are of 2**30 bytes, or of 10**9 (H200), and the driver keeps some.
         assert 0.9 * size * 2**30 <= gpu.memory <= 1.08 * size * 10**9
-        assert gpu.bandwidth > 10 * gpu.link > 10 * gpu.network > 0
+        assert gpu.bandwidth > gpu.link > gpu.network > 0
         assert f"device_memory_size: {gpu.memory}" in gpu.target_config
 
 

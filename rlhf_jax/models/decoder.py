@@ -27,6 +27,7 @@ from rlhf_jax.models.layers import (
     attend,
     attend_fused,
     block,
+    look_up,
     normalise,
     normalise_heads,
     positions_of,
@@ -270,11 +271,11 @@ class Decoder(nnx.Module):
         chex.assert_equal_shape((tokens, mask))
         c, positions = self.config, positions_of(mask)
         fused = layout and kernel_on(layout.mesh, c, dtype, tokens.shape[1], attention).name == "cudnn"
-        x = jnp.take(self.embed.tokens[...], tokens, axis=0).astype(dtype) * jnp.asarray(c.embed_scale, dtype)
+        x = look_up(self.embed.tokens[...], tokens, dtype) * jnp.asarray(c.embed_scale, dtype)
         if c.embed_size != c.hidden_size:
             x = self.project_in(x)
         if c.position_rows:
-            x = x + jnp.take(self.embed.positions[...], positions + c.position_offset, axis=0).astype(dtype)
+            x = x + look_up(self.embed.positions[...], positions + c.position_offset, dtype)
         if c.embed_norm:
             x = self.embed.norm(x)
         sight = Sight(

@@ -24,6 +24,28 @@ ACTIVATIONS = {
 Turns = tuple[jax.Array, jax.Array]  # cosine and sine, [B, T, pairs] float32
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows [..., D] in `dtype` of a table [V, D]; its gradient is summed in the dtype of the table.
+
+    The table is cast first, which changes no value: where the compiler gathers a split table, or sums what each device
+    found in its part, it moves numbers of `dtype`.
+    """
+    return jnp.take(table.astype(dtype), ids, axis=0)
+
+
+def _looked_up(table, ids, dtype):
+    return look_up(table, ids, dtype), (table, ids)
+
+
+def _table_gradient(dtype, looked, gradient):
+    table, ids = looked
+    return jnp.zeros_like(table).at[ids].add(gradient.astype(table.dtype)), None
+
+
+look_up.defvjp(_looked_up, _table_gradient)
+
+
 def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array | None, *, kind: str, eps: float) -> jax.Array:
     """LayerNorm ("layer") or RMSNorm ("rms", "rms_plus_one") over the last dimension, in float32 within."""
     y, scale = x.astype(jnp.float32), scale.astype(jnp.float32)

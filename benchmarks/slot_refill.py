@@ -3,8 +3,8 @@
     python benchmarks/slot_refill.py [PROMPTS] [ROWS]
 
 A decoder of 4 layers, 128 wide, whose head is 0, so that each of its 64 tokens is as likely, and one is EOS: answer
-lengths are geometric with mean 64, cut at 256, as in `tests/test_slots.py`. Prompts of 32 tokens. The first call of each
-way compiles and is not timed; of two more the faster counts. Prints a table.
+lengths are geometric with mean 64, cut at 256, as in `tests/test_slots.py`. Prompts of 32 tokens. The first call of
+each way compiles and is not timed; of two more the faster counts. Prints a table.
 """
 
 from __future__ import annotations

@@ -7,13 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny_recipe
 from safetensors.numpy import load_file, save_file
 from tiny_recipe import RECIPE, records, tensors, tree, write_recipe
 
-from rlhf_jax.cli import main
+from rlhf_jax.cli import keep_compiled, main
 
 
 @pytest.fixture
@@ -350,3 +351,30 @@ def test_another_seed_is_another_run(recipe, finished, tmp_path):
     assert tiny_recipe.run("sft", recipe, *options) == 0
     ours, theirs = (tensors(run / "base")["model.embed_tokens.weight"] for run in (tmp_path / "run", finished))
     assert np.abs(ours - theirs).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("environ", "folder"),
+    [
+        ({"XDG_CACHE_HOME": "/caches"}, "/caches/rlhf_jax/compiled"),
+        ({"HOME": "/home/me"}, str(Path.home() / ".cache/rlhf_jax/compiled")),
+        ({"XDG_CACHE_HOME": "/caches", "JAX_COMPILATION_CACHE_DIR": "/mine"}, None),
+        ({"JAX_COMPILATION_CACHE_DIR": ""}, None),
+    ],
+)
+def test_compiled_programs_are_kept_in_the_users_cache_unless_the_environment_says_where(environ, folder, monkeypatch):
+    told = {}
+    monkeypatch.setattr(jax.config, "update", told.__setitem__)
+    keep_compiled(environ)
+    assert told == ({"jax_compilation_cache_dir": folder} if folder else {})
+
+
+def test_a_run_leaves_its_compiled_programs_for_the_next_and_none_where_the_environment_says_nowhere(tmp_path):
+    script = (
+        "import os, jax; from rlhf_jax.cli import keep_compiled; keep_compiled(os.environ); jax.jit(lambda x: x + 1)(2)"
+    )
+    environ = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+    environ |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    for more, count in (({"JAX_COMPILATION_CACHE_DIR": ""}, 0), ({}, 1)):
+        subprocess.run([sys.executable, "-c", script], env=environ | more, check=True)
+        assert len(list(tmp_path.glob("rlhf_jax/compiled/jit__lambda*-cache"))) == count

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import tomllib
 
 import jax
@@ -232,3 +233,23 @@ def test_a_run_killed_between_the_last_checkpoint_and_the_export_only_exports(tm
     assert "sft: resumed at step 2 of 2" in capsys.readouterr().err
     assert timeless(folder / "sft/metrics.jsonl") == before
     assert (folder / "sft/export/model.safetensors").exists()
+
+
+def test_ppo_in_rows_that_are_refilled_samples_and_trains_as_all_at_once(tmp_path, finished):
+    recipe, options = write_recipe(tmp_path), ("ppo.steps=1", "ppo.batch_size=0", "ppo.sample.num_samples=2")
+    said, logged = [], []
+    for rows in (0, 4):
+        folder = tmp_path / str(rows)
+        for stage in ("sft", "reward"):
+            shutil.copytree(finished / stage / "export", folder / stage / "export")
+        config = (finished / "config.toml").read_text().replace(str(finished), str(folder))
+        (folder / "config.toml").write_text(config)
+        assert tiny_recipe.run("ppo", recipe, f"run.dir={folder}", *options, f"ppo.generate_rows={rows}") == 0
+        said.append([(line["prompt"], line["response"]) for line in records(folder / "ppo/rollouts/000001.jsonl")])
+        logged += timeless(folder / "ppo/metrics.jsonl")
+    assert len(said[0]) == 16 and said[0] == said[1]
+    assert [said[0][i][0] for i in range(0, 16, 2)] == [said[0][i][0] for i in range(1, 16, 2)]
+    at_once, in_rows = logged
+    assert at_once.pop("stage") == in_rows.pop("stage")
+    assert at_once.pop("decode_steps") < in_rows.pop("decode_steps") < 11 * 16
+    assert at_once == pytest.approx(in_rows, rel=1e-3, abs=1e-4)

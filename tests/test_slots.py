@@ -157,6 +157,22 @@ def test_a_second_rollout_of_the_same_shape_compiles_nothing():
     assert names == []
 
 
+def test_every_program_that_is_compiled_is_logged_with_the_bound_and_prompt_lengths_are_few(caplog):
+    config = dataclasses.replace(FLAT, max_positions=200, position_rows=202)
+    params = {path: jnp.zeros_like(leaf) for path, leaf in tiny.random_params(config, single_device_mesh()).items()}
+    weights = make_publish(Role(config), single_device_mesh(), FLOAT32)(params)
+    run = make_generate(config, SampleConfig(2), (7,), single_device_mesh(), FLOAT32, 2)
+    with caplog.at_level("INFO", "rlhf_jax"), tiny.compilations() as names:
+        for length in (3, 30, 32, 33, 60, 64, 65, 120, 150, 190):
+            run(weights, *tiny.prompts(config, [length] * 4, 192), KEY)
+    said = [record.getMessage() for record in caplog.records if record.name == "rlhf_jax.engine"]
+    assert names.count("jit(program)") == len(said) == 4
+    assert said[0] == (
+        "generate: compiling program 1, for 4 answers in 2 rows to prompts of 32 tokens; the model's positions allow 4 "
+        "lengths"
+    )
+
+
 def test_no_key_or_value_moves_between_devices():
     config, mesh = tiny.LLAMA, tiny.mesh_of("fsdp4-tensor2")
     layout = Layout(mesh, GENERATE)

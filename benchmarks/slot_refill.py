@@ -1,0 +1,92 @@
+"""Rollouts of many prompts in few rows, beside batches that wait for their slowest answer: decode steps and clock time.
+
+    python benchmarks/slot_refill.py [PROMPTS] [ROWS]
+
+A decoder of 4 layers, 128 wide, whose head is 0, so that each of its 64 tokens is as likely, and one is EOS: answer
+lengths are geometric with mean 64, cut at 256, as in `tests/test_slots.py`. Prompts of 32 tokens. The first call of
+each way compiles and is not timed; of two more the faster counts. Prints a table.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.engine import Role, make_generate, make_publish
+from rlhf_jax.mesh import single_device_mesh
+from rlhf_jax.models.architecture import DecoderConfig, Rope
+from rlhf_jax.models.decoder import abstract_params
+from rlhf_jax.sampling import SampleConfig
+
+HIDDEN, LAYERS, HEADS, VOCAB, PROMPT, TRIALS = 128, 4, 4, 64, 32, 2
+EOS = (7,)
+CONFIG = DecoderConfig(
+    family="llama",
+    vocab_size=VOCAB,
+    padded_vocab=VOCAB,
+    hidden_size=HIDDEN,
+    embed_size=HIDDEN,
+    num_layers=LAYERS,
+    num_heads=HEADS,
+    num_kv_heads=HEADS,
+    head_dim=HIDDEN // HEADS,
+    mlp_size=4 * HIDDEN,
+    max_positions=512,
+    activation="silu",
+    gated_mlp=True,
+    norm="rms",
+    norm_eps=1e-6,
+    position_rows=0,
+    position_offset=0,
+    rope=Rope(tuple(10000.0 ** -(np.arange(HIDDEN // HEADS // 2) / (HIDDEN // HEADS // 2)))),
+    attention_scale=(HIDDEN // HEADS) ** -0.5,
+    qkv_bias=False,
+    o_bias=False,
+    mlp_bias=False,
+    tied=False,
+)
+
+
+def main(prompts: int = 256, rows: int = 16) -> None:
+    if prompts % rows:
+        raise SystemExit(f"{prompts} prompts are no whole batches of {rows}: give a multiple")
+    mesh, rng, dtype = single_device_mesh(), np.random.default_rng(0), jnp.dtype("float32")
+    scale = {"head/kernel": 0.0}
+    params = {
+        path: jnp.asarray(rng.normal(0, scale.get(path, 0.05), leaf.shape), dtype)
+        for path, leaf in abstract_params(CONFIG).items()
+    }
+    weights = make_publish(Role(CONFIG), mesh, dtype)(params)
+    asked = rng.integers(0, VOCAB, (prompts, PROMPT)).astype(np.int32), np.ones((prompts, PROMPT), bool)
+    sample, key = SampleConfig(256), jax.random.key(0)
+    at_once, refill = (make_generate(CONFIG, sample, EOS, mesh, dtype, n) for n in (0, rows))
+
+    def batches():
+        parts = (tuple(x[i : i + rows] for x in asked) for i in range(0, prompts, rows))
+        return [at_once(weights, *part, jax.random.fold_in(key, i)) for i, part in enumerate(parts)]
+
+    ways = {
+        f"batches of {rows}, each waiting for its slowest": batches,
+        f"{rows} rows, refilled": lambda: [refill(weights, *asked, key)],
+    }
+    print(f"{prompts} prompts on {jax.devices()[0].device_kind}")
+    print("| way | decode steps | mean answer | seconds | tokens/s |")
+    print("|---|---|---|---|---|")
+    for name, way in ways.items():
+        rollouts = jax.block_until_ready(way())
+        seconds = []
+        for _ in range(TRIALS):
+            start = time.perf_counter()
+            jax.block_until_ready(way())
+            seconds.append(time.perf_counter() - start)
+        steps = sum(int(rollout.steps.max()) for rollout in rollouts)
+        tokens = sum(int(rollout.mask.sum()) for rollout in rollouts)
+        print(f"| {name} | {steps} | {tokens / prompts:.1f} | {min(seconds):.2f} | {tokens / min(seconds):.0f} |")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

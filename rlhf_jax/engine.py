@@ -35,7 +35,7 @@ from rlhf_jax.models.decoder import (
     scalar,
 )
 from rlhf_jax.models.layers import roll_rows
-from rlhf_jax.models.lora import LoraConfig, merge
+from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.objectives.logprobs import token_logprobs, token_logprobs_and_entropy
 from rlhf_jax.train_step import Params, TrainState, make_update
@@ -138,12 +138,14 @@ def answer_hidden(hidden: jax.Array, starts: jax.Array, num_actions: int) -> jax
 def make_publish(role: Role, mesh: Mesh, dtype: jnp.dtype) -> Callable[[Params], Weights]:
     """Compile (parameters and adapters, by TRAIN) -> generation weights, by GENERATE: merge, cast, gather, lay out.
 
+    Weights of a quantised base may be arrays of the parameters themselves: they last until those are donated.
+
     Raises:
         ValueError: the tensor axis does not divide the attention heads.
     """
     check_model_divides({"attention heads": role.config.num_heads}, mesh)
     layout = Layout(mesh, GENERATE)
-    return jax.jit(lambda params: for_decoding(role.config, merge(params, role.lora), layout, dtype))
+    return jax.jit(lambda params: for_decoding(role.config, params, layout, dtype, role.lora))
 
 
 @functools.lru_cache

@@ -6,6 +6,9 @@ fused is stacked on an axis that is not sharded (the G query heads of a KV head 
 beside up), so that every shard stays where it is. Where there are fewer KV heads than tensor shards, each is repeated
 until every shard has one of its own.
 
+Quantised kernels stay so: stacked, as they are in training, and on one device the very arrays of training. A layer is
+dequantised each time it is used, its adapters beside it, which costs time and saves the memory of dense weights.
+
 B batch, T new positions, S cache length, D hidden, E embedding, V padded vocabulary, F MLP width, K key-value heads
 (repeated), G query heads per KV head, d head size, L layers, X experts.
 """
@@ -22,7 +25,7 @@ from einops import rearrange, repeat
 
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.architecture import DecoderConfig
-from rlhf_jax.models.decoder import abstract_params, head_kernel
+from rlhf_jax.models.decoder import NO_LORA, abstract_params, head_kernel
 from rlhf_jax.models.experts import apply_experts, route
 from rlhf_jax.models.layers import (
     ACTIVATIONS,
@@ -35,10 +38,14 @@ from rlhf_jax.models.layers import (
     rotate,
     turns_of,
 )
+from rlhf_jax.models.lora import LoraConfig, is_adapter, merge
+from rlhf_jax.models.quantised import Quantised, dequantise, shardings
 from rlhf_jax.objectives.logprobs import head_logits
 from rlhf_jax.trees import record
 
-Weights = dict[str, jax.Array]  # "layers/0/qkv/kernel" [D, K, G+2, d], "layers/0/gate_up/kernel" [D, 2, F], ...
+# "layers/0/qkv/kernel" [D, K, G+2, d], "layers/0/gate_up/kernel" [D, 2, F], ...; quantised, of all layers together,
+# "layers/q/kernel", "layers/up/kernel", ... and of each its adapters, "layers/0/q/lora_a" [D, rank], ...
+Weights = dict[str, jax.Array | Quantised]
 
 
 @record
@@ -75,15 +82,29 @@ def empty_cache(config: DecoderConfig, batch: int, length: int, dtype: jnp.dtype
     return Cache(zeros(), zeros(), layout.constrain(jnp.zeros((batch, length), bool), "batch", None))
 
 
-def for_decoding(config: DecoderConfig, params: Mapping[str, jax.Array], layout: Layout, dtype: jnp.dtype) -> Weights:
-    """Merged training parameters -> generation weights in `dtype`, laid out by `layout` (the GENERATE table).
+def for_decoding(
+    config: DecoderConfig,
+    params: Mapping[str, jax.Array | Quantised],
+    layout: Layout,
+    dtype: jnp.dtype,
+    lora: LoraConfig = NO_LORA,
+) -> Weights:
+    """Training parameters -> generation weights in `dtype`, laid out by `layout` (the GENERATE table).
 
-    Every parameter is cast, then gathered over fsdp, then cut into layers: in one jit, one all-gather a weight.
-    Norms keep their dtype, as training applies them in float32 too.
+    Adapters are merged. Every parameter is cast, then gathered over fsdp, then cut into layers: in one jit, one
+    all-gather a weight. Norms keep their dtype, as training applies them in float32 too.
+
+    Of quantised kernels the codes and scales are gathered, and adapters stay beside them; where the mesh has one fsdp
+    shard these are the arrays of training itself, so whoever donates those loses the weights too.
     """
+    kept = {path: leaf for path, leaf in params.items() if isinstance(leaf, Quantised)}
+    weights = _unmerged(config, params, kept, layout, dtype, lora)
+    params = {path: leaf for path, leaf in params.items() if path not in kept and not (kept and is_adapter(path))}
+    params = params if kept else merge(params, lora)
     gathered, at_home = {}, Layout(layout.mesh, TRAIN)
     kv_heads, repeats = config.num_kv_heads, _repeats(config, layout)
-    for path, leaf in abstract_params(config).items():
+    leaves = {path: leaf for path, leaf in abstract_params(config).items() if path not in kept}
+    for path, leaf in leaves.items():
         cast = params[path] if "norm/" in path else params[path].astype(dtype)
         # A KV head that several shards need goes to all of them.
         axes = [None if axis == "kv_heads" and repeats > 1 else axis for axis in leaf.axes]
@@ -98,9 +119,9 @@ def for_decoding(config: DecoderConfig, params: Mapping[str, jax.Array], layout:
 
     stacked = {}
     for kind in ("kernel", "bias"):
-        if kind == "kernel" or config.qkv_bias:
+        if "layers/attention/q/" + kind in gathered:
             stacked[f"qkv/{kind}"] = jnp.concatenate([heads(name, kind) for name in "qkv"], axis=-2)
-        if (kind == "kernel" or config.mlp_bias) and not config.experts:
+        if "layers/mlp/up/" + kind in gathered:
             names = ("gate", "up") if config.gated_mlp else ("up",)
             stacked[f"gate_up/{kind}"] = jnp.stack([gathered[f"layers/mlp/{name}/{kind}"] for name in names], axis=-2)
     if config.qk_norm in ("each_head", "width") and repeats > 1:
@@ -109,15 +130,37 @@ def for_decoding(config: DecoderConfig, params: Mapping[str, jax.Array], layout:
         gathered["layers/attention/k_norm/scale"] = jnp.repeat(scale, repeats, axis=1).reshape(shape)
     axes = {"qkv/kernel": ("embed", "kv_heads", None, None), "qkv/bias": ("kv_heads", None, None)}
     axes |= {"gate_up/kernel": ("embed", None, "mlp"), "gate_up/bias": (None, "mlp")}
-    weights = {"head/kernel": layout.constrain(head_kernel(config, gathered), "embed", "vocab")}
-    for path, leaf in abstract_params(config).items():
+    weights["head/kernel"] = layout.constrain(head_kernel(config, gathered), "embed", "vocab")
+    for path, leaf in leaves.items():
         if not path.startswith(("layers/", "head/kernel", "score/")):
             weights[path] = gathered[path]
         elif path.startswith("layers/") and path.removeprefix("layers/").rpartition("/")[0] not in _FUSED:
-            name = path.removeprefix("layers/").removeprefix("attention/").removeprefix("mlp/")
-            stacked[name], axes[name] = gathered[path], leaf.axes[1:]
+            stacked[_name(path)], axes[_name(path)] = gathered[path], leaf.axes[1:]
     for name, leaf in stacked.items():
         weights |= {f"layers/{i}/{name}": layout.constrain(leaf[i], *axes[name]) for i in range(config.num_layers)}
+    return weights
+
+
+def _name(path: str) -> str:
+    """What follows the layer in a weight's name: layers/attention/q/kernel -> q/kernel."""
+    return path.removeprefix("layers/").removeprefix("attention/").removeprefix("mlp/")
+
+
+def _unmerged(config: DecoderConfig, params, kept: Mapping[str, Quantised], layout: Layout, dtype, lora) -> Weights:
+    """Quantised kernels by `layout`, still stacked, and the adapters of each layer, B times the scale."""
+    weights: Weights = {}
+    for path, leaf in abstract_params(config, lora).items() if kept else ():
+        # A few KV heads are computed on every shard, and repeated then.
+        axes = [None if axis == "kv_heads" and _repeats(config, layout) > 1 else axis for axis in leaf.axes]
+        if path in kept:
+            kernel = kept[path]
+            if layout.mesh.shape["fsdp"] > 1 or axes != list(leaf.axes):  # else jit hands its argument on
+                kernel = jax.lax.with_sharding_constraint(kernel, shardings(axes, kernel.kind, layout))
+            weights[f"layers/{_name(path)}"] = kernel
+        elif is_adapter(path):
+            adapter = (lora.scale * params[path] if path.endswith("lora_b") else params[path]).astype(dtype)
+            for i in range(config.num_layers):
+                weights[f"layers/{i}/{_name(path)}"] = layout.constrain(adapter[i], *axes[1:])
     return weights
 
 
@@ -164,12 +207,41 @@ def forward(
     def biased(name, x):
         return x if f"{name}/bias" not in weights else x + weights[f"{name}/bias"].astype(dtype)
 
+    def kernel(i, name, x):
+        """One of a layer's, dense; and x, of which a quantised one is made to depend: what depends on nothing that a
+        decoding loop computes would be moved out of it, and all layers be dense at once."""
+        if f"layers/{i}/{name}/kernel" in weights:
+            return weights[f"layers/{i}/{name}/kernel"].astype(dtype), x
+        stack, x = jax.lax.optimization_barrier((weights[f"layers/{name}/kernel"], x))
+        return dequantise(stack[i], dtype), x
+
+    def linear(i, name, x):
+        dense, x = kernel(i, name, x)
+        y, adapter = x @ dense, [weights.get(f"layers/{i}/{name}/{part}") for part in ("lora_a", "lora_b")]
+        return y if adapter[0] is None else y + (x @ adapter[0]) @ adapter[1]
+
+    def queries_keys_values(i, x):
+        """[B, T, K, G + 2, d]."""
+        if f"layers/{i}/qkv/kernel" in weights:
+            return jnp.einsum("btd,dkgh->btkgh", x, weights[f"layers/{i}/qkv/kernel"].astype(dtype))
+        heads = cache.keys[0].shape[1]
+        q, k, v = (linear(i, name, x) for name in "qkv")
+        q = rearrange(q, "b t (k g d) -> b t k g d", k=heads, d=c.head_dim)
+        repeats = heads // c.num_kv_heads
+        k, v = (repeat(y, "b t (k d) -> b t (k r) 1 d", r=repeats, d=c.head_dim) for y in (k, v))
+        return jnp.concatenate([q, k, v], axis=-2)
+
+    def gate_up(i, x):
+        """[B, T, 2, F], without a gate [B, T, 1, F]."""
+        if f"layers/{i}/gate_up/kernel" in weights:
+            return jnp.einsum("btd,dnf->btnf", x, weights[f"layers/{i}/gate_up/kernel"].astype(dtype))
+        return jnp.stack([linear(i, name, x) for name in (("gate", "up") if c.gated_mlp else ("up",))], axis=-2)
+
     new_keys, new_values = [], []
 
     def attention(i, x):
         name, rope, window = f"layers/{i}", c.layer_rope(i), c.window(i)
-        qkv = jnp.einsum("btd,dkgh->btkgh", x, weights[f"{name}/qkv/kernel"].astype(dtype))
-        qkv = layout.constrain(biased(f"{name}/qkv", qkv), "batch", None, "kv_heads", None, None)
+        qkv = layout.constrain(biased(f"{name}/qkv", queries_keys_values(i, x)), "batch", None, "kv_heads", None, None)
         q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
         if c.qk_norm != "none":
             q, k = norm(f"{name}/q_norm", q, over=c.qk_norm), norm(f"{name}/k_norm", k, over=c.qk_norm)
@@ -182,18 +254,18 @@ def forward(
         within = looks_at & (back < window) if window else looks_at
         y = attend(q, keys, values, within, scale=c.attention_scale, cap=c.attention_softcap, bias=bias)
         y = layout.constrain(rearrange(y, "b t k g d -> b t (k g d)"), "batch", None, "heads")
-        return biased(f"{name}/o", y @ weights[f"{name}/o/kernel"].astype(dtype))
+        return biased(f"{name}/o", linear(i, "o", y))
 
     def mlp(i, x):
         name, act = f"layers/{i}", ACTIVATIONS[c.activation]
         if c.experts:
-            gate, up, down = (weights[f"{name}/experts/{kind}/kernel"] for kind in ("gate", "up", "down"))
             routing = route(c.experts, x, weights[f"{name}/router/kernel"])
-            return apply_experts(x, routing, gate, up, down, activation=c.activation, layout=layout)
-        y = biased(f"{name}/gate_up", jnp.einsum("btd,dnf->btnf", x, weights[f"{name}/gate_up/kernel"].astype(dtype)))
+            kernels = [kernel(i, f"experts/{kind}", x)[0] for kind in ("gate", "up", "down")]
+            return apply_experts(x, routing, *kernels, activation=c.activation, layout=layout)
+        y = biased(f"{name}/gate_up", gate_up(i, x))
         y = layout.constrain(y, "batch", None, None, "mlp")
         y = act(y[:, :, 0]) * y[:, :, 1] if c.gated_mlp else act(y[:, :, 0])
-        return biased(f"{name}/down", y @ weights[f"{name}/down/kernel"].astype(dtype))
+        return biased(f"{name}/down", linear(i, "down", y))
 
     x = jnp.take(weights["embed/tokens"], tokens, axis=0).astype(dtype) * jnp.asarray(c.embed_scale, dtype)
     if c.embed_size != c.hidden_size:

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from rlhf_jax.generate import Rollout, SampleConfig, bucket, check_learnable, check_sample, generate
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, check_divides, check_model_divides
 from rlhf_jax.models.architecture import DecoderConfig
-from rlhf_jax.models.cached import Weights, for_decoding
+from rlhf_jax.models.cached import Weights, for_decoding, quantised_for_decoding
 from rlhf_jax.models.decoder import (
     NO_LORA,
     abstract_params,
@@ -138,14 +138,21 @@ def answer_hidden(hidden: jax.Array, starts: jax.Array, num_actions: int) -> jax
 def make_publish(role: Role, mesh: Mesh, dtype: jnp.dtype) -> Callable[[Params], Weights]:
     """Compile (parameters and adapters, by TRAIN) -> generation weights, by GENERATE: merge, cast, gather, lay out.
 
-    Weights of a quantised base may be arrays of the parameters themselves: they last until those are donated.
+    A quantised base is not merged, and on one device not copied: its weights are the arrays of the parameters, and last
+    until those are donated. `lower` is of the compiled part.
 
     Raises:
         ValueError: the tensor axis does not divide the attention heads.
     """
     check_model_divides({"attention heads": role.config.num_heads}, mesh)
     layout = Layout(mesh, GENERATE)
-    return jax.jit(lambda params: for_decoding(role.config, params, layout, dtype, role.lora))
+    program = jax.jit(lambda params: for_decoding(role.config, params, layout, dtype, role.lora))
+
+    def publish(params: Params) -> Weights:
+        return program(params) | quantised_for_decoding(role.config, params, layout)
+
+    publish.lower = program.lower
+    return publish
 
 
 @functools.lru_cache

@@ -25,7 +25,7 @@ from einops import rearrange, repeat
 
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.architecture import DecoderConfig
-from rlhf_jax.models.decoder import NO_LORA, abstract_params, head_kernel
+from rlhf_jax.models.decoder import NO_LORA, Leaf, abstract_params, head_kernel
 from rlhf_jax.models.experts import apply_experts, route
 from rlhf_jax.models.layers import (
     ACTIVATIONS,
@@ -94,22 +94,19 @@ def for_decoding(
     Adapters are merged. Every parameter is cast, then gathered over fsdp, then cut into layers: in one jit, one
     all-gather a weight. Norms keep their dtype, as training applies them in float32 too.
 
-    Of quantised kernels the codes and scales are gathered, and adapters stay beside them; where the mesh has one fsdp
-    shard these are the arrays of training itself, so whoever donates those loses the weights too.
+    Quantised kernels are left to `quantised_for_decoding`; adapters then are not merged, but weights of their own.
     """
-    kept = {path: leaf for path, leaf in params.items() if isinstance(leaf, Quantised)}
-    weights = _unmerged(config, params, kept, layout, dtype, lora)
-    params = {path: leaf for path, leaf in params.items() if path not in kept and not (kept and is_adapter(path))}
-    params = params if kept else merge(params, lora)
+    kept = {path for path, leaf in params.items() if isinstance(leaf, Quantised)}
+    weights = _adapters(config, params, layout, dtype, lora) if kept else {}
+    if not kept:
+        params = merge(params, lora)
     gathered, at_home = {}, Layout(layout.mesh, TRAIN)
     kv_heads, repeats = config.num_kv_heads, _repeats(config, layout)
     leaves = {path: leaf for path, leaf in abstract_params(config).items() if path not in kept}
     for path, leaf in leaves.items():
         cast = params[path] if "norm/" in path else params[path].astype(dtype)
-        # A KV head that several shards need goes to all of them.
-        axes = [None if axis == "kv_heads" and repeats > 1 else axis for axis in leaf.axes]
         # Without the first pin the compiler gathers what is to be cast, and moves twice the bytes.
-        gathered[path] = layout.constrain(at_home.constrain(cast, *leaf.axes), *axes)
+        gathered[path] = layout.constrain(at_home.constrain(cast, *leaf.axes), *_axes(config, leaf, layout))
 
     def heads(name: str, kind: str) -> jax.Array:  # -> [L, (D,) K, heads per KV head, d]
         leaf = gathered[f"layers/attention/{name}/{kind}"]
@@ -146,22 +143,39 @@ def _name(path: str) -> str:
     return path.removeprefix("layers/").removeprefix("attention/").removeprefix("mlp/")
 
 
-def _unmerged(config: DecoderConfig, params, kept: Mapping[str, Quantised], layout: Layout, dtype, lora) -> Weights:
-    """Quantised kernels by `layout`, still stacked, and the adapters of each layer, B times the scale."""
+def quantised_for_decoding(
+    config: DecoderConfig, params: Mapping[str, jax.Array | Quantised], layout: Layout
+) -> Weights:
+    """The quantised kernels, stacked as they are: codes and scales are gathered over fsdp.
+
+    Outside jit, arrays that lie by `layout` already, as on one device, are handed on and not copied: the weights last
+    until those of training are donated.
+    """
+    leaves = abstract_params(config)
+    return {
+        f"layers/{_name(path)}": jax.device_put(leaf, shardings(_axes(config, leaves[path], layout), leaf.kind, layout))
+        for path, leaf in params.items()
+        if isinstance(leaf, Quantised)
+    }
+
+
+def _adapters(config: DecoderConfig, params, layout: Layout, dtype, lora: LoraConfig) -> Weights:
+    """The adapters of each layer, B times the scale."""
     weights: Weights = {}
-    for path, leaf in abstract_params(config, lora).items() if kept else ():
-        # A few KV heads are computed on every shard, and repeated then.
-        axes = [None if axis == "kv_heads" and _repeats(config, layout) > 1 else axis for axis in leaf.axes]
-        if path in kept:
-            kernel = kept[path]
-            if layout.mesh.shape["fsdp"] > 1 or axes != list(leaf.axes):  # else jit hands its argument on
-                kernel = jax.lax.with_sharding_constraint(kernel, shardings(axes, kernel.kind, layout))
-            weights[f"layers/{_name(path)}"] = kernel
-        elif is_adapter(path):
+    for path, leaf in abstract_params(config, lora).items():
+        if is_adapter(path):
             adapter = (lora.scale * params[path] if path.endswith("lora_b") else params[path]).astype(dtype)
-            for i in range(config.num_layers):
-                weights[f"layers/{i}/{_name(path)}"] = layout.constrain(adapter[i], *axes[1:])
+            axes = _axes(config, leaf, layout)[1:]
+            weights |= {
+                f"layers/{i}/{_name(path)}": layout.constrain(adapter[i], *axes) for i in range(config.num_layers)
+            }
     return weights
+
+
+def _axes(config: DecoderConfig, leaf: Leaf, layout: Layout) -> list[str | None]:
+    """A KV head that several shards need goes to all of them."""
+    few = _repeats(config, layout) > 1
+    return [None if axis == "kv_heads" and few else axis for axis in leaf.axes]
 
 
 _FUSED = ("attention/q", "attention/k", "attention/v", "mlp/gate", "mlp/up")

@@ -58,9 +58,11 @@ def losses(run: Path) -> list[float]:
 
 def errors(folder: Path, overrides: list[str]) -> dict[str, dict[str, float]]:
     """Relative (Frobenius) errors against float32; logits on held-out rows, activations in float32."""
-    recipe = load(Recipe, CONFIG, overrides)
+    recipe = load(CONFIG, overrides, Recipe)
     whole = from_pretrained(folder)
-    rows = sft_rows(load_examples(recipe.data, "sft", held_out=True), whole.tokenizer, recipe.data)
+    rows = sft_rows(
+        load_examples(recipe.data, "sft", held_out=True), whole.tokenizer, recipe.data, train_on_prompt=False
+    )
     batch = Batches(rows, batch_size=64, seed=0)[0]
 
     def logits_of(model: Pretrained) -> np.ndarray:

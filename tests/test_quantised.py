@@ -15,8 +15,9 @@ from test_pipeline import stop_in
 from tiny_recipe import run, tensors, timeless, write_recipe
 
 from rlhf_jax.engine import Role, make_generate, make_publish
-from rlhf_jax.generate import SampleConfig
-from rlhf_jax.mesh import TRAIN, Layout, single_device_mesh
+from rlhf_jax.generate import SampleConfig, generate
+from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
+from rlhf_jax.models.architecture import Rope
 from rlhf_jax.models.decoder import abstract_params, bind, head_kernel
 from rlhf_jax.models.families import decoder_config
 from rlhf_jax.models.lora import is_adapter, is_trainable
@@ -254,6 +255,29 @@ def test_on_one_device_generation_shares_the_codes_of_training():
     for path in ("attention/q", "mlp/down"):
         mine, theirs = params[f"layers/{path}/kernel"], weights[f"layers/{path.split('/')[1]}/kernel"]
         assert mine.codes.unsafe_buffer_pointer() == theirs.codes.unsafe_buffer_pointer()
+
+
+def test_the_answering_program_never_holds_the_dense_kernels_of_all_layers():
+    sizes = dict(hidden_size=256, embed_size=256, mlp_size=512, head_dim=32, num_layers=6, attention_scale=32**-0.5)
+    config = dataclasses.replace(tiny.LLAMA, rope=Rope(tuple(0.5**i for i in range(16))), **sizes)
+    train, mesh, dense = Layout(single_device_mesh(), TRAIN), single_device_mesh(), 0
+    params = {}
+    for path, leaf in abstract_params(config).items():
+        params[path] = jax.ShapeDtypeStruct(leaf.shape, FLOAT32, sharding=train.sharding(leaf.axes))
+        if is_quantisable(path):
+            params[path] = abstract(leaf.shape, leaf.axes, "nf4", train)
+            dense += params[path].size * 4
+    weights = jax.eval_shape(make_publish(Role(config), mesh, FLOAT32), params)
+
+    def program(weights, prompts, mask, key):
+        options = SampleConfig(max_new_tokens=8), (-1,), Layout(mesh, GENERATE), FLOAT32
+        return generate(config, weights, prompts, mask, key, *options)
+
+    rows = [jax.ShapeDtypeStruct((2, 8), dtype) for dtype in (jnp.int32, jnp.bool)]
+    compiled = jax.jit(program).lower(weights, *rows, jax.eval_shape(lambda: jax.random.key(0))).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < dense / 4
+    carried = [line.split(" while(")[0] for line in compiled.as_text().splitlines() if " while(" in line]
+    assert not any(re.search(r"f32\[(256,256|256,512|512,256)\]", line) for line in carried)
 
 
 @pytest.fixture(scope="module")

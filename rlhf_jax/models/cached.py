@@ -222,16 +222,15 @@ def forward(
         return x if f"{name}/bias" not in weights else x + weights[f"{name}/bias"].astype(dtype)
 
     def kernel(i, name, x):
-        """One of a layer's, dense; and x, of which a quantised one is made to depend: what depends on nothing that a
-        decoding loop computes would be moved out of it, and all layers be dense at once."""
+        """One of a layer's, dense. Its index is made to depend on x, by a zero that the compiler cannot see: it would
+        move what depends on nothing before the layer, or out of the decoding loop, and all layers be dense at once."""
         if f"layers/{i}/{name}/kernel" in weights:
-            return weights[f"layers/{i}/{name}/kernel"].astype(dtype), x
-        stack, x = jax.lax.optimization_barrier((weights[f"layers/{name}/kernel"], x))
-        return dequantise(stack[i], dtype), x
+            return weights[f"layers/{i}/{name}/kernel"].astype(dtype)
+        zero = jnp.minimum(jnp.isinf(x[0, 0, 0]).astype(jnp.int32), 0)
+        return dequantise(weights[f"layers/{name}/kernel"][i + zero], dtype)
 
     def linear(i, name, x):
-        dense, x = kernel(i, name, x)
-        y, adapter = x @ dense, [weights.get(f"layers/{i}/{name}/{part}") for part in ("lora_a", "lora_b")]
+        y, adapter = x @ kernel(i, name, x), [weights.get(f"layers/{i}/{name}/{part}") for part in ("lora_a", "lora_b")]
         return y if adapter[0] is None else y + (x @ adapter[0]) @ adapter[1]
 
     def queries_keys_values(i, x):
@@ -274,7 +273,7 @@ def forward(
         name, act = f"layers/{i}", ACTIVATIONS[c.activation]
         if c.experts:
             routing = route(c.experts, x, weights[f"{name}/router/kernel"])
-            kernels = [kernel(i, f"experts/{kind}", x)[0] for kind in ("gate", "up", "down")]
+            kernels = [kernel(i, f"experts/{kind}", x) for kind in ("gate", "up", "down")]
             return apply_experts(x, routing, *kernels, activation=c.activation, layout=layout)
         y = biased(f"{name}/gate_up", gate_up(i, x))
         y = layout.constrain(y, "batch", None, None, "mlp")

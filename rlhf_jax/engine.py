@@ -26,7 +26,7 @@ from rlhf_jax.generate import Rollout, bucket, generate, generate_in_rows
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, check_divides, check_model_divides
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.attention import Choice
-from rlhf_jax.models.cached import Weights, for_decoding
+from rlhf_jax.models.cached import Weights, for_decoding, quantised_for_decoding
 from rlhf_jax.models.decoder import (
     NO_LORA,
     abstract_params,
@@ -37,7 +37,7 @@ from rlhf_jax.models.decoder import (
     scalar,
 )
 from rlhf_jax.models.layers import roll_rows
-from rlhf_jax.models.lora import LoraConfig, merge
+from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.objectives.logprobs import token_logprobs, token_logprobs_and_entropy
 from rlhf_jax.sampling import SampleConfig, check_learnable, check_sample
@@ -145,12 +145,21 @@ def answer_hidden(hidden: jax.Array, starts: jax.Array, num_actions: int) -> jax
 def make_publish(role: Role, mesh: Mesh, dtype: jnp.dtype) -> Callable[[Params], Weights]:
     """Compile (parameters and adapters, by TRAIN) -> generation weights, by GENERATE: merge, cast, gather, lay out.
 
+    A quantised base is not merged, and on one device not copied: its weights are the arrays of the parameters, and last
+    until those are donated. `lower` is of the compiled part.
+
     Raises:
         ValueError: the tensor axis does not divide the attention heads.
     """
     check_model_divides({"attention heads": role.config.num_heads}, mesh)
     layout = Layout(mesh, GENERATE)
-    return jax.jit(lambda params: for_decoding(role.config, merge(params, role.lora), layout, dtype))
+    program = jax.jit(lambda params: for_decoding(role.config, params, layout, dtype, role.lora))
+
+    def publish(params: Params) -> Weights:
+        return program(params) | quantised_for_decoding(role.config, params, layout)
+
+    publish.lower = program.lower
+    return publish
 
 
 @functools.lru_cache

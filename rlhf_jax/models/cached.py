@@ -6,6 +6,9 @@ fused is stacked on an axis that is not sharded (the G query heads of a KV head 
 beside up), so that every shard stays where it is. Where there are fewer KV heads than tensor shards, each is repeated
 until every shard has one of its own.
 
+Quantised kernels stay so: stacked, as they are in training, and on one device the very arrays of training. A layer is
+dequantised each time it is used, its adapters beside it, which costs time and saves the memory of dense weights.
+
 B batch, T new positions, S cache length, D hidden, E embedding, V padded vocabulary, F MLP width, K key-value heads
 (repeated), G query heads per KV head, d head size, L layers, X experts.
 """
@@ -23,7 +26,7 @@ from einops import rearrange, repeat
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.attention import Choice, kernel_on, uniform_window
-from rlhf_jax.models.decoder import abstract_params, head_kernel
+from rlhf_jax.models.decoder import NO_LORA, Leaf, abstract_params, head_kernel
 from rlhf_jax.models.experts import apply_experts, route
 from rlhf_jax.models.layers import (
     ACTIVATIONS,
@@ -38,10 +41,14 @@ from rlhf_jax.models.layers import (
     rotate,
     turns_of,
 )
+from rlhf_jax.models.lora import LoraConfig, is_adapter, merge
+from rlhf_jax.models.quantised import Quantised, dequantise, shardings
 from rlhf_jax.objectives.logprobs import head_logits
 from rlhf_jax.trees import record
 
-Weights = dict[str, jax.Array]  # "layers/0/qkv/kernel" [D, K, G+2, d], "layers/0/gate_up/kernel" [D, 2, F], ...
+# "layers/0/qkv/kernel" [D, K, G+2, d], "layers/0/gate_up/kernel" [D, 2, F], ...; quantised, of all layers together,
+# "layers/q/kernel", "layers/up/kernel", ... and of each its adapters, "layers/0/q/lora_a" [D, rank], ...
+Weights = dict[str, jax.Array | Quantised]
 
 
 @record
@@ -78,20 +85,31 @@ def empty_cache(config: DecoderConfig, batch: int, length: int, dtype: jnp.dtype
     return Cache(zeros(), zeros(), layout.constrain(jnp.zeros((batch, length), bool), "batch", None))
 
 
-def for_decoding(config: DecoderConfig, params: Mapping[str, jax.Array], layout: Layout, dtype: jnp.dtype) -> Weights:
-    """Merged training parameters -> generation weights in `dtype`, laid out by `layout` (the GENERATE table).
+def for_decoding(
+    config: DecoderConfig,
+    params: Mapping[str, jax.Array | Quantised],
+    layout: Layout,
+    dtype: jnp.dtype,
+    lora: LoraConfig = NO_LORA,
+) -> Weights:
+    """Training parameters -> generation weights in `dtype`, laid out by `layout` (the GENERATE table).
 
-    Every parameter is cast, then gathered over fsdp, then cut into layers: in one jit, one all-gather a weight.
-    Norms keep their dtype, as training applies them in float32 too.
+    Adapters are merged. Every parameter is cast, then gathered over fsdp, then cut into layers: in one jit, one
+    all-gather a weight. Norms keep their dtype, as training applies them in float32 too.
+
+    Quantised kernels are left to `quantised_for_decoding`; adapters then are not merged, but weights of their own.
     """
+    kept = {path for path, leaf in params.items() if isinstance(leaf, Quantised)}
+    weights = _adapters(config, params, layout, dtype, lora) if kept else {}
+    if not kept:
+        params = merge(params, lora)
     gathered, at_home = {}, Layout(layout.mesh, TRAIN)
     kv_heads, repeats = config.num_kv_heads, _repeats(config, layout)
-    for path, leaf in abstract_params(config).items():
+    leaves = {path: leaf for path, leaf in abstract_params(config).items() if path not in kept}
+    for path, leaf in leaves.items():
         cast = params[path] if "norm/" in path else params[path].astype(dtype)
-        # A KV head that several shards need goes to all of them.
-        axes = [None if axis == "kv_heads" and repeats > 1 else axis for axis in leaf.axes]
         # Without the first pin the compiler gathers what is to be cast, and moves twice the bytes.
-        gathered[path] = layout.constrain(at_home.constrain(cast, *leaf.axes), *axes)
+        gathered[path] = layout.constrain(at_home.constrain(cast, *leaf.axes), *_axes(config, leaf, layout))
 
     def heads(name: str, kind: str) -> jax.Array:  # -> [L, (D,) K, heads per KV head, d]
         leaf = gathered[f"layers/attention/{name}/{kind}"]
@@ -101,9 +119,9 @@ def for_decoding(config: DecoderConfig, params: Mapping[str, jax.Array], layout:
 
     stacked = {}
     for kind in ("kernel", "bias"):
-        if kind == "kernel" or config.qkv_bias:
+        if "layers/attention/q/" + kind in gathered:
             stacked[f"qkv/{kind}"] = jnp.concatenate([heads(name, kind) for name in "qkv"], axis=-2)
-        if (kind == "kernel" or config.mlp_bias) and not config.experts:
+        if "layers/mlp/up/" + kind in gathered:
             names = ("gate", "up") if config.gated_mlp else ("up",)
             stacked[f"gate_up/{kind}"] = jnp.stack([gathered[f"layers/mlp/{name}/{kind}"] for name in names], axis=-2)
     if config.qk_norm in ("each_head", "width") and repeats > 1:
@@ -112,16 +130,55 @@ def for_decoding(config: DecoderConfig, params: Mapping[str, jax.Array], layout:
         gathered["layers/attention/k_norm/scale"] = jnp.repeat(scale, repeats, axis=1).reshape(shape)
     axes = {"qkv/kernel": ("embed", "kv_heads", None, None), "qkv/bias": ("kv_heads", None, None)}
     axes |= {"gate_up/kernel": ("embed", None, "mlp"), "gate_up/bias": (None, "mlp")}
-    weights = {"head/kernel": layout.constrain(head_kernel(config, gathered), "embed", "vocab")}
-    for path, leaf in abstract_params(config).items():
+    weights["head/kernel"] = layout.constrain(head_kernel(config, gathered), "embed", "vocab")
+    for path, leaf in leaves.items():
         if not path.startswith(("layers/", "head/kernel", "score/")):
             weights[path] = gathered[path]
         elif path.startswith("layers/") and path.removeprefix("layers/").rpartition("/")[0] not in _FUSED:
-            name = path.removeprefix("layers/").removeprefix("attention/").removeprefix("mlp/")
-            stacked[name], axes[name] = gathered[path], leaf.axes[1:]
+            stacked[_name(path)], axes[_name(path)] = gathered[path], leaf.axes[1:]
     for name, leaf in stacked.items():
         weights |= {f"layers/{i}/{name}": layout.constrain(leaf[i], *axes[name]) for i in range(config.num_layers)}
     return weights
+
+
+def _name(path: str) -> str:
+    """What follows the layer in a weight's name: layers/attention/q/kernel -> q/kernel."""
+    return path.removeprefix("layers/").removeprefix("attention/").removeprefix("mlp/")
+
+
+def quantised_for_decoding(
+    config: DecoderConfig, params: Mapping[str, jax.Array | Quantised], layout: Layout
+) -> Weights:
+    """The quantised kernels, stacked as they are: codes and scales are gathered over fsdp.
+
+    Outside jit, arrays that lie by `layout` already, as on one device, are handed on and not copied: the weights last
+    until those of training are donated.
+    """
+    leaves = abstract_params(config)
+    return {
+        f"layers/{_name(path)}": jax.device_put(leaf, shardings(_axes(config, leaves[path], layout), leaf.kind, layout))
+        for path, leaf in params.items()
+        if isinstance(leaf, Quantised)
+    }
+
+
+def _adapters(config: DecoderConfig, params, layout: Layout, dtype, lora: LoraConfig) -> Weights:
+    """The adapters of each layer, B times the scale."""
+    weights: Weights = {}
+    for path, leaf in abstract_params(config, lora).items():
+        if is_adapter(path):
+            adapter = (lora.scale * params[path] if path.endswith("lora_b") else params[path]).astype(dtype)
+            axes = _axes(config, leaf, layout)[1:]
+            weights |= {
+                f"layers/{i}/{_name(path)}": layout.constrain(adapter[i], *axes) for i in range(config.num_layers)
+            }
+    return weights
+
+
+def _axes(config: DecoderConfig, leaf: Leaf, layout: Layout) -> list[str | None]:
+    """A KV head that several shards need goes to all of them."""
+    few = _repeats(config, layout) > 1
+    return [None if axis == "kv_heads" and few else axis for axis in leaf.axes]
 
 
 _FUSED = ("attention/q", "attention/k", "attention/v", "mlp/gate", "mlp/up")
@@ -182,12 +239,40 @@ def forward(
     def biased(name, x):
         return x if f"{name}/bias" not in weights else x + weights[f"{name}/bias"].astype(dtype)
 
+    def kernel(i, name, x):
+        """One of a layer's, dense. Its index is made to depend on x, by a zero that the compiler cannot see: it would
+        move what depends on nothing before the layer, or out of the decoding loop, and all layers be dense at once."""
+        if f"layers/{i}/{name}/kernel" in weights:
+            return weights[f"layers/{i}/{name}/kernel"].astype(dtype)
+        zero = jnp.minimum(jnp.isinf(x[0, 0, 0]).astype(jnp.int32), 0)
+        return dequantise(weights[f"layers/{name}/kernel"][i + zero], dtype)
+
+    def linear(i, name, x):
+        y, adapter = x @ kernel(i, name, x), [weights.get(f"layers/{i}/{name}/{part}") for part in ("lora_a", "lora_b")]
+        return y if adapter[0] is None else y + (x @ adapter[0]) @ adapter[1]
+
+    def queries_keys_values(i, x):
+        """[B, T, K, G + 2, d]."""
+        if f"layers/{i}/qkv/kernel" in weights:
+            return jnp.einsum("btd,dkgh->btkgh", x, weights[f"layers/{i}/qkv/kernel"].astype(dtype))
+        heads = cache.keys[0].shape[1]
+        q, k, v = (linear(i, name, x) for name in "qkv")
+        q = rearrange(q, "b t (k g d) -> b t k g d", k=heads, d=c.head_dim)
+        repeats = heads // c.num_kv_heads
+        k, v = (repeat(y, "b t (k d) -> b t (k r) 1 d", r=repeats, d=c.head_dim) for y in (k, v))
+        return jnp.concatenate([q, k, v], axis=-2)
+
+    def gate_up(i, x):
+        """[B, T, 2, F], without a gate [B, T, 1, F]."""
+        if f"layers/{i}/gate_up/kernel" in weights:
+            return jnp.einsum("btd,dnf->btnf", x, weights[f"layers/{i}/gate_up/kernel"].astype(dtype))
+        return jnp.stack([linear(i, name, x) for name in (("gate", "up") if c.gated_mlp else ("up",))], axis=-2)
+
     new_keys, new_values = [], []
 
     def attend_layer(i, x):
         name, rope, window = f"layers/{i}", c.layer_rope(i), c.window(i)
-        qkv = jnp.einsum("btd,dkgh->btkgh", x, weights[f"{name}/qkv/kernel"].astype(dtype))
-        qkv = layout.constrain(biased(f"{name}/qkv", qkv), "batch", None, "kv_heads", None, None)
+        qkv = layout.constrain(biased(f"{name}/qkv", queries_keys_values(i, x)), "batch", None, "kv_heads", None, None)
         q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
         if c.qk_norm != "none":
             q, k = norm(f"{name}/q_norm", q, over=c.qk_norm), norm(f"{name}/k_norm", k, over=c.qk_norm)
@@ -204,18 +289,18 @@ def forward(
             within = looks_at & (back < window) if window else looks_at
             y = attend(q, keys, values, within, scale=c.attention_scale, cap=c.attention_softcap, bias=bias)
         y = layout.constrain(rearrange(y, "b t k g d -> b t (k g d)"), "batch", None, "heads")
-        return biased(f"{name}/o", y @ weights[f"{name}/o/kernel"].astype(dtype))
+        return biased(f"{name}/o", linear(i, "o", y))
 
     def mlp(i, x):
         name, act = f"layers/{i}", ACTIVATIONS[c.activation]
         if c.experts:
-            gate, up, down = (weights[f"{name}/experts/{kind}/kernel"] for kind in ("gate", "up", "down"))
             routing = route(c.experts, x, weights[f"{name}/router/kernel"])
-            return apply_experts(x, routing, gate, up, down, activation=c.activation, layout=layout)
-        y = biased(f"{name}/gate_up", jnp.einsum("btd,dnf->btnf", x, weights[f"{name}/gate_up/kernel"].astype(dtype)))
+            kernels = [kernel(i, f"experts/{kind}", x) for kind in ("gate", "up", "down")]
+            return apply_experts(x, routing, *kernels, activation=c.activation, layout=layout)
+        y = biased(f"{name}/gate_up", gate_up(i, x))
         y = layout.constrain(y, "batch", None, None, "mlp")
         y = act(y[:, :, 0]) * y[:, :, 1] if c.gated_mlp else act(y[:, :, 0])
-        return biased(f"{name}/down", y @ weights[f"{name}/down/kernel"].astype(dtype))
+        return biased(f"{name}/down", linear(i, "down", y))
 
     x = jnp.take(weights["embed/tokens"], tokens, axis=0).astype(dtype) * jnp.asarray(c.embed_scale, dtype)
     if c.embed_size != c.hidden_size:

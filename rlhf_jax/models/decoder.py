@@ -19,7 +19,7 @@ from flax import nnx
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.architecture import BLOCK_NORMS, DecoderConfig
 from rlhf_jax.models.attention import Choice, kernel_on, uniform_window
-from rlhf_jax.models.experts import apply_experts, balance_loss, load, route
+from rlhf_jax.models.experts import Routing, apply_experts, balance_loss, load, route
 from rlhf_jax.models.layers import (
     ACTIVATIONS,
     Turns,
@@ -35,6 +35,7 @@ from rlhf_jax.models.layers import (
     turns_of,
 )
 from rlhf_jax.models.lora import LoraConfig
+from rlhf_jax.models.quantised import Quantised, dequantise, matmul
 from rlhf_jax.objectives.logprobs import head_logits
 
 NO_LORA = LoraConfig()
@@ -88,7 +89,7 @@ class Linear(nnx.Module):
         self.lora_scale = lora.scale if adapted else 0.0
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = matmul(x, self.kernel[...])
         if self.lora_a is not None:
             y = y + (x @ self.lora_a[...].astype(x.dtype)) @ (self.lora_scale * self.lora_b[...]).astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
@@ -190,8 +191,15 @@ class Block(nnx.Module):
                 return self.mlp(x, sight)
             routing = route(c.experts, x, self.router.kernel[...])
             loads.append(load(c.experts, routing, sight.real))
-            kernels = (linear.kernel[...] for linear in (self.experts.gate, self.experts.up, self.experts.down))
-            return apply_experts(x, routing, *kernels, activation=c.activation, layout=sight.layout)
+            kernels = [linear.kernel[...] for linear in (self.experts.gate, self.experts.up, self.experts.down)]
+
+            def apply(x: jax.Array, routing: Routing, kernels: list) -> jax.Array:
+                dense = (dequantise(kernel, x.dtype) if isinstance(kernel, Quantised) else kernel for kernel in kernels)
+                return apply_experts(x, routing, *dense, activation=c.activation, layout=sight.layout)
+
+            # As in `matmul`: the backward pass dequantises anew, and here computes the experts anew for it.
+            again = isinstance(kernels[0], Quantised)
+            return (jax.checkpoint(apply, prevent_cse=False) if again else apply)(x, routing, kernels)
 
         x = block(
             c.residual,
@@ -326,7 +334,7 @@ def abstract_params(config: DecoderConfig, lora: LoraConfig = NO_LORA) -> dict[s
 
 
 def bind(config: DecoderConfig, params: Mapping[str, jax.Array], lora: LoraConfig = NO_LORA) -> Decoder:
-    """The module around these parameters (and adapters): free inside jit."""
+    """The module around these parameters (and adapters), kernels quantised or not: free inside jit."""
     graph, structure, leaves = _skeleton(config, lora)
     assert params.keys() == leaves.keys(), sorted(params.keys() ^ leaves.keys())
     return nnx.merge(graph, jax.tree.unflatten(structure, [params[path] for path in leaves]))

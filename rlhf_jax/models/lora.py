@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
+
+from rlhf_jax.models.quantised import Quantised, dequantise
 
 SUFFIXES = ("/lora_a", "/lora_b")
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -45,8 +48,13 @@ def merge(params: Mapping[str, jax.Array], lora: LoraConfig) -> dict[str, jax.Ar
     """W + scale A B for every adapted kernel, in the kernel's dtype; the adapters disappear.
 
     Kernels are [..., in, out], A [..., in, rank], B [..., rank, out]; the product is accumulated in A's dtype.
+    Quantised kernels become dense, whole stacks of them, in float32: `write_params` merges them a layer at a time, and
+    generation leaves adapters beside them.
     """
     merged = {path: leaf for path, leaf in params.items() if not is_adapter(path)}
+    for path, leaf in merged.items():
+        if isinstance(leaf, Quantised):
+            merged[path] = dequantise(leaf, jnp.float32)
     for path in [path for path in params if path.endswith("/lora_a")]:
         kernel = path.removesuffix("lora_a") + "kernel"
         a, b = params[path], params[path.removesuffix("a") + "b"]

@@ -29,9 +29,10 @@ from rlhf_jax.models.families import (
 )
 from rlhf_jax.models.folders import local_folder, read_json, read_tokenizer, replacing, write_json, write_tokenizer
 from rlhf_jax.models.lora import LoraConfig
+from rlhf_jax.models.quantised import KINDS, REST_DTYPE, Quantised
 from rlhf_jax.models.safetensors_io import read_params, write_params
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16")  # of files, and of parameters, which may be of quantised.KINDS too
 _SCORE = "score/kernel"
 
 
@@ -40,7 +41,7 @@ class Pretrained:
     """A language model, or a reward model where config.scalar_head, on its devices."""
 
     config: DecoderConfig
-    params: dict[str, jax.Array]  # {path: array}, as `abstract_params(config, lora)` lists them
+    params: dict[str, jax.Array | Quantised]  # {path: array}, as `abstract_params(config, lora)` lists them
     tokenizer: Any  # a transformers tokenizer; None if the folder has none
     hf_config: dict[str, Any]  # the config.json it came from
     generation_config: dict[str, Any]  # generation_config.json; {} if there was none
@@ -59,7 +60,8 @@ def from_pretrained(
         path_or_id: a folder with config.json and safetensors; where there is no such folder, an id of the hub.
         adapter: a PEFT folder (or id) with a LoRA adapter of this model; it stays beside the base, see `lora`.
         mesh: a ("data", "fsdp", "tensor") mesh, over which parameters are split as in training; None: one device.
-        dtype: of the parameters, "float32", "bfloat16" or "float16".
+        dtype: of the parameters, "float32", "bfloat16" or "float16"; "int8" or "nf4": the kernels of the layers'
+            linears quantised as they are read (see `models.quantised`), all else bfloat16.
     Raises:
         ValueError: no such folder or id, only a pickle, an unsupported architecture, or tensors that do not fit.
     """
@@ -84,8 +86,9 @@ def reward_from_pretrained(
 
 
 def _load(path_or_id, adapter, *, scalar_head: bool, mesh: Mesh | None, dtype: str, seed: int) -> Pretrained:
-    if dtype not in DTYPES:
-        raise ValueError(f'dtype "{dtype}" is not supported; supported: {", ".join(DTYPES)}')
+    if dtype not in (*DTYPES, *KINDS):
+        raise ValueError(f'dtype "{dtype}" is not supported; supported: {", ".join((*DTYPES, *KINDS))}')
+    dtype, kind = (REST_DTYPE, dtype) if dtype in KINDS else (dtype, None)
     folder = local_folder(path_or_id)
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise ValueError(f"{folder} is a PEFT adapter: give the folder of its base, and this one as `adapter`")
@@ -105,6 +108,7 @@ def _load(path_or_id, adapter, *, scalar_head: bool, mesh: Mesh | None, dtype: s
         layout,
         dtype,
         prefix=base_prefix(config),
+        kind=kind,
         optional=(_SCORE,) if scalar_head and not is_scorer(hf) else (),
         tolerated=tolerated_surplus(config),
         twins=tied_names(config),
@@ -150,12 +154,13 @@ def save_pretrained(
 ) -> None:
     """Write a Hugging Face folder: config.json, generation_config.json, safetensors and the tokenizer's files.
 
-    Adapters are merged, kernel by kernel. A scalar head becomes ...ForSequenceClassification with one label, where
-    transformers has that class for the family. The folder appears complete or not at all.
+    Adapters are merged, kernel by kernel, and quantised kernels written dense. A scalar head becomes
+    ...ForSequenceClassification with one label, where transformers has that class for the family. The folder appears
+    complete or not at all.
 
     Args:
         folder: where to; its parents are made.
-        dtype: of the files; None: that of the parameters.
+        dtype: of the files; None: that of the parameters (bfloat16 where kernels are quantised).
         overwrite: replace a folder that is there already.
     Raises:
         ValueError: the folder is there and not empty, an unknown dtype, or a scalar head with no pad token to be had.

@@ -26,11 +26,13 @@ from rlhf_jax.models.pretrained import (
     save_adapter,
     save_pretrained,
 )
+from rlhf_jax.models.quantised import KINDS, REST_DTYPE, Quantised
 from rlhf_jax.stages.loop import Persistence
 from rlhf_jax.train_step import Params, TrainState, init_state
 from rlhf_jax.trees import partition
 
 Dtype = Literal["float32", "bfloat16"]
+FrozenDtype = Literal["float32", "bfloat16", "int8", "nf4"]
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,21 @@ class ModelConfig:
     lora: LoraConfig = LoraConfig()  # adapters of the actor
     reward_lora: LoraConfig = LoraConfig()  # adapters of the reward model, and of the critic that starts from it
     dtype: Dtype = "bfloat16"  # of activations, matrix products, generation weights and cache
-    frozen_dtype: Dtype = "float32"  # of weights that do not train; those that do are float32
+    # Of weights that do not train; those that do are float32. "int8", "nf4": kernels under LoRA in 8.25 or 4.13 bits a
+    # weight, all else that does not train bfloat16.
+    frozen_dtype: FrozenDtype = "float32"
     export_dtype: Dtype = "float32"  # of the exported folders
     remat: bool = True  # recompute layers in the backward pass: less memory, a third more work
     logprob_chunk: int = 128  # positions whose logits exist at once; 0: all
     attention: Choice = "auto"  # "cudnn": fused, on NVIDIA GPUs; "xla"; "auto": fused where GPU, dtype and model allow
     new: NewModelConfig = NewModelConfig()
+
+    def __post_init__(self) -> None:
+        if self.frozen_dtype in KINDS and not self.lora.rank:
+            raise ValueError(
+                f'frozen_dtype="{self.frozen_dtype}" is of a base under LoRA, and here every weight of the actor '
+                'trains: set lora = { rank = 16 }, or frozen_dtype = "bfloat16"'
+            )
 
     @property
     def compute(self) -> Compute:
@@ -135,9 +146,17 @@ def make_state(model: Pretrained, settings: ModelConfig, tx: optax.GradientTrans
     return init_state(trainable, frozen, tx, abstract_params(model.config, lora), layout)
 
 
-def frozen_copy(params: Params, dtype: Dtype) -> Params:
-    """The same weights in `dtype` and in arrays of their own, split as they are."""
-    return {path: jnp.copy(leaf.astype(dtype)) for path, leaf in params.items()}
+def frozen_copy(params: Params, dtype: FrozenDtype) -> Params:
+    """The same weights in `dtype` and in arrays of their own, split as they are.
+
+    Quantised ones stay what they are; what was trained whole is not quantised, but bfloat16.
+    """
+    dtype = REST_DTYPE if dtype in KINDS else dtype
+
+    def copy(leaf):
+        return jax.tree.map(jnp.copy, leaf) if isinstance(leaf, Quantised) else jnp.copy(leaf.astype(dtype))
+
+    return {path: copy(leaf) for path, leaf in params.items()}
 
 
 def export(model: Pretrained, state: TrainState, settings: ModelConfig, folder: Path) -> None:

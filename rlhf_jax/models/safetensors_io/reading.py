@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import re
@@ -16,6 +17,7 @@ import numpy as np
 
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.decoder import Leaf
+from rlhf_jax.models.quantised import Quantised, is_quantisable, stacked
 from rlhf_jax.models.safetensors_io.blocks import Bounds, blocks, bounds_of, copy, members, oriented, spread
 from rlhf_jax.models.safetensors_io.files import DTYPES, Entry, listed, open_folder
 from rlhf_jax.models.tensors import HfTensor
@@ -32,10 +34,11 @@ def read_params(
     dtype: str,
     *,
     prefix: str,
+    kind: str | None = None,
     optional: Collection[str] = (),
     tolerated: re.Pattern[str] | None = None,
     twins: Mapping[str, str] = MappingProxyType({}),
-) -> dict[str, jax.Array]:
+) -> dict[str, jax.Array | Quantised]:
     """Parameters from a folder's safetensors; beyond them, the host holds one shard of one of them at a time.
 
     Args:
@@ -46,12 +49,14 @@ def read_params(
         layout: where each parameter lies on the devices.
         dtype: of the result; the files may be float32, float16 or bfloat16.
         prefix: of the base model's names, which the files may leave out.
+        kind: "int8" or "nf4": quantise the kernels of the layers' linears, each layer as soon as it is on the devices.
         optional: paths that the result lacks if the files do.
         tolerated: names that the files may have and nobody reads.
         twins: {such a name: one that is read}, which have to be the same where the files have both.
     Raises:
-        ValueError: no safetensors in the folder, a damaged file, a dimension that the layout does not split evenly; or
-            tensors that are missing, surplus, misshaped or of another dtype, all of them in one message.
+        ValueError: no safetensors in the folder, a damaged file, a dimension that the layout does not split evenly or
+            that cannot be quantised; or tensors that are missing, surplus, misshaped or of another dtype, all of them
+            in one message.
     """
     files = open_folder(folder)
 
@@ -85,7 +90,10 @@ def read_params(
         raise ValueError(f"the tensors of {folder} are not those that its config.json describes; {told}")
     _check_even(leaves, layout)
     found = {name: files[find(name)] for path, leaf in leaves.items() for name in _names(leaf, tensors[path])}
-    return {path: _read(found, leaf, tensors[path], layout, jnp.dtype(dtype)) for path, leaf in leaves.items()}
+    read = functools.partial(_read, dtype=jnp.dtype(dtype))
+    read_kernel = functools.partial(_read_quantised, kind=kind) if kind else read
+    readers = {path: read_kernel if is_quantisable(path) else read for path in leaves}
+    return {path: readers[path](found, leaf, tensors[path], layout) for path, leaf in leaves.items()}
 
 
 def _names(leaf: Leaf, tensor: HfTensor) -> list[str]:
@@ -115,14 +123,23 @@ def _check_even(leaves: Mapping[str, Leaf], layout: Layout) -> None:
         raise ValueError(f"the mesh does not split these evenly, choose a smaller one: {', '.join(uneven)}")
 
 
-def _read(files: Mapping[str, Entry], leaf: Leaf, tensor: HfTensor, layout: Layout, dtype: np.dtype) -> jax.Array:
+def _read_quantised(files, leaf: Leaf, tensor: HfTensor, layout: Layout, kind: str) -> Quantised:
+    layer = Leaf(leaf.shape[1:], leaf.axes[1:])
+    layers = (_read(files, layer, tensor, layout, np.dtype(np.float32), (i,)) for i in range(leaf.shape[0]))
+    return stacked(layers, leaf.shape, leaf.axes, kind, layout)
+
+
+def _read(
+    files: Mapping[str, Entry], leaf: Leaf, tensor: HfTensor, layout: Layout, dtype: np.dtype, at: tuple[int, ...] = ()
+) -> jax.Array:
+    """A parameter, or what of it lies `at` an index of its leading dimensions, which the leaf is without."""
     sharding = layout.sharding(leaf.axes)
     replicas = defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
         replicas[bounds_of(index, leaf.shape)].append(device)
     arrays: list[jax.Array] = []
     for bounds, devices in replicas.items():
-        shard = _shard(files, tensor, bounds, dtype)
+        shard = _shard(files, tensor, (*((i, i + 1) for i in at), *bounds), dtype)[(0,) * len(at)]
         arrays += jax.block_until_ready([jax.device_put(shard, device) for device in devices])
         del shard
         gc.collect(0)  # jax lets go of what it was given in a collection only, and the next shard is as large

@@ -17,6 +17,7 @@ import numpy as np
 
 from rlhf_jax.models.decoder import NO_LORA
 from rlhf_jax.models.lora import LoraConfig, merged_kernel
+from rlhf_jax.models.quantised import Quantised, dequantise
 from rlhf_jax.models.safetensors_io.blocks import blocks, bounds_of, copy, members, oriented, spread
 from rlhf_jax.models.safetensors_io.files import DTYPES, INDEX, SINGLE
 from rlhf_jax.models.tensors import HfTensor
@@ -41,7 +42,7 @@ class _Slot(NamedTuple):
 
 def write_params(
     folder: Path,
-    params: Mapping[str, jax.Array],
+    params: Mapping[str, jax.Array | Quantised],
     tensors: Mapping[str, HfTensor],
     dtype: str,
     lora: LoraConfig = NO_LORA,
@@ -52,7 +53,8 @@ def write_params(
 
     Args:
         folder: an existing folder.
-        params: {path: array}, sharded or not, every shard reachable from this process.
+        params: {path: array}, sharded or not, every shard reachable from this process; quantised kernels are written
+            dense, exactly what they stand for, one matrix at a time.
         tensors: {path: where it lies in the files}; what is not in `params` is left out.
         dtype: of the files, "float32", "float16" or "bfloat16".
         lora: of the adapters among the params, which are merged, a layer of a shard at a time, and rounded once.
@@ -117,6 +119,9 @@ def _assembled(slot: _Slot, params: Mapping[str, jax.Array], tensors, dtype, lor
         theirs = oriented(whole, tensor)
         adapter = [params.get(path.removesuffix("kernel") + name) for name in ("lora_a", "lora_b")]
         arrays = [param] if adapter[0] is None else [param, *adapter]
+        if isinstance(param, Quantised):
+            param, lead = _dense(arrays, lead, lora), ()
+            arrays = [param]
         distinct = {bounds_of(shard.index, param.shape): shard.device for shard in param.addressable_shards}
         for bounds, device in distinct.items():
             leading, inner = bounds[: len(lead)], bounds[len(lead) :]
@@ -141,6 +146,16 @@ def _fetched(arrays: list[jax.Array], index: list[int], lora: LoraConfig) -> np.
     if len(arrays) == 1 and arrays[0].device.platform == "cpu":
         return np.asarray(arrays[0])[tuple(index)]  # a view of the device's own memory
     return np.asarray(_taken(arrays, index, lora))
+
+
+@functools.partial(jax.jit, static_argnames="lora")
+def _dense(arrays: list, lead: tuple[jax.Array, ...], lora: LoraConfig) -> jax.Array:
+    """One matrix of a quantised kernel in float32, with its adapter where there is one, split as its codes are."""
+    for number in lead:
+        take = functools.partial(jax.lax.dynamic_index_in_dim, index=number, keepdims=False)
+        arrays = jax.tree.map(take, arrays)
+    dense = dequantise(arrays[0], jnp.float32)
+    return dense if len(arrays) == 1 else merged_kernel(dense, *arrays[1:], lora.scale)
 
 
 @functools.partial(jax.jit, static_argnames="lora")

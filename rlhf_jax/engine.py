@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,12 +120,17 @@ CriticLoss = Callable[[jax.Array, Experience], tuple[jax.Array, Stats]]  # (valu
 
 class Engine(NamedTuple):
     """publish(params) -> weights; generate(weights, prompts, prompt_mask, key) -> Rollout, on host arrays [B, P];
-    score(models, rollout) -> Experience; update(models, experience) -> (models, {name: scalar}), models donated."""
+    score(models, rollout) -> Experience; update(models, experience) -> (models, {name: scalar}), models donated.
+
+    `programs` are the jitted functions inside, for whoever lowers them: publish, generate(weights, prompts, mask, key),
+    score, actor(state, experience) and critic(state, experience).
+    """
 
     publish: Callable[[Params], Weights]
     generate: Callable[[Weights, np.ndarray, np.ndarray, jax.Array], Rollout]
     score: Callable[[Models, Rollout], Experience]
     update: Callable[[Models, Experience], tuple[Models, Stats]]
+    programs: Mapping[str, Any]
 
 
 def answer_hidden(hidden: jax.Array, starts: jax.Array, num_actions: int) -> jax.Array:
@@ -147,6 +152,20 @@ def make_publish(role: Role, mesh: Mesh, dtype: jnp.dtype) -> Callable[[Params],
 
 
 @functools.lru_cache
+def generate_program(
+    config: DecoderConfig, sample: SampleConfig, eos_ids: tuple[int, ...], mesh: Mesh, dtype: jnp.dtype
+):
+    """The jitted (weights, prompts [B, P], mask [B, P], key) -> Rollout, on device arrays laid out by GENERATE."""
+    layout = Layout(mesh, GENERATE)
+
+    @jax.jit
+    def program(weights, prompts, prompt_mask, key):
+        return generate(config, weights, prompts, prompt_mask, key, sample, eos_ids, layout, dtype)
+
+    return program
+
+
+@functools.lru_cache
 def make_generate(
     config: DecoderConfig, sample: SampleConfig, eos_ids: tuple[int, ...], mesh: Mesh, dtype: jnp.dtype
 ) -> Callable[[Weights, np.ndarray, np.ndarray, jax.Array], Rollout]:
@@ -159,11 +178,7 @@ def make_generate(
         ValueError: a prompt is empty, or prompt and answer do not fit the model's positions.
     """
     check_sample(sample)
-    layout = Layout(mesh, GENERATE)
-
-    @jax.jit
-    def program(weights, prompts, prompt_mask, key):
-        return generate(config, weights, prompts, prompt_mask, key, sample, eos_ids, layout, dtype)
+    layout, program = Layout(mesh, GENERATE), generate_program(config, sample, eos_ids, mesh, dtype)
 
     def run(weights, prompts, prompt_mask, key):
         sizes = prompt_mask.sum(axis=1)
@@ -335,9 +350,17 @@ def make_engine(
         stats |= {f"critic_{name}": value for name, value in critic_stats.items()}
         return dataclasses.replace(models, actor=actor_state, critic=critic_state), stats
 
+    programs = {
+        "publish": make_publish(actor, mesh, compute.dtype),
+        "generate": generate_program(actor.config, sample, eos_ids, mesh, compute.dtype),
+        "score": make_score(actor, critic, reward, estimate, mesh, compute, sample.temperature),
+        "actor": update_actor,
+        "critic": update_critic,
+    }
     return Engine(
-        publish=make_publish(actor, mesh, compute.dtype),
+        publish=programs["publish"],
         generate=make_generate(actor.config, sample, eos_ids, mesh, compute.dtype),
-        score=make_score(actor, critic, reward, estimate, mesh, compute, sample.temperature),
+        score=programs["score"],
         update=update,
+        programs=programs,
     )

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rlhf_jax"
 FLOORS = [
-    ["config", "trees"],
+    ["config", "trees", "gpus"],
     ["mesh", "metrics", "objectives"],
     ["models", "data"],
     ["optim", "train_step", "generate", "checkpoint"],

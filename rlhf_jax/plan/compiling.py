@@ -105,7 +105,8 @@ def measure_elsewhere(recipe: Recipe, fleet: Fleet, stages: Sequence[str], usabl
         why = f"CUDA 13 does not compile for {fleet.gpu.name}" if too_old else "the CUDA plugin is not installed"
         notes.append(
             f"{why} (pip install 'rlhf_jax[cuda12]'): compiled for simulated CPUs. Arguments, outputs "
-            "and cache are the same on GPUs; temporaries are not (a CPU computes bfloat16 in float32 and fuses less), so peaks are estimates"
+            "and cache are the same on GPUs; temporaries are not (a "
+            "CPU computes bfloat16 in float32 and fuses less), so peaks are estimates"
         )
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     flags = "--xla_gpu_autotune_level=0" if on_gpu else "--xla_backend_optimization_level=0"

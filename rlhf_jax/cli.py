@@ -148,15 +148,14 @@ def run_config(command: str, path: str, overrides: Sequence[str]) -> None:
 
 def run_plan(args: argparse.Namespace) -> None:
     from rlhf_jax.config import load
-    from rlhf_jax.gpus import local_fleet, parse_fleet
-    from rlhf_jax.plan import make_plan
+    from rlhf_jax.plan import local_gpus, make_plan
     from rlhf_jax.plan.table import render
     from rlhf_jax.recipe import Recipe
 
     recipe = load(args.config, args.overrides, Recipe)
     if args.price_per_gpu_hour < 0:
         raise ValueError(f"--price-per-gpu-hour {args.price_per_gpu_hour:g}: at least 0")
-    plan = make_plan(recipe, parse_fleet(args.gpus) if args.gpus else local_fleet(), args.price_per_gpu_hour)
+    plan = make_plan(recipe, args.gpus or local_gpus(), args.price_per_gpu_hour)
     print(json.dumps(plan) if args.json else render(plan), flush=True)
 
 

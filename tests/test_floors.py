@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "rlhf_jax"
 FLOORS = [
-    ["config", "trees", "gpus"],
-    ["mesh", "metrics", "objectives"],
+    ["config", "trees"],
+    ["mesh", "gpus", "metrics", "objectives"],
     ["models", "data"],
     ["optim", "train_step", "generate", "checkpoint"],
     ["engine"],

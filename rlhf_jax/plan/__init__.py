@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from rlhf_jax.gpus import Fleet
+from rlhf_jax.gpus import GPUS, Machine, machine
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.plan.compiling import Memory, measure_elsewhere
 from rlhf_jax.plan.held import STAGES, Phase, abstract_mesh, phases
@@ -20,37 +21,52 @@ GIB = 2**30
 MOST_DEVICES = 4096
 
 
-def make_plan(recipe: Recipe, fleet: Fleet, price: float = 0.0, stages: tuple[str, ...] = STAGES) -> dict[str, Any]:
-    """What each phase needs on one GPU of the fleet, whether it fits, how long it takes. Plain values, for JSON.
+def make_plan(recipe: Recipe, gpus: str, price: float = 0.0, stages: tuple[str, ...] = STAGES) -> dict[str, Any]:
+    """What each phase needs on one of these GPUs, whether it fits, how long it takes. Plain values, for JSON.
 
     Args:
+        gpus: as `gpus.machine` reads it.
         price: of one GPU for an hour, in any currency.
     Raises:
-        ValueError: no config.json, sizes that do not divide the devices, too few positions.
+        ValueError: unknown GPUs, no config.json, sizes that do not divide the devices, too few positions.
         RuntimeError: the compiler failed.
     """
-    mesh = abstract_mesh(recipe.mesh, fleet.count)
+    wanted = machine(gpus)
+    mesh = abstract_mesh(recipe.mesh, wanted.count)
     found = phases(recipe, mesh, stages)
-    usable, seconds = int(USABLE * fleet.gpu.memory), timetable(recipe, found, mesh, fleet, price)
-    measured = measure_elsewhere(recipe, fleet, stages, usable)
+    usable, seconds = int(USABLE * wanted.gpu.memory), timetable(recipe, found, mesh, wanted, price)
+    measured = measure_elsewhere(recipe, gpus, stages, usable)
     table = [described(phase, Memory(**measured["phases"][f"{phase.stage}/{phase.name}"]), usable) for phase in found]
+    costs = [entry["cost"] for entry in seconds.values()]
     fits = all(row["headroom"] >= 0 for row in table)
     return {
-        "gpus": str(fleet),
+        "gpus": gpus,
         "mesh": dict(mesh.shape),
-        "memory": fleet.gpu.memory,
+        "memory": wanted.gpu.memory,
         "usable": usable,
         "compiled_for": measured["compiled_for"],
         "phases": table,
         "fits": fits,
-        "mends": [] if fits else list(mends(recipe, fleet.count, usable, stages, measured["micro_batch"])),
+        "mends": [] if fits else list(mends(recipe, wanted.count, usable, stages, measured["micro_batch"])),
         "micro_batch": measured["micro_batch"],
         "seconds": seconds,
         "price_per_gpu_hour": price or None,
-        "cost": sum(entry["cost"] or 0 for entry in seconds.values()) if price else None,
+        "cost": sum(costs) if None not in costs else None,
         "assumptions": assumptions(recipe),
-        "notes": measured["notes"] + _notes(recipe, fleet),
+        "notes": measured["notes"] + _notes(recipe, wanted),
     }
+
+
+def local_gpus() -> str:
+    """The GPUs of this machine, as `gpus.machine` reads them. ValueError where it has none, or none that is known."""
+    devices = jax.devices()
+    known = [gpu.name for gpu in GPUS.values() if gpu.title == devices[0].device_kind]
+    if not known:
+        raise ValueError(
+            f"this machine has {len(devices)} x {devices[0].device_kind}, which is no GPU that plans are made for: "
+            f"name the machine to plan, --gpus 8xNAME with one of {', '.join(GPUS)}"
+        )
+    return f"{len(devices)}x{known[0]}"
 
 
 def described(phase: Phase, memory: Memory, usable: int) -> dict[str, Any]:
@@ -68,15 +84,15 @@ def described(phase: Phase, memory: Memory, usable: int) -> dict[str, Any]:
     }
 
 
-def _notes(recipe: Recipe, fleet: Fleet) -> list[str]:
+def _notes(recipe: Recipe, wanted: Machine) -> list[str]:
     notes = [
         f"usable is {USABLE:.0%} of the memory: run with XLA_CLIENT_MEM_FRACTION={USABLE} (JAX's default takes 75%)",
         "lengths are the configuration's limits; shorter data needs less",
     ]
-    if fleet.nodes > 1:
+    if wanted.nodes > 1:
         notes.append("this version trains in one process, so on one node: more nodes are a plan only")
-    if fleet.gpu.capability < (8, 0) and recipe.model.dtype == "bfloat16":
-        notes.append(f"{fleet.gpu.name} has no bfloat16 unit: speeds are those of float32")
+    if wanted.gpu.capability < "8.0" and recipe.model.dtype == "bfloat16":
+        notes.append(f"{wanted.gpu.name} has no bfloat16 unit: speeds are those of float32")
     return notes
 
 

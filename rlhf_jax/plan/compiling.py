@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from rlhf_jax.config import dump, parse
-from rlhf_jax.gpus import Fleet, absent_devices, cuda_plugin, parse_fleet
+from rlhf_jax.gpus import COMPILE_OPTIONS, devices_of, machine, plugin
 from rlhf_jax.mesh import TRAIN, Layout, make_mesh
 from rlhf_jax.plan.held import STAGES, Phase, phases
 from rlhf_jax.recipe import Recipe
@@ -44,7 +44,7 @@ class Memory(NamedTuple):
 
 def measure(phase: Phase) -> Memory:
     """Compile one program for the devices of its arguments, and run nothing."""
-    stats = phase.program.lower(*phase.args).compile().memory_analysis()
+    stats = phase.program.lower(*phase.args).compile(COMPILE_OPTIONS).memory_analysis()
     return Memory(
         stats.argument_size_in_bytes, stats.output_size_in_bytes, stats.alias_size_in_bytes, stats.temp_size_in_bytes
     )
@@ -92,39 +92,39 @@ def with_micro(recipe: Recipe, stage: str, micro: int) -> Recipe:
     return dataclasses.replace(recipe, **{stage: dataclasses.replace(getattr(recipe, stage), micro_batch_size=micro)})
 
 
-def measure_elsewhere(recipe: Recipe, fleet: Fleet, stages: Sequence[str], usable: int) -> dict[str, Any]:
+def measure_elsewhere(recipe: Recipe, gpus: str, stages: Sequence[str], usable: int) -> dict[str, Any]:
     """`measure_all` in a process of its own, with "compiled_for" and "notes" beside it.
 
     Raises:
         RuntimeError: the compiler failed, with its last words.
     """
-    request = {"recipe": dump(recipe), "fleet": str(fleet), "stages": list(stages), "usable": usable}
-    notes, too_old = [], cuda_plugin() == 13 and fleet.gpu.capability < (7, 5)
-    on_gpu = cuda_plugin() > 0 and not too_old
+    wanted = machine(gpus)
+    request = {"recipe": dump(recipe), "gpus": gpus, "stages": list(stages), "usable": usable}
+    notes, too_old = [], plugin() == "jax_cuda13_plugin" and wanted.gpu.capability < "7.5"
+    on_gpu = plugin() is not None and not too_old
     if not on_gpu:
-        why = f"CUDA 13 does not compile for {fleet.gpu.name}" if too_old else "the CUDA plugin is not installed"
+        why = f"CUDA 13 does not compile for {wanted.gpu.name}" if too_old else "the CUDA plugin is not installed"
         notes.append(
             f"{why} (pip install 'rlhf_jax[cuda12]'): compiled for simulated CPUs. Arguments, outputs "
             "and cache are the same on GPUs; temporaries are not (a "
             "CPU computes bfloat16 in float32 and fuses less), so peaks are estimates"
         )
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    flags = "--xla_gpu_autotune_level=0" if on_gpu else "--xla_backend_optimization_level=0"
     if on_gpu:
         environment["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # what is not to be run is not to be kept
     else:
-        flags += f" --xla_force_host_platform_device_count={fleet.count}"
-    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+        flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={wanted.count}"
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     command = [sys.executable, "-m", "rlhf_jax.plan.compiling"]
     run = subprocess.run(
         command, input=json.dumps(request | {"on_gpu": on_gpu}), capture_output=True, text=True, env=environment
     )
     if run.returncode:
         said = run.stderr.strip().splitlines() or ["no word"]
-        raise RuntimeError(f"compiling for {fleet} failed (exit code {run.returncode}): {said[-1]}")
+        raise RuntimeError(f"compiling for {gpus} failed (exit code {run.returncode}): {said[-1]}")
     answer = json.loads(run.stdout.splitlines()[-1])
-    return answer | {"compiled_for": fleet.gpu.name if on_gpu else "cpu", "notes": notes}
+    return answer | {"compiled_for": wanted.gpu.name if on_gpu else "cpu", "notes": notes}
 
 
 def main() -> None:
@@ -132,9 +132,8 @@ def main() -> None:
     import jax
 
     request = json.load(sys.stdin)
-    fleet = parse_fleet(request["fleet"])
     recipe = parse(Recipe, tomllib.loads(request["recipe"]), "the plan's request")
-    devices = absent_devices(fleet) if request["on_gpu"] else jax.devices()
+    devices = devices_of(request["gpus"]) if request["on_gpu"] else jax.devices()
     stages = tuple(stage for stage in STAGES if stage in request["stages"])
     print(json.dumps(measure_all(recipe, make_mesh(recipe.mesh, devices), stages, request["usable"])), flush=True)
 

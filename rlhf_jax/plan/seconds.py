@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_jax.data.sources import BUILTIN, DataConfig, load_examples
-from rlhf_jax.gpus import Fleet
+from rlhf_jax.gpus import Gpu, Machine
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.decoder import abstract_params
@@ -41,12 +41,24 @@ class Need:
     memory: float = 0.0
     link: float = 0.0
 
-    def floor(self, flops_rate: float, fleet: Fleet) -> float:
-        return max(self.flops / flops_rate, self.memory / fleet.gpu.bandwidth, self.link / fleet.slowest_link)
+    def floor(self, flops_rate: float, machine: Machine) -> float:
+        return max(self.flops / flops_rate, self.memory / machine.gpu.bandwidth, self.link / slowest_link(machine))
 
-    def expected(self, flops_rate: float, fleet: Fleet, share: Efficiency) -> float:
-        work = max(self.flops / flops_rate / share.matmul, self.memory / fleet.gpu.bandwidth / share.memory)
-        return work + self.link / fleet.slowest_link / share.link
+    def expected(self, flops_rate: float, machine: Machine, share: Efficiency) -> float:
+        work = max(self.flops / flops_rate / share.matmul, self.memory / machine.gpu.bandwidth / share.memory)
+        return work + self.link / slowest_link(machine) / share.link
+
+
+def slowest_link(machine: Machine) -> float:
+    """Bytes a second of one GPU over what a collective of all has to cross."""
+    return machine.gpu.network if machine.nodes > 1 else machine.gpu.link
+
+
+def matmul_rate(gpu: Gpu, dtype: str) -> float:
+    """FLOP/s of matrix products: float32 as TF32, half as fast; before Ampere both in float32, an eighth of float16."""
+    if gpu.capability < "8.0":
+        return gpu.flops / 8
+    return gpu.flops if dtype == "bfloat16" else gpu.flops / 2
 
 
 def weights_per_token(config: DecoderConfig) -> tuple[int, int]:
@@ -138,18 +150,18 @@ def _update(model: ModelConfig, decoder: DecoderConfig, state, flops: float, mic
     return Need(flops * training_factor(rank, model.remat) / count, 7 * trainable, link)
 
 
-def timetable(recipe: Recipe, found: list[Phase], mesh, fleet: Fleet, price: float) -> dict[str, dict]:
-    """{stage: {"phases", "floor", "expected" seconds of a step, "steps", "floor_epoch", "expected_epoch", "cost"}}.
+def timetable(recipe: Recipe, found: list[Phase], mesh, machine: Machine, price: float) -> dict[str, dict]:
+    """{stage: {"phases", "floor", "expected" seconds of a step, "steps", "floor_epoch", "expected_epoch", "cost", ...}}.
 
     Args:
         price: of one GPU for an hour; 0: no cost is told.
     """
-    flops_rate = fleet.gpu.flops if recipe.model.dtype == "bfloat16" else fleet.gpu.flops_float32
+    flops_rate = matmul_rate(machine.gpu, recipe.model.dtype)
     share, table = Efficiency(), {}
     for name, need in needs(recipe, found, mesh).items():
         stage, phase = name.split("/")
         entry = table.setdefault(stage, {"phases": {}})
-        floor, expected = need.floor(flops_rate, fleet), need.expected(flops_rate, fleet, share)
+        floor, expected = need.floor(flops_rate, machine), need.expected(flops_rate, machine, share)
         entry["phases"][phase] = {"floor": floor, "expected": expected}
     for stage, entry in table.items():
         entry["floor"] = sum(times["floor"] for times in entry["phases"].values())
@@ -162,8 +174,9 @@ def timetable(recipe: Recipe, found: list[Phase], mesh, fleet: Fleet, price: flo
         for kind in ("floor", "expected"):
             entry[f"{kind}_epoch"] = steps and entry[kind] * steps
             entry[f"{kind}_stage"] = entry["steps"] and entry[kind] * entry["steps"]
-        hours = fleet.count * (entry["expected_stage"] or 0) / 3600
-        entry["cost"] = price * hours if price and entry["steps"] else None
+        rate = price * machine.count / 3600
+        entry["cost_of_step"] = rate * entry["expected"] if price else None
+        entry["cost"] = rate * entry["expected_stage"] if price and entry["steps"] else None
     return table
 
 

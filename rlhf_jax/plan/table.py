@@ -39,7 +39,7 @@ def render(plan: dict[str, Any]) -> str:
             lines.append(_row(f"{stage} {phase}", [_time(times[kind]) for kind in ("floor", "expected")]))
         lines.append(_whole(stage, entry))
     if plan["cost"] is not None:
-        lines.append(f"cost at {plan['price_per_gpu_hour']:g} per GPU and hour: {plan['cost']:,.2f}")
+        lines.append(f"cost at {plan['price_per_gpu_hour']:g} per GPU and hour, all stages: {plan['cost']:,.2f}")
     lines += [""] + [f"assumed: {text}" for text in plan["assumptions"]] + [f"note: {text}" for text in plan["notes"]]
     return "\n".join(lines)
 
@@ -64,7 +64,9 @@ def _whole(stage: str, entry: dict[str, Any]) -> str:
         text += ", rows of an epoch not known without the data"
     if entry["steps"]:
         text += f"; {entry['steps']} {step}s in all: {entry['expected_stage'] / 3600:.2f} h expected"
-    return text + (f", cost {entry['cost']:,.2f}" if entry["cost"] is not None else "")
+    if entry["cost_of_step"] is not None:
+        text += f"; costs {entry['cost_of_step']:.2g} a {step}"
+    return text + (f", {entry['cost']:,.2f} in all" if entry["cost"] is not None else "")
 
 
 def _time(seconds: float) -> str:

@@ -16,6 +16,8 @@ import tomllib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from rlhf_jax.config import dump, parse
 from rlhf_jax.gpus import COMPILE_OPTIONS, devices_of, machine, plugin
 from rlhf_jax.mesh import TRAIN, Layout, make_mesh
@@ -30,12 +32,15 @@ class Memory(NamedTuple):
         arguments: that the program reads; what it is given and does not use is not among them.
         outputs: of which `aliased` lie in donated arguments.
         temporaries: activations, gradients, cache, and whatever else lives while it runs.
+        cublas_only: compiled without Triton's matrix products, for some of which the compiler finds no tiles when it
+            cannot time them; cuBLAS may want a little more workspace.
     """
 
     arguments: int
     outputs: int
     aliased: int
     temporaries: int
+    cublas_only: bool = False
 
     def peak(self, phase: Phase) -> int:
         """With all that lies on the device beside the arguments."""
@@ -44,9 +49,20 @@ class Memory(NamedTuple):
 
 def measure(phase: Phase) -> Memory:
     """Compile one program for the devices of its arguments, and run nothing."""
-    stats = phase.program.lower(*phase.args).compile(COMPILE_OPTIONS).memory_analysis()
+    lowered, cublas_only = phase.program.lower(*phase.args), False
+    try:
+        compiled = lowered.compile(COMPILE_OPTIONS)
+    except jax.errors.JaxRuntimeError as error:
+        if "output tile sizes" not in str(error):
+            raise
+        compiled, cublas_only = lowered.compile(COMPILE_OPTIONS | {"xla_gpu_enable_triton_gemm": False}), True
+    stats = compiled.memory_analysis()
     return Memory(
-        stats.argument_size_in_bytes, stats.output_size_in_bytes, stats.alias_size_in_bytes, stats.temp_size_in_bytes
+        stats.argument_size_in_bytes,
+        stats.output_size_in_bytes,
+        stats.alias_size_in_bytes,
+        stats.temp_size_in_bytes,
+        cublas_only,
     )
 
 
@@ -129,8 +145,6 @@ def measure_elsewhere(recipe: Recipe, gpus: str, stages: Sequence[str], usable: 
 
 def main() -> None:
     """The other process."""
-    import jax
-
     request = json.load(sys.stdin)
     recipe = parse(Recipe, tomllib.loads(request["recipe"]), "the plan's request")
     devices = devices_of(request["gpus"]) if request["on_gpu"] else jax.devices()

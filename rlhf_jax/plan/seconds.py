@@ -151,7 +151,7 @@ def _update(model: ModelConfig, decoder: DecoderConfig, state, flops: float, mic
 
 
 def timetable(recipe: Recipe, found: list[Phase], mesh, machine: Machine, price: float) -> dict[str, dict]:
-    """{stage: {"phases", "floor" and "expected" seconds of a step, of an epoch and of the stage, "steps", "cost", ...}}.
+    """{stage: {"phases", "floor" and "expected" seconds of a step, an epoch and the stage, "steps", "cost", ...}}.
 
     Args:
         price: of one GPU for an hour; 0: no cost is told.

@@ -23,7 +23,8 @@ def render(plan: dict[str, Any]) -> str:
     ]
     for row in plan["phases"]:
         cells = [f"{row[column] / unit:.2f}" for column in COLUMNS]
-        lines.append(_row(f"{row['stage']} {row['phase']}", cells) + ("" if row["headroom"] >= 0 else "  does not fit"))
+        told = ["does not fit"] * (row["headroom"] < 0) + ["compiled without Triton"] * row["cublas_only"]
+        lines.append("  ".join([_row(f"{row['stage']} {row['phase']}", cells), *told]))
     worst = max(plan["phases"], key=lambda row: row["peak"])
     held = sorted(worst["live"].items(), key=lambda item: -item[1])
     lines += [

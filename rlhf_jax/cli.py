@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import os
 import sys
@@ -13,6 +14,13 @@ from pathlib import Path
 STAGES = ("sft", "reward", "ppo")
 CONFIG_HELP = """CONFIG is a TOML file of configs/ or of your own. Every key can be changed behind it:
   rlhf-jax train configs/demo.toml run.dir=runs/mine sft.steps=200 ppo.kl_coef=0.05
+"""
+PLAN_HELP = """CONFIG is what `train` would be given; the models' config.json is all that is read of them. Examples:
+  rlhf-jax plan configs/opt-1.3b-single_gpu.toml --gpus A100-80GB
+  rlhf-jax plan mine.toml mesh.tensor=8 --gpus 8xA100-80GB --price-per-gpu-hour 2.5 --json
+  rlhf-jax plan mine.toml --gpus 4x8xH100-80GB
+With JAX's CUDA plugin installed the programs are compiled for the GPUs named; no GPU is needed. Without it they are
+compiled for simulated CPUs, which is said.
 """
 IMPORT_HELP = """Examples:
   rlhf-jax import meta-llama/Llama-3.2-1B llama --adapter my-adapter --dtype bfloat16
@@ -46,6 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = add(name, text, CONFIG_HELP)
         command.add_argument("config", metavar="CONFIG", help="a TOML file")
         command.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of it, section.key=value")
+    command = add("plan", "bytes, seconds and cost of every phase on GPUs that need not be there", PLAN_HELP)
+    command.add_argument("config", metavar="CONFIG", help="a TOML file")
+    command.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of it, section.key=value")
+    machine = "8xNAME, or nodes x GPUs as 4x8xNAME; an unknown NAME lists the known (default: this machine's GPUs)"
+    command.add_argument("--gpus", metavar="8xA100-80GB", help=machine)
+    command.add_argument("--price-per-gpu-hour", type=float, default=0.0, metavar="PRICE", help="to tell the cost")
+    command.add_argument("--json", action="store_true", help="everything, in bytes and seconds, as one JSON object")
     command = add("chat", "talk to an exported model in the terminal; /clear forgets the dialogue, /quit leaves")
     command.add_argument("folder", metavar="FOLDER", help="a Hugging Face folder, for example RUN/ppo/export")
     longest = "longest answer, in tokens (default: 256; never more than half of the model's positions)"
@@ -67,7 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--adapter", action="store_true", help="the LoRA adapter alone, as PEFT loads it")
     command.add_argument("--dtype", choices=DTYPES, help="of a whole model (default: that of the run's export)")
 
-    args = parser.parse_args(argv)
+    args, late = parser.parse_known_args(argv)
+    if late and (args.command != "plan" or any(text.startswith("-") for text in late)):
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
+    if late:  # key=value behind an option, which argparse does not give to `overrides`
+        args.overrides += late
     logging.basicConfig(format="%(message)s")  # before anything imported configures it otherwise
     logging.getLogger("rlhf_jax").setLevel(logging.INFO)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch: it is not needed
@@ -75,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "chat":
             run_chat(args)
+        elif args.command == "plan":
+            run_plan(args)
         elif args.command == "import":
             from rlhf_jax.transfer import import_model
 
@@ -114,6 +135,7 @@ def run_config(command: str, path: str, overrides: Sequence[str]) -> None:
     from rlhf_jax.config import dump, load
     from rlhf_jax.evaluate import evaluate
     from rlhf_jax.mesh import make_mesh
+    from rlhf_jax.plan import check_fits, device_limit
     from rlhf_jax.recipe import Recipe
     from rlhf_jax.stages.loop import open_run, same_data
     from rlhf_jax.stages.pipeline import train
@@ -124,14 +146,31 @@ def run_config(command: str, path: str, overrides: Sequence[str]) -> None:
         same_data(recipe.run, dump(recipe))
         evaluate(Path(recipe.run.dir), mesh, recipe.data, recipe.evaluate, recipe.model.dtype)
         return
+    stages = STAGES if command == "train" else (command,)
+    limit = device_limit(mesh)
+    if limit is not None:
+        kept = () if recipe.run.overwrite else [stage for stage in stages if recipe.run.export(stage).exists()]
+        check_fits(recipe, mesh, limit, [stage for stage in stages if stage not in kept])
     # RUN/config.toml may be a CONFIG later, and must not ask for deletion once more.
     lasting = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, overwrite=False))
     open_run(recipe.run, dump(lasting))
-    stages = STAGES if command == "train" else (command,)
     train(recipe.run, mesh, recipe.model, recipe.data, recipe.sft, recipe.reward, recipe.ppo, stages)
     print(f"{command}: everything lies in {recipe.run.dir}", flush=True)
     if recipe.run.export("ppo").exists():
         print(f"talk to the result: rlhf-jax chat {recipe.run.export('ppo')}", flush=True)
+
+
+def run_plan(args: argparse.Namespace) -> None:
+    from rlhf_jax.config import load
+    from rlhf_jax.plan import local_gpus, make_plan
+    from rlhf_jax.plan.table import render
+    from rlhf_jax.recipe import Recipe
+
+    recipe = load(args.config, args.overrides, Recipe)
+    if args.price_per_gpu_hour < 0:
+        raise ValueError(f"--price-per-gpu-hour {args.price_per_gpu_hour:g}: at least 0")
+    plan = make_plan(recipe, args.gpus or local_gpus(), args.price_per_gpu_hour)
+    print(json.dumps(plan) if args.json else render(plan), flush=True)
 
 
 def run_chat(args: argparse.Namespace) -> None:

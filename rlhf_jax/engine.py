@@ -12,9 +12,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -127,12 +127,17 @@ CriticLoss = Callable[[jax.Array, Experience], tuple[jax.Array, Stats]]  # (valu
 
 class Engine(NamedTuple):
     """publish(params) -> weights; generate(weights, prompts, prompt_mask, key) -> Rollout, on host arrays [B, P];
-    score(models, rollout) -> Experience; update(models, experience) -> (models, {name: scalar}), models donated."""
+    score(models, rollout) -> Experience; update(models, experience) -> (models, {name: scalar}), models donated.
+
+    `programs` are the jitted functions inside, for whoever lowers them: publish, generate(weights, prompts, mask, key),
+    score, actor(state, experience) and critic(state, experience).
+    """
 
     publish: Callable[[Params], Weights]
     generate: Callable[[Weights, np.ndarray, np.ndarray, jax.Array], Rollout]
     score: Callable[[Models, Rollout], Experience]
     update: Callable[[Models, Experience], tuple[Models, Stats]]
+    programs: Mapping[str, Any]
 
 
 def answer_hidden(hidden: jax.Array, starts: jax.Array, num_actions: int) -> jax.Array:
@@ -163,6 +168,32 @@ def make_publish(role: Role, mesh: Mesh, dtype: jnp.dtype) -> Callable[[Params],
 
 
 @functools.lru_cache
+def generate_program(
+    config: DecoderConfig,
+    sample: SampleConfig,
+    eos_ids: tuple[int, ...],
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    rows: int = 0,
+    attention: Choice = "auto",
+):
+    """The jitted (weights, prompts [B, P], mask [B, P], key, in_rows) -> Rollout, on arrays laid out by GENERATE.
+
+    in_rows, static: in `rows` rows that are refilled, in place of all at once.
+    """
+    layout = Layout(mesh, GENERATE)
+
+    @functools.partial(jax.jit, static_argnames="in_rows")
+    def program(weights, prompts, prompt_mask, key, in_rows=False):
+        options = config, weights, prompts, prompt_mask, key, sample, eos_ids, layout, dtype
+        if in_rows:
+            return generate_in_rows(*options, rows, attention)
+        return generate(*options, attention)
+
+    return program
+
+
+@functools.lru_cache
 def make_generate(
     config: DecoderConfig,
     sample: SampleConfig,
@@ -187,14 +218,8 @@ def make_generate(
     check_sample(sample)
     layout = Layout(mesh, GENERATE)
     check_rows(rows, layout)
+    program = generate_program(config, sample, eos_ids, mesh, dtype, rows, attention)
     compiled: set[tuple[int, int]] = set()
-
-    @functools.partial(jax.jit, static_argnames="in_rows")
-    def program(weights, prompts, prompt_mask, key, in_rows):
-        options = config, weights, prompts, prompt_mask, key, sample, eos_ids, layout, dtype
-        if in_rows:
-            return generate_in_rows(*options, rows, attention)
-        return generate(*options, attention)
 
     def run(weights, prompts, prompt_mask, key):
         sizes = prompt_mask.sum(axis=1)
@@ -407,9 +432,19 @@ def make_engine(
         stats |= {f"critic_{name}": value for name, value in critic_stats.items()}
         return dataclasses.replace(models, actor=actor_state, critic=critic_state), stats
 
+    programs = {
+        "publish": make_publish(actor, mesh, compute.dtype),
+        "generate": generate_program(
+            actor.config, sample, eos_ids, mesh, compute.dtype, generate_rows, compute.attention
+        ),
+        "score": make_score(actor, critic, reward, estimate, mesh, compute, sample.temperature, num_score_micro),
+        "actor": update_actor,
+        "critic": update_critic,
+    }
     return Engine(
-        publish=make_publish(actor, mesh, compute.dtype),
+        publish=programs["publish"],
         generate=make_generate(actor.config, sample, eos_ids, mesh, compute.dtype, generate_rows, compute.attention),
-        score=make_score(actor, critic, reward, estimate, mesh, compute, sample.temperature, num_score_micro),
+        score=programs["score"],
         update=update,
+        programs=programs,
     )

@@ -97,6 +97,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         ValueError: more than one -1, a size below 1, or sizes whose product is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    shape = tuple(mesh_sizes(config, len(devices)).values())
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_sizes(config: MeshConfig, count: int) -> dict[str, int]:
+    """Devices along each axis of the mesh over `count` devices; raises as `make_mesh`."""
     sizes = {axis: getattr(config, axis) for axis in AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
     wrong = [f"mesh.{axis}={size}" for axis, size in sizes.items() if size < 1 and size != -1]
@@ -104,21 +110,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         told = ", ".join(wrong) or " and ".join(f"mesh.{axis}=-1" for axis in free)
         raise ValueError(f"{told}: every size is at least 1, and at most one is -1 (all devices that are left)")
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if len(devices) % fixed or (not free and fixed != len(devices)):
+    if count % fixed or (not free and fixed != count):
         asked = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
         mend = (
-            f"one of {nearest(fixed, _divisors(len(devices)))}"
+            f"one of {nearest(fixed, _divisors(count))}"
             if free
-            else f"{len(devices)}, or set one of them to -1 to take what is left"
+            else f"{count}, or set one of them to -1 to take what is left"
         )
         raise ValueError(
-            f"mesh {asked} does not cover {len(devices)} device(s): the sizes that are not -1 multiply to {fixed}; "
+            f"mesh {asked} does not cover {count} device(s): the sizes that are not -1 multiply to {fixed}; "
             f"make them multiply to {mend}"
         )
     for axis in free:
-        sizes[axis] = len(devices) // fixed
-    shape = tuple(sizes.values())
-    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        sizes[axis] = count // fixed
+    return sizes
 
 
 def single_device_mesh() -> Mesh:

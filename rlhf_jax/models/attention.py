@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from rlhf_jax.models.architecture import DecoderConfig
 
@@ -93,8 +93,12 @@ def kernel_of_devices(mesh: Mesh, dtype: jnp.dtype, choice: Choice) -> Kernel:
     return _kernel(device_obstacle(dtype, device.platform, capability_of(device)), choice, dtype)
 
 
-def kernel_on(mesh: Mesh, config: DecoderConfig, dtype: jnp.dtype, length: int, choice: Choice) -> Kernel:
-    """`attention_kernel` for the devices of a mesh."""
+def kernel_on(
+    mesh: Mesh | AbstractMesh, config: DecoderConfig, dtype: jnp.dtype, length: int, choice: Choice
+) -> Kernel:
+    """`attention_kernel` for the devices of a mesh; XLA's on one without devices, where only shapes are asked for."""
+    if isinstance(mesh, AbstractMesh):
+        return Kernel("xla", "no devices")
     device = mesh.devices.flat[0]
     return attention_kernel(config, dtype, device.platform, length, choice, capability=capability_of(device))
 

@@ -51,6 +51,29 @@ def local_folder(path_or_id: str | Path) -> Path:
     raise ValueError(pickle_refusal(name, f"{name} has weights on the hub", name.split("/")[-1]))
 
 
+def config_json(path_or_id: str | Path) -> dict[str, Any]:
+    """config.json of a folder, or of a hub id: that one file, from the cache where it is there.
+
+    Raises:
+        ValueError: not to be had, or no JSON.
+    """
+    folder, name = Path(path_or_id).expanduser(), str(path_or_id)
+    if folder.is_dir():
+        return read_json(folder / "config.json")
+    if folder.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
+        raise ValueError(f"there is no folder {folder}")
+    from huggingface_hub import hf_hub_download  # here for the same reason as in `local_folder`
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return read_json(Path(hf_hub_download(name, "config.json")))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"config.json of {name} is neither in a folder here nor to be had from the Hugging Face hub: {reason}"
+        ) from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """ValueError where the file is absent or no JSON."""
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jax.sharding import Mesh
 
@@ -13,7 +15,23 @@ from rlhf_jax.models.families import decoder_config
 from rlhf_jax.models.new_tokenizer import train_tokenizer
 from rlhf_jax.models.pretrained import Pretrained, save_pretrained
 from rlhf_jax.stages.loop import RunConfig
-from rlhf_jax.stages.models import ModelConfig
+from rlhf_jax.stages.models import ModelConfig, NewModelConfig
+
+
+def new_hf_config(new: NewModelConfig, vocab_size: int) -> dict[str, Any]:
+    """The config.json of a new model, without the ids of its tokenizer."""
+    return {
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": new.hidden_size,
+        "intermediate_size": new.mlp_size,
+        "num_hidden_layers": new.num_layers,
+        "num_attention_heads": new.num_heads,
+        "num_key_value_heads": new.num_kv_heads,
+        "max_position_embeddings": new.max_positions,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    }
 
 
 def make_base(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig) -> str:
@@ -25,17 +43,7 @@ def make_base(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig) 
         examples, new = load_examples(data, "sft", held_out=False), model.new
         texts = [text for example in examples for text in (*(said for _, said in example.turns), example.answer)]
         tokenizer = prepare_tokenizer(train_tokenizer([" Human:", " Assistant:", *texts], new.vocab_size))
-        hf = {
-            "model_type": "llama",
-            "vocab_size": len(tokenizer),
-            "hidden_size": new.hidden_size,
-            "intermediate_size": new.mlp_size,
-            "num_hidden_layers": new.num_layers,
-            "num_attention_heads": new.num_heads,
-            "num_key_value_heads": new.num_kv_heads,
-            "max_position_embeddings": new.max_positions,
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": True,
+        hf = new_hf_config(new, len(tokenizer)) | {
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,

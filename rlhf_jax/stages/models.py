@@ -77,6 +77,11 @@ class ModelConfig:
     def compute(self) -> Compute:
         return Compute(jnp.dtype(self.dtype), self.remat, self.logprob_chunk, self.attention)
 
+    def stored_dtype(self, *, scalar_head: bool) -> Dtype:
+        """What a model is loaded in: what trains is float32, so only a base under adapters may be smaller."""
+        lora = self.reward_lora if scalar_head else self.lora
+        return self.frozen_dtype if lora.rank else "float32"
+
     def role(self, config: DecoderConfig) -> Role:
         """The architecture with the adapters that this configuration gives it."""
         return Role(config, self.reward_lora if config.scalar_head else self.lora)
@@ -90,8 +95,7 @@ def load(
     Raises:
         ValueError: what `from_pretrained` says, no tokenizer, or a tensor axis that does not divide the model.
     """
-    lora = settings.reward_lora if scalar_head else settings.lora
-    dtype = settings.frozen_dtype if lora.rank else "float32"
+    dtype = settings.stored_dtype(scalar_head=scalar_head)
     if scalar_head:
         model = reward_from_pretrained(path, mesh=mesh, dtype=dtype, seed=seed)
     else:

@@ -10,14 +10,17 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from rlhf_jax.data.batches import Batches, prompt_rows
 from rlhf_jax.data.sources import DataConfig, load_examples
 from rlhf_jax.data.template import prepare_tokenizer
-from rlhf_jax.engine import Experience, Models, check_positions, check_rows, eos_ids, make_engine
+from rlhf_jax.engine import Engine, Experience, Models, check_positions, check_rows, eos_ids, make_engine
 from rlhf_jax.generate import Rollout, bucket
-from rlhf_jax.mesh import Layout, check_divides
+from rlhf_jax.mesh import TRAIN, Layout, check_divides
+from rlhf_jax.models.architecture import DecoderConfig
+from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.objectives import masked, ppo
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
 from rlhf_jax.sampling import SampleConfig
@@ -73,6 +76,56 @@ def ppo_sizes(config: PPOConfig, layout: Layout) -> tuple[int, int]:
     return batch_size, num_micro
 
 
+def ppo_engine(
+    config: PPOConfig,
+    model: ModelConfig,
+    actor: DecoderConfig,
+    critic: DecoderConfig,
+    actor_tx: optax.GradientTransformation,
+    critic_tx: optax.GradientTransformation,
+    eos_ids: tuple[int, ...],
+    mesh: Mesh,
+) -> Engine:
+    """The engine that runs these settings; the reward model has the critic's architecture."""
+    batch_size, num_micro = ppo_sizes(config, Layout(mesh, TRAIN))
+    return make_engine(
+        actor=model.role(actor),
+        critic=model.role(critic),
+        reward=critic,
+        estimate=lambda experience: advantages(experience, config),
+        actor_loss=lambda logprobs, entropy, experience: actor_loss(logprobs, entropy, experience, config),
+        critic_loss=lambda values, experience: critic_loss(values, experience, config),
+        actor_tx=actor_tx,
+        critic_tx=critic_tx,
+        sample=config.sample,
+        eos_ids=eos_ids,
+        mesh=mesh,
+        compute=model.compute,
+        num_micro=num_micro,
+        num_score_micro=num_micro * config.rollouts // batch_size,
+        generate_rows=config.generate_rows,
+    )
+
+
+def ppo_models(
+    actor: Pretrained,
+    critic: Pretrained,
+    model: ModelConfig,
+    actor_tx: optax.GradientTransformation,
+    critic_tx: optax.GradientTransformation,
+    seed: int,
+) -> Models:
+    """What PPO holds, from a loaded actor and a loaded reward model that the critic starts from."""
+    # What training donates must not be what scores, so of that reference and reward model have copies of their own.
+    reference = {} if model.lora.rank else frozen_copy(actor.params, model.frozen_dtype)
+    critic_state = make_state(critic, model, critic_tx, seed)
+    reward = {path: leaf for path, leaf in critic.params.items() if path in critic_state.frozen}
+    reward |= frozen_copy(
+        {path: leaf for path, leaf in critic.params.items() if path not in reward}, model.frozen_dtype
+    )
+    return Models(make_state(actor, model, actor_tx, seed), critic_state, reference, reward)
+
+
 def run_ppo(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, config: PPOConfig) -> None:
     """Train the SFT model against the reward model of the same run; leaves RUN/ppo/export and export_critic."""
     actor = load(run.export("sft"), model, mesh)
@@ -80,7 +133,7 @@ def run_ppo(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, co
     layout, tokenizer = actor.layout, prepare_tokenizer(actor.tokenizer)
     if tokenizer.get_vocab() != critic.tokenizer.get_vocab():
         raise ValueError("actor and reward model have different vocabularies: PPO scores the actor's own tokens")
-    batch_size, num_micro = ppo_sizes(config, layout)
+    batch_size, _ = ppo_sizes(config, layout)
 
     rows = prompt_rows(load_examples(data, "ppo", held_out=False), tokenizer, data)
     print(f"ppo: prompts: {rows.report}", flush=True)
@@ -94,31 +147,8 @@ def run_ppo(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, co
     updates = steps * config.ppo_epochs * config.rollouts // batch_size
     actor_tx, critic_tx = make_optimizer(config.actor, updates), make_optimizer(config.critic, updates)
 
-    engine = make_engine(
-        actor=model.role(actor.config),
-        critic=model.role(critic.config),
-        reward=critic.config,
-        estimate=lambda experience: advantages(experience, config),
-        actor_loss=lambda logprobs, entropy, experience: actor_loss(logprobs, entropy, experience, config),
-        critic_loss=lambda values, experience: critic_loss(values, experience, config),
-        actor_tx=actor_tx,
-        critic_tx=critic_tx,
-        sample=config.sample,
-        eos_ids=eos_ids(actor),
-        mesh=mesh,
-        compute=model.compute,
-        num_micro=num_micro,
-        num_score_micro=num_micro * config.rollouts // batch_size,
-        generate_rows=config.generate_rows,
-    )
-    # What training donates must not be what scores, so of that reference and reward model have copies of their own.
-    reference = {} if model.lora.rank else frozen_copy(actor.params, model.frozen_dtype)
-    critic_state = make_state(critic, model, critic_tx, run.seed)
-    reward = {path: leaf for path, leaf in critic.params.items() if path in critic_state.frozen}
-    reward |= frozen_copy(
-        {path: leaf for path, leaf in critic.params.items() if path not in reward}, model.frozen_dtype
-    )
-    models = Models(make_state(actor, model, actor_tx, run.seed), critic_state, reference, reward)
+    engine = ppo_engine(config, model, actor.config, critic.config, actor_tx, critic_tx, eos_ids(actor), mesh)
+    models = ppo_models(actor, critic, model, actor_tx, critic_tx, run.seed)
     summarise = jax.jit(lambda experience, rollout: summary(experience, rollout, config))
     pick = jax.jit(lambda experience, index: jax.tree.map(lambda leaf: leaf[index], experience))
     rates = learning_rate(config.actor, updates), learning_rate(config.critic, updates)

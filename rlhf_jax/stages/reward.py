@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from rlhf_jax.data.batches import Batch, Batches, Rows, pair_rows
 from rlhf_jax.data.sources import DataConfig, Example, load_examples
 from rlhf_jax.data.template import prepare_tokenizer
+from rlhf_jax.engine import Compute, Role
+from rlhf_jax.mesh import Layout
 from rlhf_jax.models.decoder import abstract_params, bind, last_hidden, scalar
 from rlhf_jax.objectives.preference import pairwise_loss
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
@@ -38,11 +42,34 @@ class RewardConfig:
     optim: OptimConfig = OptimConfig(learning_rate=5e-5, weight_decay=0.1)
 
 
+def reward_programs(
+    role: Role, compute: Compute, layout: Layout, tx: optax.GradientTransformation, num_micro: int
+) -> tuple[Callable, Callable]:
+    """The jitted update(state, batch) of `make_update`, and measure(params, batch) -> scores [B, 2]."""
+    decoder, lora = role.config, role.lora
+
+    def scores(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """[B, 2] of the chosen and the rejected answer, and the balance loss."""
+        tokens, mask = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.mask))
+        options = dict(dtype=compute.dtype, layout=layout, remat=compute.remat, attention=compute.attention)
+        hidden, balance = bind(decoder, params, lora).with_balance_loss(tokens, mask, **options)
+        return scalar(params, last_hidden(hidden, mask)).reshape(-1, 2), balance
+
+    def loss_fn(params: Params, batch: Batch):
+        both, balance = scores(params, batch)
+        chosen, rejected = both.T
+        stats = {"accuracy": (chosen > rejected).mean(), "margin": (chosen - rejected).mean()}
+        return pairwise_loss(chosen, rejected) + balance, (chosen.shape[0], stats)
+
+    update = make_update(loss_fn, tx, abstract_params(decoder, lora), layout, num_micro)
+    return update, jax.jit(lambda params, batch: scores(params, batch)[0])
+
+
 def run_reward(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, config: RewardConfig) -> None:
     """Train a scalar head, and the model under it, on preference pairs; leaves RUN/reward/export."""
     start = run.export("sft") if model.reward == "sft" else model.reward
     pretrained = load(start, model, mesh, scalar_head=True, seed=run.seed)
-    layout, decoder, lora, compute = pretrained.layout, pretrained.config, model.reward_lora, model.compute
+    layout, decoder = pretrained.layout, pretrained.config
     tokenizer = prepare_tokenizer(pretrained.tokenizer)
     num_micro = micro_batches("reward", config.batch_size, config.micro_batch_size, layout)
 
@@ -59,22 +86,8 @@ def run_reward(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig,
     measured = held_out_batches(held_out, config.batch_size, config.eval_batches, layout)
     steps = total_steps(config.steps, config.epochs, batches.steps_per_epoch)
 
-    def scores(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """[B, 2] of the chosen and the rejected answer, and the balance loss."""
-        tokens, mask = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.mask))
-        options = dict(dtype=compute.dtype, layout=layout, remat=compute.remat, attention=compute.attention)
-        hidden, balance = bind(decoder, params, lora).with_balance_loss(tokens, mask, **options)
-        return scalar(params, last_hidden(hidden, mask)).reshape(-1, 2), balance
-
-    def loss_fn(params: Params, batch: Batch):
-        both, balance = scores(params, batch)
-        chosen, rejected = both.T
-        stats = {"accuracy": (chosen > rejected).mean(), "margin": (chosen - rejected).mean()}
-        return pairwise_loss(chosen, rejected) + balance, (chosen.shape[0], stats)
-
     tx, rate = make_optimizer(config.optim, steps), learning_rate(config.optim, steps)
-    update = make_update(loss_fn, tx, abstract_params(decoder, lora), layout, num_micro)
-    measure = jax.jit(lambda params, batch: scores(params, batch)[0])
+    update, measure = reward_programs(model.role(decoder), model.compute, layout, tx, num_micro)
 
     def step_fn(state: TrainState, step: int):
         state, stats = update(state, layout.put_batch(batches[step]))

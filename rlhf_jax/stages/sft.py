@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from rlhf_jax.data.batches import Batch, Batches, Rows, sft_rows
 from rlhf_jax.data.sources import DataConfig, Example, load_examples
 from rlhf_jax.data.template import prepare_tokenizer
+from rlhf_jax.engine import Compute, Role
+from rlhf_jax.mesh import Layout
 from rlhf_jax.models.decoder import abstract_params, bind, head_kernel, head_options
 from rlhf_jax.objectives.logprobs import token_logprobs
 from rlhf_jax.objectives.masked import mean
@@ -40,25 +44,11 @@ class SFTConfig:
     optim: OptimConfig = OptimConfig(learning_rate=9.65e-6)
 
 
-def run_sft(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, config: SFTConfig, base: str) -> None:
-    """Fine-tune the language model in the folder (or with the hub id) `base`; leaves RUN/sft/export."""
-    pretrained = load(base, model, mesh)
-    layout, decoder, lora, compute = pretrained.layout, pretrained.config, model.lora, model.compute
-    tokenizer = prepare_tokenizer(pretrained.tokenizer)
-    num_micro = micro_batches("sft", config.batch_size, config.micro_batch_size, layout)
-
-    def rows_of(examples: list[Example]) -> Rows:
-        rows = sft_rows(examples, tokenizer, data, train_on_prompt=config.train_on_prompt)
-        check_rows("sft", rows, decoder.max_positions)
-        return rows
-
-    rows = rows_of(load_examples(data, "sft", held_out=False))
-    held_out = rows_of(held_out_examples(data, "sft")) if config.eval_batches else None
-    say_rows("sft", rows, held_out)
-    say_attention("sft", pretrained, model, longest_row(rows))
-    batches = Batches(rows, batch_size=config.batch_size, seed=run.seed)
-    measured = held_out_batches(held_out, config.batch_size, config.eval_batches, layout)
-    steps = total_steps(config.steps, config.epochs, batches.steps_per_epoch)
+def sft_programs(
+    role: Role, compute: Compute, layout: Layout, tx: optax.GradientTransformation, num_micro: int
+) -> tuple[Callable, Callable]:
+    """The jitted update(state, batch) of `make_update`, and measure(params, batch) -> what `losses` gives."""
+    decoder, lora = role.config, role.lora
 
     def losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The mean over the learned tokens, the balance loss, and how many tokens are learned."""
@@ -84,9 +74,31 @@ def run_sft(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, co
         loss, balance, count = losses(params, batch)
         return loss + balance, (count, {})
 
+    return make_update(loss_fn, tx, abstract_params(decoder, lora), layout, num_micro), jax.jit(losses)
+
+
+def run_sft(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, config: SFTConfig, base: str) -> None:
+    """Fine-tune the language model in the folder (or with the hub id) `base`; leaves RUN/sft/export."""
+    pretrained = load(base, model, mesh)
+    layout, decoder = pretrained.layout, pretrained.config
+    tokenizer = prepare_tokenizer(pretrained.tokenizer)
+    num_micro = micro_batches("sft", config.batch_size, config.micro_batch_size, layout)
+
+    def rows_of(examples: list[Example]) -> Rows:
+        rows = sft_rows(examples, tokenizer, data, train_on_prompt=config.train_on_prompt)
+        check_rows("sft", rows, decoder.max_positions)
+        return rows
+
+    rows = rows_of(load_examples(data, "sft", held_out=False))
+    held_out = rows_of(held_out_examples(data, "sft")) if config.eval_batches else None
+    say_rows("sft", rows, held_out)
+    say_attention("sft", pretrained, model, longest_row(rows))
+    batches = Batches(rows, batch_size=config.batch_size, seed=run.seed)
+    measured = held_out_batches(held_out, config.batch_size, config.eval_batches, layout)
+    steps = total_steps(config.steps, config.epochs, batches.steps_per_epoch)
+
     tx, rate = make_optimizer(config.optim, steps), learning_rate(config.optim, steps)
-    update = make_update(loss_fn, tx, abstract_params(decoder, lora), layout, num_micro)
-    measure = jax.jit(losses)
+    update, measure = sft_programs(model.role(decoder), model.compute, layout, tx, num_micro)
 
     def step_fn(state: TrainState, step: int):
         state, stats = update(state, layout.put_batch(batches[step]))

@@ -1,0 +1,169 @@
+"""Memory, time and cost of a run before anything is allocated: `rlhf-jax plan`, and the check before `train`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh
+
+from rlhf_jax.gpus import GPUS, Machine, machine
+from rlhf_jax.models.lora import LoraConfig
+from rlhf_jax.plan.compiling import Memory, measure_elsewhere
+from rlhf_jax.plan.held import STAGES, Phase, abstract_mesh, phases
+from rlhf_jax.plan.seconds import assumptions, timetable
+from rlhf_jax.recipe import Recipe
+
+USABLE = 0.95  # of a GPU's memory, for JAX under XLA_CLIENT_MEM_FRACTION=0.95; the rest is CUDA's own
+GIB = 2**30
+MOST_DEVICES = 4096
+
+
+def make_plan(recipe: Recipe, gpus: str, price: float = 0.0, stages: tuple[str, ...] = STAGES) -> dict[str, Any]:
+    """What each phase needs on one of these GPUs, whether it fits, how long it takes. Plain values, for JSON.
+
+    Args:
+        gpus: as `gpus.machine` reads it.
+        price: of one GPU for an hour, in any currency.
+    Raises:
+        ValueError: unknown GPUs, no config.json, sizes that do not divide the devices, too few positions.
+        RuntimeError: the compiler failed.
+    """
+    wanted = machine(gpus)
+    mesh = abstract_mesh(recipe.mesh, wanted.count)
+    found = phases(recipe, mesh, stages)
+    usable, seconds = int(USABLE * wanted.gpu.memory), timetable(recipe, found, mesh, wanted, price)
+    measured = measure_elsewhere(recipe, gpus, stages, usable)
+    table = [described(phase, Memory(**measured["phases"][f"{phase.stage}/{phase.name}"]), usable) for phase in found]
+    costs = [entry["cost"] for entry in seconds.values()]
+    fits = all(row["headroom"] >= 0 for row in table)
+    return {
+        "gpus": gpus,
+        "mesh": dict(mesh.shape),
+        "memory": wanted.gpu.memory,
+        "usable": usable,
+        "compiled_for": measured["compiled_for"],
+        "phases": table,
+        "fits": fits,
+        "mends": [] if fits else list(mends(recipe, wanted.count, usable, stages, measured["micro_batch"])),
+        "micro_batch": measured["micro_batch"],
+        "seconds": seconds,
+        "price_per_gpu_hour": price or None,
+        "cost": sum(costs) if None not in costs else None,
+        "assumptions": assumptions(recipe),
+        "notes": measured["notes"] + _notes(recipe, wanted),
+    }
+
+
+def local_gpus() -> str:
+    """The GPUs of this machine, as `gpus.machine` reads them. ValueError where it has none, or none that is known."""
+    devices = jax.devices()
+    known = [gpu.name for gpu in GPUS.values() if gpu.title == devices[0].device_kind]
+    if not known:
+        raise ValueError(
+            f"this machine has {len(devices)} x {devices[0].device_kind}, which is no GPU that plans are made for: "
+            f"name the machine to plan, --gpus 8xNAME with one of {', '.join(GPUS)}"
+        )
+    return f"{len(devices)}x{known[0]}"
+
+
+def described(phase: Phase, memory: Memory, usable: int) -> dict[str, Any]:
+    """One row of the plan, in bytes on one GPU."""
+    peak = memory.peak(phase)
+    return {
+        "stage": phase.stage,
+        "phase": phase.name,
+        "live": phase.live,
+        "resident": sum(phase.live.values()) - memory.arguments,
+        **memory._asdict(),
+        "cache": phase.cache,
+        "peak": peak,
+        "headroom": usable - peak,
+    }
+
+
+def _notes(recipe: Recipe, wanted: Machine) -> list[str]:
+    notes = [
+        f"usable is {USABLE:.0%} of the memory: run with XLA_CLIENT_MEM_FRACTION={USABLE} (JAX's default takes 75%)",
+        "lengths are the configuration's limits; shorter data needs less",
+    ]
+    if wanted.nodes > 1:
+        notes.append("this version trains in one process, so on one node: more nodes are a plan only")
+    if wanted.gpu.capability < "8.0" and recipe.model.dtype == "bfloat16":
+        notes.append(f"{wanted.gpu.name} has no bfloat16 unit: speeds are those of float32")
+    return notes
+
+
+def least_bytes(recipe: Recipe, mesh: Mesh | AbstractMesh, stages: Sequence[str]) -> tuple[int, str]:
+    """(bytes on one device, the phase that needs them) below which these stages cannot run; by arithmetic alone."""
+    found = phases(recipe, mesh, tuple(stages))
+    return max(((phase.least, f"{phase.stage}/{phase.name}") for phase in found), default=(0, ""))
+
+
+def device_limit(mesh: Mesh) -> int | None:
+    """Bytes that JAX may use on each device of the mesh; None where they do not tell, as CPUs."""
+    stats = [device.memory_stats() or {} for device in mesh.local_devices]
+    limits = [each["bytes_limit"] for each in stats if "bytes_limit" in each]
+    return min(limits) if len(limits) == len(stats) else None
+
+
+def check_fits(recipe: Recipe, mesh: Mesh, limit: int, stages: Sequence[str]) -> None:
+    """Stop before anything is loaded what could not fit, by the quick form of the plan.
+
+    Args:
+        limit: bytes that JAX may use on each device.
+    Raises:
+        ValueError: the models, caches and gradients alone are larger; the changes that would do are named.
+    """
+    needed, where = least_bytes(recipe, mesh, stages)
+    if needed > limit:
+        mend = "; or ".join(mends(recipe, mesh.size, limit, stages, {}))
+        raise ValueError(
+            f"{where} holds at least {needed / GIB:.2f} GiB on each of {mesh.size} device(s), and {limit / GIB:.2f} "
+            f"GiB may be used: {mend}; `rlhf-jax plan` tells the whole of it"
+        )
+
+
+def mends(
+    recipe: Recipe, count: int, usable: int, stages: Sequence[str], micro_batch: dict[str, dict[str, int]]
+) -> Iterator[str]:
+    """The changes of the configuration or machine that would make a run fit, each by itself; the cheapest first.
+
+    By the arithmetic of `least_bytes`, so "try": temporaries come on top. Micro-batches are as compiled.
+    """
+    small = [
+        f"{stage}.micro_batch_size={found['largest']}"
+        for stage, found in micro_batch.items()
+        if 0 < found["largest"] < found["asked"]
+    ]
+    if small:
+        yield f"set {' '.join(small)}"
+
+    def least(changed: Recipe, devices: int = count) -> int:
+        try:
+            return least_bytes(changed, abstract_mesh(changed.mesh, devices), stages)[0]
+        except ValueError:  # sizes that do not divide so many devices
+            return usable + 1
+
+    if least(recipe) <= usable:
+        yield "what is held fits and temporaries do not: try smaller batches, shorter lengths or model.remat=true"
+    bf16 = {} if recipe.model.frozen_dtype == "bfloat16" else {"frozen_dtype": "bfloat16"}
+    lora = {} if recipe.model.lora.rank else {"lora": LoraConfig(rank=128, alpha=128.0)}
+    both = lora | ({} if recipe.model.reward_lora.rank else {"reward_lora": LoraConfig(rank=128, alpha=128.0)})
+    told = {"frozen_dtype": "model.frozen_dtype=bfloat16", "lora": "LoRA for the actor (model.lora.rank=128)"}
+    told["reward_lora"] = "LoRA for reward model and critic (model.reward_lora.rank=128)"
+    for change in (bf16, lora, bf16 | lora, bf16 | both):
+        changed = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **change))
+        if change and least(recipe) > usable >= least(changed):
+            yield f"try {' and '.join(told[key] for key in sorted(change))}"
+            break
+    more = count
+    while more < MOST_DEVICES:
+        more *= 2
+        if least(recipe, more) <= usable < least(recipe):
+            yield f"take {more} devices in place of {count}, with batches that they divide"
+            return
+    if least(recipe) > usable:
+        yield "take a smaller model"

@@ -1,0 +1,273 @@
+"""The plan against what is really held, against hand arithmetic, and against what a user can get wrong."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import tiny_recipe
+
+import rlhf_jax.plan
+from rlhf_jax.cli import main
+from rlhf_jax.config import parse
+from rlhf_jax.gpus import GPUS, devices_of, plugin
+from rlhf_jax.mesh import TRAIN, Layout, make_mesh
+from rlhf_jax.models.families import decoder_config
+from rlhf_jax.models.pretrained import Pretrained
+from rlhf_jax.optim import make_optimizer
+from rlhf_jax.plan import check_fits, compiling, least_bytes
+from rlhf_jax.plan.compiling import Memory, measure, measure_all, with_micro
+from rlhf_jax.plan.held import Phase, abstract_mesh, architectures, device_bytes, phases
+from rlhf_jax.plan.seconds import forward_flops, needs, weights_per_token
+from rlhf_jax.plan.table import render
+from rlhf_jax.recipe import Recipe
+from rlhf_jax.stages.ppo import ppo_engine, ppo_models
+
+V, D, F, L, H, P = 384, 32, 64, 2, 4, 64  # V is padded to itself by any of the meshes
+HF = {
+    "model_type": "opt",
+    "vocab_size": V,
+    "hidden_size": D,
+    "ffn_dim": F,
+    "num_hidden_layers": L,
+    "num_attention_heads": H,
+    "max_position_embeddings": P,
+    "word_embed_proj_dim": D,
+}
+# Embedding and positions; of a layer four projections, two MLP matrices, their biases, two norms; the final norm.
+WEIGHTS = V * D + (P + 2) * D + L * (4 * (D * D + D) + 2 * D * F + F + D + 4 * D) + 2 * D
+LORA = {"rank": 4, "alpha": 8.0}
+SETTINGS = {
+    "whole": {},
+    "whole-bfloat16": {"frozen_dtype": "bfloat16"},
+    "lora": {"lora": LORA, "frozen_dtype": "bfloat16"},
+    "both-lora": {"lora": LORA, "reward_lora": LORA, "frozen_dtype": "bfloat16"},
+}
+
+
+def recipe_of(folder, setting="whole", mesh="one", **ppo) -> Recipe:
+    """A recipe whose model is a folder with a config.json and nothing else."""
+    (folder / "model").mkdir(exist_ok=True)
+    (folder / "model" / "config.json").write_text(json.dumps(HF))
+    config = {
+        "run": {"dir": str(folder / "run")},
+        "mesh": dataclasses.asdict(tiny.MESHES[mesh]),
+        "model": {"actor": str(folder / "model"), "dtype": "float32", "remat": False} | SETTINGS[setting],
+        "data": {"sources": [{"path": "builtin:assistant"}], "max_prompt_length": 24, "max_length": 40},
+        "sft": {"batch_size": 16},
+        "reward": {"batch_size": 16},
+        "ppo": {"rollout_batch_size": 16, "sample": {"max_new_tokens": 16}} | ppo,
+    }
+    return parse(Recipe, config, "the test")
+
+
+def on_first_device(tree) -> int:
+    """Bytes; an array that several models share counts once."""
+    leaves = list({id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values())
+    (device,) = {leaf.sharding.mesh.devices.flat[0] for leaf in leaves if hasattr(leaf.sharding, "mesh")}
+    shards = [shard for leaf in leaves for shard in leaf.addressable_shards]
+    return sum(shard.data.nbytes for shard in shards if shard.device == device)
+
+
+@pytest.mark.parametrize("mesh_name", ["one", "fsdp4-tensor2", "data2-fsdp2-tensor2"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_arrays_really_held_are_those_of_the_plan_to_two_percent(setting, mesh_name, tmp_path):
+    recipe, mesh = recipe_of(tmp_path, setting, mesh_name), tiny.mesh_of(mesh_name)
+    model, layout = recipe.model, Layout(mesh, TRAIN)
+    loaded = []
+    for decoder in architectures(recipe, layout.shards("vocab")):
+        dtype = model.stored_dtype(scalar_head=decoder.scalar_head)
+        params = {path: leaf.astype(dtype) for path, leaf in tiny.random_params(decoder, mesh).items()}
+        loaded.append(Pretrained(decoder, params, None, HF, {}, layout))
+    txs = make_optimizer(recipe.ppo.actor, 1), make_optimizer(recipe.ppo.critic, 1)
+    models = ppo_models(*loaded, model, *txs, 0)
+    engine = ppo_engine(recipe.ppo, model, loaded[0].config, loaded[1].config, *txs, (0,), mesh)
+    weights = engine.publish(models.actor.params)
+
+    planned = {phase.name: phase for phase in phases(recipe, abstract_mesh(recipe.mesh, mesh.size), ("ppo",))}
+    np.testing.assert_allclose(sum(planned["publish"].live.values()), on_first_device(models), rtol=0.02)
+    np.testing.assert_allclose(device_bytes(planned["generate"].args[0]), on_first_device(weights), rtol=0.02)
+
+
+@pytest.mark.parametrize("setting", ["whole", "both-lora"])
+def test_the_compiler_counts_the_arguments_that_arithmetic_counts_and_aliases_the_donated_state(setting, tmp_path):
+    recipe = recipe_of(tmp_path, setting, "fsdp4-tensor2")
+    found = phases(recipe, tiny.mesh_of("fsdp4-tensor2"))
+    names = [f"{phase.stage} {phase.name}" for phase in found]
+    updates = ["sft update", "sft evaluate", "reward update", "reward evaluate"]
+    assert names == [*updates, "ppo publish", "ppo generate", "ppo score", "ppo actor", "ppo critic"]
+    for phase in found:
+        memory, given = measure(phase), device_bytes(phase.args)
+        assert memory.peak(phase) >= phase.least, phase.name
+        if phase.name in ("update", "actor", "critic"):
+            state, batch = phase.args
+            assert given - device_bytes(batch) <= memory.arguments <= given
+            np.testing.assert_allclose(memory.aliased, device_bytes(dataclasses.replace(state, frozen={})), rtol=0.02)
+        elif phase.name == "generate":
+            assert memory.arguments == given and memory.temporaries >= phase.cache
+        else:  # what a program does not use is not handed to it
+            assert memory.arguments <= given
+
+
+def test_a_model_small_enough_for_hand_arithmetic_is_planned_as_by_hand(tmp_path):
+    recipe = recipe_of(tmp_path)
+    planned = {f"{phase.stage} {phase.name}": phase for phase in phases(recipe, abstract_mesh(recipe.mesh, 1))}
+    scorer = WEIGHTS + D  # one row in place of the head, which is the embedding
+    live = planned["ppo publish"].live
+    counters = 3 * 4  # steps: the state's, and two of the optimizer
+    assert live == {
+        "actor frozen": 0,
+        "actor trainable": 4 * WEIGHTS,
+        "actor optimizer": 8 * WEIGHTS + counters,
+        "critic frozen": 0,
+        "critic trainable": 4 * scorer,
+        "critic optimizer": 8 * scorer + counters,
+        "reference": 4 * WEIGHTS,
+        "reward model": 4 * scorer,
+    }
+    # 32 prompt positions would be a bucket, but the longest prompt is of 24.
+    assert planned["ppo generate"].cache == 2 * L * 16 * D * (24 + 16) * 4 + 16 * (24 + 16)
+    # Beside the training weights generation has the embedding once more, as a head.
+    assert planned["ppo generate"].live["generation weights"] == 4 * (WEIGHTS + V * D)
+    tokens = 16 * 40
+    assert planned["sft update"].live["batch"] == tokens * (4 + 1 + 1)
+    assert planned["reward update"].live["batch"] == 2 * tokens * (4 + 1 + 1)
+
+
+def test_flops_are_two_for_each_weight_and_token_and_four_for_each_pair_of_a_heads_dimension():
+    decoder = decoder_config(HF, scalar_head=False)
+    body = L * (4 * D * D + 2 * D * F)
+    assert weights_per_token(decoder) == (body, V * D)
+    assert forward_flops(decoder, 3, 10, 4) == 3 * (10 * 2 * body + 4 * 10 * 10 * D * L + 4 * 2 * V * D)
+
+
+def test_publishing_needs_the_links_for_what_a_gpu_lacks_of_its_generation_weights(tmp_path):
+    recipe = recipe_of(tmp_path, mesh="fsdp4-tensor2")
+    mesh = abstract_mesh(recipe.mesh, 8)
+    found = phases(recipe, mesh)
+    need = needs(recipe, found, mesh)["ppo/publish"]
+    weights = next(phase for phase in found if phase.name == "generate").live["generation weights"]
+    assert need.link == weights * (1 - 2 / 8)
+
+
+@pytest.mark.parametrize("text", ["8xB100", "0xH200", "H200x8", "8", "", "2x2x2xH200"])
+def test_an_unknown_gpu_is_refused_with_the_known_ones(text, tmp_path, capsys):
+    assert main(["plan", str(tiny_recipe.write_recipe(tmp_path)), "--gpus", text or " "]) == 2
+    said = capsys.readouterr().err
+    assert all(name in said for name in GPUS) and len(said.splitlines()) == 1
+
+
+def test_without_gpus_here_or_named_the_plan_says_how_to_name_them(tmp_path, capsys):
+    assert main(["plan", str(tiny_recipe.write_recipe(tmp_path))]) == 2
+    assert "--gpus 8xNAME" in capsys.readouterr().err
+
+
+def test_a_model_whose_config_is_not_to_be_had_is_refused_by_name(tmp_path):
+    recipe = recipe_of(tmp_path)
+    for actor, told in (("nobody/nothing", "config.json of nobody/nothing"), (str(tmp_path / "no"), "no folder")):
+        lost = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, actor=actor))
+        with pytest.raises(ValueError, match=told):
+            phases(lost, abstract_mesh(recipe.mesh, 1))
+
+
+@pytest.mark.parametrize(
+    ("setting", "limit_of", "mend"),
+    [
+        ("whole", {"frozen_dtype": "bfloat16"}, "model.frozen_dtype=bfloat16"),
+        ("whole-bfloat16", SETTINGS["lora"], "LoRA for the actor"),
+        ("lora", SETTINGS["both-lora"], "model.reward_lora.rank=128"),
+        ("both-lora", {"lora": LORA, "reward_lora": LORA, "frozen_dtype": "bfloat16"}, "devices in place of 1"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_the_change_that_mends_it(setting, limit_of, mend, tmp_path, monkeypatch):
+    # Adapters of rank 128 are larger than this model: the advice is tried at the rank that suits it.
+    monkeypatch.setattr(rlhf_jax.plan, "LoraConfig", lambda rank, alpha: parse_lora())
+    recipe = recipe_of(tmp_path, setting)
+    mesh = abstract_mesh(recipe.mesh, 1)
+    mended = parse(type(recipe.model), {"actor": recipe.model.actor, "dtype": "float32"} | limit_of, "the test")
+    limit, _ = least_bytes(dataclasses.replace(recipe, model=mended), mesh, ("ppo",))
+    if setting == "both-lora":
+        recipe = dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, fsdp=-1))
+        limit -= 1
+    with pytest.raises(ValueError, match="holds at least") as refusal:
+        check_fits(recipe, mesh, limit, ("ppo",))
+    assert mend in str(refusal.value)
+    check_fits(recipe, mesh, least_bytes(recipe, mesh, ("ppo",))[0], ("ppo",))
+
+
+def parse_lora():
+    from rlhf_jax.models.lora import LoraConfig
+
+    return LoraConfig(**LORA)
+
+
+def test_train_stops_before_anything_is_loaded_or_written_where_the_devices_are_too_small(
+    tmp_path, capsys, monkeypatch
+):
+    path = tiny_recipe.write_recipe(tmp_path)
+    monkeypatch.setattr(rlhf_jax.plan, "device_limit", lambda mesh: 100_000)
+    assert tiny_recipe.run("train", path, f"run.dir={tmp_path / 'run'}") == 2
+    said = capsys.readouterr().err
+    assert "holds at least" in said and "0.00 GiB may be used" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("asked", [1, 4, 16])
+@pytest.mark.parametrize("largest", [0, 1, 2, 8, 16])
+def test_the_largest_micro_batch_is_the_one_that_trying_all_would_find(asked, largest, tmp_path, monkeypatch):
+    def learning(recipe, mesh, stages):
+        return [Phase("sft", "update", None, (recipe.sft.micro_batch_size,), {"state": 5000})]
+
+    def linear(phase):
+        tried.append(phase.args[0])
+        return Memory(arguments=5000, outputs=5000, aliased=5000, temporaries=1000 * phase.args[0])
+
+    monkeypatch.setattr(compiling, "phases", learning)
+    monkeypatch.setattr(compiling, "measure", linear)
+    tried, recipe = [], with_micro(recipe_of(tmp_path), "sft", asked)
+    found = measure_all(recipe, tiny.mesh_of("one"), ("sft",), 5000 + 1000 * largest + 500)["micro_batch"]["sft"]
+    assert found == {"asked": asked, "largest": largest, "compilations": len(tried)}
+    assert len(tried) == len(set(tried)) <= 4 and set(tried) <= {1, 2, 4, 8, 16}
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_whole_recipe_is_json_and_a_table(tmp_path, capsys):
+    path = tiny_recipe.write_recipe(tmp_path)
+    command = [
+        "plan",
+        str(path),
+        "--gpus",
+        "2xA100-40GB",
+        "--json",
+        "--price-per-gpu-hour",
+        "2",
+        f"run.dir={tmp_path}/r",
+    ]
+    assert main(command) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"] and plan["mesh"] == {"data": 1, "fsdp": 2, "tensor": 1}
+    assert [row["phase"] for row in plan["phases"]][-5:] == ["publish", "generate", "score", "actor", "critic"]
+    for row in plan["phases"]:
+        assert row["peak"] + row["headroom"] == plan["usable"]
+        added = row["temporaries"] + row["outputs"] - row["aliased"]
+        assert row["peak"] == row["resident"] + row["arguments"] + added
+    assert 0 < plan["seconds"]["ppo"]["floor"] < plan["seconds"]["ppo"]["expected"]
+    assert plan["seconds"]["ppo"]["steps"] == 5 and plan["cost"] > 0
+    assert plan["micro_batch"]["sft"] == {"asked": 8, "largest": 8, "compilations": 1}
+    if plugin() is None:
+        assert plan["compiled_for"] == "cpu" and "simulated CPUs" in plan["notes"][0]
+    text = render(plan)
+    assert "largest micro-batch" in text and "assumed: " in text and "cost at 2 per GPU" in text
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.skipif(plugin() is None, reason="needs JAX's CUDA plugin: pip install 'rlhf_jax[cuda12]'")
+def test_programs_compile_for_gpus_that_are_not_there(tmp_path):
+    recipe = recipe_of(tmp_path, "lora", "fsdp4-tensor2")
+    mesh = make_mesh(recipe.mesh, devices_of("8xA100-80GB"))
+    for phase in phases(recipe, mesh, ("ppo",)):
+        assert measure(phase).peak(phase) >= phase.least, phase.name
+    assert jnp.zeros(1).devices() == {jax.devices("cpu")[0]}

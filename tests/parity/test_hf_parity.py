@@ -216,8 +216,8 @@ def test_wrong_folders_and_wrong_tokenizers_are_told_in_one_line(tmp_path, word_
         from_pretrained("no such name")
     with pytest.raises(ValueError, match="there is no .*config.json"):
         from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match='dtype "int8" is not supported; supported: float32, bfloat16, float16'):
-        from_pretrained(tmp_path, dtype="int8")
+    with pytest.raises(ValueError, match='dtype "int4" is not supported; supported: float32, bfloat16, float16'):
+        from_pretrained(tmp_path, dtype="int4")
     random_checkpoint("llama", tmp_path, vocab_size=4)
     word_tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has 5 ids, its model only 4"):

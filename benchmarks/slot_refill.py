@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.engine import Role, make_generate, make_publish
 from rlhf_jax.mesh import single_device_mesh
 from rlhf_jax.models.architecture import DecoderConfig, Rope
 from rlhf_jax.models.decoder import abstract_params
+from rlhf_jax.rollout import Role, make_generate, make_publish
 from rlhf_jax.sampling import SampleConfig
 
 HIDDEN, LAYERS, HEADS, VOCAB, PROMPT, TRIALS = 128, 4, 4, 64, 32, 2

@@ -1,7 +1,6 @@
 """From a pretrained language model to an assistant by human feedback: SFT, reward model and PPO in JAX."""
 
 from rlhf_jax import objectives
-from rlhf_jax.engine import sample_answers as generate
 from rlhf_jax.generate import Rollout
 from rlhf_jax.models.pretrained import (
     Pretrained,
@@ -12,6 +11,7 @@ from rlhf_jax.models.pretrained import (
     save_pretrained,
     score,
 )
+from rlhf_jax.rollout import sample_answers as generate
 from rlhf_jax.sampling import SampleConfig
 
 __all__ = [

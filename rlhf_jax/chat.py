@@ -14,12 +14,12 @@ import numpy as np
 
 from rlhf_jax.data.splits import Turns
 from rlhf_jax.data.template import encode_prompt, prepare_tokenizer
-from rlhf_jax.engine import Role, eos_ids, make_publish
 from rlhf_jax.generate import bucket, prefill
 from rlhf_jax.mesh import GENERATE, Layout
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.cached import Cache, Weights, forward, logits_of
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained
+from rlhf_jax.rollout import Role, eos_ids, make_publish
 from rlhf_jax.sampling import SampleConfig, check_sample, draw, restrained_logits
 
 HELP = "/clear forgets the dialogue, /quit leaves"

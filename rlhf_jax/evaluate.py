@@ -16,8 +16,8 @@ from rlhf_jax.data.batches import Batches, pair_rows, prompt_rows
 from rlhf_jax.data.sources import BUILTIN, DataConfig, Example, load_examples
 from rlhf_jax.data.splits import Stage
 from rlhf_jax.data.template import prepare_tokenizer
-from rlhf_jax.engine import sample_answers
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained, reward_from_pretrained, score
+from rlhf_jax.rollout import sample_answers
 from rlhf_jax.sampling import SampleConfig
 
 STAGES = ("sft", "ppo")

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from rlhf_jax.engine import Compute, Models, Role, make_engine, make_publish
+from rlhf_jax.engine import Compute, Models, make_engine
 from rlhf_jax.generate import Rollout, SampleConfig, generate
 from rlhf_jax.gpus import COMPILE_OPTIONS, devices_of
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, MeshConfig, make_mesh
@@ -27,6 +27,7 @@ from rlhf_jax.models.architecture import Experts, Rope
 from rlhf_jax.models.decoder import NO_LORA, abstract_params
 from rlhf_jax.models.lora import LoraConfig, is_trainable
 from rlhf_jax.optim import OptimConfig, make_optimizer
+from rlhf_jax.rollout import Role, make_publish
 from rlhf_jax.stages.ppo import PPOConfig, actor_loss, advantages, critic_loss
 from rlhf_jax.train_step import TrainState, state_shardings
 from rlhf_jax.trees import partition

@@ -15,12 +15,13 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhf_jax.engine import Compute, Models, Role, make_engine, make_publish
+from rlhf_jax.engine import Compute, Models, make_engine
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
 from rlhf_jax.models.decoder import NO_LORA, abstract_params, bind, head_kernel
 from rlhf_jax.models.lora import is_adapter, is_trainable, merge
 from rlhf_jax.objectives import ppo
 from rlhf_jax.optim import OptimConfig, make_optimizer
+from rlhf_jax.rollout import Role, make_publish
 from rlhf_jax.sampling import SampleConfig
 from rlhf_jax.stages.ppo import PPOConfig, actor_loss, advantages, critic_loss
 from rlhf_jax.train_step import init_state
@@ -401,7 +402,7 @@ COMPILED = """
 import glob, json, sys, tempfile
 import jax, jax.numpy as jnp, numpy as np
 import test_engine, tiny
-from rlhf_jax.engine import Role, make_publish
+from rlhf_jax.rollout import Role, make_publish
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout
 
 mesh, told = tiny.mesh_of("fsdp4-tensor2"), {}

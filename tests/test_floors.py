@@ -11,6 +11,7 @@ FLOORS = [
     ["mesh", "gpus", "metrics", "objectives", "sampling"],
     ["models", "data"],
     ["optim", "train_step", "generate", "checkpoint"],
+    ["rollout"],
     ["engine"],
     ["stages", "evaluate"],
     ["recipe"],
@@ -20,7 +21,7 @@ FLOORS = [
     ["__main__"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-LEARNERS = ["stages", "engine", "train_step", "generate", "sampling", "objectives", "models", "optim"]
+LEARNERS = ["stages", "engine", "rollout", "train_step", "generate", "sampling", "objectives", "models", "optim"]
 JUDGE = "data.assistant_judge"
 
 

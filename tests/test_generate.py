@@ -9,11 +9,11 @@ import tiny
 from scipy.stats import chi2
 
 import rlhf_jax
-from rlhf_jax.engine import Role, check_positions, make_generate, make_publish
 from rlhf_jax.generate import bucket
 from rlhf_jax.mesh import TRAIN, Layout, single_device_mesh
 from rlhf_jax.models.decoder import bind, head_kernel
 from rlhf_jax.models.pretrained import Pretrained
+from rlhf_jax.rollout import Role, check_positions, make_generate, make_publish
 from rlhf_jax.sampling import SampleConfig, check_sample, draw, truncated_logits
 
 EIGHT = [name for name in tiny.MESHES if name != "one"]

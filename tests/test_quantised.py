@@ -14,7 +14,6 @@ from safetensors.numpy import load_file
 from test_pipeline import stop_in
 from tiny_recipe import run, tensors, timeless, write_recipe
 
-from rlhf_jax.engine import Role, make_generate, make_publish
 from rlhf_jax.generate import SampleConfig, generate
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
 from rlhf_jax.models.architecture import Rope
@@ -34,6 +33,7 @@ from rlhf_jax.models.quantised import (
     quantise,
     stacked,
 )
+from rlhf_jax.rollout import Role, make_generate, make_publish
 from rlhf_jax.stages.models import ModelConfig, frozen_copy
 from rlhf_jax.train_step import init_state, make_update
 from rlhf_jax.trees import partition

@@ -10,9 +10,9 @@ import pytest
 import tiny
 from scipy.stats import chi2
 
-from rlhf_jax.engine import Role, make_generate, make_publish
 from rlhf_jax.mesh import single_device_mesh
 from rlhf_jax.models.decoder import bind, head_kernel
+from rlhf_jax.rollout import Role, make_generate, make_publish
 from rlhf_jax.sampling import (
     SampleConfig,
     check_learnable,

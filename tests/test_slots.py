@@ -11,10 +11,10 @@ import pytest
 import tiny
 
 import rlhf_jax
-from rlhf_jax.engine import Role, make_generate, make_publish
 from rlhf_jax.generate import generate_in_rows
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
 from rlhf_jax.models.pretrained import Pretrained
+from rlhf_jax.rollout import Role, make_generate, make_publish
 from rlhf_jax.sampling import SampleConfig
 
 EIGHT = [name for name in tiny.MESHES if name != "one"]
@@ -165,7 +165,7 @@ def test_every_program_that_is_compiled_is_logged_with_the_bound_and_prompt_leng
     with caplog.at_level("INFO", "rlhf_jax"), tiny.compilations() as names:
         for length in (3, 30, 32, 33, 60, 64, 65, 120, 150, 190):
             run(weights, *tiny.prompts(config, [length] * 4, 192), KEY)
-    said = [record.getMessage() for record in caplog.records if record.name == "rlhf_jax.engine"]
+    said = [record.getMessage() for record in caplog.records if record.name == "rlhf_jax.rollout"]
     assert names.count("jit(program)") == len(said) == 4
     assert said[0] == (
         "generate: compiling program 1, for 4 answers in 2 rows to prompts of 32 tokens; the model's positions allow 4 "

@@ -13,11 +13,11 @@ from safetensors.numpy import load_file
 from tiny_tokenizer import chatml_like
 
 from rlhf_jax.data.template import prepare_tokenizer
-from rlhf_jax.engine import eos_ids
 from rlhf_jax.mesh import TRAIN, Layout, single_device_mesh
 from rlhf_jax.models.families import decoder_config
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained
+from rlhf_jax.rollout import eos_ids
 from rlhf_jax.stages.models import ModelConfig, export, frozen_copy, make_state
 
 HF = {

@@ -20,7 +20,7 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.data.batches import Batch
-from rlhf_jax.engine import Engine, Models, check_positions
+from rlhf_jax.engine import Engine, Models
 from rlhf_jax.generate import Rollout, bucket
 from rlhf_jax.mesh import AXES, GENERATE, TRAIN, Layout, MeshConfig, check_model_divides, mesh_sizes
 from rlhf_jax.models.architecture import DecoderConfig
@@ -32,6 +32,7 @@ from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.models.quantised import KINDS, abstract, is_quantisable
 from rlhf_jax.optim import OptimConfig, make_optimizer
 from rlhf_jax.recipe import Recipe
+from rlhf_jax.rollout import check_positions
 from rlhf_jax.sampling import check_learnable
 from rlhf_jax.stages.base import new_hf_config
 from rlhf_jax.stages.models import ModelConfig, make_state

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from rlhf_jax.data.template import stop_ids
-from rlhf_jax.engine import Compute, Role, eos_ids
+from rlhf_jax.engine import Compute
 from rlhf_jax.mesh import check_model_divides
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.attention import Choice, described, kernel_of_devices, kernel_on
@@ -27,6 +27,7 @@ from rlhf_jax.models.pretrained import (
     save_pretrained,
 )
 from rlhf_jax.models.quantised import KINDS, REST_DTYPE, Quantised
+from rlhf_jax.rollout import Role, eos_ids
 from rlhf_jax.stages.loop import Persistence
 from rlhf_jax.train_step import Params, TrainState, init_state
 from rlhf_jax.trees import partition

@@ -16,13 +16,14 @@ from jax.sharding import Mesh
 from rlhf_jax.data.batches import Batches, prompt_rows
 from rlhf_jax.data.sources import DataConfig, load_examples
 from rlhf_jax.data.template import prepare_tokenizer
-from rlhf_jax.engine import Engine, Experience, Models, check_positions, check_rows, eos_ids, make_engine
+from rlhf_jax.engine import Engine, Experience, Models, make_engine
 from rlhf_jax.generate import Rollout, bucket
 from rlhf_jax.mesh import TRAIN, Layout, check_divides
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.objectives import masked, ppo
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
+from rlhf_jax.rollout import check_positions, check_rows, eos_ids
 from rlhf_jax.sampling import SampleConfig
 from rlhf_jax.stages.loop import Persistence, RunConfig, train_loop
 from rlhf_jax.stages.models import (

@@ -13,11 +13,12 @@ from jax.sharding import Mesh
 from rlhf_jax.data.batches import Batch, Batches, Rows, pair_rows
 from rlhf_jax.data.sources import DataConfig, Example, load_examples
 from rlhf_jax.data.template import prepare_tokenizer
-from rlhf_jax.engine import Compute, Role
+from rlhf_jax.engine import Compute
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.decoder import abstract_params, bind, last_hidden, scalar
 from rlhf_jax.objectives.preference import pairwise_loss
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
+from rlhf_jax.rollout import Role
 from rlhf_jax.stages.loop import RunConfig, say_rows, train_loop
 from rlhf_jax.stages.models import PERSISTENCE, ModelConfig, export, load, make_state, say_attention
 from rlhf_jax.stages.sizes import (

@@ -24,7 +24,6 @@ from checkpoints import (
 )
 from family_table import table
 
-from rlhf_jax.engine import sample_answers
 from rlhf_jax.mesh import MeshConfig, make_mesh
 from rlhf_jax.models.decoder import abstract_params, bind, head_kernel, head_options, logits
 from rlhf_jax.models.families import FAMILIES
@@ -38,6 +37,7 @@ from rlhf_jax.models.pretrained import (
 )
 from rlhf_jax.objectives.logprobs import token_logprobs
 from rlhf_jax.objectives.masked import mean
+from rlhf_jax.rollout import sample_answers
 from rlhf_jax.sampling import SampleConfig
 
 pytestmark = pytest.mark.parity

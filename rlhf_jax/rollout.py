@@ -1,0 +1,217 @@
+"""Weights published for generation, and answers sampled from them on a mesh, with the host's side of both.
+
+B prompts, P prompt positions, N answer tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax.generate import Rollout, bucket, generate, generate_in_rows
+from rlhf_jax.mesh import GENERATE, Layout, check_divides, check_model_divides
+from rlhf_jax.models.architecture import DecoderConfig
+from rlhf_jax.models.attention import Choice
+from rlhf_jax.models.cached import Weights, for_decoding, quantised_for_decoding
+from rlhf_jax.models.decoder import NO_LORA
+from rlhf_jax.models.lora import LoraConfig
+from rlhf_jax.models.pretrained import Pretrained
+from rlhf_jax.sampling import SampleConfig, check_sample
+from rlhf_jax.train_step import Params
+
+LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Role:
+    """A model that the engine runs: its architecture, and its adapters if it has some."""
+
+    config: DecoderConfig
+    lora: LoraConfig = NO_LORA
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Parameters and adapters, by TRAIN -> generation weights, by GENERATE: merge, cast, gather, lay out.
+
+    A quantised base is not merged, and on one device not copied: its weights are the arrays of the parameters, and last
+    until those are donated.
+    """
+
+    role: Role
+    layout: Layout  # of generation
+    program: Any  # jitted: all but quantised kernels
+
+    def __call__(self, params: Params) -> Weights:
+        return self.program(params) | quantised_for_decoding(self.role.config, params, self.layout)
+
+    def lower(self, params: Params) -> jax.stages.Lowered:
+        """Of the compiled part, from arrays or their abstract shapes."""
+        return self.program.lower(params)
+
+
+@functools.lru_cache
+def make_publish(role: Role, mesh: Mesh, dtype: jnp.dtype) -> Publish:
+    """Compile the publishing of weights in `dtype`.
+
+    Raises:
+        ValueError: the tensor axis does not divide the attention heads.
+    """
+    check_model_divides({"attention heads": role.config.num_heads}, mesh)
+    layout = Layout(mesh, GENERATE)
+    return Publish(role, layout, jax.jit(lambda params: for_decoding(role.config, params, layout, dtype, role.lora)))
+
+
+@functools.lru_cache
+def generate_program(
+    config: DecoderConfig,
+    sample: SampleConfig,
+    eos_ids: tuple[int, ...],
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    rows: int = 0,
+    attention: Choice = "auto",
+):
+    """The jitted (weights, prompts [B, P], mask [B, P], key, in_rows) -> Rollout, on arrays laid out by GENERATE.
+
+    in_rows, static: in `rows` rows that are refilled, in place of all at once.
+    """
+    layout = Layout(mesh, GENERATE)
+
+    @functools.partial(jax.jit, static_argnames="in_rows")
+    def program(weights, prompts, prompt_mask, key, in_rows=False):
+        options = config, weights, prompts, prompt_mask, key, sample, eos_ids, layout, dtype
+        if in_rows:
+            return generate_in_rows(*options, rows, attention)
+        return generate(*options, attention)
+
+    return program
+
+
+@functools.lru_cache
+def make_generate(
+    config: DecoderConfig,
+    sample: SampleConfig,
+    eos_ids: tuple[int, ...],
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    rows: int = 0,
+    attention: Choice = "auto",
+) -> Callable[[Weights, np.ndarray, np.ndarray, jax.Array], Rollout]:
+    """(weights, prompts [B, P], mask [B, P], key) -> Rollout, for left-padded prompts on the host.
+
+    Padding that all rows share is cut down to a bucket, so that few lengths are compiled (every one is logged); prompts
+    are padded to what the mesh divides, and dropped again. Each is answered `sample.num_samples` times.
+
+    Args:
+        rows: answers that are decoded at a time, a row that ends taking the next prompt; 0, or as many as there are
+            answers to draw: all at once.
+    Raises:
+        ValueError: the devices do not divide the rows, a prompt is empty, or prompt and answer do not fit the model's
+            positions.
+    """
+    check_sample(sample)
+    layout = Layout(mesh, GENERATE)
+    check_rows(rows, layout)
+    program = generate_program(config, sample, eos_ids, mesh, dtype, rows, attention)
+    compiled: set[tuple[int, int]] = set()
+
+    def run(weights, prompts, prompt_mask, key):
+        sizes = prompt_mask.sum(axis=1)
+        if sizes.min() == 0:
+            raise ValueError(f"row {int(sizes.argmin())} of the prompts is empty: give it at least one token")
+        check_positions(config, int(sizes.max()), sample.max_new_tokens)
+        cut = tuple(x[:, -bucket(int(sizes.max())) :] for x in (prompts, prompt_mask))
+        each = tuple(np.repeat(x, sample.num_samples, axis=0) for x in cut)
+        count = len(each[0])
+        more = -count % layout.shards("batch")
+        filled = tuple(np.pad(x, ((0, more), (0, 0)), mode="edge") for x in each)
+        in_rows = 0 < rows < count + more
+        if (shape := filled[0].shape) not in compiled:
+            compiled.add(shape)
+            LOGGER.info(
+                "generate: compiling program %d, for %d answers%s to prompts of %d tokens; the model's positions allow "
+                "%d lengths",
+                len(compiled),
+                shape[0],
+                f" in {rows} rows" if in_rows else "",
+                shape[1],
+                len({bucket(n) for n in range(1, config.max_positions + 1)}),
+            )
+        # Whichever device has a free row takes the next prompt, so then every device has all of them.
+        there = tuple(layout.put(x, None, None) for x in filled) if in_rows else layout.put_batch(filled)
+        rollout = program(weights, *there, key, in_rows=in_rows)
+        return rollout if not more else jax.tree.map(lambda leaf: leaf[:count], rollout)
+
+    return run
+
+
+def check_rows(rows: int, layout: Layout, name: str = "rows") -> None:
+    """Raise ValueError unless the devices that share the batch in generation divide so many rows; 0 is all at once."""
+    if rows:
+        check_divides(name, rows, Layout(layout.mesh, GENERATE).shards("batch"), "devices of mesh.data x mesh.fsdp")
+
+
+def sample_answers(
+    model: Pretrained,
+    input_ids: np.ndarray,
+    attention_mask: np.ndarray,
+    sample: SampleConfig,
+    key: jax.Array,
+    *,
+    rows: int = 0,
+) -> Rollout:
+    """Answer prompts by a language model, in the dtype of its parameters.
+
+    Args:
+        input_ids, attention_mask: [B, P] int and int or bool; padding may lie on either side.
+        key: from jax.random.key; the same key gives the same answers on any number of devices and rows.
+        rows: answers decoded at a time, a row that ends taking the next prompt; 0: all at once.
+    Returns:
+        Rollout with .tokens [B, N] int32, .mask [B, N] bool, true up to and including EOS, .logprobs [B, N] float32;
+        B x num_samples rows, the samples of a prompt one after the other.
+    Raises:
+        ValueError: a scalar head, an empty prompt, no EOS known, or more positions than the model has.
+    """
+    if model.config.scalar_head:
+        raise ValueError("this model has a scalar head and cannot generate: load it with from_pretrained")
+    tokens, mask = np.asarray(input_ids, np.int32), np.asarray(attention_mask, bool)
+    order = np.argsort(mask, axis=1, kind="stable")  # padding to the left, real tokens in their order
+    more = ((0, 0), (bucket(mask.shape[1]) - mask.shape[1], 0))
+    tokens, mask = (np.pad(np.take_along_axis(x, order, axis=1), more) for x in (tokens, mask))
+    dtype, mesh = model.params["embed/tokens"].dtype, model.layout.mesh
+    weights = make_publish(Role(model.config, model.lora), mesh, dtype)(model.params)
+    return make_generate(model.config, sample, eos_ids(model), mesh, dtype, rows)(weights, tokens, mask, key)
+
+
+def eos_ids(model: Pretrained) -> tuple[int, ...]:
+    """Every token that ends an answer: the tokenizer's EOS, and what generation_config.json and config.json list.
+
+    Raises:
+        ValueError: nobody names one.
+    """
+    ids = set() if model.tokenizer is None else {model.tokenizer.eos_token_id}
+    for source in (model.generation_config, model.hf_config):
+        named = source.get("eos_token_id")
+        ids |= set(named) if isinstance(named, list) else {named}
+    if not ids - {None}:
+        raise ValueError("the model names no EOS token, so no answer could end: set eos_token_id in its config.json")
+    return tuple(sorted(ids - {None}))
+
+
+def check_positions(config: DecoderConfig, prompt: int, answer: int) -> None:
+    """Raise ValueError unless a prompt and an answer of so many tokens fit the model's positions."""
+    if prompt + answer > config.max_positions:
+        raise ValueError(
+            f"a prompt of {prompt} tokens and {answer} new ones need {prompt + answer} positions, and the model has "
+            f"{config.max_positions}: shorten the prompt to {max(0, config.max_positions - answer)} tokens or set "
+            f"max_new_tokens to at most {max(0, config.max_positions - prompt)}"
+        )

@@ -19,7 +19,7 @@ import pytest
 import tiny
 
 from rlhf_jax.engine import Compute, Models, make_engine
-from rlhf_jax.generate import Rollout, SampleConfig, generate
+from rlhf_jax.generate import Rollout, generate
 from rlhf_jax.gpus import COMPILE_OPTIONS, devices_of
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, MeshConfig, make_mesh
 from rlhf_jax.models import cached
@@ -28,6 +28,7 @@ from rlhf_jax.models.decoder import NO_LORA, abstract_params
 from rlhf_jax.models.lora import LoraConfig, is_trainable
 from rlhf_jax.optim import OptimConfig, make_optimizer
 from rlhf_jax.rollout import Role, make_publish
+from rlhf_jax.sampling import SampleConfig
 from rlhf_jax.stages.ppo import PPOConfig, actor_loss, advantages, critic_loss
 from rlhf_jax.train_step import TrainState, state_shardings
 from rlhf_jax.trees import partition
@@ -123,6 +124,7 @@ def parts(case):
         mesh=mesh(),
         compute=Compute(BFLOAT16, True, CHUNK),
         num_micro=MICRO,
+        num_score_micro=MICRO,
     )
     models = Models(
         actor=state_of(config, lora, train, tx),
@@ -141,7 +143,8 @@ def program(case, name) -> Program:
     config, _ = CASES[case]
     serve, train = Layout(mesh(), GENERATE), Layout(mesh(), TRAIN)
     wide = [((ROWS, PROMPT), jnp.int32), ((ROWS, PROMPT), bool), ((ROWS, NEW), jnp.int32), ((ROWS, NEW), bool)]
-    rollout = Rollout(*(rows(serve, *x) for x in [*wide, ((ROWS, NEW), jnp.float32), ((ROWS,), bool)]))
+    numbers, ended, ends = ((ROWS, NEW), jnp.float32), ((ROWS,), bool), ((ROWS,), jnp.int32)
+    rollout = Rollout(*(rows(serve, *x) for x in [*wide, numbers, ended, numbers, ends]))
     if name == "publish":
         return compiled(engine.publish.lower(models.actor.params))
     if name == "generate":
@@ -236,15 +239,38 @@ def test_what_is_rematerialised_whole_would_be_seen():
     assert "nvoluntary full rematerialization" in compiled(moving.lower(x)).told
 
 
+def runs_of_fused_attention(text: str) -> Counter:
+    """How often cuDNN's calls are run, by their kind; XLA may take a turn of a loop out of it and write calls twice."""
+    calls, loops, current = [], {}, None
+    for line in text.splitlines():
+        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            current = head[1]
+        elif found := re.search(r'custom_call_target="__cudnn\$fmha(\w+)"', line):
+            calls.append((found[1], current))
+        elif found := re.search(r" while\(.*?body=%([\w.\-]+)", line):
+            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+            loops[found[1]] = current, trips and int(trips[1])
+
+    def times(computation: str) -> int:
+        if computation not in loops:
+            return 1
+        around, trips = loops[computation]
+        return trips * times(around)
+
+    runs = Counter()
+    for kind, computation in calls:
+        runs[kind] += times(computation)
+    return runs
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_attention_is_cudnns_in_every_program_that_looks_at_whole_rows(case):
-    calls = {
-        name: Counter(re.findall(r'custom_call_target="__cudnn\$fmha(\w+)"', program(case, name).text))
-        for name in ("generate", "score", "update")
-    }
-    assert calls["generate"] == {"Softmax": CASES[case][0].num_layers}, "the prefill, layer by layer"
-    assert calls["score"] == {"Softmax": 4}, "one of each model, whose layers are a loop"
-    assert calls["update"] == {"Softmax": 4, "SoftmaxBackward": 2}, "actor and critic: forward, again, and backward"
+    names, layers = ("generate", "score", "update"), CASES[case][0].num_layers
+    runs = {name: runs_of_fused_attention(program(case, name).text) for name in names}
+    each = layers * MICRO  # layers of one model, over the micro-batches
+    assert runs["generate"] == {"Softmax": layers}, "the prefill"
+    assert runs["score"] == {"Softmax": 4 * each}, "once in each layer of four models"
+    assert runs["update"] == {"Softmax": 4 * each, "SoftmaxBackward": 2 * each}, "forward, again, and backward"
     for name in ("score", "update"):
         assert f"{PROMPT + NEW},{PROMPT + NEW}]" not in program(case, name).text, "no scores and no mask in memory"
 

@@ -66,7 +66,7 @@ def errors(folder: Path, overrides: list[str]) -> dict[str, dict[str, float]]:
     batch = Batches(rows, batch_size=64, seed=0)[0]
 
     def logits_of(model: Pretrained) -> np.ndarray:
-        hidden = bind(model.config, model.params)(batch.tokens, batch.mask, dtype=jnp.dtype("float32"), remat=False)
+        hidden = bind(model.config, model.params)(batch.tokens, batch.mask, dtype=jnp.dtype("float32"), remat="none")
         return np.asarray(logits(model.config, model.params, hidden))[batch.mask]
 
     want, result = logits_of(whole), {}

@@ -26,6 +26,7 @@ from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.attention import Choice
 from rlhf_jax.models.cached import Weights
 from rlhf_jax.models.decoder import (
+    Remat,
     abstract_params,
     bind,
     head_kernel,
@@ -47,13 +48,13 @@ class Compute:
 
     Attributes:
         dtype: of activations, matrix products, generation weights and cache.
-        remat: recompute layers in the backward pass.
+        remat: what the backward pass recomputes, see `Decoder.with_balance_loss`.
         chunk: positions whose logits exist at once; 0: all.
         attention: the kernel of training, scoring and prefill, see `attention_kernel`.
     """
 
     dtype: jnp.dtype
-    remat: bool
+    remat: Remat
     chunk: int
     attention: Choice = "auto"
 
@@ -149,7 +150,7 @@ def make_score(
     layout = Layout(mesh, TRAIN)
 
     def forward(role: Role, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        options = dict(dtype=compute.dtype, layout=layout, remat=False, attention=compute.attention)
+        options = dict(dtype=compute.dtype, layout=layout, remat="none", attention=compute.attention)
         return bind(role.config, params, role.lora)(tokens, mask, **options)
 
     def score_part(models: Models, rollout: Rollout) -> Experience:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import numpy as np
@@ -27,6 +28,8 @@ class MeshConfig:
     data: int = 1  # replicas of the whole training state
     fsdp: int = -1  # parameters, gradients and optimizer state are split over these; generation batches too
     tensor: int = 1  # tensor-parallel shards of the generation weights (training splits over them like fsdp)
+    # What fsdp splits: 0 the batch alone, 1 optimizer state too, 2 gradients too, 3 parameters too ("auto": the plan).
+    zero: Literal[3, 2, 1, 0, "auto"] = 3
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ EIGHT = [name for name in tiny.MESHES if name != "one"]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layout", "lora", "remat"))
-def hidden_of(config, params, tokens, mask, layout=None, lora=NO_LORA, remat=False):
+def hidden_of(config, params, tokens, mask, layout=None, lora=NO_LORA, remat="none"):
     return bind(config, params, lora)(tokens, mask, dtype=jnp.float32, layout=layout, remat=remat)
 
 
@@ -154,14 +154,15 @@ def test_one_device_gives_the_logits_of_eight(family, name):
     np.testing.assert_allclose(results[1], results[0], atol=1e-5)
 
 
-def test_recomputing_layers_in_the_backward_pass_leaves_the_gradient_as_it_is():
+@pytest.mark.parametrize("again", ["layers", "dots"])
+def test_recomputing_in_the_backward_pass_leaves_the_gradient_as_it_is(again):
     params = tiny.random_params(tiny.OPT, single_device_mesh())
     tokens, mask = tiny.prompts(tiny.OPT, [11, 1, 6, 10], 11)
 
     def loss(params, remat):
         return jnp.sum(hidden_of(tiny.OPT, params, tokens, mask, remat=remat)[mask] ** 2)
 
-    kept, again = (jax.jit(jax.grad(functools.partial(loss, remat=remat)))(params) for remat in (False, True))
+    kept, again = (jax.jit(jax.grad(functools.partial(loss, remat=remat)))(params) for remat in ("none", again))
     for path in params:
         largest = np.abs(kept[path]).max()
         np.testing.assert_allclose(again[path], kept[path], atol=1e-5 * max(1.0, largest), err_msg=path)

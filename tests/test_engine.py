@@ -141,7 +141,7 @@ def flattened(run):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def hidden_of(config, lora, params, tokens, mask):
-    return bind(config, params, lora)(tokens, mask, dtype=jnp.float32, remat=False)
+    return bind(config, params, lora)(tokens, mask, dtype=jnp.float32, remat="none")
 
 
 def logprobs_of(run, params, lora, temperature):

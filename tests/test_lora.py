@@ -20,7 +20,7 @@ LINEARS = {
 
 def hidden(config, params, lora=NO_LORA):
     tokens, mask = tiny.prompts(config, [9, 4, 7], 9, side="right")
-    states = jax.jit(lambda p: bind(config, p, lora)(tokens, mask, dtype=jnp.float32, remat=False))(params)
+    states = jax.jit(lambda p: bind(config, p, lora)(tokens, mask, dtype=jnp.float32, remat="none"))(params)
     return np.asarray(states)[mask]
 
 

@@ -55,7 +55,7 @@ def recipe_of(folder, setting="whole", mesh="one", **ppo) -> Recipe:
     config = {
         "run": {"dir": str(folder / "run")},
         "mesh": dataclasses.asdict(tiny.MESHES[mesh]),
-        "model": {"actor": str(folder / "model"), "dtype": "float32", "remat": False} | SETTINGS[setting],
+        "model": {"actor": str(folder / "model"), "dtype": "float32", "remat": "none"} | SETTINGS[setting],
         "data": {"sources": [{"path": "builtin:assistant"}], "max_prompt_length": 24, "max_length": 40},
         "sft": {"batch_size": 16},
         "reward": {"batch_size": 16},

@@ -159,7 +159,7 @@ def test_the_distribution_is_that_of_the_logits_processors_of_transformers(sampl
 
 @functools.partial(jax.jit, static_argnums=0)
 def whole_logits(config, params, tokens, mask):
-    hidden = bind(config, params)(tokens, mask, dtype=jnp.float32, remat=False)
+    hidden = bind(config, params)(tokens, mask, dtype=jnp.float32, remat="none")
     return hidden @ head_kernel(config, params)[:, : config.vocab_size]
 
 

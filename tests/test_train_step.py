@@ -37,7 +37,7 @@ def batch_of(config):
 def make_loss(config, lora, layout):
     def loss_fn(params, batch):
         decoder = bind(config, params, lora)
-        hidden = decoder(batch["tokens"], batch["mask"], dtype=jnp.float32, layout=layout, remat=True)
+        hidden = decoder(batch["tokens"], batch["mask"], dtype=jnp.float32, layout=layout, remat="layers")
         logprobs = token_logprobs(
             hidden[:, :-1],
             head_kernel(config, params),
@@ -247,7 +247,7 @@ def test_the_gradient_reaches_every_layer_of_every_trainable_parameter(family, l
 
     def loss(trainable):
         params = {**frozen, **trainable}
-        hidden = bind(config, params, lora)(tokens, mask, dtype=jnp.float32, remat=False)
+        hidden = bind(config, params, lora)(tokens, mask, dtype=jnp.float32, remat="none")
         head = params["score/kernel"] if scalar_head else head_kernel(config, params)[:, : config.vocab_size]
         return jnp.sum(jnp.tanh(hidden @ head)[mask])
 

@@ -18,7 +18,7 @@ save_every = 2
 [model]
 actor = "new"
 dtype = "float32"
-remat = false
+remat = "none"
 logprob_chunk = 0
 [model.new]
 vocab_size = 300

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
@@ -39,6 +39,7 @@ from rlhf_jax.models.quantised import Quantised, dequantise, matmul
 from rlhf_jax.objectives.logprobs import head_logits
 
 NO_LORA = LoraConfig()
+Remat = Literal["layers", "dots", "none"]  # what the backward pass recomputes, see `with_balance_loss`
 
 
 class Sight(NamedTuple):
@@ -260,7 +261,7 @@ class Decoder(nnx.Module):
         *,
         dtype: jnp.dtype,
         layout: Layout | None = None,
-        remat: bool = True,
+        remat: Remat = "layers",
         attention: Choice = "xla",
     ) -> tuple[jax.Array, jax.Array]:
         """States and, to be added to the loss that trains them, what sparse models charge for uneven routing.
@@ -271,7 +272,8 @@ class Decoder(nnx.Module):
                 attention is fused.
             dtype: of the activations and of every matrix product.
             layout: where activations lie; None leaves that to the compiler.
-            remat: recompute each layer in the backward pass, keeping only its input.
+            remat: "layers" keeps the input of each layer and recomputes the rest in the backward pass; "dots" keeps the
+                outputs of its matrix products too, attention's scores apart; "none" keeps everything.
             attention: the kernel, see `attention_kernel`; without a layout nobody knows the devices, and it is XLA's.
         Returns:
             [B, T, E] in `dtype`, on padding finite and of no meaning; [] float32, 0 without experts.
@@ -300,7 +302,8 @@ class Decoder(nnx.Module):
             weights, window = weights_and_window
             return nnx.merge(graph, weights)(x, sight, window)
 
-        step = jax.checkpoint(layer, prevent_cse=False) if remat else layer
+        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        step = layer if remat == "none" else jax.checkpoint(layer, prevent_cse=False, policy=kept)
         windows = jnp.asarray(c.windows, jnp.int32) if c.windows else None
         x, loads = jax.lax.scan(step, sight.pin(x), (layers, windows))
         if c.final_norm:

@@ -255,7 +255,7 @@ def _call(program, model: Pretrained, input_ids: jax.Array, attention_mask: jax.
 
 def _hidden(config: DecoderConfig, lora: LoraConfig, layout: Layout | None, params, tokens, mask) -> jax.Array:
     dtype, decoder = params["embed/tokens"].dtype, bind(config, params, lora)
-    options = dict(dtype=dtype, layout=layout, remat=False)
+    options = dict(dtype=dtype, layout=layout, remat="none")
     if layout is None or kernel_on(layout.mesh, config, dtype, tokens.shape[1], "auto").name == "xla":
         return decoder(tokens, mask, **options)
     order = jnp.argsort(~mask, axis=1, stable=True)  # fused attention takes right-padded rows

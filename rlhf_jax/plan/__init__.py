@@ -148,7 +148,7 @@ def mends(
             return usable + 1
 
     if least(recipe) <= usable:
-        yield "what is held fits and temporaries do not: try smaller batches, shorter lengths or model.remat=true"
+        yield "what is held fits and temporaries do not: try smaller batches, shorter lengths or model.remat=layers"
     bf16 = {} if recipe.model.frozen_dtype == "bfloat16" else {"frozen_dtype": "bfloat16"}
     lora = {} if recipe.model.lora.rank else {"lora": LoraConfig(rank=128, alpha=128.0)}
     both = lora | ({} if recipe.model.reward_lora.rank else {"reward_lora": LoraConfig(rank=128, alpha=128.0)})

@@ -16,7 +16,7 @@ from rlhf_jax.data.sources import BUILTIN, DataConfig, load_examples
 from rlhf_jax.gpus import Gpu, Machine
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.architecture import DecoderConfig
-from rlhf_jax.models.decoder import abstract_params
+from rlhf_jax.models.decoder import Remat, abstract_params
 from rlhf_jax.plan.held import Phase, architectures, device_bytes, prompt_positions
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.models import ModelConfig
@@ -78,10 +78,10 @@ def forward_flops(config: DecoderConfig, rows: int, length: int, head_tokens: in
     return rows * (length * (2.0 * body + attention) + head_tokens * 2.0 * head)
 
 
-def training_factor(lora_rank: int, remat: bool) -> int:
+def training_factor(lora_rank: int, remat: Remat) -> int:
     """Forward passes that an update costs: 1, with recomputation 1 more, and 1 for the gradients of the activations,
     1 for those of the weights, which adapters spare but for their own."""
-    return 2 + remat + (lora_rank == 0)
+    return 2 + (remat == "layers") + (lora_rank == 0)
 
 
 def needs(recipe: Recipe, found: list[Phase], mesh) -> dict[str, Need]:
@@ -146,7 +146,7 @@ def _update(model: ModelConfig, decoder: DecoderConfig, state, flops: float, mic
     trainable = device_bytes(state.trainable)
     shards = layout.shards("vocab")
     scattered = trainable * (shards - 1) + 2 * (count > shards) * trainable  # reduced over data as well
-    link = micro * ((2 + model.remat) * _gathered(decoder, model, shards) + scattered)
+    link = micro * ((2 + (model.remat != "none")) * _gathered(decoder, model, shards) + scattered)
     return Need(flops * training_factor(rank, model.remat) / count, 7 * trainable, link)
 
 

@@ -33,6 +33,7 @@ from rlhf_jax.train_step import Params, TrainState, init_state
 from rlhf_jax.trees import partition
 
 Dtype = Literal["float32", "bfloat16"]
+Switch = Literal[True, False, "auto"]  # "auto": as the plan chooses
 FrozenDtype = Literal["float32", "bfloat16", "int8", "nf4"]
 
 
@@ -62,7 +63,13 @@ class ModelConfig:
     # weight, all else that does not train bfloat16.
     frozen_dtype: FrozenDtype = "float32"
     export_dtype: Dtype = "float32"  # of the exported folders
-    remat: bool = True  # recompute layers in the backward pass: less memory, a third more work
+    # What the backward pass recomputes. "layers": all but each layer's input, least memory and a third more work;
+    # "dots": all but those and the products' outputs; "none".
+    remat: Literal["layers", "dots", "none", "auto"] = "layers"
+    one_copy: Switch = False  # under LoRA: generate from the training base, its adapters beside it, not from a copy
+    offload_optimizer: Switch = False  # optimizer moments rest in pinned host memory, on the devices one at a time
+    offload_reference: Switch = False  # the reference rests in pinned host memory and is on the devices to score
+    offload_ema: Switch = False  # the moving average rests in pinned host memory
     logprob_chunk: int = 128  # positions whose logits exist at once; 0: all
     attention: Choice = "auto"  # "cudnn": fused, on NVIDIA GPUs; "xla"; "auto": fused where GPU, dtype and model allow
     new: NewModelConfig = NewModelConfig()

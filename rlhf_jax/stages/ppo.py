@@ -55,6 +55,7 @@ class PPOConfig:
     lam: float = 0.95
     clip: float = 0.2  # of the probability ratio
     value_clip: float = 0.2  # of the change of a value
+    ema_decay: float = 0.0  # of a moving average of the actor over iterations, exported beside it; 0: none
     whiten_advantages: bool = True  # to mean 0 and variance 1 over the tokens of an iteration
     sample: SampleConfig = SampleConfig()
     actor: OptimConfig = OptimConfig(learning_rate=9.65e-6)

@@ -126,7 +126,7 @@ def assert_same_answers(model, variant):
 def next_token_loss(config, params, ids, mask, layout=None):
     """The loss of supervised fine-tuning on all tokens but the first of right-padded rows."""
     decoder = bind(config, params)
-    hidden, balance = decoder.with_balance_loss(ids, mask, dtype=jnp.float32, layout=layout, remat=True)
+    hidden, balance = decoder.with_balance_loss(ids, mask, dtype=jnp.float32, layout=layout, remat="layers")
     options = head_options(config, params)
     logprobs = token_logprobs(hidden[:, :-1], head_kernel(config, params), ids[:, 1:], chunk=4, **options)
     return -mean(logprobs, mask[:, 1:]) + balance
@@ -248,7 +248,7 @@ def test_adapters_merged_equal_adapters_beside_the_base(example):
 
     @jax.jit
     def adapted(params, ids, mask):
-        return logits(config, params, bind(config, params, LORA)(ids, mask, dtype=jnp.float32, remat=False))
+        return logits(config, params, bind(config, params, LORA)(ids, mask, dtype=jnp.float32, remat="none"))
 
     beside = np.asarray(adapted(params, ids, mask))[mask]
     merged = dataclasses.replace(example.model, params=merge(params, LORA))

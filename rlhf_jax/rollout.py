@@ -20,7 +20,7 @@ from rlhf_jax.generate import Rollout, bucket, generate, generate_in_rows
 from rlhf_jax.mesh import GENERATE, Layout, check_divides, check_model_divides
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.attention import Choice
-from rlhf_jax.models.cached import Weights, for_decoding, quantised_for_decoding
+from rlhf_jax.models.cached import Weights, for_decoding, shared_for_decoding
 from rlhf_jax.models.decoder import NO_LORA
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.models.pretrained import Pretrained
@@ -42,16 +42,16 @@ class Role:
 class Publish:
     """Parameters and adapters, by TRAIN -> generation weights, by GENERATE: merge, cast, gather, lay out.
 
-    A quantised base is not merged, and on one device not copied: its weights are the arrays of the parameters, and last
-    until those are donated.
+    A base that generation shares with training is not merged, and where it lies by GENERATE already not copied: its
+    weights are the arrays of the parameters, see `shared_for_decoding`.
     """
 
     role: Role
     layout: Layout  # of generation
-    program: Any  # jitted: all but quantised kernels
+    program: Any  # jitted: all but what is shared
 
     def __call__(self, params: Params) -> Weights:
-        return self.program(params) | quantised_for_decoding(self.role.config, params, self.layout)
+        return self.program(params) | shared_for_decoding(self.role.config, params, self.layout)
 
     def lower(self, params: Params) -> jax.stages.Lowered:
         """Of the compiled part, from arrays or their abstract shapes."""

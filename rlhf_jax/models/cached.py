@@ -6,8 +6,9 @@ fused is stacked on an axis that is not sharded (the G query heads of a KV head 
 beside up), so that every shard stays where it is. Where there are fewer KV heads than tensor shards, each is repeated
 until every shard has one of its own.
 
-Quantised kernels stay so: stacked, as they are in training, and on one device the very arrays of training. A layer is
-dequantised each time it is used, its adapters beside it, which costs time and saves the memory of dense weights.
+What both phases share stays as it is, and on one device, or where it is laid out for generation at rest, the very
+arrays of training: kernels that are quantised (stacked, and each layer dequantised whenever it is used) or an array for
+each layer, with the adapters beside them, and then embedding and head. That costs time and saves the memory of a copy.
 
 B batch, T new positions, S cache length, D hidden, E embedding, V padded vocabulary, F MLP width, K key-value heads
 (repeated), G query heads per KV head, d head size, L layers, X experts.
@@ -16,7 +17,8 @@ B batch, T new positions, S cache length, D hidden, E embedding, V padded vocabu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import chex
 import jax
@@ -42,12 +44,14 @@ from rlhf_jax.models.layers import (
     turns_of,
 )
 from rlhf_jax.models.lora import LoraConfig, is_adapter, merge
+from rlhf_jax.models.per_layer import PerLayer, is_shareable
 from rlhf_jax.models.quantised import Quantised, dequantise, shardings
 from rlhf_jax.objectives.logprobs import head_logits
 from rlhf_jax.trees import record
 
-# "layers/0/qkv/kernel" [D, K, G+2, d], "layers/0/gate_up/kernel" [D, 2, F], ...; quantised, of all layers together,
-# "layers/q/kernel", "layers/up/kernel", ... and of each its adapters, "layers/0/q/lora_a" [D, rank], ...
+# "layers/0/qkv/kernel" [D, K, G+2, d], "layers/0/gate_up/kernel" [D, 2, F], ..., "head/kernel" [E, V].
+# Shared: "layers/0/q/kernel", "layers/0/up/kernel", ..., or, quantised, of all layers together, "layers/q/kernel", ...;
+# of each its adapters, "layers/0/q/lora_a" [D, rank], ...; and "head/rows" [V, E], or the embedding where tied.
 Weights = dict[str, jax.Array | Quantised]
 
 
@@ -87,7 +91,7 @@ def empty_cache(config: DecoderConfig, batch: int, length: int, dtype: jnp.dtype
 
 def for_decoding(
     config: DecoderConfig,
-    params: Mapping[str, jax.Array | Quantised],
+    params: Mapping[str, jax.Array | Quantised | PerLayer],
     layout: Layout,
     dtype: jnp.dtype,
     lora: LoraConfig = NO_LORA,
@@ -97,9 +101,9 @@ def for_decoding(
     Adapters are merged. Every parameter is cast, then gathered over fsdp, then cut into layers: in one jit, one
     all-gather a weight. Norms keep their dtype, as training applies them in float32 too.
 
-    Quantised kernels are left to `quantised_for_decoding`; adapters then are not merged, but weights of their own.
+    What is `shared` is left to `shared_for_decoding`; adapters then are not merged, but weights of their own.
     """
-    kept = {path for path, leaf in params.items() if isinstance(leaf, Quantised)}
+    kept = shared(params)
     weights = _adapters(config, params, layout, dtype, lora) if kept else {}
     if not kept:
         params = merge(params, lora)
@@ -109,7 +113,7 @@ def for_decoding(
     for path, leaf in leaves.items():
         cast = params[path] if "norm/" in path else params[path].astype(dtype)
         # Without the first pin the compiler gathers what is to be cast, and moves twice the bytes.
-        gathered[path] = layout.constrain(at_home.constrain(cast, *leaf.axes), *_axes(config, leaf, layout))
+        gathered[path] = layout.constrain(at_home.constrain(cast, *leaf.axes), *serving_axes(config, leaf, layout))
 
     def heads(name: str, kind: str) -> jax.Array:  # -> [L, (D,) K, heads per KV head, d]
         leaf = gathered[f"layers/attention/{name}/{kind}"]
@@ -130,7 +134,8 @@ def for_decoding(
         gathered["layers/attention/k_norm/scale"] = jnp.repeat(scale, repeats, axis=1).reshape(shape)
     axes = {"qkv/kernel": ("embed", "kv_heads", None, None), "qkv/bias": ("kv_heads", None, None)}
     axes |= {"gate_up/kernel": ("embed", None, "mlp"), "gate_up/bias": (None, "mlp")}
-    weights["head/kernel"] = layout.constrain(head_kernel(config, gathered), "embed", "vocab")
+    if not kept:
+        weights["head/kernel"] = layout.constrain(head_kernel(config, gathered), "embed", "vocab")
     for path, leaf in leaves.items():
         if not path.startswith(("layers/", "head/kernel", "score/")):
             weights[path] = gathered[path]
@@ -146,20 +151,53 @@ def _name(path: str) -> str:
     return path.removeprefix("layers/").removeprefix("attention/").removeprefix("mlp/")
 
 
-def quantised_for_decoding(
-    config: DecoderConfig, params: Mapping[str, jax.Array | Quantised], layout: Layout
-) -> Weights:
-    """The quantised kernels, stacked as they are: codes and scales are gathered over fsdp.
+def shared(params: Mapping[str, jax.Array | Quantised | PerLayer]) -> set[str]:
+    """Paths of what generation reads as training has it: such kernels, and where there are any, embedding and head."""
+    kept = any(isinstance(leaf, Quantised | PerLayer) for leaf in params.values())
+    return set(filter(is_shareable, params)) if kept else set()
 
-    Outside jit, arrays that lie by `layout` already, as on one device, are handed on and not copied: the weights last
-    until those of training are donated.
+
+def shared_for_decoding(
+    config: DecoderConfig,
+    params: Mapping[str, jax.Array | Quantised | PerLayer],
+    layout: Layout,
+    put: Callable[[Any, Any], Any] = jax.device_put,
+) -> Weights:
+    """What is `shared`, in its own dtypes: gathered over fsdp, or, outside jit, handed on where it lies by `layout`
+    already. The weights last until the training parameters are gone.
+
+    Args:
+        put: (array, sharding) -> array, for whoever wants no arrays.
     """
-    leaves = abstract_params(config)
+    weights: Weights = {}
+    for path in shared(params):
+        leaf, where, name = params[path], shared_shardings(config, path, params[path], layout), f"layers/{_name(path)}"
+        placed = jax.tree.map(put, leaf, where)
+        if isinstance(leaf, PerLayer):
+            weights |= {f"layers/{i}/{_name(path)}": each for i, each in enumerate(placed.layers)}
+        elif isinstance(leaf, Quantised):
+            weights[name] = placed
+        else:
+            weights["head/rows" if path == "head/kernel" else path] = placed
+    return weights
+
+
+def shared_leaves(config: DecoderConfig, layout: Layout) -> dict[str, Leaf]:
+    """`abstract_params`, where the axes of what may be shared are those of generation by `layout`."""
     return {
-        f"layers/{_name(path)}": jax.device_put(leaf, shardings(_axes(config, leaves[path], layout), leaf.kind, layout))
-        for path, leaf in params.items()
-        if isinstance(leaf, Quantised)
+        path: Leaf(leaf.shape, serving_axes(config, leaf, layout)) if is_shareable(path) else leaf
+        for path, leaf in abstract_params(config).items()
     }
+
+
+def shared_shardings(config: DecoderConfig, path: str, leaf: Any, layout: Layout) -> Any:
+    """Where each array of a shared parameter lies by `layout`; `leaf` tells its kind."""
+    axes = shared_leaves(config, layout)[path].axes
+    if isinstance(leaf, Quantised):
+        return shardings(axes, leaf.kind, layout)
+    if isinstance(leaf, PerLayer):
+        return PerLayer((layout.sharding(axes[1:]),) * len(leaf.layers))
+    return layout.sharding(axes)
 
 
 def _adapters(config: DecoderConfig, params, layout: Layout, dtype, lora: LoraConfig) -> Weights:
@@ -168,17 +206,17 @@ def _adapters(config: DecoderConfig, params, layout: Layout, dtype, lora: LoraCo
     for path, leaf in abstract_params(config, lora).items():
         if is_adapter(path):
             adapter = (lora.scale * params[path] if path.endswith("lora_b") else params[path]).astype(dtype)
-            axes = _axes(config, leaf, layout)[1:]
+            axes = serving_axes(config, leaf, layout)[1:]
             weights |= {
                 f"layers/{i}/{_name(path)}": layout.constrain(adapter[i], *axes) for i in range(config.num_layers)
             }
     return weights
 
 
-def _axes(config: DecoderConfig, leaf: Leaf, layout: Layout) -> list[str | None]:
+def serving_axes(config: DecoderConfig, leaf: Leaf, layout: Layout) -> tuple[str | None, ...]:
     """A KV head that several shards need goes to all of them."""
     few = _repeats(config, layout) > 1
-    return [None if axis == "kv_heads" and few else axis for axis in leaf.axes]
+    return tuple(None if axis == "kv_heads" and few else axis for axis in leaf.axes)
 
 
 _FUSED = ("attention/q", "attention/k", "attention/v", "mlp/gate", "mlp/up")
@@ -324,6 +362,9 @@ def forward(
 
 def logits_of(config: DecoderConfig, weights: Weights, hidden: jax.Array) -> jax.Array:
     """[..., E] -> [..., V] float32; rows that only pad the vocabulary are the lowest finite number."""
-    logits = head_logits(hidden, weights["head/kernel"], weights.get("head/bias"), config.final_softcap)
+    kernel = weights.get("head/kernel")
+    if kernel is None:
+        kernel = weights["embed/tokens" if config.tied else "head/rows"].T
+    logits = head_logits(hidden, kernel, weights.get("head/bias"), config.final_softcap)
     real = jnp.arange(config.padded_vocab) < config.vocab_size
     return jnp.where(real, logits, jnp.finfo(jnp.float32).min)

@@ -35,6 +35,7 @@ from rlhf_jax.models.layers import (
     turns_of,
 )
 from rlhf_jax.models.lora import LoraConfig
+from rlhf_jax.models.per_layer import PerLayer, has_per_layer, scan_layers
 from rlhf_jax.models.quantised import Quantised, dequantise, matmul
 from rlhf_jax.objectives.logprobs import head_logits
 
@@ -303,9 +304,11 @@ class Decoder(nnx.Module):
             return nnx.merge(graph, weights)(x, sight, window)
 
         kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-        step = layer if remat == "none" else jax.checkpoint(layer, prevent_cse=False, policy=kept)
+        # A scan keeps what is computed twice apart by itself.
+        options = dict(prevent_cse=has_per_layer(layers), policy=kept)
+        step = layer if remat == "none" else jax.checkpoint(layer, **options)
         windows = jnp.asarray(c.windows, jnp.int32) if c.windows else None
-        x, loads = jax.lax.scan(step, sight.pin(x), (layers, windows))
+        x, loads = scan_layers(step, sight.pin(x), (layers, windows))
         if c.final_norm:
             x = self.final_norm(x)
         if c.embed_size != c.hidden_size:
@@ -336,8 +339,10 @@ def abstract_params(config: DecoderConfig, lora: LoraConfig = NO_LORA) -> dict[s
     return dict(_skeleton(config, lora)[2])
 
 
-def bind(config: DecoderConfig, params: Mapping[str, jax.Array], lora: LoraConfig = NO_LORA) -> Decoder:
-    """The module around these parameters (and adapters), kernels quantised or not: free inside jit."""
+def bind(
+    config: DecoderConfig, params: Mapping[str, jax.Array | Quantised | PerLayer], lora: LoraConfig = NO_LORA
+) -> Decoder:
+    """The module around these parameters (and adapters), kernels quantised, stacked or neither: free inside jit."""
     graph, structure, leaves = _skeleton(config, lora)
     assert params.keys() == leaves.keys(), sorted(params.keys() ^ leaves.keys())
     return nnx.merge(graph, jax.tree.unflatten(structure, [params[path] for path in leaves]))

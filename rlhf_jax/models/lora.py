@@ -47,7 +47,7 @@ def is_trainable(path: str, lora: LoraConfig) -> bool:
 def merge(params: Mapping[str, jax.Array], lora: LoraConfig) -> dict[str, jax.Array]:
     """W + scale A B for every adapted kernel, in the kernel's dtype; the adapters disappear.
 
-    Kernels are [..., in, out], A [..., in, rank], B [..., rank, out]; the product is accumulated in A's dtype.
+    Kernels are [L, in, out], A [L, in, rank], B [L, rank, out]; the product is accumulated in A's dtype.
     Quantised kernels become dense, whole stacks of them, in float32: `write_params` merges them a layer at a time, and
     generation leaves adapters beside them.
     """
@@ -58,8 +58,13 @@ def merge(params: Mapping[str, jax.Array], lora: LoraConfig) -> dict[str, jax.Ar
     for path in [path for path in params if path.endswith("/lora_a")]:
         kernel = path.removesuffix("lora_a") + "kernel"
         a, b = params[path], params[path.removesuffix("a") + "b"]
-        merged[kernel] = merged_kernel(merged[kernel], a, b, lora.scale).astype(merged[kernel].dtype)
+        # Layer by layer: in float32 the products of a whole stack may be larger than all that is left.
+        merged[kernel] = jax.lax.map(lambda each: _rounded(*each, lora.scale), (merged[kernel], a, b))
     return merged
+
+
+def _rounded(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    return merged_kernel(kernel, a, b, scale).astype(kernel.dtype)
 
 
 def merged_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlhf_jax.mesh import TRAIN, Layout, single_device_mesh
+from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
 from rlhf_jax.models import peft
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.attention import kernel_on
+from rlhf_jax.models.cached import shared_leaves
 from rlhf_jax.models.decoder import NO_LORA, abstract_params, bind, last_hidden, logits, scalar
 from rlhf_jax.models.families import (
     alternatives,
@@ -29,6 +30,7 @@ from rlhf_jax.models.families import (
 )
 from rlhf_jax.models.folders import local_folder, read_json, read_tokenizer, replacing, write_json, write_tokenizer
 from rlhf_jax.models.lora import LoraConfig
+from rlhf_jax.models.per_layer import PerLayer
 from rlhf_jax.models.quantised import KINDS, REST_DTYPE, Quantised
 from rlhf_jax.models.safetensors_io import read_params, write_params
 
@@ -41,7 +43,7 @@ class Pretrained:
     """A language model, or a reward model where config.scalar_head, on its devices."""
 
     config: DecoderConfig
-    params: dict[str, jax.Array | Quantised]  # {path: array}, as `abstract_params(config, lora)` lists them
+    params: dict[str, jax.Array | Quantised | PerLayer]  # {path: array}, as `abstract_params(config, lora)` lists them
     tokenizer: Any  # a transformers tokenizer; None if the folder has none
     hf_config: dict[str, Any]  # the config.json it came from
     generation_config: dict[str, Any]  # generation_config.json; {} if there was none
@@ -52,7 +54,12 @@ class Pretrained:
 
 
 def from_pretrained(
-    path_or_id: str | Path, adapter: str | Path | None = None, *, mesh: Mesh | None = None, dtype: str = "float32"
+    path_or_id: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    mesh: Mesh | None = None,
+    dtype: str = "float32",
+    one_copy: bool = False,
 ) -> Pretrained:
     """A language model from a Hugging Face folder, or from the hub.
 
@@ -62,10 +69,11 @@ def from_pretrained(
         mesh: a ("data", "fsdp", "tensor") mesh, over which parameters are split as in training; None: one device.
         dtype: of the parameters, "float32", "bfloat16" or "float16"; "int8" or "nf4": the kernels of the layers'
             linears quantised as they are read (see `models.quantised`), all else bfloat16.
+        one_copy: lay out for generation what it can share with training (see `models.per_layer`); the rest as ever.
     Raises:
         ValueError: no such folder or id, only a pickle, an unsupported architecture, or tensors that do not fit.
     """
-    return _load(path_or_id, adapter, scalar_head=False, mesh=mesh, dtype=dtype, seed=0)
+    return _load(path_or_id, adapter, scalar_head=False, mesh=mesh, dtype=dtype, seed=0, one_copy=one_copy)
 
 
 def reward_from_pretrained(
@@ -85,7 +93,9 @@ def reward_from_pretrained(
     return _load(path_or_id, adapter, scalar_head=True, mesh=mesh, dtype=dtype, seed=seed)
 
 
-def _load(path_or_id, adapter, *, scalar_head: bool, mesh: Mesh | None, dtype: str, seed: int) -> Pretrained:
+def _load(
+    path_or_id, adapter, *, scalar_head: bool, mesh: Mesh | None, dtype: str, seed: int, one_copy: bool = False
+) -> Pretrained:
     if dtype not in (*DTYPES, *KINDS):
         raise ValueError(f'dtype "{dtype}" is not supported; supported: {", ".join((*DTYPES, *KINDS))}')
     dtype, kind = (REST_DTYPE, dtype) if dtype in KINDS else (dtype, None)
@@ -100,15 +110,16 @@ def _load(path_or_id, adapter, *, scalar_head: bool, mesh: Mesh | None, dtype: s
         )
     layout = Layout(single_device_mesh() if mesh is None else mesh, TRAIN)
     config = decoder_config(hf, scalar_head=scalar_head, vocab_parts=layout.shards("vocab"))
-    leaves = abstract_params(config)
+    serving = Layout(layout.mesh, GENERATE) if one_copy else None
     params = read_params(
         folder,
-        leaves,
+        abstract_params(config) if serving is None else shared_leaves(config, serving),
         [hf_tensors(config), *alternatives(config)],
         layout,
         dtype,
         prefix=base_prefix(config),
         kind=kind,
+        serving=serving,
         optional=(_SCORE,) if scalar_head and not is_scorer(hf) else (),
         tolerated=tolerated_surplus(config),
         twins=tied_names(config),

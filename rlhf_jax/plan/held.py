@@ -24,10 +24,11 @@ from rlhf_jax.engine import Engine, Models
 from rlhf_jax.generate import Rollout, bucket
 from rlhf_jax.mesh import AXES, GENERATE, TRAIN, Layout, MeshConfig, check_model_divides, mesh_sizes
 from rlhf_jax.models.architecture import DecoderConfig
-from rlhf_jax.models.cached import empty_cache
-from rlhf_jax.models.decoder import abstract_params
+from rlhf_jax.models.cached import empty_cache, shared_for_decoding, shared_leaves
+from rlhf_jax.models.decoder import Leaf, abstract_params
 from rlhf_jax.models.families import decoder_config
 from rlhf_jax.models.folders import config_json, read_json
+from rlhf_jax.models.per_layer import PerLayer, is_shareable
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.models.quantised import KINDS, abstract, is_quantisable
 from rlhf_jax.optim import OptimConfig, make_optimizer
@@ -164,8 +165,10 @@ def _ppo(recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, mesh) -> l
 
     rows, new = config.rollouts, config.sample.max_new_tokens
     prompt = prompt_positions(recipe, min(actor.max_positions, critic.max_positions))
-    weights = pinned(engine.programs["publish"], models.actor.params)
     generating = Layout(mesh, GENERATE)
+    weights = pinned(engine.programs["publish"].program, models.actor.params)
+    added = device_bytes(weights) + _moved(actor, models.actor.params, generating)
+    weights |= shared_for_decoding(actor, models.actor.params, generating, _laid)
     in_rows = 0 < config.generate_rows < rows
 
     def prompts_of(count: int):
@@ -187,13 +190,13 @@ def _ppo(recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, mesh) -> l
     experience = pinned(engine.programs["score"], models, rollout)
     part = _batch(jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), experience), layout)
 
-    published, rolled = {"generation weights": device_bytes(weights)}, {"rollout": device_bytes(rollout)}
+    published, rolled = {"generation weights": added}, {"rollout": device_bytes(rollout)}
     learned = rolled | {"experience": device_bytes(experience)}
     if batch_size < rows:
         learned |= {"part of the experience": device_bytes(part)}
     programs = engine.programs
     return [
-        Phase("ppo", "publish", programs["publish"], (models.actor.params,), held, added=device_bytes(weights)),
+        Phase("ppo", "publish", programs["publish"], (models.actor.params,), held, added=added),
         Phase(
             "ppo",
             "generate",
@@ -217,18 +220,41 @@ def prompt_positions(recipe: Recipe, max_positions: int) -> int:
     return min(_round8(longest), bucket(longest))
 
 
-def abstract_pretrained(decoder: DecoderConfig, model: ModelConfig, mesh) -> Pretrained:
+def _laid(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _moved(actor: DecoderConfig, params: Mapping[str, Any], layout: Layout) -> int:
+    """Bytes on one device of what generation shares with training but has to lay out by itself."""
+    moved = []
+
+    def put(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        if leaf.sharding != sharding:
+            moved.append(_laid(leaf, sharding))
+        return leaf
+
+    shared_for_decoding(actor, params, layout, put)
+    return device_bytes(moved)
+
+
+def abstract_pretrained(decoder: DecoderConfig, model: ModelConfig, mesh, *, one_copy: bool = False) -> Pretrained:
     """What `stages.models.load` gives, without a tokenizer and with nothing in its arrays."""
     check_model_divides({"attention heads": decoder.num_heads}, mesh)
     layout, stored = Layout(mesh, TRAIN), model.stored_dtype(scalar_head=decoder.scalar_head)
     dtype = jnp.dtype("bfloat16" if stored in KINDS else stored)
-    params = {
-        path: abstract(leaf.shape, leaf.axes, stored, layout)
-        if stored in KINDS and is_quantisable(path)
-        else jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=layout.sharding(leaf.axes))
-        for path, leaf in abstract_params(decoder).items()
-    }
-    return Pretrained(decoder, params, None, {}, {}, layout)
+    serving = Layout(mesh, GENERATE)
+
+    def param(path: str, leaf: Leaf) -> Any:
+        where = serving if one_copy and is_shareable(path) else layout
+        if stored in KINDS and is_quantisable(path):
+            return abstract(leaf.shape, leaf.axes, stored, where)
+        if one_copy and is_quantisable(path):
+            layer = jax.ShapeDtypeStruct(leaf.shape[1:], dtype, sharding=where.sharding(leaf.axes[1:]))
+            return PerLayer((layer,) * leaf.shape[0])
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where.sharding(leaf.axes))
+
+    leaves = shared_leaves(decoder, serving) if one_copy else abstract_params(decoder)
+    return Pretrained(decoder, {path: param(path, leaf) for path, leaf in leaves.items()}, None, {}, {}, layout)
 
 
 def abstract_state(pretrained: Pretrained, model: ModelConfig, tx: optax.GradientTransformation) -> TrainState:
@@ -241,7 +267,10 @@ def abstract_state(pretrained: Pretrained, model: ModelConfig, tx: optax.Gradien
 
 def _abstract_models(actor: DecoderConfig, critic: DecoderConfig, model: ModelConfig, mesh, txs) -> Models:
     """What `ppo_models` makes of two loaded models."""
-    first, second = (abstract_pretrained(each, model, mesh) for each in (actor, critic))
+    first, second = (
+        abstract_pretrained(actor, model, mesh, one_copy=model.one_copy),
+        abstract_pretrained(critic, model, mesh),
+    )
 
     def build(a, c):
         loaded = dataclasses.replace(first, params=a), dataclasses.replace(second, params=c)

@@ -80,6 +80,16 @@ class ModelConfig:
                 f'frozen_dtype="{self.frozen_dtype}" is of a base under LoRA, and here every weight of the actor '
                 'trains: set lora = { rank = 16 }, or frozen_dtype = "bfloat16"'
             )
+        if self.one_copy is True and not self.can_share:
+            raise ValueError(
+                "one_copy=true shares a base that does not train, in the dtype that generates: set "
+                f'lora = {{ rank = 16 }} and frozen_dtype="{self.dtype}", "int8" or "nf4"'
+            )
+
+    @property
+    def can_share(self) -> bool:
+        """Whether training and generation can read the same base."""
+        return self.lora.rank > 0 and self.frozen_dtype in (self.dtype, *KINDS)
 
     @property
     def compute(self) -> Compute:
@@ -96,18 +106,28 @@ class ModelConfig:
 
 
 def load(
-    path: str | Path, settings: ModelConfig, mesh: Mesh, *, scalar_head: bool = False, seed: int = 0
+    path: str | Path,
+    settings: ModelConfig,
+    mesh: Mesh,
+    *,
+    scalar_head: bool = False,
+    seed: int = 0,
+    one_copy: bool = False,
 ) -> Pretrained:
-    """A model with its tokenizer, split over the mesh as training wants it; `seed` is of a new scalar head.
+    """A model with its tokenizer, split over the mesh as training wants it.
 
+    Args:
+        seed: of a new scalar head.
+        one_copy: lay out for generation what that can share.
     Raises:
         ValueError: what `from_pretrained` says, no tokenizer, or a tensor axis that does not divide the model.
     """
+    assert isinstance(one_copy, bool), "the plan has chosen before anything is loaded"
     dtype = settings.stored_dtype(scalar_head=scalar_head)
     if scalar_head:
         model = reward_from_pretrained(path, mesh=mesh, dtype=dtype, seed=seed)
     else:
-        model = from_pretrained(path, mesh=mesh, dtype=dtype)
+        model = from_pretrained(path, mesh=mesh, dtype=dtype, one_copy=one_copy)
     if model.tokenizer is None:
         raise ValueError(f"{path} has no tokenizer: save one into the folder (tokenizer.save_pretrained)")
     check_model_divides({"attention heads": model.config.num_heads}, mesh)

@@ -130,7 +130,7 @@ def ppo_models(
 
 def run_ppo(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, config: PPOConfig) -> None:
     """Train the SFT model against the reward model of the same run; leaves RUN/ppo/export and export_critic."""
-    actor = load(run.export("sft"), model, mesh)
+    actor = load(run.export("sft"), model, mesh, one_copy=model.one_copy)
     critic = load(run.export("reward"), model, mesh, scalar_head=True)
     layout, tokenizer = actor.layout, prepare_tokenizer(actor.tokenizer)
     if tokenizer.get_vocab() != critic.tokenizer.get_vocab():

@@ -7,7 +7,7 @@ import gc
 import math
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.decoder import Leaf
+from rlhf_jax.models.per_layer import PerLayer, is_shareable
 from rlhf_jax.models.quantised import Quantised, is_quantisable, stacked
 from rlhf_jax.models.safetensors_io.blocks import Bounds, blocks, bounds_of, copy, members, oriented, spread
 from rlhf_jax.models.safetensors_io.files import DTYPES, Entry, listed, open_folder
@@ -35,10 +36,11 @@ def read_params(
     *,
     prefix: str,
     kind: str | None = None,
+    serving: Layout | None = None,
     optional: Collection[str] = (),
     tolerated: re.Pattern[str] | None = None,
     twins: Mapping[str, str] = MappingProxyType({}),
-) -> dict[str, jax.Array | Quantised]:
+) -> dict[str, jax.Array | Quantised | PerLayer]:
     """Parameters from a folder's safetensors; beyond them, the host holds one shard of one of them at a time.
 
     Args:
@@ -49,6 +51,7 @@ def read_params(
         layout: where each parameter lies on the devices.
         dtype: of the result; the files may be float32, float16 or bfloat16.
         prefix: of the base model's names, which the files may leave out.
+        serving: where what both phases share lies, kernels as an array for each layer; None: nothing is shared.
         kind: "int8" or "nf4": quantise the kernels of the layers' linears, each layer as soon as it is on the devices.
         optional: paths that the result lacks if the files do.
         tolerated: names that the files may have and nobody reads.
@@ -88,12 +91,15 @@ def read_params(
     if any(faults.values()):
         told = "; ".join(f"{fault}: {listed(names)}" for fault, names in faults.items() if names)
         raise ValueError(f"the tensors of {folder} are not those that its config.json describes; {told}")
-    _check_even(leaves, layout)
+    layouts_of = {path: serving if serving and is_shareable(path) else layout for path in leaves}
+    _check_even(leaves, layouts_of)
     found = {name: files[find(name)] for path, leaf in leaves.items() for name in _names(leaf, tensors[path])}
     read = functools.partial(_read, dtype=jnp.dtype(dtype))
-    read_kernel = functools.partial(_read_quantised, kind=kind) if kind else read
+    read_kernel = functools.partial(_read_per_layer, dtype=jnp.dtype(dtype)) if serving else read
+    if kind:
+        read_kernel = functools.partial(_read_quantised, kind=kind)
     readers = {path: read_kernel if is_quantisable(path) else read for path in leaves}
-    return {path: readers[path](found, leaf, tensors[path], layout) for path, leaf in leaves.items()}
+    return {path: readers[path](found, leaf, tensors[path], layouts_of[path]) for path, leaf in leaves.items()}
 
 
 def _names(leaf: Leaf, tensor: HfTensor) -> list[str]:
@@ -112,21 +118,29 @@ def _same(one: Entry, other: Entry) -> bool:
     return same
 
 
-def _check_even(leaves: Mapping[str, Leaf], layout: Layout) -> None:
+def _check_even(leaves: Mapping[str, Leaf], layouts: Mapping[str, Layout]) -> None:
     uneven = [
-        f"{path} ({size} over {layout.shards(axis)})"
+        f"{path} ({size} over {layouts[path].shards(axis)})"
         for path, leaf in leaves.items()
         for size, axis in zip(leaf.shape, leaf.axes, strict=True)
-        if axis and size % layout.shards(axis)
+        if axis and size % layouts[path].shards(axis)
     ]
     if uneven:
         raise ValueError(f"the mesh does not split these evenly, choose a smaller one: {', '.join(uneven)}")
 
 
 def _read_quantised(files, leaf: Leaf, tensor: HfTensor, layout: Layout, kind: str) -> Quantised:
-    layer = Leaf(leaf.shape[1:], leaf.axes[1:])
-    layers = (_read(files, layer, tensor, layout, np.dtype(np.float32), (i,)) for i in range(leaf.shape[0]))
+    layers = _layers(files, leaf, tensor, layout, np.dtype(np.float32))
     return stacked(layers, leaf.shape, leaf.axes, kind, layout)
+
+
+def _read_per_layer(files, leaf: Leaf, tensor: HfTensor, layout: Layout, dtype: np.dtype) -> PerLayer:
+    return PerLayer(tuple(_layers(files, leaf, tensor, layout, dtype)))
+
+
+def _layers(files, leaf: Leaf, tensor: HfTensor, layout: Layout, dtype: np.dtype) -> Iterator[jax.Array]:
+    layer = Leaf(leaf.shape[1:], leaf.axes[1:])
+    return (_read(files, layer, tensor, layout, dtype, (i,)) for i in range(leaf.shape[0]))
 
 
 def _read(

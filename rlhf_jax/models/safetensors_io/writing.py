@@ -17,6 +17,7 @@ import numpy as np
 
 from rlhf_jax.models.decoder import NO_LORA
 from rlhf_jax.models.lora import LoraConfig, merged_kernel
+from rlhf_jax.models.per_layer import PerLayer
 from rlhf_jax.models.quantised import Quantised, dequantise
 from rlhf_jax.models.safetensors_io.blocks import blocks, bounds_of, copy, members, oriented, spread
 from rlhf_jax.models.safetensors_io.files import DTYPES, INDEX, SINGLE
@@ -42,7 +43,7 @@ class _Slot(NamedTuple):
 
 def write_params(
     folder: Path,
-    params: Mapping[str, jax.Array | Quantised],
+    params: Mapping[str, jax.Array | Quantised | PerLayer],
     tensors: Mapping[str, HfTensor],
     dtype: str,
     lora: LoraConfig = NO_LORA,
@@ -119,7 +120,10 @@ def _assembled(slot: _Slot, params: Mapping[str, jax.Array], tensors, dtype, lor
         theirs = oriented(whole, tensor)
         adapter = [params.get(path.removesuffix("kernel") + name) for name in ("lora_a", "lora_b")]
         arrays = [param] if adapter[0] is None else [param, *adapter]
-        if isinstance(param, Quantised):
+        if isinstance(param, PerLayer):
+            param, lead = _dense([array[lead[0]] for array in arrays], lead[1:], lora), ()
+            arrays = [param]
+        elif isinstance(param, Quantised):
             param, lead = _dense(arrays, lead, lora), ()
             arrays = [param]
         distinct = {bounds_of(shard.index, param.shape): shard.device for shard in param.addressable_shards}
@@ -150,7 +154,7 @@ def _fetched(arrays: list[jax.Array], index: list[int], lora: LoraConfig) -> np.
 
 @functools.partial(jax.jit, static_argnames="lora")
 def _dense(arrays: list, lead: tuple[jax.Array, ...], lora: LoraConfig) -> jax.Array:
-    """One matrix of a quantised kernel in float32, with its adapter where there is one, split as its codes are."""
+    """One matrix of a kernel in float32, with its adapter where there is one, split as the kernel is."""
     for number in lead:
         take = functools.partial(jax.lax.dynamic_index_in_dim, index=number, keepdims=False)
         arrays = jax.tree.map(take, arrays)

@@ -1,0 +1,66 @@
+"""A parameter of all layers as an array for each, where training and generation share one copy of it.
+
+Decoding is bound by reading weights, and cutting a layer out of a stack writes it once more for every token. So what
+both phases read is kept as decoding wants it, and training goes through the layers one by one in place of a scan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rlhf_jax.models.quantised import is_quantisable
+from rlhf_jax.trees import record
+
+
+@record
+class PerLayer:
+    """A parameter [L, ...] in L parts.
+
+    Attributes:
+        layers: L arrays of one shape.
+    """
+
+    layers: tuple[Any, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the stack."""
+        return (len(self.layers), *self.layers[0].shape)
+
+    def __getitem__(self, index: Any) -> Any:
+        """One layer by its index; all of it by `...`, as flax reads a variable."""
+        return self if index is Ellipsis else self.layers[index]
+
+
+def is_shareable(path: str) -> bool:
+    """What both phases share where there is one copy: kernels of the layers' linears, embedding and head."""
+    return is_quantisable(path) or path in ("embed/tokens", "head/kernel")
+
+
+def is_per_layer(leaf: Any) -> bool:
+    return isinstance(leaf, PerLayer)
+
+
+def has_per_layer(tree: Any) -> bool:
+    return any(map(is_per_layer, jax.tree.leaves(tree, is_leaf=is_per_layer)))
+
+
+def scan_layers(step: Callable, carry: Any, stacks: Any) -> tuple[Any, Any]:
+    """`jax.lax.scan` over the layers of a tree of stacks, unrolled where some of them are `PerLayer`."""
+    if not has_per_layer(stacks):
+        return jax.lax.scan(step, carry, stacks)
+    leaves, structure = jax.tree.flatten(stacks, is_leaf=is_per_layer)
+    # The gradient of a split is one concatenation; that of an index would be a sum of L stacks.
+    parts = [
+        leaf.layers if is_per_layer(leaf) else [part[0] for part in jax.lax.split(leaf, (1,) * leaf.shape[0])]
+        for leaf in leaves
+    ]
+    results = []
+    for layer in zip(*parts, strict=True):
+        carry, result = step(carry, jax.tree.unflatten(structure, layer))
+        results.append(result)
+    return carry, jax.tree.map(lambda *each: jnp.stack(each), *results)

@@ -159,7 +159,7 @@ def train_layout(mesh: Mesh, zero: int, *, offload_moments: bool = False) -> Lay
     Args:
         offload_moments: whether they rest in pinned host memory.
     """
-    assert zero in (0, 1, 2, 3), zero
+    assert zero in (0, 1, 2, 3) and offload_moments in (True, False), (zero, offload_moments)
     moments_in = "pinned_host" if offload_moments else None
     if zero == 3:
         return Layout(mesh, TRAIN, moments_in=moments_in)

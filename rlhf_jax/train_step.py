@@ -95,6 +95,8 @@ class Update:
     """(state, batch) -> (state, metrics), compiled; all of the state but what is frozen is donated."""
 
     program: Any  # jitted: (state without what is frozen, frozen, batch) -> the same without it, metrics
+    leaves: Mapping[str, Leaf]
+    layout: Layout
 
     def __call__(self, state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
         moved, stats = self.program(dataclasses.replace(state, frozen={}), state.frozen, batch)
@@ -234,6 +236,6 @@ def make_update(
         return param, *of_path(opt_state, path)
 
     if not layout.moments_in:
-        return Update(jax.jit(update, donate_argnums=0))
+        return Update(jax.jit(update, donate_argnums=0), leaves, layout)
     assert isinstance(tx, Optimizer), "moments that come one by one are stepped one by one"
     return OffloadedUpdate(jax.jit(gradients), jax.jit(step, donate_argnums=(0, 2)), leaves, layout)

@@ -121,7 +121,7 @@ def parts(case):
         critic_tx=tx,
         sample=SampleConfig(NEW),
         eos_ids=(2,),
-        mesh=mesh(),
+        layout=train,
         compute=Compute(BFLOAT16, True, CHUNK),
         num_micro=MICRO,
         num_score_micro=MICRO,

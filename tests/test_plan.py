@@ -24,6 +24,7 @@ from rlhf_jax.plan.held import Phase, abstract_mesh, architectures, device_bytes
 from rlhf_jax.plan.seconds import forward_flops, needs, weights_per_token
 from rlhf_jax.plan.table import render
 from rlhf_jax.recipe import Recipe
+from rlhf_jax.stages.models import relaid
 from rlhf_jax.stages.ppo import ppo_engine, ppo_models
 
 V, D, F, L, H, P = 384, 32, 64, 2, 4, 64  # V is padded to itself by any of the meshes
@@ -45,16 +46,18 @@ SETTINGS = {
     "whole-bfloat16": {"frozen_dtype": "bfloat16"},
     "lora": {"lora": LORA, "frozen_dtype": "bfloat16"},
     "both-lora": {"lora": LORA, "reward_lora": LORA, "frozen_dtype": "bfloat16"},
+    "offload": {"offload_optimizer": True},
+    "lora-offload": {"lora": LORA, "frozen_dtype": "bfloat16", "offload_optimizer": True},
 }
 
 
-def recipe_of(folder, setting="whole", mesh="one", **ppo) -> Recipe:
+def recipe_of(folder, setting="whole", mesh="one", zero=3, **ppo) -> Recipe:
     """A recipe whose model is a folder with a config.json and nothing else."""
     (folder / "model").mkdir(exist_ok=True)
     (folder / "model" / "config.json").write_text(json.dumps(HF))
     config = {
         "run": {"dir": str(folder / "run")},
-        "mesh": dataclasses.asdict(tiny.MESHES[mesh]),
+        "mesh": dataclasses.asdict(tiny.MESHES[mesh]) | {"zero": zero},
         "model": {"actor": str(folder / "model"), "dtype": "float32", "remat": "none"} | SETTINGS[setting],
         "data": {"sources": [{"path": "builtin:assistant"}], "max_prompt_length": 24, "max_length": 40},
         "sft": {"batch_size": 16},
@@ -64,31 +67,37 @@ def recipe_of(folder, setting="whole", mesh="one", **ppo) -> Recipe:
     return parse(Recipe, config, "the test")
 
 
-def on_first_device(tree) -> int:
-    """Bytes; an array that several models share counts once."""
+def on_first_device(tree, memory="device") -> int:
+    """Bytes in one of its memories; an array that several models share counts once."""
     leaves = list({id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values())
     (device,) = {leaf.sharding.mesh.devices.flat[0] for leaf in leaves if hasattr(leaf.sharding, "mesh")}
+    leaves = [leaf for leaf in leaves if leaf.sharding.memory_kind == memory]
     shards = [shard for leaf in leaves for shard in leaf.addressable_shards]
     return sum(shard.data.nbytes for shard in shards if shard.device == device)
 
 
-@pytest.mark.parametrize("mesh_name", ["one", "fsdp4-tensor2", "data2-fsdp2-tensor2"])
+@pytest.mark.parametrize(
+    ("mesh_name", "zero"),
+    [("one", 3), *((name, zero) for name in ("fsdp4-tensor2", "data2-fsdp2-tensor2") for zero in (3, 2, 1, 0))],
+)
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_the_arrays_really_held_are_those_of_the_plan_to_two_percent(setting, mesh_name, tmp_path):
-    recipe, mesh = recipe_of(tmp_path, setting, mesh_name), tiny.mesh_of(mesh_name)
-    model, layout = recipe.model, Layout(mesh, TRAIN)
+def test_the_arrays_really_held_are_those_of_the_plan_to_two_percent(setting, mesh_name, zero, tmp_path):
+    recipe, mesh = recipe_of(tmp_path, setting, mesh_name, zero), tiny.mesh_of(mesh_name)
+    model, layout = recipe.model, recipe.layout(mesh)
     loaded = []
-    for decoder in architectures(recipe, layout.shards("vocab")):
+    for decoder in architectures(recipe, Layout(mesh, TRAIN).shards("vocab")):
         dtype = model.stored_dtype(scalar_head=decoder.scalar_head)
         params = {path: leaf.astype(dtype) for path, leaf in tiny.random_params(decoder, mesh).items()}
-        loaded.append(Pretrained(decoder, params, None, HF, {}, layout))
+        loaded.append(relaid(Pretrained(decoder, params, None, HF, {}, Layout(mesh, TRAIN)), layout))
     txs = make_optimizer(recipe.ppo.actor, 1), make_optimizer(recipe.ppo.critic, 1)
     models = ppo_models(*loaded, model, *txs, 0)
-    engine = ppo_engine(recipe.ppo, model, loaded[0].config, loaded[1].config, *txs, (0,), mesh)
+    engine = ppo_engine(recipe.ppo, model, loaded[0].config, loaded[1].config, *txs, (0,), layout)
     weights = engine.publish(models.actor.params)
 
     planned = {phase.name: phase for phase in phases(recipe, abstract_mesh(recipe.mesh, mesh.size), ("ppo",))}
     np.testing.assert_allclose(sum(planned["publish"].live.values()), on_first_device(models), rtol=0.02)
+    assert planned["publish"].host == on_first_device(models, "pinned_host")
+    assert (planned["publish"].host > 0) == model.offload_optimizer
     np.testing.assert_allclose(device_bytes(planned["generate"].args[0]), on_first_device(weights), rtol=0.02)
 
 

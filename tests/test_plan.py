@@ -20,7 +20,7 @@ from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.optim import make_optimizer
 from rlhf_jax.plan import check_fits, compiling, least_bytes
 from rlhf_jax.plan.compiling import Memory, measure, measure_all, with_micro
-from rlhf_jax.plan.held import Phase, abstract_mesh, architectures, device_bytes, phases
+from rlhf_jax.plan.held import Phase, abstract_mesh, architectures, device_bytes, host_bytes, phases
 from rlhf_jax.plan.seconds import forward_flops, needs, weights_per_token
 from rlhf_jax.plan.table import render
 from rlhf_jax.recipe import Recipe
@@ -78,7 +78,7 @@ def on_first_device(tree, memory="device") -> int:
 
 @pytest.mark.parametrize(
     ("mesh_name", "zero"),
-    [("one", 3), *((name, zero) for name in ("fsdp4-tensor2", "data2-fsdp2-tensor2") for zero in (3, 2, 1, 0))],
+    [("one", 3), ("fsdp4-tensor2", 3), ("data2-fsdp2-tensor2", 3), ("fsdp4-tensor2", 1), ("fsdp4-tensor2", 0)],
 )
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_arrays_really_held_are_those_of_the_plan_to_two_percent(setting, mesh_name, zero, tmp_path):
@@ -101,17 +101,29 @@ def test_the_arrays_really_held_are_those_of_the_plan_to_two_percent(setting, me
     np.testing.assert_allclose(device_bytes(planned["generate"].args[0]), on_first_device(weights), rtol=0.02)
 
 
-@pytest.mark.parametrize("setting", ["whole", "both-lora"])
+@pytest.mark.parametrize("setting", ["whole", "both-lora", "offload"])
 def test_the_compiler_counts_the_arguments_that_arithmetic_counts_and_aliases_the_donated_state(setting, tmp_path):
     recipe = recipe_of(tmp_path, setting, "fsdp4-tensor2")
     found = phases(recipe, tiny.mesh_of("fsdp4-tensor2"))
     names = [f"{phase.stage} {phase.name}" for phase in found]
     updates = ["sft update", "sft evaluate", "reward update", "reward evaluate"]
-    assert names == [*updates, "ppo publish", "ppo generate", "ppo score", "ppo actor", "ppo critic"]
+    wanted = [*updates, "ppo publish", "ppo generate", "ppo score", "ppo actor", "ppo critic"]
+    assert [name for name in names if not name.endswith(" step")] == wanted
+    stepped = [f"{name} step" for name in wanted if name.endswith(("update", "actor", "critic"))]
+    assert [name for name in names if name.endswith(" step")] == (stepped if setting == "offload" else [])
     for phase in found:
         memory, given = measure(phase), device_bytes(phase.args)
         assert memory.peak(phase) >= phase.least, phase.name
-        if phase.name in ("update", "actor", "critic"):
+        if phase.name.endswith(" step"):
+            param, _, moments, _ = phase.args
+            assert memory.arguments == given, "all of it is on the devices"
+            np.testing.assert_allclose(memory.aliased, device_bytes((param, moments)), rtol=0.02)
+        elif setting == "offload" and phase.name in ("update", "actor", "critic"):
+            state, batch = phase.args
+            assert memory.arguments <= device_bytes((state.trainable, batch)) + 64, "no moments"
+            gradients = device_bytes(state.trainable)
+            assert memory.aliased == 0 and gradients <= memory.outputs <= gradients + 256
+        elif phase.name in ("update", "actor", "critic"):
             state, batch = phase.args
             assert given - device_bytes(batch) <= memory.arguments <= given
             np.testing.assert_allclose(memory.aliased, device_bytes(dataclasses.replace(state, frozen={})), rtol=0.02)
@@ -144,6 +156,36 @@ def test_a_model_small_enough_for_hand_arithmetic_is_planned_as_by_hand(tmp_path
     tokens = 16 * 40
     assert planned["sft update"].live["batch"] == tokens * (4 + 1 + 1)
     assert planned["reward update"].live["batch"] == 2 * tokens * (4 + 1 + 1)
+
+
+def test_offloaded_moments_are_in_host_memory_and_a_step_has_those_of_one_parameter_by_hand(tmp_path):
+    recipe = recipe_of(tmp_path, "offload")
+    planned = {f"{phase.stage} {phase.name}": phase for phase in phases(recipe, abstract_mesh(recipe.mesh, 1))}
+    update, step, scorer = planned["sft update"], planned["sft update step"], WEIGHTS + D
+    counters = 3 * 4
+    assert update.live["optimizer"] == counters and update.host == 8 * WEIGHTS and update.added == 4 * WEIGHTS
+    assert planned["ppo critic step"].host == 8 * (WEIGHTS + scorer), "the actor's too"
+    # The embedding is the largest and the last, so no other gradient waits beside its own.
+    largest = 4 * V * D
+    assert step.live == update.live | {"gradients": largest, "moments on the device": 2 * largest}
+    assert device_bytes(step.args) == 4 * largest + counters - 4  # the state's own counter is of the other program
+    assert host_bytes(step.args) == 0
+
+
+@pytest.mark.parametrize(("zero", "params", "gradients", "moments"), [(3, 8, 8, 8), (2, 2, 8, 8), (1, 2, 2, 8), (0, 2, 2, 2)])
+def test_each_stage_of_zero_splits_one_thing_more_over_the_eight_devices_by_hand(
+    zero, params, gradients, moments, tmp_path
+):
+    recipe = recipe_of(tmp_path, "whole", "fsdp4-tensor2", zero)
+    update, *_ = phases(recipe, abstract_mesh(recipe.mesh, 8), ("sft",))
+    whole = (L * (4 + 2) + 2) * D  # norms, and biases of what ends in the hidden dimension
+    positions = (P + 2) * D
+    split = WEIGHTS - whole - positions
+    # Positions are split by the hidden dimension, by all or by none.
+    held = [split // n + whole + positions // (n if n == 8 else 1) for n in (params, gradients, moments)]
+    assert update.live["trainable"] == 4 * held[0]
+    assert update.added == 4 * held[1]
+    assert update.live["optimizer"] == 8 * held[2] + 3 * 4
 
 
 def test_flops_are_two_for_each_weight_and_token_and_four_for_each_pair_of_a_heads_dimension():

@@ -175,19 +175,24 @@ def _supervised(
 def _learning(stage: str, name: str, update: Update | OffloadedUpdate, state: TrainState, batch, live) -> list[Phase]:
     """One optimizer step: its one program, or with offloaded moments the two kinds of it, each at its largest.
 
-    The step of a parameter runs beside the parameters, the gradients that still wait for theirs, its own among them,
-    and its own moments: of a parameters sorted by size s_1 <= s_2 <= ..., step k holds s_k + s_k+1 + ... of gradients
-    and 2 s_k of moments, and the worst k is the phase. Moments are its arguments on the devices; those in host memory
-    are arguments of no program, so the compiler cannot count them.
+    A step of one parameter runs beside all parameters, the gradients that still wait for theirs, its own among them,
+    and its own moments. Of gradients of s_1 <= s_2 <= ... bytes, step k has s_k + s_k+1 + ... and 2 s_k of moments, and
+    under ZeRO-1 and -2 the gathered parameter before it takes the place of the old one; the worst k is the phase.
+    Moments are its arguments on the devices; those in host memory are arguments of no program, so that the compiler
+    has none to count: peak = live + temporaries + outputs - aliased for both, as for any other phase.
     """
-    where, leaves = update.layout.gradients, update.leaves
-    sums = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where.sharding(leaves[path].axes)) for path, x in state.trainable.items()]
+    where, sums = update.layout.gradients, []
+    for path, leaf in state.trainable.items():
+        sharding = where.sharding(update.leaves[path].axes)
+        sums.append(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding))
     found = [Phase(stage, name, update, (state, batch), live, added=device_bytes(sums))]
     if isinstance(update, OffloadedUpdate):
         arguments = [update.arguments(state, path) for path in update.order(state.trainable)]
         waiting = list(itertools.accumulate(device_bytes(grad) for _, grad, _, _ in reversed(arguments)))[::-1]
         moments = [device_bytes(moments) for _, _, moments, _ in arguments]
-        worst = max(range(len(arguments)), key=lambda k: waiting[k] + moments[k])
+        is_gathered = update.layout.moments.table != update.layout.table
+        gathered = [is_gathered * device_bytes(param) for param, _, _, _ in arguments]
+        worst = max(range(len(arguments)), key=lambda k: waiting[k] + moments[k] + gathered[k])
         beside = live | {"gradients": waiting[worst], "moments on the device": moments[worst]}
         found.append(Phase(stage, f"{name} step", update.step, arguments[worst], beside))
     return found

@@ -4,7 +4,8 @@ A parameter names the *logical* axis of each of its dimensions ("vocab", "heads"
 mesh axes. `TRAIN` is ZeRO-3: the dimension that tensor parallelism would split is split over every device,
 tensor-major, and the batch over the same axes in the same order, so gradients are reduce-scattered. `GENERATE` keeps
 the tensor part of that split and replicates over fsdp. Going from one to the other is therefore one all-gather over
-fsdp, and back is a local slice. `WHOLE` is for the lower stages of ZeRO: weights as in generation, batch as in training.
+fsdp, and back is a local slice. `WHOLE` is for the lower stages of ZeRO: weights as in generation, the batch as in
+training.
 """
 
 from __future__ import annotations

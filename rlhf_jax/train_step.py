@@ -117,7 +117,8 @@ class OffloadedUpdate:
     """
 
     gradients: Any  # jitted: (step, trainable, frozen, batch) -> (step + 1, gradients, metrics); donates nothing
-    step: Any  # jitted: (parameter, gradient, moments, counters), each {path: array} -> all but the gradient; donates both
+    # jitted: (parameter, gradient, moments, counters) of one path -> all but the gradient; donates parameter and moments
+    step: Any
     leaves: Mapping[str, Leaf]
     layout: Layout
 

@@ -172,7 +172,9 @@ def test_offloaded_moments_are_in_host_memory_and_a_step_has_those_of_one_parame
     assert host_bytes(step.args) == 0
 
 
-@pytest.mark.parametrize(("zero", "params", "gradients", "moments"), [(3, 8, 8, 8), (2, 2, 8, 8), (1, 2, 2, 8), (0, 2, 2, 2)])
+@pytest.mark.parametrize(
+    ("zero", "params", "gradients", "moments"), [(3, 8, 8, 8), (2, 2, 8, 8), (1, 2, 2, 8), (0, 2, 2, 2)]
+)
 def test_each_stage_of_zero_splits_one_thing_more_over_the_eight_devices_by_hand(
     zero, params, gradients, moments, tmp_path
 ):

@@ -117,8 +117,7 @@ class OffloadedUpdate:
     """
 
     gradients: Any  # jitted: (step, trainable, frozen, batch) -> (step + 1, gradients, metrics); donates nothing
-    # jitted: (parameter, gradient, moments, counters) of one path -> all but the gradient; donates parameter and moments
-    step: Any
+    step: Any  # jitted: (parameter, gradient, moments, counters) of a path -> all but the gradient; donates 1st and 3rd
     leaves: Mapping[str, Leaf]
     layout: Layout
 

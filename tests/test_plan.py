@@ -204,6 +204,24 @@ def test_publishing_needs_the_links_for_what_a_gpu_lacks_of_its_generation_weigh
     need = needs(recipe, found, mesh)["ppo/publish"]
     weights = next(phase for phase in found if phase.name == "generate").live["generation weights"]
     assert need.link == weights * (1 - 2 / 8)
+    recipe = recipe_of(tmp_path, mesh="fsdp4-tensor2", zero=2)
+    assert needs(recipe, phases(recipe, mesh), mesh)["ppo/publish"].link == 0
+
+
+def test_a_stage_of_zero_pays_for_its_memory_over_the_links_by_hand(tmp_path):
+    link = {}
+    for zero in (3, 2, 1, 0):
+        recipe = recipe_of(tmp_path, mesh="fsdp4-tensor2", zero=zero)
+        mesh = abstract_mesh(recipe.mesh, 8)
+        found = phases(recipe, mesh, ("sft",))
+        trainable = found[0].live["trainable"] * recipe.layout(mesh).shards("vocab")
+        link[zero] = needs(recipe, found, mesh)["sft/update"].link, trainable
+    # Two passes, nothing recomputed, in float32; then gradients, then new parameters.
+    for zero, held, sums, moments in ((3, 8, 8, 8), (2, 2, 8, 8), (1, 2, 2, 8), (0, 2, 2, 2)):
+        got, trainable = link[zero]
+        passes = 2 * 4 * WEIGHTS * (1 - 1 / held)
+        reduced = trainable * ((1 - 1 / sums) + 2 / sums * (1 - sums / 8))
+        np.testing.assert_allclose(got, passes + reduced + trainable * (1 / held - 1 / moments), rtol=1e-6)
 
 
 @pytest.mark.parametrize("text", ["8xB100", "0xH200", "H200x8", "8", "", "2x2x2xH200"])

@@ -154,7 +154,7 @@ def run_config(command: str, path: str, overrides: Sequence[str]) -> None:
     # RUN/config.toml may be a CONFIG later, and must not ask for deletion once more.
     lasting = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, overwrite=False))
     open_run(recipe.run, dump(lasting))
-    train(recipe.run, mesh, recipe.model, recipe.data, recipe.sft, recipe.reward, recipe.ppo, stages)
+    train(recipe.run, recipe.layout(mesh), recipe.model, recipe.data, recipe.sft, recipe.reward, recipe.ppo, stages)
     print(f"{command}: everything lies in {recipe.run.dir}", flush=True)
     if recipe.run.export("ppo").exists():
         print(f"talk to the result: rlhf-jax chat {recipe.run.export('ppo')}", flush=True)

@@ -1,4 +1,4 @@
-"""The hybrid engine: one set of weights, laid out by TRAIN to learn and by GENERATE to answer, on one mesh.
+"""The hybrid engine: one set of weights, laid out by `train_layout` to learn and by GENERATE to answer, on one mesh.
 
 `publish` reshards the actor for generation, `generate` samples answers, `score` runs actor, reference, critic and
 reward model over them, `update` takes one optimizer step of actor and critic. What to learn from an experience is the
@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
 from rlhf_jax.generate import Rollout
-from rlhf_jax.mesh import TRAIN, Layout, check_divides
+from rlhf_jax.mesh import Layout, check_divides
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.attention import Choice
 from rlhf_jax.models.cached import Weights
@@ -138,16 +137,15 @@ def make_score(
     critic: Role,
     reward: DecoderConfig,
     estimate: Estimator,
-    mesh: Mesh,
+    layout: Layout,
     compute: Compute,
     temperature: float,
     num_micro: int,
 ) -> Callable[[Models, Rollout], Experience]:
-    """Compile (models, rollout) -> Experience: four forward passes in one program, everything by TRAIN.
+    """Compile (models, rollout) -> Experience: four forward passes in one program, everything by `layout`.
 
     The passes are over `num_micro` parts of the rollout, one after the other; advantages are of all of it.
     """
-    layout = Layout(mesh, TRAIN)
 
     def forward(role: Role, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         options = dict(dtype=compute.dtype, layout=layout, remat="none", attention=compute.attention)
@@ -207,15 +205,18 @@ def make_engine(
     critic_tx: optax.GradientTransformation,
     sample: SampleConfig,
     eos_ids: tuple[int, ...],
-    mesh: Mesh,
+    layout: Layout,
     compute: Compute,
     num_micro: int,
     num_score_micro: int,
     generate_rows: int = 0,
 ) -> Engine:
-    """Build the four programs of one actor, critic and reward model; nothing is compiled before the first call."""
+    """Build the four programs of one actor, critic and reward model; nothing is compiled before the first call.
+
+    layout: of all that is trained and scored, as `train_layout` gives it.
+    """
     check_learnable(sample)
-    layout = Layout(mesh, TRAIN)
+    mesh = layout.mesh
 
     def answer_states(role: Role, params: Params, experience: Experience) -> tuple[jax.Array, jax.Array]:
         """What the head reads at each answer token, and the balance loss."""
@@ -252,11 +253,11 @@ def make_engine(
         return dataclasses.replace(models, actor=actor_state, critic=critic_state), stats
 
     programs = {
-        "publish": make_publish(actor, mesh, compute.dtype),
+        "publish": make_publish(actor, mesh, compute.dtype, layout.table),
         "generate": generate_program(
             actor.config, sample, eos_ids, mesh, compute.dtype, generate_rows, compute.attention
         ),
-        "score": make_score(actor, critic, reward, estimate, mesh, compute, sample.temperature, num_score_micro),
+        "score": make_score(actor, critic, reward, estimate, layout, compute, sample.temperature, num_score_micro),
         "actor": update_actor,
         "critic": update_critic,
     }

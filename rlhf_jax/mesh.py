@@ -4,11 +4,13 @@ A parameter names the *logical* axis of each of its dimensions ("vocab", "heads"
 mesh axes. `TRAIN` is ZeRO-3: the dimension that tensor parallelism would split is split over every device,
 tensor-major, and the batch over the same axes in the same order, so gradients are reduce-scattered. `GENERATE` keeps
 the tensor part of that split and replicates over fsdp. Going from one to the other is therefore one all-gather over
-fsdp, and back is a local slice.
+fsdp, and back is a local slice. `WHOLE` is for the lower stages of ZeRO: weights as in generation, the batch as in
+training.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,14 +62,34 @@ TRAIN = Table(
 GENERATE = Table(
     batch=("data", "fsdp"), vocab=("tensor",), heads=("tensor",), kv_heads=("tensor",), mlp=("tensor",), positions=()
 )
+WHOLE = dataclasses.replace(GENERATE, batch=TRAIN.batch)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh with the table of one phase."""
+    """A mesh with the table of one phase, and where a training state in it has other tables than its parameters.
+
+    Attributes:
+        table: of parameters and activations.
+        gradients_by: of the sum of gradients; None: `table`.
+        moments_by: of the optimizer's moments, and of whatever is computed from them; None: `table`.
+        moments_in: the memory kind in which moments rest between updates; None: the devices' own.
+    """
 
     mesh: Mesh
     table: Table
+    gradients_by: Table | None = None
+    moments_by: Table | None = None
+    moments_in: str | None = None
+
+    @property
+    def gradients(self) -> Layout:
+        return Layout(self.mesh, self.gradients_by or self.table)
+
+    @property
+    def moments(self) -> Layout:
+        """On the devices, whatever they rest in."""
+        return Layout(self.mesh, self.moments_by or self.table)
 
     def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
         """PartitionSpec of an array with these logical axes, one per dimension; None is replicated."""
@@ -127,6 +149,22 @@ def mesh_sizes(config: MeshConfig, count: int) -> dict[str, int]:
     for axis in free:
         sizes[axis] = count // fixed
     return sizes
+
+
+def train_layout(mesh: Mesh, zero: int, *, offload_moments: bool = False) -> Layout:
+    """How a training state lies at a stage of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054), its batch by TRAIN.
+
+    Split over fsdp are at 0 nothing, at 1 the optimizer's moments, at 2 the sum of gradients too, at 3 parameters too.
+    Over tensor all of it is split at every stage.
+
+    Args:
+        offload_moments: whether they rest in pinned host memory.
+    """
+    assert zero in (0, 1, 2, 3) and offload_moments in (True, False), (zero, offload_moments)
+    moments_in = "pinned_host" if offload_moments else None
+    if zero == 3:
+        return Layout(mesh, TRAIN, moments_in=moments_in)
+    return Layout(mesh, WHOLE, TRAIN if zero == 2 else None, TRAIN if zero else None, moments_in)
 
 
 def single_device_mesh() -> Mesh:

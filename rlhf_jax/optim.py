@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,22 @@ def decays(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decayed, params)
 
 
-def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
+class Optimizer(NamedTuple):
+    """An `optax.GradientTransformation`, by its first two fields, that can also be run parameter by parameter.
+
+    Attributes:
+        init, update: as optax's, of all parameters together.
+        clip: all gradients -> the same, clipped; what looks at all of them, and keeps no state.
+        update_each: as `update`, on gradients that are clipped already and on the state `of_path` of some parameters.
+    """
+
+    init: Callable
+    update: Callable
+    clip: Callable[[Any], Any]
+    update_each: Callable
+
+
+def make_optimizer(config: OptimConfig, total_steps: int) -> Optimizer:
     """Global-norm clip, then AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) at `learning_rate`.
 
     Weight decay goes where `decays` says. Raises ValueError if the warmup is longer than the run.
@@ -98,4 +113,38 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTrans
         weight_decay=config.weight_decay,
         mask=decays,
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    if not config.clip_norm:
+        return Optimizer(adamw.init, adamw.update, lambda grads: grads, adamw.update)
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    whole, each = optax.chain(clip, adamw), optax.chain(optax.identity(), adamw)  # whose states are alike
+    return Optimizer(whole.init, whole.update, lambda grads: clip.update(grads, clip.init(grads))[0], each.update)
+
+
+def by_nodes(function: Callable, opt_state: Any, *more: Any) -> Any:
+    """Map over an optax state, of which a dictionary by paths (moments) is one node, and a counter is another."""
+    return jax.tree.map(function, opt_state, *more, is_leaf=_is_moments)
+
+
+def of_path(opt_state: Any, path: str) -> tuple[Any, Any]:
+    """(the moments of one parameter, the counters, which all share), in trees that `with_counters` puts together."""
+    moments = by_nodes(lambda node: {path: node[path]} if _is_moments(node) else None, opt_state)
+    return moments, by_nodes(lambda node: None if _is_moments(node) else node, opt_state)
+
+
+def with_counters(moments: Any, counters: Any) -> Any:
+    """The inverse of `of_path`: an optax state of the parameters that `moments` has."""
+    return jax.tree.map(
+        lambda node, counter: counter if node is None else node,
+        moments,
+        counters,
+        is_leaf=lambda node: node is None or _is_moments(node),
+    )
+
+
+def joined(opt_state: Any, other: Any) -> Any:
+    """One state of the parameters of both; counters are those of the second."""
+    return by_nodes(lambda one, two: {**one, **two} if _is_moments(one) else two, opt_state, other)
+
+
+def _is_moments(node: Any) -> bool:
+    return isinstance(node, dict)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jax.sharding import AbstractMesh, Mesh
+
 from rlhf_jax.data.sources import DataConfig
 from rlhf_jax.evaluate import EvaluateConfig
-from rlhf_jax.mesh import MeshConfig
+from rlhf_jax.mesh import Layout, MeshConfig, train_layout
 from rlhf_jax.stages.loop import RunConfig
 from rlhf_jax.stages.models import ModelConfig
 from rlhf_jax.stages.ppo import PPOConfig
@@ -24,3 +26,7 @@ class Recipe:
     reward: RewardConfig = RewardConfig()
     ppo: PPOConfig = PPOConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+    def layout(self, mesh: Mesh | AbstractMesh) -> Layout:
+        """Where all that is trained lies on the mesh of these settings."""
+        return train_layout(mesh, self.mesh.zero, offload_moments=self.model.offload_optimizer)

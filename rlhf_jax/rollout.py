@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.generate import Rollout, bucket, generate, generate_in_rows
-from rlhf_jax.mesh import GENERATE, Layout, check_divides, check_model_divides
+from rlhf_jax.mesh import GENERATE, TRAIN, Layout, Table, check_divides, check_model_divides
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.attention import Choice
 from rlhf_jax.models.cached import Weights, for_decoding, shared_for_decoding
@@ -40,7 +40,7 @@ class Role:
 
 @dataclass(frozen=True)
 class Publish:
-    """Parameters and adapters, by TRAIN -> generation weights, by GENERATE: merge, cast, gather, lay out.
+    """Parameters and adapters -> generation weights, by GENERATE: merge, cast, gather, lay out.
 
     A base that generation shares with training is not merged, and where it lies by GENERATE already not copied: its
     weights are the arrays of the parameters, see `shared_for_decoding`.
@@ -59,15 +59,19 @@ class Publish:
 
 
 @functools.lru_cache
-def make_publish(role: Role, mesh: Mesh, dtype: jnp.dtype) -> Publish:
-    """Compile the publishing of weights in `dtype`.
+def make_publish(role: Role, mesh: Mesh, dtype: jnp.dtype, home: Table = TRAIN) -> Publish:
+    """Compile the publishing of weights in `dtype`, of parameters that lie by `home`.
 
     Raises:
         ValueError: the tensor axis does not divide the attention heads.
     """
     check_model_divides({"attention heads": role.config.num_heads}, mesh)
     layout = Layout(mesh, GENERATE)
-    return Publish(role, layout, jax.jit(lambda params: for_decoding(role.config, params, layout, dtype, role.lora)))
+
+    def publish(params):
+        return for_decoding(role.config, params, layout, dtype, role.lora, home)
+
+    return Publish(role, layout, jax.jit(publish))
 
 
 @functools.lru_cache

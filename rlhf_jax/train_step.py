@@ -1,8 +1,9 @@
-"""Program two: micro-batched gradients and one optimizer step, on state that stays in its shards; laid out by TRAIN."""
+"""Program two: micro-batched gradients and one optimizer step, on state that stays in its shards, by `train_layout`."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from einops import rearrange
 
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.decoder import Leaf
+from rlhf_jax.optim import Optimizer, by_nodes, joined, of_path, with_counters
 from rlhf_jax.trees import record
 
 Params = dict[str, jax.Array]
@@ -43,26 +45,49 @@ class TrainState:
 
 
 def state_shardings(state: TrainState, leaves: Mapping[str, Leaf], layout: Layout) -> TrainState:
-    """A sharding for every leaf of a (possibly abstract) state: by its path where it has one, else replicated."""
+    """A sharding for every leaf of a (possibly abstract) state: by its path where it has one, else replicated.
 
-    def sharding(key_path, leaf):
-        path = next((key.key for key in reversed(key_path) if isinstance(key, jax.tree_util.DictKey)), None)
-        return layout.sharding(leaves[path].axes if path in leaves and leaf.ndim else ())
+    Moments lie by `layout.moments` in the memory that they rest in; counters are on the devices.
+    """
 
-    return jax.tree_util.tree_map_with_path(sharding, state)
+    def sharding_by(layout: Layout, memory: str | None = None):
+        def sharding(key_path, leaf):
+            path = next((key.key for key in reversed(key_path) if isinstance(key, jax.tree_util.DictKey)), None)
+            if path not in leaves or not leaf.ndim:
+                return layout.sharding(())
+            where = layout.sharding(leaves[path].axes)
+            return where.with_memory_kind(memory) if memory else where
+
+        return sharding
+
+    by_path = jax.tree_util.tree_map_with_path
+    moments = by_path(sharding_by(layout.moments, layout.moments_in), state.opt_state)
+    return dataclasses.replace(by_path(sharding_by(layout), state), opt_state=moments)
 
 
 def init_state(
     trainable: Params, frozen: Params, tx: optax.GradientTransformation, leaves, layout: Layout
 ) -> TrainState:
-    """The state of step 0: the optimizer's moments are born in their shards, the parameters taken as they are."""
+    """The state of step 0: the optimizer's moments are born in their shards, the parameters taken as they are.
+
+    Moments that rest in host memory are born there, by way of the devices, one parameter's after the other.
+    """
 
     def init(trainable):
         return TrainState(jnp.int32(0), {}, {}, tx.init(trainable))
 
-    shardings = state_shardings(jax.eval_shape(init, trainable), leaves, layout)
-    fresh = jax.jit(init, out_shardings=shardings)(trainable)
-    return TrainState(fresh.step, trainable, frozen, fresh.opt_state)
+    def fresh(some: Params, at: Layout) -> TrainState:
+        return jax.jit(init, out_shardings=state_shardings(jax.eval_shape(init, some), leaves, at))(some)
+
+    if not layout.moments_in:
+        state = fresh(trainable, layout)
+        return TrainState(state.step, trainable, frozen, state.opt_state)
+    on_device, opt_states = dataclasses.replace(layout, moments_in=None), []
+    for path, leaf in trainable.items():
+        state = fresh({path: leaf}, on_device)
+        resting = jax.device_put(state, state_shardings(state, leaves, layout))
+        opt_states.append(jax.block_until_ready(resting).opt_state)
+    return TrainState(state.step, trainable, frozen, functools.reduce(joined, opt_states))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +95,8 @@ class Update:
     """(state, batch) -> (state, metrics), compiled; all of the state but what is frozen is donated."""
 
     program: Any  # jitted: (state without what is frozen, frozen, batch) -> the same without it, metrics
+    leaves: Mapping[str, Leaf]
+    layout: Layout
 
     def __call__(self, state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
         moved, stats = self.program(dataclasses.replace(state, frozen={}), state.frozen, batch)
@@ -78,6 +105,54 @@ class Update:
     def lower(self, state: TrainState, batch) -> jax.stages.Lowered:
         """Of arrays or of their abstract shapes, to be compiled and looked at."""
         return self.program.lower(dataclasses.replace(state, frozen={}), state.frozen, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class OffloadedUpdate:
+    """As `Update`, by two kinds of programs, with the moments of no more than one parameter on the devices.
+
+    All gradients first, clipped. Then parameter by parameter: its moments come, `step` runs, they go back, and only
+    then the next begins: memory is given to whatever is started, so what is not started cannot take any. A gradient is
+    freed with its step, and the smallest parameters are first, so few gradients are left beside the largest moments.
+    """
+
+    gradients: Any  # jitted: (step, trainable, frozen, batch) -> (step + 1, gradients, metrics); donates nothing
+    step: Any  # jitted: (parameter, gradient, moments, counters) of a path -> all but the gradient; donates 1st and 3rd
+    leaves: Mapping[str, Leaf]
+    layout: Layout
+
+    def __call__(self, state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        taken, grads, stats = self.gradients(state.step, state.trainable, state.frozen, batch)
+        trainable, opt_states = dict(state.trainable), []
+        for path in self.order(trainable):
+            resting, counters = of_path(state.opt_state, path)
+            moments = jax.device_put(resting, self.layout.moments.sharding(self.leaves[path].axes))
+            param, moments, counters = self.step({path: trainable[path]}, {path: grads.pop(path)}, moments, counters)
+            moments = jax.block_until_ready(jax.device_put(moments, jax.tree.map(lambda x: x.sharding, resting)))
+            jax.tree.map(lambda x: x.delete(), resting)
+            trainable |= param
+            opt_states.append(with_counters(moments, counters))
+        return TrainState(taken, trainable, state.frozen, functools.reduce(joined, opt_states)), stats
+
+    @staticmethod
+    def order(trainable: Params) -> list[str]:
+        """Paths, the smallest parameter first."""
+        return sorted(trainable, key=lambda path: (trainable[path].size, path))
+
+    def lower(self, state: TrainState, batch) -> jax.stages.Lowered:
+        """`gradients`, of arrays or of their abstract shapes."""
+        return self.gradients.lower(state.step, state.trainable, state.frozen, batch)
+
+    def arguments(self, state: TrainState, path: str) -> tuple:
+        """Abstract arguments of the `step` of one parameter, on the devices."""
+
+        def on_device(layout: Layout, tree):
+            where = layout.sharding(self.leaves[path].axes)
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+
+        moments, counters = of_path(state.opt_state, path)
+        param = {path: state.trainable[path]}
+        return on_device(self.layout, param), *(on_device(self.layout.moments, x) for x in (param, moments)), counters
 
 
 def split_rows(tree, parts: int, layout: Layout):
@@ -101,40 +176,66 @@ def join_rows(tree, layout: Layout):
 
 def make_update(
     loss_fn: LossFn, tx: optax.GradientTransformation, leaves: Mapping[str, Leaf], layout: Layout, num_micro: int
-) -> Update:
+) -> Update | OffloadedUpdate:
     """One optimizer step.
 
     Gradients of `num_micro` micro-batches are summed, each weighted by what its mean is over, and divided by the
     total: the same as one large batch, however tokens fall. Metrics are averaged alike, and "grad_norm" is added.
     A batch is a pytree of arrays with the batch as their first dimension.
+
+    The step is computed where the moments are (ZeRO-1 and -2): each device makes its part of the new parameters, and
+    the parts are gathered to where parameters lie. Offloaded moments need an `Optimizer`.
     """
 
-    def laid_out(grads: Params) -> Params:
-        return {path: layout.constrain(grad, *leaves[path].axes) for path, grad in grads.items()}
+    def laid_out(tree: Params, layout: Layout) -> Params:
+        return {path: layout.constrain(leaf, *leaves[path].axes) for path, leaf in tree.items()}
 
-    def micro_step(state: TrainState, frozen: Params, micro) -> tuple[Params, jax.Array, dict]:
+    def micro_step(trainable: Params, frozen: Params, micro) -> tuple[Params, jax.Array, dict]:
         def mean_loss(trainable):
             return loss_fn({**frozen, **trainable}, micro)
 
-        (loss, (weight, stats)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.trainable)
+        (loss, (weight, stats)), grads = jax.value_and_grad(mean_loss, has_aux=True)(trainable)
         summed = jax.tree.map(lambda leaf: leaf * weight, ({"loss": loss, **stats}, grads))
         return summed[1], weight, summed[0]
 
-    def update(state: TrainState, frozen: Params, batch) -> tuple[TrainState, dict]:
+    def mean_gradients(trainable: Params, frozen: Params, batch) -> tuple[Params, dict]:
+        """By `layout.moments`, and the metrics."""
         micros = split_rows(batch, num_micro, layout)
         first = jax.tree.map(lambda leaf: leaf[0], micros)
 
         def add(total, micro):
-            grads, weight, stats = micro_step(state, frozen, micro)
-            return jax.tree.map(jnp.add, total, (laid_out(grads), weight, stats)), None
+            grads, weight, stats = micro_step(trainable, frozen, micro)
+            return jax.tree.map(jnp.add, total, (laid_out(grads, layout.gradients), weight, stats)), None
 
-        shapes = jax.eval_shape(micro_step, state, frozen, first)
+        shapes = jax.eval_shape(micro_step, trainable, frozen, first)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        (grads, weight, stats), _ = jax.lax.scan(add, (laid_out(zeros[0]), *zeros[1:]), micros)
+        (grads, weight, stats), _ = jax.lax.scan(add, (laid_out(zeros[0], layout.gradients), *zeros[1:]), micros)
         grads, stats = jax.tree.map(lambda leaf: leaf / jnp.maximum(weight, 1), (grads, stats))
-        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-        trainable = laid_out(optax.apply_updates(state.trainable, updates))
-        stats |= {"grad_norm": optax.tree.norm(grads)}
+        grads = laid_out(grads, layout.moments)
+        return grads, stats | {"grad_norm": optax.tree.norm(grads)}
+
+    def stepped(tx_update, trainable: Params, grads: Params, opt_state) -> tuple[Params, optax.OptState]:
+        parts = laid_out(trainable, layout.moments)
+        updates, opt_state = tx_update(grads, opt_state, parts)
+        parts = laid_out(optax.apply_updates(parts, updates), layout.moments)
+        opt_state = by_nodes(lambda x: laid_out(x, layout.moments) if isinstance(x, dict) else x, opt_state)
+        return laid_out(parts, layout), opt_state
+
+    def update(state: TrainState, frozen: Params, batch) -> tuple[TrainState, dict]:
+        grads, stats = mean_gradients(state.trainable, frozen, batch)
+        trainable, opt_state = stepped(tx.update, state.trainable, grads, state.opt_state)
         return TrainState(state.step + 1, trainable, {}, opt_state), stats
 
-    return Update(jax.jit(update, donate_argnums=0))
+    def gradients(step: jax.Array, trainable: Params, frozen: Params, batch) -> tuple[jax.Array, Params, dict]:
+        grads, stats = mean_gradients(trainable, frozen, batch)
+        return step + 1, laid_out(tx.clip(grads), layout.moments), stats
+
+    def step(param: Params, grad: Params, moments, counters) -> tuple[Params, Any, Any]:
+        param, opt_state = stepped(tx.update_each, param, grad, with_counters(moments, counters))
+        (path,) = param
+        return param, *of_path(opt_state, path)
+
+    if not layout.moments_in:
+        return Update(jax.jit(update, donate_argnums=0), leaves, layout)
+    assert isinstance(tx, Optimizer), "moments that come one by one are stepped one by one"
+    return OffloadedUpdate(jax.jit(gradients), jax.jit(step, donate_argnums=(0, 2)), leaves, layout)

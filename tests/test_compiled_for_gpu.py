@@ -21,7 +21,7 @@ import tiny
 from rlhf_jax.engine import Compute, Models, make_engine
 from rlhf_jax.generate import Rollout, generate
 from rlhf_jax.gpus import COMPILE_OPTIONS, devices_of
-from rlhf_jax.mesh import GENERATE, TRAIN, Layout, MeshConfig, make_mesh
+from rlhf_jax.mesh import GENERATE, TRAIN, WHOLE, Layout, MeshConfig, make_mesh, train_layout
 from rlhf_jax.models import cached
 from rlhf_jax.models.architecture import Experts, Rope
 from rlhf_jax.models.decoder import NO_LORA, abstract_params
@@ -105,11 +105,11 @@ def mesh():
 
 
 @functools.lru_cache
-def parts(case):
+def parts(case, zero=3, offload=False):
     """(engine, models, sharded weights for decoding) of a case, all abstract."""
     config, lora = CASES[case]
     critic, settings, tx = tiny.scalar(config), PPOConfig(), make_optimizer(OptimConfig(1e-5), 10)
-    train = Layout(mesh(), TRAIN)
+    train = train_layout(mesh(), zero, offload_moments=offload)
     engine = make_engine(
         actor=Role(config, lora),
         critic=Role(critic),
@@ -121,7 +121,7 @@ def parts(case):
         critic_tx=tx,
         sample=SampleConfig(NEW),
         eos_ids=(2,),
-        mesh=mesh(),
+        layout=train,
         compute=Compute(BFLOAT16, True, CHUNK),
         num_micro=MICRO,
         num_score_micro=MICRO,
@@ -138,8 +138,8 @@ def parts(case):
 
 
 @functools.lru_cache
-def program(case, name) -> Program:
-    engine, models, weights = parts(case)
+def program(case, name, zero=3, offload=False) -> Program:
+    engine, models, weights = parts(case, zero, offload)
     config, _ = CASES[case]
     serve, train = Layout(mesh(), GENERATE), Layout(mesh(), TRAIN)
     wide = [((ROWS, PROMPT), jnp.int32), ((ROWS, PROMPT), bool), ((ROWS, NEW), jnp.int32), ((ROWS, NEW), bool)]
@@ -155,8 +155,13 @@ def program(case, name) -> Program:
         return compiled(run.lower(weights, rollout.prompts, rollout.prompt_mask, key))
     if name == "score":
         return compiled(engine.score.lower(models, rollout))
-    assert name == "update"
     experience = jax.tree.map(lambda x: rows(train, x.shape, x.dtype), jax.eval_shape(engine.score, models, rollout))
+    if name == "actor":
+        return compiled(engine.programs["actor"].lower(models.actor, experience))
+    if name.startswith("step "):
+        update = engine.programs["actor"]
+        return compiled(update.step.lower(*update.arguments(models.actor, name.removeprefix("step "))))
+    assert name == "update"
     return compiled(jax.jit(engine.update, donate_argnums=0).lower(models, experience))
 
 
@@ -214,6 +219,82 @@ def test_gradients_of_split_weights_are_reduce_scattered_and_of_no_matrix_all_re
     assert expected and not expected - scattered
     smallest = min(math.prod(leaf.shape[1:]) for path, leaf in abstract_params(config).items() if "q/kernel" in path)
     assert [shape for _, shape in moved(text, "all-reduce") if math.prod(shape) >= smallest // 2] == []
+
+
+def layer_shapes(layout):
+    """How often each shape, without its ones, is the part of a layer that a device has of a split weight of LLAMA."""
+    shapes = Counter()
+    for path, leaf in split_leaves(LLAMA).items():
+        if path.startswith("layers/"):
+            shape = layout.sharding(leaf.axes).shard_shape(leaf.shape)[1:]
+            shapes[tuple(sorted(size for size in shape if size > 1))] += 1
+    return shapes
+
+
+def shapes_moved(text, kind):
+    return Counter(tuple(sorted(n for n in shape if n > 1)) for _, shape in moved(text, kind))
+
+
+def test_at_stage_2_of_zero_gradients_are_reduce_scattered_and_new_parameters_gathered_once():
+    text, train, whole = program("llama", "actor", 2).text, Layout(mesh(), TRAIN), Layout(mesh(), WHOLE)
+    assert not layer_shapes(train) - shapes_moved(text, "reduce-scatter")
+    smallest = math.prod(min(layer_shapes(train), key=math.prod))
+    assert [shape for _, shape in moved(text, "all-reduce") if math.prod(shape) >= smallest] == []
+    # The compiler may turn what it moves.
+    gathered = [shape for dtype, shape in moved(text, "all-gather") if dtype == "f32" and math.prod(shape) > ROWS * NEW]
+    wanted = [whole.sharding(leaf.axes).shard_shape(leaf.shape) for leaf in split_leaves(LLAMA).values()]
+    assert Counter(map(tuple, map(sorted, gathered))) == Counter(map(tuple, map(sorted, wanted)))
+
+
+def test_at_stages_0_and_1_of_zero_gradients_are_all_reduced():
+    # In one piece, or many: those of one layer, whose backward pass makes them.
+    wanted = sum(count * math.prod(shape) for shape, count in layer_shapes(Layout(mesh(), WHOLE)).items())
+    for zero in (0, 1):
+        reduced = [math.prod(shape) for _, shape in moved(program("llama", "actor", zero).text, "all-reduce")]
+        assert sum(reduced) >= wanted, zero
+
+
+def test_the_lower_the_stage_of_zero_the_more_memory_a_device_needs():
+    needs = []
+    for zero in (3, 2, 1, 0):
+        memory = program("llama", "actor", zero).memory
+        needs.append(memory.argument_size_in_bytes + memory.temp_size_in_bytes)
+    assert needs == sorted(needs) and len(set(needs)) == 4, needs
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+@pytest.mark.parametrize("case", ["llama", "opt-lora"])
+def test_publish_moves_nothing_where_parameters_are_not_split_over_fsdp(case, zero):
+    assert kinds(program(case, "publish", zero).text) == set()
+
+
+def state_bytes(*trees):
+    leaves = jax.tree.leaves(trees)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_the_state_of_every_stage_is_donated_and_reused(zero):
+    (_, models, _), memory = parts("llama", zero), program("llama", "actor", zero).memory
+    assert memory.alias_size_in_bytes >= state_bytes(models.actor)
+    assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 2**14, "the metrics"
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_offloaded_gradients_are_a_program_without_moments_and_a_step_reuses_its_parameter_and_moments(zero):
+    (engine, models, _), path = parts("llama", zero, True), "layers/mlp/up/kernel"
+    update, fused = engine.programs["actor"], program("llama", "actor", zero).memory
+    param, grad, moments, _ = update.arguments(models.actor, path)
+    assert state_bytes(moments) == 2 * state_bytes(grad)
+    gradients = program("llama", "actor", zero, True).memory
+    assert gradients.argument_size_in_bytes <= fused.argument_size_in_bytes - state_bytes(models.actor.opt_state) + 64
+    peak = gradients.temp_size_in_bytes + gradients.output_size_in_bytes
+    assert peak <= 1.02 * fused.temp_size_in_bytes + 2**14, "no second copy of the gradients"
+    step = program("llama", f"step {path}", zero, True).memory
+    assert step.alias_size_in_bytes >= state_bytes(param, moments)
+    assert step.output_size_in_bytes - step.alias_size_in_bytes < 64, "the counters"
+    if zero == 3:
+        assert step.temp_size_in_bytes < 0.02 * state_bytes(param)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -16,7 +16,7 @@ import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax.engine import Compute, Models, make_engine
-from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
+from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh, train_layout
 from rlhf_jax.models.decoder import NO_LORA, abstract_params, bind, head_kernel
 from rlhf_jax.models.lora import is_adapter, is_trainable, merge
 from rlhf_jax.objectives import ppo
@@ -74,7 +74,7 @@ def engine_of(case, mesh, dtype=FLOAT32, num_score_micro=None):
         critic_tx=tx,
         sample=SampleConfig(NEW, temperature),
         eos_ids=EOS,
-        mesh=mesh,
+        layout=layout,
         compute=Compute(dtype, True, 4),
         num_micro=num_micro,
         num_score_micro=num_score_micro or num_micro,
@@ -330,6 +330,20 @@ def test_publish_compiles_to_one_all_gather_for_each_split_weight_and_nothing_el
     assert collectives(text) == {"all-gather": len(split)}
 
 
+@pytest.mark.parametrize("lora", [NO_LORA, tiny.LORA], ids=["whole", "lora"])
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_publish_moves_nothing_where_parameters_are_not_split_over_fsdp(zero, lora):
+    layout, leaves = train_layout(tiny.mesh_of("fsdp4-tensor2"), zero), abstract_params(tiny.LLAMA, lora)
+    params = {
+        path: jax.device_put(leaf, layout.sharding(leaves[path].axes))
+        for path, leaf in tiny.random_params(tiny.LLAMA, layout.mesh, lora).items()
+    }
+    publish = make_publish(Role(tiny.LLAMA, lora), layout.mesh, FLOAT32, layout.table)
+    assert collectives(publish.lower(params).compile().as_text()) == {}
+    by_train = make_publish(Role(tiny.LLAMA, lora), layout.mesh, FLOAT32)
+    assert collectives(by_train.lower(params).compile().as_text()) != {}, "as it would, pinned to where they are not"
+
+
 def collectives(text):
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter|send|recv"
     return Counter(re.findall(rf"(?<=[\s=])({kinds})(?:-start)?\(", text))
@@ -383,7 +397,7 @@ def test_a_greedy_actor_is_refused_as_it_has_no_ratios():
             critic_tx=None,
             sample=SampleConfig(NEW, 0.0),
             eos_ids=EOS,
-            mesh=single_device_mesh(),
+            layout=Layout(single_device_mesh(), TRAIN),
             compute=Compute(FLOAT32, True, 0),
             num_micro=1,
             num_score_micro=1,

@@ -8,6 +8,7 @@ from rlhf_jax.mesh import (
     AXES,
     GENERATE,
     TRAIN,
+    WHOLE,
     Layout,
     MeshConfig,
     check_divides,
@@ -15,6 +16,7 @@ from rlhf_jax.mesh import (
     make_mesh,
     nearest,
     single_device_mesh,
+    train_layout,
 )
 
 EIGHT = [name for name in tiny.MESHES if name != "one"]
@@ -107,6 +109,23 @@ def test_generation_keeps_the_tensor_part_and_gives_the_rest_to_the_batch():
     assert layout.spec((None, "positions")) == PartitionSpec(None, None)
     assert layout.spec(("batch", "kv_heads")) == PartitionSpec(("data", "fsdp"), ("tensor",))
     assert layout.shards("batch") == 4 and layout.shards("heads") == 2
+
+
+@pytest.mark.parametrize(
+    ("zero", "tables"),
+    [(3, (TRAIN, TRAIN, TRAIN)), (2, (WHOLE, TRAIN, TRAIN)), (1, (WHOLE, WHOLE, TRAIN)), (0, (WHOLE, WHOLE, WHOLE))],
+)
+def test_a_stage_of_zero_is_a_table_of_parameters_one_of_gradients_and_one_of_moments(zero, tables):
+    layout = train_layout(tiny.mesh_of("fsdp4-tensor2"), zero)
+    assert (layout.table, layout.gradients.table, layout.moments.table) == tables and layout.moments_in is None
+    assert layout.shards("batch") == 8 and layout.shards("mlp") == (8 if zero == 3 else 2)
+    offloaded = train_layout(layout.mesh, zero, offload_moments=True)
+    assert offloaded.moments_in == "pinned_host" and offloaded.moments == layout.moments, "there to be updated"
+
+
+def test_weights_of_the_lower_stages_lie_as_in_generation_on_every_axis_but_the_batch():
+    differing = [axis for axis, names in vars(WHOLE).items() if names != getattr(GENERATE, axis)]
+    assert differing == ["batch"] and WHOLE.batch == TRAIN.batch
 
 
 @pytest.mark.parametrize("axis", ["vocab", "heads", "kv_heads", "mlp", "positions"])

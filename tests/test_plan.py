@@ -20,10 +20,11 @@ from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.optim import make_optimizer
 from rlhf_jax.plan import check_fits, compiling, least_bytes
 from rlhf_jax.plan.compiling import Memory, measure, measure_all, with_micro
-from rlhf_jax.plan.held import Phase, abstract_mesh, architectures, device_bytes, phases
+from rlhf_jax.plan.held import Phase, abstract_mesh, architectures, device_bytes, host_bytes, phases
 from rlhf_jax.plan.seconds import forward_flops, needs, weights_per_token
 from rlhf_jax.plan.table import render
 from rlhf_jax.recipe import Recipe
+from rlhf_jax.stages.models import relaid
 from rlhf_jax.stages.ppo import ppo_engine, ppo_models
 
 V, D, F, L, H, P = 384, 32, 64, 2, 4, 64  # V is padded to itself by any of the meshes
@@ -45,16 +46,18 @@ SETTINGS = {
     "whole-bfloat16": {"frozen_dtype": "bfloat16"},
     "lora": {"lora": LORA, "frozen_dtype": "bfloat16"},
     "both-lora": {"lora": LORA, "reward_lora": LORA, "frozen_dtype": "bfloat16"},
+    "offload": {"offload_optimizer": True},
+    "lora-offload": {"lora": LORA, "frozen_dtype": "bfloat16", "offload_optimizer": True},
 }
 
 
-def recipe_of(folder, setting="whole", mesh="one", **ppo) -> Recipe:
+def recipe_of(folder, setting="whole", mesh="one", zero=3, **ppo) -> Recipe:
     """A recipe whose model is a folder with a config.json and nothing else."""
     (folder / "model").mkdir(exist_ok=True)
     (folder / "model" / "config.json").write_text(json.dumps(HF))
     config = {
         "run": {"dir": str(folder / "run")},
-        "mesh": dataclasses.asdict(tiny.MESHES[mesh]),
+        "mesh": dataclasses.asdict(tiny.MESHES[mesh]) | {"zero": zero},
         "model": {"actor": str(folder / "model"), "dtype": "float32", "remat": "none"} | SETTINGS[setting],
         "data": {"sources": [{"path": "builtin:assistant"}], "max_prompt_length": 24, "max_length": 40},
         "sft": {"batch_size": 16},
@@ -64,45 +67,63 @@ def recipe_of(folder, setting="whole", mesh="one", **ppo) -> Recipe:
     return parse(Recipe, config, "the test")
 
 
-def on_first_device(tree) -> int:
-    """Bytes; an array that several models share counts once."""
+def on_first_device(tree, memory="device") -> int:
+    """Bytes in one of its memories; an array that several models share counts once."""
     leaves = list({id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values())
     (device,) = {leaf.sharding.mesh.devices.flat[0] for leaf in leaves if hasattr(leaf.sharding, "mesh")}
+    leaves = [leaf for leaf in leaves if leaf.sharding.memory_kind == memory]
     shards = [shard for leaf in leaves for shard in leaf.addressable_shards]
     return sum(shard.data.nbytes for shard in shards if shard.device == device)
 
 
-@pytest.mark.parametrize("mesh_name", ["one", "fsdp4-tensor2", "data2-fsdp2-tensor2"])
+@pytest.mark.parametrize(
+    ("mesh_name", "zero"),
+    [("one", 3), ("fsdp4-tensor2", 3), ("data2-fsdp2-tensor2", 3), ("fsdp4-tensor2", 1), ("fsdp4-tensor2", 0)],
+)
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_the_arrays_really_held_are_those_of_the_plan_to_two_percent(setting, mesh_name, tmp_path):
-    recipe, mesh = recipe_of(tmp_path, setting, mesh_name), tiny.mesh_of(mesh_name)
-    model, layout = recipe.model, Layout(mesh, TRAIN)
+def test_the_arrays_really_held_are_those_of_the_plan_to_two_percent(setting, mesh_name, zero, tmp_path):
+    recipe, mesh = recipe_of(tmp_path, setting, mesh_name, zero), tiny.mesh_of(mesh_name)
+    model, layout = recipe.model, recipe.layout(mesh)
     loaded = []
-    for decoder in architectures(recipe, layout.shards("vocab")):
+    for decoder in architectures(recipe, Layout(mesh, TRAIN).shards("vocab")):
         dtype = model.stored_dtype(scalar_head=decoder.scalar_head)
         params = {path: leaf.astype(dtype) for path, leaf in tiny.random_params(decoder, mesh).items()}
-        loaded.append(Pretrained(decoder, params, None, HF, {}, layout))
+        loaded.append(relaid(Pretrained(decoder, params, None, HF, {}, Layout(mesh, TRAIN)), layout))
     txs = make_optimizer(recipe.ppo.actor, 1), make_optimizer(recipe.ppo.critic, 1)
     models = ppo_models(*loaded, model, *txs, 0)
-    engine = ppo_engine(recipe.ppo, model, loaded[0].config, loaded[1].config, *txs, (0,), mesh)
+    engine = ppo_engine(recipe.ppo, model, loaded[0].config, loaded[1].config, *txs, (0,), layout)
     weights = engine.publish(models.actor.params)
 
     planned = {phase.name: phase for phase in phases(recipe, abstract_mesh(recipe.mesh, mesh.size), ("ppo",))}
     np.testing.assert_allclose(sum(planned["publish"].live.values()), on_first_device(models), rtol=0.02)
+    assert planned["publish"].host == on_first_device(models, "pinned_host")
+    assert (planned["publish"].host > 0) == model.offload_optimizer
     np.testing.assert_allclose(device_bytes(planned["generate"].args[0]), on_first_device(weights), rtol=0.02)
 
 
-@pytest.mark.parametrize("setting", ["whole", "both-lora"])
+@pytest.mark.parametrize("setting", ["whole", "both-lora", "offload"])
 def test_the_compiler_counts_the_arguments_that_arithmetic_counts_and_aliases_the_donated_state(setting, tmp_path):
     recipe = recipe_of(tmp_path, setting, "fsdp4-tensor2")
     found = phases(recipe, tiny.mesh_of("fsdp4-tensor2"))
     names = [f"{phase.stage} {phase.name}" for phase in found]
     updates = ["sft update", "sft evaluate", "reward update", "reward evaluate"]
-    assert names == [*updates, "ppo publish", "ppo generate", "ppo score", "ppo actor", "ppo critic"]
+    wanted = [*updates, "ppo publish", "ppo generate", "ppo score", "ppo actor", "ppo critic"]
+    assert [name for name in names if not name.endswith(" step")] == wanted
+    stepped = [f"{name} step" for name in wanted if name.endswith(("update", "actor", "critic"))]
+    assert [name for name in names if name.endswith(" step")] == (stepped if setting == "offload" else [])
     for phase in found:
         memory, given = measure(phase), device_bytes(phase.args)
         assert memory.peak(phase) >= phase.least, phase.name
-        if phase.name in ("update", "actor", "critic"):
+        if phase.name.endswith(" step"):
+            param, _, moments, _ = phase.args
+            assert memory.arguments == given, "all of it is on the devices"
+            np.testing.assert_allclose(memory.aliased, device_bytes((param, moments)), rtol=0.02)
+        elif setting == "offload" and phase.name in ("update", "actor", "critic"):
+            state, batch = phase.args
+            assert memory.arguments <= device_bytes((state.trainable, batch)) + 64, "no moments"
+            gradients = device_bytes(state.trainable)
+            assert memory.aliased == 0 and gradients <= memory.outputs <= gradients + 256
+        elif phase.name in ("update", "actor", "critic"):
             state, batch = phase.args
             assert given - device_bytes(batch) <= memory.arguments <= given
             np.testing.assert_allclose(memory.aliased, device_bytes(dataclasses.replace(state, frozen={})), rtol=0.02)
@@ -137,6 +158,38 @@ def test_a_model_small_enough_for_hand_arithmetic_is_planned_as_by_hand(tmp_path
     assert planned["reward update"].live["batch"] == 2 * tokens * (4 + 1 + 1)
 
 
+def test_offloaded_moments_are_in_host_memory_and_a_step_has_those_of_one_parameter_by_hand(tmp_path):
+    recipe = recipe_of(tmp_path, "offload")
+    planned = {f"{phase.stage} {phase.name}": phase for phase in phases(recipe, abstract_mesh(recipe.mesh, 1))}
+    update, step, scorer = planned["sft update"], planned["sft update step"], WEIGHTS + D
+    counters = 3 * 4
+    assert update.live["optimizer"] == counters and update.host == 8 * WEIGHTS and update.added == 4 * WEIGHTS
+    assert planned["ppo critic step"].host == 8 * (WEIGHTS + scorer), "the actor's too"
+    # The embedding is the largest and the last, so no other gradient waits beside its own.
+    largest = 4 * V * D
+    assert step.live == update.live | {"gradients": largest, "moments on the device": 2 * largest}
+    assert device_bytes(step.args) == 4 * largest + counters - 4  # the state's own counter is of the other program
+    assert host_bytes(step.args) == 0
+
+
+@pytest.mark.parametrize(
+    ("zero", "params", "gradients", "moments"), [(3, 8, 8, 8), (2, 2, 8, 8), (1, 2, 2, 8), (0, 2, 2, 2)]
+)
+def test_each_stage_of_zero_splits_one_thing_more_over_the_eight_devices_by_hand(
+    zero, params, gradients, moments, tmp_path
+):
+    recipe = recipe_of(tmp_path, "whole", "fsdp4-tensor2", zero)
+    update, *_ = phases(recipe, abstract_mesh(recipe.mesh, 8), ("sft",))
+    whole = (L * (4 + 2) + 2) * D  # norms, and biases of what ends in the hidden dimension
+    positions = (P + 2) * D
+    split = WEIGHTS - whole - positions
+    # Positions are split by the hidden dimension, by all or by none.
+    held = [split // n + whole + positions // (n if n == 8 else 1) for n in (params, gradients, moments)]
+    assert update.live["trainable"] == 4 * held[0]
+    assert update.added == 4 * held[1]
+    assert update.live["optimizer"] == 8 * held[2] + 3 * 4
+
+
 def test_flops_are_two_for_each_weight_and_token_and_four_for_each_pair_of_a_heads_dimension():
     decoder = decoder_config(HF, scalar_head=False)
     body = L * (4 * D * D + 2 * D * F)
@@ -151,6 +204,24 @@ def test_publishing_needs_the_links_for_what_a_gpu_lacks_of_its_generation_weigh
     need = needs(recipe, found, mesh)["ppo/publish"]
     weights = next(phase for phase in found if phase.name == "generate").live["generation weights"]
     assert need.link == weights * (1 - 2 / 8)
+    recipe = recipe_of(tmp_path, mesh="fsdp4-tensor2", zero=2)
+    assert needs(recipe, phases(recipe, mesh), mesh)["ppo/publish"].link == 0
+
+
+def test_a_stage_of_zero_pays_for_its_memory_over_the_links_by_hand(tmp_path):
+    link = {}
+    for zero in (3, 2, 1, 0):
+        recipe = recipe_of(tmp_path, mesh="fsdp4-tensor2", zero=zero)
+        mesh = abstract_mesh(recipe.mesh, 8)
+        found = phases(recipe, mesh, ("sft",))
+        trainable = found[0].live["trainable"] * recipe.layout(mesh).shards("vocab")
+        link[zero] = needs(recipe, found, mesh)["sft/update"].link, trainable
+    # Two passes, nothing recomputed, in float32; then gradients, then new parameters.
+    for zero, held, sums, moments in ((3, 8, 8, 8), (2, 2, 8, 8), (1, 2, 2, 8), (0, 2, 2, 2)):
+        got, trainable = link[zero]
+        passes = 2 * 4 * WEIGHTS * (1 - 1 / held)
+        reduced = trainable * ((1 - 1 / sums) + 2 / sums * (1 - sums / 8))
+        np.testing.assert_allclose(got, passes + reduced + trainable * (1 / held - 1 / moments), rtol=1e-6)
 
 
 @pytest.mark.parametrize("text", ["8xB100", "0xH200", "H200x8", "8", "", "2x2x2xH200"])

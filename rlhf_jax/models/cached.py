@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 
-from rlhf_jax.mesh import TRAIN, Layout
+from rlhf_jax.mesh import TRAIN, Layout, Table
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.attention import Choice, kernel_on, uniform_window
 from rlhf_jax.models.decoder import NO_LORA, Leaf, abstract_params, head_kernel
@@ -95,8 +95,9 @@ def for_decoding(
     layout: Layout,
     dtype: jnp.dtype,
     lora: LoraConfig = NO_LORA,
+    home: Table = TRAIN,
 ) -> Weights:
-    """Training parameters -> generation weights in `dtype`, laid out by `layout` (the GENERATE table).
+    """Training parameters, which lie by `home` -> generation weights in `dtype`, by `layout` (the GENERATE table).
 
     Adapters are merged. Every parameter is cast, then gathered over fsdp, then cut into layers: in one jit, one
     all-gather a weight. Norms keep their dtype, as training applies them in float32 too.
@@ -107,7 +108,7 @@ def for_decoding(
     weights = _adapters(config, params, layout, dtype, lora) if kept else {}
     if not kept:
         params = merge(params, lora)
-    gathered, at_home = {}, Layout(layout.mesh, TRAIN)
+    gathered, at_home = {}, Layout(layout.mesh, home)
     kv_heads, repeats = config.num_kv_heads, _repeats(config, layout)
     leaves = {path: leaf for path, leaf in abstract_params(config).items() if path not in kept}
     for path, leaf in leaves.items():

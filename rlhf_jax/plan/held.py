@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -41,7 +42,7 @@ from rlhf_jax.stages.ppo import ppo_engine, ppo_models, ppo_sizes
 from rlhf_jax.stages.reward import reward_programs
 from rlhf_jax.stages.sft import sft_programs
 from rlhf_jax.stages.sizes import micro_batches
-from rlhf_jax.train_step import TrainState, state_shardings
+from rlhf_jax.train_step import OffloadedUpdate, TrainState, Update, state_shardings
 
 STAGES = ("sft", "reward", "ppo")
 
@@ -57,6 +58,7 @@ class Phase(NamedTuple):
         cache: bytes on one device of keys and values; they are temporaries of the program.
         added: bytes on one device that the program cannot do without beside `live`: the weights that it publishes, the
             cache, the sum of gradients.
+        host: bytes of one device's arrays that rest in host memory then; not among `live`, and never arguments.
     """
 
     stage: str
@@ -66,6 +68,7 @@ class Phase(NamedTuple):
     live: dict[str, int]
     cache: int = 0
     added: int = 0
+    host: int = 0
 
     @property
     def least(self) -> int:
@@ -79,13 +82,23 @@ def abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes on one device of (abstract) arrays with shardings."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * jax.dtypes.canonicalize_dtype(leaf.dtype).itemsize
-        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        else 8
-        for leaf in jax.tree.leaves(tree)
-    )
+    """Bytes on one device of (abstract) arrays with shardings; what rests in host memory is not there."""
+    return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if not _in_host(leaf))
+
+
+def host_bytes(tree: Any) -> int:
+    """Bytes of one device's shards that rest in host memory."""
+    return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if _in_host(leaf))
+
+
+def _in_host(leaf: Any) -> bool:
+    return leaf.sharding.memory_kind == "pinned_host"
+
+
+def _shard_bytes(leaf: Any) -> int:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return 8
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * jax.dtypes.canonicalize_dtype(leaf.dtype).itemsize
 
 
 def architectures(recipe: Recipe, parts: int) -> tuple[DecoderConfig, DecoderConfig]:
@@ -121,43 +134,80 @@ def phases(recipe: Recipe, mesh: Mesh | AbstractMesh, stages: tuple[str, ...] = 
     Raises:
         ValueError: no config.json, sizes that do not divide, or too few positions.
     """
+    found = _phases(recipe, mesh, stages)
+    if isinstance(mesh, AbstractMesh) or mesh.devices.flat[0].addressable_memories():
+        return found
+    # Shardings over devices that are not there forget which memory they name; those over an abstract mesh do not.
+    counted = _phases(recipe, mesh.abstract_mesh, stages)
+    return [phase._replace(live=twin.live, host=twin.host) for phase, twin in zip(found, counted, strict=True)]
+
+
+def _phases(recipe: Recipe, mesh: Mesh | AbstractMesh, stages: tuple[str, ...]) -> list[Phase]:
     actor, critic = architectures(recipe, Layout(mesh, TRAIN).shards("vocab"))
-    found: list[Phase] = []
+    found, layout = [], recipe.layout(mesh)
     if "sft" in stages:
-        found += _supervised("sft", recipe.model, recipe.sft, recipe.data.max_length, actor, mesh)
+        found += _supervised("sft", recipe.model, recipe.sft, recipe.data.max_length, actor, layout)
     if "reward" in stages:
-        found += _supervised("reward", recipe.model, recipe.reward, recipe.data.max_length, critic, mesh)
+        found += _supervised("reward", recipe.model, recipe.reward, recipe.data.max_length, critic, layout)
     if "ppo" in stages:
-        found += _ppo(recipe, actor, critic, mesh)
+        found += _ppo(recipe, actor, critic, layout)
     return found
 
 
-def _supervised(stage: str, model: ModelConfig, config, max_length: int, decoder: DecoderConfig, mesh) -> list[Phase]:
+def _supervised(
+    stage: str, model: ModelConfig, config, max_length: int, decoder: DecoderConfig, layout: Layout
+) -> list[Phase]:
     """SFT or reward model: its update, and the measuring of held-out batches beside the whole training state."""
-    layout, tx = Layout(mesh, TRAIN), _optimizer(config.optim)
+    tx = _optimizer(config.optim)
     length = _round8(min(max_length, decoder.max_positions))
     num_micro = micro_batches(stage, config.batch_size, config.micro_batch_size, layout)
     programs = sft_programs if stage == "sft" else reward_programs
     update, measure = programs(model.role(decoder), model.compute, layout, tx, num_micro)
-    state = abstract_state(abstract_pretrained(decoder, model, mesh), model, tx)
+    state = abstract_state(abstract_pretrained(decoder, model, layout), model, tx)
     shape = (config.batch_size, length) if stage == "sft" else (config.batch_size, 2, length)
     batch = _batch(Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.bool, jnp.bool))), layout)
     live = _state_bytes("", state) | {"batch": device_bytes(batch)}
-    found = [Phase(stage, "update", update, (state, batch), live, added=_gradients(state))]
+    found = _learning(stage, "update", update, state, batch, live)
     if config.eval_batches:
         found.append(Phase(stage, "evaluate", measure, (state.params, batch), live))
+    return [phase._replace(host=host_bytes(state)) for phase in found]
+
+
+def _learning(stage: str, name: str, update: Update | OffloadedUpdate, state: TrainState, batch, live) -> list[Phase]:
+    """One optimizer step: its one program, or with offloaded moments the two kinds of it, each at its largest.
+
+    A step of one parameter runs beside all parameters, the gradients that still wait for theirs, its own among them,
+    and its own moments. Of gradients of s_1 <= s_2 <= ... bytes, step k has s_k + s_k+1 + ... and 2 s_k of moments, and
+    under ZeRO-1 and -2 the gathered parameter before it takes the place of the old one; the worst k is the phase.
+    Moments are its arguments on the devices; those in host memory are arguments of no program, so that the compiler
+    has none to count: peak = live + temporaries + outputs - aliased for both, as for any other phase.
+    """
+    where, sums = update.layout.gradients, []
+    for path, leaf in state.trainable.items():
+        sharding = where.sharding(update.leaves[path].axes)
+        sums.append(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding))
+    found = [Phase(stage, name, update, (state, batch), live, added=device_bytes(sums))]
+    if isinstance(update, OffloadedUpdate):
+        arguments = [update.arguments(state, path) for path in update.order(state.trainable)]
+        waiting = list(itertools.accumulate(device_bytes(grad) for _, grad, _, _ in reversed(arguments)))[::-1]
+        moments = [device_bytes(moments) for _, _, moments, _ in arguments]
+        is_gathered = update.layout.moments.table != update.layout.table
+        gathered = [is_gathered * device_bytes(param) for param, _, _, _ in arguments]
+        worst = max(range(len(arguments)), key=lambda k: waiting[k] + moments[k] + gathered[k])
+        beside = live | {"gradients": waiting[worst], "moments on the device": moments[worst]}
+        found.append(Phase(stage, f"{name} step", update.step, arguments[worst], beside))
     return found
 
 
-def _ppo(recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, mesh) -> list[Phase]:
-    config, model, layout = recipe.ppo, recipe.model, Layout(mesh, TRAIN)
+def _ppo(recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, layout: Layout) -> list[Phase]:
+    config, model, mesh = recipe.ppo, recipe.model, layout.mesh
     batch_size, _ = ppo_sizes(config, layout)
     check_learnable(config.sample)
     for each in (actor, critic):
         check_positions(each, 1, config.sample.max_new_tokens)
     txs = _optimizer(config.actor), _optimizer(config.critic)
-    engine: Engine = ppo_engine(config, model, actor, critic, *txs, eos_ids=(0,), mesh=mesh)
-    models = _abstract_models(actor, critic, model, mesh, txs)
+    engine: Engine = ppo_engine(config, model, actor, critic, *txs, eos_ids=(0,), layout=layout)
+    models = _abstract_models(actor, critic, model, layout, txs)
     held = _state_bytes("actor ", models.actor) | _state_bytes("critic ", models.critic)
     # A reward model shares with the critic what neither trains.
     own = {path: leaf for path, leaf in models.reward.items() if path not in models.critic.frozen}
@@ -195,7 +245,7 @@ def _ppo(recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, mesh) -> l
     if batch_size < rows:
         learned |= {"part of the experience": device_bytes(part)}
     programs = engine.programs
-    return [
+    found = [
         Phase("ppo", "publish", programs["publish"], (models.actor.params,), held, added=added),
         Phase(
             "ppo",
@@ -207,11 +257,10 @@ def _ppo(recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, mesh) -> l
             added=device_bytes(cache),
         ),
         Phase("ppo", "score", programs["score"], (models, rollout), held | rolled),
-        Phase("ppo", "actor", programs["actor"], (models.actor, part), held | learned, added=_gradients(models.actor)),
-        Phase(
-            "ppo", "critic", programs["critic"], (models.critic, part), held | learned, added=_gradients(models.critic)
-        ),
+        *_learning("ppo", "actor", programs["actor"], models.actor, part, held | learned),
+        *_learning("ppo", "critic", programs["critic"], models.critic, part, held | learned),
     ]
+    return [phase._replace(host=host_bytes(models)) for phase in found]
 
 
 def prompt_positions(recipe: Recipe, max_positions: int) -> int:
@@ -229,7 +278,7 @@ def _moved(actor: DecoderConfig, params: Mapping[str, Any], layout: Layout) -> i
     moved = []
 
     def put(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        if leaf.sharding != sharding:
+        if leaf.sharding.shard_shape(leaf.shape) != sharding.shard_shape(leaf.shape):
             moved.append(_laid(leaf, sharding))
         return leaf
 
@@ -237,12 +286,14 @@ def _moved(actor: DecoderConfig, params: Mapping[str, Any], layout: Layout) -> i
     return device_bytes(moved)
 
 
-def abstract_pretrained(decoder: DecoderConfig, model: ModelConfig, mesh, *, one_copy: bool = False) -> Pretrained:
+def abstract_pretrained(
+    decoder: DecoderConfig, model: ModelConfig, layout: Layout, *, one_copy: bool = False
+) -> Pretrained:
     """What `stages.models.load` gives, without a tokenizer and with nothing in its arrays."""
-    check_model_divides({"attention heads": decoder.num_heads}, mesh)
-    layout, stored = Layout(mesh, TRAIN), model.stored_dtype(scalar_head=decoder.scalar_head)
+    check_model_divides({"attention heads": decoder.num_heads}, layout.mesh)
+    stored = model.stored_dtype(scalar_head=decoder.scalar_head)
     dtype = jnp.dtype("bfloat16" if stored in KINDS else stored)
-    serving = Layout(mesh, GENERATE)
+    serving = Layout(layout.mesh, GENERATE)
 
     def param(path: str, leaf: Leaf) -> Any:
         where = serving if one_copy and is_shareable(path) else layout
@@ -265,18 +316,18 @@ def abstract_state(pretrained: Pretrained, model: ModelConfig, tx: optax.Gradien
     return _state_laid_out(state, pretrained, model)
 
 
-def _abstract_models(actor: DecoderConfig, critic: DecoderConfig, model: ModelConfig, mesh, txs) -> Models:
+def _abstract_models(actor: DecoderConfig, critic: DecoderConfig, model: ModelConfig, layout, txs) -> Models:
     """What `ppo_models` makes of two loaded models."""
     first, second = (
-        abstract_pretrained(actor, model, mesh, one_copy=model.one_copy),
-        abstract_pretrained(critic, model, mesh),
+        abstract_pretrained(actor, model, layout, one_copy=model.one_copy),
+        abstract_pretrained(critic, model, layout),
     )
 
     def build(a, c):
         loaded = dataclasses.replace(first, params=a), dataclasses.replace(second, params=c)
         return ppo_models(*loaded, model, *txs, 0)
 
-    models, layout = _silent(build, first.params, second.params), first.layout
+    models = _silent(build, first.params, second.params)
 
     def laid_out(params, loaded, shared=()):
         leaves = abstract_params(loaded.config)
@@ -338,11 +389,6 @@ def _batch(tree: Any, layout: Layout) -> Any:
 def _state_bytes(name: str, state: TrainState) -> dict[str, int]:
     parts = {"frozen": state.frozen, "trainable": state.trainable, "optimizer": (state.step, state.opt_state)}
     return {f"{name}{part}": device_bytes(tree) for part, tree in parts.items()}
-
-
-def _gradients(state: TrainState) -> int:
-    """Bytes on one device of the sum of gradients, float32 like what they are of."""
-    return device_bytes(state.trainable)
 
 
 def _optimizer(config: OptimConfig) -> optax.GradientTransformation:

@@ -86,7 +86,7 @@ def training_factor(lora_rank: int, remat: Remat) -> int:
 
 def needs(recipe: Recipe, found: list[Phase], mesh) -> dict[str, Need]:
     """{"stage/name": Need} of one GPU, in one optimizer step (SFT, reward model) or one iteration (PPO)."""
-    layout = Layout(mesh, TRAIN)
+    layout, trained = Layout(mesh, TRAIN), recipe.layout(mesh)
     count = layout.shards("batch")
     actor, critic = architectures(recipe, layout.shards("vocab"))
     by_name = {f"{phase.stage}/{phase.name}": phase for phase in found}
@@ -98,7 +98,7 @@ def needs(recipe: Recipe, found: list[Phase], mesh) -> dict[str, Need]:
             rows = math.prod(batch.tokens.shape[:-1])
             micro = micro_batches(stage, config.batch_size, config.micro_batch_size, layout)
             flops = forward_flops(decoder, rows, length, length if stage == "sft" else 0)
-            result[f"{stage}/update"] = _update(recipe.model, decoder, state, flops, micro, count, layout)
+            result[f"{stage}/update"] = _update(recipe.model, decoder, state, flops, micro, count, trained)
     if "ppo/generate" not in by_name:
         return result
 
@@ -111,7 +111,7 @@ def needs(recipe: Recipe, found: list[Phase], mesh) -> dict[str, Need]:
     local = rows / (mesh.shape["data"] * mesh.shape["fsdp"])  # rows of a tensor group
     width = model.compute.dtype.itemsize
     # (t - tg) / (t tg) of the model comes over the links, t and tg being the shards of training and generation.
-    moved = weights * (1 - tensor / layout.shards("vocab"))
+    moved = weights * (1 - tensor / trained.shards("vocab"))
     result["ppo/publish"] = Need(memory=device_bytes(by_name["ppo/publish"].args) + 2 * weights, link=moved)
     decode = (
         forward_flops(actor, 1, 1, 1) + 4 * (prompt + new / 2) * actor.num_heads * actor.head_dim * actor.num_layers
@@ -123,13 +123,13 @@ def needs(recipe: Recipe, found: list[Phase], mesh) -> dict[str, Need]:
     reduced = 2 * 2 * (tensor - 1) / tensor * local * length * actor.hidden_size * width * actor.num_layers
     result["ppo/generate"] = Need(prefill + new * local * decode / tensor, reads + weights, reduced)
     passes = 2 * forward_flops(actor, rows, length, new) + 2 * forward_flops(critic, rows, length, 0)
-    gathered = 2 * (_gathered(actor, model, count) + _gathered(critic, model, count))
+    gathered = 2 * sum(_gathered(each, model, trained.shards("vocab")) for each in (actor, critic))
     result["ppo/score"] = Need(passes / count, link=gathered)
     batch_size, micro = ppo_sizes(config, layout)
     updates = config.ppo_epochs * rows // batch_size
     for name, decoder, head in (("actor", actor, new), ("critic", critic, 0)):
         flops = forward_flops(decoder, batch_size, length, head)
-        once = _update(model, decoder, by_name[f"ppo/{name}"].args[0], flops, micro, count, layout)
+        once = _update(model, decoder, by_name[f"ppo/{name}"].args[0], flops, micro, count, trained)
         result[f"ppo/{name}"] = Need(*(updates * part for part in dataclasses.astuple(once)))
     return result
 
@@ -143,11 +143,13 @@ def _gathered(decoder: DecoderConfig, model: ModelConfig, count: int) -> float:
 def _update(model: ModelConfig, decoder: DecoderConfig, state, flops: float, micro: int, count: int, layout) -> Need:
     """One optimizer step: passes; weights gathered in each; gradients scattered; Adam reads 4 and writes 3 arrays."""
     rank = model.role(decoder).lora.rank
-    trainable = device_bytes(state.trainable)
-    shards = layout.shards("vocab")
-    scattered = trainable * (shards - 1) + 2 * (count > shards) * trainable  # reduced over data as well
-    link = micro * ((2 + (model.remat != "none")) * _gathered(decoder, model, shards) + scattered)
-    return Need(flops * training_factor(rank, model.remat) / count, 7 * trainable, link)
+    shards, sums, moments = (each.shards("vocab") for each in (layout, layout.gradients, layout.moments))
+    trainable = device_bytes(state.trainable) * shards
+    # Scattered over those that split the sum of gradients, and what each of them then has reduced over all others.
+    reduced = trainable * (1 - 1 / sums) + 2 * trainable / sums * (1 - sums / count)
+    link = micro * ((2 + (model.remat != "none")) * _gathered(decoder, model, shards) + reduced)
+    link += trainable * (1 / shards - 1 / moments)  # new parameters, back to whoever has the old ones
+    return Need(flops * training_factor(rank, model.remat) / count, 7 * trainable / moments, link)
 
 
 def timetable(recipe: Recipe, found: list[Phase], mesh, machine: Machine, price: float) -> dict[str, dict]:
@@ -190,6 +192,7 @@ def training_rows(data: DataConfig, stage: str) -> int | None:
 def assumptions(recipe: Recipe) -> list[str]:
     """What the expected seconds rest on."""
     share = Efficiency()
+    offloaded = ["offloaded moments cross to host memory and back in every update: that time is not counted"]
     return [
         f"expected seconds assume {share.matmul:.0%} of the GPU's matrix FLOP/s, {share.memory:.0%} of its memory "
         f"bandwidth and {share.link:.0%} of its links, transfers not hidden; none of this was measured",
@@ -197,4 +200,5 @@ def assumptions(recipe: Recipe) -> list[str]:
         f"{recipe.ppo.sample.max_new_tokens}; rows of SFT and reward model fill {recipe.data.max_length}",
         "a floor is the data sheet's speed with transfers hidden behind the work",
         "links: NVLink or PCIe inside a node, the network that NVIDIA sells with it between nodes",
+        *(offloaded if recipe.model.offload_optimizer else []),
     ]

@@ -14,11 +14,12 @@ from jax.sharding import Mesh
 
 from rlhf_jax.data.template import stop_ids
 from rlhf_jax.engine import Compute
-from rlhf_jax.mesh import check_model_divides
+from rlhf_jax.mesh import TRAIN, Layout, check_model_divides
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.attention import Choice, described, kernel_of_devices, kernel_on
 from rlhf_jax.models.decoder import abstract_params, init_params
 from rlhf_jax.models.lora import LoraConfig, is_adapter, is_trainable
+from rlhf_jax.models.per_layer import PerLayer
 from rlhf_jax.models.pretrained import (
     Pretrained,
     from_pretrained,
@@ -26,7 +27,7 @@ from rlhf_jax.models.pretrained import (
     save_adapter,
     save_pretrained,
 )
-from rlhf_jax.models.quantised import KINDS, REST_DTYPE, Quantised
+from rlhf_jax.models.quantised import KINDS, REST_DTYPE, Quantised, shardings
 from rlhf_jax.rollout import Role, eos_ids
 from rlhf_jax.stages.loop import Persistence
 from rlhf_jax.train_step import Params, TrainState, init_state
@@ -108,13 +109,13 @@ class ModelConfig:
 def load(
     path: str | Path,
     settings: ModelConfig,
-    mesh: Mesh,
+    layout: Layout,
     *,
     scalar_head: bool = False,
     seed: int = 0,
     one_copy: bool = False,
 ) -> Pretrained:
-    """A model with its tokenizer, split over the mesh as training wants it.
+    """A model with its tokenizer, its parameters where `layout` has them.
 
     Args:
         seed: of a new scalar head.
@@ -123,7 +124,7 @@ def load(
         ValueError: what `from_pretrained` says, no tokenizer, or a tensor axis that does not divide the model.
     """
     assert isinstance(one_copy, bool), "the plan has chosen before anything is loaded"
-    dtype = settings.stored_dtype(scalar_head=scalar_head)
+    dtype, mesh = settings.stored_dtype(scalar_head=scalar_head), layout.mesh
     if scalar_head:
         model = reward_from_pretrained(path, mesh=mesh, dtype=dtype, seed=seed)
     else:
@@ -131,7 +132,21 @@ def load(
     if model.tokenizer is None:
         raise ValueError(f"{path} has no tokenizer: save one into the folder (tokenizer.save_pretrained)")
     check_model_divides({"attention heads": model.config.num_heads}, mesh)
-    return model
+    return relaid(model, layout)
+
+
+def relaid(model: Pretrained, layout: Layout) -> Pretrained:
+    """A model that is split by TRAIN, in another layout; each of its arrays is let go as its successor comes."""
+    if layout.table == TRAIN:
+        return dataclasses.replace(model, layout=layout)
+    params = {}
+    for path, axes in {path: leaf.axes for path, leaf in abstract_params(model.config, model.lora).items()}.items():
+        leaf = model.params.pop(path)
+        if not isinstance(leaf, PerLayer):  # which lies by GENERATE already
+            where = shardings(axes, leaf.kind, layout) if isinstance(leaf, Quantised) else layout.sharding(axes)
+            leaf = jax.block_until_ready(jax.device_put(leaf, where))
+        params[path] = leaf
+    return dataclasses.replace(model, params=params, layout=layout)
 
 
 def say_devices(mesh: Mesh, settings: ModelConfig) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from jax.sharding import Mesh
-
 from rlhf_jax.data.sources import DataConfig
-from rlhf_jax.mesh import TRAIN, Layout
+from rlhf_jax.mesh import Layout
 from rlhf_jax.optim import learning_rate
 from rlhf_jax.sampling import check_learnable
 from rlhf_jax.stages.base import make_base
@@ -22,7 +20,7 @@ from rlhf_jax.stages.sizes import micro_batches
 
 def train(
     run: RunConfig,
-    mesh: Mesh,
+    layout: Layout,
     model: ModelConfig,
     data: DataConfig,
     sft: SFTConfig,
@@ -32,16 +30,17 @@ def train(
 ) -> None:
     """Run `stages`, each unless its export is there already.
 
+    layout: of all that is trained, as `train_layout` gives it.
     Raises:
         ValueError: a stage is asked for whose predecessors in the run folder are not finished, or what a stage says.
     """
     steps: dict[str, tuple[tuple[str, ...], Callable[[], None]]] = {
-        "sft": ((), lambda: run_sft(run, mesh, model, data, sft, make_base(run, mesh, model, data))),
-        "reward": (("sft",) if model.reward == "sft" else (), lambda: run_reward(run, mesh, model, data, reward)),
-        "ppo": (("sft", "reward"), lambda: run_ppo(run, mesh, model, data, ppo)),
+        "sft": ((), lambda: run_sft(run, layout, model, data, sft, make_base(run, layout.mesh, model, data))),
+        "reward": (("sft",) if model.reward == "sft" else (), lambda: run_reward(run, layout, model, data, reward)),
+        "ppo": (("sft", "reward"), lambda: run_ppo(run, layout, model, data, ppo)),
     }
-    check_sizes(mesh, sft, reward, ppo, stages)
-    say_devices(mesh, model)
+    check_sizes(layout, sft, reward, ppo, stages)
+    say_devices(layout.mesh, model)
     for stage in stages:
         needed, start = steps[stage]
         if run.export(stage).exists():
@@ -57,9 +56,8 @@ def train(
             start()
 
 
-def check_sizes(mesh: Mesh, sft: SFTConfig, reward: RewardConfig, ppo: PPOConfig, stages: tuple[str, ...]) -> None:
+def check_sizes(layout: Layout, sft: SFTConfig, reward: RewardConfig, ppo: PPOConfig, stages: tuple[str, ...]) -> None:
     """Raise ValueError now for what would otherwise stop a later stage, when the earlier ones have run."""
-    layout = Layout(mesh, TRAIN)
     for stage, config in {"sft": sft, "reward": reward}.items():
         if stage in stages:
             with naming(stage):

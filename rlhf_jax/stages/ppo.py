@@ -11,14 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
 from rlhf_jax.data.batches import Batches, prompt_rows
 from rlhf_jax.data.sources import DataConfig, load_examples
 from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.engine import Engine, Experience, Models, make_engine
 from rlhf_jax.generate import Rollout, bucket
-from rlhf_jax.mesh import TRAIN, Layout, check_divides
+from rlhf_jax.mesh import Layout, check_divides
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.objectives import masked, ppo
@@ -86,10 +85,10 @@ def ppo_engine(
     actor_tx: optax.GradientTransformation,
     critic_tx: optax.GradientTransformation,
     eos_ids: tuple[int, ...],
-    mesh: Mesh,
+    layout: Layout,
 ) -> Engine:
     """The engine that runs these settings; the reward model has the critic's architecture."""
-    batch_size, num_micro = ppo_sizes(config, Layout(mesh, TRAIN))
+    batch_size, num_micro = ppo_sizes(config, layout)
     return make_engine(
         actor=model.role(actor),
         critic=model.role(critic),
@@ -101,7 +100,7 @@ def ppo_engine(
         critic_tx=critic_tx,
         sample=config.sample,
         eos_ids=eos_ids,
-        mesh=mesh,
+        layout=layout,
         compute=model.compute,
         num_micro=num_micro,
         num_score_micro=num_micro * config.rollouts // batch_size,
@@ -128,11 +127,11 @@ def ppo_models(
     return Models(make_state(actor, model, actor_tx, seed), critic_state, reference, reward)
 
 
-def run_ppo(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, config: PPOConfig) -> None:
+def run_ppo(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig, config: PPOConfig) -> None:
     """Train the SFT model against the reward model of the same run; leaves RUN/ppo/export and export_critic."""
-    actor = load(run.export("sft"), model, mesh, one_copy=model.one_copy)
-    critic = load(run.export("reward"), model, mesh, scalar_head=True)
-    layout, tokenizer = actor.layout, prepare_tokenizer(actor.tokenizer)
+    actor = load(run.export("sft"), model, layout, one_copy=model.one_copy)
+    critic = load(run.export("reward"), model, layout, scalar_head=True)
+    tokenizer = prepare_tokenizer(actor.tokenizer)
     if tokenizer.get_vocab() != critic.tokenizer.get_vocab():
         raise ValueError("actor and reward model have different vocabularies: PPO scores the actor's own tokens")
     batch_size, _ = ppo_sizes(config, layout)
@@ -149,7 +148,7 @@ def run_ppo(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, co
     updates = steps * config.ppo_epochs * config.rollouts // batch_size
     actor_tx, critic_tx = make_optimizer(config.actor, updates), make_optimizer(config.critic, updates)
 
-    engine = ppo_engine(config, model, actor.config, critic.config, actor_tx, critic_tx, eos_ids(actor), mesh)
+    engine = ppo_engine(config, model, actor.config, critic.config, actor_tx, critic_tx, eos_ids(actor), layout)
     models = ppo_models(actor, critic, model, actor_tx, critic_tx, run.seed)
     summarise = jax.jit(lambda experience, rollout: summary(experience, rollout, config))
     pick = jax.jit(lambda experience, index: jax.tree.map(lambda leaf: leaf[index], experience))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
 from rlhf_jax.data.batches import Batch, Batches, Rows, pair_rows
 from rlhf_jax.data.sources import DataConfig, Example, load_examples
@@ -66,11 +65,11 @@ def reward_programs(
     return update, jax.jit(lambda params, batch: scores(params, batch)[0])
 
 
-def run_reward(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, config: RewardConfig) -> None:
+def run_reward(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig, config: RewardConfig) -> None:
     """Train a scalar head, and the model under it, on preference pairs; leaves RUN/reward/export."""
     start = run.export("sft") if model.reward == "sft" else model.reward
-    pretrained = load(start, model, mesh, scalar_head=True, seed=run.seed)
-    layout, decoder = pretrained.layout, pretrained.config
+    pretrained = load(start, model, layout, scalar_head=True, seed=run.seed)
+    decoder = pretrained.config
     tokenizer = prepare_tokenizer(pretrained.tokenizer)
     num_micro = micro_batches("reward", config.batch_size, config.micro_batch_size, layout)
 

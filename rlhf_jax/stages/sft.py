@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
 from rlhf_jax.data.batches import Batch, Batches, Rows, sft_rows
 from rlhf_jax.data.sources import DataConfig, Example, load_examples
@@ -78,10 +77,10 @@ def sft_programs(
     return make_update(loss_fn, tx, abstract_params(decoder, lora), layout, num_micro), jax.jit(losses)
 
 
-def run_sft(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig, config: SFTConfig, base: str) -> None:
+def run_sft(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig, config: SFTConfig, base: str) -> None:
     """Fine-tune the language model in the folder (or with the hub id) `base`; leaves RUN/sft/export."""
-    pretrained = load(base, model, mesh)
-    layout, decoder = pretrained.layout, pretrained.config
+    pretrained = load(base, model, layout)
+    decoder = pretrained.config
     tokenizer = prepare_tokenizer(pretrained.tokenizer)
     num_micro = micro_batches("sft", config.batch_size, config.micro_batch_size, layout)
 

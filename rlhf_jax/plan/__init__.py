@@ -79,6 +79,7 @@ def described(phase: Phase, memory: Memory, usable: int) -> dict[str, Any]:
         "resident": sum(phase.live.values()) - memory.arguments,
         **memory._asdict(),
         "cache": phase.cache,
+        "host": phase.host,
         "peak": peak,
         "headroom": usable - peak,
     }

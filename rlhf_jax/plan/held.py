@@ -56,6 +56,7 @@ class Phase(NamedTuple):
         cache: bytes on one device of keys and values; they are temporaries of the program.
         added: bytes on one device that the program cannot do without beside `live`: the weights that it publishes, the
             cache, the sum of gradients.
+        host: bytes of one device's arrays that rest in host memory then; not among `live`, and never arguments.
     """
 
     stage: str
@@ -65,6 +66,7 @@ class Phase(NamedTuple):
     live: dict[str, int]
     cache: int = 0
     added: int = 0
+    host: int = 0
 
     @property
     def least(self) -> int:
@@ -78,13 +80,23 @@ def abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes on one device of (abstract) arrays with shardings."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * jax.dtypes.canonicalize_dtype(leaf.dtype).itemsize
-        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        else 8
-        for leaf in jax.tree.leaves(tree)
-    )
+    """Bytes on one device of (abstract) arrays with shardings; what rests in host memory is not there."""
+    return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if not _in_host(leaf))
+
+
+def host_bytes(tree: Any) -> int:
+    """Bytes of one device's shards that rest in host memory."""
+    return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if _in_host(leaf))
+
+
+def _in_host(leaf: Any) -> bool:
+    return leaf.sharding.memory_kind == "pinned_host"
+
+
+def _shard_bytes(leaf: Any) -> int:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return 8
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * jax.dtypes.canonicalize_dtype(leaf.dtype).itemsize
 
 
 def architectures(recipe: Recipe, parts: int) -> tuple[DecoderConfig, DecoderConfig]:
@@ -156,11 +168,14 @@ def _ppo(recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, mesh) -> l
         check_positions(each, 1, config.sample.max_new_tokens)
     txs = _optimizer(config.actor), _optimizer(config.critic)
     engine: Engine = ppo_engine(config, model, actor, critic, *txs, eos_ids=(0,), mesh=mesh)
-    models = _abstract_models(actor, critic, model, mesh, txs)
+    models = _abstract_models(actor, critic, model, mesh, txs, average=config.ema_decay > 0)
     held = _state_bytes("actor ", models.actor) | _state_bytes("critic ", models.critic)
     # A reward model shares with the critic what neither trains.
     own = {path: leaf for path, leaf in models.reward.items() if path not in models.critic.frozen}
     held |= {"reference": device_bytes(models.reference), "reward model": device_bytes(own)}
+    held |= {"moving average": device_bytes(models.average)} if models.average else {}
+    # As the engine fetches them: the reference to score, of an average that rests in host memory one array at a time.
+    scoring = dataclasses.replace(models, reference=_placed(models.reference, None), average={})
 
     rows, new = config.rollouts, config.sample.max_new_tokens
     prompt = prompt_positions(recipe, min(actor.max_positions, critic.max_positions))
@@ -184,7 +199,7 @@ def _ppo(recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, mesh) -> l
     answers = [jax.ShapeDtypeStruct((rows, new), dtype) for dtype in (jnp.int32, jnp.bool, jnp.float32)]
     ended, ends = (jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.bool, jnp.int32))
     rollout = Rollout(*_batch((*prompts_of(rows), *answers, ended, answers[-1], ends), generating))
-    experience = pinned(engine.programs["score"], models, rollout)
+    experience = pinned(engine.programs["score"], scoring, rollout)
     part = _batch(jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), experience), layout)
 
     published, rolled = {"generation weights": device_bytes(weights)}, {"rollout": device_bytes(rollout)}
@@ -192,7 +207,7 @@ def _ppo(recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, mesh) -> l
     if batch_size < rows:
         learned |= {"part of the experience": device_bytes(part)}
     programs = engine.programs
-    return [
+    found = [
         Phase("ppo", "publish", programs["publish"], (models.actor.params,), held, added=device_bytes(weights)),
         Phase(
             "ppo",
@@ -203,12 +218,26 @@ def _ppo(recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, mesh) -> l
             cache=device_bytes(cache),
             added=device_bytes(cache),
         ),
-        Phase("ppo", "score", programs["score"], (models, rollout), held | rolled),
+        Phase(
+            "ppo",
+            "score",
+            programs["score"],
+            (scoring, rollout),
+            held | rolled | {"reference": device_bytes(scoring.reference)},
+        ),
         Phase("ppo", "actor", programs["actor"], (models.actor, part), held | learned, added=_gradients(models.actor)),
         Phase(
             "ppo", "critic", programs["critic"], (models.critic, part), held | learned, added=_gradients(models.critic)
         ),
     ]
+    if models.average:
+        there = _placed(models.average, None)
+        largest = max(there, key=lambda path: device_bytes(there[path]))
+        pair, live = (there[largest], models.actor.trainable[largest]), held | learned
+        if host_bytes(models.average):
+            live |= {"moving average": device_bytes(there[largest])}
+        found.append(Phase("ppo", "average", programs["average"], pair, live))
+    return [phase._replace(host=host_bytes(models)) for phase in found]
 
 
 def prompt_positions(recipe: Recipe, max_positions: int) -> int:
@@ -239,13 +268,17 @@ def abstract_state(pretrained: Pretrained, model: ModelConfig, tx: optax.Gradien
     return _state_laid_out(state, pretrained, model)
 
 
-def _abstract_models(actor: DecoderConfig, critic: DecoderConfig, model: ModelConfig, mesh, txs) -> Models:
+def _abstract_models(
+    actor: DecoderConfig, critic: DecoderConfig, model: ModelConfig, mesh, txs, *, average: bool
+) -> Models:
     """What `ppo_models` makes of two loaded models."""
     first, second = (abstract_pretrained(each, model, mesh) for each in (actor, critic))
 
+    on_devices = dataclasses.replace(model, offload_reference=False, offload_ema=False)
+
     def build(a, c):
         loaded = dataclasses.replace(first, params=a), dataclasses.replace(second, params=c)
-        return ppo_models(*loaded, model, *txs, 0)
+        return ppo_models(*loaded, on_devices, *txs, 0, average=average)
 
     models, layout = _silent(build, first.params, second.params), first.layout
 
@@ -258,12 +291,22 @@ def _abstract_models(actor: DecoderConfig, critic: DecoderConfig, model: ModelCo
             for path, leaf in params.items()
         }
 
+    trained = _state_laid_out(models.actor, first, model)
     return Models(
-        _state_laid_out(models.actor, first, model),
+        trained,
         _state_laid_out(models.critic, second, model),
-        laid_out(models.reference, first),
+        _placed(laid_out(models.reference, first), "pinned_host" if model.offload_reference else None),
         laid_out(models.reward, second, models.critic.frozen.keys()),
+        _placed(trained.trainable, "pinned_host" if model.offload_ema else None) if average else {},
     )
+
+
+def _placed(params: Mapping[str, Any], memory: str | None) -> dict[str, Any]:
+    """Abstract arrays in another memory; None: the devices' own."""
+    return {
+        path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind(memory))
+        for path, x in params.items()
+    }
 
 
 def pinned(program: Callable, *args: Any) -> Any:

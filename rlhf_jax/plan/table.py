@@ -32,6 +32,8 @@ def render(plan: dict[str, Any]) -> str:
         f"most in {worst['stage']} {worst['phase']}, where the GPU holds "
         + ", ".join(f"{what} {size / unit:.2f}" for what, size in held if size >= unit / 200),
     ]
+    if most := max(row["host"] for row in plan["phases"]):
+        lines.append(f"in pinned host memory for each GPU: {most / unit:.2f}")
     lines += ["fits" if plan["fits"] else "does not fit: " + "; or ".join(plan["mends"])]
     lines += [""] + [_micro(stage, found) for stage, found in plan["micro_batch"].items()]
     lines += ["", _row("seconds", ("floor", "expected"))]

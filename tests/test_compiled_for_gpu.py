@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from rlhf_jax.collectives import instructions, kinds, moved, runs
+from rlhf_jax.collectives import instructions, kinds, moved, received, runs
 from rlhf_jax.engine import Compute, Models, make_engine
 from rlhf_jax.generate import Rollout, generate
 from rlhf_jax.gpus import COMPILE_OPTIONS, devices_of
@@ -172,7 +172,13 @@ def split_leaves(config, lora=NO_LORA):
 def test_publish_is_one_bfloat16_all_gather_of_each_split_weight_and_nothing_else(case):
     text = program(case, "publish").text
     assert kinds(text) == {"all-gather"}
-    assert [dtype for dtype, _ in moved(text, "all-gather")] == ["bf16"] * len(split_leaves(CASES[case][0]))
+    split, layouts = split_leaves(CASES[case][0]), [Layout(mesh(), table) for table in (TRAIN, GENERATE)]
+    assert [dtype for dtype, _ in moved(text, "all-gather")] == ["bf16"] * len(split)
+    lacking = 0  # (t - tg) / (t tg) of each weight
+    for leaf in split.values():
+        t, tg = (math.prod(layout.shards(axis) for axis in leaf.axes if axis) for layout in layouts)
+        lacking += 2 * math.prod(leaf.shape) * (t - tg) // (t * tg)
+    assert received(text) == lacking
 
 
 @pytest.mark.parametrize("name", ["score", "update"])

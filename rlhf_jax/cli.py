@@ -78,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = add("export", "hand on what a run has trained, as a Hugging Face folder or a PEFT adapter", IMPORT_HELP)
     command.add_argument("run", metavar="RUN", help="the run.dir of a training")
     command.add_argument("destination", metavar="DST", help="the folder to write, which is not there yet or empty")
-    command.add_argument("--stage", choices=("ppo", "sft", "reward", "critic"), default="ppo", help="default: ppo")
+    command.add_argument(
+        "--stage", choices=("ppo", "sft", "reward", "critic", "ema"), default="ppo", help="default: ppo"
+    )
     command.add_argument("--adapter", action="store_true", help="the LoRA adapter alone, as PEFT loads it")
     command.add_argument("--dtype", choices=DTYPES, help="of a whole model (default: that of the run's export)")
 

@@ -19,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rlhf_jax.average import make_average, step_of
 from rlhf_jax.generate import Rollout
+from rlhf_jax.host_memory import to_devices
 from rlhf_jax.mesh import Layout, check_divides
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.attention import Choice
@@ -66,14 +68,16 @@ class Models:
         actor: with or without adapters.
         critic: with a scalar head.
         reference: parameters of the frozen policy that the KL is measured to; {} where the actor has adapters: then it
-            is the actor's base without them, and no copy exists.
+            is the actor's base without them, and no copy exists. It may rest in pinned host memory.
         reward: parameters of the frozen reward model.
+        average: float32 moving average of what the actor trains, in host memory or not; {}: none is kept.
     """
 
     actor: TrainState
     critic: TrainState
     reference: Params
     reward: Params
+    average: Params = dataclasses.field(default_factory=dict)
 
 
 @record
@@ -116,7 +120,8 @@ class Engine(NamedTuple):
     score(models, rollout) -> Experience; update(models, experience) -> (models, {name: scalar}), models donated.
 
     `programs` are the jitted functions inside, for whoever lowers them: publish, generate(weights, prompts, mask, key),
-    score, actor(state, experience) and critic(state, experience).
+    score (of models on the devices, without an average), actor(state, experience), critic(state, experience) and
+    average(average, weights) of one array.
     """
 
     publish: Callable[[Params], Weights]
@@ -210,8 +215,12 @@ def make_engine(
     num_micro: int,
     num_score_micro: int,
     generate_rows: int = 0,
+    ema_decay: float = 0.0,
 ) -> Engine:
-    """Build the four programs of one actor, critic and reward model; nothing is compiled before the first call.
+    """Build the programs of one actor, critic and reward model; nothing is compiled before the first call.
+
+    A moving average that the models hold follows the actor at every optimizer step, by `ema_decay`. (DeepSpeed-Chat's
+    follows at every micro-batch, even those that only accumulate; where an update is one micro-batch they are equal.)
 
     layout: of all that is trained and scored, as `train_layout` gives it.
     """
@@ -243,6 +252,9 @@ def make_engine(
         critic_objective, critic_tx, abstract_params(critic.config, critic.lora), layout, num_micro
     )
 
+    step_average = step_of(ema_decay)
+    follow = make_average(step_average)
+
     def update(models: Models, experience: Experience) -> tuple[Models, Stats]:
         rows = experience.tokens.shape[0]
         check_divides("rollouts of one update", rows, num_micro * layout.shards("batch"), "micro-batches x devices")
@@ -250,7 +262,13 @@ def make_engine(
         critic_state, critic_stats = update_critic(models.critic, experience)
         stats = {f"actor_{name}": value for name, value in actor_stats.items()}
         stats |= {f"critic_{name}": value for name, value in critic_stats.items()}
-        return dataclasses.replace(models, actor=actor_state, critic=critic_state), stats
+        average = follow(models.average, actor_state.trainable)
+        return dataclasses.replace(models, actor=actor_state, critic=critic_state, average=average), stats
+
+    def score(models: Models, rollout: Rollout) -> Experience:
+        # A reference in host memory is on the devices for this alone.
+        reference = to_devices(models.reference)
+        return programs["score"](dataclasses.replace(models, reference=reference, average={}), rollout)
 
     programs = {
         "publish": make_publish(actor, mesh, compute.dtype, layout.table),
@@ -260,11 +278,12 @@ def make_engine(
         "score": make_score(actor, critic, reward, estimate, layout, compute, sample.temperature, num_score_micro),
         "actor": update_actor,
         "critic": update_critic,
+        "average": step_average,
     }
     return Engine(
         publish=programs["publish"],
         generate=make_generate(actor.config, sample, eos_ids, mesh, compute.dtype, generate_rows, compute.attention),
-        score=programs["score"],
+        score=score,
         update=update,
         programs=programs,
     )

@@ -5,8 +5,10 @@ B prompts, P prompt positions, N answer tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
+from rlhf_jax.collectives import received
 from rlhf_jax.generate import Rollout, bucket, generate, generate_in_rows
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, Table, check_divides, check_model_divides
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.attention import Choice
-from rlhf_jax.models.cached import Weights, for_decoding, shared_for_decoding
-from rlhf_jax.models.decoder import NO_LORA
+from rlhf_jax.models.cached import Weights, for_decoding, shared, shared_for_decoding
+from rlhf_jax.models.decoder import NO_LORA, abstract_params
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.sampling import SampleConfig, check_sample
@@ -57,6 +60,10 @@ class Publish:
         """Of the compiled part, from arrays or their abstract shapes."""
         return self.program.lower(params)
 
+    def compiled(self, params: Params) -> Publish:
+        """The same, compiled now and for such parameters alone, so that its text can be read at no second price."""
+        return dataclasses.replace(self, program=self.lower(params).compile())
+
 
 @functools.lru_cache
 def make_publish(role: Role, mesh: Mesh, dtype: jnp.dtype, home: Table = TRAIN) -> Publish:
@@ -72,6 +79,40 @@ def make_publish(role: Role, mesh: Mesh, dtype: jnp.dtype, home: Table = TRAIN) 
         return for_decoding(role.config, params, layout, dtype, role.lora, home)
 
     return Publish(role, layout, jax.jit(publish))
+
+
+def publish_bytes(publish: Publish, params: Params, dtype: jnp.dtype) -> dict[str, float]:
+    """What a compiled `publish` moves, for the metrics: bytes that each device receives over links.
+
+    publish_bytes: by the text of the compiled program. publish_bytes_least: what a device lacks of its weights, in
+    `dtype`: (t - tg) / (t tg) of a weight of t shards in training and tg in generation, so nothing of those that every
+    device has whole already, as norms. publish_bytes_ratio, where there is a bound: the one over the other. CPUs run
+    collectives of bfloat16 in float32, which doubles it; KV heads fewer than tensor shards go to several of them, which
+    the bound does not count.
+
+    Raises:
+        ValueError: the program has no text, or one that is not understood.
+    """
+    config, layout, kept = publish.role.config, publish.layout, shared(params)
+    total, least = received(publish.program.as_text()), 0
+    moving: list[tuple[jax.Array, Sharding]] = []
+    shared_for_decoding(config, params, layout, lambda array, there: moving.append((array, there)))
+    moving = [(array, there) for array, there in moving if _lacking(array, there)]
+    if moving:  # which `jax.device_put` does, by a program as this one
+        arrays, there = map(list, zip(*moving, strict=True))
+        total += received(jax.jit(lambda x: x, out_shardings=there).lower(arrays).compile().as_text())
+        least += sum(_lacking(array, at) * array.dtype.itemsize for array, at in moving)
+    for path, leaf in abstract_params(config, publish.role.lora if kept else NO_LORA).items():
+        if path not in kept:
+            least += _lacking(params[path], layout.sharding(leaf.axes)) * dtype.itemsize
+    told = {"publish_bytes": total, "publish_bytes_least": least}
+    return told | ({"publish_bytes_ratio": total / least} if least else {})
+
+
+def _lacking(array: jax.Array, there: Sharding) -> int:
+    """Elements of a device's shard by `there` that its present shard, a part of it, has not."""
+    shards = (math.prod(each.shard_shape(array.shape)) for each in (there, array.sharding))
+    return max(0, next(shards) - next(shards))
 
 
 @functools.lru_cache
@@ -112,8 +153,9 @@ def make_generate(
 ) -> Callable[[Weights, np.ndarray, np.ndarray, jax.Array], Rollout]:
     """(weights, prompts [B, P], mask [B, P], key) -> Rollout, for left-padded prompts on the host.
 
-    Padding that all rows share is cut down to a bucket, so that few lengths are compiled (every one is logged); prompts
-    are padded to what the mesh divides, and dropped again. Each is answered `sample.num_samples` times.
+    Padding that all rows share is cut down to a bucket, so that few lengths are compiled: for one number of prompts no
+    more programs than there are buckets, powers of two, up to the model's positions (every one is logged). Prompts are
+    padded to what the mesh divides, and dropped again. Each is answered `sample.num_samples` times.
 
     Args:
         rows: answers that are decoded at a time, a row that ends taking the next prompt; 0, or as many as there are

@@ -10,7 +10,13 @@ from rlhf_jax.models.folders import check_free, local_folder, read_json, replaci
 from rlhf_jax.models.pretrained import from_pretrained, is_scorer, reward_from_pretrained, save_pretrained
 from rlhf_jax.models.safetensors_io import stored_dtype
 
-EXPORTS = {"ppo": "ppo/export", "sft": "sft/export", "reward": "reward/export", "critic": "ppo/export_critic"}
+EXPORTS = {
+    "ppo": "ppo/export",
+    "sft": "sft/export",
+    "reward": "reward/export",
+    "critic": "ppo/export_critic",
+    "ema": "ppo/export_ema",  # the moving average of the PPO actor, where one was kept
+}
 
 
 def import_model(source: str, destination: str, *, adapter: str | None = None, dtype: str | None = None) -> None:
@@ -55,7 +61,8 @@ def export_run(run: str, destination: str, *, stage: str, adapter: bool = False,
     folder = Path(run) / EXPORTS[stage]
     if not folder.exists():
         done = ", ".join(name for name, place in EXPORTS.items() if (Path(run) / place).exists()) or "none"
-        raise ValueError(f"{stage} of {run} is not finished ({folder} is not there); finished: {done}")
+        mend = ", or was trained without (ppo.ema_decay = 0)" if stage == "ema" else ""
+        raise ValueError(f"{stage} of {run} is not finished ({folder} is not there){mend}; finished: {done}")
     if adapter and dtype:
         raise ValueError("--dtype is of a whole model, an adapter is float32: leave one of them out")
     if not adapter:

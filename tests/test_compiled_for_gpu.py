@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
+from rlhf_jax.collectives import instructions, kinds, moved, received, runs
 from rlhf_jax.engine import Compute, Models, make_engine
 from rlhf_jax.generate import Rollout, generate
 from rlhf_jax.gpus import COMPILE_OPTIONS, devices_of
@@ -154,8 +155,9 @@ def program(case, name, zero=3, offload=False) -> Program:
         run = jax.jit(lambda weights, prompts, mask, key: generate(config, weights, prompts, mask, key, *options))
         return compiled(run.lower(weights, rollout.prompts, rollout.prompt_mask, key))
     if name == "score":
-        return compiled(engine.score.lower(models, rollout))
-    experience = jax.tree.map(lambda x: rows(train, x.shape, x.dtype), jax.eval_shape(engine.score, models, rollout))
+        return compiled(engine.programs["score"].lower(models, rollout))
+    scored = jax.eval_shape(engine.programs["score"], models, rollout)
+    experience = jax.tree.map(lambda x: rows(train, x.shape, x.dtype), scored)
     if name == "actor":
         return compiled(engine.programs["actor"].lower(models.actor, experience))
     if name.startswith("step "):
@@ -163,24 +165,6 @@ def program(case, name, zero=3, offload=False) -> Program:
         return compiled(update.step.lower(*update.arguments(models.actor, name.removeprefix("step "))))
     assert name == "update"
     return compiled(jax.jit(engine.update, donate_argnums=0).lower(models, experience))
-
-
-def moved(text: str, kind: str) -> list[tuple[str, tuple[int, ...]]]:
-    """(dtype, shape) of every array that collectives of a kind give; XLA combines many arrays into one of them."""
-    found = []
-    for shape, start in re.findall(rf"= (.*?) {kind}(-start)?\(", text):
-        arrays = [
-            (dtype, tuple(map(int, dims.split(","))) if dims else ())
-            for dtype, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", re.sub(r"\{[^{}]*\}|/\*.*?\*/", "", shape))
-        ]
-        # What starts names its operands before its results; an all-reduce names its results alone.
-        found += arrays[len(arrays) // 2 :] if start and kind != "all-reduce" else arrays
-    return found
-
-
-def kinds(text: str) -> set[str]:
-    every = "all-gather|all-reduce|all-to-all|collective-permute|collective-broadcast|reduce-scatter|send|recv"
-    return set(re.findall(rf"(?<=[\s=])({every})(?:-start)?\(", text))
 
 
 def split_leaves(config, lora=NO_LORA):
@@ -192,7 +176,13 @@ def split_leaves(config, lora=NO_LORA):
 def test_publish_is_one_bfloat16_all_gather_of_each_split_weight_and_nothing_else(case):
     text = program(case, "publish").text
     assert kinds(text) == {"all-gather"}
-    assert [dtype for dtype, _ in moved(text, "all-gather")] == ["bf16"] * len(split_leaves(CASES[case][0]))
+    split, layouts = split_leaves(CASES[case][0]), [Layout(mesh(), table) for table in (TRAIN, GENERATE)]
+    assert [dtype for dtype, _ in moved(text, "all-gather")] == ["bf16"] * len(split)
+    lacking = 0  # (t - tg) / (t tg) of each weight
+    for leaf in split.values():
+        t, tg = (math.prod(layout.shards(axis) for axis in leaf.axes if axis) for layout in layouts)
+        lacking += 2 * math.prod(leaf.shape) * (t - tg) // (t * tg)
+    assert received(text) == lacking
 
 
 @pytest.mark.parametrize("name", ["score", "update"])
@@ -322,36 +312,21 @@ def test_what_is_rematerialised_whole_would_be_seen():
 
 def runs_of_fused_attention(text: str) -> Counter:
     """How often cuDNN's calls are run, by their kind; XLA may take a turn of a loop out of it and write calls twice."""
-    calls, loops, current = [], {}, None
-    for line in text.splitlines():
-        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            current = head[1]
-        elif found := re.search(r'custom_call_target="__cudnn\$fmha(\w+)"', line):
-            calls.append((found[1], current))
-        elif found := re.search(r" while\(.*?body=%([\w.\-]+)", line):
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-            loops[found[1]] = current, trips and int(trips[1])
-
-    def times(computation: str) -> int:
-        if computation not in loops:
-            return 1
-        around, trips = loops[computation]
-        return trips * times(around)
-
-    runs = Counter()
-    for kind, computation in calls:
-        runs[kind] += times(computation)
-    return runs
+    often, calls = runs(text), Counter()
+    for computation, _, _, line in instructions(text):
+        if found := re.search(r'custom_call_target="__cudnn\$fmha(\w+)"', line):
+            calls[found[1]] += often[computation]
+    return calls
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_attention_is_cudnns_in_every_program_that_looks_at_whole_rows(case):
     names, layers = ("generate", "score", "update"), CASES[case][0].num_layers
-    runs = {name: runs_of_fused_attention(program(case, name).text) for name in names}
+    calls = {name: runs_of_fused_attention(program(case, name).text) for name in names}
     each = layers * MICRO  # layers of one model, over the micro-batches
-    assert runs["generate"] == {"Softmax": layers}, "the prefill"
-    assert runs["score"] == {"Softmax": 4 * each}, "once in each layer of four models"
-    assert runs["update"] == {"Softmax": 4 * each, "SoftmaxBackward": 2 * each}, "forward, again, and backward"
+    assert calls["generate"] == {"Softmax": layers}, "the prefill"
+    assert calls["score"] == {"Softmax": 4 * each}, "once in each layer of four models"
+    assert calls["update"] == {"Softmax": 4 * each, "SoftmaxBackward": 2 * each}, "forward, again, and backward"
     for name in ("score", "update"):
         assert f"{PROMPT + NEW},{PROMPT + NEW}]" not in program(case, name).text, "no scores and no mask in memory"
 

@@ -8,10 +8,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "rlhf_jax"
 FLOORS = [
     ["config", "trees"],
-    ["mesh", "gpus", "metrics", "objectives", "sampling"],
+    ["mesh", "gpus", "collectives", "host_memory", "metrics", "objectives", "sampling"],
     ["models", "data"],
     ["optim", "train_step", "generate", "checkpoint"],
-    ["rollout"],
+    ["rollout", "average"],
     ["engine"],
     ["stages", "evaluate"],
     ["recipe"],

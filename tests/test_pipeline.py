@@ -2,19 +2,27 @@
 
 import json
 import math
+import re
 import shutil
 import tomllib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_recipe
 from tiny_recipe import records, tensors, timeless, tree, write_recipe
 
+import rlhf_jax.collectives
+import rlhf_jax.rollout
 import rlhf_jax.stages.ppo
 import rlhf_jax.stages.reward
 import rlhf_jax.stages.sft
+from rlhf_jax.cli import main
+from rlhf_jax.config import dump, load
 from rlhf_jax.data import assistant
+from rlhf_jax.models.pretrained import from_pretrained
+from rlhf_jax.recipe import Recipe
 
 STAGES = ("sft", "reward", "ppo")
 
@@ -124,6 +132,7 @@ def stop_in(patch: pytest.MonkeyPatch, stage: str, at: int) -> None:
 LORA = [f"model.{name}={{rank=2, alpha=4.0}}" for name in ("lora", "reward_lora")]
 SLOW = pytest.mark.slow
 MESH = ["mesh.fsdp=4", "mesh.tensor=2"]
+AVERAGED = ["ppo.ema_decay=0.75", "model.offload_ema=true", "model.offload_reference=true"]
 
 
 @pytest.mark.parametrize(
@@ -131,9 +140,12 @@ MESH = ["mesh.fsdp=4", "mesh.tensor=2"]
     [
         pytest.param([], 1, id="whole-model"),
         pytest.param(
-            [*LORA, "ppo.ppo_epochs=2", "ppo.batch_size=4", "sft.micro_batch_size=4"], 1, id="lora", marks=SLOW
+            [*LORA, "ppo.ppo_epochs=2", "ppo.batch_size=4", "sft.micro_batch_size=4", "ppo.ema_decay=0.9"],
+            1,
+            id="lora",
+            marks=SLOW,
         ),
-        pytest.param(MESH, 8, id="fsdp4-tensor2", marks=SLOW),
+        pytest.param([*MESH, *AVERAGED], 8, id="fsdp4-tensor2", marks=SLOW),
     ],
 )
 def test_a_run_stopped_in_every_stage_ends_bit_for_bit_as_one_that_never_stopped(
@@ -157,7 +169,8 @@ def test_a_run_stopped_in_every_stage_ends_bit_for_bit_as_one_that_never_stopped
 
     for stage in STAGES:
         assert timeless(stopped / stage / "metrics.jsonl") == timeless(whole / stage / "metrics.jsonl")
-    for export in ("sft/export", "reward/export", "ppo/export", "ppo/export_critic"):
+    averaged = ["ppo/export_ema"] if any("ema_decay" in each for each in overrides) else []
+    for export in ("sft/export", "reward/export", "ppo/export", "ppo/export_critic", *averaged):
         ours, theirs = tensors(stopped / export), tensors(whole / export)
         assert ours.keys() == theirs.keys()
         assert [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()] == []
@@ -235,16 +248,104 @@ def test_a_run_killed_between_the_last_checkpoint_and_the_export_only_exports(tm
     assert (folder / "sft/export/model.safetensors").exists()
 
 
+def before_ppo(folder, finished, *overrides):
+    """A run of these settings whose SFT and reward model are those of the finished one."""
+    for stage in ("sft", "reward"):
+        shutil.copytree(finished / stage / "export", folder / stage / "export")
+    options = [*overrides, f"run.dir={folder}"]
+    (folder / "config.toml").write_text(dump(load(finished.parent / "tiny.toml", options, Recipe)))
+    return ["ppo", finished.parent / "tiny.toml", *options]
+
+
+def keep_trained(patch, kept):
+    """Append to `kept` what the actor trains, before PPO and after each of its steps."""
+    loop = rlhf_jax.stages.ppo.train_loop
+
+    def keeping(run, name, total, state, step_fn, *rest, **options):
+        def stepping(state, step):
+            state, stats = step_fn(state, step)
+            kept.append(jax.device_get(jax.tree.map(jnp.copy, state.actor.trainable)))
+            return state, stats
+
+        kept.append(jax.device_get(jax.tree.map(jnp.copy, state.actor.trainable)))
+        return loop(run, name, total, state, stepping, *rest, **options)
+
+    patch.setattr(rlhf_jax.stages.ppo, "train_loop", keeping)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_exported_average_is_that_by_hand_and_bit_for_bit_the_same_stopped_resumed_and_in_host_memory(
+    lora, tmp_path, finished, monkeypatch, capsys
+):
+    overrides = ["ppo.steps=3", "ppo.ema_decay=0.75", *(LORA[:1] if lora else [])]
+    whole, stopped, kept = tmp_path / "whole", tmp_path / "stopped", []
+    with monkeypatch.context() as patch:
+        keep_trained(patch, kept)
+        assert tiny_recipe.run(*before_ppo(whole, finished, *overrides)) == 0
+    assert re.search("programs of generation: [123], of at most 3 for these prompts", capsys.readouterr().out)
+    command = before_ppo(stopped, finished, *overrides, *AVERAGED[1:])
+    with monkeypatch.context() as patch:
+        stop_in(patch, "ppo", 2)
+        assert tiny_recipe.run(*command) == 130
+    assert tiny_recipe.run(*command) == 0
+    said = capsys.readouterr()
+    assert "ppo: resumed at step 2 of 3" in said.err
+    assert ("offload_reference has nothing to do" in said.out) == lora and "offload_ema" not in said.out
+
+    start, *after = kept
+    average = {path: leaf.astype(np.float64) for path, leaf in start.items()}
+    for trained in after:
+        average = {path: 0.75 * leaf + 0.25 * trained[path] for path, leaf in average.items()}
+    assert max(np.abs(average[path] - after[-1][path]).max() for path in average) > 1e-3
+    if lora:
+        base, scale = from_pretrained(whole / "sft/export").params, 4.0 / 2
+        for path in [path for path in average if path.endswith("lora_a")]:
+            kernel = path.replace("lora_a", "kernel")
+            average[kernel] = base[kernel] + scale * average.pop(path) @ average.pop(path.replace("lora_a", "lora_b"))
+        assert (whole / "ppo/export_ema_adapter/adapter_model.safetensors").exists()
+    exported = from_pretrained(whole / "ppo/export_ema").params
+    assert average.keys() <= exported.keys()
+    for path, leaf in average.items():
+        np.testing.assert_allclose(exported[path], leaf, atol=1e-6, err_msg=path)
+
+    assert timeless(stopped / "ppo/metrics.jsonl") == timeless(whole / "ppo/metrics.jsonl")
+    for export in ("ppo/export", "ppo/export_critic", "ppo/export_ema"):
+        ours, theirs = tensors(stopped / export), tensors(whole / export)
+        assert [name for name in theirs if ours[name].tobytes() != theirs[name].tobytes()] == []
+    assert main(["export", str(whole), str(tmp_path / "out"), "--stage", "ema"]) == 0
+    jax.tree.map(np.testing.assert_array_equal, tensors(tmp_path / "out"), tensors(whole / "ppo/export_ema"))
+
+
+def test_without_an_average_none_is_exported_and_asking_for_it_says_so(tmp_path, finished, capsys):
+    assert not (finished / "ppo/export_ema").exists()
+    assert main(["export", str(finished), str(tmp_path / "out"), "--stage", "ema"]) == 2
+    assert "was trained without (ppo.ema_decay = 0)" in capsys.readouterr().err
+
+
+def test_publish_is_logged_with_its_bytes_their_bound_and_the_ratio(tmp_path, finished, monkeypatch, capsys):
+    for record in records(finished / "ppo" / "metrics.jsonl"):
+        assert (record["publish_bytes"], record["publish_bytes_least"]) == (0, 0), "one device"
+        assert "publish_bytes_ratio" not in record
+    eight = tmp_path / "eight"
+    assert tiny_recipe.run(*before_ppo(eight, finished, "ppo.steps=1", *MESH), devices=8) == 0
+    (record,) = records(eight / "ppo/metrics.jsonl")
+    # float32: the embedding, of 300 ids on 384 rows, and the kernels; 3/8 of each come over links.
+    split = sum(leaf.size for leaf in tensors(eight / "sft/export").values() if leaf.ndim == 2) + (384 - 300) * 16
+    assert record["publish_bytes"] == record["publish_bytes_least"] == split * 4 * 3 // 8
+    assert record["publish_bytes_ratio"] == 1
+
+    monkeypatch.setattr(rlhf_jax.rollout, "received", lambda text: rlhf_jax.collectives.received(""))
+    assert tiny_recipe.run(*before_ppo(tmp_path / "mute", finished, "ppo.steps=1")) == 0
+    assert "the bytes of publish are not counted: the compiled program comes without" in capsys.readouterr().out
+    assert not {name for name in records(tmp_path / "mute/ppo/metrics.jsonl")[0] if name.startswith("publish")}
+
+
 def test_ppo_in_rows_that_are_refilled_samples_and_trains_as_all_at_once(tmp_path, finished):
-    recipe, options = write_recipe(tmp_path), ("ppo.steps=1", "ppo.batch_size=0", "ppo.sample.num_samples=2")
+    options = ("ppo.steps=1", "ppo.batch_size=0", "ppo.sample.num_samples=2")
     said, logged = [], []
     for rows in (0, 4):
         folder = tmp_path / str(rows)
-        for stage in ("sft", "reward"):
-            shutil.copytree(finished / stage / "export", folder / stage / "export")
-        config = (finished / "config.toml").read_text().replace(str(finished), str(folder))
-        (folder / "config.toml").write_text(config)
-        assert tiny_recipe.run("ppo", recipe, f"run.dir={folder}", *options, f"ppo.generate_rows={rows}") == 0
+        assert tiny_recipe.run(*before_ppo(folder, finished, *options, f"ppo.generate_rows={rows}")) == 0
         said.append([(line["prompt"], line["response"]) for line in records(folder / "ppo/rollouts/000001.jsonl")])
         logged += timeless(folder / "ppo/metrics.jsonl")
     assert len(said[0]) == 16 and said[0] == said[1]

@@ -14,6 +14,7 @@ import rlhf_jax.plan
 from rlhf_jax.cli import main
 from rlhf_jax.config import parse
 from rlhf_jax.gpus import GPUS, devices_of, plugin
+from rlhf_jax.host_memory import to_devices
 from rlhf_jax.mesh import TRAIN, Layout, make_mesh
 from rlhf_jax.models.families import decoder_config
 from rlhf_jax.models.pretrained import Pretrained
@@ -49,6 +50,14 @@ SETTINGS = {
     "offload": {"offload_optimizer": True},
     "lora-offload": {"lora": LORA, "frozen_dtype": "bfloat16", "offload_optimizer": True},
 }
+# Where the moving average, of what the actor trains, and the reference rest.
+AVERAGED = {
+    "average": {},
+    "average-offloaded": {"offload_ema": True},
+    "all-offloaded": {"offload_ema": True, "offload_reference": True, "frozen_dtype": "bfloat16"},
+    "lora-offloaded": {"lora": LORA, "offload_ema": True, "offload_reference": True},
+}
+SETTINGS |= AVERAGED
 
 
 def recipe_of(folder, setting="whole", mesh="one", zero=3, **ppo) -> Recipe:
@@ -62,7 +71,12 @@ def recipe_of(folder, setting="whole", mesh="one", zero=3, **ppo) -> Recipe:
         "data": {"sources": [{"path": "builtin:assistant"}], "max_prompt_length": 24, "max_length": 40},
         "sft": {"batch_size": 16},
         "reward": {"batch_size": 16},
-        "ppo": {"rollout_batch_size": 16, "sample": {"max_new_tokens": 16}} | ppo,
+        "ppo": {
+            "rollout_batch_size": 16,
+            "sample": {"max_new_tokens": 16},
+            "ema_decay": 0.99 if setting in AVERAGED else 0.0,
+        }
+        | ppo,
     }
     return parse(Recipe, config, "the test")
 
@@ -90,15 +104,43 @@ def test_the_arrays_really_held_are_those_of_the_plan_to_two_percent(setting, me
         params = {path: leaf.astype(dtype) for path, leaf in tiny.random_params(decoder, mesh).items()}
         loaded.append(relaid(Pretrained(decoder, params, None, HF, {}, Layout(mesh, TRAIN)), layout))
     txs = make_optimizer(recipe.ppo.actor, 1), make_optimizer(recipe.ppo.critic, 1)
-    models = ppo_models(*loaded, model, *txs, 0)
+    models = ppo_models(*loaded, model, *txs, 0, average=recipe.ppo.ema_decay > 0)
     engine = ppo_engine(recipe.ppo, model, loaded[0].config, loaded[1].config, *txs, (0,), layout)
     weights = engine.publish(models.actor.params)
 
     planned = {phase.name: phase for phase in phases(recipe, abstract_mesh(recipe.mesh, mesh.size), ("ppo",))}
     np.testing.assert_allclose(sum(planned["publish"].live.values()), on_first_device(models), rtol=0.02)
-    assert planned["publish"].host == on_first_device(models, "pinned_host")
-    assert (planned["publish"].host > 0) == model.offload_optimizer
+    assert {phase.host for phase in planned.values()} == {on_first_device(models, "pinned_host")}
     np.testing.assert_allclose(device_bytes(planned["generate"].args[0]), on_first_device(weights), rtol=0.02)
+    scoring = dataclasses.replace(models, reference=to_devices(models.reference))
+    planned_to_score = sum(size for what, size in planned["score"].live.items() if what != "rollout")
+    np.testing.assert_allclose(planned_to_score, on_first_device(scoring), rtol=0.02)
+    assert ("average" in planned) == (setting in AVERAGED)
+    if setting in AVERAGED:
+        sizes = [on_first_device(to_devices(leaf)) for leaf in models.average.values()]
+        largest = max(sizes) if model.offload_ema else sum(sizes)
+        assert planned["average"].live["moving average"] == largest
+        beside = sum(planned["critic"].live.values()) - planned["critic"].live["moving average"]
+        assert sum(planned["average"].live.values()) == beside + largest
+
+
+def test_what_rests_in_host_memory_is_on_the_device_only_when_it_is_used_as_by_hand(tmp_path):
+    def planned(setting):
+        recipe = recipe_of(tmp_path, setting)
+        return {phase.name: phase for phase in phases(recipe, abstract_mesh(recipe.mesh, 1), ("ppo",))}
+
+    plain, away, adapted = (planned(setting) for setting in ("average", "all-offloaded", "lora-offloaded"))
+    assert {phase.live["moving average"] for phase in plain.values()} == {4 * WEIGHTS}
+    assert {phase.host for phase in plain.values()} == {0}
+    assert {name: phase.live["moving average"] for name, phase in away.items()} == {
+        **dict.fromkeys(("publish", "generate", "score", "actor", "critic"), 0),
+        "average": 4 * V * D,  # the embedding, the largest array
+    }
+    assert {name for name, phase in away.items() if phase.live["reference"]} == {"score"}
+    assert away["score"].live["reference"] == 2 * WEIGHTS
+    assert {phase.host for phase in away.values()} == {(4 + 2) * WEIGHTS}
+    assert adapted["publish"].host == 4 * L * 4 * (4 * (D + D) + 2 * (D + F)), "adapters of rank 4 on six linears"
+    assert {phase.live["reference"] for phase in adapted.values()} == {0}
 
 
 @pytest.mark.parametrize("setting", ["whole", "both-lora", "offload"])

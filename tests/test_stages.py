@@ -240,6 +240,12 @@ def test_ppo_batches_divide_the_rollouts():
         ppo_sizes(PPOConfig(rollout_batch_size=64, batch_size=24), layout_of(8))
 
 
+@pytest.mark.parametrize("decay", [-0.1, 1.0, 992])
+def test_a_moving_average_that_would_never_move_or_leave_its_weights_is_refused(decay):
+    with pytest.raises(ValueError, match=f"ema_decay={decay:g}: at least 0 .no average. and below 1, such as 0.992"):
+        PPOConfig(ema_decay=decay)
+
+
 def test_steps_are_those_given_or_all_epochs():
     assert total_steps(7, 3, 10) == 7
     assert total_steps(0, 3, 10) == 30

@@ -207,11 +207,14 @@ def _ppo(recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, layout: La
         check_positions(each, 1, config.sample.max_new_tokens)
     txs = _optimizer(config.actor), _optimizer(config.critic)
     engine: Engine = ppo_engine(config, model, actor, critic, *txs, eos_ids=(0,), layout=layout)
-    models = _abstract_models(actor, critic, model, layout, txs)
+    models = _abstract_models(actor, critic, model, layout, txs, average=config.ema_decay > 0)
     held = _state_bytes("actor ", models.actor) | _state_bytes("critic ", models.critic)
     # A reward model shares with the critic what neither trains.
     own = {path: leaf for path, leaf in models.reward.items() if path not in models.critic.frozen}
     held |= {"reference": device_bytes(models.reference), "reward model": device_bytes(own)}
+    held |= {"moving average": device_bytes(models.average)} if models.average else {}
+    # As the engine fetches them: the reference to score, of an average that rests in host memory one array at a time.
+    scoring = dataclasses.replace(models, reference=_placed(models.reference, None), average={})
 
     rows, new = config.rollouts, config.sample.max_new_tokens
     prompt = prompt_positions(recipe, min(actor.max_positions, critic.max_positions))
@@ -237,7 +240,7 @@ def _ppo(recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, layout: La
     answers = [jax.ShapeDtypeStruct((rows, new), dtype) for dtype in (jnp.int32, jnp.bool, jnp.float32)]
     ended, ends = (jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.bool, jnp.int32))
     rollout = Rollout(*_batch((*prompts_of(rows), *answers, ended, answers[-1], ends), generating))
-    experience = pinned(engine.programs["score"], models, rollout)
+    experience = pinned(engine.programs["score"], scoring, rollout)
     part = _batch(jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), experience), layout)
 
     published, rolled = {"generation weights": added}, {"rollout": device_bytes(rollout)}
@@ -256,10 +259,23 @@ def _ppo(recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, layout: La
             cache=device_bytes(cache),
             added=device_bytes(cache),
         ),
-        Phase("ppo", "score", programs["score"], (models, rollout), held | rolled),
+        Phase(
+            "ppo",
+            "score",
+            programs["score"],
+            (scoring, rollout),
+            held | rolled | {"reference": device_bytes(scoring.reference)},
+        ),
         *_learning("ppo", "actor", programs["actor"], models.actor, part, held | learned),
         *_learning("ppo", "critic", programs["critic"], models.critic, part, held | learned),
     ]
+    if models.average:
+        there = _placed(models.average, None)
+        largest = max(there, key=lambda path: device_bytes(there[path]))
+        pair, live = (there[largest], models.actor.trainable[largest]), held | learned
+        if host_bytes(models.average):
+            live |= {"moving average": device_bytes(there[largest])}
+        found.append(Phase("ppo", "average", programs["average"], pair, live))
     return [phase._replace(host=host_bytes(models)) for phase in found]
 
 
@@ -316,16 +332,20 @@ def abstract_state(pretrained: Pretrained, model: ModelConfig, tx: optax.Gradien
     return _state_laid_out(state, pretrained, model)
 
 
-def _abstract_models(actor: DecoderConfig, critic: DecoderConfig, model: ModelConfig, layout, txs) -> Models:
+def _abstract_models(
+    actor: DecoderConfig, critic: DecoderConfig, model: ModelConfig, layout, txs, *, average: bool
+) -> Models:
     """What `ppo_models` makes of two loaded models."""
     first, second = (
         abstract_pretrained(actor, model, layout, one_copy=model.one_copy),
         abstract_pretrained(critic, model, layout),
     )
 
+    on_devices = dataclasses.replace(model, offload_reference=False, offload_ema=False)
+
     def build(a, c):
         loaded = dataclasses.replace(first, params=a), dataclasses.replace(second, params=c)
-        return ppo_models(*loaded, model, *txs, 0)
+        return ppo_models(*loaded, on_devices, *txs, 0, average=average)
 
     models = _silent(build, first.params, second.params)
 
@@ -338,12 +358,22 @@ def _abstract_models(actor: DecoderConfig, critic: DecoderConfig, model: ModelCo
             for path, leaf in params.items()
         }
 
+    trained = _state_laid_out(models.actor, first, model)
     return Models(
-        _state_laid_out(models.actor, first, model),
+        trained,
         _state_laid_out(models.critic, second, model),
-        laid_out(models.reference, first),
+        _placed(laid_out(models.reference, first), "pinned_host" if model.offload_reference else None),
         laid_out(models.reward, second, models.critic.frozen.keys()),
+        _placed(trained.trainable, "pinned_host" if model.offload_ema else None) if average else {},
     )
+
+
+def _placed(params: Mapping[str, Any], memory: str | None) -> dict[str, Any]:
+    """Abstract arrays in another memory; None: the devices' own."""
+    return {
+        path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind(memory))
+        for path, x in params.items()
+    }
 
 
 def pinned(program: Callable, *args: Any) -> Any:

@@ -12,17 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rlhf_jax.average import start_average
 from rlhf_jax.data.batches import Batches, prompt_rows
 from rlhf_jax.data.sources import DataConfig, load_examples
 from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.engine import Engine, Experience, Models, make_engine
 from rlhf_jax.generate import Rollout, bucket
+from rlhf_jax.host_memory import to_devices, to_host
 from rlhf_jax.mesh import Layout, check_divides
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.objectives import masked, ppo
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
-from rlhf_jax.rollout import check_positions, check_rows, eos_ids
+from rlhf_jax.rollout import Publish, check_positions, check_rows, eos_ids, publish_bytes
 from rlhf_jax.sampling import SampleConfig
 from rlhf_jax.stages.loop import Persistence, RunConfig, train_loop
 from rlhf_jax.stages.models import (
@@ -54,11 +56,15 @@ class PPOConfig:
     lam: float = 0.95
     clip: float = 0.2  # of the probability ratio
     value_clip: float = 0.2  # of the change of a value
-    ema_decay: float = 0.0  # of a moving average of the actor over iterations, exported beside it; 0: none
+    ema_decay: float = 0.0  # of a moving average of the actor over optimizer steps, exported beside it; 0: none
     whiten_advantages: bool = True  # to mean 0 and variance 1 over the tokens of an iteration
     sample: SampleConfig = SampleConfig()
     actor: OptimConfig = OptimConfig(learning_rate=9.65e-6)
     critic: OptimConfig = OptimConfig(learning_rate=5e-6)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay:g}: at least 0 (no average) and below 1, such as 0.992")
 
     @property
     def rollouts(self) -> int:
@@ -105,6 +111,7 @@ def ppo_engine(
         num_micro=num_micro,
         num_score_micro=num_micro * config.rollouts // batch_size,
         generate_rows=config.generate_rows,
+        ema_decay=config.ema_decay,
     )
 
 
@@ -115,20 +122,56 @@ def ppo_models(
     actor_tx: optax.GradientTransformation,
     critic_tx: optax.GradientTransformation,
     seed: int,
+    *,
+    average: bool = False,
 ) -> Models:
-    """What PPO holds, from a loaded actor and a loaded reward model that the critic starts from."""
+    """What PPO holds, from a loaded actor and a loaded reward model that the critic starts from.
+
+    Reference and average lie where `model.offload_reference` and `model.offload_ema` say.
+
+    Args:
+        average: a moving average of the actor is kept.
+    """
+    assert "auto" not in (model.offload_reference, model.offload_ema), "the plan resolves this"
     # What training donates must not be what scores, so of that reference and reward model have copies of their own.
     reference = {} if model.lora.rank else frozen_copy(actor.params, model.frozen_dtype)
+    if model.offload_reference:
+        reference = to_host(reference)
     critic_state = make_state(critic, model, critic_tx, seed)
     reward = {path: leaf for path, leaf in critic.params.items() if path in critic_state.frozen}
     reward |= frozen_copy(
         {path: leaf for path, leaf in critic.params.items() if path not in reward}, model.frozen_dtype
     )
-    return Models(make_state(actor, model, actor_tx, seed), critic_state, reference, reward)
+    actor_state = make_state(actor, model, actor_tx, seed)
+    averaged = start_average(actor_state.trainable, offloaded=model.offload_ema) if average else {}
+    return Models(actor_state, critic_state, reference, reward, averaged)
+
+
+def say_offload(model: ModelConfig, config: PPOConfig) -> None:
+    """Print which switches of offload have nothing to do."""
+    if model.offload_reference and model.lora.rank:
+        print(
+            "ppo: offload_reference has nothing to do: the reference is the actor's base without adapters", flush=True
+        )
+    if model.offload_ema and not config.ema_decay:
+        print("ppo: offload_ema has nothing to do: there is no moving average (ppo.ema_decay = 0)", flush=True)
+
+
+def say_publish(publish: Publish, models: Models, model: ModelConfig) -> dict[str, float]:
+    """`publish_bytes` of a compiled publish; where they cannot be counted that is printed, and they are not logged."""
+    try:
+        return publish_bytes(publish, models.actor.params, model.compute.dtype)
+    except ValueError as error:
+        print(f"ppo: the bytes of publish are not counted: {error}", flush=True)
+        return {}
 
 
 def run_ppo(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig, config: PPOConfig) -> None:
-    """Train the SFT model against the reward model of the same run; leaves RUN/ppo/export and export_critic."""
+    """Train the SFT model against the reward model of the same run.
+
+    Leaves RUN/ppo/export and export_critic, and with `ema_decay` export_ema: the moving average of the actor, which is
+    of the adapters under LoRA, and then merged.
+    """
     actor = load(run.export("sft"), model, layout, one_copy=model.one_copy)
     critic = load(run.export("reward"), model, layout, scalar_head=True)
     tokenizer = prepare_tokenizer(actor.tokenizer)
@@ -149,7 +192,10 @@ def run_ppo(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig
     actor_tx, critic_tx = make_optimizer(config.actor, updates), make_optimizer(config.critic, updates)
 
     engine = ppo_engine(config, model, actor.config, critic.config, actor_tx, critic_tx, eos_ids(actor), layout)
-    models = ppo_models(actor, critic, model, actor_tx, critic_tx, run.seed)
+    models = ppo_models(actor, critic, model, actor_tx, critic_tx, run.seed, average=config.ema_decay > 0)
+    say_offload(model, config)
+    publish = engine.publish.compiled(models.actor.params)
+    moved, shapes = say_publish(publish, models, model), set()
     summarise = jax.jit(lambda experience, rollout: summary(experience, rollout, config))
     pick = jax.jit(lambda experience, index: jax.tree.map(lambda leaf: leaf[index], experience))
     rates = learning_rate(config.actor, updates), learning_rate(config.critic, updates)
@@ -158,9 +204,10 @@ def run_ppo(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig
         """One iteration: publish, generate, score, then `ppo_epochs` passes of updates."""
         clock, batch = Clock(), prompts[step]
         key = jax.random.fold_in(jax.random.key(run.seed), step)
-        weights = clock.lap("publish", engine.publish(models.actor.params))
+        weights = clock.lap("publish", publish(models.actor.params))
         rollout = clock.lap("generate", engine.generate(weights, batch.tokens, batch.mask, key))
         del weights  # the generation copy lives for one phase
+        shapes.add(rollout.prompts.shape)
         experience = clock.lap("score", engine.score(models, rollout))
         clock.lap("keep", keep_rollouts(run, step + 1, tokenizer, rollout, experience, config))
         collected = []
@@ -177,7 +224,7 @@ def run_ppo(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig
         stats |= {"critic_learning_rate": rates[1](models.critic.step - 1)}
         tokens = int(experience.mask.sum())
         # Prompts and answers, over the whole iteration.
-        stats |= clock.seconds | {"tokens_per_second": tokens / sum(clock.seconds.values())}
+        stats |= moved | clock.seconds | {"tokens_per_second": tokens / sum(clock.seconds.values())}
         return models, stats
 
     models = train_loop(
@@ -187,15 +234,24 @@ def run_ppo(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig
         models,
         step_fn,
         Persistence(
-            lambda models: (without_frozen(models.actor), without_frozen(models.critic)),
+            lambda models: (without_frozen(models.actor), without_frozen(models.critic), models.average),
             lambda models, saved: dataclasses.replace(
-                models, actor=with_frozen(models.actor, saved[0]), critic=with_frozen(models.critic, saved[1])
+                models,
+                actor=with_frozen(models.actor, saved[0]),
+                critic=with_frozen(models.critic, saved[1]),
+                average=saved[2],
             ),
         ),
         rows=rows,
         headline=("score_mean", "kl", "response_length"),
     )
+    lengths = len({bucket(n) for n in range(1, longest_row(rows) + 1)})
+    print(f"ppo: programs of generation: {len(shapes)}, of at most {lengths} for these prompts", flush=True)
     export(critic, models.critic, model, run.folder("ppo") / "export_critic")
+    if models.average:
+        # On the devices it takes the room that an update needs for the gradients.
+        averaged = dataclasses.replace(models.actor, trainable=to_devices(models.average))
+        export(actor, averaged, model, run.folder("ppo") / "export_ema")
     export(actor, models.actor, model, run.export("ppo"))
 
 

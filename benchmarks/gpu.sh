@@ -23,6 +23,10 @@ sys.exit(sys.argv[1] == "gpu" and jax.default_backend() != "gpu")' "$wanted"
 }
 
 if [[ -z $python ]] || ! said=$(serves "$python" 2>&1); then
+    if [[ $wanted == gpu ]] && ! command -v nvidia-smi >/dev/null; then
+        echo "this machine has no nvidia-smi, so no NVIDIA GPU: try the script at toy size with --small" >&2
+        exit 1
+    fi
     echo "${PYTHON:-python3} does not serve (${said:+$(tail -n 1 <<<"$said")}): using .venv" >&2
     source scripts/venv.sh
     extra=test

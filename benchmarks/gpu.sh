@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Measures this machine's NVIDIA GPU in under nine minutes: parity tests, decoding, peak memory against the plan, and the
+# seconds of PPO's phases. Writes benchmarks/results/DEVICE-DATE.json and .md; exit code 1 if a part failed, whose error
+# is then in both. Takes the Python that PYTHON names (python3) where its JAX sees a GPU and all that is needed is
+# there; else makes .venv and installs (minutes more, the first time).
+#   benchmarks/gpu.sh            all of it, on the GPU
+#   benchmarks/gpu.sh --small    the same at toy size, on a CPU too: tries the script, and tells nothing of a GPU
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=$(command -v "${PYTHON:-python3}" || true)
+wanted=gpu
+for argument in "$@"; do
+    if [[ $argument == --small ]]; then wanted=any; fi
+done
+
+serves() {
+    "$1" -c '
+import sys
+import jax, pytest
+import rlhf_jax.plan, rlhf_jax.stages.ppo
+sys.exit(sys.argv[1] == "gpu" and jax.default_backend() != "gpu")' "$wanted"
+}
+
+if [[ -z $python ]] || ! said=$(serves "$python" 2>&1); then
+    if [[ $wanted == gpu ]] && ! command -v nvidia-smi >/dev/null; then
+        echo "this machine has no nvidia-smi, so no NVIDIA GPU: try the script at toy size with --small" >&2
+        exit 1
+    fi
+    echo "${PYTHON:-python3} does not serve (${said:+$(tail -n 1 <<<"$said")}): using .venv" >&2
+    source scripts/venv.sh
+    extra=test
+    if [[ $wanted == gpu ]]; then
+        driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)
+        if ((${driver%%.*} >= 580)); then extra=cuda13,test; else extra=cuda12,test; fi
+    fi
+    install -e ".[$extra]"
+    python=.venv/bin/python
+fi
+exec "$python" -m benchmarks.gpu "$@"

@@ -1,0 +1,161 @@
+"""All parts, each in processes of its own with a time limit, and the two files that they end in.
+
+    python -m benchmarks.gpu [--small]
+
+A part that fails or is cut is told as failed, with its error and with what it had measured by then.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks.gpu.table import render
+
+RESULTS = Path("benchmarks/results")
+# Without a GPU the same tests run with XLA's attention in cuDNN's place.
+TESTS = ["-m", "pytest", "tests/test_on_gpu.py", "tests/test_attention.py", "-v", "--tb=short", "-W", "default"]
+TOLD = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)", re.MULTILINE)
+TOGETHER = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # memory as it is needed: these share the GPU
+ALONE = {"XLA_CLIENT_MEM_FRACTION": "0.9"}
+IDENTITY = """
+import json, jax
+device, stats = jax.devices()[0], jax.devices()[0].memory_stats() or {}
+print(json.dumps({
+    "device": device.device_kind, "backend": jax.default_backend(), "count": jax.device_count(),
+    "capability": str(getattr(device, "compute_capability", "")), "platform": device.client.platform_version,
+    "memory": stats.get("bytes_limit"),
+}))
+"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A process: what it is, its arguments for Python, and where it writes ("": what it prints is parsed)."""
+
+    name: str
+    arguments: list[str]
+    environment: dict[str, str]
+
+
+def main(arguments: list[str]) -> int:
+    small = ["--small"] if "--small" in arguments else []
+    began, who = time.monotonic(), identity()
+    limits = (1500, 600, 600) if small else (225, 160, 140)  # a small run may have a slow CPU, and promises no time
+    if who["backend"] != "gpu" and not small:
+        sys.exit(f"this machine's JAX sees no GPU ({who['backend']}): try the script at toy size with --small")
+    with tempfile.TemporaryDirectory() as folder:
+
+        def measured(module: str, environment: dict[str, str], *more: str) -> Part:
+            name = " ".join((module, *more))
+            out = str(Path(folder) / f"{module}{'-'.join(more)}.json")
+            return Part(name, ["-m", f"benchmarks.gpu.{module}", out, *small, *more], environment)
+
+        on_gpu = ["-m", "gpu"] if who["backend"] == "gpu" else ["-m", "not gpu", "-k", "on_gpu"]
+        parity = Part("parity", [*TESTS, "-p", "no:cacheprovider", *on_gpu], TOGETHER)
+        memory = [measured("memory", TOGETHER, name) for name in ("125m-whole", "350m-lora", "1.3b-lora")]
+        # What is timed has the GPU to itself; what is not shares it, since most of its time is the compiler's.
+        parts = run_together([parity, *memory], limits[0], folder)
+        parts |= run_together([measured("decode", ALONE)], limits[1], folder)
+        parts |= run_together([measured("phases", ALONE)], limits[2], folder)
+    result = who | {"small": bool(small), "seconds": round(time.monotonic() - began, 1), "parts": parts}
+    text = render(result)
+    RESULTS.mkdir(exist_ok=True)
+    slug = re.sub(r"[^a-z0-9]+", "-", who["device"].lower()).strip("-")
+    stem = RESULTS / f"{slug}{'-small' if small else ''}-{who['date']}"
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(text)
+    print(text, f"\nwritten to {stem}.json and .md", sep="")
+    return int(any(part["error"] for part in parts.values()))
+
+
+def identity() -> dict:
+    """The device and the versions of what runs on it."""
+    run = subprocess.run([sys.executable, "-c", IDENTITY], capture_output=True, text=True, env=environment(TOGETHER))
+    if run.returncode:
+        sys.exit(f"JAX does not start: {(run.stderr.strip().splitlines() or ['no word'])[-1]}")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    packages = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+    return {
+        **json.loads(run.stdout.splitlines()[-1]),
+        "date": datetime.date.today().isoformat(),
+        "versions": {"python": platform.python_version(), **packages},
+        "commit": commit.stdout.strip(),
+    }
+
+
+def environment(more: dict[str, str]) -> dict[str, str]:
+    """Nothing from the cache of compiled programs: those tell no memory, and seconds of compiling would not be any."""
+    return {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"} | more
+
+
+def run_together(parts: list[Part], limit: float, folder: str) -> dict[str, dict]:
+    """{name: {"seconds", "error", "result"}} of parts that start together and are ended after `limit` seconds."""
+    began, running = time.monotonic(), {}
+    for part in parts:
+        print(f"{part.name}: at most {limit:.0f} s", flush=True)
+        log = Path(folder) / f"{part.name.replace(' ', '-')}.log"
+        with log.open("w") as stream:
+            options = dict(stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
+            command = [sys.executable, *part.arguments]
+            running[part.name] = part, log, subprocess.Popen(command, env=environment(part.environment), **options)
+    done = {}
+    try:
+        for name, (part, log, process) in running.items():
+            late = ended(process, max(0.1, began + limit - time.monotonic()))
+            seconds, said = round(time.monotonic() - began, 1), log.read_text(errors="replace")
+            result = outcome(part, said)
+            error = f"ended after {limit:.0f} s; what it had measured by then is kept" if late else ""
+            error = error or complaint(part, process.returncode, result, said)
+            print(f"{name}: {error or 'done'}", flush=True)
+            done[name] = {"seconds": seconds, "error": error, "result": result, "log": said[-6000:] if error else ""}
+    finally:  # an interrupted run leaves nothing running
+        for _, _, process in running.values():
+            ended(process, 0)
+    return done
+
+
+def ended(process: subprocess.Popen, seconds: float) -> bool:
+    """Wait so long, then end it and all that it started; whether that was needed."""
+    try:
+        process.wait(seconds)
+        return False
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return True
+
+
+def complaint(part: Part, code: int, result: dict, said: str) -> str:
+    """What went wrong in a part that came to its end; "" if nothing did."""
+    if code:
+        lines = [line for line in said.splitlines() if line.strip()]
+        return "; ".join(result.get("failed", [])) or (lines[-1] if lines else f"exit code {code}")
+    if part.name == "parity" and (result["skipped"] or not result["passed"]):
+        return f"{len(result['passed'])} tests passed, {len(result['skipped'])} were skipped"
+    return ""
+
+
+def outcome(part: Part, said: str) -> dict:
+    """What a part has measured so far."""
+    if part.name == "parity":
+        told = {name: word for name, word in TOLD.findall(said)}
+        kinds = {"passed": ("PASSED",), "failed": ("FAILED", "ERROR"), "skipped": ("SKIPPED",)}
+        return {kind: [name for name, word in told.items() if word in words] for kind, words in kinds.items()}
+    out = Path(part.arguments[2])
+    return json.loads(out.read_text()) if out.exists() else {}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

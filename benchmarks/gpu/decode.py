@@ -1,0 +1,146 @@
+"""Decoding: tokens a second, and how much of the memory's measured bandwidth that is, by layout and batch.
+
+python -m benchmarks.gpu.decode OUT [--small]
+
+OPT-1.3B of random bfloat16 weights, 256 tokens of prompt and 256 new. What a decode step must read, by arithmetic:
+the weights but the embedding, of which it looks up a row for each answer, and the keys and values that its query looks
+at, on average those of the prompt and of half the answer.
+
+The final norm's scale is 0, so that the logits depend on the head alone: one head never ends an answer, another ends
+all at their first token, which is what the prefill takes, by the same compiled program.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from benchmarks.gpu.models import arguments, hf_config, keep
+from rlhf_jax.generate import generate
+from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
+from rlhf_jax.models.cached import Weights
+from rlhf_jax.models.decoder import init_params
+from rlhf_jax.models.families import decoder_config
+from rlhf_jax.rollout import Role, generate_program, make_publish
+from rlhf_jax.sampling import SampleConfig
+from rlhf_jax.train_step import Params
+
+DTYPE, TRIALS, END = jnp.dtype("bfloat16"), 3, 7
+BATCHES = (64, 1, 16)  # the most telling first
+# (role, mesh, parameters, sample) -> (program(weights, prompts, mask, key) -> Rollout, its weights)
+Variant = Callable[[Role, Mesh, Params, SampleConfig], tuple[Any, Any]]
+
+
+def published(role: Role, mesh: Mesh, params: Params, sample: SampleConfig) -> tuple[Any, Weights]:
+    """As the engine does: every layer's arrays by themselves."""
+    program = generate_program(role.config, sample, (END,), mesh, DTYPE)
+    return program, make_publish(role, mesh, DTYPE)(params)
+
+
+def stacked(role: Role, mesh: Mesh, params: Params, sample: SampleConfig) -> tuple[Any, Weights]:
+    """The same arrays, but of all layers in one as training has them, and a layer sliced where it is used."""
+    layout, weights = Layout(mesh, GENERATE), make_publish(role, mesh, DTYPE)(params)
+    names = [path.removeprefix("layers/0/") for path in weights if path.startswith("layers/0/")]
+    whole = {path: leaf for path, leaf in weights.items() if not path.startswith("layers/")}
+    for name in names:
+        layers = [weights.pop(f"layers/{i}/{name}") for i in range(role.config.num_layers)]
+        whole[f"layers/{name}"] = jnp.stack(layers)
+
+    def program(weights, prompts, mask, key):
+        return generate(role.config, Sliced(weights), prompts, mask, key, sample, (END,), layout, DTYPE)
+
+    return jax.jit(program), whole
+
+
+VARIANTS: dict[str, Variant] = {"a layer's arrays by themselves": published, "stacked": stacked}
+
+
+class Sliced(Mapping):
+    """Stacked weights by the names of single layers."""
+
+    def __init__(self, weights: Weights):
+        self.weights = weights
+
+    def __getitem__(self, path: str) -> jax.Array:
+        if not path.startswith("layers/"):
+            return self.weights[path]
+        _, layer, name = path.split("/", 2)
+        return self.weights[f"layers/{name}"][int(layer)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def main(out: str, small: bool) -> None:
+    config = decoder_config(hf_config("toy" if small else "opt-1.3b"), scalar_head=False)
+    prompt, new = (32, 16) if small else (256, 256)
+    mesh, sample = single_device_mesh(), SampleConfig(new)
+    result = {"bandwidth": bandwidth(2**22 if small else 2**29), "prompt": prompt, "new": new, "runs": []}
+    keep(out, result)
+    drawn = init_params(config, jax.random.key(0), Layout(mesh, TRAIN))
+    params = {path: drawn.pop(path).astype(DTYPE) for path in list(drawn)}
+    params["final_norm/scale"] *= 0
+    params["final_norm/bias"] = jnp.ones_like(params["final_norm/bias"])
+    prompts = np.random.default_rng(0).integers(END + 1, config.vocab_size, (max(BATCHES), prompt)).astype(np.int32)
+    built = {name: variant(Role(config), mesh, params, sample) for name, variant in VARIANTS.items()}
+    cases = [(batch, name) for batch in BATCHES for name in built]  # if time runs out, it is the last that are missed
+
+    def compiled(case: tuple[int, str]):
+        program, weights = built[case[1]]
+        return program.lower(weights, *given(case[0])).compile()
+
+    def given(batch: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return jnp.asarray(prompts[:batch]), jnp.ones((batch, prompt), bool), jax.random.key(0)
+
+    with ThreadPoolExecutor(len(cases)) as pool:  # compiling takes the most time, and nothing is timed meanwhile
+        programs = list(pool.map(compiled, cases))
+    for (batch, name), program in zip(cases, programs, strict=True):
+        weights, run = built[name][1], {"variant": name, "batch": batch}
+        for kind, sign, steps in (("never ends", -1.0, new - 1), ("ends at once", 1.0, 0)):
+            head = {"head/kernel": weights["head/kernel"].at[:, END].set(sign)}
+            run[kind], made = fastest(program, weights | head, *given(batch))
+            assert made == steps, (kind, made)
+        step = (run["never ends"] - run["ends at once"]) / (new - 1)
+        cache = 2 * config.num_layers * batch * config.num_kv_heads * config.head_dim * DTYPE.itemsize
+        read = sum(leaf.nbytes for path, leaf in weights.items() if path != "embed/tokens")
+        run |= {"tokens_per_second": batch / step, "bytes_per_step": int(read + cache * (prompt + new / 2))}
+        run["share_of_bandwidth"] = run["bytes_per_step"] / step / result["bandwidth"]
+        result["runs"].append(run)
+        keep(out, result)
+
+
+def bandwidth(size: int) -> float:
+    """Bytes a second, read and written, of adding 1 to `size` float32 numbers; the best of ten."""
+    x, add = jnp.zeros(size, jnp.float32), jax.jit(lambda x: x + 1)
+    seconds = []
+    jax.block_until_ready(add(x))
+    for _ in range(10):
+        start = time.perf_counter()
+        jax.block_until_ready(add(x))
+        seconds.append(time.perf_counter() - start)
+    return 2 * x.nbytes / min(seconds)
+
+
+def fastest(program, *args) -> tuple[float, int]:
+    """(seconds of the best trial after one that warms up, decode steps)"""
+    steps, seconds = int(jax.block_until_ready(program(*args)).steps.max()), []
+    for _ in range(TRIALS):
+        start = time.perf_counter()
+        jax.block_until_ready(program(*args))
+        seconds.append(time.perf_counter() - start)
+    return min(seconds), steps
+
+
+if __name__ == "__main__":
+    out, small, _ = arguments()
+    main(out, small)

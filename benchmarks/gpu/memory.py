@@ -1,0 +1,62 @@
+"""The most memory that PPO takes on one GPU, by the allocator's count, against the plan's: one model a process.
+
+python -m benchmarks.gpu.memory OUT [--small] 125m-whole|350m-lora|1.3b-lora
+
+The allocator tells the largest count since the process began, so both are told as the largest up to each phase.
+"""
+
+from __future__ import annotations
+
+import tempfile
+
+import jax
+
+from benchmarks.gpu.models import arguments, engine_of, keep, prompts_of, recipe_of
+from rlhf_jax.mesh import single_device_mesh
+from rlhf_jax.plan.compiling import measure
+from rlhf_jax.plan.held import phases
+
+WHOLE = ("model.lora.rank=0", "model.frozen_dtype=float32")
+MODELS = {
+    "125m-whole": ("opt-125m", "opt-125m", *WHOLE),
+    "350m-lora": ("opt-350m", "opt-350m"),
+    "1.3b-lora": ("opt-1.3b", "opt-350m"),
+}
+
+
+def main(out: str, small: bool, name: str) -> None:
+    mesh, device = single_device_mesh(), jax.devices()[0]
+
+    def peak() -> int | None:
+        """Bytes; None where the device does not tell, as CPUs."""
+        return (device.memory_stats() or {}).get("peak_bytes_in_use")
+
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = recipe_of(folder, *MODELS[name], small=small)
+        found = phases(recipe, mesh, ("ppo",))
+        result = {"model": name, "plan": {phase.name: measure(phase).peak(phase) for phase in found}, "phases": {}}
+        keep(out, result)
+        engine, models = engine_of(recipe, mesh)
+        result["loading"] = peak()  # if this is above the plan, what follows tells nothing
+        planned = 0
+
+        def told(phase: str, value):
+            nonlocal planned
+            jax.block_until_ready(value)
+            planned, got = max(planned, result["plan"][phase]), peak()
+            off = got / planned - 1 if got else None
+            result["phases"][phase] = {"planned": planned, "measured": got, "off": off}
+            keep(out, result)
+            return value
+
+        weights = told("publish", engine.publish(models.actor.params))
+        rollout = told("generate", engine.generate(weights, *prompts_of(recipe), jax.random.key(0)))
+        del weights
+        experience = told("score", engine.score(models, rollout))
+        told("actor", engine.programs["actor"](models.actor, experience))
+        told("critic", engine.programs["critic"](models.critic, experience))
+
+
+if __name__ == "__main__":
+    out, small, (name,) = arguments()
+    main(out, small, name)

@@ -1,0 +1,95 @@
+"""Random models of OPT's sizes in the recipe of configs/opt-1.3b-single_gpu.toml: nothing is downloaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax.config import load
+from rlhf_jax.engine import Engine, Models
+from rlhf_jax.mesh import TRAIN, Layout
+from rlhf_jax.models.decoder import init_params
+from rlhf_jax.models.pretrained import Pretrained
+from rlhf_jax.optim import make_optimizer
+from rlhf_jax.plan.held import architectures, prompt_positions
+from rlhf_jax.recipe import Recipe
+from rlhf_jax.stages.ppo import ppo_engine, ppo_models
+
+CONFIG = "configs/opt-1.3b-single_gpu.toml"
+NEVER = (-1,)  # no token ends an answer: every one has all its tokens
+# hidden size, layers, heads, MLP width, size of the embedding
+SIZES = {
+    "opt-125m": (768, 12, 12, 3072, 768),
+    "opt-350m": (1024, 24, 16, 4096, 512),
+    "opt-1.3b": (2048, 24, 32, 8192, 2048),
+    "toy": (64, 2, 4, 128, 64),
+}
+TOY = ["data.max_prompt_length=32", "data.max_length=48", "ppo.sample.max_new_tokens=16", "ppo.rollout_batch_size=8"]
+TOY += ["ppo.micro_batch_size=4", "model.lora.rank=4"]
+
+
+def hf_config(name: str) -> dict:
+    """The config.json of an OPT of that size."""
+    hidden, layers, heads, mlp, embed = SIZES[name]
+    return {
+        "model_type": "opt",
+        "vocab_size": 512 if name == "toy" else 50272,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "ffn_dim": mlp,
+        "word_embed_proj_dim": embed,
+        "max_position_embeddings": 64 if name == "toy" else 2048,
+        "do_layer_norm_before": name != "opt-350m",
+    }
+
+
+def recipe_of(folder: str | Path, actor: str, critic: str, *overrides: str, small: bool = False) -> Recipe:
+    """The recipe with models that are a config.json each; `small`: toys in their place."""
+    for role, name in (("actor", actor), ("critic", critic)):
+        path = Path(folder) / role / "config.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(hf_config("toy" if small else name)))
+    paths = f"model.actor={folder}/actor", f"model.reward={folder}/critic", f"run.dir={folder}/run"
+    data = 'data.sources=[{ path = "builtin:assistant" }]'
+    return load(CONFIG, [*paths, data, *(TOY if small else []), *overrides], Recipe)
+
+
+def engine_of(recipe: Recipe, mesh: Mesh) -> tuple[Engine, Models]:
+    """The engine that runs the recipe, and random models as `ppo` holds them."""
+    layout, loaded = Layout(mesh, TRAIN), []
+    for seed, decoder in enumerate(architectures(recipe, layout.shards("vocab"))):
+        drawn = init_params(decoder, jax.random.key(seed), layout)
+        dtype = recipe.model.stored_dtype(scalar_head=decoder.scalar_head)
+        params = {path: drawn.pop(path).astype(dtype) for path in list(drawn)}  # one float32 leaf less with each
+        loaded.append(Pretrained(decoder, params, None, {}, {}, layout))
+    actor, critic = loaded
+    txs = [make_optimizer(each, each.warmup_steps + 1) for each in (recipe.ppo.actor, recipe.ppo.critic)]
+    engine = ppo_engine(recipe.ppo, recipe.model, actor.config, critic.config, *txs, NEVER, mesh)
+    return engine, jax.block_until_ready(ppo_models(actor, critic, recipe.model, *txs, 0))
+
+
+def prompts_of(recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
+    """(ids [B, P], mask) of prompts that fill their positions."""
+    vocab = architectures(recipe, 1)[0].vocab_size
+    shape = recipe.ppo.rollout_batch_size, prompt_positions(recipe, architectures(recipe, 1)[0].max_positions)
+    return np.random.default_rng(0).integers(3, vocab, shape).astype(np.int32), np.ones(shape, bool)
+
+
+def keep(out: str, result: dict) -> None:
+    """Write what there is so far; never half a file."""
+    part = Path(f"{out}.part")
+    part.write_text(json.dumps(result))
+    os.replace(part, out)
+
+
+def arguments() -> tuple[str, bool, list[str]]:
+    """(where to write, whether at toy size, the rest)."""
+    out, *rest = sys.argv[1:]
+    return out, "--small" in rest, [each for each in rest if each != "--small"]

@@ -1,0 +1,73 @@
+"""Seconds of publish, generate, score and the two updates of one PPO iteration, beside the plan's floor and guess.
+
+python -m benchmarks.gpu.phases OUT [--small]
+
+OPT-1.3B with LoRA, OPT-350M as critic and reward model, 32 prompts of 256 tokens and 256 new ones, on all GPUs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+
+import jax
+
+from benchmarks.gpu.models import arguments, engine_of, keep, prompts_of, recipe_of
+from rlhf_jax.gpus import machine
+from rlhf_jax.mesh import make_mesh
+from rlhf_jax.plan import local_gpus
+from rlhf_jax.plan.held import abstract_mesh, phases
+from rlhf_jax.plan.seconds import timetable
+
+TRIALS = 3
+
+
+def main(out: str, small: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = recipe_of(folder, "opt-1.3b", "opt-350m", small=small)
+        result = {"tokens": rows_and_tokens(recipe), "plan": plan_of(recipe, small), "first": {}, "seconds": {}}
+        keep(out, result)
+        engine, models = engine_of(recipe, make_mesh(recipe.mesh))
+        prompts = prompts_of(recipe)
+
+        def timed(phase: str, function, *args):
+            start = time.perf_counter()
+            value = jax.block_until_ready(function(*args))
+            result["seconds"].setdefault(phase, []).append(time.perf_counter() - start)
+            return value
+
+        for trial in range(TRIALS + 1):
+            weights = timed("publish", engine.publish, models.actor.params)
+            rollout = timed("generate", engine.generate, weights, *prompts, jax.random.key(trial))
+            del weights
+            experience = timed("score", engine.score, models, rollout)
+            actor, _ = timed("actor", engine.programs["actor"], models.actor, experience)
+            critic, _ = timed("critic", engine.programs["critic"], models.critic, experience)
+            models = type(models)(actor, critic, models.reference, models.reward)
+            if trial == 0:  # with the compilation
+                result["first"] = {phase: seconds.pop() for phase, seconds in result["seconds"].items()}
+            keep(out, result)
+
+
+def rows_and_tokens(recipe) -> dict[str, int]:
+    rows, prompt = prompts_of(recipe)[0].shape
+    return {"rows": rows, "prompt": prompt, "new": recipe.ppo.sample.max_new_tokens}
+
+
+def plan_of(recipe, small: bool) -> dict:
+    """{"gpus", "phases": {name: {"floor", "expected"}}}; why there is none, where the plan does not know this GPU."""
+    try:
+        gpus = local_gpus()
+    except ValueError as error:
+        if not small:
+            return {"gpus": "", "phases": {}, "error": str(error)}
+        gpus = "A100-80GB"  # which the toy does not run on: its numbers mean nothing
+    wanted = machine(gpus)
+    mesh = abstract_mesh(recipe.mesh, wanted.count)
+    table = timetable(recipe, phases(recipe, mesh, ("ppo",)), mesh, wanted, 0.0)
+    return {"gpus": gpus, "phases": table["ppo"]["phases"]}
+
+
+if __name__ == "__main__":
+    out, small, _ = arguments()
+    main(out, small)

@@ -1,0 +1,78 @@
+"""The measurements of one device as Markdown."""
+
+from __future__ import annotations
+
+MIB = 2**20
+
+
+def render(result: dict) -> str:
+    """What `benchmarks/results/*.md` holds."""
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    what = f"{result['count']} x {result['device']}" + " (toy size: tells nothing of speed)" * result["small"]
+    about = f"{result['date']}, commit {result['commit']}, {versions}, {' '.join(result['platform'].split())}"
+    lines = [f"# {what}", "", f"{about}; {result['seconds']:.0f} s in all.", ""]
+    for name, part in result["parts"].items():
+        if part["error"]:
+            lines += [f"- **{name} failed**: {part['error']}"]
+    parts = {name: part["result"] for name, part in result["parts"].items()}
+    lines += parity(parts.get("parity", {})) + decode(parts.get("decode", {}))
+    lines += memory([part for name, part in parts.items() if name.startswith("memory")])
+    lines += phases(parts.get("phases", {}))
+    return "\n".join(lines) + "\n"
+
+
+def table(title: str, head: tuple[str, ...], rows: list[tuple]) -> list[str]:
+    if not rows:
+        return ["", f"## {title}", "", "nothing measured"]
+    body = [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)]
+    return ["", f"## {title}", "", *body]
+
+
+def parity(found: dict) -> list[str]:
+    counts = [(kind, len(names)) for kind, names in found.items()]
+    return table("Parity in bfloat16", ("tests", "number"), counts)
+
+
+def decode(found: dict) -> list[str]:
+    rows = [
+        (
+            *(run["variant"], run["batch"], f"{run['tokens_per_second']:,.0f}", f"{run['bytes_per_step'] / MIB:,.0f}"),
+            *(f"{run['share_of_bandwidth']:.0%}", f"{run['ends at once']:.4f}", f"{run['never ends']:.4f}"),
+        )
+        for run in found.get("runs", [])
+    ]
+    title = "Decoding"
+    if found:
+        title += f", {found['prompt']} + {found['new']} tokens; measured bandwidth {found['bandwidth'] / 1e9:,.0f} GB/s"
+    head = ("weights", "batch", "tokens/s", "MiB a step", "of the bandwidth", "prefill, s", "prefill and decode, s")
+    return table(title, head, rows)
+
+
+def memory(found: list[dict]) -> list[str]:
+    rows = []
+    for part in found:
+        for phase, told in part.get("phases", {}).items():
+            planned, got, off = told["planned"], told["measured"], told["off"]
+            shown = ("not told", "") if got is None else (f"{got / MIB:,.0f}", f"{off:+.1%}")
+            rows.append((part["model"], phase, f"{planned / MIB:,.0f}", *shown))
+    head = ("model", "up to", "planned, MiB", "measured, MiB", "off")
+    return table("Peak memory of PPO, one GPU (wanted: within 10%)", head, rows)
+
+
+def phases(found: dict) -> list[str]:
+    rows, plan = [], found.get("plan", {}).get("phases", {})
+    for phase, seconds in found.get("seconds", {}).items():
+        best, first = min(seconds, default=None), found["first"].get(phase)
+        if best is None:
+            continue
+        planned = plan.get(phase)
+        floor = (f"{planned['floor']:.4f}", f"{planned['expected']:.4f}") if planned else ("", "")
+        share = f"{planned['floor'] / best:.0%}" if planned else ""
+        rows.append((phase, f"{best:.4f}", *floor, share, f"{first:.1f}"))
+    title = "Seconds of an iteration of PPO"
+    if found:
+        tokens = found["tokens"]
+        title += f", {tokens['rows']} x ({tokens['prompt']} + {tokens['new']}) tokens, plan for "
+        title += found["plan"]["gpus"] or "no known GPU"
+    head = ("phase", "measured", "floor", "expected", "floor / measured", "first call, with compilation")
+    return table(title, head, rows)

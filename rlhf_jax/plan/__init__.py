@@ -13,6 +13,7 @@ from rlhf_jax.gpus import GPUS, Machine, machine
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.plan.compiling import Memory, measure_elsewhere
 from rlhf_jax.plan.held import STAGES, Phase, abstract_mesh, phases
+from rlhf_jax.plan.known import is_from_table
 from rlhf_jax.plan.seconds import assumptions, timetable
 from rlhf_jax.recipe import Recipe
 
@@ -89,6 +90,10 @@ def _notes(recipe: Recipe, wanted: Machine) -> list[str]:
         f"usable is {USABLE:.0%} of the memory: run with XLA_CLIENT_MEM_FRACTION={USABLE} (JAX's default takes 75%)",
         "lengths are the configuration's limits; shorter data needs less",
     ]
+    named = {"sft": recipe.model.actor, "reward": recipe.model.reward}
+    for stage, name in named.items():
+        if name not in ("new", "sft") and not recipe.run.export(stage).exists() and is_from_table(name):
+            notes.append(f"config.json of {name} from the plan's own table: neither a folder nor the hub gave one")
     if wanted.nodes > 1:
         notes.append("this version trains in one process, so on one node: more nodes are a plan only")
     if wanted.gpu.capability < "8.0" and recipe.model.dtype == "bfloat16":

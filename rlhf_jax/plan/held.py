@@ -27,10 +27,11 @@ from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.cached import empty_cache
 from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.families import decoder_config
-from rlhf_jax.models.folders import config_json, read_json
+from rlhf_jax.models.folders import read_json
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.models.quantised import KINDS, abstract, is_quantisable
 from rlhf_jax.optim import OptimConfig, make_optimizer
+from rlhf_jax.plan.known import config_of
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.rollout import check_positions
 from rlhf_jax.sampling import check_learnable
@@ -89,7 +90,7 @@ def device_bytes(tree: Any) -> int:
 
 def architectures(recipe: Recipe, parts: int) -> tuple[DecoderConfig, DecoderConfig]:
     """(actor, reward model and critic) from config.json alone: of the run's exports where there are some, else of what
-    the configuration names.
+    the configuration names (where it is not to be had, of `known.toml`).
 
     Args:
         parts: into how many the vocabulary is split.
@@ -106,8 +107,8 @@ def architectures(recipe: Recipe, parts: int) -> tuple[DecoderConfig, DecoderCon
         base = recipe.run.folder("base") / "config.json"
         new = recipe.model.new
         actor = read_json(base) if base.exists() else new_hf_config(new, new.vocab_size)
-    actor = actor or config_json(recipe.model.actor)
-    reward = exported("reward") or (actor if recipe.model.reward == "sft" else config_json(recipe.model.reward))
+    actor = actor or config_of(recipe.model.actor)
+    reward = exported("reward") or (actor if recipe.model.reward == "sft" else config_of(recipe.model.reward))
     return (
         decoder_config(actor, scalar_head=False, vocab_parts=parts),
         decoder_config(reward, scalar_head=True, vocab_parts=parts),

@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = add("plan", "bytes, seconds and cost of every phase on GPUs that need not be there", PLAN_HELP)
     command.add_argument("config", metavar="CONFIG", help="a TOML file")
     command.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of it, section.key=value")
-    machine = "8xNAME, or nodes x GPUs as 4x8xNAME; an unknown NAME lists the known (default: this machine's GPUs)"
+    machine = "8xNAME, or nodes x GPUs as 4x8xNAME; an unknown NAME lists the known (default: this machine's GPUs, or "
+    machine += "where it has none those that CONFIG's header names)"
     command.add_argument("--gpus", metavar="8xA100-80GB", help=machine)
     command.add_argument("--price-per-gpu-hour", type=float, default=0.0, metavar="PRICE", help="to tell the cost")
     command.add_argument("--json", action="store_true", help="everything, in bytes and seconds, as one JSON object")
@@ -162,14 +163,14 @@ def run_config(command: str, path: str, overrides: Sequence[str]) -> None:
 
 def run_plan(args: argparse.Namespace) -> None:
     from rlhf_jax.config import load
-    from rlhf_jax.plan import local_gpus, make_plan
+    from rlhf_jax.plan import hardware_of, local_gpus, make_plan
     from rlhf_jax.plan.table import render
     from rlhf_jax.recipe import Recipe
 
     recipe = load(args.config, args.overrides, Recipe)
     if args.price_per_gpu_hour < 0:
         raise ValueError(f"--price-per-gpu-hour {args.price_per_gpu_hour:g}: at least 0")
-    plan = make_plan(recipe, args.gpus or local_gpus(), args.price_per_gpu_hour)
+    plan = make_plan(recipe, args.gpus or local_gpus(hardware_of(args.config)), args.price_per_gpu_hour)
     print(json.dumps(plan) if args.json else render(plan), flush=True)
 
 

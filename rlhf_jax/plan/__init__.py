@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -58,16 +60,28 @@ def make_plan(recipe: Recipe, gpus: str, price: float = 0.0, stages: tuple[str, 
     }
 
 
-def local_gpus() -> str:
-    """The GPUs of this machine, as `gpus.machine` reads them. ValueError where it has none, or none that is known."""
+def local_gpus(default: str = "") -> str:
+    """The GPUs of this machine, as `gpus.machine` reads them; `default` where it has none that is known.
+
+    Raises:
+        ValueError: none, and no default.
+    """
     devices = jax.devices()
     known = [gpu.name for gpu in GPUS.values() if gpu.title == devices[0].device_kind]
+    if not known and default:
+        return default
     if not known:
         raise ValueError(
             f"this machine has {len(devices)} x {devices[0].device_kind}, which is no GPU that plans are made for: "
             f"name the machine to plan, --gpus 8xNAME with one of {', '.join(GPUS)}"
         )
     return f"{len(devices)}x{known[0]}"
+
+
+def hardware_of(path: str | Path) -> str:
+    """The machine that a configuration is made for, by its header's line "# Hardware: 8xA100-80GB"; "" without one."""
+    found = re.search(r"^# Hardware: (\S+)$", Path(path).read_text(encoding="utf-8"), re.MULTILINE)
+    return found[1] if found else ""
 
 
 def described(phase: Phase, memory: Memory, usable: int) -> dict[str, Any]:

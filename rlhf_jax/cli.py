@@ -137,6 +137,7 @@ def run_config(command: str, path: str, overrides: Sequence[str]) -> None:
     from rlhf_jax.evaluate import evaluate
     from rlhf_jax.mesh import make_mesh
     from rlhf_jax.plan import check_fits, device_limit
+    from rlhf_jax.plan.choose import resolve
     from rlhf_jax.recipe import Recipe
     from rlhf_jax.stages.loop import open_run, same_data
     from rlhf_jax.stages.pipeline import train
@@ -148,12 +149,15 @@ def run_config(command: str, path: str, overrides: Sequence[str]) -> None:
         evaluate(Path(recipe.run.dir), mesh, recipe.data, recipe.evaluate, recipe.model.dtype)
         return
     stages = STAGES if command == "train" else (command,)
-    limit = device_limit(mesh)
-    if limit is not None:
-        kept = () if recipe.run.overwrite else [stage for stage in stages if recipe.run.export(stage).exists()]
-        check_fits(recipe, mesh, limit, [stage for stage in stages if stage not in kept])
-    # RUN/config.toml may be a CONFIG later, and must not ask for deletion once more.
+    # RUN/config.toml may be a CONFIG later, and must not ask for deletion once more; it keeps "auto" where that stands.
     lasting = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, overwrite=False))
+    kept = () if recipe.run.overwrite else [stage for stage in stages if recipe.run.export(stage).exists()]
+    limit, waiting = device_limit(mesh), [stage for stage in stages if stage not in kept]
+    recipe, chosen = resolve(recipe, mesh, limit, waiting)
+    for text in chosen:
+        print(f"auto: {text}", flush=True)
+    if limit is not None:
+        check_fits(recipe, mesh, limit, waiting)
     open_run(recipe.run, dump(lasting))
     train(recipe.run, mesh, recipe.model, recipe.data, recipe.sft, recipe.reward, recipe.ppo, stages)
     print(f"{command}: everything lies in {recipe.run.dir}", flush=True)

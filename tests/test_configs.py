@@ -50,7 +50,7 @@ def test_there_are_configurations_for_every_size_and_machine():
     }
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
 def test_a_header_begins_with_what_it_is_and_the_command_that_trains_it(path):
     first, second = path.read_text().splitlines()[:2]
     assert first.startswith("# ") and second.startswith(f"#   rlhf-jax train configs/{path.name}")

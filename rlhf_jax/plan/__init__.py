@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from rlhf_jax.gpus import GPUS, Machine, machine
 from rlhf_jax.models.lora import LoraConfig
+from rlhf_jax.plan.choose import choose
 from rlhf_jax.plan.compiling import Memory, measure_elsewhere
 from rlhf_jax.plan.held import STAGES, Phase, abstract_mesh, phases
 from rlhf_jax.plan.known import is_from_table
@@ -35,10 +36,22 @@ def make_plan(recipe: Recipe, gpus: str, price: float = 0.0, stages: tuple[str, 
         RuntimeError: the compiler failed.
     """
     wanted = machine(gpus)
-    mesh = abstract_mesh(recipe.mesh, wanted.count)
+    mesh, usable = abstract_mesh(recipe.mesh, wanted.count), int(USABLE * wanted.gpu.memory)
+    compiled: dict[Recipe, dict[str, Any]] = {}
+
+    def need(candidate: Recipe) -> int:
+        """The largest peak of the phases that were compiled: of all, or up to the first that does not fit."""
+        compiled[candidate] = measure_elsewhere(candidate, gpus, stages, usable, stop=True)
+        memories = compiled[candidate]["phases"]
+        named = {f"{phase.stage}/{phase.name}": phase for phase in phases(candidate, mesh, stages)}
+        return max(Memory(**memories[name]).peak(named[name]) for name in memories)
+
+    recipe, chosen = choose(recipe, mesh, wanted, stages, usable, need)
     found = phases(recipe, mesh, stages)
-    usable, seconds = int(USABLE * wanted.gpu.memory), timetable(recipe, found, mesh, wanted, price)
-    measured = measure_elsewhere(recipe, gpus, stages, usable)
+    seconds = timetable(recipe, found, mesh, wanted, price)
+    measured = compiled.get(recipe)
+    if measured is None or len(measured["phases"]) < len(found):
+        measured = measure_elsewhere(recipe, gpus, stages, usable)
     table = [described(phase, Memory(**measured["phases"][f"{phase.stage}/{phase.name}"]), usable) for phase in found]
     costs = [entry["cost"] for entry in seconds.values()]
     fits = all(row["headroom"] >= 0 for row in table)
@@ -50,6 +63,8 @@ def make_plan(recipe: Recipe, gpus: str, price: float = 0.0, stages: tuple[str, 
         "compiled_for": measured["compiled_for"],
         "phases": table,
         "fits": fits,
+        "chosen": chosen,
+        "candidates_compiled": len(compiled),
         "mends": [] if fits else list(mends(recipe, wanted.count, usable, stages, measured["micro_batch"])),
         "micro_batch": measured["micro_batch"],
         "seconds": seconds,
@@ -168,16 +183,44 @@ def mends(
 
     if least(recipe) <= usable:
         yield "what is held fits and temporaries do not: try smaller batches, shorter lengths or model.remat=layers"
-    bf16 = {} if recipe.model.frozen_dtype == "bfloat16" else {"frozen_dtype": "bfloat16"}
+
+    def that_do(changes: Sequence[dict[str, Any]], told: dict[str, str]) -> Iterator[str]:
+        """The first change that does."""
+        for change in changes:
+            try:
+                changed = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **change))
+            except ValueError:  # a quantised base with nothing beside it that trains
+                continue
+            if change and least(recipe) > usable >= least(changed):
+                yield f"try {' and '.join(told[key] for key in change)}"
+                return
+
+    has_use = {
+        "one_copy": recipe.model.lora.rank > 0,
+        "offload_ema": recipe.ppo.ema_decay > 0,
+        "offload_reference": recipe.model.lora.rank == 0,
+        "offload_optimizer": True,
+    }
+    free = [name for name, is_used in has_use.items() if is_used and not getattr(recipe.model, name)]
+    together = [free[:size] for size in range(2, len(free) + 1)]
+    switches = [dict.fromkeys(names, True) for names in [*([name] for name in free), *together]]
+    yield from that_do(switches, {name: f"model.{name}=true" for name in free})
+
+    bf16 = {"frozen_dtype": "bfloat16"} if recipe.model.frozen_dtype == "float32" else {}
     lora = {} if recipe.model.lora.rank else {"lora": LoraConfig(rank=128, alpha=128.0)}
     both = lora | ({} if recipe.model.reward_lora.rank else {"reward_lora": LoraConfig(rank=128, alpha=128.0)})
-    told = {"frozen_dtype": "model.frozen_dtype=bfloat16", "lora": "LoRA for the actor (model.lora.rank=128)"}
+    told = {"lora": "LoRA for the actor (model.lora.rank=128)"}
     told["reward_lora"] = "LoRA for reward model and critic (model.reward_lora.rank=128)"
-    for change in (bf16, lora, bf16 | lora, bf16 | both):
-        changed = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **change))
-        if change and least(recipe) > usable >= least(changed):
-            yield f"try {' and '.join(told[key] for key in sorted(change))}"
-            break
+    told |= {name: f"model.{name}=true" for name in free}
+    smaller = list(
+        that_do([bf16, lora, bf16 | lora, bf16 | both], told | {"frozen_dtype": "model.frozen_dtype=bfloat16"})
+    )
+    if not smaller and recipe.model.frozen_dtype != "nf4":
+        nf4 = {"frozen_dtype": "nf4"}
+        told["frozen_dtype"] = "model.frozen_dtype=nf4"
+        every = both | nf4 | (dict.fromkeys(free, True) | {"one_copy": True})
+        smaller = list(that_do([nf4, lora | nf4, both | nf4, every], told | {"one_copy": "model.one_copy=true"}))
+    yield from smaller
     more = count
     while more < MOST_DEVICES:
         more *= 2

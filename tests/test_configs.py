@@ -11,6 +11,7 @@ from rlhf_jax.config import load
 from rlhf_jax.gpus import GPUS, machine
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.plan import USABLE, hardware_of, known, least_bytes, make_plan
+from rlhf_jax.plan.choose import settled
 from rlhf_jax.plan.held import STAGES, abstract_mesh
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.pipeline import check_sizes
@@ -77,8 +78,9 @@ def test_a_configuration_divides_its_devices_with_four_sequences_each_and_holds_
     for config in (recipe.sft, recipe.reward, recipe.ppo):
         assert config.micro_batch_size >= 4 * shards
     assert recipe.data.max_prompt_length == 256 and recipe.ppo.sample.max_new_tokens == 256
-    needed, phase = least_bytes(recipe, mesh, STAGES)
-    assert needed < USABLE * where.gpu.memory, phase
+    usable = int(USABLE * where.gpu.memory)
+    needed, phase = least_bytes(settled(recipe, mesh, where, STAGES, usable)[0], mesh, STAGES)
+    assert needed < usable, phase
 
 
 @pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)

@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from rlhf_jax.gpus import GPUS, Machine
@@ -141,19 +140,24 @@ def _differs_in(one: Recipe, other: Recipe) -> list[str]:
     return [key for key in SWITCHES if value_of(one, key) != value_of(other, key)]
 
 
+def settled(
+    recipe: Recipe, mesh: Mesh | AbstractMesh, where: Machine, stages: Sequence[str], usable: int
+) -> tuple[Recipe, list[str]]:
+    """`choose` by arithmetic alone, where there is no time to compile."""
+    return choose(recipe, mesh, where, stages, usable, lambda each: quick_need(each, mesh, stages))
+
+
 def resolve(recipe: Recipe, mesh: Mesh, limit: int | None, stages: Sequence[str]) -> tuple[Recipe, list[str]]:
-    """`choose` before a run, by arithmetic alone.
+    """`settled` for the devices of a run.
 
     Args:
         limit: bytes that JAX may use on each device; None, not known: what takes little memory and no offload.
     """
     auto = automatic(recipe)
-    if not auto or limit is None or not stages:
-        told = [
-            f"{key.split('.')[1]} = {str(UNKNOWN[key]).lower()}: these devices do not tell their memory" for key in auto
-        ]
-        return with_values(recipe, {key: UNKNOWN[key] for key in auto}), told if stages else []
-    gpu = next((gpu for gpu in GPUS.values() if gpu.title == jax.devices()[0].device_kind), GPUS["A100-80GB"])
-    where = Machine(gpu, 1, mesh.size)
-    abstract = abstract_mesh(recipe.mesh, mesh.size)
-    return choose(recipe, abstract, where, stages, limit, lambda each: quick_need(each, abstract, stages))
+    if auto and limit is not None and stages:
+        kind = mesh.devices.flat[0].device_kind
+        gpu = next((gpu for gpu in GPUS.values() if gpu.title == kind), GPUS["A100-80GB"])
+        return settled(recipe, abstract_mesh(recipe.mesh, mesh.size), Machine(gpu, 1, mesh.size), stages, limit)
+    why = "these devices do not tell their memory" if limit is None else "nothing is left to train"
+    told = [f"{key.split('.')[1]} = {str(UNKNOWN[key]).lower()}: {why}" for key in auto]
+    return with_values(recipe, {key: UNKNOWN[key] for key in auto}), told

@@ -24,8 +24,9 @@ from rlhf_jax.stages.models import ModelConfig
 from rlhf_jax.stages.ppo import ppo_sizes
 from rlhf_jax.stages.sizes import micro_batches
 
-# How often an update gathers each weight in a micro-batch under ZeRO-3: forward and backward, and to recompute.
-GATHERS = {"none": 2, "dots": 3, "layers": 3}
+# How often an update gathers each weight in a micro-batch under ZeRO-3, by the compiled text: once forward and once
+# backward, where what is recomputed and its gradients share the gathered weights.
+GATHERS = 2
 
 
 @dataclass(frozen=True)
@@ -185,16 +186,17 @@ def _update(recipe: Recipe, decoder: DecoderConfig, state, flops: float, again: 
     count, shards = layout.shards("batch"), layout.shards("vocab")
     trained = 4.0 * sum(math.prod(leaf.shape) for leaf in state.trainable.values())  # bytes, over all devices
     shard = trained / shards if zero else trained
-    others = trained * (1 - 1 / shards)
+    # Gradients of a layer are reduced in the dtype of the computation, and summed over micro-batches in float32.
+    others = trained * (1 - 1 / shards) * model.compute.dtype.itemsize / 4
     passes = training_factor(model.role(decoder).lora.rank, model.remat)
     work = flops * passes + again * (model.remat == "dots")
     # Stages 0 and 1 reduce a gradient to every device, which costs twice what scattering it does.
     link = micro * others * (1 if zero >= 2 else 2)
-    link += 2 * micro * (count > shards) * trained / shards  # reduced over data as well
+    link += 2 * micro * (count > shards) * trained / shards * model.compute.dtype.itemsize / 4  # and over data
     if zero == 3:
-        link += micro * GATHERS[model.remat] * _gathered(decoder, model, shards)
+        link += micro * GATHERS * _gathered(decoder, model, shards)
     elif zero:
-        link += others  # what each has stepped goes to all
+        link += trained * (1 - 1 / shards)  # what each has stepped goes to all, in float32
     host = 4 * shard if model.offload_optimizer else 0.0  # two moments, there and back
     return Need(work / count, 7 * shard, link, host)
 

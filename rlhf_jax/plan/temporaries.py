@@ -12,6 +12,7 @@ import math
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.decoder import Leaf, abstract_params
+from rlhf_jax.models.quantised import Quantised
 from rlhf_jax.plan.held import Phase, architectures, device_bytes, prompt_positions
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.ppo import ppo_sizes
@@ -28,7 +29,8 @@ def estimate(recipe: Recipe, phase: Phase, mesh) -> int:
         state_or_params, batch = phase.args
         rows, length = math.prod(batch.tokens.shape[:-1]), batch.tokens.shape[-1]
         if phase.name == "evaluate":
-            cast = device_bytes([leaf for leaf in state_or_params.values() if leaf.dtype == "float32"]) // 2
+            whole = [leaf for leaf in state_or_params.values() if not isinstance(leaf, Quantised)]
+            cast = device_bytes([leaf for leaf in whole if leaf.dtype == "float32"]) // 2
             adapted = recipe.model.role(decoder).lora.rank > 0
             return cast + _forward(decoder, layout, rows // count, length, chunk, width, adapted)
         config = getattr(recipe, phase.stage)

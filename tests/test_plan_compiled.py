@@ -1,4 +1,4 @@
-"""The plan's arithmetic against programs compiled for GPUs that need not be there: temporaries, and bytes over links."""
+"""The plan's arithmetic against programs compiled for GPUs that need not be there: peaks, and bytes over links."""
 
 import re
 from collections import Counter

@@ -53,11 +53,11 @@ def automatic(recipe: Recipe) -> list[str]:
 def candidates(recipe: Recipe, mesh: Mesh | AbstractMesh, where: Machine, stages: Sequence[str]) -> list[Recipe]:
     """The recipe with every combination of values of its automatic switches, the fastest first.
 
-    A switch that changes nothing here, as ZeRO on one device, has one value. Ties go to what is nearest to the plain.
+    A switch that changes nothing here, as ZeRO without fsdp, has one value. Ties go to what is nearest to the plain.
     """
     auto = automatic(recipe)
     idle = {
-        "mesh.zero": mesh.shape["fsdp"] * mesh.shape["tensor"] == 1,
+        "mesh.zero": mesh.shape["fsdp"] == 1,
         "model.one_copy": not recipe.model.lora.rank,
         "model.offload_reference": recipe.model.lora.rank > 0,
         "model.offload_ema": not recipe.ppo.ema_decay,

@@ -188,14 +188,13 @@ def _ppo(recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, mesh) -> l
     experience = pinned(engine.programs["score"], models, rollout)
     part = _batch(jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), experience), layout)
 
-    copied = own_bytes(engine.programs["publish"], models.actor.params)
-    published, rolled = {"generation weights": copied}, {"rollout": device_bytes(rollout)}
+    published, rolled = {"generation weights": device_bytes(weights)}, {"rollout": device_bytes(rollout)}
     learned = rolled | {"experience": device_bytes(experience)}
     if batch_size < rows:
         learned |= {"part of the experience": device_bytes(part)}
     programs = engine.programs
     return [
-        Phase("ppo", "publish", programs["publish"], (models.actor.params,), held, added=copied),
+        Phase("ppo", "publish", programs["publish"], (models.actor.params,), held, added=device_bytes(weights)),
         Phase(
             "ppo",
             "generate",
@@ -269,50 +268,20 @@ def _abstract_models(actor: DecoderConfig, critic: DecoderConfig, model: ModelCo
 
 
 def pinned(program: Callable, *args: Any) -> Any:
-    """Abstract outputs of a program, in the shardings that it pins them to; replicated where it pins none."""
-    return _outputs(program, *args)[0]
-
-
-def own_bytes(program: Callable, *args: Any) -> int:
-    """Bytes on one device of a program's outputs, without those that are arguments handed on."""
-    outputs, handed_on = _outputs(program, *args)
-    leaves = zip(jax.tree.leaves(outputs), handed_on, strict=True)
-    return device_bytes([leaf for leaf, is_argument in leaves if not is_argument])
-
-
-def _outputs(program: Callable, *args: Any) -> tuple[Any, list[bool]]:
-    """(abstract outputs in their shardings, for each whether it is an argument as it came)."""
+    """Abstract outputs of a jitted program, in the shardings that it pins them to; replicated where it pins none."""
     closed, shapes = jax.make_jaxpr(program, return_shape=True)(*args)
-    given = [(getattr(leaf, "sharding", None), True) for leaf in jax.tree.leaves(args)]
-    found = _trace(closed.jaxpr, given)
-    mesh = next(sharding.mesh for sharding, _ in [*found, *given] if sharding is not None)
+    jaxpr = closed.jaxpr
+    while len(jaxpr.eqns) == 1 and "jaxpr" in jaxpr.eqns[0].params:
+        jaxpr = jaxpr.eqns[0].params["jaxpr"].jaxpr
+    pins = {eqn.outvars[0]: eqn.params["sharding"] for eqn in jaxpr.eqns if eqn.primitive.name == "sharding_constraint"}
+    mesh = next(iter(pins.values())).mesh
     free = NamedSharding(mesh, PartitionSpec())
     leaves, structure = jax.tree.flatten(shapes)
     laid = [
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding or free)
-        for leaf, (sharding, _) in zip(leaves, found, strict=True)
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=pins.get(var, free))
+        for leaf, var in zip(leaves, jaxpr.outvars, strict=True)
     ]
-    return jax.tree.unflatten(structure, laid), [is_argument for _, is_argument in found]
-
-
-def _trace(jaxpr: Any, given: list[tuple[Any, bool]]) -> list[tuple[Any, bool]]:
-    """(sharding, whether it is an argument) of each output, from those of the inputs."""
-    known, nothing = dict(zip(jaxpr.invars, given, strict=True)), (None, False)
-
-    def of(var):
-        return nothing if hasattr(var, "val") else known.get(var, nothing)  # a literal has a value and no hash
-
-    for eqn in jaxpr.eqns:
-        name, before = eqn.primitive.name, [of(var) for var in eqn.invars]
-        if name == "sharding_constraint":
-            known[eqn.outvars[0]] = (eqn.params["sharding"], False)
-        elif name == "device_put":
-            for var, old, new, x in zip(eqn.outvars, before, eqn.params["devices"], eqn.invars, strict=True):
-                stays = old[1] and new.is_equivalent_to(old[0], x.aval.ndim)
-                known[var] = (new, stays)
-        elif name in ("jit", "pjit"):
-            known |= zip(eqn.outvars, _trace(eqn.params["jaxpr"].jaxpr, before), strict=True)
-    return [of(var) for var in jaxpr.outvars]
+    return jax.tree.unflatten(structure, laid)
 
 
 def _silent(build: Callable, *args: Any) -> Any:

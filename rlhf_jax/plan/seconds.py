@@ -24,8 +24,8 @@ from rlhf_jax.stages.models import ModelConfig
 from rlhf_jax.stages.ppo import ppo_sizes
 from rlhf_jax.stages.sizes import micro_batches
 
-# How often an update gathers each weight in a micro-batch under ZeRO-3, by the compiled text: once forward and once
-# backward, where what is recomputed and its gradients share the gathered weights.
+# How often an update gathers each weight in a micro-batch, by the compiled text: once forward and once backward,
+# where what is recomputed and its gradients share the gathered weights.
 GATHERS = 2
 
 
@@ -150,12 +150,12 @@ def needs(recipe: Recipe, found: list[Phase], mesh) -> dict[str, Need]:
     passes = 2 * forward_flops(actor, rows, length, new) + 2 * forward_flops(critic, rows, length, 0)
     batch_size, micro = ppo_sizes(config, layout)
     parts = micro * config.rollouts // batch_size
-    shards = layout.shards("vocab")
-    gathered = 2 * parts * (_gathered(actor, model, shards) + _gathered(critic, model, shards))
+    shards, split = layout.shards("vocab"), split_over(recipe, layout)
+    gathered = 2 * parts * (_gathered(actor, model, split) + _gathered(critic, model, split))
     reference = 0.0
     if model.offload_reference and not model.lora.rank:
         reference = _count(actor) * (4 if model.frozen_dtype == "float32" else 2) / shards
-    result["ppo/score"] = Need(passes / count, link=gathered if recipe.mesh.zero == 3 else 0.0, host=reference)
+    result["ppo/score"] = Need(passes / count, link=gathered, host=reference)
     updates = config.ppo_epochs * rows // batch_size
     for name, decoder, head in (("actor", actor, new), ("critic", critic, 0)):
         flops = forward_flops(decoder, batch_size, length, head)
@@ -175,6 +175,11 @@ def _gathered(decoder: DecoderConfig, model: ModelConfig, shards: int) -> float:
     return _count(decoder) * model.compute.dtype.itemsize * (1 - 1 / shards)
 
 
+def split_over(recipe: Recipe, layout: Layout) -> int:
+    """Devices over which each weight is split in training: under ZeRO-3 all but replicas, below it those of tensor."""
+    return layout.shards("vocab") if recipe.mesh.zero == 3 else layout.mesh.shape["tensor"]
+
+
 def _update(recipe: Recipe, decoder: DecoderConfig, state, flops: float, again: float, micro: int, layout) -> Need:
     """One optimizer step: passes; weights and gradients over the links, as the ZeRO stage has it; Adam reads 4 and
     writes 3 arrays of its shard, and offloaded moments come from the host and go back.
@@ -182,21 +187,23 @@ def _update(recipe: Recipe, decoder: DecoderConfig, state, flops: float, again: 
     Args:
         flops, again: of one forward pass, and of its attention alone.
     """
-    model, zero = recipe.model, recipe.mesh.zero
+    model, zero, mesh = recipe.model, recipe.mesh.zero, layout.mesh.shape
     count, shards = layout.shards("batch"), layout.shards("vocab")
     trained = 4.0 * sum(math.prod(leaf.shape) for leaf in state.trainable.values())  # bytes, over all devices
-    shard = trained / shards if zero else trained
-    # Gradients of a layer are reduced in the dtype of the computation, and summed over micro-batches in float32.
-    others = trained * (1 - 1 / shards) * model.compute.dtype.itemsize / 4
+    shard = trained / (shards if zero else mesh["tensor"])
     passes = training_factor(model.role(decoder).lora.rank, model.remat)
     work = flops * passes + again * (model.remat == "dots")
-    # Stages 0 and 1 reduce a gradient to every device, which costs twice what scattering it does.
-    link = micro * others * (1 if zero >= 2 else 2)
-    link += 2 * micro * (count > shards) * trained / shards * model.compute.dtype.itemsize / 4  # and over data
-    if zero == 3:
-        link += micro * GATHERS * _gathered(decoder, model, shards)
-    elif zero:
-        link += trained * (1 - 1 / shards)  # what each has stepped goes to all, in float32
+    # Gradients of a layer are reduced in the dtype of the computation, and summed over micro-batches in float32: to
+    # their shards from stage 2 on, and below to all of fsdp, which costs twice what scattering them does.
+    reduced = trained * model.compute.dtype.itemsize / 4
+    if zero >= 2:
+        link = micro * reduced * (1 - 1 / shards)
+    else:
+        link = micro * reduced * (1 - 1 / mesh["tensor"] + 2 * (1 - 1 / mesh["fsdp"]) / mesh["tensor"])
+    link += 2 * micro * (count > shards) * reduced / shards  # and over data
+    link += micro * GATHERS * _gathered(decoder, model, split_over(recipe, layout))
+    if zero in (1, 2):  # what each has stepped goes to all, in float32
+        link += trained / mesh["tensor"] * (1 - 1 / mesh["fsdp"])
     host = 4 * shard if model.offload_optimizer else 0.0  # two moments, there and back
     return Need(work / count, 7 * shard, link, host)
 

@@ -8,11 +8,14 @@ or cast weights. B sequences of T tokens on one device.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
 
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.decoder import Leaf, abstract_params
-from rlhf_jax.models.quantised import Quantised
 from rlhf_jax.plan.held import Phase, architectures, device_bytes, prompt_positions
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.ppo import ppo_sizes
@@ -20,6 +23,8 @@ from rlhf_jax.stages.ppo import ppo_sizes
 
 def estimate(recipe: Recipe, phase: Phase, mesh) -> int:
     """Bytes of temporaries on one device, without the sum of gradients, the cache and the weights in `phase.added`."""
+    if phase.name.endswith(" step") or phase.name == "average":  # over one parameter after the other
+        return device_bytes(phase.args)
     layout = Layout(mesh, TRAIN)
     actor, critic = architectures(recipe, layout.shards("vocab"))
     width, count = recipe.model.compute.dtype.itemsize, layout.shards("batch")
@@ -29,13 +34,13 @@ def estimate(recipe: Recipe, phase: Phase, mesh) -> int:
         state_or_params, batch = phase.args
         rows, length = math.prod(batch.tokens.shape[:-1]), batch.tokens.shape[-1]
         if phase.name == "evaluate":
-            whole = [leaf for leaf in state_or_params.values() if not isinstance(leaf, Quantised)]
-            cast = device_bytes([leaf for leaf in whole if leaf.dtype == "float32"]) // 2
-            adapted = recipe.model.role(decoder).lora.rank > 0
-            return cast + _forward(decoder, layout, rows // count, length, chunk, width, adapted)
+            float32 = [leaf for leaf in state_or_params.values() if getattr(leaf, "dtype", None) == "float32"]
+            adapted, gathered = recipe.model.role(decoder).lora.rank > 0, _gathered(decoder, state_or_params, width)
+            passing = _forward(decoder, rows // count, length, chunk, width, adapted)
+            return device_bytes(float32) // 2 + gathered + passing
         config = getattr(recipe, phase.stage)
         rows = rows * (config.micro_batch_size or config.batch_size) // config.batch_size
-        return _update(recipe, decoder, layout, state_or_params, rows // count, length, width)
+        return _update(recipe, decoder, phase, rows // count, length, width)
     config = recipe.ppo
     batch_size, micros = ppo_sizes(config, layout)
     prompt = prompt_positions(recipe, min(actor.max_positions, critic.max_positions))
@@ -51,37 +56,43 @@ def estimate(recipe: Recipe, phase: Phase, mesh) -> int:
         models = phase.args[0]
         trained = [models.actor.trainable, models.critic.trainable]
         casts = max(device_bytes(tree) // 2 for tree in trained)
-        adapted = [recipe.model.role(each).lora.rank > 0 for each in (actor, critic)]
-        passes = zip((actor, critic), adapted, strict=True)
-        return casts + max(_forward(each, layout, rows, length, chunk, width, has) for each, has in passes)
+        passes = (
+            _gathered(each, state.params, width)
+            + _forward(each, rows, length, chunk, width, recipe.model.role(each).lora.rank > 0)
+            for each, state in ((actor, models.actor), (critic, models.critic))
+        )
+        return casts + max(passes)
     decoder = actor if phase.name == "actor" else critic
-    return _update(recipe, decoder, layout, phase.args[0], rows, length, width)
+    return _update(recipe, decoder, phase, rows, length, width)
 
 
 def _layer(decoder: DecoderConfig) -> dict[str, Leaf]:
     return {path: leaf for path, leaf in abstract_params(decoder).items() if path.startswith("layers/")}
 
 
-def _gathered(decoder: DecoderConfig, layout: Layout, width: int) -> int:
-    """Bytes of three layers, of which two are on their way, and the embedding, gathered; 0 on one device."""
-    if layout.shards("vocab") == 1:
+def _is_split(params: Mapping[str, Any]) -> bool:
+    return any(leaf.sharding.shard_shape(leaf.shape) != leaf.shape for leaf in jax.tree.leaves(params))
+
+
+def _gathered(decoder: DecoderConfig, params: Mapping[str, Any], width: int) -> int:
+    """Bytes of three layers, of which two are on their way, and the embedding; 0 where each device has all of them."""
+    if not _is_split(params):
         return 0
     layer = sum(math.prod(leaf.shape[1:]) for leaf in _layer(decoder).values())
     return width * (3 * layer + decoder.padded_vocab * decoder.embed_size)
 
 
-def _forward(
-    decoder: DecoderConfig, layout: Layout, rows: int, length: int, chunk: int, width: int, adapted: bool
-) -> int:
+def _forward(decoder: DecoderConfig, rows: int, length: int, chunk: int, width: int, adapted: bool) -> int:
     """One pass that keeps nothing: a layer, or the logits of a chunk beside the states that they are of."""
     tokens = rows * length
     wide = 4 if decoder.gated_mlp else 1 + adapted
     layer = tokens * width * (decoder.mlp_size * wide + 3 * decoder.hidden_size)
     logits = 0 if decoder.scalar_head else 4 * rows * (chunk or length) * decoder.padded_vocab
-    return _gathered(decoder, layout, width) + max(layer, logits + 2 * tokens * width * decoder.hidden_size)
+    return max(layer, logits + 2 * tokens * width * decoder.hidden_size)
 
 
-def _update(recipe: Recipe, decoder: DecoderConfig, layout: Layout, state, rows: int, length: int, width: int) -> int:
+def _update(recipe: Recipe, decoder: DecoderConfig, phase: Phase, rows: int, length: int, width: int) -> int:
+    state = phase.args[0]
     tokens, wide = rows * length, decoder.mlp_size * (1 + decoder.gated_mlp)
     heads = (decoder.num_heads + 2 * decoder.num_kv_heads) * decoder.head_dim
     kept = decoder.hidden_size
@@ -93,11 +104,11 @@ def _update(recipe: Recipe, decoder: DecoderConfig, layout: Layout, state, rows:
     chunk = recipe.model.logprob_chunk or length
     logits = 0 if decoder.scalar_head else 3 * 4 * rows * chunk * decoder.padded_vocab
     scattered = 0
-    if layout.shards("vocab") > 1 and not recipe.model.role(decoder).lora.rank:  # a layer's gradient, whole
+    if _is_split(state.params) and not recipe.model.role(decoder).lora.rank:  # a layer's gradient, whole
         scattered = 4 * sum(math.prod(leaf.shape[1:]) for leaf in _layer(decoder).values())
-    gradients = device_bytes(state.trainable)
     passes = tokens * width * (decoder.num_layers * kept + working)
-    return gradients + passes + logits + scattered + _gathered(decoder, layout, width)
+    # Gradients of the micro-batch at hand are as large as their sum, which `phase.added` is.
+    return phase.added + passes + logits + scattered + _gathered(decoder, state.params, width)
 
 
 def _publish(actor: DecoderConfig, layout: Layout, recipe: Recipe, width: int) -> int:

@@ -82,8 +82,8 @@ def test_peaks_by_arithmetic_are_within_a_tenth_of_the_compiled(name):
     recipe = load(CONFIGS / f"{name}.toml", [], Recipe)
     where = {"opt-1.3b-single_gpu": "A100-80GB", "opt-6.7b-single_node": "8xA100-80GB"}[name]
     mesh, plain = make_mesh(recipe.mesh, devices_of(where)), abstract_mesh(recipe.mesh, machine(where).count)
-    for real, phase in zip(phases(recipe, mesh), phases(recipe, plain), strict=True):
-        if phase.name in ("update", "publish", "generate", "actor", "critic"):
+    for real, phase in zip(phases(recipe, mesh, ("ppo",)), phases(recipe, plain, ("ppo",)), strict=True):
+        if phase.name in ("publish", "generate", "actor", "critic"):
             quick = phase.least + estimate(recipe, phase, plain)
             assert quick == pytest.approx(measure(real).peak(real), rel=0.1), (phase.stage, phase.name)
 

@@ -270,10 +270,7 @@ def _abstract_models(actor: DecoderConfig, critic: DecoderConfig, model: ModelCo
 def pinned(program: Callable, *args: Any) -> Any:
     """Abstract outputs of a jitted program, in the shardings that it pins them to; replicated where it pins none."""
     closed, shapes = jax.make_jaxpr(program, return_shape=True)(*args)
-    jaxpr = closed.jaxpr
-    while len(jaxpr.eqns) == 1 and "jaxpr" in jaxpr.eqns[0].params:
-        jaxpr = jaxpr.eqns[0].params["jaxpr"].jaxpr
-    pins = {eqn.outvars[0]: eqn.params["sharding"] for eqn in jaxpr.eqns if eqn.primitive.name == "sharding_constraint"}
+    jaxpr, pins = closed.jaxpr, _pins(closed.jaxpr)
     mesh = next(iter(pins.values())).mesh
     free = NamedSharding(mesh, PartitionSpec())
     leaves, structure = jax.tree.flatten(shapes)
@@ -282,6 +279,23 @@ def pinned(program: Callable, *args: Any) -> Any:
         for leaf, var in zip(leaves, jaxpr.outvars, strict=True)
     ]
     return jax.tree.unflatten(structure, laid)
+
+
+def _pins(jaxpr: Any) -> dict[Any, NamedSharding]:
+    """{variable: the sharding that it is pinned or put to}, through whatever is jitted inside."""
+    pins = {}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "sharding_constraint":
+            pins[eqn.outvars[0]] = eqn.params["sharding"]
+        elif eqn.primitive.name == "device_put":
+            pins |= zip(eqn.outvars, eqn.params["devices"], strict=True)
+        elif eqn.primitive.name in ("jit", "pjit"):
+            inner = eqn.params["jaxpr"].jaxpr
+            inside = _pins(inner)
+            # A literal has no hash, and is pinned to nothing.
+            named = [(out, var) for out, var in zip(eqn.outvars, inner.outvars, strict=True) if not hasattr(var, "val")]
+            pins |= {out: inside[var] for out, var in named if var in inside}
+    return pins
 
 
 def _silent(build: Callable, *args: Any) -> Any:

@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = add("plan", "bytes, seconds and cost of every phase on GPUs that need not be there", PLAN_HELP)
     command.add_argument("config", metavar="CONFIG", help="a TOML file")
     command.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of it, section.key=value")
-    machine = "8xNAME, or nodes x GPUs as 4x8xNAME; an unknown NAME lists the known (default: this machine's GPUs)"
+    machine = "8xNAME, or nodes x GPUs as 4x8xNAME; an unknown NAME lists the known (default: this machine's GPUs, or "
+    machine += "where it has none those that CONFIG's header names)"
     command.add_argument("--gpus", metavar="8xA100-80GB", help=machine)
     command.add_argument("--price-per-gpu-hour", type=float, default=0.0, metavar="PRICE", help="to tell the cost")
     command.add_argument("--json", action="store_true", help="everything, in bytes and seconds, as one JSON object")
@@ -138,6 +139,7 @@ def run_config(command: str, path: str, overrides: Sequence[str]) -> None:
     from rlhf_jax.evaluate import evaluate
     from rlhf_jax.mesh import make_mesh
     from rlhf_jax.plan import check_fits, device_limit
+    from rlhf_jax.plan.choose import resolve
     from rlhf_jax.recipe import Recipe
     from rlhf_jax.stages.loop import open_run, same_data
     from rlhf_jax.stages.pipeline import train
@@ -149,12 +151,15 @@ def run_config(command: str, path: str, overrides: Sequence[str]) -> None:
         evaluate(Path(recipe.run.dir), mesh, recipe.data, recipe.evaluate, recipe.model.dtype)
         return
     stages = STAGES if command == "train" else (command,)
-    limit = device_limit(mesh)
-    if limit is not None:
-        kept = () if recipe.run.overwrite else [stage for stage in stages if recipe.run.export(stage).exists()]
-        check_fits(recipe, mesh, limit, [stage for stage in stages if stage not in kept])
-    # RUN/config.toml may be a CONFIG later, and must not ask for deletion once more.
+    # RUN/config.toml may be a CONFIG later, and must not ask for deletion once more; it keeps "auto" where that stands.
     lasting = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, overwrite=False))
+    kept = () if recipe.run.overwrite else [stage for stage in stages if recipe.run.export(stage).exists()]
+    limit, waiting = device_limit(mesh), [stage for stage in stages if stage not in kept]
+    recipe, chosen = resolve(recipe, mesh, limit, waiting)
+    for text in chosen:
+        print(f"auto: {text}", flush=True)
+    if limit is not None:
+        check_fits(recipe, mesh, limit, waiting)
     open_run(recipe.run, dump(lasting))
     train(recipe.run, recipe.layout(mesh), recipe.model, recipe.data, recipe.sft, recipe.reward, recipe.ppo, stages)
     print(f"{command}: everything lies in {recipe.run.dir}", flush=True)
@@ -164,14 +169,14 @@ def run_config(command: str, path: str, overrides: Sequence[str]) -> None:
 
 def run_plan(args: argparse.Namespace) -> None:
     from rlhf_jax.config import load
-    from rlhf_jax.plan import local_gpus, make_plan
+    from rlhf_jax.plan import hardware_of, local_gpus, make_plan
     from rlhf_jax.plan.table import render
     from rlhf_jax.recipe import Recipe
 
     recipe = load(args.config, args.overrides, Recipe)
     if args.price_per_gpu_hour < 0:
         raise ValueError(f"--price-per-gpu-hour {args.price_per_gpu_hour:g}: at least 0")
-    plan = make_plan(recipe, args.gpus or local_gpus(), args.price_per_gpu_hour)
+    plan = make_plan(recipe, args.gpus or local_gpus(hardware_of(args.config)), args.price_per_gpu_hour)
     print(json.dumps(plan) if args.json else render(plan), flush=True)
 
 

@@ -7,10 +7,13 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import sys
 from pathlib import Path
 
 from rlhf_jax.cli import main as rlhf_jax
+from rlhf_jax.gpus import machine
+from rlhf_jax.plan import hardware_of, local_gpus
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DEPLOYMENTS = ("single_gpu", "single_node", "multi_node")
@@ -20,19 +23,24 @@ STAGES = {1: "sft", 2: "reward", 3: "ppo"}
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train SFT, reward model and PPO by a recipe of configs/.")
     parser.add_argument("--actor-model", default="facebook/opt-1.3b", help="hub id or folder (default: %(default)s)")
-    parser.add_argument("--reward-model", default="facebook/opt-350m", help="hub id or folder (default: %(default)s)")
+    parser.add_argument("--reward-model", default="", help="hub id or folder (default: as the recipe says)")
     parser.add_argument("--deployment-type", default="single_gpu", choices=DEPLOYMENTS, help="default: %(default)s")
     parser.add_argument("--step", type=int, nargs="+", default=[1, 2, 3], choices=STAGES, help="1 SFT, 2 reward, 3 PPO")
     parser.add_argument("--output-dir", default="", help="run folder (default: as the recipe says)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe; put these first")
     args = parser.parse_args(argv)
 
-    config = CONFIGS / f"{Path(args.actor_model).name}-{args.deployment_type}.toml"
-    if not config.exists():
+    name = Path(args.actor_model).name
+    config = choose(name, args.deployment_type, memory_here())
+    if config is None:
         known = sorted(path.stem for kind in DEPLOYMENTS for path in CONFIGS.glob(f"*-{kind}.toml"))
-        print(f"train.py: there is no recipe {config.name}; there are {', '.join(known)}", file=sys.stderr)
+        told = f"{name}-{args.deployment_type}.toml; there are {', '.join(known)}"
+        print(f"train.py: there is no recipe {told}", file=sys.stderr)
         return 2
-    overrides = [f"model.actor={args.actor_model}", f"model.reward={args.reward_model}", *args.overrides]
+    print(f"train.py: {config}, made for {hardware_of(config)}", flush=True)
+    overrides = [f"model.actor={args.actor_model}", *args.overrides]
+    if args.reward_model:
+        overrides.insert(1, f"model.reward={args.reward_model}")
     if args.output_dir:
         overrides.append(f"run.dir={args.output_dir}")
     if set(args.step) == set(STAGES):
@@ -41,6 +49,27 @@ def main(argv: list[str] | None = None) -> int:
         if code := rlhf_jax([STAGES[step], str(config), *overrides]):
             return code
     return 0
+
+
+def choose(name: str, deployment: str, memory: int) -> Path | None:
+    """The recipe NAME-DEPLOYMENT or NAME-VARIANT-DEPLOYMENT of the largest card that is no larger than this machine's.
+
+    Args:
+        memory: bytes of each card here; 0: not known. Then, and where all want more, the one without a variant.
+    """
+    stem = glob.escape(name)
+    files = [*CONFIGS.glob(f"{stem}-{deployment}.toml"), *sorted(CONFIGS.glob(f"{stem}-*-{deployment}.toml"))]
+    wanted = {path: machine(hardware_of(path)).gpu.memory for path in files}
+    suitable = [path for path in files if wanted[path] <= memory]
+    return max(suitable, key=wanted.get) if suitable else next(iter(files), None)
+
+
+def memory_here() -> int:
+    """Bytes that a card of this machine has; 0 where none is known."""
+    try:
+        return machine(local_gpus()).gpu.memory
+    except ValueError:
+        return 0
 
 
 if __name__ == "__main__":

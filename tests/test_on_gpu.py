@@ -19,7 +19,7 @@ import pytest
 import tiny
 
 from rlhf_jax.engine import Compute, Models, make_engine
-from rlhf_jax.mesh import TRAIN, Layout, single_device_mesh
+from rlhf_jax.mesh import TRAIN, Layout, single_device_mesh, train_layout
 from rlhf_jax.models import cached, decoder
 from rlhf_jax.models.architecture import Rope
 from rlhf_jax.models.attention import Kernel
@@ -172,7 +172,7 @@ class Scored:
             critic_tx=tx,
             sample=SampleConfig(NEW),
             eos_ids=EOS,
-            mesh=single_device_mesh(),
+            layout=train_layout(single_device_mesh(), 3),
             compute=Compute(dtype, "layers", 8, attention),
             num_micro=num_micro,
             num_score_micro=num_micro,

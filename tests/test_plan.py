@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import math
+import tomllib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +14,21 @@ import tiny
 import tiny_recipe
 
 import rlhf_jax.plan
+import rlhf_jax.plan.known
 from rlhf_jax.cli import main
 from rlhf_jax.config import parse
-from rlhf_jax.gpus import GPUS, devices_of, plugin
+from rlhf_jax.gpus import GPUS, devices_of, machine, plugin
 from rlhf_jax.host_memory import to_devices
 from rlhf_jax.mesh import TRAIN, Layout, make_mesh
+from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.families import decoder_config
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.optim import make_optimizer
-from rlhf_jax.plan import check_fits, compiling, least_bytes
+from rlhf_jax.plan import _notes, check_fits, compiling, least_bytes
+from rlhf_jax.plan.abstract import abstract_mesh, device_bytes, host_bytes
 from rlhf_jax.plan.compiling import Memory, measure, measure_all, with_micro
-from rlhf_jax.plan.held import Phase, abstract_mesh, architectures, device_bytes, host_bytes, phases
+from rlhf_jax.plan.held import Phase, architectures, phases
+from rlhf_jax.plan.known import known
 from rlhf_jax.plan.seconds import forward_flops, needs, weights_per_token
 from rlhf_jax.plan.table import render
 from rlhf_jax.recipe import Recipe
@@ -384,3 +391,62 @@ def test_programs_compile_for_gpus_that_are_not_there(tmp_path):
     for phase in phases(recipe, mesh, ("ppo",)):
         assert measure(phase).peak(phase) >= phase.least, phase.name
     assert jnp.zeros(1).devices() == {jax.devices("cpu")[0]}
+
+
+PUBLISHED = {
+    "facebook/opt-125m": 125_239_296,
+    "facebook/opt-350m": 331_196_416,
+    "facebook/opt-1.3b": 1_315_758_080,
+    "facebook/opt-2.7b": 2_651_596_800,
+    "facebook/opt-6.7b": 6_658_473_984,
+    "facebook/opt-13b": 12_853_473_280,
+    "facebook/opt-30b": 29_974_540_288,
+    "facebook/opt-66b": 65.7e9,
+    "facebook/opt-175b": 175e9,
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "meta-llama/Llama-2-13b-hf": 13_015_864_320,
+    "meta-llama/Llama-2-70b-hf": 68_976_648_192,
+    "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
+    "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": 1_100_048_384,
+    "Qwen/Qwen2.5-0.5B": 494_032_768,
+    "Qwen/Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+}
+
+
+@pytest.mark.parametrize("name", known())
+def test_the_tables_configuration_of_a_model_has_the_parameters_that_are_published(name):
+    decoder = decoder_config(known()[name], scalar_head=False)
+    padding = (decoder.padded_vocab - decoder.vocab_size) * decoder.embed_size * (1 if decoder.tied else 2)
+    count = sum(math.prod(leaf.shape) for leaf in abstract_params(decoder).values()) - padding
+    told = PUBLISHED[name]
+    assert count == told if isinstance(told, int) else abs(count / told - 1) < 3e-3
+
+
+@pytest.mark.parametrize("has_hub", [False, True])
+def test_a_known_model_is_planned_from_the_table_only_where_the_hub_gives_nothing(has_hub, tmp_path, monkeypatch):
+    def of_hub(name):
+        if not has_hub and name.startswith("facebook/"):
+            raise ValueError("no network")
+        return HF
+
+    monkeypatch.setattr(rlhf_jax.plan.known, "config_json", of_hub)
+    rlhf_jax.plan.known._of_hub.cache_clear()
+    recipe = recipe_of(tmp_path)
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, actor="facebook/opt-125m"))
+    actor, _ = architectures(recipe, 1)
+    assert actor.hidden_size == (D if has_hub else 768)
+    notes = "\n".join(_notes(recipe, machine("A100-80GB")))
+    assert ("config.json of facebook/opt-125m from the plan's own table" in notes) == (not has_hub)
+    local = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, actor=str(tmp_path / "model")))
+    assert architectures(local, 1)[0].hidden_size == D and "own table" not in "\n".join(
+        _notes(local, machine("A100-80GB"))
+    )
+    rlhf_jax.plan.known._of_hub.cache_clear()
+
+
+def test_the_table_of_known_models_is_part_of_the_installed_package():
+    listed = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert listed["package-data"]["rlhf_jax.plan"] == ["known.toml"]

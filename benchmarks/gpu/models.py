@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from rlhf_jax.config import load
 from rlhf_jax.engine import Engine, Models
-from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.decoder import init_params
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.optim import make_optimizer
@@ -63,7 +62,7 @@ def recipe_of(folder: str | Path, actor: str, critic: str, *overrides: str, smal
 
 def engine_of(recipe: Recipe, mesh: Mesh) -> tuple[Engine, Models]:
     """The engine that runs the recipe, and random models as `ppo` holds them."""
-    layout, loaded = Layout(mesh, TRAIN), []
+    layout, loaded = recipe.layout(mesh), []
     for seed, decoder in enumerate(architectures(recipe, layout.shards("vocab"))):
         drawn = init_params(decoder, jax.random.key(seed), layout)
         dtype = recipe.model.stored_dtype(scalar_head=decoder.scalar_head)
@@ -71,7 +70,7 @@ def engine_of(recipe: Recipe, mesh: Mesh) -> tuple[Engine, Models]:
         loaded.append(Pretrained(decoder, params, None, {}, {}, layout))
     actor, critic = loaded
     txs = [make_optimizer(each, each.warmup_steps + 1) for each in (recipe.ppo.actor, recipe.ppo.critic)]
-    engine = ppo_engine(recipe.ppo, recipe.model, actor.config, critic.config, *txs, NEVER, mesh)
+    engine = ppo_engine(recipe.ppo, recipe.model, actor.config, critic.config, *txs, NEVER, layout)
     return engine, jax.block_until_ready(ppo_models(actor, critic, recipe.model, *txs, 0))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,8 +13,11 @@ from jax.sharding import AbstractMesh, Mesh
 
 from rlhf_jax.gpus import GPUS, Machine, machine
 from rlhf_jax.models.lora import LoraConfig
+from rlhf_jax.plan.abstract import abstract_mesh
+from rlhf_jax.plan.choose import choose
 from rlhf_jax.plan.compiling import Memory, measure_elsewhere
-from rlhf_jax.plan.held import STAGES, Phase, abstract_mesh, phases
+from rlhf_jax.plan.held import STAGES, Phase, phases
+from rlhf_jax.plan.known import is_from_table
 from rlhf_jax.plan.seconds import assumptions, timetable
 from rlhf_jax.recipe import Recipe
 
@@ -32,10 +37,22 @@ def make_plan(recipe: Recipe, gpus: str, price: float = 0.0, stages: tuple[str, 
         RuntimeError: the compiler failed.
     """
     wanted = machine(gpus)
-    mesh = abstract_mesh(recipe.mesh, wanted.count)
+    mesh, usable = abstract_mesh(recipe.mesh, wanted.count), int(USABLE * wanted.gpu.memory)
+    compiled: dict[Recipe, dict[str, Any]] = {}
+
+    def need(candidate: Recipe) -> int:
+        """The largest peak of the phases that were compiled: of all, or up to the first that does not fit."""
+        compiled[candidate] = measure_elsewhere(candidate, gpus, stages, usable, stop=True)
+        memories = compiled[candidate]["phases"]
+        named = {f"{phase.stage}/{phase.name}": phase for phase in phases(candidate, mesh, stages)}
+        return max(Memory(**memories[name]).peak(named[name]) for name in memories)
+
+    recipe, chosen = choose(recipe, mesh, wanted, stages, usable, need)
     found = phases(recipe, mesh, stages)
-    usable, seconds = int(USABLE * wanted.gpu.memory), timetable(recipe, found, mesh, wanted, price)
-    measured = measure_elsewhere(recipe, gpus, stages, usable)
+    seconds = timetable(recipe, found, mesh, wanted, price)
+    measured = compiled.get(recipe)
+    if measured is None or len(measured["phases"]) < len(found):
+        measured = measure_elsewhere(recipe, gpus, stages, usable)
     table = [described(phase, Memory(**measured["phases"][f"{phase.stage}/{phase.name}"]), usable) for phase in found]
     costs = [entry["cost"] for entry in seconds.values()]
     fits = all(row["headroom"] >= 0 for row in table)
@@ -47,6 +64,8 @@ def make_plan(recipe: Recipe, gpus: str, price: float = 0.0, stages: tuple[str, 
         "compiled_for": measured["compiled_for"],
         "phases": table,
         "fits": fits,
+        "chosen": chosen,
+        "candidates_compiled": len(compiled),
         "mends": [] if fits else list(mends(recipe, wanted.count, usable, stages, measured["micro_batch"])),
         "micro_batch": measured["micro_batch"],
         "seconds": seconds,
@@ -57,16 +76,28 @@ def make_plan(recipe: Recipe, gpus: str, price: float = 0.0, stages: tuple[str, 
     }
 
 
-def local_gpus() -> str:
-    """The GPUs of this machine, as `gpus.machine` reads them. ValueError where it has none, or none that is known."""
+def local_gpus(default: str = "") -> str:
+    """The GPUs of this machine, as `gpus.machine` reads them; `default` where it has none that is known.
+
+    Raises:
+        ValueError: none, and no default.
+    """
     devices = jax.devices()
     known = [gpu.name for gpu in GPUS.values() if gpu.title == devices[0].device_kind]
+    if not known and default:
+        return default
     if not known:
         raise ValueError(
             f"this machine has {len(devices)} x {devices[0].device_kind}, which is no GPU that plans are made for: "
             f"name the machine to plan, --gpus 8xNAME with one of {', '.join(GPUS)}"
         )
     return f"{len(devices)}x{known[0]}"
+
+
+def hardware_of(path: str | Path) -> str:
+    """The machine that a configuration is made for, by its header's line "# Hardware: 8xA100-80GB"; "" without one."""
+    found = re.search(r"^# Hardware: (\S+)$", Path(path).read_text(encoding="utf-8"), re.MULTILINE)
+    return found[1] if found else ""
 
 
 def described(phase: Phase, memory: Memory, usable: int) -> dict[str, Any]:
@@ -90,6 +121,10 @@ def _notes(recipe: Recipe, wanted: Machine) -> list[str]:
         f"usable is {USABLE:.0%} of the memory: run with XLA_CLIENT_MEM_FRACTION={USABLE} (JAX's default takes 75%)",
         "lengths are the configuration's limits; shorter data needs less",
     ]
+    named = {"sft": recipe.model.actor, "reward": recipe.model.reward}
+    for stage, name in named.items():
+        if name not in ("new", "sft") and not recipe.run.export(stage).exists() and is_from_table(name):
+            notes.append(f"config.json of {name} from the plan's own table: neither a folder nor the hub gave one")
     if wanted.nodes > 1:
         notes.append("this version trains in one process, so on one node: more nodes are a plan only")
     if wanted.gpu.capability < "8.0" and recipe.model.dtype == "bfloat16":
@@ -150,16 +185,44 @@ def mends(
 
     if least(recipe) <= usable:
         yield "what is held fits and temporaries do not: try smaller batches, shorter lengths or model.remat=layers"
-    bf16 = {} if recipe.model.frozen_dtype == "bfloat16" else {"frozen_dtype": "bfloat16"}
+
+    def that_do(changes: Sequence[dict[str, Any]], told: dict[str, str]) -> Iterator[str]:
+        """The first change that does."""
+        for change in changes:
+            try:
+                changed = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **change))
+            except ValueError:  # a quantised base with nothing beside it that trains
+                continue
+            if change and least(recipe) > usable >= least(changed):
+                yield f"try {' and '.join(told[key] for key in change)}"
+                return
+
+    has_use = {
+        "one_copy": recipe.model.lora.rank > 0,
+        "offload_ema": recipe.ppo.ema_decay > 0,
+        "offload_reference": recipe.model.lora.rank == 0,
+        "offload_optimizer": True,
+    }
+    free = [name for name, is_used in has_use.items() if is_used and not getattr(recipe.model, name)]
+    together = [free[:size] for size in range(2, len(free) + 1)]
+    switches = [dict.fromkeys(names, True) for names in [*([name] for name in free), *together]]
+    yield from that_do(switches, {name: f"model.{name}=true" for name in free})
+
+    bf16 = {"frozen_dtype": "bfloat16"} if recipe.model.frozen_dtype == "float32" else {}
     lora = {} if recipe.model.lora.rank else {"lora": LoraConfig(rank=128, alpha=128.0)}
     both = lora | ({} if recipe.model.reward_lora.rank else {"reward_lora": LoraConfig(rank=128, alpha=128.0)})
-    told = {"frozen_dtype": "model.frozen_dtype=bfloat16", "lora": "LoRA for the actor (model.lora.rank=128)"}
+    told = {"lora": "LoRA for the actor (model.lora.rank=128)"}
     told["reward_lora"] = "LoRA for reward model and critic (model.reward_lora.rank=128)"
-    for change in (bf16, lora, bf16 | lora, bf16 | both):
-        changed = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **change))
-        if change and least(recipe) > usable >= least(changed):
-            yield f"try {' and '.join(told[key] for key in sorted(change))}"
-            break
+    told |= {name: f"model.{name}=true" for name in free}
+    smaller = list(
+        that_do([bf16, lora, bf16 | lora, bf16 | both], told | {"frozen_dtype": "model.frozen_dtype=bfloat16"})
+    )
+    if not smaller and recipe.model.frozen_dtype != "nf4":
+        nf4 = {"frozen_dtype": "nf4"}
+        told["frozen_dtype"] = "model.frozen_dtype=nf4"
+        every = both | nf4 | (dict.fromkeys(free, True) | {"one_copy": True})
+        smaller = list(that_do([nf4, lora | nf4, both | nf4, every], told | {"one_copy": "model.one_copy=true"}))
+    yield from smaller
     more = count
     while more < MOST_DEVICES:
         more *= 2

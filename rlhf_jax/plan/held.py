@@ -7,42 +7,48 @@ Built by the functions that build the real thing (`make_state`, `ppo_models`, `p
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import itertools
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.data.batches import Batch
-from rlhf_jax.engine import Engine, Models
+from rlhf_jax.engine import Engine
 from rlhf_jax.generate import Rollout, bucket
-from rlhf_jax.mesh import AXES, GENERATE, TRAIN, Layout, MeshConfig, check_model_divides, mesh_sizes
+from rlhf_jax.mesh import GENERATE, TRAIN, Layout
 from rlhf_jax.models.architecture import DecoderConfig
-from rlhf_jax.models.cached import empty_cache, shared_for_decoding, shared_leaves
-from rlhf_jax.models.decoder import Leaf, abstract_params
+from rlhf_jax.models.cached import empty_cache, shared_for_decoding
 from rlhf_jax.models.families import decoder_config
-from rlhf_jax.models.folders import config_json, read_json
-from rlhf_jax.models.per_layer import PerLayer, is_shareable
-from rlhf_jax.models.pretrained import Pretrained
-from rlhf_jax.models.quantised import KINDS, abstract, is_quantisable
+from rlhf_jax.models.folders import read_json
 from rlhf_jax.optim import OptimConfig, make_optimizer
+from rlhf_jax.plan.abstract import (
+    abstract_batch,
+    abstract_models,
+    abstract_pretrained,
+    abstract_state,
+    device_bytes,
+    host_bytes,
+    laid,
+    moved_bytes,
+    pinned,
+    placed,
+)
+from rlhf_jax.plan.known import config_of
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.rollout import check_positions
 from rlhf_jax.sampling import check_learnable
 from rlhf_jax.stages.base import new_hf_config
-from rlhf_jax.stages.models import ModelConfig, make_state
-from rlhf_jax.stages.ppo import ppo_engine, ppo_models, ppo_sizes
+from rlhf_jax.stages.models import ModelConfig
+from rlhf_jax.stages.ppo import ppo_engine, ppo_sizes
 from rlhf_jax.stages.reward import reward_programs
 from rlhf_jax.stages.sft import sft_programs
 from rlhf_jax.stages.sizes import micro_batches
-from rlhf_jax.train_step import OffloadedUpdate, TrainState, Update, state_shardings
+from rlhf_jax.train_step import OffloadedUpdate, TrainState, Update
 
 STAGES = ("sft", "reward", "ppo")
 
@@ -76,34 +82,9 @@ class Phase(NamedTuple):
         return sum(self.live.values()) + self.added
 
 
-def abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
-    """The mesh of `config` over `count` devices that need not be there; raises as `make_mesh`."""
-    return AbstractMesh(tuple(mesh_sizes(config, count).values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def device_bytes(tree: Any) -> int:
-    """Bytes on one device of (abstract) arrays with shardings; what rests in host memory is not there."""
-    return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if not _in_host(leaf))
-
-
-def host_bytes(tree: Any) -> int:
-    """Bytes of one device's shards that rest in host memory."""
-    return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if _in_host(leaf))
-
-
-def _in_host(leaf: Any) -> bool:
-    return leaf.sharding.memory_kind == "pinned_host"
-
-
-def _shard_bytes(leaf: Any) -> int:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return 8
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * jax.dtypes.canonicalize_dtype(leaf.dtype).itemsize
-
-
 def architectures(recipe: Recipe, parts: int) -> tuple[DecoderConfig, DecoderConfig]:
     """(actor, reward model and critic) from config.json alone: of the run's exports where there are some, else of what
-    the configuration names.
+    the configuration names (where it is not to be had, of `known.toml`).
 
     Args:
         parts: into how many the vocabulary is split.
@@ -120,8 +101,8 @@ def architectures(recipe: Recipe, parts: int) -> tuple[DecoderConfig, DecoderCon
         base = recipe.run.folder("base") / "config.json"
         new = recipe.model.new
         actor = read_json(base) if base.exists() else new_hf_config(new, new.vocab_size)
-    actor = actor or config_json(recipe.model.actor)
-    reward = exported("reward") or (actor if recipe.model.reward == "sft" else config_json(recipe.model.reward))
+    actor = actor or config_of(recipe.model.actor)
+    reward = exported("reward") or (actor if recipe.model.reward == "sft" else config_of(recipe.model.reward))
     return (
         decoder_config(actor, scalar_head=False, vocab_parts=parts),
         decoder_config(reward, scalar_head=True, vocab_parts=parts),
@@ -165,7 +146,9 @@ def _supervised(
     update, measure = programs(model.role(decoder), model.compute, layout, tx, num_micro)
     state = abstract_state(abstract_pretrained(decoder, model, layout), model, tx)
     shape = (config.batch_size, length) if stage == "sft" else (config.batch_size, 2, length)
-    batch = _batch(Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.bool, jnp.bool))), layout)
+    batch = abstract_batch(
+        Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.bool, jnp.bool))), layout
+    )
     live = _state_bytes("", state) | {"batch": device_bytes(batch)}
     found = _learning(stage, "update", update, state, batch, live)
     if config.eval_batches:
@@ -207,28 +190,28 @@ def _ppo(recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, layout: La
         check_positions(each, 1, config.sample.max_new_tokens)
     txs = _optimizer(config.actor), _optimizer(config.critic)
     engine: Engine = ppo_engine(config, model, actor, critic, *txs, eos_ids=(0,), layout=layout)
-    models = _abstract_models(actor, critic, model, layout, txs, average=config.ema_decay > 0)
+    models = abstract_models(actor, critic, model, layout, txs, average=config.ema_decay > 0)
     held = _state_bytes("actor ", models.actor) | _state_bytes("critic ", models.critic)
     # A reward model shares with the critic what neither trains.
     own = {path: leaf for path, leaf in models.reward.items() if path not in models.critic.frozen}
     held |= {"reference": device_bytes(models.reference), "reward model": device_bytes(own)}
     held |= {"moving average": device_bytes(models.average)} if models.average else {}
     # As the engine fetches them: the reference to score, of an average that rests in host memory one array at a time.
-    scoring = dataclasses.replace(models, reference=_placed(models.reference, None), average={})
+    scoring = dataclasses.replace(models, reference=placed(models.reference, None), average={})
 
     rows, new = config.rollouts, config.sample.max_new_tokens
     prompt = prompt_positions(recipe, min(actor.max_positions, critic.max_positions))
     generating = Layout(mesh, GENERATE)
     weights = pinned(engine.programs["publish"].program, models.actor.params)
-    added = device_bytes(weights) + _moved(actor, models.actor.params, generating)
-    weights |= shared_for_decoding(actor, models.actor.params, generating, _laid)
+    added = device_bytes(weights) + moved_bytes(actor, models.actor.params, generating)
+    weights |= shared_for_decoding(actor, models.actor.params, generating, laid)
     in_rows = 0 < config.generate_rows < rows
 
     def prompts_of(count: int):
         return tuple(jax.ShapeDtypeStruct((count, prompt), dtype) for dtype in (jnp.int32, jnp.bool))
 
     everywhere = NamedSharding(mesh, PartitionSpec())
-    prompts = _batch(prompts_of(config.rollout_batch_size), generating)
+    prompts = abstract_batch(prompts_of(config.rollout_batch_size), generating)
     if in_rows:
         prompts = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), prompts)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -239,9 +222,11 @@ def _ppo(recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, layout: La
     )
     answers = [jax.ShapeDtypeStruct((rows, new), dtype) for dtype in (jnp.int32, jnp.bool, jnp.float32)]
     ended, ends = (jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.bool, jnp.int32))
-    rollout = Rollout(*_batch((*prompts_of(rows), *answers, ended, answers[-1], ends), generating))
+    rollout = Rollout(*abstract_batch((*prompts_of(rows), *answers, ended, answers[-1], ends), generating))
     experience = pinned(engine.programs["score"], scoring, rollout)
-    part = _batch(jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), experience), layout)
+    part = abstract_batch(
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), experience), layout
+    )
 
     published, rolled = {"generation weights": added}, {"rollout": device_bytes(rollout)}
     learned = rolled | {"experience": device_bytes(experience)}
@@ -270,7 +255,7 @@ def _ppo(recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, layout: La
         *_learning("ppo", "critic", programs["critic"], models.critic, part, held | learned),
     ]
     if models.average:
-        there = _placed(models.average, None)
+        there = placed(models.average, None)
         largest = max(there, key=lambda path: device_bytes(there[path]))
         pair, live = (there[largest], models.actor.trainable[largest]), held | learned
         if host_bytes(models.average):
@@ -283,137 +268,6 @@ def prompt_positions(recipe: Recipe, max_positions: int) -> int:
     """P of the longest prompts that the configuration lets through, as `make_generate` cuts them."""
     longest = min(recipe.data.max_prompt_length, max_positions - recipe.ppo.sample.max_new_tokens)
     return min(_round8(longest), bucket(longest))
-
-
-def _laid(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _moved(actor: DecoderConfig, params: Mapping[str, Any], layout: Layout) -> int:
-    """Bytes on one device of what generation shares with training but has to lay out by itself."""
-    moved = []
-
-    def put(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        if leaf.sharding.shard_shape(leaf.shape) != sharding.shard_shape(leaf.shape):
-            moved.append(_laid(leaf, sharding))
-        return leaf
-
-    shared_for_decoding(actor, params, layout, put)
-    return device_bytes(moved)
-
-
-def abstract_pretrained(
-    decoder: DecoderConfig, model: ModelConfig, layout: Layout, *, one_copy: bool = False
-) -> Pretrained:
-    """What `stages.models.load` gives, without a tokenizer and with nothing in its arrays."""
-    check_model_divides({"attention heads": decoder.num_heads}, layout.mesh)
-    stored = model.stored_dtype(scalar_head=decoder.scalar_head)
-    dtype = jnp.dtype("bfloat16" if stored in KINDS else stored)
-    serving = Layout(layout.mesh, GENERATE)
-
-    def param(path: str, leaf: Leaf) -> Any:
-        where = serving if one_copy and is_shareable(path) else layout
-        if stored in KINDS and is_quantisable(path):
-            return abstract(leaf.shape, leaf.axes, stored, where)
-        if one_copy and is_quantisable(path):
-            layer = jax.ShapeDtypeStruct(leaf.shape[1:], dtype, sharding=where.sharding(leaf.axes[1:]))
-            return PerLayer((layer,) * leaf.shape[0])
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where.sharding(leaf.axes))
-
-    leaves = shared_leaves(decoder, serving) if one_copy else abstract_params(decoder)
-    return Pretrained(decoder, {path: param(path, leaf) for path, leaf in leaves.items()}, None, {}, {}, layout)
-
-
-def abstract_state(pretrained: Pretrained, model: ModelConfig, tx: optax.GradientTransformation) -> TrainState:
-    """What `make_state` makes of it."""
-    state = _silent(
-        lambda params: make_state(dataclasses.replace(pretrained, params=params), model, tx, 0), pretrained.params
-    )
-    return _state_laid_out(state, pretrained, model)
-
-
-def _abstract_models(
-    actor: DecoderConfig, critic: DecoderConfig, model: ModelConfig, layout, txs, *, average: bool
-) -> Models:
-    """What `ppo_models` makes of two loaded models."""
-    first, second = (
-        abstract_pretrained(actor, model, layout, one_copy=model.one_copy),
-        abstract_pretrained(critic, model, layout),
-    )
-
-    on_devices = dataclasses.replace(model, offload_reference=False, offload_ema=False)
-
-    def build(a, c):
-        loaded = dataclasses.replace(first, params=a), dataclasses.replace(second, params=c)
-        return ppo_models(*loaded, on_devices, *txs, 0, average=average)
-
-    models = _silent(build, first.params, second.params)
-
-    def laid_out(params, loaded, shared=()):
-        leaves = abstract_params(loaded.config)
-        return {
-            path: loaded.params[path]
-            if path in shared
-            else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.sharding(leaves[path].axes))
-            for path, leaf in params.items()
-        }
-
-    trained = _state_laid_out(models.actor, first, model)
-    return Models(
-        trained,
-        _state_laid_out(models.critic, second, model),
-        _placed(laid_out(models.reference, first), "pinned_host" if model.offload_reference else None),
-        laid_out(models.reward, second, models.critic.frozen.keys()),
-        _placed(trained.trainable, "pinned_host" if model.offload_ema else None) if average else {},
-    )
-
-
-def _placed(params: Mapping[str, Any], memory: str | None) -> dict[str, Any]:
-    """Abstract arrays in another memory; None: the devices' own."""
-    return {
-        path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind(memory))
-        for path, x in params.items()
-    }
-
-
-def pinned(program: Callable, *args: Any) -> Any:
-    """Abstract outputs of a jitted program, in the shardings that it pins them to; replicated where it pins none."""
-    closed, shapes = jax.make_jaxpr(program, return_shape=True)(*args)
-    jaxpr = closed.jaxpr
-    while len(jaxpr.eqns) == 1 and "jaxpr" in jaxpr.eqns[0].params:
-        jaxpr = jaxpr.eqns[0].params["jaxpr"].jaxpr
-    pins = {eqn.outvars[0]: eqn.params["sharding"] for eqn in jaxpr.eqns if eqn.primitive.name == "sharding_constraint"}
-    mesh = next(iter(pins.values())).mesh
-    free = NamedSharding(mesh, PartitionSpec())
-    leaves, structure = jax.tree.flatten(shapes)
-    laid = [
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=pins.get(var, free))
-        for leaf, var in zip(leaves, jaxpr.outvars, strict=True)
-    ]
-    return jax.tree.unflatten(structure, laid)
-
-
-def _silent(build: Callable, *args: Any) -> Any:
-    """`jax.eval_shape`, without what the real functions print on the way."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        return jax.eval_shape(build, *args)
-
-
-def _state_laid_out(state: TrainState, loaded: Pretrained, model: ModelConfig) -> TrainState:
-    """With its shardings; what is frozen is as it was loaded."""
-    moving = dataclasses.replace(state, frozen={})
-    shardings = state_shardings(moving, abstract_params(loaded.config, model.role(loaded.config).lora), loaded.layout)
-    moving = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), moving, shardings)
-    return dataclasses.replace(moving, frozen={path: loaded.params[path] for path in state.frozen})
-
-
-def _batch(tree: Any, layout: Layout) -> Any:
-    """Abstract arrays split by their first dimension."""
-
-    def laid_out(leaf):
-        return layout.sharding(("batch", *[None] * (leaf.ndim - 1)))
-
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=laid_out(leaf)), tree)
 
 
 def _state_bytes(name: str, state: TrainState) -> dict[str, int]:

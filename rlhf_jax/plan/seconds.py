@@ -17,11 +17,17 @@ from rlhf_jax.gpus import Gpu, Machine
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.decoder import Remat, abstract_params
-from rlhf_jax.plan.held import Phase, architectures, device_bytes, prompt_positions
+from rlhf_jax.models.lora import is_adapter
+from rlhf_jax.plan.abstract import device_bytes
+from rlhf_jax.plan.held import Phase, architectures, prompt_positions
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.models import ModelConfig
 from rlhf_jax.stages.ppo import ppo_sizes
 from rlhf_jax.stages.sizes import micro_batches
+
+# How often an update gathers each weight in a micro-batch, by the compiled text: once forward and once backward,
+# where what is recomputed and its gradients share the gathered weights.
+GATHERS = 2
 
 
 @dataclass(frozen=True)
@@ -30,28 +36,36 @@ class Efficiency:
 
     matmul: float = 0.35  # of FLOP/s: half is reported for long sequences on H100 (MaxText, 7B); 512 tokens reach less
     memory: float = 0.6  # of the bandwidth, while decoding
-    link: float = 0.6  # of the links
+    link: float = 0.6  # of the links, and of PCIe to the host
 
 
 @dataclass(frozen=True)
 class Need:
-    """What one GPU does in a phase: FLOPs of matrix products, bytes of its memory, bytes over its links."""
+    """What one GPU does in a phase: FLOPs of matrix products, bytes of its memory, over its links and to the host."""
 
     flops: float = 0.0
     memory: float = 0.0
     link: float = 0.0
+    host: float = 0.0
 
     def floor(self, flops_rate: float, machine: Machine) -> float:
-        return max(self.flops / flops_rate, self.memory / machine.gpu.bandwidth, self.link / slowest_link(machine))
+        moved = self.link / slowest_link(machine), self.host / host_link(machine.gpu)
+        return max(self.flops / flops_rate, self.memory / machine.gpu.bandwidth, *moved)
 
     def expected(self, flops_rate: float, machine: Machine, share: Efficiency) -> float:
         work = max(self.flops / flops_rate / share.matmul, self.memory / machine.gpu.bandwidth / share.memory)
-        return work + self.link / slowest_link(machine) / share.link
+        moved = self.link / slowest_link(machine) + self.host / host_link(machine.gpu)
+        return work + moved / share.link
 
 
 def slowest_link(machine: Machine) -> float:
     """Bytes a second of one GPU over what a collective of all has to cross."""
     return machine.gpu.network if machine.nodes > 1 else machine.gpu.link
+
+
+def host_link(gpu: Gpu) -> float:
+    """Bytes a second between one GPU and pinned host memory, each way: 16 lanes of its generation's PCIe."""
+    return {"7": 16e9, "8": 32e9}.get(gpu.capability[0], 64e9)
 
 
 def matmul_rate(gpu: Gpu, dtype: str) -> float:
@@ -78,6 +92,11 @@ def forward_flops(config: DecoderConfig, rows: int, length: int, head_tokens: in
     return rows * (length * (2.0 * body + attention) + head_tokens * 2.0 * head)
 
 
+def attention_flops(config: DecoderConfig, rows: int, length: int) -> float:
+    """Of scores and their sums of values, which are recomputed where nothing else is."""
+    return 4.0 * rows * length**2 * config.num_heads * config.head_dim * config.num_layers
+
+
 def training_factor(lora_rank: int, remat: Remat) -> int:
     """Forward passes that an update costs: 1, with recomputation 1 more, and 1 for the gradients of the activations,
     1 for those of the weights, which adapters spare but for their own."""
@@ -86,7 +105,7 @@ def training_factor(lora_rank: int, remat: Remat) -> int:
 
 def needs(recipe: Recipe, found: list[Phase], mesh) -> dict[str, Need]:
     """{"stage/name": Need} of one GPU, in one optimizer step (SFT, reward model) or one iteration (PPO)."""
-    layout, trained = Layout(mesh, TRAIN), recipe.layout(mesh)
+    layout = Layout(mesh, TRAIN)
     count = layout.shards("batch")
     actor, critic = architectures(recipe, layout.shards("vocab"))
     by_name = {f"{phase.stage}/{phase.name}": phase for phase in found}
@@ -98,58 +117,105 @@ def needs(recipe: Recipe, found: list[Phase], mesh) -> dict[str, Need]:
             rows = math.prod(batch.tokens.shape[:-1])
             micro = micro_batches(stage, config.batch_size, config.micro_batch_size, layout)
             flops = forward_flops(decoder, rows, length, length if stage == "sft" else 0)
-            result[f"{stage}/update"] = _update(recipe.model, decoder, state, flops, micro, count, trained)
+            again = attention_flops(decoder, rows, length)
+            result[f"{stage}/update"] = _update(recipe, decoder, state, flops, again, micro, layout)
     if "ppo/generate" not in by_name:
         return result
 
     config, model = recipe.ppo, recipe.model
-    rows, new = config.rollout_batch_size, config.sample.max_new_tokens
+    rows, new = config.rollouts, config.sample.max_new_tokens
     prompt = prompt_positions(recipe, min(actor.max_positions, critic.max_positions))
     length = prompt + new
     weights, cache = device_bytes(by_name["ppo/generate"].args[0]), by_name["ppo/generate"].cache
     tensor = mesh.shape["tensor"]
     local = rows / (mesh.shape["data"] * mesh.shape["fsdp"])  # rows of a tensor group
     width = model.compute.dtype.itemsize
-    # (t - tg) / (t tg) of the model comes over the links, t and tg being the shards of training and generation.
-    moved = weights * (1 - tensor / trained.shards("vocab"))
-    result["ppo/publish"] = Need(memory=device_bytes(by_name["ppo/publish"].args) + 2 * weights, link=moved)
+    # (t - tg) / (t tg) of the model comes over the links, t and tg being the shards of training and generation; where
+    # one copy serves both, and where training has every weight whole, nothing does.
+    moved = weights * (1 - tensor / layout.shards("vocab")) if recipe.mesh.zero == 3 and not model.one_copy else 0.0
+    copied = device_bytes(by_name["ppo/publish"].args) + 2 * weights if not model.one_copy else 0.0
+    average = 2 * 4 * _count(actor) / layout.shards("vocab") if config.ema_decay and model.offload_ema else 0.0
+    result["ppo/publish"] = Need(memory=copied, link=moved, host=average)
     decode = (
         forward_flops(actor, 1, 1, 1) + 4 * (prompt + new / 2) * actor.num_heads * actor.head_dim * actor.num_layers
     )
     # Of the embedding a few rows are looked up; the head beside it is read whole. On average half the answers' cache.
     reread = weights - actor.padded_vocab * actor.embed_size * width / tensor
     reads = new * (reread + cache * (prompt + new / 2) / length)
+    if model.one_copy:  # adapters beside the weights: read and multiplied at every token
+        beside = sum(math.prod(x.shape) for path, x in abstract_params(actor, model.lora).items() if is_adapter(path))
+        decode, reads = decode + 2.0 * beside, reads + new * beside * width / tensor
     prefill = forward_flops(actor, local, prompt, 1) / tensor
     reduced = 2 * 2 * (tensor - 1) / tensor * local * length * actor.hidden_size * width * actor.num_layers
     result["ppo/generate"] = Need(prefill + new * local * decode / tensor, reads + weights, reduced)
     passes = 2 * forward_flops(actor, rows, length, new) + 2 * forward_flops(critic, rows, length, 0)
-    gathered = 2 * sum(_gathered(each, model, trained.shards("vocab")) for each in (actor, critic))
-    result["ppo/score"] = Need(passes / count, link=gathered)
     batch_size, micro = ppo_sizes(config, layout)
+    parts = micro * config.rollouts // batch_size
+    shards = layout.shards("vocab")
+    gathered = 2 * parts * sum(_gathered(each, model, split_over(recipe, each, layout)) for each in (actor, critic))
+    reference = 0.0
+    if model.offload_reference and not model.lora.rank:
+        reference = _count(actor) * (4 if model.frozen_dtype == "float32" else 2) / shards
+    result["ppo/score"] = Need(passes / count, link=gathered, host=reference)
     updates = config.ppo_epochs * rows // batch_size
     for name, decoder, head in (("actor", actor, new), ("critic", critic, 0)):
         flops = forward_flops(decoder, batch_size, length, head)
-        once = _update(model, decoder, by_name[f"ppo/{name}"].args[0], flops, micro, count, trained)
+        again = attention_flops(decoder, batch_size, length)
+        once = _update(recipe, decoder, by_name[f"ppo/{name}"].args[0], flops, again, micro, layout)
         result[f"ppo/{name}"] = Need(*(updates * part for part in dataclasses.astuple(once)))
     return result
 
 
-def _gathered(decoder: DecoderConfig, model: ModelConfig, count: int) -> float:
+def _count(decoder: DecoderConfig) -> int:
+    """Parameters."""
+    return sum(math.prod(leaf.shape) for leaf in abstract_params(decoder).values())
+
+
+def _gathered(decoder: DecoderConfig, model: ModelConfig, shards: int) -> float:
     """Bytes that reach a GPU when every weight is gathered once, in the dtype of the computation."""
-    total = sum(math.prod(leaf.shape) for leaf in abstract_params(decoder).values())
-    return total * model.compute.dtype.itemsize * (1 - 1 / count)
+    return _count(decoder) * model.compute.dtype.itemsize * (1 - 1 / shards)
 
 
-def _update(model: ModelConfig, decoder: DecoderConfig, state, flops: float, micro: int, count: int, layout) -> Need:
-    """One optimizer step: passes; weights gathered in each; gradients scattered; Adam reads 4 and writes 3 arrays."""
-    rank = model.role(decoder).lora.rank
-    shards, sums, moments = (each.shards("vocab") for each in (layout, layout.gradients, layout.moments))
-    trainable = device_bytes(state.trainable) * shards
-    # Scattered over those that split the sum of gradients, and what each of them then has reduced over all others.
-    reduced = trainable * (1 - 1 / sums) + 2 * trainable / sums * (1 - sums / count)
-    link = micro * ((2 + (model.remat != "none")) * _gathered(decoder, model, shards) + reduced)
-    link += trainable * (1 / shards - 1 / moments)  # new parameters, back to whoever has the old ones
-    return Need(flops * training_factor(rank, model.remat) / count, 7 * trainable / moments, link)
+def split_over(recipe: Recipe, decoder: DecoderConfig, layout: Layout) -> int:
+    """Devices over which each weight is split in training: under ZeRO-3 all but replicas, below it those of tensor, and
+    so too an actor's base that generation shares."""
+    shared = recipe.model.one_copy and not decoder.scalar_head
+    return layout.shards("vocab") if recipe.mesh.zero == 3 and not shared else layout.mesh.shape["tensor"]
+
+
+def _update(recipe: Recipe, decoder: DecoderConfig, state, flops: float, again: float, micro: int, layout) -> Need:
+    """One optimizer step: passes; weights and gradients over the links, as the ZeRO stage has it; Adam reads 4 and
+    writes 3 arrays of its shard, and offloaded moments come from the host and go back.
+
+    Args:
+        flops, again: of one forward pass, and of its attention alone.
+    """
+    model, zero, mesh = recipe.model, recipe.mesh.zero, layout.mesh.shape
+    count, shards = layout.shards("batch"), layout.shards("vocab")
+    trained = 4.0 * sum(math.prod(leaf.shape) for leaf in state.trainable.values())  # bytes, over all devices
+    shard = trained / (shards if zero else mesh["tensor"])
+    passes = training_factor(model.role(decoder).lora.rank, model.remat)
+    work = flops * passes + again * (model.remat == "dots")
+    # Gradients of a layer are reduced in the dtype of the computation, and summed over micro-batches in float32: to
+    # their shards from stage 2 on, and below to all of fsdp, which costs twice what scattering them does.
+    reduced = trained * model.compute.dtype.itemsize / 4
+    if zero >= 2:
+        link = micro * reduced * (1 - 1 / shards)
+    else:
+        link = micro * reduced * (1 - 1 / mesh["tensor"] + 2 * (1 - 1 / mesh["fsdp"]) / mesh["tensor"])
+    link += 2 * micro * (count > shards) * reduced / shards  # and over data
+    link += micro * GATHERS * _gathered(decoder, model, split_over(recipe, decoder, layout))
+    if zero in (1, 2):  # what each has stepped goes to all, in float32
+        link += trained / mesh["tensor"] * (1 - 1 / mesh["fsdp"])
+    host = 4 * shard if model.offload_optimizer else 0.0  # two moments, there and back
+    return Need(work / count, 7 * shard, link, host)
+
+
+def iteration_seconds(recipe: Recipe, found: list[Phase], mesh, machine: Machine) -> float:
+    """Expected seconds of an iteration of PPO; of a step of each stage that there is, where PPO is not one."""
+    flops_rate, share, every = matmul_rate(machine.gpu, recipe.model.dtype), Efficiency(), needs(recipe, found, mesh)
+    ppo = {name: need for name, need in every.items() if name.startswith("ppo/")}
+    return sum(need.expected(flops_rate, machine, share) for need in (ppo or every).values())
 
 
 def timetable(recipe: Recipe, found: list[Phase], mesh, machine: Machine, price: float) -> dict[str, dict]:
@@ -192,13 +258,12 @@ def training_rows(data: DataConfig, stage: str) -> int | None:
 def assumptions(recipe: Recipe) -> list[str]:
     """What the expected seconds rest on."""
     share = Efficiency()
-    offloaded = ["offloaded moments cross to host memory and back in every update: that time is not counted"]
     return [
         f"expected seconds assume {share.matmul:.0%} of the GPU's matrix FLOP/s, {share.memory:.0%} of its memory "
         f"bandwidth and {share.link:.0%} of its links, transfers not hidden; none of this was measured",
         f"every prompt fills its {recipe.data.max_prompt_length} tokens and every answer its "
         f"{recipe.ppo.sample.max_new_tokens}; rows of SFT and reward model fill {recipe.data.max_length}",
         "a floor is the data sheet's speed with transfers hidden behind the work",
+        "what is offloaded crosses PCIe of 16 lanes, 32 GB/s each way on A100s and 64 on H100s, at the links' share",
         "links: NVLink or PCIe inside a node, the network that NVIDIA sells with it between nodes",
-        *(offloaded if recipe.model.offload_optimizer else []),
     ]

@@ -25,6 +25,7 @@ def render(plan: dict[str, Any]) -> str:
         cells = [f"{row[column] / unit:.2f}" for column in COLUMNS]
         told = ["does not fit"] * (row["headroom"] < 0) + ["compiled without Triton"] * row["cublas_only"]
         lines.append("  ".join([_row(f"{row['stage']} {row['phase']}", cells), *told]))
+    lines += [""] + [f"chosen: {text}" for text in plan["chosen"]] if plan["chosen"] else []
     worst = max(plan["phases"], key=lambda row: row["peak"])
     held = sorted(worst["live"].items(), key=lambda item: -item[1])
     lines += [

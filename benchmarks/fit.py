@@ -1,0 +1,112 @@
+"""What fits which card, by plans compiled for cards that need not be there; nothing is run and nothing is measured.
+
+    python benchmarks/fit.py                       # DeepSpeed-Chat's table of largest models, and what fits here
+    python benchmarks/fit.py --headers [NAME ...]  # writes each configuration's plan into its header
+    python benchmarks/fit.py --check [NAME ...]    # says which headers are no longer what the plan says
+
+Needs JAX's CUDA plugin, no GPU, no network (rlhf_jax/plan/known.toml has what is needed of the models). NAME is a file
+of configs/ without its ending.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.config import load
+from rlhf_jax.gpus import machine
+from rlhf_jax.plan import hardware_of, make_plan
+from rlhf_jax.recipe import Recipe
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+GIB = 2**30
+PHASES = ("publish", "generate", "score", "actor", "critic")
+# The largest models of DeepSpeed-Chat's published tables, with ZeRO, LoRA and offload as it sees fit; and ours.
+LARGEST = (
+    ("1xA6000-48GB", "OPT-6.7B", ("opt-13b-a6000-single_gpu", "opt-30b-nf4-single_gpu")),
+    ("1xA100-40GB", "OPT-6.7B", ("opt-13b-single_gpu",)),
+    ("1xA100-80GB", "OPT-13B", ("opt-30b-single_gpu", "opt-66b-single_gpu")),
+    ("8xA100-80GB", "OPT-66B", ("opt-66b-single_node", "opt-30b-single_node")),
+    ("8x8xA100-80GB", "OPT-175B", ("opt-175b-multi_node",)),
+)
+PLAN_LINE = re.compile(r"^# Plan: .*$", re.MULTILINE)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--headers", action="store_true", help="rewrite the plan's line of each configuration")
+    parser.add_argument("--check", action="store_true", help="compare that line with a plan made now")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of configurations (default: all with hardware)")
+    args = parser.parse_args()
+    if not (args.headers or args.check):
+        print(table(args.names))
+        return 0
+    stale = 0
+    for path in planned_configs():
+        if args.names and path.stem not in args.names:
+            continue
+        line, text = header(plan_of(path)), path.read_text(encoding="utf-8")
+        is_stale = PLAN_LINE.search(text)[0] != line
+        stale += is_stale
+        print(f"{path.name}: {'stale, now ' if is_stale else ''}{line}", flush=True)
+        if args.headers and is_stale:
+            path.write_text(PLAN_LINE.sub(line, text, count=1), encoding="utf-8")
+    return int(args.check and stale > 0)
+
+
+def planned_configs() -> list[Path]:
+    """Those that name their hardware."""
+    return [path for path in sorted(CONFIGS.glob("*.toml")) if hardware_of(path)]
+
+
+def plan_of(path: Path) -> dict[str, Any]:
+    return make_plan(load(path, [], Recipe), hardware_of(path))
+
+
+def header(plan: dict[str, Any]) -> str:
+    """The line of a configuration's header that tells its plan."""
+    worst = max(plan["phases"], key=lambda row: row["peak"])
+    ppo = plan["seconds"]["ppo"]
+    return (
+        f"# Plan: peak {worst['peak'] / GIB:.1f} GiB a GPU ({worst['stage']} {worst['phase']}), headroom "
+        f"{worst['headroom'] / GIB:.1f} of {plan['usable'] / GIB:.1f} usable; a PPO iteration {ppo['floor']:.3g} s at "
+        f"least, {ppo['expected']:.3g} s expected; compiled for {plan['compiled_for']}, not run"
+    )
+
+
+def table(names: list[str]) -> str:
+    """The Markdown table of what fits, GiB on one GPU."""
+    columns = ("card", "DeepSpeed-Chat's largest", "here", *PHASES, "headroom", "chosen")
+    lines = [_row(columns), _row(["---"] * len(columns))]
+    for gpus, largest, configs in LARGEST:
+        for name in configs:
+            if names and name not in names:
+                continue
+            path = CONFIGS / f"{name}.toml"
+            assert machine(hardware_of(path)) == machine(gpus), f"{path} is of another machine than {gpus}"
+            recipe, plan = load(path, [], Recipe), plan_of(path)
+            peaks = {row["phase"]: row["peak"] for row in plan["phases"] if row["stage"] == "ppo"}
+            cells = [f"{peaks[phase] / GIB:.1f}" for phase in PHASES]
+            least = min(row["headroom"] for row in plan["phases"]) / GIB
+            ours = f"{recipe.model.actor.split('/')[-1]}, {told(recipe)} (`configs/{name}.toml`)"
+            chosen = "; ".join(plan.get("chosen", [])) or "as configured"
+            lines.append(_row([gpus, largest, ours, *cells, f"{least:.1f}", chosen]))
+    return "\n".join(lines)
+
+
+def told(recipe: Recipe) -> str:
+    """How the actor trains, and on how many rollouts at a time."""
+    model = recipe.model
+    how = f"LoRA {model.lora.rank} on {model.frozen_dtype}" if model.lora.rank else "all weights"
+    return f"{how}, {recipe.ppo.rollouts} rollouts, {recipe.ppo.micro_batch_size or recipe.ppo.rollouts} at a time"
+
+
+def _row(cells) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,201 @@
+"""The models, states and batches of a run without their numbers: shapes, dtypes and where each array would lie.
+
+Made by the functions that make the real ones, under `jax.eval_shape`. The mesh may be an `AbstractMesh`, for
+arithmetic, or one of devices that are not there, for compilation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+from rlhf_jax.engine import Models
+from rlhf_jax.mesh import AXES, GENERATE, Layout, MeshConfig, check_model_divides, mesh_sizes
+from rlhf_jax.models.architecture import DecoderConfig
+from rlhf_jax.models.cached import shared_for_decoding, shared_leaves
+from rlhf_jax.models.decoder import Leaf, abstract_params
+from rlhf_jax.models.per_layer import PerLayer, is_shareable
+from rlhf_jax.models.pretrained import Pretrained
+from rlhf_jax.models.quantised import KINDS, abstract, is_quantisable
+from rlhf_jax.stages.models import ModelConfig, make_state
+from rlhf_jax.stages.ppo import ppo_models
+from rlhf_jax.train_step import TrainState, state_shardings
+
+
+def abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
+    """The mesh of `config` over `count` devices that need not be there; raises as `make_mesh`."""
+    return AbstractMesh(tuple(mesh_sizes(config, count).values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes on one device of (abstract) arrays with shardings; what rests in host memory is not there."""
+    return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if not _in_host(leaf))
+
+
+def host_bytes(tree: Any) -> int:
+    """Bytes of one device's shards that rest in host memory."""
+    return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if _in_host(leaf))
+
+
+def _in_host(leaf: Any) -> bool:
+    return leaf.sharding.memory_kind == "pinned_host"
+
+
+def _shard_bytes(leaf: Any) -> int:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return 8
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * jax.dtypes.canonicalize_dtype(leaf.dtype).itemsize
+
+
+def laid(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def moved_bytes(actor: DecoderConfig, params: Mapping[str, Any], layout: Layout) -> int:
+    """Bytes on one device of what generation shares with training but has to lay out by itself."""
+    moved = []
+
+    def put(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        if leaf.sharding.shard_shape(leaf.shape) != sharding.shard_shape(leaf.shape):
+            moved.append(laid(leaf, sharding))
+        return leaf
+
+    shared_for_decoding(actor, params, layout, put)
+    return device_bytes(moved)
+
+
+def abstract_pretrained(
+    decoder: DecoderConfig, model: ModelConfig, layout: Layout, *, one_copy: bool = False
+) -> Pretrained:
+    """What `stages.models.load` gives, without a tokenizer and with nothing in its arrays."""
+    check_model_divides({"attention heads": decoder.num_heads}, layout.mesh)
+    stored = model.stored_dtype(scalar_head=decoder.scalar_head)
+    dtype = jnp.dtype("bfloat16" if stored in KINDS else stored)
+    serving = Layout(layout.mesh, GENERATE)
+
+    def param(path: str, leaf: Leaf) -> Any:
+        where = serving if one_copy and is_shareable(path) else layout
+        if stored in KINDS and is_quantisable(path):
+            return abstract(leaf.shape, leaf.axes, stored, where)
+        if one_copy and is_quantisable(path):
+            layer = jax.ShapeDtypeStruct(leaf.shape[1:], dtype, sharding=where.sharding(leaf.axes[1:]))
+            return PerLayer((layer,) * leaf.shape[0])
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where.sharding(leaf.axes))
+
+    leaves = shared_leaves(decoder, serving) if one_copy else abstract_params(decoder)
+    return Pretrained(decoder, {path: param(path, leaf) for path, leaf in leaves.items()}, None, {}, {}, layout)
+
+
+def abstract_state(pretrained: Pretrained, model: ModelConfig, tx: optax.GradientTransformation) -> TrainState:
+    """What `make_state` makes of it."""
+    state = _silent(
+        lambda params: make_state(dataclasses.replace(pretrained, params=params), model, tx, 0), pretrained.params
+    )
+    return _state_laid_out(state, pretrained, model)
+
+
+def abstract_models(
+    actor: DecoderConfig, critic: DecoderConfig, model: ModelConfig, layout, txs, *, average: bool
+) -> Models:
+    """What `ppo_models` makes of two loaded models."""
+    first, second = (
+        abstract_pretrained(actor, model, layout, one_copy=model.one_copy),
+        abstract_pretrained(critic, model, layout),
+    )
+
+    on_devices = dataclasses.replace(model, offload_reference=False, offload_ema=False)
+
+    def build(a, c):
+        loaded = dataclasses.replace(first, params=a), dataclasses.replace(second, params=c)
+        return ppo_models(*loaded, on_devices, *txs, 0, average=average)
+
+    models = _silent(build, first.params, second.params)
+
+    def laid_out(params, loaded, shared=()):
+        leaves = abstract_params(loaded.config)
+        return {
+            path: loaded.params[path]
+            if path in shared
+            else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.sharding(leaves[path].axes))
+            for path, leaf in params.items()
+        }
+
+    trained = _state_laid_out(models.actor, first, model)
+    return Models(
+        trained,
+        _state_laid_out(models.critic, second, model),
+        placed(laid_out(models.reference, first), "pinned_host" if model.offload_reference else None),
+        laid_out(models.reward, second, models.critic.frozen.keys()),
+        placed(trained.trainable, "pinned_host" if model.offload_ema else None) if average else {},
+    )
+
+
+def placed(params: Mapping[str, Any], memory: str | None) -> dict[str, Any]:
+    """Abstract arrays in another memory; None: the devices' own."""
+    return {
+        path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind(memory))
+        for path, x in params.items()
+    }
+
+
+def pinned(program: Callable, *args: Any) -> Any:
+    """Abstract outputs of a jitted program, in the shardings that it pins them to; replicated where it pins none."""
+    closed, shapes = jax.make_jaxpr(program, return_shape=True)(*args)
+    jaxpr, pins = closed.jaxpr, _pins(closed.jaxpr)
+    mesh = next(iter(pins.values())).mesh
+    free = NamedSharding(mesh, PartitionSpec())
+    leaves, structure = jax.tree.flatten(shapes)
+    laid = [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=pins.get(var, free))
+        for leaf, var in zip(leaves, jaxpr.outvars, strict=True)
+    ]
+    return jax.tree.unflatten(structure, laid)
+
+
+def _pins(jaxpr: Any) -> dict[Any, NamedSharding]:
+    """{variable: the sharding that it is pinned or put to}, through whatever is jitted inside."""
+    pins = {}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "sharding_constraint":
+            pins[eqn.outvars[0]] = eqn.params["sharding"]
+        elif eqn.primitive.name == "device_put":
+            pins |= zip(eqn.outvars, eqn.params["devices"], strict=True)
+        elif eqn.primitive.name in ("jit", "pjit"):
+            inner = eqn.params["jaxpr"].jaxpr
+            inside = _pins(inner)
+            # A literal has no hash, and is pinned to nothing.
+            named = [(out, var) for out, var in zip(eqn.outvars, inner.outvars, strict=True) if not hasattr(var, "val")]
+            pins |= {out: inside[var] for out, var in named if var in inside}
+    return pins
+
+
+def _silent(build: Callable, *args: Any) -> Any:
+    """`jax.eval_shape`, without what the real functions print on the way."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return jax.eval_shape(build, *args)
+
+
+def _state_laid_out(state: TrainState, loaded: Pretrained, model: ModelConfig) -> TrainState:
+    """With its shardings; what is frozen is as it was loaded."""
+    moving = dataclasses.replace(state, frozen={})
+    shardings = state_shardings(moving, abstract_params(loaded.config, model.role(loaded.config).lora), loaded.layout)
+    moving = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), moving, shardings)
+    return dataclasses.replace(moving, frozen={path: loaded.params[path] for path in state.frozen})
+
+
+def abstract_batch(tree: Any, layout: Layout) -> Any:
+    """Abstract arrays split by their first dimension."""
+
+    def laid_out(leaf):
+        return layout.sharding(("batch", *[None] * (leaf.ndim - 1)))
+
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=laid_out(leaf)), tree)

@@ -1,0 +1,161 @@
+"""Every shipped configuration: what its header says, that its sizes divide, that it can fit, and which one is taken."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf_jax.config import load
+from rlhf_jax.gpus import GPUS, machine
+from rlhf_jax.mesh import TRAIN, Layout
+from rlhf_jax.plan import USABLE, hardware_of, known, least_bytes, make_plan
+from rlhf_jax.plan.abstract import abstract_mesh
+from rlhf_jax.plan.choose import settled
+from rlhf_jax.plan.held import STAGES
+from rlhf_jax.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+ALL = sorted((ROOT / "configs").glob("*.toml"))
+PLANNED = [path for path in ALL if hardware_of(path)]
+DEPLOYMENTS = {"single_gpu": (1, 1), "single_node": (1, 8), "multi_node": (8, 8)}
+
+
+def script(path: str):
+    """A script as a module."""
+    name = Path(path).stem
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch):
+    """Models as on a machine that has neither them nor a network."""
+
+    def nothing(name):
+        raise ValueError(f"{name}: no network here")
+
+    monkeypatch.setattr(known, "config_json", nothing)
+    known._of_hub.cache_clear()
+    yield
+    known._of_hub.cache_clear()
+
+
+def test_there_are_configurations_for_every_size_and_machine():
+    assert len(PLANNED) == 27 and {path.stem for path in ALL} - {path.stem for path in PLANNED} == {
+        "demo",
+        "real_data",
+    }
+
+
+@pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
+def test_a_header_begins_with_what_it_is_and_the_command_that_trains_it(path):
+    first, second = path.read_text().splitlines()[:2]
+    assert first.startswith("# ") and second.startswith(f"#   rlhf-jax train configs/{path.name}")
+
+
+@pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
+def test_the_hardware_of_a_header_is_what_the_name_says_and_a_plan_follows_it(path):
+    lines = path.read_text().splitlines()
+    assert all(len(line) <= 150 for line in lines), "the plan is the longest line"
+    where = machine(hardware_of(path))
+    deployment = path.stem.rsplit("-", 1)[1]
+    assert (where.nodes, where.per_node) == DEPLOYMENTS[deployment]
+    assert lines[2].startswith("# Hardware: ") and lines[3].startswith("# Plan: ")
+    recipe = load(path, [], Recipe)
+    assert path.stem.startswith(recipe.model.actor.split("/")[-1])
+
+
+@pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
+def test_a_configuration_divides_its_devices_with_four_sequences_each_and_holds_less_than_its_card(path):
+    recipe, where = load(path, [], Recipe), machine(hardware_of(path))
+    mesh = abstract_mesh(recipe.mesh, where.count)
+    shards = Layout(mesh, TRAIN).shards("batch")
+    for config in (recipe.sft, recipe.reward, recipe.ppo):
+        assert config.micro_batch_size >= 4 * shards
+    assert recipe.data.max_prompt_length == 256 and recipe.ppo.sample.max_new_tokens == 256
+    usable = int(USABLE * where.gpu.memory)
+    needed, phase = least_bytes(settled(recipe, mesh, where, STAGES, usable)[0], mesh, STAGES)
+    assert needed < usable, phase
+
+
+@pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
+def test_actor_and_reward_model_share_a_vocabulary(path):
+    recipe = load(path, [], Recipe)
+    families = ("facebook/opt", "Llama-2|TinyLlama", "Llama-3", "Qwen2.5")
+    if recipe.model.reward != "sft":
+        assert any(re.search(each, recipe.model.actor) and re.search(each, recipe.model.reward) for each in families)
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
+def test_a_configuration_compiled_for_its_hardware_fits_95_percent_of_the_card(path):
+    plan = make_plan(load(path, [], Recipe), hardware_of(path))
+    assert plan["compiled_for"] == machine(hardware_of(path)).gpu.name
+    assert plan["fits"], {(row["stage"], row["phase"]): row["headroom"] for row in plan["phases"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "deployment", "card", "stem"),
+    [
+        ("opt-13b", "single_gpu", "A100-40GB", "opt-13b-single_gpu"),
+        ("opt-13b", "single_gpu", "A6000-48GB", "opt-13b-a6000-single_gpu"),
+        ("opt-30b", "single_gpu", "A6000-48GB", "opt-30b-nf4-single_gpu"),
+        ("opt-30b", "single_gpu", "A100-80GB", "opt-30b-single_gpu"),
+        ("opt-30b", "single_gpu", "A100-40GB", "opt-30b-single_gpu"),  # which says that it does not fit
+        ("opt-30b", "single_gpu", None, "opt-30b-single_gpu"),
+        ("Llama-2-7b-hf", "single_node", "H200", "Llama-2-7b-hf-single_node"),
+        ("opt-1.3b", "multi_node", "A100-80GB", None),
+        ("opt-1", "single_gpu", "A100-80GB", None),
+    ],
+)
+def test_the_single_script_takes_the_recipe_of_the_largest_card_that_is_no_larger_than_the_one_here(
+    name, deployment, card, stem
+):
+    found = script("scripts/train.py").choose(name, deployment, GPUS[card].memory if card else 0)
+    assert (found and found.stem) == stem
+
+
+def test_the_single_script_starts_the_recipe_with_what_was_asked_and_no_other_reward_model(monkeypatch, capsys):
+    train, started = script("scripts/train.py"), []
+    monkeypatch.setattr(train, "rlhf_jax", lambda argv: started.append(argv) or 0)
+    monkeypatch.setattr(train, "memory_here", lambda: 0)
+    assert train.main(["--actor-model", "facebook/opt-13b", "--output-dir", "runs/x"]) == 0
+    assert train.main(["--step", "2", "1", "--reward-model", "mine"]) == 0
+    config = [str(ROOT / "configs" / f"{name}-single_gpu.toml") for name in ("opt-13b", "opt-1.3b")]
+    late = ["model.actor=facebook/opt-1.3b", "model.reward=mine"]
+    assert started == [
+        ["train", config[0], "model.actor=facebook/opt-13b", "run.dir=runs/x"],
+        ["sft", config[1], *late],
+        ["reward", config[1], *late],
+    ]
+    assert "made for 1xA100-40GB" in capsys.readouterr().out
+    assert train.main(["--actor-model", "facebook/opt-125m"]) == 2
+    assert "opt-30b-nf4-single_gpu" in capsys.readouterr().err
+
+
+def test_a_header_is_rewritten_from_the_plans_numbers_and_from_nothing_else(tmp_path, monkeypatch, capsys):
+    fit = script("benchmarks/fit.py")
+    path = tmp_path / "opt-1.3b-single_gpu.toml"
+    path.write_text((ROOT / "configs" / path.name).read_text())
+    rows = [{"stage": "sft", "phase": "update", "peak": 3 * 2**30, "headroom": 2**30}]
+    rows += [{"stage": "ppo", "phase": name, "peak": 2 * 2**30, "headroom": 2 * 2**30} for name in fit.PHASES]
+    seconds = {"ppo": {"floor": 1.5, "expected": 4.25}}
+    plan = {"phases": rows, "usable": 4 * 2**30, "seconds": seconds, "compiled_for": "A100-80GB"}
+    monkeypatch.setattr(fit, "CONFIGS", tmp_path)
+    monkeypatch.setattr(fit, "plan_of", lambda path: plan)
+    monkeypatch.setattr(sys, "argv", ["fit.py", "--check"])
+    assert fit.main() == 1
+    monkeypatch.setattr(sys, "argv", ["fit.py", "--headers"])
+    assert fit.main() == 0
+    line = (
+        "# Plan: peak 3.0 GiB a GPU (sft update), headroom 1.0 of 4.0 usable; a PPO iteration 1.5 s at least, 4.25 s "
+        "expected; compiled for A100-80GB, not run"
+    )
+    assert path.read_text().splitlines()[3] == line and load(path, [], Recipe)
+    monkeypatch.setattr(sys, "argv", ["fit.py", "--check"])
+    assert fit.main() == 0

@@ -51,7 +51,7 @@ def test_what_is_not_automatic_is_left_alone(tmp_path):
 
 
 def test_with_memory_enough_nothing_is_recomputed_offloaded_or_split_further_than_need_be(tmp_path):
-    recipe = with_auto(recipe_of(tmp_path, "lora"))
+    recipe = with_auto(recipe_of(tmp_path, "lora-float32"))
     chosen, told = settled(recipe, abstract_mesh(recipe.mesh, 1), A100, ("ppo",), 10**12)
     plain = {"model.remat": "none", "mesh.zero": 3} | dict.fromkeys(list(SWITCHES)[3:], False)
     assert {key: value_of(chosen, key) for key in plain} == plain
@@ -61,7 +61,7 @@ def test_with_memory_enough_nothing_is_recomputed_offloaded_or_split_further_tha
         assert "would change nothing" in by_name[idle]
 
 
-@pytest.mark.parametrize("setting", ["whole", "lora"])
+@pytest.mark.parametrize("setting", ["whole", "lora-float32"])
 @pytest.mark.parametrize("share", [1.0, 0.9, 0.7, 0.5])
 def test_what_is_chosen_is_the_fastest_of_all_that_fit(setting, share, tmp_path):
     recipe = with_auto(recipe_of(tmp_path, setting))
@@ -175,7 +175,7 @@ def test_recomputing_layers_costs_a_pass_and_recomputing_attention_its_share_of_
 
 
 def test_one_copy_reads_the_adapters_at_every_token_and_moves_nothing_to_publish(tmp_path):
-    recipe = recipe_of(tmp_path, "lora", "fsdp4-tensor2")
+    recipe = recipe_of(tmp_path, "lora-float32", "fsdp4-tensor2")
     two, one = needs_with(recipe, {}), needs_with(recipe, {"model.one_copy": True})
     rank = LORA["rank"]
     adapters = L * rank * (4 * 2 * D + 2 * (D + F))
@@ -184,7 +184,7 @@ def test_one_copy_reads_the_adapters_at_every_token_and_moves_nothing_to_publish
 
 
 def test_every_switch_can_be_automatic_and_every_value_of_it_is_one_of_the_configuration(tmp_path):
-    recipe = recipe_of(tmp_path)
+    recipe = recipe_of(tmp_path, "lora-float32")
     for key, values in SWITCHES.items():
         for value in itertools.chain(values, ["auto"]):
             assert value_of(with_values(recipe, {key: value}), key) == value

@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "rlhf_jax"
 FLOORS = [
     ["config", "trees"],
     ["mesh", "gpus", "collectives", "host_memory", "metrics", "objectives", "sampling"],
-    ["models", "data"],
-    ["optim", "train_step", "generate", "checkpoint"],
+    ["models", "data", "optim"],
+    ["train_step", "generate", "checkpoint"],
     ["rollout", "average"],
     ["engine"],
     ["stages", "evaluate"],

@@ -19,10 +19,13 @@ from rlhf_jax.cli import main
 from rlhf_jax.config import parse
 from rlhf_jax.gpus import GPUS, devices_of, machine, plugin
 from rlhf_jax.host_memory import to_devices
-from rlhf_jax.mesh import TRAIN, Layout, make_mesh
+from rlhf_jax.mesh import GENERATE, TRAIN, Layout, make_mesh
+from rlhf_jax.models.cached import shared_shardings
 from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.families import decoder_config
+from rlhf_jax.models.per_layer import PerLayer, is_shareable
 from rlhf_jax.models.pretrained import Pretrained
+from rlhf_jax.models.quantised import is_quantisable
 from rlhf_jax.optim import make_optimizer
 from rlhf_jax.plan import _notes, check_fits, compiling, least_bytes
 from rlhf_jax.plan.abstract import abstract_mesh, device_bytes, host_bytes
@@ -55,6 +58,8 @@ SETTINGS = {
     "lora": {"lora": LORA, "frozen_dtype": "bfloat16"},
     "both-lora": {"lora": LORA, "reward_lora": LORA, "frozen_dtype": "bfloat16"},
     "offload": {"offload_optimizer": True},
+    "lora-float32": {"lora": LORA},
+    "one-copy": {"lora": LORA, "one_copy": True},
     "lora-offload": {"lora": LORA, "frozen_dtype": "bfloat16", "offload_optimizer": True},
 }
 # Where the moving average, of what the actor trains, and the reference rest.
@@ -97,6 +102,15 @@ def on_first_device(tree, memory="device") -> int:
     return sum(shard.data.nbytes for shard in shards if shard.device == device)
 
 
+def shared_as_generated(decoder, params, layout):
+    """Parameters of which one copy is for training and generation."""
+    result = dict(params)
+    for path in filter(is_shareable, params):
+        leaf = PerLayer(tuple(params[path])) if is_quantisable(path) else params[path]
+        result[path] = jax.device_put(leaf, shared_shardings(decoder, path, leaf, layout))
+    return result
+
+
 @pytest.mark.parametrize(
     ("mesh_name", "zero"),
     [("one", 3), ("fsdp4-tensor2", 3), ("data2-fsdp2-tensor2", 3), ("fsdp4-tensor2", 1), ("fsdp4-tensor2", 0)],
@@ -109,6 +123,8 @@ def test_the_arrays_really_held_are_those_of_the_plan_to_two_percent(setting, me
     for decoder in architectures(recipe, Layout(mesh, TRAIN).shards("vocab")):
         dtype = model.stored_dtype(scalar_head=decoder.scalar_head)
         params = {path: leaf.astype(dtype) for path, leaf in tiny.random_params(decoder, mesh).items()}
+        if model.one_copy and not decoder.scalar_head:
+            params = shared_as_generated(decoder, params, Layout(mesh, GENERATE))
         loaded.append(relaid(Pretrained(decoder, params, None, HF, {}, Layout(mesh, TRAIN)), layout))
     txs = make_optimizer(recipe.ppo.actor, 1), make_optimizer(recipe.ppo.critic, 1)
     models = ppo_models(*loaded, model, *txs, 0, average=recipe.ppo.ema_decay > 0)
@@ -119,6 +135,8 @@ def test_the_arrays_really_held_are_those_of_the_plan_to_two_percent(setting, me
     np.testing.assert_allclose(sum(planned["publish"].live.values()), on_first_device(models), rtol=0.02)
     assert {phase.host for phase in planned.values()} == {on_first_device(models, "pinned_host")}
     np.testing.assert_allclose(device_bytes(planned["generate"].args[0]), on_first_device(weights), rtol=0.02)
+    both = sum(planned["publish"].live.values()) + planned["generate"].live["generation weights"]
+    np.testing.assert_allclose(both, on_first_device((models, weights)), rtol=0.02)
     scoring = dataclasses.replace(models, reference=to_devices(models.reference))
     planned_to_score = sum(size for what, size in planned["score"].live.items() if what != "rollout")
     np.testing.assert_allclose(planned_to_score, on_first_device(scoring), rtol=0.02)
@@ -263,14 +281,13 @@ def test_a_stage_of_zero_pays_for_its_memory_over_the_links_by_hand(tmp_path):
         recipe = recipe_of(tmp_path, mesh="fsdp4-tensor2", zero=zero)
         mesh = abstract_mesh(recipe.mesh, 8)
         found = phases(recipe, mesh, ("sft",))
-        trainable = found[0].live["trainable"] * recipe.layout(mesh).shards("vocab")
-        link[zero] = needs(recipe, found, mesh)["sft/update"].link, trainable
+        link[zero] = needs(recipe, found, mesh)["sft/update"].link
     # Two passes, nothing recomputed, in float32; then gradients, then new parameters.
     for zero, held, sums, moments in ((3, 8, 8, 8), (2, 2, 8, 8), (1, 2, 2, 8), (0, 2, 2, 2)):
-        got, trainable = link[zero]
-        passes = 2 * 4 * WEIGHTS * (1 - 1 / held)
+        trainable = 4 * WEIGHTS
+        passes = 2 * trainable * (1 - 1 / held)
         reduced = trainable * ((1 - 1 / sums) + 2 / sums * (1 - sums / 8))
-        np.testing.assert_allclose(got, passes + reduced + trainable * (1 / held - 1 / moments), rtol=1e-6)
+        np.testing.assert_allclose(link[zero], passes + reduced + trainable * (1 / held - 1 / moments), rtol=1e-6)
 
 
 @pytest.mark.parametrize("text", ["8xB100", "0xH200", "H200x8", "8", "", "2x2x2xH200"])

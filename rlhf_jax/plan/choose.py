@@ -59,7 +59,7 @@ def candidates(recipe: Recipe, mesh: Mesh | AbstractMesh, where: Machine, stages
     auto = automatic(recipe)
     idle = {
         "mesh.zero": mesh.shape["fsdp"] == 1,
-        "model.one_copy": not recipe.model.lora.rank,
+        "model.one_copy": not recipe.model.can_share,
         "model.offload_reference": recipe.model.lora.rank > 0,
         "model.offload_ema": not recipe.ppo.ema_decay,
     }

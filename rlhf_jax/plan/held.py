@@ -151,8 +151,11 @@ def _supervised(
     )
     live = _state_bytes("", state) | {"batch": device_bytes(batch)}
     found = _learning(stage, "update", update, state, batch, live)
-    if config.eval_batches:
-        found.append(Phase(stage, "evaluate", measure, (state.params, batch), live))
+    if config.eval_batches:  # by micro-batches
+        few = [jax.ShapeDtypeStruct((config.batch_size // num_micro, *x.shape[1:]), x.dtype) for x in arrays]
+        measured = abstract_batch(Batch(*few), layout)
+        at_hand = live | {"batch": device_bytes(measured)}
+        found.append(Phase(stage, "evaluate", measure, (state.params, measured), at_hand))
     return [phase._replace(host=host_bytes(state)) for phase in found]
 
 

@@ -83,7 +83,7 @@ def run_reward(run: RunConfig, layout: Layout, model: ModelConfig, data: DataCon
     say_rows("reward", rows, held_out)
     say_attention("reward", pretrained, model, longest_row(rows))
     batches = Batches(rows, batch_size=config.batch_size, seed=run.seed)
-    measured = held_out_batches(held_out, config.batch_size, config.eval_batches, layout)
+    measured = held_out_batches(held_out, config.batch_size // num_micro, config.eval_batches * num_micro, layout)
     steps = total_steps(config.steps, config.epochs, batches.steps_per_epoch)
 
     tx, rate = make_optimizer(config.optim, steps), learning_rate(config.optim, steps)

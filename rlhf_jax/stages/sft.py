@@ -94,7 +94,7 @@ def run_sft(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig
     say_rows("sft", rows, held_out)
     say_attention("sft", pretrained, model, longest_row(rows))
     batches = Batches(rows, batch_size=config.batch_size, seed=run.seed)
-    measured = held_out_batches(held_out, config.batch_size, config.eval_batches, layout)
+    measured = held_out_batches(held_out, config.batch_size // num_micro, config.eval_batches * num_micro, layout)
     steps = total_steps(config.steps, config.epochs, batches.steps_per_epoch)
 
     tx, rate = make_optimizer(config.optim, steps), learning_rate(config.optim, steps)

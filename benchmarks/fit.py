@@ -63,7 +63,7 @@ def planned_configs() -> list[Path]:
 
 
 def plan_of(path: Path) -> dict[str, Any]:
-    return make_plan(load(path, [], Recipe), hardware_of(path))
+    return make_plan(load(path, [], Recipe), hardware_of(path), search=False)
 
 
 def header(plan: dict[str, Any]) -> str:

@@ -26,12 +26,15 @@ GIB = 2**30
 MOST_DEVICES = 4096
 
 
-def make_plan(recipe: Recipe, gpus: str, price: float = 0.0, stages: tuple[str, ...] = STAGES) -> dict[str, Any]:
+def make_plan(
+    recipe: Recipe, gpus: str, price: float = 0.0, stages: tuple[str, ...] = STAGES, *, search: bool = True
+) -> dict[str, Any]:
     """What each phase needs on one of these GPUs, whether it fits, how long it takes. Plain values, for JSON.
 
     Args:
         gpus: as `gpus.machine` reads it.
         price: of one GPU for an hour, in any currency.
+        search: for the largest micro-batch of each stage, which takes some compilations more.
     Raises:
         ValueError: unknown GPUs, no config.json, sizes that do not divide the devices, too few positions.
         RuntimeError: the compiler failed.
@@ -42,7 +45,7 @@ def make_plan(recipe: Recipe, gpus: str, price: float = 0.0, stages: tuple[str, 
 
     def need(candidate: Recipe) -> int:
         """The largest peak of the phases that were compiled: of all, or up to the first that does not fit."""
-        compiled[candidate] = measure_elsewhere(candidate, gpus, stages, usable, stop=True)
+        compiled[candidate] = measure_elsewhere(candidate, gpus, stages, usable, stop=True, search=search)
         memories = compiled[candidate]["phases"]
         named = {f"{phase.stage}/{phase.name}": phase for phase in phases(candidate, mesh, stages)}
         return max(Memory(**memories[name]).peak(named[name]) for name in memories)
@@ -52,7 +55,7 @@ def make_plan(recipe: Recipe, gpus: str, price: float = 0.0, stages: tuple[str, 
     seconds = timetable(recipe, found, mesh, wanted, price)
     measured = compiled.get(recipe)
     if measured is None or len(measured["phases"]) < len(found):
-        measured = measure_elsewhere(recipe, gpus, stages, usable)
+        measured = measure_elsewhere(recipe, gpus, stages, usable, search=search)
     table = [described(phase, Memory(**measured["phases"][f"{phase.stage}/{phase.name}"]), usable) for phase in found]
     costs = [entry["cost"] for entry in seconds.values()]
     fits = all(row["headroom"] >= 0 for row in table)

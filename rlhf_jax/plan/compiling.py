@@ -66,21 +66,23 @@ def measure(phase: Phase) -> Memory:
     )
 
 
-def measure_all(recipe: Recipe, mesh, stages: Sequence[str], usable: int, stop: bool = False) -> dict[str, Any]:
+def measure_all(
+    recipe: Recipe, mesh, stages: Sequence[str], usable: int, *, stop: bool = False, search: bool = True
+) -> dict[str, Any]:
     """{"phases": {"stage/name": Memory}, "micro_batch": {stage: {"asked", "largest", "compilations"}}}.
 
-    With `stop` the first phase that does not fit `usable` bytes is the last that is compiled, and no micro-batch is
-    tried.
+    With `stop` the first phase that does not fit `usable` bytes is the last that is compiled.
 
-    The largest micro-batch is found by bisection over those that divide the batch and the devices, each tried by
-    compiling: what a stage's updates hold at their peak grows with it. 0: not even the smallest fits `usable` bytes.
+    With `search` the largest micro-batch is found by bisection over those that divide the batch and the devices, each
+    tried by compiling: what a stage's updates hold at their peak grows with it. 0: not even the smallest fits.
     """
     memories, found = {}, {}
     for phase in phases(recipe, mesh, stages):
         memories[f"{phase.stage}/{phase.name}"] = (phase, measure(phase))
         if stop and memories[f"{phase.stage}/{phase.name}"][1].peak(phase) > usable:
-            return {"phases": {name: memory._asdict() for name, (_, memory) in memories.items()}, "micro_batch": {}}
-    for stage in stages:
+            search = False
+            break
+    for stage in stages if search else ():
         asked, legal = micro_sizes(recipe, stage, Layout(mesh, TRAIN).shards("batch"))
         tried = {asked: all(m.peak(p) <= usable for p, m in memories.values() if p.stage == stage and _learns(p))}
 
@@ -115,7 +117,7 @@ def with_micro(recipe: Recipe, stage: str, micro: int) -> Recipe:
 
 
 def measure_elsewhere(
-    recipe: Recipe, gpus: str, stages: Sequence[str], usable: int, stop: bool = False
+    recipe: Recipe, gpus: str, stages: Sequence[str], usable: int, *, stop: bool = False, search: bool = True
 ) -> dict[str, Any]:
     """`measure_all` in a process of its own, with "compiled_for" and "notes" beside it.
 
@@ -123,7 +125,8 @@ def measure_elsewhere(
         RuntimeError: the compiler failed, with its last words.
     """
     wanted = machine(gpus)
-    request = {"recipe": dump(recipe), "gpus": gpus, "stages": list(stages), "usable": usable, "stop": stop}
+    options = {"stop": stop, "search": search}
+    request = {"recipe": dump(recipe), "gpus": gpus, "stages": list(stages), "usable": usable, "options": options}
     notes, too_old = [], plugin() == "jax_cuda13_plugin" and wanted.gpu.capability < "7.5"
     on_gpu = plugin() is not None and not too_old
     if not on_gpu:
@@ -158,7 +161,7 @@ def main() -> None:
     devices = devices_of(request["gpus"]) if request["on_gpu"] else jax.devices()
     stages = tuple(stage for stage in STAGES if stage in request["stages"])
     mesh = make_mesh(recipe.mesh, devices)
-    print(json.dumps(measure_all(recipe, mesh, stages, request["usable"], request["stop"])), flush=True)
+    print(json.dumps(measure_all(recipe, mesh, stages, request["usable"], **request["options"])), flush=True)
 
 
 if __name__ == "__main__":

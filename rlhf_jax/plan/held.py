@@ -152,7 +152,10 @@ def _supervised(
     live = _state_bytes("", state) | {"batch": device_bytes(batch)}
     found = _learning(stage, "update", update, state, batch, live)
     if config.eval_batches:  # by micro-batches
-        few = [jax.ShapeDtypeStruct((config.batch_size // num_micro, *x.shape[1:]), x.dtype) for x in arrays]
+        few = [
+            jax.ShapeDtypeStruct((config.batch_size // num_micro, *x.shape[1:]), x.dtype)
+            for x in jax.tree.leaves(batch)
+        ]
         measured = abstract_batch(Batch(*few), layout)
         at_hand = live | {"batch": device_bytes(measured)}
         found.append(Phase(stage, "evaluate", measure, (state.params, measured), at_hand))

@@ -30,6 +30,8 @@ from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.sampling import SampleConfig, check_sample
 from rlhf_jax.train_step import Params
 
+# XLA would merge products of one input by writing their weights side by side, anew for every token.
+DECODE_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
 LOGGER = logging.getLogger(__name__)
 
 
@@ -131,7 +133,7 @@ def generate_program(
     """
     layout = Layout(mesh, GENERATE)
 
-    @functools.partial(jax.jit, static_argnames="in_rows")
+    @functools.partial(jax.jit, static_argnames="in_rows", compiler_options=DECODE_OPTIONS)
     def program(weights, prompts, prompt_mask, key, in_rows=False):
         options = config, weights, prompts, prompt_mask, key, sample, eos_ids, layout, dtype
         if in_rows:

@@ -20,13 +20,16 @@ import tiny
 
 from rlhf_jax.collectives import instructions, kinds, moved, received, runs
 from rlhf_jax.engine import Compute, Models, make_engine
-from rlhf_jax.generate import Rollout, generate
+from rlhf_jax.generate import Rollout
 from rlhf_jax.gpus import COMPILE_OPTIONS, devices_of
 from rlhf_jax.mesh import GENERATE, TRAIN, WHOLE, Layout, MeshConfig, make_mesh, train_layout
 from rlhf_jax.models import cached
 from rlhf_jax.models.architecture import Experts, Rope
+from rlhf_jax.models.cached import shared_shardings
 from rlhf_jax.models.decoder import NO_LORA, abstract_params
-from rlhf_jax.models.lora import LoraConfig, is_trainable
+from rlhf_jax.models.lora import LoraConfig, is_adapter, is_trainable
+from rlhf_jax.models.per_layer import PerLayer, is_shareable
+from rlhf_jax.models.quantised import is_quantisable
 from rlhf_jax.optim import OptimConfig, make_optimizer
 from rlhf_jax.rollout import Role, make_publish
 from rlhf_jax.sampling import SampleConfig
@@ -46,11 +49,23 @@ LLAMA = dataclasses.replace(tiny.LLAMA, **SIZES, num_kv_heads=8, mlp_size=2816, 
 SPARSE = dataclasses.replace(LLAMA, family="mixtral", experts=Experts(4, 2, renormalised=True, aux_coef=0.02))
 LORA = LoraConfig(rank=8)
 CASES = {"llama": (LLAMA, NO_LORA), "opt-lora": (OPT, LORA), "sparse": (SPARSE, NO_LORA), "sparse-lora": (SPARSE, LORA)}
+ONE_COPY = {"llama-one-copy": (LLAMA, LORA), "opt-one-copy": (OPT, LORA)}
 ROWS, PROMPT, NEW, CHUNK, MICRO = 32, 128, 128, 64, 2
 
 
 def shaped(shape, dtype, sharding):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def one_copy(config, frozen, layout):
+    """The frozen weights as they lie where generation shares them."""
+    shared = dict(frozen)
+    for path in filter(is_shareable, frozen):
+        leaf = frozen[path]
+        if is_quantisable(path):
+            leaf = PerLayer((jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),) * leaf.shape[0])
+        shared[path] = with_shardings(leaf, shared_shardings(config, path, leaf, layout))
+    return shared
 
 
 def with_shardings(tree, shardings):
@@ -107,8 +122,8 @@ def mesh():
 
 @functools.lru_cache
 def parts(case, zero=3, offload=False):
-    """(engine, models, sharded weights for decoding) of a case, all abstract."""
-    config, lora = CASES[case]
+    """(engine, models, sharded weights for decoding) of a case, all abstract; those of ONE_COPY share the base."""
+    config, lora = (CASES | ONE_COPY)[case]
     critic, settings, tx = tiny.scalar(config), PPOConfig(), make_optimizer(OptimConfig(1e-5), 10)
     train = train_layout(mesh(), zero, offload_moments=offload)
     engine = make_engine(
@@ -123,7 +138,7 @@ def parts(case, zero=3, offload=False):
         sample=SampleConfig(NEW),
         eos_ids=(2,),
         layout=train,
-        compute=Compute(BFLOAT16, True, CHUNK),
+        compute=Compute(BFLOAT16, "layers", CHUNK),
         num_micro=MICRO,
         num_score_micro=MICRO,
     )
@@ -133,15 +148,21 @@ def parts(case, zero=3, offload=False):
         reference={} if lora.rank else params_of(config, NO_LORA, train, BFLOAT16),
         reward=params_of(critic, NO_LORA, train, BFLOAT16),
     )
-    weights = jax.eval_shape(engine.publish, models.actor.params)
+    serve = Layout(mesh(), GENERATE)
+    if case in ONE_COPY:
+        shared = one_copy(config, models.actor.frozen, serve)
+        models = dataclasses.replace(models, actor=dataclasses.replace(models.actor, frozen=shared))
+    weights = jax.eval_shape(engine.publish.program, models.actor.params)
     shardings = engine.publish.lower(models.actor.params).compile(COMPILE_OPTIONS).output_shardings
-    return engine, models, with_shardings(weights, shardings)
+    weights = with_shardings(weights, shardings)
+    weights |= cached.shared_for_decoding(config, models.actor.params, serve, lambda leaf, where: leaf)
+    return engine, models, weights
 
 
 @functools.lru_cache
 def program(case, name, zero=3, offload=False) -> Program:
     engine, models, weights = parts(case, zero, offload)
-    config, _ = CASES[case]
+    config, _ = (CASES | ONE_COPY)[case]
     serve, train = Layout(mesh(), GENERATE), Layout(mesh(), TRAIN)
     wide = [((ROWS, PROMPT), jnp.int32), ((ROWS, PROMPT), bool), ((ROWS, NEW), jnp.int32), ((ROWS, NEW), bool)]
     numbers, ended, ends = ((ROWS, NEW), jnp.float32), ((ROWS,), bool), ((ROWS,), jnp.int32)
@@ -149,11 +170,9 @@ def program(case, name, zero=3, offload=False) -> Program:
     if name == "publish":
         return compiled(engine.publish.lower(models.actor.params))
     if name == "generate":
-        options = SampleConfig(NEW), (2,), serve, BFLOAT16
         key = jax.eval_shape(lambda: jax.random.key(0))
         key = shaped(key.shape, key.dtype, serve.sharding(()))
-        run = jax.jit(lambda weights, prompts, mask, key: generate(config, weights, prompts, mask, key, *options))
-        return compiled(run.lower(weights, rollout.prompts, rollout.prompt_mask, key))
+        return compiled(engine.programs["generate"].lower(weights, rollout.prompts, rollout.prompt_mask, key))
     if name == "score":
         return compiled(engine.programs["score"].lower(models, rollout))
     scored = jax.eval_shape(engine.programs["score"], models, rollout)
@@ -185,8 +204,19 @@ def test_publish_is_one_bfloat16_all_gather_of_each_split_weight_and_nothing_els
     assert received(text) == lacking
 
 
+@pytest.mark.parametrize("case", ONE_COPY)
+def test_publish_of_one_copy_gathers_adapters_alone(case):
+    config, lora = ONE_COPY[case]
+    text, layout = program(case, "publish").text, Layout(mesh(), TRAIN)
+    split = {path: leaf for path, leaf in abstract_params(config, lora).items() if any(layout.spec(leaf.axes))}
+    wanted = [path for path in split if is_adapter(path) or not is_shareable(path)]
+    assert kinds(text) == {"all-gather"}
+    assert [dtype for dtype, _ in moved(text, "all-gather")] == ["bf16"] * len(wanted)
+    assert received(text) < 2 * sum(math.prod(split[path].shape) for path in wanted)
+
+
 @pytest.mark.parametrize("name", ["score", "update"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES | ONE_COPY)
 def test_no_weight_is_gathered_in_float32(case, name):
     gathered = moved(program(case, name).text, "all-gather")
     assert sum(dtype == "bf16" for dtype, _ in gathered) >= 7, "the weights of a layer, at least"
@@ -287,6 +317,17 @@ def test_offloaded_gradients_are_a_program_without_moments_and_a_step_reuses_its
         assert step.temp_size_in_bytes < 0.02 * state_bytes(param)
 
 
+@pytest.mark.parametrize("case", ONE_COPY)
+def test_training_over_one_copy_gathers_the_part_of_each_kernel_that_tensor_splits_and_keeps_no_gradient_of_it(case):
+    (_, models, _), told = parts(case), program(case, "actor")
+    gathered = [shape for dtype, shape in moved(told.text, "all-gather") if dtype == "bf16"]
+    widest = max(math.prod(leaf.shape[1:]) for path, leaf in models.actor.frozen.items() if is_quantisable(path))
+    assert any(math.prod(shape) == widest for shape in gathered)
+    base = state_bytes([leaf for path, leaf in models.actor.frozen.items() if is_quantisable(path)])
+    assert told.memory.alias_size_in_bytes >= state_bytes(dataclasses.replace(models.actor, frozen={}))
+    assert told.memory.temp_size_in_bytes < 60 * base, "see the number"
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_train_state_is_donated_and_every_byte_of_it_reused(case):
     memory, (_, models, _) = program(case, "update").memory, parts(case)
@@ -298,7 +339,7 @@ def test_the_train_state_is_donated_and_every_byte_of_it_reused(case):
 
 
 @pytest.mark.parametrize("name", ["publish", "generate", "score", "update"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES | ONE_COPY)
 def test_nothing_is_rematerialised_whole_for_want_of_a_better_way(case, name):
     assert "nvoluntary full rematerialization" not in program(case, name).told
 
@@ -353,7 +394,7 @@ def loops(text: str) -> list[list[tuple[str, str, int, str]]]:
     return [runs(body) for body in re.findall(r" while\(.*?body=%([\w.\-]+)", text)]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES | ONE_COPY)
 def test_no_copy_as_large_as_a_weight_is_made_for_a_token(case):
     _, _, weights = parts(case)
     smallest = min(

@@ -79,7 +79,7 @@ def engine_of(case, mesh, dtype=FLOAT32, num_score_micro=None, ema_decay=0.0):
         sample=SampleConfig(NEW, temperature),
         eos_ids=EOS,
         layout=layout,
-        compute=Compute(dtype, True, 4),
+        compute=Compute(dtype, "layers", 4),
         num_micro=num_micro,
         num_score_micro=num_score_micro or num_micro,
         ema_decay=ema_decay,
@@ -487,7 +487,7 @@ def test_a_greedy_actor_is_refused_as_it_has_no_ratios():
             sample=SampleConfig(NEW, 0.0),
             eos_ids=EOS,
             layout=Layout(single_device_mesh(), TRAIN),
-            compute=Compute(FLOAT32, True, 0),
+            compute=Compute(FLOAT32, "layers", 0),
             num_micro=1,
             num_score_micro=1,
         )

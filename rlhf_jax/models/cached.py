@@ -105,16 +105,20 @@ def for_decoding(
     What is `shared` is left to `shared_for_decoding`; adapters then are not merged, but weights of their own.
     """
     kept = shared(params)
-    weights = _adapters(config, params, layout, dtype, lora) if kept else {}
+    gathered, at_home = {}, Layout(layout.mesh, home)
+
+    def gather(array: jax.Array, leaf: Leaf) -> jax.Array:
+        # Without the first pin the compiler gathers what is to be cast, and moves twice the bytes.
+        return layout.constrain(at_home.constrain(array, *leaf.axes), *serving_axes(config, leaf, layout))
+
+    weights = _adapters(config, params, layout, dtype, lora, gather) if kept else {}
     if not kept:
         params = merge(params, lora)
-    gathered, at_home = {}, Layout(layout.mesh, home)
     kv_heads, repeats = config.num_kv_heads, _repeats(config, layout)
     leaves = {path: leaf for path, leaf in abstract_params(config).items() if path not in kept}
     for path, leaf in leaves.items():
         cast = params[path] if "norm/" in path else params[path].astype(dtype)
-        # Without the first pin the compiler gathers what is to be cast, and moves twice the bytes.
-        gathered[path] = layout.constrain(at_home.constrain(cast, *leaf.axes), *serving_axes(config, leaf, layout))
+        gathered[path] = gather(cast, leaf)
 
     def heads(name: str, kind: str) -> jax.Array:  # -> [L, (D,) K, heads per KV head, d]
         leaf = gathered[f"layers/attention/{name}/{kind}"]
@@ -201,12 +205,13 @@ def shared_shardings(config: DecoderConfig, path: str, leaf: Any, layout: Layout
     return layout.sharding(axes)
 
 
-def _adapters(config: DecoderConfig, params, layout: Layout, dtype, lora: LoraConfig) -> Weights:
+def _adapters(config: DecoderConfig, params, layout: Layout, dtype, lora: LoraConfig, gather) -> Weights:
     """The adapters of each layer, B times the scale."""
     weights: Weights = {}
     for path, leaf in abstract_params(config, lora).items():
         if is_adapter(path):
             adapter = (lora.scale * params[path] if path.endswith("lora_b") else params[path]).astype(dtype)
+            adapter = gather(adapter, leaf)
             axes = serving_axes(config, leaf, layout)[1:]
             weights |= {
                 f"layers/{i}/{_name(path)}": layout.constrain(adapter[i], *axes) for i in range(config.num_layers)

@@ -136,7 +136,8 @@ def measure_elsewhere(
             "and cache are the same on GPUs; temporaries are not (a "
             "CPU computes bfloat16 in float32 and fuses less), so peaks are estimates"
         )
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    # With its frames hidden, the last line of a traceback is not the error.
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_TRACEBACK_FILTERING": "off"}
     if on_gpu:
         environment["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # what is not to be run is not to be kept

@@ -109,6 +109,15 @@ def architectures(recipe: Recipe, parts: int) -> tuple[DecoderConfig, DecoderCon
     )
 
 
+class InRows(NamedTuple):
+    """The generation program in rows that are refilled, to be lowered."""
+
+    program: Any
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        return self.program.lower(*args, in_rows=True)
+
+
 def phases(recipe: Recipe, mesh: Mesh | AbstractMesh, stages: tuple[str, ...] = STAGES) -> list[Phase]:
     """Every program of these stages in the order in which they run.
 
@@ -244,7 +253,7 @@ def _ppo(recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, layout: La
         Phase(
             "ppo",
             "generate",
-            jax.jit(lambda *args: programs["generate"](*args, True)) if in_rows else programs["generate"],
+            InRows(programs["generate"]) if in_rows else programs["generate"],
             (weights, *prompts, key),
             held | published | {"prompts": device_bytes(prompts)},
             cache=device_bytes(cache),

@@ -316,6 +316,25 @@ def test_the_exported_average_is_that_by_hand_and_bit_for_bit_the_same_stopped_r
     jax.tree.map(np.testing.assert_array_equal, tensors(tmp_path / "out"), tensors(whole / "ppo/export_ema"))
 
 
+def test_a_run_may_go_on_with_other_switches_of_memory_and_ends_the_same_to_rounding(
+    tmp_path, finished, monkeypatch, capsys
+):
+    overrides, whole, stopped = ["ppo.steps=3", "ppo.ema_decay=0.75", *LORA], tmp_path / "whole", tmp_path / "stopped"
+    changed = ["model.remat=layers", "model.one_copy=true", "model.offload_optimizer=true", *AVERAGED[1:]]
+    assert tiny_recipe.run(*before_ppo(whole, finished, *overrides)) == 0
+    command = before_ppo(stopped, finished, *overrides)
+    with monkeypatch.context() as patch:
+        stop_in(patch, "ppo", 2)
+        assert tiny_recipe.run(*command) == 130
+    capsys.readouterr()
+    assert tiny_recipe.run(*command, *changed, "mesh.zero=1", devices=2) == 0
+    assert "ppo: resumed at step 2 of 3" in capsys.readouterr().err
+    assert tomllib.loads((stopped / "config.toml").read_text())["model"]["one_copy"] is True
+    for export in ("ppo/export", "ppo/export_critic", "ppo/export_ema"):
+        ours, theirs = tensors(stopped / export), tensors(whole / export)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, theirs)
+
+
 def test_without_an_average_none_is_exported_and_asking_for_it_says_so(tmp_path, finished, capsys):
     assert not (finished / "ppo/export_ema").exists()
     assert main(["export", str(finished), str(tmp_path / "out"), "--stage", "ema"]) == 2

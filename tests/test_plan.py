@@ -29,7 +29,7 @@ from rlhf_jax.models.quantised import is_quantisable
 from rlhf_jax.optim import make_optimizer
 from rlhf_jax.plan import _notes, check_fits, compiling, least_bytes
 from rlhf_jax.plan.abstract import abstract_mesh, device_bytes, host_bytes
-from rlhf_jax.plan.compiling import Memory, measure, measure_all, with_micro
+from rlhf_jax.plan.compiling import Memory, measure, measure_all, micro_sizes, with_micro
 from rlhf_jax.plan.held import Phase, architectures, phases
 from rlhf_jax.plan.known import known
 from rlhf_jax.plan.seconds import forward_flops, needs, weights_per_token
@@ -223,6 +223,17 @@ def test_a_model_small_enough_for_hand_arithmetic_is_planned_as_by_hand(tmp_path
     tokens = 16 * 40
     assert planned["sft update"].live["batch"] == tokens * (4 + 1 + 1)
     assert planned["reward update"].live["batch"] == 2 * tokens * (4 + 1 + 1)
+
+
+def test_four_answers_to_each_prompt_are_planned_as_four_times_the_rows(tmp_path):
+    recipe = recipe_of(tmp_path, micro_batch_size=32, sample={"max_new_tokens": 16, "num_samples": 4})
+    planned = {phase.name: phase for phase in phases(recipe, abstract_mesh(recipe.mesh, 1), ("ppo",))}
+    _, prompts, mask, _ = planned["generate"].args
+    assert prompts.shape == mask.shape == (64, 24)
+    assert planned["generate"].live["prompts"] == 64 * 24 * (4 + 1)
+    assert planned["generate"].cache == 2 * L * 64 * D * (24 + 16) * 4 + 64 * (24 + 16)
+    assert micro_sizes(recipe, "ppo", 8) == (32, [8, 16, 32, 64])
+    assert micro_sizes(with_micro(recipe, "ppo", 0), "ppo", 8) == (64, [8, 16, 32, 64])
 
 
 def test_offloaded_moments_are_in_host_memory_and_a_step_has_those_of_one_parameter_by_hand(tmp_path):

@@ -107,7 +107,7 @@ def _learns(phase: Phase) -> bool:
 def micro_sizes(recipe: Recipe, stage: str, shards: int) -> tuple[int, list[int]]:
     """(the micro-batch that is asked for, all that divide the batch and are divided by the devices, ascending)."""
     config = getattr(recipe, stage)
-    batch = config.batch_size or config.rollout_batch_size
+    batch = config.batch_size or config.rollouts
     return config.micro_batch_size or batch, [n for n in range(shards, batch + 1, shards) if batch % n == 0]
 
 

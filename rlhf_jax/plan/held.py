@@ -226,7 +226,7 @@ def _ppo(recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, layout: La
         return tuple(jax.ShapeDtypeStruct((count, prompt), dtype) for dtype in (jnp.int32, jnp.bool))
 
     everywhere = NamedSharding(mesh, PartitionSpec())
-    prompts = abstract_batch(prompts_of(config.rollout_batch_size), generating)
+    prompts = abstract_batch(prompts_of(rows), generating)  # each as often as it is answered
     if in_rows:
         prompts = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), prompts)
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -19,6 +19,8 @@ from rlhf_jax.metrics import Metrics
 
 State = TypeVar("State")
 STAGES = ("sft", "reward", "ppo")
+# Of the models, what says how and where they are computed and leaves the results alone but for rounding.
+HOW = ("remat", "one_copy", "offload_optimizer", "offload_reference", "offload_ema")
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ def _description(merged: str, begun: Sequence[str]) -> dict[str, Any]:
     tables = tomllib.loads(merged)
     for key in ("overwrite", "dir", "save_every", "log_every"):
         tables["run"].pop(key)
+    for key in HOW:  # which the run of an older version does not have
+        tables["model"].pop(key, None)
     for section in ("mesh", "evaluate", *(stage for stage in STAGES if stage not in begun)):
         tables.pop(section)
     return tables

@@ -21,6 +21,7 @@ import optax
 
 from rlhf_jax.average import make_average, step_of
 from rlhf_jax.generate import Rollout
+from rlhf_jax.gpus import RUN_OPTIONS
 from rlhf_jax.host_memory import to_devices
 from rlhf_jax.mesh import Layout, check_divides
 from rlhf_jax.models.architecture import DecoderConfig
@@ -195,7 +196,7 @@ def make_score(
         experience = dataclasses.replace(experience, advantages=advantages, returns=returns)
         return jax.tree.map(lambda x: layout.constrain(x, "batch", *[None] * (x.ndim - 1)), experience)
 
-    return jax.jit(score)
+    return jax.jit(score, compiler_options=RUN_OPTIONS)
 
 
 def make_engine(

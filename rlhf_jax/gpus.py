@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+# XLA would merge products of one input, as a kernel's and its adapter's, by writing their weights side by side: anew
+# for every token, or of all layers at once.
+RUN_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
 # Timing candidate kernels needs the GPU; without it the compiler takes its first choice.
 COMPILE_OPTIONS = {"xla_gpu_autotune_level": 0}
 

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, Sharding
 
 from rlhf_jax.collectives import received
 from rlhf_jax.generate import Rollout, bucket, generate, generate_in_rows
+from rlhf_jax.gpus import RUN_OPTIONS
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, Table, check_divides, check_model_divides
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.attention import Choice
@@ -30,8 +31,6 @@ from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.sampling import SampleConfig, check_sample
 from rlhf_jax.train_step import Params
 
-# XLA would merge products of one input by writing their weights side by side, anew for every token.
-DECODE_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
 LOGGER = logging.getLogger(__name__)
 
 
@@ -133,7 +132,7 @@ def generate_program(
     """
     layout = Layout(mesh, GENERATE)
 
-    @functools.partial(jax.jit, static_argnames="in_rows", compiler_options=DECODE_OPTIONS)
+    @functools.partial(jax.jit, static_argnames="in_rows", compiler_options=RUN_OPTIONS)
     def program(weights, prompts, prompt_mask, key, in_rows=False):
         options = config, weights, prompts, prompt_mask, key, sample, eos_ids, layout, dtype
         if in_rows:

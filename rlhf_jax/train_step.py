@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from einops import rearrange
 
+from rlhf_jax.gpus import RUN_OPTIONS
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.decoder import Leaf
 from rlhf_jax.optim import Optimizer, by_nodes, joined, of_path, with_counters
@@ -236,6 +237,7 @@ def make_update(
         return param, *of_path(opt_state, path)
 
     if not layout.moments_in:
-        return Update(jax.jit(update, donate_argnums=0), leaves, layout)
+        return Update(jax.jit(update, donate_argnums=0, compiler_options=RUN_OPTIONS), leaves, layout)
     assert isinstance(tx, Optimizer), "moments that come one by one are stepped one by one"
-    return OffloadedUpdate(jax.jit(gradients), jax.jit(step, donate_argnums=(0, 2)), leaves, layout)
+    all_gradients = jax.jit(gradients, compiler_options=RUN_OPTIONS)
+    return OffloadedUpdate(all_gradients, jax.jit(step, donate_argnums=(0, 2)), leaves, layout)

@@ -21,7 +21,7 @@ import tiny
 from rlhf_jax.collectives import instructions, kinds, moved, received, runs
 from rlhf_jax.engine import Compute, Models, make_engine
 from rlhf_jax.generate import Rollout
-from rlhf_jax.gpus import COMPILE_OPTIONS, devices_of
+from rlhf_jax.gpus import COMPILE_OPTIONS, RUN_OPTIONS, devices_of
 from rlhf_jax.mesh import GENERATE, TRAIN, WHOLE, Layout, MeshConfig, make_mesh, train_layout
 from rlhf_jax.models import cached
 from rlhf_jax.models.architecture import Experts, Rope
@@ -175,7 +175,7 @@ def program(case, name, zero=3, offload=False) -> Program:
         return compiled(engine.programs["generate"].lower(weights, rollout.prompts, rollout.prompt_mask, key))
     if name == "score":
         return compiled(engine.programs["score"].lower(models, rollout))
-    scored = jax.eval_shape(engine.programs["score"], models, rollout)
+    scored = jax.eval_shape(engine.programs["score"].__wrapped__, models, rollout)
     experience = jax.tree.map(lambda x: rows(train, x.shape, x.dtype), scored)
     if name == "actor":
         return compiled(engine.programs["actor"].lower(models.actor, experience))
@@ -183,7 +183,23 @@ def program(case, name, zero=3, offload=False) -> Program:
         update = engine.programs["actor"]
         return compiled(update.step.lower(*update.arguments(models.actor, name.removeprefix("step "))))
     assert name == "update"
-    return compiled(jax.jit(engine.update, donate_argnums=0).lower(models, experience))
+    return compiled(
+        jax.jit(both_steps(engine), donate_argnums=0, compiler_options=RUN_OPTIONS).lower(models, experience)
+    )
+
+
+def both_steps(engine):
+    """The steps of actor and critic as one function, which a program with options of its own cannot be inside of."""
+
+    def run(models, experience):
+        states, told = {}, {}
+        for name in ("actor", "critic"):
+            state, step = getattr(models, name), engine.programs[name].program.__wrapped__
+            moved, told[name] = step(dataclasses.replace(state, frozen={}), state.frozen, experience)
+            states[name] = dataclasses.replace(moved, frozen=state.frozen)
+        return dataclasses.replace(models, **states), told
+
+    return run
 
 
 def split_leaves(config, lora=NO_LORA):

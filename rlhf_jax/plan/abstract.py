@@ -149,7 +149,8 @@ def placed(params: Mapping[str, Any], memory: str | None) -> dict[str, Any]:
 
 def pinned(program: Callable, *args: Any) -> Any:
     """Abstract outputs of a jitted program, in the shardings that it pins them to; replicated where it pins none."""
-    closed, shapes = jax.make_jaxpr(program, return_shape=True)(*args)
+    # A program with compiler options of its own cannot be traced inside another.
+    closed, shapes = jax.make_jaxpr(getattr(program, "__wrapped__", program), return_shape=True)(*args)
     jaxpr, pins = closed.jaxpr, _pins(closed.jaxpr)
     mesh = next(iter(pins.values())).mesh
     free = NamedSharding(mesh, PartitionSpec())

@@ -13,6 +13,7 @@ from rlhf_jax.data.batches import Batch, Batches, Rows, pair_rows
 from rlhf_jax.data.sources import DataConfig, Example, load_examples
 from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.engine import Compute
+from rlhf_jax.gpus import RUN_OPTIONS
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.decoder import abstract_params, bind, last_hidden, scalar
 from rlhf_jax.objectives.preference import pairwise_loss
@@ -62,7 +63,7 @@ def reward_programs(
         return pairwise_loss(chosen, rejected) + balance, (chosen.shape[0], stats)
 
     update = make_update(loss_fn, tx, abstract_params(decoder, lora), layout, num_micro)
-    return update, jax.jit(lambda params, batch: scores(params, batch)[0])
+    return update, jax.jit(lambda params, batch: scores(params, batch)[0], compiler_options=RUN_OPTIONS)
 
 
 def run_reward(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig, config: RewardConfig) -> None:

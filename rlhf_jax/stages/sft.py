@@ -13,6 +13,7 @@ from rlhf_jax.data.batches import Batch, Batches, Rows, sft_rows
 from rlhf_jax.data.sources import DataConfig, Example, load_examples
 from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.engine import Compute
+from rlhf_jax.gpus import RUN_OPTIONS
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.decoder import abstract_params, bind, head_kernel, head_options
 from rlhf_jax.objectives.logprobs import token_logprobs
@@ -74,7 +75,8 @@ def sft_programs(
         loss, balance, count = losses(params, batch)
         return loss + balance, (count, {})
 
-    return make_update(loss_fn, tx, abstract_params(decoder, lora), layout, num_micro), jax.jit(losses)
+    update = make_update(loss_fn, tx, abstract_params(decoder, lora), layout, num_micro)
+    return update, jax.jit(losses, compiler_options=RUN_OPTIONS)
 
 
 def run_sft(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig, config: SFTConfig, base: str) -> None:

@@ -35,7 +35,7 @@ from rlhf_jax.models.layers import (
     turns_of,
 )
 from rlhf_jax.models.lora import LoraConfig
-from rlhf_jax.models.per_layer import PerLayer, has_per_layer, scan_layers
+from rlhf_jax.models.per_layer import PerLayer, has_per_layer, recomputed, scan_layers
 from rlhf_jax.models.quantised import Quantised, dequantise, matmul
 from rlhf_jax.objectives.logprobs import head_logits
 
@@ -299,14 +299,18 @@ class Decoder(nnx.Module):
         )
         graph, layers = nnx.split(self.layers)
 
-        def layer(x, weights_and_window):
+        def layer(x, weights_and_window, sight=sight):
             weights, window = weights_and_window
             return nnx.merge(graph, weights)(x, sight, window)
 
         kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-        # A scan keeps what is computed twice apart by itself.
-        options = dict(prevent_cse=has_per_layer(layers), policy=kept)
-        step = layer if remat == "none" else jax.checkpoint(layer, **options)
+        apart, step = has_per_layer(layers), layer
+        if remat == "layers" and apart:
+            # Which takes all arrays as arguments.
+            run = recomputed(lambda x, rest: layer(x, rest[0], rest[1]._replace(layout=layout)))
+            step = functools.partial(_beside, run, sight._replace(layout=None))
+        elif remat != "none":  # a scan keeps what is computed twice apart by itself
+            step = jax.checkpoint(layer, prevent_cse=apart, policy=kept)
         windows = jnp.asarray(c.windows, jnp.int32) if c.windows else None
         x, loads = scan_layers(step, sight.pin(x), (layers, windows))
         if c.final_norm:
@@ -314,6 +318,10 @@ class Decoder(nnx.Module):
         if c.embed_size != c.hidden_size:
             x = self.project_out(x)
         return x, balance_loss(c.experts, loads) if c.experts else jnp.float32(0)
+
+
+def _beside(run: Callable, sight: Sight, x: jax.Array, weights_and_window: Any) -> Any:
+    return run(x, (weights_and_window, sight))
 
 
 class Leaf(NamedTuple):

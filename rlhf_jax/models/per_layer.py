@@ -49,6 +49,27 @@ def has_per_layer(tree: Any) -> bool:
     return any(map(is_per_layer, jax.tree.leaves(tree, is_leaf=is_per_layer)))
 
 
+def recomputed(layer: Callable) -> Callable:
+    """layer(x, weights) -> (x, anything), of which the backward pass keeps x and computes the rest again.
+
+    What `jax.checkpoint` repeats, XLA on GPUs finds to be equal outside a loop, and keeps after all. Here repetition
+    starts from x plus a zero that the compiler cannot see to be one, as it is made of the gradient at hand. `layer`
+    must not close over arrays.
+    """
+
+    def forward(x: jax.Array, weights: Any) -> tuple[Any, Any]:
+        return layer(x, weights), (x, weights)
+
+    def backward(kept: Any, gradients: Any) -> Any:
+        x, weights = kept
+        zero = jnp.minimum(jnp.isinf(gradients[0]).astype(x.dtype), 0)
+        return jax.vjp(layer, x + zero, weights)[1](gradients)
+
+    run = jax.custom_vjp(layer)
+    run.defvjp(forward, backward)
+    return run
+
+
 def scan_layers(step: Callable, carry: Any, stacks: Any) -> tuple[Any, Any]:
     """`jax.lax.scan` over the layers of a tree of stacks, unrolled where some of them are `PerLayer`."""
     if not has_per_layer(stacks):

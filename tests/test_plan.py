@@ -111,11 +111,12 @@ def shared_as_generated(decoder, params, layout):
     return result
 
 
-@pytest.mark.parametrize(
-    ("mesh_name", "zero"),
-    [("one", 3), ("fsdp4-tensor2", 3), ("data2-fsdp2-tensor2", 3), ("fsdp4-tensor2", 1), ("fsdp4-tensor2", 0)],
-)
-@pytest.mark.parametrize("setting", SETTINGS)
+HELD = [(setting, mesh_name, 3) for setting in SETTINGS for mesh_name in ("one", "fsdp4-tensor2")]
+HELD += [(setting, "data2-fsdp2-tensor2", 3) for setting in ("whole", "both-lora", "one-copy")]
+HELD += [("whole", "fsdp4-tensor2", 1), ("lora-offload", "fsdp4-tensor2", 1), ("one-copy", "fsdp4-tensor2", 0)]
+
+
+@pytest.mark.parametrize(("setting", "mesh_name", "zero"), HELD)
 def test_the_arrays_really_held_are_those_of_the_plan_to_two_percent(setting, mesh_name, zero, tmp_path):
     recipe, mesh = recipe_of(tmp_path, setting, mesh_name, zero), tiny.mesh_of(mesh_name)
     model, layout = recipe.model, recipe.layout(mesh)

@@ -19,6 +19,7 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from rlhf_jax.engine import Models
+from rlhf_jax.host_memory import HOST, rests
 from rlhf_jax.mesh import AXES, GENERATE, Layout, MeshConfig, check_model_divides, mesh_sizes
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.cached import shared_for_decoding, shared_leaves
@@ -38,16 +39,12 @@ def abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
 
 def device_bytes(tree: Any) -> int:
     """Bytes on one device of (abstract) arrays with shardings; what rests in host memory is not there."""
-    return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if not _in_host(leaf))
+    return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if not rests(leaf))
 
 
 def host_bytes(tree: Any) -> int:
     """Bytes of one device's shards that rest in host memory."""
-    return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if _in_host(leaf))
-
-
-def _in_host(leaf: Any) -> bool:
-    return leaf.sharding.memory_kind == "pinned_host"
+    return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if rests(leaf))
 
 
 def _shard_bytes(leaf: Any) -> int:
@@ -133,9 +130,9 @@ def abstract_models(
     return Models(
         trained,
         _state_laid_out(models.critic, second, model),
-        placed(laid_out(models.reference, first), "pinned_host" if model.offload_reference else None),
+        placed(laid_out(models.reference, first), HOST if model.offload_reference else None),
         laid_out(models.reward, second, models.critic.frozen.keys()),
-        placed(trained.trainable, "pinned_host" if model.offload_ema else None) if average else {},
+        placed(trained.trainable, HOST if model.offload_ema else None) if average else {},
     )
 
 

@@ -79,7 +79,7 @@ def header(plan: dict[str, Any]) -> str:
 
 def table(names: list[str]) -> str:
     """The Markdown table of what fits, GiB on one GPU."""
-    columns = ("card", "DeepSpeed-Chat's largest", "here", *PHASES, "headroom", "chosen")
+    columns = ("card", "DeepSpeed-Chat's largest", "here", *PHASES, "headroom")
     lines = [_row(columns), _row(["---"] * len(columns))]
     for gpus, largest, configs in LARGEST:
         for name in configs:
@@ -92,8 +92,7 @@ def table(names: list[str]) -> str:
             cells = [f"{peaks[phase] / GIB:.1f}" for phase in PHASES]
             least = min(row["headroom"] for row in plan["phases"]) / GIB
             ours = f"{recipe.model.actor.split('/')[-1]}, {told(recipe)} (`configs/{name}.toml`)"
-            chosen = "; ".join(plan.get("chosen", [])) or "as configured"
-            lines.append(_row([gpus, largest, ours, *cells, f"{least:.1f}", chosen]))
+            lines.append(_row([gpus, largest, ours, *cells, f"{least:.1f}"]))
     return "\n".join(lines)
 
 

@@ -72,8 +72,8 @@ def header(plan: dict[str, Any]) -> str:
     ppo = plan["seconds"]["ppo"]
     return (
         f"# Plan: peak {worst['peak'] / GIB:.1f} GiB a GPU ({worst['stage']} {worst['phase']}), headroom "
-        f"{worst['headroom'] / GIB:.1f} of {plan['usable'] / GIB:.1f} usable; a PPO iteration {ppo['floor']:.3g} s at "
-        f"least, {ppo['expected']:.3g} s expected; compiled for {plan['compiled_for']}, not run"
+        f"{worst['headroom'] / GIB:.1f} of {plan['usable'] / GIB:.1f}; a PPO iteration {ppo['floor']:.3g} s at least, "
+        f"{ppo['expected']:.3g} expected; compiled for {plan['compiled_for']}, not run"
     )
 
 

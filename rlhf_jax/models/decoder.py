@@ -274,7 +274,8 @@ class Decoder(nnx.Module):
             dtype: of the activations and of every matrix product.
             layout: where activations lie; None leaves that to the compiler.
             remat: "layers" keeps the input of each layer and recomputes the rest in the backward pass; "dots" keeps the
-                outputs of its matrix products too, attention's scores apart; "none" keeps everything.
+                outputs of its matrix products too, attention's scores apart; "none" keeps everything. Where kernels
+                are `PerLayer`, "dots" on a GPU is "none": see `recomputed`.
             attention: the kernel, see `attention_kernel`; without a layout nobody knows the devices, and it is XLA's.
         Returns:
             [B, T, E] in `dtype`, on padding finite and of no meaning; [] float32, 0 without experts.
@@ -299,18 +300,17 @@ class Decoder(nnx.Module):
         )
         graph, layers = nnx.split(self.layers)
 
-        def layer(x, weights_and_window, sight=sight):
+        def layer(x, weights_and_window, seen=sight):
             weights, window = weights_and_window
-            return nnx.merge(graph, weights)(x, sight, window)
+            return nnx.merge(graph, weights)(x, seen._replace(layout=layout), window)
 
-        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
-        apart, step = has_per_layer(layers), layer
-        if remat == "layers" and apart:
-            # Which takes all arrays as arguments.
-            run = recomputed(lambda x, rest: layer(x, rest[0], rest[1]._replace(layout=layout)))
-            step = functools.partial(_beside, run, sight._replace(layout=None))
-        elif remat != "none":  # a scan keeps what is computed twice apart by itself
-            step = jax.checkpoint(layer, prevent_cse=apart, policy=kept)
+        step = layer
+        if remat == "layers" and has_per_layer(layers):
+            step = recomputed(layer, sight._replace(layout=None))
+        elif remat != "none":
+            kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+            # A scan keeps what is computed twice apart by itself.
+            step = jax.checkpoint(layer, prevent_cse=has_per_layer(layers), policy=kept)
         windows = jnp.asarray(c.windows, jnp.int32) if c.windows else None
         x, loads = scan_layers(step, sight.pin(x), (layers, windows))
         if c.final_norm:
@@ -318,10 +318,6 @@ class Decoder(nnx.Module):
         if c.embed_size != c.hidden_size:
             x = self.project_out(x)
         return x, balance_loss(c.experts, loads) if c.experts else jnp.float32(0)
-
-
-def _beside(run: Callable, sight: Sight, x: jax.Array, weights_and_window: Any) -> Any:
-    return run(x, (weights_and_window, sight))
 
 
 class Leaf(NamedTuple):

@@ -49,25 +49,28 @@ def has_per_layer(tree: Any) -> bool:
     return any(map(is_per_layer, jax.tree.leaves(tree, is_leaf=is_per_layer)))
 
 
-def recomputed(layer: Callable) -> Callable:
-    """layer(x, weights) -> (x, anything), of which the backward pass keeps x and computes the rest again.
+def recomputed(layer: Callable, beside: Any) -> Callable:
+    """(x [B, T, D], weights) -> layer(x, weights, beside), which is (x, anything); the backward pass computes it again.
 
     What `jax.checkpoint` repeats, XLA on GPUs finds to be equal outside a loop, and keeps after all. Here repetition
     starts from x plus a zero that the compiler cannot see to be one, as it is made of the gradient at hand. `layer`
     must not close over arrays.
+
+    Args:
+        beside: a tree of all other arrays that the layers read.
     """
 
-    def forward(x: jax.Array, weights: Any) -> tuple[Any, Any]:
-        return layer(x, weights), (x, weights)
+    def forward(*args: Any) -> tuple[Any, Any]:
+        return layer(*args), args
 
     def backward(kept: Any, gradients: Any) -> Any:
-        x, weights = kept
+        x, *others = kept
         zero = jnp.minimum(jnp.isinf(gradients[0]).astype(x.dtype), 0)
-        return jax.vjp(layer, x + zero, weights)[1](gradients)
+        return jax.vjp(layer, x + zero, *others)[1](gradients)
 
     run = jax.custom_vjp(layer)
     run.defvjp(forward, backward)
-    return run
+    return lambda x, weights: run(x, weights, beside)
 
 
 def scan_layers(step: Callable, carry: Any, stacks: Any) -> tuple[Any, Any]:

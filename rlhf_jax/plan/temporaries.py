@@ -97,9 +97,13 @@ def _update(recipe: Recipe, decoder: DecoderConfig, phase: Phase, rows: int, len
     tokens, wide = rows * length, decoder.mlp_size * (1 + decoder.gated_mlp)
     heads = (decoder.num_heads + 2 * decoder.num_kv_heads) * decoder.head_dim
     kept = decoder.hidden_size
+    # Layers of their own keep everything under "dots", see `models.per_layer.recomputed`.
+    all_kept = recipe.model.remat == "none" or (
+        recipe.model.remat == "dots" and recipe.model.one_copy and phase.name == "actor"
+    )
     if recipe.model.remat != "layers":  # outputs of the products
         kept += heads + 2 * decoder.hidden_size + wide
-    if recipe.model.remat == "none":  # what lies between them
+    if all_kept:  # what lies between them
         kept += 4 * decoder.hidden_size + heads + 2 * wide
     working = 6 * decoder.hidden_size + 3 * decoder.mlp_size * (1 + 2 * decoder.gated_mlp)
     chunk = recipe.model.logprob_chunk or length

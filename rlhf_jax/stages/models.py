@@ -65,7 +65,7 @@ class ModelConfig:
     frozen_dtype: FrozenDtype = "float32"
     export_dtype: Dtype = "float32"  # of the exported folders
     # What the backward pass recomputes. "layers": all but each layer's input, least memory and a third more work;
-    # "dots": all but those and the products' outputs; "none".
+    # "dots": all but those and the products' outputs (over one copy a GPU recomputes nothing then); "none".
     remat: Literal["layers", "dots", "none", "auto"] = "layers"
     one_copy: Switch = False  # under LoRA: generate from the training base, its adapters beside it, not from a copy
     offload_optimizer: Switch = False  # optimizer moments rest in pinned host memory, on the devices one at a time

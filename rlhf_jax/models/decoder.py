@@ -304,8 +304,8 @@ class Decoder(nnx.Module):
             weights, window = weights_and_window
             return nnx.merge(graph, weights)(x, seen._replace(layout=layout), window)
 
-        step = layer
-        if remat == "layers" and has_per_layer(layers):
+        step, alone = layer, layout is None or layout.mesh.size == 1
+        if remat == "layers" and has_per_layer(layers) and alone:
             step = recomputed(layer, sight._replace(layout=None))
         elif remat != "none":
             kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None

@@ -52,7 +52,8 @@ def has_per_layer(tree: Any) -> bool:
 def recomputed(layer: Callable, beside: Any) -> Callable:
     """(x [B, T, D], weights) -> layer(x, weights, beside), which is (x, anything); the backward pass computes it again.
 
-    What `jax.checkpoint` repeats, XLA on GPUs finds to be equal outside a loop, and keeps after all. Here repetition
+    For one device. What `jax.checkpoint` repeats there, XLA on GPUs finds to be equal outside a loop, and keeps after
+    all; on several it does not, and would keep weights of this repetition whole that it has gathered. Here repetition
     starts from x plus a zero that the compiler cannot see to be one, as it is made of the gradient at hand. `layer`
     must not close over arrays.
 

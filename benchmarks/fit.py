@@ -41,6 +41,9 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare that line with a plan made now")
     parser.add_argument("names", nargs="*", metavar="NAME", help="of configurations (default: all with hardware)")
     args = parser.parse_args()
+    named = [path.stem for path in planned_configs()]
+    if unknown := [name for name in args.names if name not in named]:
+        parser.error(f"no configuration with hardware is called {', '.join(unknown)}; there are {', '.join(named)}")
     if not (args.headers or args.check):
         print(table(args.names))
         return 0

@@ -1,0 +1,67 @@
+"""The `[data]` section: where the rows come from, how their fields map, how they are shared out and blended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf_jax.data.splits import parse_shares
+
+Format = Literal["", "fields", "transcript", "messages", "sharegpt", "alpaca", "ranking", "text"]
+BUILTIN = "builtin:assistant"
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """A place, a mapping of its fields, and its part in the blend.
+
+    Names of fields may be dotted: "question.full_text", "answers.zh_cn.0.text".
+    """
+
+    # The place: a file (JSON, JSON lines, CSV, TSV, Parquet, Arrow, text; also .gz and .zst), a glob, a folder of such
+    # files, a folder of `save_to_disk`, "builtin:assistant", or the name of a data set on the hub.
+    path: str
+    name: str = ""  # the configuration of a hub data set that has several
+    split: str = "train"  # of a hub data set or a `save_to_disk` folder
+    eval_path: str = ""  # a place whose rows are this source's held-out rows; "" with eval_split "": by hash
+    eval_split: str = ""  # the same, as another split of `path`
+    stream: bool = False  # read as training goes, for what is too large to be read before; SFT alone
+    limit: int = 0  # at most so many rows of `path`, the first ones; 0: all
+    # The mapping. "": that of a known data set, or "fields".
+    format: Format = ""
+    prompt: str = "prompt"
+    answer: str = ""  # "": SFT learns from `chosen`
+    chosen: str = "chosen"  # chosen or rejected "": no preference pairs, so the source is left out of the reward stage
+    rejected: str = "rejected"
+    # The blend (see blend.py).
+    weight: float = 0.0  # share of the drawn rows relative to other sources' weights; 0: by its number of rows
+    epochs: float = 1.0  # times each of its rows is drawn in one epoch of the blend, where there are no weights
+    max_rows: int = 0  # at most so many of its rows are drawn in one epoch of the blend; 0: no cap
+
+    def __post_init__(self):
+        if self.limit < 0:
+            raise ValueError(f"data.sources.limit must not be negative: {self.limit}; 0 takes all rows")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    sources: tuple[SourceConfig, ...]
+    split: str = "2,4,4"  # shares of sft, reward and ppo in the prompts, by hash: no prompt trains two stages
+    held_out: float = 0.05  # share of the prompts that is kept for evaluation, by hash, in sources without eval_path
+    max_prompt_length: int = 256  # tokens; longer prompts are dropped
+    max_length: int = 512  # tokens of prompt and answer; longer answers are cut
+    max_bad_rows: int = 0  # rows of a source that may be malformed: counted and reported; one more stops the run
+    builtin_seed: int = 0  # of builtin:assistant
+    builtin_rows: int = 8192  # of builtin:assistant
+
+    def __post_init__(self):
+        parse_shares(self.split)
+        if not self.sources:
+            raise ValueError("data.sources is empty: name at least one source")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"data.held_out is a share, at least 0 and below 1, not {self.held_out}")
+        if not 0 < self.max_prompt_length < self.max_length:
+            raise ValueError(
+                f"data.max_length ({self.max_length}) must be larger than data.max_prompt_length "
+                f"({self.max_prompt_length}), and both positive: an answer follows every prompt"
+            )

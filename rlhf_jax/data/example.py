@@ -1,0 +1,37 @@
+"""What the readers, the mappings and the templates hand to each other: raw rows, and dialogues made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+Turns = tuple[tuple[str, str], ...]  # (("user", text), ("assistant", text), ..., ("user", text)); "system" may come first
+
+
+class BadRow(ValueError):
+    """One row that cannot be used. The text names file, row and field; `data.max_bad_rows` says how many may be."""
+
+
+class Row(NamedTuple):
+    """A row as it stands in its file, or what is wrong with it."""
+
+    file: str  # path of the file, or "name (split)" of a hub data set
+    number: int  # its line in the file (JSON lines, text), or its row; counted from 1
+    fields: dict[str, Any] | BadRow
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}, row {self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A dialogue, or with `text` a document. All texts are stripped at both ends: the chat template sets its own."""
+
+    turns: Turns  # the prompt; () for a document
+    answer: str  # what SFT learns; "" where absent
+    chosen: str  # the preference pair; "" where absent
+    rejected: str
+    source: str  # path of the source
+    row: int  # `Row.number`
+    text: str = ""  # a document for SFT or mixture training, which no template touches

@@ -22,8 +22,8 @@ import numpy as np
 from rlhf_jax.cli import main as command
 from rlhf_jax.config import load
 from rlhf_jax.data import assistant
-from rlhf_jax.data.batches import Batches, sft_rows
-from rlhf_jax.data.sources import load_examples
+from rlhf_jax.data.batches import Batches
+from rlhf_jax.data.rows import stage_rows
 from rlhf_jax.mesh import single_device_mesh
 from rlhf_jax.models.decoder import bind, logits
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained
@@ -97,9 +97,7 @@ def errors(folder: Path, overrides: list[str]) -> dict[str, dict[str, float]]:
     """Relative (Frobenius) errors against float32; logits on held-out rows, activations in float32."""
     recipe = load(CONFIG, overrides, Recipe)
     whole = from_pretrained(folder)
-    rows = sft_rows(
-        load_examples(recipe.data, "sft", held_out=True), whole.tokenizer, recipe.data, train_on_prompt=False
-    )
+    rows = stage_rows(recipe.data, whole.tokenizer, "sft", held_out=True)
     batch = Batches(rows, batch_size=64, seed=0)[0]
 
     def logits_of(model: Pretrained) -> np.ndarray:

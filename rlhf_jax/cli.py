@@ -22,6 +22,11 @@ PLAN_HELP = """CONFIG is what `train` would be given; the models' config.json is
 With JAX's CUDA plugin installed the programs are compiled for the GPUs named; no GPU is needed. Without it they are
 compiled for simulated CPUs, which is said.
 """
+DATA_HELP = """CONFIG is what `train` would be given. What the model learns is bold green; where colours are not
+possible it stands between brackets. Tokenised rows are kept, so that `train` finds them ready. Examples:
+  rlhf-jax data configs/demo.toml
+  rlhf-jax data mine.toml data.max_bad_rows=10 --examples 5
+"""
 IMPORT_HELP = """Examples:
   rlhf-jax import meta-llama/Llama-3.2-1B llama --adapter my-adapter --dtype bfloat16
   rlhf-jax export runs/mine assistant --dtype bfloat16
@@ -54,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = add(name, text, CONFIG_HELP)
         command.add_argument("config", metavar="CONFIG", help="a TOML file")
         command.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of it, section.key=value")
+    command = add("data", "what each source gives: counts, drops, lengths, and rows as the model sees them", DATA_HELP)
+    command.add_argument("config", metavar="CONFIG", help="a TOML file")
+    command.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of it, section.key=value")
+    command.add_argument("--examples", type=int, default=2, metavar="N", help="rows of each source (default: 2)")
     command = add("plan", "bytes, seconds and cost of every phase on GPUs that need not be there", PLAN_HELP)
     command.add_argument("config", metavar="CONFIG", help="a TOML file")
     command.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of it, section.key=value")
@@ -86,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--dtype", choices=DTYPES, help="of a whole model (default: that of the run's export)")
 
     args, late = parser.parse_known_args(argv)
-    if late and (args.command != "plan" or any(text.startswith("-") for text in late)):
+    if late and (args.command not in ("plan", "data") or any(text.startswith("-") for text in late)):
         parser.error(f"unrecognized arguments: {' '.join(late)}")
     if late:  # key=value behind an option, which argparse does not give to `overrides`
         args.overrides += late
@@ -99,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_chat(args)
         elif args.command == "plan":
             run_plan(args)
+        elif args.command == "data":
+            run_data(args)
         elif args.command == "import":
             from rlhf_jax.transfer import import_model
 
@@ -178,6 +189,16 @@ def run_plan(args: argparse.Namespace) -> None:
         raise ValueError(f"--price-per-gpu-hour {args.price_per_gpu_hour:g}: at least 0")
     plan = make_plan(recipe, args.gpus or local_gpus(hardware_of(args.config)), args.price_per_gpu_hour)
     print(json.dumps(plan) if args.json else render(plan), flush=True)
+
+
+def run_data(args: argparse.Namespace) -> None:
+    from rlhf_jax.config import load
+    from rlhf_jax.recipe import Recipe
+    from rlhf_jax.show_data import show_data
+
+    if args.examples < 0:
+        raise ValueError(f"--examples {args.examples}: at least 0")
+    show_data(load(args.config, args.overrides, Recipe), args.examples)
 
 
 def run_chat(args: argparse.Namespace) -> None:

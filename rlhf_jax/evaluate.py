@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import textwrap
 from dataclasses import dataclass
@@ -12,15 +13,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.data import assistant_judge
-from rlhf_jax.data.batches import Batches, pair_rows, prompt_rows
-from rlhf_jax.data.sources import BUILTIN, DataConfig, Example, load_examples
-from rlhf_jax.data.splits import Stage
+from rlhf_jax.data.batches import Batch, Batches
+from rlhf_jax.data.config import BUILTIN, DataConfig
+from rlhf_jax.data.example import Example
+from rlhf_jax.data.rows import read_examples, rows_of, stage_rows
 from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained, reward_from_pretrained, score
 from rlhf_jax.rollout import sample_answers
 from rlhf_jax.sampling import SampleConfig
 
 STAGES = ("sft", "ppo")
+READ_FOR_EACH = 32  # held-out rows read for each prompt that is asked
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,8 @@ def evaluate(
     scorer = reward_from_pretrained(folders["reward"], mesh=mesh, dtype=dtype)
     numbers = {"reward_accuracy": reward_accuracy(scorer, data, config)}
 
-    examples = held_out(data, "ppo")
-    rows = prompt_rows(examples, prepare_tokenizer(scorer.tokenizer), data)
-    count = min(config.prompts, len(rows))
-    prompts = Batches(rows, batch_size=count, seed=0, side="left", shuffle=False)[0]
-    asked = [examples[index] for index in rows.examples[:count]]
+    asked, prompts = held_out_prompts(scorer, data, config.prompts)
+    count = len(asked)
     judged = all(example.source == BUILTIN for example in asked)
 
     said, scores, good = {}, {}, {}
@@ -97,7 +97,7 @@ def evaluate(
 
 def reward_accuracy(scorer: Pretrained, data: DataConfig, config: EvaluateConfig) -> float:
     """Share of held-out pairs whose chosen answer has the higher score."""
-    rows = pair_rows(held_out(data, "reward"), prepare_tokenizer(scorer.tokenizer), data)
+    rows = stage_rows(data, prepare_tokenizer(scorer.tokenizer, data.template), "reward", held_out=True)
     count = min(config.pairs, len(rows))
     pairs = Batches(rows, batch_size=count, seed=0, shuffle=False)[0]
     scores = scored(scorer, pairs.tokens.reshape(2 * count, -1), pairs.mask.reshape(2 * count, -1), config.batch_size)
@@ -105,11 +105,22 @@ def reward_accuracy(scorer: Pretrained, data: DataConfig, config: EvaluateConfig
     return float((chosen > rejected).mean())
 
 
-def held_out(data: DataConfig, stage: Stage) -> list[Example]:
-    examples = load_examples(data, stage, held_out=True)
+def held_out_prompts(scorer: Pretrained, data: DataConfig, limit: int) -> tuple[list[Example], Batch]:
+    """At most `limit` held-out examples whose prompts fit, no prompt twice, and the batch of those prompts.
+
+    Raises:
+        ValueError: there are none.
+    """
+    tokenizer = prepare_tokenizer(scorer.tokenizer, data.template)
+    # Some are dropped, and rows of one prompt are many in preference data: enough are read that the rest suffice.
+    examples = list(itertools.islice(read_examples(data, "ppo", held_out=True), READ_FOR_EACH * limit))
     if not examples:
-        raise ValueError(f"there are no held-out rows of the {stage} stage: train with data.held_out or an eval_path")
-    return examples
+        raise ValueError("there are no held-out rows of the ppo stage: train with data.held_out or an eval_path")
+    rows = rows_of(examples, data, tokenizer, "ppo")
+    (part,) = rows.parts
+    count = min(limit, len(rows))
+    prompts = Batches(rows, batch_size=count, seed=0, side="left", shuffle=False)[0]
+    return [examples[index] for index in part.store.numbers()[part.picked[:count]]], prompts
 
 
 def scored(scorer: Pretrained, tokens: np.ndarray, mask: np.ndarray, batch_size: int) -> np.ndarray:

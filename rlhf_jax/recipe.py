@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from jax.sharding import AbstractMesh, Mesh
 
-from rlhf_jax.data.sources import DataConfig
+from rlhf_jax.data.config import DataConfig
 from rlhf_jax.evaluate import EvaluateConfig
 from rlhf_jax.mesh import Layout, MeshConfig, train_layout
 from rlhf_jax.stages.loop import RunConfig

@@ -15,7 +15,7 @@ FLOORS = [
     ["engine"],
     ["stages", "evaluate"],
     ["recipe"],
-    ["plan", "chat", "transfer", "serve", "report"],
+    ["plan", "show_data", "chat", "transfer", "serve", "report"],
     [""],  # the package's own __init__, its public face
     ["cli"],
     ["__main__"],

@@ -7,22 +7,23 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_tokenizer import CHATML, chatml_like, gpt2_like, opt_like
+from tiny_tokenizer import CHATML, chatml_like, gpt2_like, llama_like, opt_like
 from transformers import AutoTokenizer
 
+from rlhf_jax.data import template
 from rlhf_jax.data.template import (
+    encode_dialogues,
     encode_prompt,
     encode_prompts,
     encode_response,
-    encode_responses,
     prepare_tokenizer,
     stop_ids,
 )
 
 QUESTION = (("user", "What is 3 + 4?"),)
 HISTORY = (("user", "Hi."), ("assistant", "Hello!"), ("user", "What is 3 + 4?"))
-KINDS = [gpt2_like, opt_like, chatml_like]
-GPT2, CHATML_LIKE = prepare_tokenizer(gpt2_like()), prepare_tokenizer(chatml_like())
+KINDS = [gpt2_like, opt_like, chatml_like, llama_like]
+GPT2, CHATML_LIKE, LLAMA_LIKE = (prepare_tokenizer(kind()) for kind in (gpt2_like, chatml_like, llama_like))
 
 
 def test_the_default_template_is_that_of_hh_rlhf_with_an_end_after_every_answer():
@@ -139,11 +140,71 @@ def test_many_dialogues_at_once_equal_one_at_a_time(kind):
     histories = [(("user", f"{i} </s>" if i % 5 == 0 else f"number {i}"),) for i in range(30)] + [HISTORY]
     answers = [f"{i} <s>" if i % 7 == 0 else str(i) for i in range(31)]
     prompts = encode_prompts(tokenizer, histories)
-    responses = encode_responses(tokenizer, histories, answers, prompts)
-    assert {array.dtype for array in prompts + responses} == {np.dtype(np.int32)}
+    dialogues = [(*turns, ("assistant", text)) for turns, text in zip(histories, answers, strict=True)]
+    encoded = encode_dialogues(tokenizer, dialogues)
+    assert {array.dtype for array in (*prompts, *(each.tokens for each in encoded))} == {np.dtype(np.int32)}
     assert [p.tolist() for p in prompts] == [encode_prompt(tokenizer, turns) for turns in histories]
     expected = [encode_response(tokenizer, turns, text) for turns, text in zip(histories, answers, strict=True)]
-    assert [r.tolist() for r in responses] == expected
+    assert [each.tokens[each.spans[0, 0] :].tolist() for each in encoded] == expected
+    assert [each.tokens[: each.spans[0, 0]].tolist() for each in encoded] == [p.tolist() for p in prompts]
+
+
+@pytest.mark.parametrize("tokenizer", [GPT2, CHATML_LIKE, LLAMA_LIKE], ids=["default", "chatml", "metaspace"])
+@given(texts=st.lists(TEXT, min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0))
+def test_the_spans_are_what_the_assistant_says_and_its_ends_and_nothing_else(tokenizer, texts):
+    turns = tuple((("user", "assistant")[i % 2], text) for i, text in enumerate(texts))
+    (encoded,) = encode_dialogues(tokenizer, [turns], all_turns=True)
+    said = [tokenizer.decode(encoded.tokens[a : b - 1]).strip() for a, b in encoded.spans]
+    assert said == texts[1::2]
+    assert all(int(encoded.tokens[b - 1]) in stop_ids(tokenizer) for _, b in encoded.spans)
+    (last,) = encode_dialogues(tokenizer, [turns])
+    assert np.array_equal(last.tokens, encoded.tokens) and np.array_equal(last.spans, encoded.spans[-1:])
+
+
+@pytest.mark.parametrize("tokenizer", [GPT2, CHATML_LIKE, LLAMA_LIKE], ids=["default", "chatml", "metaspace"])
+@given(texts=st.lists(TEXT, min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0))
+def test_the_spans_by_characters_are_those_by_parts(tokenizer, texts):
+    turns = tuple((("user", "assistant")[i % 2], text) for i, text in enumerate(texts))
+    asked = []
+
+    def by_parts(*args):
+        asked.append(args)
+        return exact(*args)
+
+    exact, chats = template._by_parts, [turns] * 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(template, "_by_parts", by_parts)
+        encoded = encode_dialogues(tokenizer, chats, all_turns=True)
+    assert len(asked) == 1  # the first, to compare; the two others went by characters
+    whole = exact(*asked[0])
+    for each in encoded:
+        assert np.array_equal(each.tokens, whole.tokens) and np.array_equal(each.spans, whole.spans)
+
+
+def test_a_dialogue_that_the_template_refuses_leaves_the_others_in_their_places():
+    strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}" + CHATML
+    tokenizer = prepare_tokenizer(gpt2_like(chat_template=strict))
+    good, bad = (*QUESTION, ("assistant", "7.")), (("system", "x"), *QUESTION, ("assistant", "7."))
+    first, refused, last = encode_dialogues(tokenizer, [good, bad, good])
+    assert "chat template refuses a dialogue: user first" in str(refused)
+    assert np.array_equal(first.tokens, last.tokens) and tokenizer.decode(first.tokens).endswith("7.<|im_end|>")
+    prompts = encode_prompts(tokenizer, [bad[:-1], good[:-1]])
+    assert isinstance(prompts[0], ValueError) and tokenizer.decode(prompts[1]).endswith("assistant\n")
+
+
+def test_an_answer_that_joins_the_token_before_it_is_refused_wherever_it_stands():
+    # The opening ends on a blank, which the tokenizer joins to the word that follows: "Paris" alone is other tokens.
+    joined = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    joined += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    tokenizer = prepare_tokenizer(gpt2_like(chat_template=joined))
+    dialogues = [(*QUESTION, ("assistant", "The capital of France"))] * 3
+    assert all("encodes a prompt differently" in str(each) for each in encode_dialogues(tokenizer, dialogues))
+
+
+def test_a_template_of_the_configuration_takes_the_place_of_the_tokenizers():
+    assert prepare_tokenizer(gpt2_like(chat_template=CHATML), "{{ messages }}").chat_template == "{{ messages }}"
+    with pytest.raises(ValueError, match="data.template, line 1: no Jinja template"):
+        prepare_tokenizer(gpt2_like(), "{% for %}")
 
 
 def test_no_text_is_cut_at_the_longest_length_that_the_tokenizer_claims():
@@ -159,7 +220,7 @@ import sys
 if {torch == "absent"}:
     sys.modules["torch"] = None  # as if it were not installed
 from transformers import PreTrainedTokenizerFast
-from rlhf_jax.data import batches, sources, template
+from rlhf_jax.data import batches, rows, template
 tokenizer = template.prepare_tokenizer(PreTrainedTokenizerFast.from_pretrained({str(tmp_path)!r}))
 assert template.encode_response(tokenizer, (("user", "a </s>"),), "b")[-1] == 3
 assert sys.modules.get("torch") is None

@@ -1,6 +1,8 @@
 """Small byte-level BPE tokenizers, trained in milliseconds, in the manners of real families."""
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+import json
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 CORPUS = [
@@ -42,3 +44,24 @@ def opt_like(**options) -> PreTrainedTokenizerFast:
 def chatml_like(**options) -> PreTrainedTokenizerFast:
     """Has a chat template of its own, whose end of turn <|im_end|> is not the EOS </s>."""
     return gpt2_like(chat_template=CHATML, **options)
+
+
+def llama_like(**options) -> PreTrainedTokenizerFast:
+    """Sentence-piece BPE as Llama 2 has it: no word boundaries, blanks as "▁", unknown characters as bytes."""
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    # Trained on words, so that no piece runs across a blank; used on whole texts.
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    control = ["<unk>", "<s>", "</s>"]
+    pieces = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=480, special_tokens=[*control, *pieces], show_progress=False)
+    backend.train_from_iterator(CORPUS, trainer)
+    # The bytes are pieces of the model and no added tokens, which would be found in the text.
+    state = json.loads(backend.to_str())
+    state["pre_tokenizer"] = None
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in control]
+    backend = Tokenizer.from_str(json.dumps(state))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **options}
+    )

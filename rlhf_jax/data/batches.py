@@ -1,21 +1,17 @@
-"""Examples to token rows, and token rows to batches of one fixed shape, found by the step number alone."""
+"""Token rows to batches of few fixed shapes, found by the step number alone."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import itertools
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from rlhf_jax.data.sources import DataConfig, Example
-from rlhf_jax.data.template import encode_prompts, encode_responses
+from rlhf_jax.data.blend import permuted
+from rlhf_jax.data.rows import Rows
 from rlhf_jax.trees import record
+
+BUCKET_WINDOW = 32  # steps whose rows are sorted by length among themselves
 
 
 @record
@@ -24,118 +20,20 @@ class Batch:
 
     tokens: np.ndarray  # int32; 0 where there is no token
     mask: np.ndarray  # bool: real tokens
-    loss_mask: np.ndarray  # bool: tokens whose prediction is trained: the answer with its EOS; never the first token
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Token sequences end to end. A row has `per_row` of them: one, or two for a pair, chosen then rejected."""
-
-    tokens: np.ndarray  # [all tokens] int32
-    offsets: np.ndarray  # [len * per_row + 1] int64: sequence s is tokens[offsets[s] : offsets[s + 1]]
-    trained_from: np.ndarray  # [len * per_row] int32: place in its sequence of the first token that is trained
-    per_row: int
-    examples: np.ndarray  # [len] int32: which of the given examples each row is
-    report: str  # "1,735 rows, 12 dropped: prompt over 256 tokens, 3 cut at 512 tokens"
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes with any token of any row."""
-        digest = hashlib.blake2b(digest_size=16)
-        for part in (self.tokens, self.offsets, self.trained_from):
-            digest.update(part.tobytes())
-        return digest.hexdigest()
-
-
-def sft_rows(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, train_on_prompt: bool
-) -> Rows:
-    """Prompt and answer, one sequence a row; trained are the answer and its EOS, or all with `train_on_prompt`.
-
-    Answers are cut on the right at `max_length`, and their EOS with it, so that the model does not learn to stop there.
-    Rows with an empty prompt or answer, or a prompt over `max_prompt_length`, are dropped; `report` counts both.
-    ValueError if no row is left.
-    """
-    return _rows(examples, tokenizer, config, [[e.answer for e in examples]], train_on_prompt=train_on_prompt)
-
-
-def pair_rows(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Rows:
-    """Prompt and chosen, prompt and rejected: two sequences a row; as `sft_rows`, but pairs that are equal go too."""
-    answers = [[e.chosen for e in examples], [e.rejected for e in examples]]
-    return _rows(examples, tokenizer, config, answers, train_on_prompt=False)
-
-
-def prompt_rows(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Rows:
-    """Prompts up to where the answer begins, each prompt once; nothing is trained. Dropped as in `sft_rows`."""
-    return _rows(examples, tokenizer, config, [], train_on_prompt=False)
-
-
-def _rows(
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    config: DataConfig,
-    answers: list[list[str]],  # [0, 1 or 2][examples]
-    *,
-    train_on_prompt: bool,
-) -> Rows:
-    histories = [example.turns for example in examples]
-    prompts = encode_prompts(tokenizer, histories)
-    responses = [encode_responses(tokenizer, histories, texts, prompts) for texts in answers]
-    sequences: list[list[np.ndarray]] = []
-    kept: list[int] = []
-    seen: set[bytes] = set()
-    dropped: Counter[str] = Counter()
-    num_cut = 0
-    for i, (turns, prompt) in enumerate(zip(histories, prompts, strict=True)):
-        whole = [np.concatenate([prompt, column[i]]) for column in responses] or [prompt]
-        row = [sequence[: config.max_length] for sequence in whole]
-        if not turns[-1][1]:
-            dropped["empty prompt"] += 1
-        elif not all(texts[i] for texts in answers):
-            dropped["empty answer"] += 1
-        elif len(prompt) > config.max_prompt_length:
-            dropped[f"prompt over {config.max_prompt_length} tokens"] += 1
-        elif len(row) == 2 and np.array_equal(*row):
-            dropped["chosen and rejected equal"] += 1
-        elif not answers and prompt.tobytes() in seen:
-            dropped["repeated prompt"] += 1
-        else:
-            seen.add(prompt.tobytes())
-            num_cut += any(len(sequence) > config.max_length for sequence in whole)
-            sequences.append(row)
-            kept.append(i)
-    report = ", ".join(
-        [f"{len(kept):,} rows"]
-        + [f"{count:,} dropped: {reason}" for reason, count in dropped.items()]
-        + [f"{num_cut:,} cut at {config.max_length} tokens"] * (num_cut > 0)
-    )
-    if not kept:
-        mend = (
-            "raise data.max_prompt_length or mend the rows" if examples else "raise data.held_out or name an eval_path"
-        )
-        raise ValueError(f"no row of the data is left ({report}): {mend}")
-    flat = list(itertools.chain.from_iterable(sequences))
-    per_row = max(1, len(answers))
-    starts = np.array([1 if train_on_prompt else max(1, len(prompts[i])) for i in kept], np.int32)
-    return Rows(
-        tokens=np.concatenate(flat),
-        offsets=np.cumsum([0, *map(len, flat)], dtype=np.int64),
-        trained_from=np.repeat(starts, per_row),
-        per_row=per_row,
-        examples=np.array(kept, np.int32),
-        report=report,
-    )
+    loss_mask: np.ndarray  # bool: tokens whose prediction is trained; never the first token of a document
+    # int32, which document of its row each token is of, from 1, 0 where there is no token; None where rows hold one.
+    segments: np.ndarray | None = None
 
 
 class Batches:
     """Endless batches of `rows`: batches[step] depends on the step alone, so a run resumes from its step number.
 
-    Step s is position s % steps_per_epoch of epoch s // steps_per_epoch, whose order is a permutation from (seed,
-    epoch), or the order of the rows without `shuffle`. Every epoch has each row once, but for the last, incomplete
-    batch, which is left out. All batches have the same shape, T being the longest row rounded up to a multiple of 8.
+    Step s is position s % steps_per_epoch of epoch s // steps_per_epoch, whose draws the blend orders by (seed,
+    epoch), or that come in the order of the rows without `shuffle`. An epoch's last, incomplete batch is left out.
+
+    Every batch has one of `lengths` as its T: the longest row rounded up to a multiple of 8, and with `buckets` up to
+    so many shorter lengths. Then the rows of `BUCKET_WINDOW` steps are sorted by length among themselves, and each step
+    takes neighbours, so that long rows pad long rows; the steps of a window come in random order.
     """
 
     __iter__ = None  # it would never end
@@ -148,38 +46,103 @@ class Batches:
         seed: int,
         side: Literal["right", "left"] = "right",  # where the padding goes
         shuffle: bool = True,
+        buckets: int = 1,
+        width: int = 0,  # T of all batches; 0: as above
+        process: tuple[int, int] = (0, 1),
     ):
-        """ValueError if `batch_size` is not from 1 to the number of rows."""
+        """
+        Args:
+            process: (index, count): of each batch this process reads its own rows, the index-th of count equal parts.
+        Raises:
+            ValueError: `batch_size` is not from 1 to the number of rows, or no multiple of the processes.
+        """
         if not 1 <= batch_size <= len(rows):
             raise ValueError(
                 f"batch size {batch_size} does not fit {len(rows)} rows: from 1 to {len(rows)} is possible"
             )
+        if batch_size % process[1]:
+            raise ValueError(f"batch size {batch_size} is no multiple of the {process[1]} processes that share it")
+        assert side == "right" or not rows.packed
         self.rows, self.batch_size, self.seed, self.side, self.shuffle = rows, batch_size, seed, side, shuffle
+        self.process, self._blend = process, rows.blend
         self.steps_per_epoch = len(rows) // batch_size
-        self.length = -(-int(np.diff(rows.offsets).max()) // 8) * 8  # T
+        self._row_lengths = [part.lengths.max(axis=1) for part in rows.parts]
+        longest = width or -(-rows.longest // 8) * 8
+        self.lengths = bucket_lengths(np.concatenate(self._row_lengths), longest, buckets)
 
-    def indices(self, step: int) -> np.ndarray:
-        """Rows of this step's batch, [B]; `rows.examples[indices]` are their examples."""
+    def draws(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """(part, row of that part) of each row of this step's batch, [B] int64."""
         assert step >= 0, step
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = _permutation(self.seed, epoch, len(self.rows)) if self.shuffle else np.arange(len(self.rows))
-        return order[position * self.batch_size :][: self.batch_size]
+        if len(self.lengths) == 1:
+            positions = np.arange(position * self.batch_size, (position + 1) * self.batch_size)
+            return self._blend.draws(self.seed, epoch, positions, shuffle=self.shuffle)
+        window, place = divmod(position, BUCKET_WINDOW)
+        steps = min(BUCKET_WINDOW, self.steps_per_epoch - window * BUCKET_WINDOW)
+        first = window * BUCKET_WINDOW * self.batch_size
+        part, row = self._blend.draws(
+            self.seed, epoch, np.arange(first, first + steps * self.batch_size), shuffle=self.shuffle
+        )
+        order = np.argsort(self._lengths_of(part, row), kind="stable")
+        turn = permuted(np.array([place]), steps, self.seed, epoch, window)[0] if self.shuffle else place
+        chosen = order[turn * self.batch_size : (turn + 1) * self.batch_size]
+        return part[chosen], row[chosen]
+
+    def _lengths_of(self, part: np.ndarray, row: np.ndarray) -> np.ndarray:
+        lengths = np.zeros(len(part), np.int64)
+        for p in np.unique(part):
+            lengths[part == p] = self._row_lengths[p][row[part == p]]
+        return lengths
+
+    def counts(self, step: int) -> dict[str, int]:
+        """How many rows of this step's batch are of each source; {} where there is one source."""
+        if len(self.rows.parts) == 1:
+            return {}
+        drawn = np.bincount(self.draws(step)[0], minlength=len(self.rows.parts))
+        found: dict[str, int] = {}
+        for part, count in zip(self.rows.parts, drawn, strict=True):
+            found[part.name] = found.get(part.name, 0) + int(count)
+        return found
 
     def __getitem__(self, step: int) -> Batch:
-        rows, per_row = self.rows, self.rows.per_row
-        sequences = (self.indices(step)[:, None] * per_row + np.arange(per_row)).reshape(-1)
-        lengths = rows.offsets[sequences + 1] - rows.offsets[sequences]
-        # place[s, t]: which token of its sequence stands at column t; outside 0 .. length - 1 there is none.
-        shift = self.length - lengths if self.side == "left" else np.zeros_like(lengths)
-        place = np.arange(self.length) - shift[:, None]
-        mask = (place >= 0) & (place < lengths[:, None])
-        tokens = np.where(mask, rows.tokens[np.where(mask, rows.offsets[sequences][:, None] + place, 0)], 0)
-        loss_mask = mask & (place >= rows.trained_from[sequences][:, None])
-        shape = (self.batch_size, self.length) if per_row == 1 else (self.batch_size, per_row, self.length)
-        return Batch(tokens.astype(np.int32).reshape(shape), mask.reshape(shape), loss_mask.reshape(shape))
+        part, row = self.draws(step)
+        longest = int(self._lengths_of(part, row).max())
+        length = next(length for length in self.lengths if length >= longest)
+        index, count = self.process
+        own = slice(index * len(part) // count, (index + 1) * len(part) // count)
+        documents = [
+            self.rows.parts[p].documents(r) for p, r in zip(part[own].tolist(), row[own].tolist(), strict=True)
+        ]
+        for each in self.rows.parts:
+            each.store.release()
+        return assemble(documents, length, self.rows.per_row, self.side, packed=self.rows.packed)
 
 
-@functools.lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    # RandomState, because NumPy keeps its stream the same in all versions: a run resumes under a newer NumPy.
-    return np.random.RandomState([seed, epoch]).permutation(num_rows)
+def bucket_lengths(row_lengths: np.ndarray, longest: int, buckets: int) -> tuple[int, ...]:
+    """At most `buckets` lengths, ascending, multiples of 8 but for the last, `longest`: quantiles of the rows'."""
+    quantiles = np.quantile(row_lengths, np.arange(1, buckets) / buckets, method="higher") if buckets > 1 else []
+    shorter = {int(-(-length // 8) * 8) for length in quantiles}
+    return (*sorted(length for length in shorter if length < longest), longest)
+
+
+def assemble(
+    rows: Sequence[Sequence[Sequence]], length: int, per_row: int, side: Literal["right", "left"], *, packed: bool
+) -> Batch:
+    """A batch of width `length`. rows[i] are the documents of row i, each with `per_row` `Encoded` sequences."""
+    tokens = np.zeros((len(rows), per_row, length), np.int32)
+    mask, loss_mask = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, bool)
+    segments = np.zeros(tokens.shape, np.int32) if packed else None
+    for i, documents in enumerate(rows):
+        for j in range(per_row):
+            at = 0 if side == "right" else length - sum(len(document[j].tokens) for document in documents)
+            for number, document in enumerate(documents, start=1):
+                stop = at + len(document[j].tokens)
+                tokens[i, j, at:stop] = document[j].tokens
+                mask[i, j, at:stop] = True
+                for first, last in document[j].spans.tolist():
+                    loss_mask[i, j, at + max(first, 1) : at + last] = True
+                if segments is not None:
+                    segments[i, j, at:stop] = number
+                at = stop
+    flat = [x if per_row > 1 or x is None else x[:, 0] for x in (tokens, mask, loss_mask, segments)]
+    return Batch(*flat)

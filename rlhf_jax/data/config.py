@@ -50,7 +50,13 @@ class DataConfig:
     held_out: float = 0.05  # share of the prompts that is kept for evaluation, by hash, in sources without eval_path
     max_prompt_length: int = 256  # tokens; longer prompts are dropped
     max_length: int = 512  # tokens of prompt and answer; longer answers are cut
+    # What becomes of a row that is too long. "right": a prompt over max_prompt_length is dropped, an answer is cut at
+    # its end; "left": the prompt loses its beginning; "drop": the row is dropped.
+    long_rows: Literal["right", "left", "drop"] = "right"
+    template: str = ""  # Jinja text, or the path of a file of it; "": the tokenizer's own, or "Human:/Assistant:"
+    temperature: float = 1.0  # above 1 small sources are drawn from more often than their rows say; see blend.quotas
     max_bad_rows: int = 0  # rows of a source that may be malformed: counted and reported; one more stops the run
+    cache_dir: str = ""  # where tokenised rows are kept; "": in the user's cache folder
     builtin_seed: int = 0  # of builtin:assistant
     builtin_rows: int = 8192  # of builtin:assistant
 

@@ -7,33 +7,43 @@ splits are disjoint by construction and stay as they are when rows are added.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+
+from rlhf_jax.data.example import Turns
+
 Stage = Literal["sft", "reward", "ppo"]
 STAGES: tuple[Stage, ...] = ("sft", "reward", "ppo")
-Turns = tuple[tuple[str, str], ...]  # (("user", text), ("assistant", text), ..., ("user", text))
 
 
 def prompt_key(turns: Turns) -> bytes:
     """16 bytes, blake2b of the roles and texts; runs of white space count as one blank, so copies of a prompt agree."""
-    text = "\x1e".join(f"{role}\x1f{' '.join(content.split())}" for role, content in turns)
+    text = "\x1e".join([f"{role}\x1f{' '.join(content.split())}" for role, content in turns])
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def is_held_out(key: bytes, share: float) -> bool:
-    """Whether the prompt is kept for evaluation: true of `share` of all prompts, and for no stage in particular."""
-    return _uniform(key[:8]) < share
+def as_keys(keys: Sequence[bytes]) -> np.ndarray:
+    """[n, 2] uint64 of n keys: the first column says who is held out, the second which stage trains."""
+    return np.frombuffer(b"".join(keys), ">u8").reshape(-1, 2).astype(np.uint64)
 
 
-def stage_of(key: bytes, shares: Sequence[float]) -> Stage:
-    """The one stage that trains on this prompt. `shares`: those of `STAGES`, in any unit, as `parse_shares` gives."""
-    *_, total = bounds = list(itertools.accumulate(shares))
-    # Other bytes than `is_held_out` reads: else the held-out share would come out of the first stage alone.
-    position = _uniform(key[8:])
-    return next(stage for stage, bound in zip(STAGES, bounds, strict=True) if position < bound / total)
+def held_out(keys: np.ndarray, share: float) -> np.ndarray:
+    """[n] bool: kept for evaluation: true of `share` of all prompts, and for no stage in particular. keys: [n, 2]."""
+    return _uniform(keys[:, 0]) < share
+
+
+def trains(keys: np.ndarray, stage: Stage, shares: Sequence[float]) -> np.ndarray:
+    """[n] bool: whether `stage` is the one that trains on the prompt.
+
+    Args:
+        shares: those of `STAGES`, in any unit, as `parse_shares` gives.
+    """
+    bounds = np.cumsum(shares)
+    # Other bytes than `held_out` reads: else the held-out share would come out of the first stage alone.
+    return np.searchsorted(bounds / bounds[-1], _uniform(keys[:, 1]), side="right") == STAGES.index(stage)
 
 
 def parse_shares(split: str) -> tuple[float, ...]:
@@ -48,6 +58,6 @@ def parse_shares(split: str) -> tuple[float, ...]:
     return shares
 
 
-def _uniform(eight_bytes: bytes) -> float:
+def _uniform(words: np.ndarray) -> np.ndarray:
     """In [0, 1): 53 bits, because all 64 could round up to 1."""
-    return (int.from_bytes(eight_bytes, "big") >> 11) / 2**53
+    return (words >> np.uint64(11)).astype(np.float64) / 2**53

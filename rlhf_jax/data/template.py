@@ -1,20 +1,25 @@
-"""Dialogues to token ids, through the tokenizer's own chat template where it has one.
+"""Dialogues to token ids and to what of them is learned, through the tokenizer's own chat template where it has one.
 
 A conversation is rendered by the template and then encoded without further special tokens: the template writes BOS and
 EOS itself, so there is never a second BOS. Text of a user or an assistant that happens to spell a special token, as
 "</s>", is encoded as the plain characters that it is; only what the template writes becomes a control token.
+
+A dialogue is encoded once, and where an answer begins and ends in its tokens is read from the characters that each
+token covers; `_by_parts` says the same by encoding every beginning of the dialogue, which is slower and exact.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jinja2
 import numpy as np
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_jax.data.splits import Turns
+from rlhf_jax.data.example import Turns
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -25,18 +30,35 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
 )
 
-# The encodings of a call hold some hundred bytes a token until they are turned into arrays.
-TEXTS_PER_CALL = 1024
+# One dialogue in so many is also encoded by parts, and must come out the same.
+CHECKED = 64
 
 
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+class Encoded(NamedTuple):
+    """A dialogue in tokens."""
+
+    tokens: np.ndarray  # [T] int32
+    spans: np.ndarray  # [k, 2] int32: tokens[a:b] is what an assistant turn says, its EOS or end of turn included
+
+
+Failure = ValueError  # returned in the place of a dialogue that cannot be encoded, so that the others still are
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str = "") -> PreTrainedTokenizerBase:
     """The tokenizer itself, changed in place: with a chat template and a padding token where it had none.
 
-    The default template is `CHAT_TEMPLATE`, with BOS in front if this tokenizer puts BOS before a text. The padding
-    token becomes EOS: masks are carried with the tokens, nothing compares ids with it. ValueError if there is no EOS.
+    `template` is Jinja text that takes the place of its own. The default is `CHAT_TEMPLATE`, with BOS in front if this
+    tokenizer puts BOS before a text. The padding token becomes EOS: masks are carried with the tokens, nothing compares
+    ids with it. ValueError if there is no EOS, or if `template` is no Jinja.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token, so no answer can end: set its eos_token and save it again")
+    if template:
+        try:
+            jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"data.template, line {error.lineno}: no Jinja template: {error.message}") from error
+        tokenizer.chat_template = template
     if tokenizer.chat_template is None:
         starts_with_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = ("{{ bos_token }}" if starts_with_bos else "") + CHAT_TEMPLATE
@@ -46,13 +68,14 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> list[int]:
-    """Ids of one prompt, up to where the answer begins. ValueError as `encode_prompts`."""
-    return encode_prompts(tokenizer, [turns])[0].tolist()
+    """Ids of one prompt, up to where the answer begins. ValueError if the tokenizer's template refuses it."""
+    return _only(encode_prompts(tokenizer, [turns])).tolist()
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, turns: Turns, text: str) -> list[int]:
-    """Ids of one answer after that prompt, ending on the EOS or end-of-turn id. ValueError as `encode_responses`."""
-    return encode_responses(tokenizer, [turns], [text], encode_prompts(tokenizer, [turns]))[0].tolist()
+    """Ids of one answer after that prompt, ending on the EOS or end-of-turn id. ValueError as `encode_dialogues`."""
+    encoded = _only(encode_dialogues(tokenizer, [(*turns, ("assistant", text))]))
+    return encoded.tokens[encoded.spans[-1, 0] :].tolist()
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -60,74 +83,206 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(sorted({tokenizer.eos_token_id, encode_response(tokenizer, (("user", "a"),), "a")[-1]}))
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, histories: Sequence[Turns]) -> list[np.ndarray]:
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, histories: Sequence[Turns]) -> list[np.ndarray | Failure]:
     """One int32 array a history: the rendered turns and the opening of the answer that is to come.
 
-    ValueError if the tokenizer's template refuses a history (some insist that the roles alternate).
+    A Failure where the tokenizer's template refuses a history (some insist that the roles alternate).
     """
-    return _encode(tokenizer, [_messages(turns) for turns in histories], opened=True)
+    chats = [_messages(turns) for turns in histories]
+    texts = _render(tokenizer, chats, opened=True)
+    found: list[np.ndarray | Failure] = list(texts)
+    good = [i for i, text in enumerate(texts) if isinstance(text, str)]
+    spells_control = _spells_control(tokenizer)
+    for i, encoding in zip(good, _encode(tokenizer, [texts[i] for i in good]), strict=True):
+        found[i] = np.array(encoding.ids, np.int32)
+        if spells_control(chats[i]):
+            found[i] = _ids(tokenizer, chats[i], opened=True)
+    return found
 
 
-def encode_responses(
-    tokenizer: PreTrainedTokenizerBase, histories: Sequence[Turns], texts: Sequence[str], prompts: Sequence[np.ndarray]
-) -> list[np.ndarray]:
-    """One int32 array an answer: what the whole dialogue has after its prompt, up to the EOS or end-of-turn id.
+def encode_dialogues(
+    tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Turns], *, all_turns: bool = False
+) -> list[Encoded | Failure]:
+    """Dialogues that end on an assistant turn, with the span of that turn, or with `all_turns` of every assistant turn.
 
-    `prompts` are those that `encode_prompts` gives for the same histories. What a template writes after the end of the
-    turn (ChatML's line break) is cut off; EOS is added where a template ends an answer with no control token.
-    ValueError if a prompt is not the beginning of its dialogue, or if the template refuses it.
+    An assistant turn is what the dialogue has after the prompt that `encode_prompts` gives for the turns before it, up
+    to the EOS or end-of-turn id. What a template writes after the end of the last turn (ChatML's line break) is cut
+    off; EOS is added where a template ends it with no control token.
+
+    A Failure where a prompt is not the beginning of its dialogue, or where the template refuses it.
     """
-    chats = [[*_messages(turns), _message("assistant", text)] for turns, text in zip(histories, texts, strict=True)]
-    dialogues = _encode(tokenizer, chats, opened=False)
-    ends = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i != tokenizer.unk_token_id]
-    ends = np.array([*ends, tokenizer.eos_token_id], np.int32)
-    return [_response(tokenizer, prompt, ids, ends) for prompt, ids in zip(prompts, dialogues, strict=True)]
+    assert all(turns[-1][0] == "assistant" for turns in dialogues)
+    chats = [_messages(turns) for turns in dialogues]
+    answers = [[k for k, (role, _) in enumerate(turns) if role == "assistant"] for turns in dialogues]
+    answers = answers if all_turns else [each[-1:] for each in answers]
+    parts = [(chat, k) for chat, each in zip(chats, answers, strict=True) for k in each]
+    opened = iter(_render(tokenizer, [chat[:k] for chat, k in parts], opened=True))
+    upto = iter(_render(tokenizer, [chat[: k + 1] for chat, k in parts], opened=False))
+    rendered = [[(next(opened), next(upto)) for _ in each] for each in answers]
+    failures = [
+        next((text for pair in each for text in pair if isinstance(text, ValueError)), None) for each in rendered
+    ]
+    good = [i for i, failure in enumerate(failures) if failure is None]
+    encodings = dict(zip(good, _encode(tokenizer, [rendered[i][-1][1] for i in good]), strict=True))
+    spells_control, ends = _spells_control(tokenizer), _ends(tokenizer)
+
+    def exact(i: int) -> Encoded | Failure:
+        return _by_parts(tokenizer, chats[i], answers[i], ends)
+
+    def encoded(i: int) -> Encoded | Failure:
+        if failures[i] is not None:
+            return failures[i]
+        fast = None if spells_control(chats[i]) else _by_characters(encodings[i], rendered[i], ends, tokenizer)
+        return exact(i) if fast is None else fast
+
+    found = [encoded(i) for i in range(len(chats))]
+    # Where these differ, tokens run across the beginning of an answer in a way that characters do not show.
+    if any(not _equal(found[i], exact(i)) for i in good[::CHECKED]):
+        return [exact(i) for i in range(len(chats))]
+    return found
 
 
-def _response(
-    tokenizer: PreTrainedTokenizerBase, prompt: np.ndarray, dialogue: np.ndarray, ends: np.ndarray
-) -> np.ndarray:
-    if not np.array_equal(dialogue[: len(prompt)], prompt):
-        raise ValueError(
-            "this tokenizer encodes a prompt differently once an answer follows it: "
-            f"{tokenizer.decode(prompt)[-60:]!r} is no beginning of {tokenizer.decode(dialogue)[-120:]!r}. "
-            "Give it a chat_template that writes the same text before an answer as for add_generation_prompt, "
-            "or remove its chat_template to use the default one"
-        )
-    response = dialogue[len(prompt) :]
-    (places,) = np.isin(response, ends).nonzero()
-    return response[: places[-1] + 1] if places.size else np.append(response, np.int32(tokenizer.eos_token_id))
+def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
+    """One int32 array a text, without a template: BOS where the tokenizer puts one before a text, and EOS behind it.
+
+    Text that spells a special token is text, as in a dialogue.
+    """
+    if not texts:
+        return []
+    starts_with_bos = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    front, end = [tokenizer.bos_token_id] * starts_with_bos, [tokenizer.eos_token_id]
+    ids = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+    return [np.array([*front, *each, *end], np.int32) for each in ids]
 
 
-def _message(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
+def _equal(one: Encoded | Failure, other: Encoded | Failure) -> bool:
+    if isinstance(one, ValueError) or isinstance(other, ValueError):
+        return isinstance(one, ValueError) and isinstance(other, ValueError)
+    return all(map(np.array_equal, one, other))
+
+
+def _by_characters(
+    encoding: Encoding, rendered: list[tuple[str, str]], ends: frozenset[int], tokenizer: PreTrainedTokenizerBase
+) -> Encoded | None:
+    """None where the texts are no beginnings of the dialogue, or a token may run across the beginning of an answer.
+
+    rendered: for each answer the dialogue up to it, opened, and with it; `encoding` is of the last, the whole dialogue.
+    """
+    whole = rendered[-1][1]
+    if not all(whole.startswith(text) for pair in rendered for text in pair):
+        return None
+    ids, spans = encoding.ids, []
+    for begin, end in ((len(opened), len(upto)) for opened, upto in rendered):
+        before = encoding.char_to_token(begin - 1) if begin else None
+        if before is None:
+            return None
+        first = before + 1
+        while first < len(ids) and encoding.token_to_chars(first)[1] <= begin:  # a character of several tokens
+            first += 1
+        last = next((t for at in range(end - 1, begin - 1, -1) if (t := encoding.char_to_token(at)) is not None), None)
+        if last is None or last < first or encoding.token_to_chars(first)[0] < begin:
+            return None
+        stop = last + 1
+        while stop < len(ids) and encoding.token_to_chars(stop)[1] <= end:
+            stop += 1
+        spans.append((first, _end(ids, first, stop, ends)))
+    return _finished(np.array(ids, np.int32), spans, ends, tokenizer.eos_token_id)
+
+
+def _by_parts(
+    tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], answers: Sequence[int], ends: frozenset[int]
+) -> Encoded | Failure:
+    """The same by encoding the dialogue up to each answer, and with it."""
+    try:
+        whole, spans = _ids(tokenizer, chat, opened=False), []
+        for k in answers:
+            for part, opened in ((chat[:k], True), (chat[: k + 1], False)):
+                ids = _ids(tokenizer, part, opened=opened)
+                if not np.array_equal(whole[: len(ids)], ids):
+                    return ValueError(
+                        "this tokenizer encodes a prompt differently once an answer follows it: "
+                        f"{tokenizer.decode(ids)[-60:]!r} is no beginning of {tokenizer.decode(whole)[-120:]!r}. "
+                        "Give it a chat_template that writes the same text before an answer as for "
+                        "add_generation_prompt (data.template), or remove its chat_template to use the default one"
+                    )
+                spans.append(len(ids))
+    except ValueError as error:  # the template refuses it
+        return error
+    pairs = zip(spans[::2], spans[1::2], strict=True)
+    spans = [(first, _end(whole.tolist(), first, stop, ends)) for first, stop in pairs]
+    return _finished(whole, spans, ends, tokenizer.eos_token_id)
+
+
+def _end(ids: Sequence[int], first: int, stop: int, ends: frozenset[int]) -> int:
+    """Behind the last control token of ids[first:stop]; `stop` where there is none."""
+    return next((t + 1 for t in range(stop - 1, first - 1, -1) if ids[t] in ends), stop)
+
+
+def _finished(tokens: np.ndarray, spans: list[tuple[int, int]], ends: frozenset[int], eos: int) -> Encoded:
+    """Without what follows the end of the last span, and with an end where it has none."""
+    first, stop = spans[-1]
+    tokens = tokens[:stop]
+    if stop == first or int(tokens[-1]) not in ends:
+        tokens = np.append(tokens, np.int32(eos))
+        spans[-1] = (first, stop + 1)
+    return Encoded(tokens, np.array(spans, np.int32))
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    added = tokenizer.added_tokens_decoder.items()
+    controls = (i for i, token in added if token.special and i != tokenizer.unk_token_id)
+    return frozenset((*controls, tokenizer.eos_token_id))
 
 
 def _messages(turns: Turns) -> list[dict[str, str]]:
-    return [_message(role, content) for role, content in turns]
+    return [{"role": role, "content": content} for role, content in turns]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict[str, str]]], *, opened: bool) -> list[np.ndarray]:
+def _spells_control(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, str]]], bool]:
+    """Whether any message of a chat spells an added token."""
     names = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
-    spells_control = re.compile("|".join(names) or "(?!)").search
-    encoded: list[np.ndarray] = []
-    for start in range(0, len(chats), TEXTS_PER_CALL):
-        block = chats[start : start + TEXTS_PER_CALL]
-        texts = _render(tokenizer, block, opened=opened, tokenize=False)
-        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
-        for i, chat in enumerate(block):
-            if any(spells_control(message["content"]) for message in chat):
-                # One by one and slow, so only where a text has it; see `sanitize_control_tokens` in transformers.
-                (ids[i],) = _render(tokenizer, [chat], opened=opened, tokenize=True, sanitize_control_tokens=True)
-        encoded += [np.array(row, np.int32) for row in ids]
-    return encoded
+    search = re.compile("|".join(names) or "(?!)").search
+    return lambda chat: any(search(message["content"]) for message in chat)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict[str, str]]], *, opened: bool, **options) -> list:
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Sequence[Encoding]:
+    if not texts:
+        return []
+    options = dict(add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)
+    return tokenizer(texts, **options).encodings
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], *, opened: bool) -> np.ndarray:
+    """One chat, whose texts may spell control tokens; see `sanitize_control_tokens` in transformers."""
+    (ids,) = _apply(tokenizer, [chat], opened=opened, tokenize=True, sanitize_control_tokens=True)
+    return np.array(ids, np.int32)
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, chats: list[list[dict[str, str]]], *, opened: bool
+) -> list[str | Failure]:
+    if not chats:
+        return []
+    try:
+        return _apply(tokenizer, chats, opened=opened, tokenize=False)
+    except ValueError as error:
+        if len(chats) == 1:
+            return [error]
+        return [text for chat in chats for text in _render(tokenizer, [chat], opened=opened)]
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict[str, str]]], *, opened: bool, **options) -> list:
     try:
         return tokenizer.apply_chat_template(chats, add_generation_prompt=opened, return_dict=False, **options)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError, ZeroDivisionError) as error:
         raise ValueError(
             f"the tokenizer's chat template refuses a dialogue: {error}. "
             "Mend the data, or remove the tokenizer's chat_template to use the default one"
         ) from error
+
+
+def _only(found: list[np.ndarray | Encoded | Failure]) -> np.ndarray | Encoded:
+    (each,) = found
+    if isinstance(each, ValueError):
+        raise each
+    return each

@@ -136,7 +136,8 @@ def _phases(recipe: Recipe, mesh: Mesh | AbstractMesh, stages: tuple[str, ...]) 
     actor, critic = architectures(recipe, Layout(mesh, TRAIN).shards("vocab"))
     found, layout = [], recipe.layout(mesh)
     if "sft" in stages:
-        found += _supervised("sft", recipe.model, recipe.sft, recipe.data.max_length, actor, layout)
+        length = recipe.sft.pack_length or recipe.data.max_length
+        found += _supervised("sft", recipe.model, recipe.sft, length, actor, layout)
     if "reward" in stages:
         found += _supervised("reward", recipe.model, recipe.reward, recipe.data.max_length, critic, layout)
     if "ppo" in stages:
@@ -155,9 +156,9 @@ def _supervised(
     update, measure = programs(model.role(decoder), model.compute, layout, tx, num_micro)
     state = abstract_state(abstract_pretrained(decoder, model, layout), model, tx)
     shape = (config.batch_size, length) if stage == "sft" else (config.batch_size, 2, length)
-    batch = abstract_batch(
-        Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.bool, jnp.bool))), layout
-    )
+    packed = stage == "sft" and config.pack_length
+    kinds = (jnp.int32, jnp.bool, jnp.bool, *[jnp.int32] * bool(packed))
+    batch = abstract_batch(Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in kinds)), layout)
     live = _state_bytes("", state) | {"batch": device_bytes(batch)}
     found = _learning(stage, "update", update, state, batch, live)
     if config.eval_batches:  # by micro-batches

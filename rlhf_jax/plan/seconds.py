@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_jax.data.sources import BUILTIN, DataConfig, load_examples
+from rlhf_jax.data.blend import Part, quotas
+from rlhf_jax.data.config import BUILTIN, DataConfig
+from rlhf_jax.data.rows import read_examples
 from rlhf_jax.gpus import Gpu, Machine
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.architecture import DecoderConfig
@@ -235,7 +238,8 @@ def timetable(recipe: Recipe, found: list[Phase], mesh, machine: Machine, price:
         entry["floor"] = sum(times["floor"] for times in entry["phases"].values())
         entry["expected"] = sum(times["expected"] for times in entry["phases"].values())
         config = getattr(recipe, stage)
-        rows = training_rows(recipe.data, stage)
+        is_packed = stage == "sft" and recipe.sft.pack_length > 0  # then rows are known when they are tokenised
+        rows = None if is_packed else training_rows(recipe.data, stage)
         size = config.rollout_batch_size if stage == "ppo" else config.batch_size
         steps = rows // size if rows else None  # of one epoch
         entry |= {"rows": rows, "steps_per_epoch": steps, "steps": config.steps or (steps and config.epochs * steps)}
@@ -249,10 +253,12 @@ def timetable(recipe: Recipe, found: list[Phase], mesh, machine: Machine, price:
 
 
 def training_rows(data: DataConfig, stage: str) -> int | None:
-    """Rows of a stage before any is dropped for its length; None where a source would have to be downloaded."""
+    """Rows of an epoch before any is dropped for its length; None where a source would have to be downloaded."""
     if any(source.path != BUILTIN and not Path(source.path).is_file() for source in data.sources):
         return None
-    return len(load_examples(data, stage, held_out=False))
+    sizes = Counter(example.source for example in read_examples(data, stage, held_out=False))
+    parts = [Part(sizes[s.path], s.weight, s.epochs, s.max_rows) for s in data.sources if sizes[s.path]]
+    return int(quotas(parts, data.temperature).sum())
 
 
 def assumptions(recipe: Recipe) -> list[str]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
 
-from rlhf_jax.data.sources import DataConfig, load_examples
-from rlhf_jax.data.template import prepare_tokenizer
+from rlhf_jax.data.config import DataConfig
+from rlhf_jax.data.rows import read_examples
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.decoder import init_params
 from rlhf_jax.models.families import decoder_config
 from rlhf_jax.models.new_tokenizer import train_tokenizer
+from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.models.pretrained import Pretrained, save_pretrained
 from rlhf_jax.stages.loop import RunConfig
 from rlhf_jax.stages.models import ModelConfig, NewModelConfig
@@ -34,16 +37,22 @@ def new_hf_config(new: NewModelConfig, vocab_size: int) -> dict[str, Any]:
     }
 
 
+def new_tokenizer(model: ModelConfig, data: DataConfig) -> PreTrainedTokenizerBase:
+    """A tokenizer of model.new.vocab_size words, trained on the rows that SFT trains on."""
+    examples = read_examples(data, "sft", held_out=False)
+    texts = (text for e in examples for text in (*(said for _, said in e.turns), e.answer, e.text) if text)
+    opened = itertools.chain([" Human:", " Assistant:"], texts)
+    return prepare_tokenizer(train_tokenizer(opened, model.new.vocab_size), data.template)
+
+
 def make_base(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig) -> str:
     """The folder that SFT starts from: RUN/base, made where it is not there yet, or what model.actor names."""
     if model.actor != "new":
         return model.actor
     folder = run.folder("base")
     if not folder.exists():
-        examples, new = load_examples(data, "sft", held_out=False), model.new
-        texts = [text for example in examples for text in (*(said for _, said in example.turns), example.answer)]
-        tokenizer = prepare_tokenizer(train_tokenizer([" Human:", " Assistant:", *texts], new.vocab_size))
-        hf = new_hf_config(new, len(tokenizer)) | {
+        tokenizer = new_tokenizer(model, data)
+        hf = new_hf_config(model.new, len(tokenizer)) | {
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,

@@ -14,7 +14,7 @@ import jax
 
 from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.config import differences
-from rlhf_jax.data.batches import Rows
+from rlhf_jax.data.rows import Rows
 from rlhf_jax.metrics import Metrics
 
 State = TypeVar("State")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rlhf_jax.data.sources import DataConfig
+from rlhf_jax.data.config import DataConfig
 from rlhf_jax.mesh import Layout
 from rlhf_jax.optim import learning_rate
 from rlhf_jax.sampling import check_learnable

@@ -13,8 +13,10 @@ import numpy as np
 import optax
 
 from rlhf_jax.average import start_average
-from rlhf_jax.data.batches import Batches, prompt_rows
-from rlhf_jax.data.sources import DataConfig, load_examples
+from rlhf_jax.data.ahead import Ahead
+from rlhf_jax.data.batches import Batches
+from rlhf_jax.data.config import DataConfig
+from rlhf_jax.data.rows import stage_rows
 from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.engine import Engine, Experience, Models, make_engine
 from rlhf_jax.generate import Rollout, bucket
@@ -37,7 +39,7 @@ from rlhf_jax.stages.models import (
     with_frozen,
     without_frozen,
 )
-from rlhf_jax.stages.sizes import longest_row, micro_batches, total_steps
+from rlhf_jax.stages.sizes import drawn, micro_batches, total_steps
 
 
 @dataclass(frozen=True)
@@ -174,20 +176,21 @@ def run_ppo(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig
     """
     actor = load(run.export("sft"), model, layout, one_copy=model.one_copy)
     critic = load(run.export("reward"), model, layout, scalar_head=True)
-    tokenizer = prepare_tokenizer(actor.tokenizer)
+    tokenizer = prepare_tokenizer(actor.tokenizer, data.template)
     if tokenizer.get_vocab() != critic.tokenizer.get_vocab():
         raise ValueError("actor and reward model have different vocabularies: PPO scores the actor's own tokens")
     batch_size, _ = ppo_sizes(config, layout)
 
-    rows = prompt_rows(load_examples(data, "ppo", held_out=False), tokenizer, data)
+    rows = stage_rows(data, tokenizer, "ppo", held_out=False)
     print(f"ppo: prompts: {rows.report}", flush=True)
     prompts = Batches(rows, batch_size=config.rollout_batch_size, seed=run.seed, side="left")
     for each in (actor, critic):
-        check_positions(each.config, longest_row(rows), config.sample.max_new_tokens)
-    length, phases = bucket(longest_row(rows)) + config.sample.max_new_tokens, "training and scoring"
+        check_positions(each.config, rows.longest, config.sample.max_new_tokens)
+    length, phases = bucket(rows.longest) + config.sample.max_new_tokens, "training and scoring"
     say_attention("ppo, actor", actor, model, length, phases="training, scoring and prefill", decodes=True)
     say_attention("ppo, critic and reward model", critic, model, length, phases=phases)
     steps = total_steps(config.steps, config.epochs, prompts.steps_per_epoch)
+    ahead = Ahead(prompts, steps)
     updates = steps * config.ppo_epochs * config.rollouts // batch_size
     actor_tx, critic_tx = make_optimizer(config.actor, updates), make_optimizer(config.critic, updates)
 
@@ -202,7 +205,7 @@ def run_ppo(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig
 
     def step_fn(models: Models, step: int):
         """One iteration: publish, generate, score, then `ppo_epochs` passes of updates."""
-        clock, batch = Clock(), prompts[step]
+        clock, batch = Clock(), ahead[step]
         key = jax.random.fold_in(jax.random.key(run.seed), step)
         weights = clock.lap("publish", publish(models.actor.params))
         rollout = clock.lap("generate", engine.generate(weights, batch.tokens, batch.mask, key))
@@ -224,6 +227,7 @@ def run_ppo(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig
         stats |= {"critic_learning_rate": rates[1](models.critic.step - 1)}
         tokens = int(experience.mask.sum())
         # Prompts and answers, over the whole iteration.
+        stats |= drawn(prompts, step)
         stats |= moved | clock.seconds | {"tokens_per_second": tokens / sum(clock.seconds.values())}
         return models, stats
 
@@ -245,7 +249,7 @@ def run_ppo(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig
         rows=rows,
         headline=("score_mean", "kl", "response_length"),
     )
-    lengths = len({bucket(n) for n in range(1, longest_row(rows) + 1)})
+    lengths = len({bucket(n) for n in range(1, rows.longest + 1)})
     print(f"ppo: programs of generation: {len(shapes)}, of at most {lengths} for these prompts", flush=True)
     export(critic, models.critic, model, run.folder("ppo") / "export_critic")
     if models.average:

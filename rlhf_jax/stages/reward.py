@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import optax
 
-from rlhf_jax.data.batches import Batch, Batches, Rows, pair_rows
-from rlhf_jax.data.sources import DataConfig, Example, load_examples
-from rlhf_jax.data.template import prepare_tokenizer
+from rlhf_jax.data.ahead import Ahead
+from rlhf_jax.data.batches import Batch, Batches
+from rlhf_jax.data.config import DataConfig
+from rlhf_jax.data.rows import Rows, stage_rows
 from rlhf_jax.engine import Compute
 from rlhf_jax.gpus import RUN_OPTIONS
 from rlhf_jax.mesh import Layout
@@ -20,12 +21,12 @@ from rlhf_jax.objectives.preference import pairwise_loss
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
 from rlhf_jax.rollout import Role
 from rlhf_jax.stages.loop import RunConfig, say_rows, train_loop
+from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.stages.models import PERSISTENCE, ModelConfig, export, load, make_state, say_attention
 from rlhf_jax.stages.sizes import (
     check_rows,
+    drawn,
     held_out_batches,
-    held_out_examples,
-    longest_row,
     micro_batches,
     total_steps,
 )
@@ -38,6 +39,7 @@ class RewardConfig:
     steps: int = 0  # optimizer steps; 0: as `epochs` says
     batch_size: int = 64  # pairs of one optimizer step, over all devices
     micro_batch_size: int = 0  # pairs of one forward and backward pass, over all devices; 0: batch_size
+    length_buckets: int = 1  # lengths that rows are padded to, at most; each is compiled once
     eval_every: int = 0  # steps between held-out accuracies; 0: only at the start and the end
     eval_batches: int = 16  # held-out batches, at most; 0: never measure
     optim: OptimConfig = OptimConfig(learning_rate=5e-5, weight_decay=0.1)
@@ -71,28 +73,35 @@ def run_reward(run: RunConfig, layout: Layout, model: ModelConfig, data: DataCon
     start = run.export("sft") if model.reward == "sft" else model.reward
     pretrained = load(start, model, layout, scalar_head=True, seed=run.seed)
     decoder = pretrained.config
-    tokenizer = prepare_tokenizer(pretrained.tokenizer)
+    tokenizer = prepare_tokenizer(pretrained.tokenizer, data.template)
     num_micro = micro_batches("reward", config.batch_size, config.micro_batch_size, layout)
 
-    def rows_of(examples: list[Example]) -> Rows:
-        rows = pair_rows(examples, tokenizer, data)
+    def rows_of(held_out: bool) -> Rows:
+        rows = stage_rows(data, tokenizer, "reward", held_out=held_out)
         check_rows("reward", rows, decoder.max_positions)
         return rows
 
-    rows = rows_of(load_examples(data, "reward", held_out=False))
-    held_out = rows_of(held_out_examples(data, "reward")) if config.eval_batches else None
+    rows = rows_of(held_out=False)
+    held_out = rows_of(held_out=True) if config.eval_batches else None
     say_rows("reward", rows, held_out)
-    say_attention("reward", pretrained, model, longest_row(rows))
-    batches = Batches(rows, batch_size=config.batch_size, seed=run.seed)
+    say_attention("reward", pretrained, model, rows.longest)
+    batches = Batches(
+        rows,
+        batch_size=config.batch_size,
+        seed=run.seed,
+        buckets=config.length_buckets,
+    )
     measured = held_out_batches(held_out, config.batch_size // num_micro, config.eval_batches * num_micro, layout)
     steps = total_steps(config.steps, config.epochs, batches.steps_per_epoch)
 
     tx, rate = make_optimizer(config.optim, steps), learning_rate(config.optim, steps)
     update, measure = reward_programs(model.role(decoder), model.compute, layout, tx, num_micro)
 
+    ahead = Ahead(batches, steps)
+
     def step_fn(state: TrainState, step: int):
-        state, stats = update(state, layout.put_batch(batches[step]))
-        return state, {**stats, "learning_rate": rate(step)}
+        state, stats = update(state, layout.put_batch(ahead[step]))
+        return state, {**stats, "learning_rate": rate(step), **drawn(batches, step)}
 
     def evaluate(state: TrainState):
         if not measured:

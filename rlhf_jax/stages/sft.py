@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import optax
 
-from rlhf_jax.data.batches import Batch, Batches, Rows, sft_rows
-from rlhf_jax.data.sources import DataConfig, Example, load_examples
-from rlhf_jax.data.template import prepare_tokenizer
+from rlhf_jax.data.ahead import Ahead
+from rlhf_jax.data.batches import Batch, Batches
+from rlhf_jax.data.config import DataConfig
+from rlhf_jax.data.encode import Learn
+from rlhf_jax.data.rows import Rows, stage_rows
 from rlhf_jax.engine import Compute
 from rlhf_jax.gpus import RUN_OPTIONS
 from rlhf_jax.mesh import Layout
@@ -21,12 +23,12 @@ from rlhf_jax.objectives.masked import mean
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
 from rlhf_jax.rollout import Role
 from rlhf_jax.stages.loop import RunConfig, say_rows, train_loop
+from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.stages.models import PERSISTENCE, ModelConfig, export, load, make_state, say_attention
 from rlhf_jax.stages.sizes import (
     check_rows,
+    drawn,
     held_out_batches,
-    held_out_examples,
-    longest_row,
     micro_batches,
     total_steps,
 )
@@ -39,7 +41,9 @@ class SFTConfig:
     steps: int = 0  # optimizer steps; 0: as `epochs` says
     batch_size: int = 64  # sequences of one optimizer step, over all devices
     micro_batch_size: int = 0  # sequences of one forward and backward pass, over all devices; 0: batch_size
-    train_on_prompt: bool = False  # learn the prompt's tokens too
+    learn: Learn = "answer"  # the last answer, every turn of the "assistant", or "everything"
+    pack_length: int = 0  # tokens of a row that holds several documents, none of which sees another; 0: one document
+    length_buckets: int = 1  # lengths that rows are padded to, at most; each is compiled once
     eval_every: int = 0  # steps between held-out losses; 0: only at the start and the end
     eval_batches: int = 8  # held-out batches, at most; 0: never measure
     optim: OptimConfig = OptimConfig(learning_rate=9.65e-6)
@@ -83,28 +87,36 @@ def run_sft(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig
     """Fine-tune the language model in the folder (or with the hub id) `base`; leaves RUN/sft/export."""
     pretrained = load(base, model, layout)
     decoder = pretrained.config
-    tokenizer = prepare_tokenizer(pretrained.tokenizer)
+    tokenizer = prepare_tokenizer(pretrained.tokenizer, data.template)
     num_micro = micro_batches("sft", config.batch_size, config.micro_batch_size, layout)
 
-    def rows_of(examples: list[Example]) -> Rows:
-        rows = sft_rows(examples, tokenizer, data, train_on_prompt=config.train_on_prompt)
+    def rows_of(held_out: bool) -> Rows:
+        rows = stage_rows(data, tokenizer, "sft", held_out=held_out, learn=config.learn, pack_length=config.pack_length)
         check_rows("sft", rows, decoder.max_positions)
         return rows
 
-    rows = rows_of(load_examples(data, "sft", held_out=False))
-    held_out = rows_of(held_out_examples(data, "sft")) if config.eval_batches else None
+    rows = rows_of(held_out=False)
+    held_out = rows_of(held_out=True) if config.eval_batches else None
     say_rows("sft", rows, held_out)
-    say_attention("sft", pretrained, model, longest_row(rows))
-    batches = Batches(rows, batch_size=config.batch_size, seed=run.seed)
+    say_attention("sft", pretrained, model, rows.longest)
+    batches = Batches(
+        rows,
+        batch_size=config.batch_size,
+        seed=run.seed,
+        buckets=config.length_buckets,
+        width=config.pack_length,
+    )
     measured = held_out_batches(held_out, config.batch_size // num_micro, config.eval_batches * num_micro, layout)
     steps = total_steps(config.steps, config.epochs, batches.steps_per_epoch)
 
     tx, rate = make_optimizer(config.optim, steps), learning_rate(config.optim, steps)
     update, measure = sft_programs(model.role(decoder), model.compute, layout, tx, num_micro)
 
+    ahead = Ahead(batches, steps)
+
     def step_fn(state: TrainState, step: int):
-        state, stats = update(state, layout.put_batch(batches[step]))
-        return state, {**stats, "learning_rate": rate(step)}
+        state, stats = update(state, layout.put_batch(ahead[step]))
+        return state, {**stats, "learning_rate": rate(step), **drawn(batches, step)}
 
     def evaluate(state: TrainState):
         if not measured:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from rlhf_jax.data.batches import Batch, Batches, Rows
-from rlhf_jax.data.sources import DataConfig, Example, load_examples
-from rlhf_jax.data.splits import Stage
+from rlhf_jax.data.batches import Batch, Batches
+from rlhf_jax.data.rows import Rows
 from rlhf_jax.mesh import Layout, check_divides
 
 
@@ -29,7 +26,7 @@ def total_steps(steps: int, epochs: int, steps_per_epoch: int) -> int:
 
 def check_rows(stage: str, rows: Rows, max_positions: int) -> None:
     """Raise ValueError for a row that is longer than the model's positions."""
-    longest = longest_row(rows)
+    longest = rows.longest
     if longest > max_positions:
         raise ValueError(
             f"{stage}: the longest row has {longest} tokens, and the model has {max_positions} positions: "
@@ -37,20 +34,9 @@ def check_rows(stage: str, rows: Rows, max_positions: int) -> None:
         )
 
 
-def longest_row(rows: Rows) -> int:
-    """Tokens of the longest sequence."""
-    return int(np.diff(rows.offsets).max())
-
-
-def held_out_examples(data: DataConfig, stage: Stage) -> list[Example]:
-    """What a stage is measured on. ValueError if there is nothing."""
-    examples = load_examples(data, stage, held_out=True)
-    if not examples:
-        raise ValueError(
-            f"{stage}: there are no held-out rows to measure on: raise data.held_out, give a source an eval_path, or "
-            f"set {stage}.eval_batches=0"
-        )
-    return examples
+def drawn(batches: Batches, step: int) -> dict[str, int]:
+    """How many rows of a step come from each source, as metrics "rows/NAME"; {} where there is one source."""
+    return {f"rows/{name}": count for name, count in batches.counts(step).items()}
 
 
 def held_out_batches(rows: Rows | None, batch_size: int, limit: int, layout: Layout) -> list[Batch]:

@@ -1,0 +1,255 @@
+"""A source tokenised once: read, mapped, shared out, encoded by several threads, and kept under all that it depends on.
+
+The threads share Python's lock, but the encoding itself, by far the most of the work, runs outside it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_jax.data import splits
+from rlhf_jax.data.config import DataConfig, SourceConfig
+from rlhf_jax.data.encode import Block, Wanted, encode_block
+from rlhf_jax.data.example import BadRow, Example, Row
+from rlhf_jax.data.mapping import mapper
+from rlhf_jax.data.places import content_key, read
+from rlhf_jax.data.store import Store, record_batch, write
+
+ROWS_PER_BLOCK = 1024
+THREADS = 4  # at most: beyond it they wait for Python's lock
+SHOWN = 3  # messages of bad rows that are kept
+T, R = TypeVar("T"), TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Which prompts are wanted of a place."""
+
+    stage: tuple[float, ...] | None  # those of the stage that trains, with these shares of splits.STAGES; None: all
+    held_out: float  # and those held out by hash, with this share
+
+    def take(self, keys: np.ndarray, stage: splits.Stage) -> np.ndarray:
+        """[n] bool of keys [n, 2]."""
+        if self.stage is None:
+            return np.ones(len(keys), bool)
+        return splits.trains(keys, stage, self.stage) | splits.held_out(keys, self.held_out)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What became of the rows of a place."""
+
+    rows: int  # read
+    elsewhere: int  # examples that serve other stages
+    kept: int
+    cut: int
+    dropped: dict[str, int]
+    bad: int
+    bad_shown: tuple[str, ...]  # messages of the first of them
+
+
+def tokenised(
+    source: SourceConfig,
+    place: dict[str, Any],
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: Wanted,
+    shares: Shares,
+) -> tuple[Store, Tally]:
+    """The rows of a place that a stage may use, from the cache, or built and put there.
+
+    Two processes that want the same build it once: the second waits. A build that is killed leaves nothing that is
+    taken for one.
+
+    Args:
+        source: with its mapping resolved.
+        place: the arguments of `places.read`.
+    Raises:
+        ValueError: more than `config.max_bad_rows` rows are bad, with the first of them; and as `places.read`.
+    """
+    cache = cache_folder(config)
+    # Blends and limits of errors leave the tokens as they are.
+    mapping = dataclasses.replace(source, weight=0.0, epochs=1.0, max_rows=0, path="", eval_path="", eval_split="")
+    parts = {
+        "content": content_key(**place, memo=cache / "contents.json"),
+        "mapping": dataclasses.asdict(mapping),
+        "wanted": dataclasses.asdict(wanted),
+        "shares": dataclasses.asdict(shares),
+        "tokenizer": tokenizer_key(tokenizer),
+        "code": code_key(),
+    }
+    folder = cache / hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+    if not folder.exists():
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.exists():
+                _build(folder, parts, source, place, config, tokenizer, wanted, shares)
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    tally = Tally(**{**report["tally"], "bad_shown": tuple(report["tally"]["bad_shown"])})
+    check_bad(tally.bad, tally.bad_shown, config.max_bad_rows)
+    return Store(folder / "rows.arrow", wanted.per_row, report["digest"]), tally
+
+
+def _build(
+    folder: Path,
+    parts: dict,
+    source: SourceConfig,
+    place: dict[str, Any],
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: Wanted,
+    shares: Shares,
+) -> None:
+    unfinished = folder.with_suffix(f".{os.getpid()}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        rows = itertools.islice(read(**place), source.limit or None)
+        tally: list[Tally] = []
+        batches = encoded_batches(rows, source, config, tokenizer, wanted, shares, tally.append)
+        digest = write(batches, unfinished / "rows.arrow", len(tokenizer))
+        report = {"digest": digest, "tally": dataclasses.asdict(tally[-1]), **parts}
+        (unfinished / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def encoded_batches(
+    rows: Iterable[Row],
+    source: SourceConfig,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: Wanted,
+    shares: Shares,
+    told: Callable[[Tally], None],
+) -> Iterator[pa.RecordBatch]:
+    """The rows as Arrow, a block at a time in their order; `told` gets the tally when all are done."""
+    to_examples, own = mapper(source, wanted.stage), threading.local()
+
+    def work(block: list[Row]) -> tuple[pa.RecordBatch, Block, int, list[str]]:
+        if not hasattr(own, "tokenizer"):
+            own.tokenizer = copy.deepcopy(tokenizer)  # a tokenizer's settings are changed while it encodes
+        examples, wheres, bad = mapped(block, to_examples)
+        keys = splits.as_keys([splits.prompt_key(key_turns(example)) for example in examples])
+        (taken,) = shares.take(keys, wanted.stage).nonzero()
+        found = encode_block([examples[i] for i in taken], own.tokenizer, wanted)
+        bad += [f"{wheres[taken[i]]}: {failure}" for i, failure in found.failures.items()]
+        kept = taken[found.kept]
+        numbers = [examples[i].row for i in kept]
+        batch = record_batch(found.sequences, keys[kept], numbers, wanted.per_row, len(tokenizer))
+        return batch, found, len(examples) - len(taken), bad
+
+    count = elsewhere = kept = cut = 0
+    dropped, bad = Counter(), 0
+    shown: list[str] = []
+    bar = tqdm(desc=f"{wanted.stage}: tokenising {source.path}", unit=" rows", delay=2, leave=False)
+    with bar:
+        for size, (batch, block, others, wrong) in in_order(work, blocks_of(rows, ROWS_PER_BLOCK)):
+            bar.update(size)
+            count, elsewhere, bad = count + size, elsewhere + others, bad + len(wrong)
+            kept, cut = kept + len(block.kept), cut + block.cut
+            dropped += block.dropped
+            shown += wrong[: SHOWN - len(shown)]
+            check_bad(bad, shown, config.max_bad_rows)
+            if len(batch):
+                yield batch
+    told(Tally(count, elsewhere, kept, cut, dict(dropped), bad, tuple(shown)))
+
+
+def mapped(
+    rows: Iterable[Row], to_examples: Callable[[Row], list[Example]]
+) -> tuple[list[Example], list[str], list[str]]:
+    """(examples, where each stands, messages of the bad rows)."""
+    examples: list[Example] = []
+    wheres: list[str] = []
+    bad: list[str] = []
+    for row in rows:
+        try:
+            found = to_examples(row)
+        except BadRow as error:
+            bad.append(str(error))
+            continue
+        examples += found
+        wheres += [row.where] * len(found)
+    return examples, wheres, bad
+
+
+def key_turns(example: Example):
+    """What the split looks at: the prompt, or of a document its text."""
+    return example.turns or (("", example.text),)
+
+
+def check_bad(count: int, shown: Sequence[str], limit: int) -> None:
+    """ValueError with the first bad rows where there are more than `limit`."""
+    if count > limit:
+        more = f" (data.max_bad_rows = {limit}, and there are more)" if limit else ""
+        raise ValueError(f"{'; '.join(shown)}{more}. Mend the data, or raise data.max_bad_rows to leave such rows out")
+
+
+def blocks_of(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    items = iter(items)
+    while block := list(itertools.islice(items, size)):
+        yield block
+
+
+def in_order(work: Callable[[list[T]], R], blocks: Iterable[list[T]]) -> Iterator[tuple[int, R]]:
+    """(size, work(block)) of each block in order, with a few blocks under way at a time."""
+    threads = max(1, min(THREADS, os.cpu_count() or 1))
+    waiting: deque = deque()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for block in blocks:
+            waiting.append((len(block), pool.submit(work, block)))
+            if len(waiting) > threads + 1:
+                size, future = waiting.popleft()
+                yield size, future.result()
+        while waiting:
+            size, future = waiting.popleft()
+            yield size, future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Where tokenised rows are kept; it is made."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(config.cache_dir).expanduser() if config.cache_dir else caches / "rlhf_jax" / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of all of a tokenizer that its encoding depends on."""
+    backend = tokenizer.backend_tokenizer.to_str()
+    parts = [backend, tokenizer.chat_template, sorted(tokenizer.special_tokens_map.items())]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+@functools.cache
+def code_key() -> str:
+    """Digest of this room's code: what an older version has built is not taken for what this one would."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(__file__).parent.glob("*.*")):
+        if path.suffix in (".py", ".toml"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,291 @@
+"""What a stage trains on and is measured on: rows of several sources, chosen by the split, mixed by the blend."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_jax.data import splits
+from rlhf_jax.data.blend import Blend, Part, quotas
+from rlhf_jax.data.build import Shares, Tally, check_bad, key_turns, mapped, tokenised
+from rlhf_jax.data.config import BUILTIN, DataConfig, SourceConfig
+from rlhf_jax.data.encode import Learn, Wanted, encode_block, wanted
+from rlhf_jax.data.example import Example
+from rlhf_jax.data.mapping import mapper, resolved, serves
+from rlhf_jax.data.packing import Bins, pack
+from rlhf_jax.data.places import read
+from rlhf_jax.data.store import Store, in_memory, record_batch
+from rlhf_jax.data.template import Encoded
+
+ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """The rows of one source that serve, and their part in the blend."""
+
+    name: str
+    store: Store
+    picked: np.ndarray  # [rows] int32, which rows of the store
+    blend: Part
+    tally: Tally
+    bins: Bins | None = None  # of packed rows: which of `picked` lie together
+
+    def __len__(self) -> int:
+        return len(self.picked) if self.bins is None else len(self.bins)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[rows, per_row] int32, tokens of each sequence; of a packed row, of all its documents together."""
+        lengths = self.store.lengths[self.picked]
+        if self.bins is None:
+            return lengths
+        ends = np.cumsum(np.concatenate([[0], lengths[self.bins.members, 0]]), dtype=np.int64)[self.bins.offsets]
+        return np.diff(ends).astype(np.int32)[:, None]
+
+    def documents(self, row: int) -> list[list[Encoded]]:
+        """What lies end to end in a row: one document, or those of a bin; of each its sequences."""
+        if self.bins is None:
+            return [self.store.row(int(self.picked[row]))]
+        members = self.bins.members[self.bins.offsets[row] : self.bins.offsets[row + 1]]
+        return [self.store.row(int(self.picked[member])) for member in members]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of token sequences, one or two each. `len` are the draws of one epoch of the blend."""
+
+    parts: tuple[SourceRows, ...]
+    per_row: int
+    quota: tuple[int, ...]  # draws of each part in an epoch
+    report: str  # "1,735 rows, 12 dropped: prompt over 256 tokens, 3 cut at 512 tokens"
+
+    def __len__(self) -> int:
+        return sum(self.quota)
+
+    @property
+    def blend(self) -> Blend:
+        return Blend(tuple(map(len, self.parts)), self.quota)
+
+    @property
+    def packed(self) -> bool:
+        return any(part.bins is not None for part in self.parts)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(int(part.lengths.max()) for part in self.parts if len(part))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with any token of any row, and with what is drawn from where."""
+        digest = hashlib.blake2b(digest_size=16)
+        for part, count in zip(self.parts, self.quota, strict=True):
+            digest.update(f"{part.store.digest} {count} {len(part)}".encode())
+            digest.update(np.ascontiguousarray(part.picked).tobytes())
+        return digest.hexdigest()
+
+
+def stage_rows(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    stage: splits.Stage,
+    *,
+    held_out: bool,
+    learn: Learn = "answer",
+    pack_length: int = 0,
+) -> Rows:
+    """The rows that `stage` trains on, or with `held_out` those that it is evaluated on.
+
+    Training rows are shared out by prompt (`splits.trains`): a prompt trains one stage. Held-out rows are not shared
+    out: no stage trains on them, so they serve the evaluation of every stage. They are the rows of `eval_path` or
+    `eval_split` where a source has one, else those whose prompt is held out by hash. A row of any source whose prompt
+    is held out by any source is trained by none. Sources that name no field for what a stage needs are left out of it.
+
+    Args:
+        pack_length: tokens of a row of several documents; 0: a row is one document.
+    Raises:
+        ValueError: as `build.tokenised`; no row is left to train on, or none to measure on.
+    """
+    sources = [source for source in map(resolved, config.sources) if serves(source, stage)]
+    want = wanted(config, stage, learn)
+    withheld = np.zeros(0, np.uint64) if held_out else withheld_keys(config)
+    found: list[SourceRows] = []
+    repeated, seen = 0, np.zeros(0, np.uint64)
+    for source in sources:
+        is_apart = has_eval(source)
+        shares = Shares(None, 0.0) if held_out and is_apart else train_shares(config, is_apart)
+        store, tally = tokenised(source, place_of(source, config, held_out), config, tokenizer, want, shares)
+        keys = store.keys()
+        if held_out:
+            take = np.ones(len(store), bool) if is_apart else splits.held_out(keys, config.held_out)
+        else:
+            take = splits.trains(keys, stage, splits.parse_shares(config.split)) & ~np.isin(keys[:, 0], withheld)
+            if not is_apart:
+                take &= ~splits.held_out(keys, config.held_out)
+        (picked,) = take.nonzero()
+        if stage == "ppo":  # each prompt once
+            _, first = np.unique(keys[picked, 0], return_index=True)
+            fresh = np.sort(first[~np.isin(keys[picked[first], 0], seen)])
+            repeated += len(picked) - len(fresh)
+            picked = picked[fresh]
+            seen = np.concatenate([seen, keys[picked, 0]])
+        part = Part(len(picked), source.weight, source.epochs, source.max_rows)
+        found.append(SourceRows(source.path, store, picked.astype(np.int32), part, tally))
+    return _assembled(found, config, want, held_out=held_out, repeated=repeated, pack_length=pack_length)
+
+
+def _assembled(
+    found: list[SourceRows],
+    config: DataConfig,
+    want: Wanted,
+    *,
+    held_out: bool,
+    repeated: int = 0,
+    pack_length: int = 0,
+) -> Rows:
+    total, tallies = sum(map(len, found)), [part.tally for part in found]
+    dropped = sum((Counter(tally.dropped) for tally in tallies), Counter())
+    dropped["repeated prompt"] += repeated
+    bad, cut = sum(tally.bad for tally in tallies), sum(tally.cut for tally in tallies)
+    told = [f"{total:,} rows"]
+    told += [f"{count:,} dropped: {reason}" for reason, count in dropped.items() if count]
+    told += [f"{cut:,} cut at {want.max_length} tokens"] * (cut > 0)
+    told += [f"{bad:,} bad rows left out, as {next(t.bad_shown[0] for t in tallies if t.bad)}"] * (bad > 0)
+    if not total:
+        mend = (
+            "raise data.held_out or name an eval_path"
+            if held_out
+            else f"add rows, raise the stage's share in data.split = {config.split!r} (shares of "
+            f"{', '.join(splits.STAGES)}), lower data.held_out = {config.held_out}, raise data.max_prompt_length, or "
+            "name the fields that the stage needs in data.sources"
+        )
+        use = "to measure on" if held_out else "to train on"
+        raise ValueError(f"no rows {use} for the stage {want.stage} ({', '.join(told)}): {mend}")
+    if pack_length:
+        found = [packed(part, pack_length) for part in found]
+        fill = sum(float(part.lengths.sum()) for part in found) / (sum(map(len, found)) * pack_length)
+        told.append(f"packed into {sum(map(len, found)):,} of {pack_length} tokens, {fill:.1%} of them real")
+    # What is measured is each row once.
+    quota = [len(part) for part in found] if held_out else quotas([part.blend for part in found], config.temperature)
+    quota = tuple(int(count) for count in quota)
+    if quota != tuple(map(len, found)):
+        of = ", ".join(f"{count:,} of {part.name}" for count, part in zip(quota, found, strict=True))
+        told.append(f"an epoch draws {sum(quota):,}: {of}")
+    return Rows(tuple(found), want.per_row, quota, ", ".join(told))
+
+
+def packed(part: SourceRows, length: int) -> SourceRows:
+    """With as many documents in a row as fit; the part's cap counts such rows."""
+    bins = pack(part.store.lengths[part.picked, 0], length)
+    return dataclasses.replace(part, bins=bins, blend=dataclasses.replace(part.blend, size=len(bins)))
+
+
+def rows_of(
+    examples: Sequence[Example],
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    stage: splits.Stage,
+    *,
+    learn: Learn = "answer",
+    pack_length: int = 0,
+) -> Rows:
+    """The rows of given examples, in memory; `store.numbers()` is which example each of them is.
+
+    Raises:
+        ValueError: an example cannot be encoded, or no row is left.
+    """
+    want = wanted(config, stage, learn)
+    block = encode_block(examples, tokenizer, want)
+    for i, failure in block.failures.items():
+        raise ValueError(f"{examples[i].source}, row {examples[i].row}: {failure}")
+    keys = splits.as_keys([splits.prompt_key(key_turns(examples[i])) for i in block.kept])
+    batch = record_batch(block.sequences, keys, block.kept, want.per_row, len(tokenizer))
+    store = in_memory([batch], want.per_row, len(tokenizer))
+    picked, repeated = np.arange(len(store), dtype=np.int32), 0
+    if stage == "ppo":
+        picked = np.sort(np.unique(keys[:, 0], return_index=True)[1]).astype(np.int32)
+        repeated = len(store) - len(picked)
+    tally = Tally(len(examples), 0, len(store), block.cut, dict(block.dropped), 0, ())
+    part = SourceRows("examples", store, picked, Part(len(picked)), tally)
+    return _assembled([part], config, want, held_out=False, repeated=repeated, pack_length=pack_length)
+
+
+def read_examples(config: DataConfig, stage: splits.Stage, *, held_out: bool) -> Iterator[Example]:
+    """The examples behind `stage_rows`, whole and as text, one after the other in the order of the sources.
+
+    Raises:
+        ValueError: as `stage_rows`, but for no rows.
+    """
+    withheld = np.zeros(0, np.uint64) if held_out else withheld_keys(config)
+    for source in map(resolved, config.sources):
+        if not serves(source, stage):
+            continue
+        is_apart = has_eval(source)
+        for examples, keys in keyed_examples(source, place_of(source, config, held_out), config, stage):
+            if held_out:
+                take = np.ones(len(keys), bool) if is_apart else splits.held_out(keys, config.held_out)
+            else:
+                take = train_shares(config, is_apart).take(keys, stage) & ~np.isin(keys[:, 0], withheld)
+                if not is_apart:
+                    take &= ~splits.held_out(keys, config.held_out)
+            yield from itertools.compress(examples, take)
+
+
+def keyed_examples(
+    source: SourceConfig, place: dict[str, Any], config: DataConfig, stage: splits.Stage
+) -> Iterator[tuple[list[Example], np.ndarray]]:
+    """Examples of a place with their keys [n, 2], some at a time; ValueError for more bad rows than are allowed."""
+    to_examples, rows, bad = mapper(source, stage), iter(itertools.islice(read(**place), source.limit or None)), []
+    while block := list(itertools.islice(rows, ROWS_AT_ONCE)):
+        examples, _, wrong = mapped(block, to_examples)
+        bad += wrong
+        check_bad(len(bad), bad[:3], config.max_bad_rows)
+        yield examples, splits.as_keys([splits.prompt_key(key_turns(example)) for example in examples])
+
+
+def withheld_keys(config: DataConfig) -> np.ndarray:
+    """[n] uint64, first words of the keys of prompts that some source holds out and another might train on.
+
+    What is held out by hash is so in all sources that have no eval_path, and needs no list where all are such.
+    """
+    sources = [resolved(source) for source in config.sources]
+    apart = [source for source in sources if has_eval(source)]
+    found = [np.zeros(0, np.uint64)]
+    for source in sources:
+        if has_eval(source) or apart:
+            for _, keys in keyed_examples(source, place_of(source, config, has_eval(source)), config, stage_of(source)):
+                found.append(keys[has_eval(source) | splits.held_out(keys, config.held_out), 0])
+    return np.unique(np.concatenate(found))
+
+
+def stage_of(source: SourceConfig) -> splits.Stage:
+    """A stage that the source serves; the prompts are the same for all."""
+    return "ppo" if serves(source, "ppo") else "sft"
+
+
+def has_eval(source: SourceConfig) -> bool:
+    """Whether the source's held-out rows stand in a place of their own."""
+    return bool(source.eval_path or source.eval_split)
+
+
+def train_shares(config: DataConfig, is_apart: bool) -> Shares:
+    return Shares(splits.parse_shares(config.split), 0.0 if is_apart else config.held_out)
+
+
+def place_of(source: SourceConfig, config: DataConfig, held_out: bool) -> dict[str, Any]:
+    """The arguments of `places.read` for a source's rows, or for its held-out rows where they have a place."""
+    path, split = source.path, source.split
+    if held_out and has_eval(source):
+        path, split = source.eval_path or path, source.eval_split or split
+    seeds = {"builtin_seed": config.builtin_seed, "builtin_rows": config.builtin_rows} if path == BUILTIN else {}
+    return {"path": path, "name": source.name, "split": split, **seeds}

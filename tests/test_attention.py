@@ -23,8 +23,8 @@ WINDOWED = dataclasses.replace(tiny.LLAMA, windows=(5, 5))
 ALTERNATING = dataclasses.replace(tiny.LLAMA, windows=(0, 5))
 
 
-def kernel(config=tiny.LLAMA, dtype=BFLOAT16, platform="gpu", length=16, choice="auto", capability="8.0"):
-    return attention_kernel(config, dtype, platform, length, choice, capability=capability)
+def kernel(config=tiny.LLAMA, dtype=BFLOAT16, platform="gpu", length=16, choice="auto", **of):
+    return attention_kernel(config, dtype, platform, length, choice, **{"capability": "8.0", **of})
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,7 @@ OBSTACLES = [
     ({"config": dataclasses.replace(tiny.LLAMA, head_dim=256)}, "heads have size 256"),
     ({"config": dataclasses.replace(tiny.LLAMA, head_dim=12)}, "heads have size 12"),
     ({"config": ALTERNATING}, "windows differ between the layers and rows of 16 tokens are longer"),
+    ({"packed": True}, "rows are packed"),
     ({"choice": "xla"}, 'model.attention="xla"'),
 ]
 
@@ -166,8 +167,10 @@ def pretended(monkeypatch):
         calls.append((q.shape[2] * q.shape[3], window))
         return attend_fused(q, k, v, scale=scale, window=window, implementation="xla")
 
+    def choose(mesh, config, dtype, length, choice, packed=False):
+        return Kernel("xla" if choice == "xla" or packed else "cudnn", "")
+
     for module in (decoder, cached, pretrained):
-        choose = lambda mesh, config, dtype, length, choice: Kernel("xla" if choice == "xla" else "cudnn", "")  # noqa: E731
         monkeypatch.setattr(module, "kernel_on", choose)
     for module in (decoder, cached):
         monkeypatch.setattr(module, "attend_fused", call)

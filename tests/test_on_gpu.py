@@ -57,7 +57,10 @@ def kernel(request, monkeypatch):
     if request.param == "cudnn":
         return
     fused = functools.partial(attend_fused, implementation="xla")
-    choose = lambda mesh, config, dtype, length, choice: Kernel("xla" if choice == "xla" else "cudnn", "")  # noqa: E731
+
+    def choose(mesh, config, dtype, length, choice, packed=False):
+        return Kernel("xla" if choice == "xla" or packed else "cudnn", "")
+
     for module in (decoder, cached):
         monkeypatch.setattr(module, "kernel_on", choose)
         monkeypatch.setattr(module, "attend_fused", fused)

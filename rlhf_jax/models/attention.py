@@ -2,7 +2,7 @@
 
 The fused kernel never writes the [T, S] scores to memory. It is asked for causal attention and nothing else: no mask
 and no bias, which it would have to read as [B, H, T, S]. So rows are right-padded before it, where causality alone
-keeps every real query from the padding.
+keeps every real query from the padding; and rows of several documents are XLA's.
 """
 
 from __future__ import annotations
@@ -43,8 +43,14 @@ def device_obstacle(dtype: jnp.dtype, platform: str, capability: str) -> str:
     return ""
 
 
-def model_obstacle(config: DecoderConfig, length: int) -> str:
-    """Why fused attention cannot compute this model on rows of `length` tokens; "" if it can."""
+def model_obstacle(config: DecoderConfig, length: int, *, packed: bool = False) -> str:
+    """Why fused attention cannot compute this model on rows of `length` tokens; "" if it can.
+
+    Args:
+        packed: whether a row may hold several documents.
+    """
+    if packed:
+        return "rows are packed, and it is given no mask that keeps documents apart"
     if config.attention_softcap:
         return f"scores are soft-capped at {config.attention_softcap:g}"
     if config.alibi:
@@ -70,13 +76,15 @@ def attention_kernel(
     choice: Choice = "auto",
     *,
     capability: str = "",
+    packed: bool = False,
 ) -> Kernel:
-    """The kernel for rows of `length` tokens that are looked at all at once, and why.
+    """The kernel for rows of `length` tokens (`packed`: of several documents) that are looked at all at once, and why.
 
     Raises:
         ValueError: "cudnn" is asked for where it is impossible.
     """
-    return _kernel(device_obstacle(dtype, platform, capability) or model_obstacle(config, length), choice, dtype)
+    obstacle = device_obstacle(dtype, platform, capability) or model_obstacle(config, length, packed=packed)
+    return _kernel(obstacle, choice, dtype)
 
 
 def _kernel(obstacle: str, choice: Choice, dtype: jnp.dtype) -> Kernel:
@@ -94,13 +102,20 @@ def kernel_of_devices(mesh: Mesh, dtype: jnp.dtype, choice: Choice) -> Kernel:
 
 
 def kernel_on(
-    mesh: Mesh | AbstractMesh, config: DecoderConfig, dtype: jnp.dtype, length: int, choice: Choice
+    mesh: Mesh | AbstractMesh,
+    config: DecoderConfig,
+    dtype: jnp.dtype,
+    length: int,
+    choice: Choice,
+    *,
+    packed: bool = False,
 ) -> Kernel:
     """`attention_kernel` for the devices of a mesh; XLA's on one without devices, where only shapes are asked for."""
     if isinstance(mesh, AbstractMesh):
         return Kernel("xla", "no devices")
     device = mesh.devices.flat[0]
-    return attention_kernel(config, dtype, device.platform, length, choice, capability=capability_of(device))
+    capability = capability_of(device)
+    return attention_kernel(config, dtype, device.platform, length, choice, capability=capability, packed=packed)
 
 
 def capability_of(device: jax.Device) -> str:

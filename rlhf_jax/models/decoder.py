@@ -22,8 +22,6 @@ from rlhf_jax.models.attention import Choice, kernel_on, uniform_window
 from rlhf_jax.models.experts import Routing, apply_experts, balance_loss, load, route
 from rlhf_jax.models.layers import (
     ACTIVATIONS,
-    Turns,
-    alibi_bias,
     attend,
     attend_fused,
     block,
@@ -32,38 +30,15 @@ from rlhf_jax.models.layers import (
     normalise_heads,
     positions_of,
     rotate,
-    turns_of,
 )
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.models.per_layer import PerLayer, has_per_layer, recomputed, scan_layers
 from rlhf_jax.models.quantised import Quantised, dequantise, matmul
+from rlhf_jax.models.sight import Sight, sight_of
 from rlhf_jax.objectives.logprobs import head_logits
 
 NO_LORA = LoraConfig()
 Remat = Literal["layers", "dots", "none"]  # what the backward pass recomputes, see `with_balance_loss`
-
-
-class Sight(NamedTuple):
-    """What every layer is given beside its input.
-
-    Attributes:
-        real: [B, T] bool.
-        visible: [B, T, T] bool, the real tokens up to the query; None where fused attention needs no mask.
-        turns: of rotary embeddings, and `local_turns` of the layers with a window where theirs differ.
-        bias: [B, K, G, 1, T] float32 of ALiBi.
-        layout: where activations lie; None leaves that to the compiler.
-    """
-
-    real: jax.Array
-    visible: jax.Array | None
-    turns: Turns | None
-    local_turns: Turns | None
-    bias: jax.Array | None
-    layout: Layout | None
-
-    def pin(self, x: jax.Array) -> jax.Array:
-        """Keep [B, T, ...] split by its batch: left alone, XLA also tries heads, badly."""
-        return x if self.layout is None else self.layout.constrain(x, "batch", None, None)
 
 
 def _param(init, rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
@@ -264,6 +239,7 @@ class Decoder(nnx.Module):
         layout: Layout | None = None,
         remat: Remat = "layers",
         attention: Choice = "xla",
+        segments: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """States and, to be added to the loss that trains them, what sparse models charge for uneven routing.
 
@@ -277,12 +253,16 @@ class Decoder(nnx.Module):
                 outputs of its matrix products too, attention's scores apart; "none" keeps everything. Where kernels
                 are `PerLayer`, "dots" on a GPU is "none": see `recomputed`.
             attention: the kernel, see `attention_kernel`; without a layout nobody knows the devices, and it is XLA's.
+            segments: [B, T] int32 of rows that hold several documents end to end: the document of each token, counted
+                from 1 in its row, 0 on padding. None of them sees another, and positions start at 0 in each: a document
+                has the states that it has alone. None: a row is one document. Packed rows are never fused.
         Returns:
             [B, T, E] in `dtype`, on padding finite and of no meaning; [] float32, 0 without experts.
         """
-        chex.assert_equal_shape((tokens, mask))
-        c, positions = self.config, positions_of(mask)
-        fused = layout and kernel_on(layout.mesh, c, dtype, tokens.shape[1], attention).name == "cudnn"
+        packed = segments is not None
+        chex.assert_equal_shape((tokens, mask, segments) if packed else (tokens, mask))
+        c, positions = self.config, positions_of(mask, segments)
+        fused = layout and kernel_on(layout.mesh, c, dtype, tokens.shape[1], attention, packed=packed).name == "cudnn"
         x = look_up(self.embed.tokens[...], tokens, dtype) * jnp.asarray(c.embed_scale, dtype)
         if c.embed_size != c.hidden_size:
             x = self.project_in(x)
@@ -290,14 +270,7 @@ class Decoder(nnx.Module):
             x = x + look_up(self.embed.positions[...], positions + c.position_offset, dtype)
         if c.embed_norm:
             x = self.embed.norm(x)
-        sight = Sight(
-            real=mask,
-            visible=None if fused else jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool)) & mask[:, None, :],
-            turns=turns_of(c.rope, positions) if c.rope else None,
-            local_turns=turns_of(c.local_rope, positions) if c.local_rope else None,
-            bias=alibi_bias(c.alibi, positions, c.num_kv_heads) if c.alibi else None,
-            layout=layout,
-        )
+        sight = sight_of(c, mask, positions, segments, layout, causal=fused)
         graph, layers = nnx.split(self.layers)
 
         def layer(x, weights_and_window, seen=sight):

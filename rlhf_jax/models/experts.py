@@ -3,6 +3,9 @@
 Tokens are sorted by expert and every expert multiplies its own, however many those are: none is dropped. Each expert
 is split over the mesh by its width, as a dense MLP is, so that devices do the same work whatever the router says.
 
+Routing is of each token alone, and the balance loss of the counts of all real tokens of a batch: neither looks at where
+a document begins, so rows that hold several give what they give apart.
+
 N tokens, D hidden, X experts, C experts a token, F width of one.
 """
 

@@ -70,9 +70,17 @@ def normalise_heads(x: jax.Array, scale: jax.Array, bias: jax.Array | None, *, o
     return normalise(x, scale, bias, kind=kind, eps=eps)
 
 
-def positions_of(mask: jax.Array) -> jax.Array:
-    """[B, T] bool -> [B, T] int32: the index of each real token among the real ones of its row; 0 on padding before."""
-    return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+def positions_of(mask: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+    """[B, T] bool -> [B, T] int32: the index of each real token among the real ones of its row; 0 on padding before.
+
+    With `segments` [B, T] int32, the document of each token in a row of several (0: padding): among those of its
+    document. Padding behind has the position of the last real token, so that it is one that tables have.
+    """
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+    if segments is None:
+        return positions
+    first = mask & (segments != jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1])
+    return positions - jax.lax.cummax(jnp.where(first, positions, 0), axis=1)
 
 
 def roll_rows(x: jax.Array, shift: jax.Array) -> jax.Array:

@@ -168,14 +168,17 @@ def say_attention(
     *,
     phases: str = "training",
     decodes: bool = False,
+    packed: bool = False,
 ) -> None:
     """Print which kernel attends on rows of up to `length` tokens, and why, unless `say_devices` has.
 
+    Args:
+        packed: whether a row may hold several documents.
     Raises:
-        ValueError: model.attention is "cudnn" and this model cannot.
+        ValueError: model.attention is "cudnn" and this model, or packed rows, cannot.
     """
     mesh, dtype = model.layout.mesh, jnp.dtype(settings.dtype)
-    kernel = kernel_on(mesh, model.config, dtype, length, settings.attention)
+    kernel = kernel_on(mesh, model.config, dtype, length, settings.attention, packed=packed)
     if kernel_of_devices(mesh, dtype, settings.attention).name == "cudnn":
         print(f"{stage}: attention: {described(kernel, phases, decodes=decodes)}", flush=True)
 

@@ -64,6 +64,7 @@ def sft_programs(
             layout=layout,
             remat=compute.remat,
             attention=compute.attention,
+            segments=batch.segments,
         )
         logprobs = token_logprobs(
             hidden[:, :-1],

@@ -1,0 +1,293 @@
+"""Rows of several documents: each has the logits, gradients and loss that it has alone, and none sees another."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from rlhf_jax.data.batches import Batch
+from rlhf_jax.data.packing import pack, segments_of
+from rlhf_jax.engine import Compute
+from rlhf_jax.mesh import TRAIN, Layout, single_device_mesh
+from rlhf_jax.models import decoder
+from rlhf_jax.models.architecture import Alibi, Rope
+from rlhf_jax.models.attention import Kernel
+from rlhf_jax.models.decoder import abstract_params, bind, logits
+from rlhf_jax.models.layers import positions_of
+from rlhf_jax.models.lora import is_trainable
+from rlhf_jax.models.new_tokenizer import train_tokenizer
+from rlhf_jax.models.sight import visible_of
+from rlhf_jax.objectives.sft import next_token_loss
+from rlhf_jax.rollout import Role
+from rlhf_jax.stages.models import ModelConfig, say_attention
+from rlhf_jax.stages.sft import sft_programs
+from rlhf_jax.train_step import init_state
+from rlhf_jax.trees import partition
+
+REAL = Path(__file__).parents[2] / "shared" / "data" / "alpaca-eval-preferences" / "train.jsonl"
+needs_real_data = pytest.mark.skipif(not REAL.is_file(), reason=f"no real data at {REAL}")
+
+SLOPES = tuple(2.0 ** -(i + 1) for i in range(4))
+BLOOM = dataclasses.replace(tiny.OPT, family="bloom", embed_norm=True, position_rows=0, position_offset=0)
+FAMILIES = {
+    **tiny.FAMILIES,
+    "windowed": dataclasses.replace(tiny.LLAMA, windows=(5, 5)),
+    # Gemma's: windows in some layers, which turn by a rotary embedding of their own, and soft-capped scores.
+    "alternating": dataclasses.replace(
+        tiny.LLAMA, windows=(0, 5), local_rope=Rope((0.7, 0.3, 0.05, 0.01)), attention_softcap=2.0, final_softcap=5.0
+    ),
+    "bloom": dataclasses.replace(BLOOM, alibi=Alibi(SLOPES)),
+    "falcon": dataclasses.replace(BLOOM, embed_norm=False, alibi=Alibi(SLOPES, scale=8**-0.5, rounded=True)),
+}
+in_every_family = pytest.mark.parametrize("family", FAMILIES)
+# Documents of rows of 48 tokens, which is more than the 40 positions that OPT has; in the second 9 are padding.
+ROWS = [[11, 1, 20, 16], [30, 9]]
+WIDTH, LONGEST = 48, 30
+LENGTHS = [length for row in ROWS for length in row]
+
+
+def packed(documents: list[np.ndarray], rows=ROWS, width=WIDTH):
+    """(tokens, mask, segments), [B, width]: `documents` end to end, as many in each row as that has lengths."""
+    segments = np.stack([segments_of(np.array(row), width) for row in rows])
+    tokens = np.zeros(segments.shape, np.int32)
+    tokens[segments > 0] = np.concatenate(documents)
+    return tokens, segments > 0, segments
+
+
+def alone(documents: list[np.ndarray], width=LONGEST):
+    """(tokens, mask), [documents, width]: each in a row of its own, its padding on the right."""
+    mask = np.arange(width) < np.array([len(document) for document in documents])[:, None]
+    tokens = np.zeros(mask.shape, np.int32)
+    tokens[mask] = np.concatenate(documents)
+    return tokens, mask
+
+
+def documents_of(config, lengths=LENGTHS, seed=1) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, config.vocab_size, length).astype(np.int32) for length in lengths]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "layout", "attention", "remat"))
+def logits_of(config, params, tokens, mask, segments=None, layout=None, attention="xla", remat="none"):
+    options = dict(dtype=jnp.float32, layout=layout, remat=remat, attention=attention, segments=segments)
+    return logits(config, params, bind(config, params)(tokens, mask, **options))
+
+
+def test_positions_start_anew_in_every_document_and_padding_has_one_that_tables_have():
+    segments = np.array([[1, 1, 1, 2, 3, 3, 0, 0], [0, 0, 1, 1, 1, 2, 2, 2], [1] * 8], np.int32)
+    expected = [[0, 1, 2, 0, 0, 1, 1, 1], [0, 0, 0, 1, 2, 0, 1, 2], list(range(8))]
+    np.testing.assert_array_equal(positions_of(segments > 0, segments), expected)
+
+
+def test_a_token_sees_itself_and_the_tokens_before_it_in_its_document_and_nothing_else():
+    segments = np.array([[1, 1, 2, 2, 2, 0]], np.int32)
+    expected = ["100000", "110000", "001000", "001100", "001110", "000000"]
+    seen = np.asarray(visible_of(segments > 0, segments))[0]
+    assert ["".join(str(int(x)) for x in row) for row in seen] == expected
+
+
+@in_every_family
+def test_logits_of_a_packed_document_are_those_that_it_has_alone(family):
+    config = FAMILIES[family]
+    params, documents = tiny.random_params(config, single_device_mesh()), documents_of(config)
+    tokens, mask, segments = packed(documents)
+    together = np.asarray(logits_of(config, params, tokens, mask, segments))
+    assert np.isfinite(together).all()
+    rows, real = alone(documents)
+    apart = np.asarray(logits_of(config, params, rows, real))[real]
+    np.testing.assert_allclose(together[mask], apart, atol=2e-5)
+    # Without segments the second document of the second row sees the first, and that shows.
+    merged = np.asarray(logits_of(config, params, tokens[1:], mask[1:]))[0, 30:39]
+    assert np.abs(merged - apart[-9:]).max() > 0.1
+
+
+@in_every_family
+def test_changing_one_document_leaves_the_logits_of_the_others_exactly_as_they_are(family):
+    config = FAMILIES[family]
+    params, documents = tiny.random_params(config, single_device_mesh()), documents_of(config)
+    changed = [*documents]
+    changed[2] = (documents[2] + 1) % config.vocab_size  # the third of the first row, with one behind it
+    one, two = (np.asarray(logits_of(config, params, *packed(x))) for x in (documents, changed))
+    _, mask, segments = packed(documents)
+    touched = np.zeros_like(mask)
+    touched[0] = segments[0] == 3
+    np.testing.assert_array_equal(one[mask & ~touched], two[mask & ~touched])
+    assert (np.abs(one - two)[touched].max(axis=-1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("remat", ["none", "layers", "dots"])
+@in_every_family
+def test_gradients_of_a_packed_row_are_the_sum_of_those_of_its_documents(family, remat):
+    config = FAMILIES[family]
+    params, documents = tiny.random_params(config, single_device_mesh()), documents_of(config)
+
+    @functools.partial(jax.jit, static_argnames="remat")
+    def gradients(params, tokens, mask, learned, segments=None, remat="none"):
+        def summed(params):
+            scores = logits_of(config, params, tokens, mask, segments, remat=remat)[:, :-1]
+            return next_token_loss(scores, tokens[:, 1:], learned[:, 1:]) * learned.sum()
+
+        return jax.grad(summed)(params)
+
+    tokens, mask, segments = packed(documents)
+    together = gradients(params, tokens, mask, mask & (positions_of(mask, segments) > 0), segments, remat=remat)
+    rows, real = alone(documents)
+    apart = gradients(params, rows, real, real & (np.arange(LONGEST) > 0))
+    for path, gradient in apart.items():
+        largest = float(jnp.abs(gradient).max())
+        np.testing.assert_allclose(together[path], gradient, atol=2e-5 * max(1, largest), err_msg=path)
+
+
+def learning(config, documents, rows, width):
+    """The same documents as (a batch of packed rows, a batch of rows of one document): all but first tokens learned."""
+    tokens, mask, segments = packed(documents, rows, width)
+    loss_mask = mask & (np.asarray(positions_of(mask, segments)) > 0)
+    apart, real = alone(documents)
+    return Batch(tokens, mask, loss_mask, segments), Batch(apart, real, real & (np.arange(LONGEST) > 0))
+
+
+# 16 documents of 8 rows, which 8 devices and two micro-batches of one take: of 3 to 30 tokens, unevenly.
+EIGHT_ROWS = [[30, 9], [3, 12, 20], [25], [4, 4, 4], [7, 30], [18, 2], [17, 16], [5]]
+EIGHT_ROWS += [[length + 1 for length in row[:1]] for row in reversed(EIGHT_ROWS) if row[0] < 30][:6] + [[8, 8], [9]]
+
+
+class Program:
+    """One SFT update of a tiny model on one mesh, by sgd, so that parameters show the gradients."""
+
+    def __init__(self, family: str, mesh: str, num_micro: int):
+        self.config, self.layout = FAMILIES[family], Layout(tiny.mesh_of(mesh), TRAIN)
+        self.leaves, self.tx = abstract_params(self.config), optax.sgd(0.1)
+        compute = Compute(jnp.dtype("float32"), "layers", 16)
+        self.update, self.measure = sft_programs(Role(self.config), compute, self.layout, self.tx, num_micro)
+
+    def run(self, batch: Batch):
+        """(parameters after the update, its loss, the measured loss, the learned tokens)."""
+        params = tiny.random_params(self.config, self.layout.mesh)
+        there = self.layout.put_batch(batch)
+        measured, _, count = jax.device_get(self.measure(params, there))
+        trainable, frozen = partition(params, lambda path: is_trainable(path, Role(self.config).lora))
+        state, stats = self.update(init_state(trainable, frozen, self.tx, self.leaves, self.layout), there)
+        return jax.device_get((state.params, stats["loss"])) + (measured, count)
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_an_update_by_packed_rows_is_that_by_the_documents_alone_on_eight_devices_and_on_one(family):
+    documents = documents_of(FAMILIES[family], [length for row in EIGHT_ROWS for length in row])
+    batch, apart = learning(FAMILIES[family], documents, EIGHT_ROWS, WIDTH)
+    assert len(batch.tokens) == 16
+    params, loss, measured, count = Program(family, "one", 1).run(apart)
+    for mesh, num_micro in (("one", 4), ("fsdp4-tensor2", 2)):
+        got, *numbers = Program(family, mesh, num_micro).run(batch)
+        np.testing.assert_allclose(numbers, [loss, measured, count], rtol=1e-5)
+        for path, leaf in params.items():
+            np.testing.assert_allclose(got[path], leaf, atol=2e-5, err_msg=f"{path} {mesh} {num_micro}")
+
+
+def test_a_sparse_model_of_packed_rows_on_eight_devices_routes_as_on_one():
+    documents = documents_of(tiny.SPARSE, [length for row in EIGHT_ROWS for length in row])
+    batch, apart = learning(tiny.SPARSE, documents, EIGHT_ROWS, WIDTH)
+    one, eight, alone = (
+        Program("sparse", mesh, 1).run(x) for mesh, x in (("one", batch), ("fsdp4-tensor2", batch), ("one", apart))
+    )
+    # The balance loss is of all real tokens, so it too is what the same documents have in rows of their own.
+    for other in (eight, alone):
+        np.testing.assert_allclose(other[1:], one[1:], rtol=1e-5)
+        for path, leaf in one[0].items():
+            np.testing.assert_allclose(other[0][path], leaf, atol=2e-5, err_msg=path)
+
+
+def test_the_last_token_of_a_document_does_not_learn_the_first_of_the_next():
+    config, documents = FAMILIES["llama"], documents_of(FAMILIES["llama"])
+    batch, _ = learning(config, documents, ROWS, WIDTH)
+    firsts = np.cumsum([0, *ROWS[0][:-1]])
+    assert not batch.loss_mask[0, firsts].any() and batch.loss_mask.sum() == sum(LENGTHS) - len(LENGTHS)
+    program = Program("llama", "one", 1)
+    params = tiny.random_params(config, program.layout.mesh)
+    loss, _, count = program.measure(params, batch)
+    rows, real = alone(documents)
+    logprobs = jax.nn.log_softmax(logits_of(config, params, rows, real))
+    each = [-logprobs[i, t, document[t + 1]] for i, document in enumerate(documents) for t in range(len(document) - 1)]
+    assert count == len(each)
+    np.testing.assert_allclose(loss, np.mean(each), rtol=1e-5)
+
+
+def test_a_batch_without_segments_has_no_leaf_for_them_on_its_way_to_the_devices():
+    batch, apart = learning(tiny.OPT, documents_of(tiny.OPT), ROWS, WIDTH)
+    layout = Layout(single_device_mesh(), TRAIN)
+    assert [len(jax.tree.leaves(layout.put_batch(x))) for x in (batch, apart)] == [4, 3]
+    assert layout.put_batch(apart).segments is None
+    assert layout.put_batch(batch).segments.dtype == jnp.int32
+
+
+def test_where_attention_would_be_fused_packed_rows_go_over_masked_attention(monkeypatch):
+    def choose(mesh, config, dtype, length, choice, packed=False):
+        return Kernel("xla" if packed else "cudnn", "")
+
+    def fused(*arrays, **options):
+        raise AssertionError("fused attention keeps no documents apart")
+
+    monkeypatch.setattr(decoder, "kernel_on", choose)
+    monkeypatch.setattr(decoder, "attend_fused", fused)
+    config, documents = tiny.LLAMA, documents_of(tiny.LLAMA)
+    layout = Layout(single_device_mesh(), TRAIN)
+    params = tiny.random_params(config, layout.mesh)
+    # By remat="dots", so that no program of other tests is at hand.
+    got = logits_of(config, params, *packed(documents), layout=layout, attention="auto", remat="dots")
+    np.testing.assert_allclose(got, logits_of(config, params, *packed(documents)), atol=1e-5)
+    with pytest.raises(AssertionError, match="keeps no documents apart"):
+        logits_of(config, params, *alone(documents), layout=layout, attention="auto", remat="dots")
+
+
+def on_gpus(attention: str):
+    """A model, as far as `say_attention` looks at it, on a GPU; and settings that compute in bfloat16."""
+    device = SimpleNamespace(platform="gpu", compute_capability="8.0", device_kind="A100")
+    mesh = SimpleNamespace(devices=np.array([device]))
+    return SimpleNamespace(layout=SimpleNamespace(mesh=mesh), config=tiny.LLAMA), ModelConfig(attention=attention)
+
+
+def test_a_run_on_gpus_says_that_xla_attends_because_rows_are_packed(capsys):
+    for rows_packed in (False, True):
+        say_attention("sft", *on_gpus("auto"), 1024, packed=rows_packed)
+    fused, not_fused = capsys.readouterr().out.splitlines()
+    assert fused == "sft: attention: cuDNN for training (bfloat16, causal)"
+    assert not_fused.startswith("sft: attention: XLA (rows are packed")
+
+
+def test_fused_attention_that_is_asked_for_with_packed_rows_is_refused_with_the_mend():
+    say_attention("sft", *on_gpus("cudnn"), 1024)
+    with pytest.raises(ValueError, match="rows are packed") as error:
+        say_attention("sft", *on_gpus("cudnn"), 1024, packed=True)
+    assert 'set it to "auto" or "xla"' in str(error.value)
+
+
+@needs_real_data
+def test_two_hundred_real_rows_packed_to_1024_tokens_have_the_logits_that_each_has_alone():
+    with REAL.open(encoding="utf-8") as file:
+        rows = [json.loads(next(file)) for _ in range(200)]
+    texts = [f"{row['prompt']}\n\n{row['chosen']}" for row in rows]
+    tokenizer = train_tokenizer(texts, 2048)
+    documents = [np.array([*ids, tokenizer.eos_token_id], np.int32)[:512] for ids in tokenizer(texts).input_ids]
+    bins = pack(np.array([len(document) for document in documents]), 1024)
+    assert bins.fill > 0.95 and len(bins) < 100
+    config = dataclasses.replace(
+        tiny.LLAMA, vocab_size=2048, padded_vocab=2048, num_heads=2, num_kv_heads=1, max_positions=512
+    )
+    params, seen = tiny.random_params(config, single_device_mesh()), 0
+    for start, stop in zip(bins.offsets, bins.offsets[1:], strict=False):
+        inside = [documents[i] for i in bins.members[start:stop]]
+        tokens, mask, segments = packed(inside, [[len(document) for document in inside]], 1024)
+        together = np.asarray(logits_of(config, params, tokens, mask, segments))[mask]
+        for document in inside:
+            apart = np.asarray(logits_of(config, params, *alone([document], 512)))[0, : len(document)]
+            np.testing.assert_allclose(together[: len(document)], apart, atol=1e-4)
+            together, seen = together[len(document) :], seen + len(document)
+        assert not len(together)
+    assert seen == sum(map(len, documents))

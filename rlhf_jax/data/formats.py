@@ -1,0 +1,225 @@
+"""Files of rows: JSON lines, JSON, CSV, TSV, text, Parquet and Arrow, plain or compressed, as `Row`s.
+
+Reading is lazy and its memory flat: a block, a row or a batch of rows is held at a time. What is malformed becomes a
+`Row` that holds a `BadRow`, and reading goes on behind it, as far as the format lets one find the next row.
+"""
+
+from __future__ import annotations
+
+import csv
+import mmap
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import PurePath
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from rlhf_jax.data.example import BadRow, Row
+from rlhf_jax.data.json_rows import json_lines, json_rows
+from rlhf_jax.data.lines import (
+    BLOCK,
+    COMPRESSIONS,
+    DAMAGE,
+    MAX_ROW,
+    TOO_LONG,
+    blocks,
+    broken_text,
+    is_damage,
+    lines,
+    text_blocks,
+)
+
+BATCH = 256  # rows of a binary file that are made Python objects at a time
+
+
+def format_of(path: str) -> tuple[str, str] | None:
+    """ "a/b.JSONL.gz" -> (".jsonl", ".gz"): ending and compression, "" for none. None unless the ending is known."""
+    name = PurePath(path.lower())
+    compression = name.suffix if name.suffix in COMPRESSIONS else ""
+    ending = PurePath(name.stem).suffix if compression else name.suffix
+    return (ending, compression) if ending in ENDINGS else None
+
+
+def read_file(path: str) -> Iterator[Row]:
+    """The rows of a file of known ending. ValueError if it cannot be opened or the system fails to read it."""
+    ending, compression = format_of(path)
+    number = 0
+    try:
+        with open(path, "rb") as file:
+            try:
+                if ending in BINARY:
+                    rows = BINARY[ending](path, _unpacked(file, compression) if compression else file)
+                else:
+                    rows = TEXT[ending](path, text_blocks(file, compression))
+                for row in rows:
+                    number = row.number
+                    yield row
+            except DAMAGE as error:
+                if not is_damage(error):
+                    raise
+                what = " ".join(str(error).split())
+                yield Row(path, number + 1, BadRow(f"{path}, after row {number}: cannot be read any further: {what}"))
+    except OSError as error:
+        raise ValueError(unreadable(path, error)) from error
+
+
+def unreadable(path: str, error: OSError) -> str:
+    if isinstance(error, PermissionError):
+        return f"{path}: no permission to read it; grant it, as with chmod +r (and +x for folders)"
+    if isinstance(error, FileNotFoundError):
+        return f"{path}: no such file"
+    return f"{path}: cannot be read: {error.strerror}"
+
+
+def _unpacked(file: BinaryIO, compression: str) -> BinaryIO:
+    """A nameless file with the decompressed bytes, for the formats that are read from their end."""
+    whole = tempfile.TemporaryFile()
+    whole.writelines(blocks(file, compression))
+    whole.seek(0)
+    return whole
+
+
+def _text(path: str, text: Iterator[bytes]) -> Iterator[Row]:
+    """A line is a row {"text": line}; blank ones are none, but count in `Row.number`."""
+    for number, line in enumerate(lines(text), start=1):
+        where = f"{path}, line {number}"
+        try:
+            if line is None:
+                yield Row(path, number, BadRow(f"{where}: {TOO_LONG}"))
+            elif line.strip():
+                yield Row(path, number, {"text": line.decode().rstrip("\r\n")})
+        except UnicodeDecodeError as error:
+            yield Row(path, number, BadRow(f"{where}: not UTF-8 ({error})"))
+
+
+def _csv(path: str, text: Iterator[bytes], *, delimiter: str) -> Iterator[Row]:
+    """Rows under a first row of names, all values text; `Row.number` counts the rows, without the first.
+
+    A quotation mark that is not closed would swallow what follows up to the next one; as that makes no proper row,
+    the row is bad and reading goes on in its second line, so that it alone is lost.
+    """
+    csv.field_size_limit(MAX_ROW)
+    source, waiting, taken = lines(text), deque[bytes | None](), list[bytes | None]()
+
+    def feed() -> Iterator[str]:
+        while waiting or (line := next(source, ...)) is not ...:
+            taken.append(waiting.popleft() if waiting else line)
+            yield (taken[-1] or b"").decode("utf-8", "surrogateescape")
+
+    def rows() -> Iterator[list[str] | str]:
+        """The values of each row, or what is wrong with it."""
+        reader = csv.reader(feed(), delimiter=delimiter, strict=True)
+        while True:
+            taken.clear()
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                waiting.extendleft(reversed(taken[1:]))
+                reader = csv.reader(feed(), delimiter=delimiter, strict=True)
+                yield TOO_LONG if None in taken else f"malformed CSV ({error})"
+                continue
+            if None in taken:
+                yield TOO_LONG
+            elif any(b"\0" in line for line in taken):
+                yield "holds NUL bytes"
+            elif values:
+                yield values
+
+    names: list[str] | None = None
+    for number, values in enumerate(rows()):
+        where = f"{path}, row {number}"
+        if names is None:
+            if isinstance(values, str) or len(set(values)) < len(values) or broken_text(values) is not None:
+                what = values if isinstance(values, str) else f"columns must be named once, in UTF-8, not {values}"
+                yield Row(path, 1, BadRow(f"{path}, names of the columns: {what}"))
+                return
+            names = values
+        elif isinstance(values, str):
+            yield Row(path, number, BadRow(f"{where}: {values}"))
+        elif len(values) != len(names):
+            yield Row(path, number, BadRow(f"{where}: has {len(values)} columns, and {len(names)} are named"))
+        else:
+            fields = dict(zip(names, values, strict=True))
+            name = broken_text(fields)
+            yield Row(path, number, fields if name is None else BadRow(f"{where}: field {name!r} is not UTF-8"))
+
+
+def _parquet(path: str, file: BinaryIO) -> Iterator[Row]:
+    """A damaged group of rows is one bad row, and the next group is read."""
+    # Without pre-buffering, and through a small buffer, no column of a group is held whole.
+    table = pa.parquet.ParquetFile(file, pre_buffer=False, buffer_size=BLOCK)
+    first = 0
+    for group in range(table.num_row_groups):
+        given, first = first, first + table.metadata.row_group(group).num_rows
+        try:
+            for batch in table.iter_batches(BATCH, row_groups=[group]):
+                yield from _batch(path, given, batch)
+                given += batch.num_rows
+        except DAMAGE as error:
+            if not is_damage(error):
+                raise
+            what = f"rows {given + 1} to {first}: cannot be read: {' '.join(str(error).split())}"
+            yield Row(path, given + 1, BadRow(f"{path}, {what}"))
+
+
+def _arrow(path: str, file: BinaryIO) -> Iterator[Row]:
+    """Arrow's file format (Feather) or its stream format, as `save_to_disk` writes it."""
+    if not (magic := file.read(6)):
+        return
+    # Mapped: a batch may be as large as the file, and only the slice that is looked at comes into memory.
+    source = pa.BufferReader(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+    if magic == b"ARROW1":
+        reader = pa.ipc.open_file(source)
+        batches: Iterable[pa.RecordBatch] = map(reader.get_batch, range(reader.num_record_batches))
+    else:
+        batches = pa.ipc.open_stream(source)
+    given = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, BATCH):
+            yield from _batch(path, given + start, batch.slice(start, BATCH))
+        given += batch.num_rows
+
+
+UNFIT = (ValueError, OverflowError, pa.ArrowException)  # values that Python cannot hold, as text that is not UTF-8
+
+
+def _batch(path: str, given: int, batch: pa.RecordBatch) -> Iterator[Row]:
+    """The rows of a batch that comes after `given` others."""
+    try:
+        rows = batch.to_pylist()
+    except UNFIT:
+        rows = [_fields(batch.slice(index, 1), f"{path}, row {given + index + 1}") for index in range(batch.num_rows)]
+    for number, fields in enumerate(rows, start=given + 1):
+        yield Row(path, number, fields)
+
+
+def _fields(row: pa.RecordBatch, where: str) -> dict[str, Any] | BadRow:
+    fields = {}
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        try:
+            fields[name] = column[0].as_py()
+        except UNFIT as error:
+            return BadRow(f"{where}: field {name!r} cannot be read: {error}")
+    return fields
+
+
+TEXT: dict[str, Callable[[str, Iterator[bytes]], Iterator[Row]]] = {
+    ".jsonl": json_lines,
+    ".ndjson": json_lines,
+    ".json": json_rows,
+    ".csv": partial(_csv, delimiter=","),
+    ".tsv": partial(_csv, delimiter="\t"),
+    ".txt": _text,
+}
+BINARY: dict[str, Callable[[str, BinaryIO], Iterator[Row]]] = {
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+    ".feather": _arrow,
+}
+ENDINGS = (*TEXT, *BINARY)

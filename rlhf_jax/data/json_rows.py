@@ -1,0 +1,204 @@
+"""Rows of JSON: one object a line, or an array of objects, alone or as the one list of an object."""
+
+from __future__ import annotations
+
+import codecs
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from rlhf_jax.data.example import BadRow, Row
+from rlhf_jax.data.lines import BLOCK, MAX_ROW, TOO_LONG, broken_text, lines
+
+JSON = json.JSONDecoder()
+BLANK = re.compile(r"[ \t\n\r]*")
+# Lists that make a dialogue: an object with one of them is a row itself, and not the frame of rows.
+DIALOGUES = ("messages", "conversations", "conversation")
+HEAD = 2**20  # bytes of the first line within which JSON lines are told from one large object
+ONE_A_LINE = "there must be one object on every line"
+BACKSLASH = ord("\\")
+SURROGATE_ESCAPE = re.compile(rb"\\u[dD]")
+
+
+def json_lines(path: str, text: Iterator[bytes]) -> Iterator[Row]:
+    """One object a line; `Row.number` is the line, blank ones counted."""
+    scan = JSON.scan_once  # `decode` takes twice the time, for the blanks around the object
+    for number, line in enumerate(lines(text), start=1):
+        try:
+            decoded = line.decode()
+            fields, end = scan(decoded, 0)
+            if decoded[end:] not in ("\n", "\r\n"):
+                fields = JSON.decode(decoded)
+        except (AttributeError, StopIteration, ValueError, RecursionError):
+            if line is None or line.strip():
+                yield _unusual(path, number, line)
+            continue
+        # Half a character can only come of an escape, as the line is UTF-8: the look at every text is seldom needed.
+        if type(fields) is dict and not (BACKSLASH in line and SURROGATE_ESCAPE.search(line)):
+            yield Row(path, number, fields)
+        else:
+            yield _checked(path, number, fields, f"{path}, line {number}", ONE_A_LINE)
+
+
+def _unusual(path: str, number: int, line: bytes | None) -> Row:
+    """A line that begins with a blank, or is no JSON."""
+    where = f"{path}, line {number}"
+    if line is None:
+        return Row(path, number, BadRow(f"{where}: {TOO_LONG}"))
+    try:
+        return _checked(path, number, JSON.decode(line.decode()), where, ONE_A_LINE)
+    except (ValueError, RecursionError) as error:
+        return Row(path, number, BadRow(f"{where}: malformed JSON ({error}); {ONE_A_LINE}"))
+
+
+def json_rows(path: str, text: Iterator[bytes]) -> Iterator[Row]:
+    """An array of objects, an object one field of which is such an array, or after all JSON lines.
+
+    `Row.number` counts the objects (of JSON lines, the lines). JSON that breaks off ends the file, with one bad row.
+    """
+    text, are_lines = _sniff(text)
+    if are_lines:
+        yield from json_lines(path, text)
+        return
+    number = 0
+    try:
+        for number, value in enumerate(_values(Scanner(text)), start=1):
+            yield _checked(path, number, value, f"{path}, row {number}", "the rows must be objects")
+    except (ValueError, RecursionError) as error:
+        what = error.msg if isinstance(error, json.JSONDecodeError) else error
+        number += 1
+        yield Row(path, number, BadRow(f"{path}, row {number}: malformed JSON ({what}); what follows is not read"))
+
+
+def _checked(path: str, number: int, fields: Any, where: str, mend: str) -> Row:
+    if not isinstance(fields, dict):
+        return Row(path, number, BadRow(f"{where}: holds a {type(fields).__name__}; {mend}"))
+    if (name := broken_text(fields)) is not None:
+        what = "half a character (a surrogate), as where text was cut, or bytes that are not UTF-8"
+        return Row(path, number, BadRow(f"{where}: field {name!r} holds {what}"))
+    return Row(path, number, fields)
+
+
+def _sniff(text: Iterator[bytes]) -> tuple[Iterator[bytes], bool]:
+    """The text again, and whether it is JSON lines: its first line is an object of its own, and another one follows.
+
+    A first line that is broken in its midst, and not only where it ends, is none that the next one could complete.
+    """
+    head: list[bytes] = []
+    line = rest = b""
+    for block in text:
+        head.append(block)
+        line, _, rest = b"".join(head).lstrip().partition(b"\n")
+        if rest.strip() or len(line) > HEAD or not b"{".startswith(line[:1]):
+            break
+    text = itertools.chain(head, text)
+    if not line.startswith(b"{") or not rest.strip():
+        return text, False
+    first = line.decode("utf-8", "replace")
+    try:
+        JSON.decode(first)
+    except json.JSONDecodeError as error:
+        return text, not _may_go_on(error, len(first.rstrip()))
+    except (ValueError, RecursionError):  # a number too long, objects too deep
+        pass
+    return text, True
+
+
+def _may_go_on(error: json.JSONDecodeError, size: int) -> bool:
+    """Whether `error` may come of the text ending too early, after `size` characters. No literal is longer than 16."""
+    return error.pos > size - 16 or error.msg.startswith("Unterminated string")
+
+
+class Scanner:
+    """Goes through blocks of JSON text value by value, and holds little more than one value and one block."""
+
+    def __init__(self, blocks: Iterator[bytes]):
+        self.blocks = blocks
+        # Bytes that are no UTF-8 become surrogates, for which rows are looked through, and so spoil their row alone.
+        self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self.text, self.at, self.ended = "", 0, False
+
+    def peek(self) -> str:
+        """The next character that is not blank; "" at the end."""
+        while True:
+            self.at = BLANK.match(self.text, self.at).end()
+            if self.at < len(self.text) or self.ended:
+                return self.text[self.at : self.at + 1]
+            self._read()
+
+    def take(self, expected: str) -> str:
+        """The next character, which must be one of `expected`; ValueError if it is not."""
+        if (found := self.peek()) not in tuple(expected):
+            raise ValueError(f"{' or '.join(expected)} expected, not {found or 'the end of the file'}")
+        self.at += 1
+        return found
+
+    def value(self) -> Any:
+        """The next value; ValueError if there is none, or none of at most `MAX_ROW` characters."""
+        self.peek()
+        while True:
+            try:
+                value, end = JSON.raw_decode(self.text, self.at)
+                if end < len(self.text) or self.ended:
+                    self.at = end
+                    return value
+            except json.JSONDecodeError as error:
+                if self.ended or not _may_go_on(error, len(self.text)):
+                    raise
+            if len(self.text) - self.at > MAX_ROW:
+                raise ValueError(TOO_LONG)
+            self._read()
+
+    def _read(self) -> None:
+        """As much again as waits, at least a block: so a value in many blocks is not tried once for each."""
+        parts = [self.text[self.at :]]
+        wanted = max(BLOCK, len(parts[0]))
+        while wanted > 0 and not self.ended:
+            block = next(self.blocks, None)
+            self.ended = block is None
+            parts.append(self.decoder.decode(block or b"", self.ended))
+            wanted -= len(block or b"")
+        self.text, self.at = "".join(parts), 0
+
+
+def _values(scanner: Scanner) -> Iterator[Any]:
+    """The rows of the arrays and objects that follow each other in the text."""
+    while opening := scanner.peek():
+        scanner.take("[{")
+        yield from _elements(scanner) if opening == "[" else _framed(scanner)
+
+
+def _elements(scanner: Scanner) -> Iterator[Any]:
+    """The values of an array whose [ is taken."""
+    if scanner.peek() == "]":
+        scanner.take("]")
+        return
+    yield scanner.value()
+    while scanner.take(",]") == ",":
+        yield scanner.value()
+
+
+def _framed(scanner: Scanner) -> Iterator[Any]:
+    """The rows in an object whose { is taken: those of its one list of objects, or else itself."""
+    fields: dict[str, Any] = {}
+    frame = ""
+    while scanner.peek() != "}":
+        name = scanner.value()
+        scanner.take(":")
+        if scanner.peek() != "[" or name in DIALOGUES:
+            fields[name] = scanner.value()
+        elif scanner.take("[") and scanner.peek() != "{":
+            fields[name] = list(_elements(scanner))
+        elif frame:
+            raise ValueError(f"two lists of objects, {frame!r} and {name!r}: put each in a file of its own")
+        else:
+            frame = name
+            yield from _elements(scanner)
+        if scanner.take(",}") == "}":
+            break
+    else:
+        scanner.take("}")
+    if not frame:
+        yield fields

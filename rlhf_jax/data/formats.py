@@ -51,10 +51,10 @@ def read_file(path: str) -> Iterator[Row]:
     try:
         with open(path, "rb") as file:
             try:
-                if ending in BINARY:
-                    rows = BINARY[ending](path, _unpacked(file, compression) if compression else file)
-                else:
+                if ending in TEXT:
                     rows = TEXT[ending](path, text_blocks(file, compression))
+                else:
+                    rows = _binary(BINARY[ending], path, file, compression)
                 for row in rows:
                     number = row.number
                     yield row
@@ -75,12 +75,15 @@ def unreadable(path: str, error: OSError) -> str:
     return f"{path}: cannot be read: {error.strerror}"
 
 
-def _unpacked(file: BinaryIO, compression: str) -> BinaryIO:
-    """A nameless file with the decompressed bytes, for the formats that are read from their end."""
-    whole = tempfile.TemporaryFile()
-    whole.writelines(blocks(file, compression))
-    whole.seek(0)
-    return whole
+def _binary(reader: Callable, path: str, file: BinaryIO, compression: str) -> Iterator[Row]:
+    """What is compressed is unpacked into a nameless file, as these formats are not read from front to back."""
+    if not compression:
+        yield from reader(path, file)
+        return
+    with tempfile.TemporaryFile() as whole:
+        whole.writelines(blocks(file, compression))
+        whole.seek(0)
+        yield from reader(path, whole)
 
 
 def _text(path: str, text: Iterator[bytes]) -> Iterator[Row]:

@@ -1,0 +1,196 @@
+"""Places of rows: a file, a glob, a folder, a folder of `save_to_disk`, the hub, or the built-in set, as `Row`s.
+
+A path that looks like a file (a known ending, a glob, a beginning with / or .) is never asked of the hub.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import inspect
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.data import assistant
+from rlhf_jax.data.config import BUILTIN
+from rlhf_jax.data.digests import file_digests
+from rlhf_jax.data.example import Row
+from rlhf_jax.data.formats import ENDINGS, format_of, read_file, unreadable
+from rlhf_jax.data.lines import COMPRESSIONS
+
+KNOWN = f"{', '.join(ENDINGS)}, each also with {' or '.join(COMPRESSIONS)} behind it"
+METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of data sets, and no rows
+
+
+def read(
+    path: str, *, name: str = "", split: str = "train", builtin_seed: int = 0, builtin_rows: int = 8192
+) -> Iterator[Row]:
+    """Every row of a place, in a fixed order, lazily. `name` and `split` as in `SourceConfig`.
+
+    ValueError, with the mend, for what cannot be read at all, at once or when the file's turn comes: no such file, no
+    permission, an unknown ending, no rows, no such split, no such data set.
+    """
+    if path.startswith("builtin:"):
+        _check_builtin(path)
+        rows = (Row(path, i, row) for i, row in enumerate(assistant.generate(builtin_seed, builtin_rows), start=1))
+    elif (files := files_of(path, split)) is not None:
+        rows = itertools.chain.from_iterable(map(read_file, files))
+    else:
+        rows = _hub_rows(path, split, _from_hub(path, name, split))
+    return _some(path, rows)
+
+
+def read_hub_stream(path: str, name: str, split: str) -> Iterator[Row]:
+    """The rows of a hub data set as they come over the net; nothing is kept on disk. ValueError as for `read`."""
+    return _some(path, _hub_rows(path, split, _from_hub(path, name, split, streaming=True)))
+
+
+def content_key(path: str, *, name: str, split: str, builtin_seed: int, builtin_rows: int, memo: Path) -> str:
+    """32 hex digits that stand for the contents of a place, wherever it lies and whenever it was written.
+
+    Files count by their bytes, their formats and their order; a hub data set by its fingerprint; the built-in set by
+    its arguments and its program. `memo` is where digests of files are kept, see `digests.file_digests`. ValueError as
+    for `read`, except for places that turn out to hold no rows.
+    """
+    if path.startswith("builtin:"):
+        _check_builtin(path)
+        parts = [path, str(builtin_seed), str(builtin_rows), inspect.getsource(assistant)]
+    elif (files := files_of(path, split)) is not None:
+        try:
+            digests = file_digests(files, memo)
+        except OSError as error:
+            raise ValueError(unreadable(error.filename or path, error)) from error
+        parts = [part for file, digest in zip(files, digests, strict=True) for part in (*format_of(file), digest)]
+    else:
+        parts = [path, name, split, _from_hub(path, name, split)._fingerprint]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def files_of(path: str, split: str) -> list[str] | None:
+    """The files of a place, in the order in which they are read; None for a data set of the hub."""
+    path = os.path.expanduser(path)
+    if os.path.isdir(path):
+        files = _saved_files(path, split) or _usable(path, _files_below(path))
+    elif os.path.isfile(path):
+        files = _usable(path, [path])
+    elif glob.has_magic(path):
+        found = [file for file in sorted(glob.glob(path, recursive=True)) if os.path.isfile(file)]
+        if not found:
+            raise ValueError(f"{path}: matches no file; the folder here is {os.getcwd()}")
+        files = _usable(path, found)
+    else:
+        try:
+            os.stat(path)
+        except PermissionError as error:
+            raise ValueError(unreadable(path, error)) from error
+        except OSError:
+            pass
+        else:
+            raise ValueError(f"{path}: is neither a file nor a folder")
+        if format_of(path) or path.startswith((".", os.sep)) or path.count("/") > 1:
+            raise ValueError(f"{path}: no such file; the folder here is {os.getcwd()}")
+        return None
+    for file in files:
+        if not os.access(file, os.R_OK):
+            raise ValueError(unreadable(file, PermissionError() if os.path.exists(file) else FileNotFoundError()))
+    return files
+
+
+def _usable(path: str, files: list[str]) -> list[str]:
+    """The files of known endings; ValueError if there are none."""
+    if known := [file for file in files if format_of(file)]:
+        return known
+    if files == [path]:
+        raise ValueError(f"{path}: unknown ending; the known ones are {KNOWN}")
+    raise ValueError(f"{path}: holds no file of a known ending; the known ones are {KNOWN}")
+
+
+def _files_below(folder: str) -> list[str]:
+    """Sorted, through all levels, linked folders too; hidden ones, and files that describe a data set, are left out."""
+
+    def fail(error: OSError) -> None:
+        raise ValueError(unreadable(error.filename, error)) from error
+
+    files: list[str] = []
+    seen: set[str] = set()  # a link may lead upwards
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        files += [os.path.join(place, name) for name in names if not name.startswith(".") and name not in METADATA]
+    return sorted(file for file in files if os.path.isfile(file))
+
+
+def _saved_files(folder: str, split: str) -> list[str]:
+    """The Arrow files of a data set that `save_to_disk` wrote, or of the split of one of several; [] if it is none."""
+    splits = _metadata(folder, "dataset_dict.json").get("splits")
+    if splits is not None:
+        if split not in splits:
+            raise ValueError(f"{folder}: has no split {split!r}, only {', '.join(splits)}: set data.sources.split")
+        folder = os.path.join(folder, split)
+    state = _metadata(folder, "state.json")
+    if splits is None and "_data_files" not in state:
+        return []
+    if splits is None and split not in ("train", held := state.get("_split") or split):
+        raise ValueError(f"{folder}: has no split {split!r}, only {held}: set data.sources.split")
+    names = [file.get("filename", "") for file in state.get("_data_files", [])]
+    if not all(names) or not names:
+        raise ValueError(f"{folder}: state.json names no files; write the data set again with save_to_disk")
+    return [os.path.join(folder, name) for name in names]
+
+
+def _metadata(folder: str, name: str) -> dict[str, Any]:
+    file = os.path.join(folder, name)
+    try:
+        value = json.loads(Path(file).read_bytes())
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise ValueError(unreadable(file, error)) from error
+    except ValueError as error:
+        raise ValueError(f"{file}: malformed JSON ({error}); write the data set again with save_to_disk") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _from_hub(path: str, name: str, split: str, **options: bool) -> Any:
+    """A `datasets.Dataset`, or with streaming=True an `IterableDataset`."""
+    import datasets  # here, because it takes seconds that runs on files need not pay
+
+    try:
+        return datasets.load_dataset(path, name or None, split=split, **options)
+    except Exception as error:  # of the hub, the net, the disk, or the data set's own: all mean that it cannot be had
+        what = " ".join(str(error).split()) or type(error).__name__
+        if "Config" in what and "vailable" in what:  # it has several and lists them, or has none of this name
+            raise ValueError(f"the hub data set {path!r}: {what}; set data.sources.name to one of them") from error
+        if "split" in what:
+            raise ValueError(f"the hub data set {path!r}: {what}; set data.sources.split") from error
+        raise ValueError(f"{path!r} is no file here, and cannot be had from the hub: {what}") from error
+
+
+def _hub_rows(path: str, split: str, rows: Any) -> Iterator[Row]:
+    file = f"{path} ({split})"
+    number = 0
+    try:
+        for number, fields in enumerate(rows, start=1):
+            yield Row(file, number, fields)
+    except Exception as error:  # the net while streaming, or a file of the data set
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"the hub data set {path!r} broke off after row {number} of {split}: {what}") from error
+
+
+def _some(path: str, rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows; ValueError at once if there are none."""
+    if (first := next(rows, None)) is None:
+        raise ValueError(f"{path}: holds no rows")
+    return itertools.chain((first,), rows)
+
+
+def _check_builtin(path: str) -> None:
+    if path != BUILTIN:
+        raise ValueError(f"there is no built-in set {path!r}, only {BUILTIN!r}")

@@ -168,7 +168,7 @@ def _from_hub(path: str, name: str, split: str, **options: bool) -> Any:
         what = " ".join(str(error).split()) or type(error).__name__
         if "Config" in what and "vailable" in what:  # it has several and lists them, or has none of this name
             raise ValueError(f"the hub data set {path!r}: {what}; set data.sources.name to one of them") from error
-        if "split" in what:
+        if "Unknown split" in what or "Bad split" in what:
             raise ValueError(f"the hub data set {path!r}: {what}; set data.sources.split") from error
         raise ValueError(f"{path!r} is no file here, and cannot be had from the hub: {what}") from error
 

@@ -141,11 +141,11 @@ class Scanner:
         while True:
             try:
                 value, end = JSON.raw_decode(self.text, self.at)
-                if end < len(self.text) or self.ended:
+                if (end < len(self.text) or self.ended) and end - self.at <= MAX_ROW:
                     self.at = end
                     return value
             except json.JSONDecodeError as error:
-                if self.ended or not _may_go_on(error, len(self.text)):
+                if self.ended or not _may_go_on(error, len(self.text)):  # and else another block may mend it
                     raise
             if len(self.text) - self.at > MAX_ROW:
                 raise ValueError(TOO_LONG)

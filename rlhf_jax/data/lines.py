@@ -52,7 +52,7 @@ def lines(text: Iterator[bytes]) -> Iterator[bytes | None]:
     size = 0
     for block in text:
         whole = io.BytesIO(block).readlines()  # faster than `split`, which looks at every byte
-        if parts:
+        if parts and whole:
             parts.append(whole[0])
             size += len(whole[0])
             if size > MAX_ROW:

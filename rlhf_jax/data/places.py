@@ -19,7 +19,7 @@ from rlhf_jax.data import assistant
 from rlhf_jax.data.config import BUILTIN
 from rlhf_jax.data.digests import file_digests
 from rlhf_jax.data.example import Row
-from rlhf_jax.data.formats import ENDINGS, format_of, read_file, unreadable
+from rlhf_jax.data.files import ENDINGS, format_of, read_file, unreadable
 from rlhf_jax.data.lines import COMPRESSIONS
 
 KNOWN = f"{', '.join(ENDINGS)}, each also with {' or '.join(COMPRESSIONS)} behind it"

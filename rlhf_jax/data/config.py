@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
+from rlhf_jax.data.dialogues import SPEAKERS
 from rlhf_jax.data.splits import parse_shares
 
 Format = Literal["", "fields", "transcript", "messages", "sharegpt", "alpaca", "ranking", "text"]
@@ -15,7 +17,8 @@ BUILTIN = "builtin:assistant"
 class SourceConfig:
     """A place, a mapping of its fields, and its part in the blend.
 
-    Names of fields may be dotted: "question.full_text", "answers.zh_cn.0.text".
+    Names of fields may be dotted: "question.full_text", "answers.zh_cn.0.text", and of every item of a list
+    "answers.*.text".
     """
 
     # The place: a file (JSON, JSON lines, CSV, TSV, Parquet, Arrow, text; also .gz and .zst), a glob, a folder of such
@@ -27,12 +30,22 @@ class SourceConfig:
     eval_split: str = ""  # the same, as another split of `path`
     stream: bool = False  # read as training goes, for what is too large to be read before; SFT alone
     limit: int = 0  # at most so many rows of `path`, the first ones; 0: all
-    # The mapping. "": that of a known data set, or "fields".
+    # The mapping (see mapping.py). "": that of the known data set that `path` names, or else "fields".
     format: Format = ""
     prompt: str = "prompt"
     answer: str = ""  # "": SFT learns from `chosen`
     chosen: str = "chosen"  # chosen or rejected "": no preference pairs, so the source is left out of the reward stage
     rejected: str = "rejected"
+    system: str = ""  # the field of a system text, which may be empty or null; alpaca and sharegpt: "" is "system"
+    field: str = ""  # the one field of messages, sharegpt and text; "": "messages", "conversations" and "text"
+    answers: tuple[str, ...] = ("answers",)  # of a ranking: one field that holds a list, or a field for each answer
+    scores: tuple[str, ...] = ()  # of a ranking: the like of `answers` with numbers; none: the answers come best first
+    lowest_first: bool = False  # the answer with the lowest of `scores` is the best, as where they are ranks
+    # What opens the turns of a transcript: the user's, the assistant's, and, if there is a third, the system's; a third
+    # "" makes a system turn of what comes before the first speaker.
+    speakers: tuple[str, ...] = SPEAKERS
+    strip: str = ""  # a regular expression; what it matches is cut out of answer, chosen and rejected
+    sparse: bool = False  # a row whose field is null or empty, or its list too short, is left out, and is no bad row
     # The blend (see blend.py).
     weight: float = 0.0  # share of the drawn rows relative to other sources' weights; 0: by its number of rows
     epochs: float = 1.0  # times each of its rows is drawn in one epoch of the blend, where there are no weights
@@ -41,6 +54,26 @@ class SourceConfig:
     def __post_init__(self):
         if self.limit < 0:
             raise ValueError(f"data.sources.limit must not be negative: {self.limit}; 0 takes all rows")
+        if self.format in ("", "fields", "ranking") and not self.prompt:
+            raise ValueError(
+                "data.sources.prompt must name a field, unless the format is another than fields or ranking"
+            )
+        if self.format == "transcript" and not (self.answer or self.chosen):
+            raise ValueError("data.sources with format = 'transcript' must name the field answer or chosen")
+        if len(self.speakers) not in (2, 3) or not all(speaker.strip() for speaker in self.speakers[:2]):
+            raise ValueError(
+                "data.sources.speakers must be what opens a turn of the user, of the assistant and, if need be, of the "
+                f"system, as {list(SPEAKERS)}; not {list(self.speakers)}"
+            )
+        if not self.answers or len(self.scores) not in (0, len(self.answers)):
+            raise ValueError(
+                f"data.sources.scores names {len(self.scores)} fields for the {len(self.answers)} of answers; name one "
+                "for each, or none where the answers come best first"
+            )
+        try:
+            re.compile(self.strip)
+        except re.error as error:
+            raise ValueError(f"data.sources.strip is no regular expression: {self.strip!r} ({error})") from error
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,89 @@
+"""The fields of a row to examples: what a source's `format` and its names of fields mean.
+
+    format      a row has                                                       serves
+    fields      texts, or lists of messages, in fields of any name              the stages whose fields have names
+    transcript  "\\n\\nHuman: ...\\n\\nAssistant: ..." texts in fields of any name    the same
+    messages    a list of {"role", "content"}; the last assistant turn learns   sft, ppo
+    sharegpt    the like with {"from", "value"}, and a field "system"           sft, ppo
+    alpaca      "instruction", "input", "output", and a field "system"          sft, ppo
+    ranking     a prompt and several answers, with scores or best first         all
+    text        a document                                                      sft
+
+The turns of an example are the same for every stage, because they decide which stage may train on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from rlhf_jax.data.config import SourceConfig
+from rlhf_jax.data.dialogues import parse_transcript
+from rlhf_jax.data.example import BadRow, Example, Row
+from rlhf_jax.data.formats import READERS, Read
+from rlhf_jax.data.known import resolved
+from rlhf_jax.data.picking import Lacking, NoField
+from rlhf_jax.data.splits import Stage
+
+__all__ = ["mapper", "parse_transcript", "resolved", "serves"]
+
+KEYS = {
+    "fields": "prompt, answer, chosen, rejected; chosen = '' for a source without preference pairs",
+    "transcript": "prompt, answer, chosen, rejected; chosen = '' for a source without preference pairs",
+    "messages": "field",
+    "sharegpt": "field",
+    "alpaca": "format = 'fields' with prompt and answer, where they are not instruction and output",
+    "ranking": "prompt, answers, scores",
+    "text": "field",
+}
+
+
+def serves(source: SourceConfig, stage: Stage) -> bool:
+    """Whether the source has fields for what the stage needs."""
+    source = resolved(source)
+    if source.format == "text":
+        return stage == "sft"
+    if source.format in ("messages", "sharegpt", "alpaca"):
+        return stage != "reward"
+    needed = {"sft": source.answer or source.chosen, "reward": source.chosen and source.rejected, "ppo": True}
+    return source.format == "ranking" or bool(needed[stage])
+
+
+def mapper(source: SourceConfig, stage: Stage) -> Read:
+    """The function from a row of this source to its examples for the stage.
+
+    It gives one example, with what the stage needs and what else the row has. For the reward stage a ranking gives one
+    for every two answers of different rank, the best first. There is none of a source that does not serve the stage,
+    and none where a sparse source lacks what the stage needs.
+
+    It raises BadRow, naming file, row and field, for a malformed row, and `Row.fields` where that is one.
+    """
+    source = resolved(source)
+    if not serves(source, stage):
+        return lambda row: []
+    read, cut = READERS[source.format](source, stage), re.compile(source.strip).sub
+
+    def examples(row: Row) -> list[Example]:
+        if isinstance(row.fields, BadRow):
+            raise row.fields
+        try:
+            return read(row)
+        except NoField as error:
+            mend = f"Name the right ones in data.sources ({KEYS[source.format]})"
+            raise BadRow(f"{row.where}: {error}. {mend}") from error
+        except Lacking as error:
+            if source.sparse:
+                return []
+            raise BadRow(f"{row.where}: {error}; data.sources.sparse = true leaves such rows out") from error
+        except BadRow as error:
+            raise BadRow(f"{row.where}: {error}") from error
+
+    def stripped(row: Row) -> list[Example]:
+        return [
+            dataclasses.replace(
+                example, **{name: cut("", getattr(example, name)).strip() for name in ("answer", "chosen", "rejected")}
+            )
+            for example in examples(row)
+        ]
+
+    return stripped if source.strip else examples

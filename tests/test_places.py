@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlhf_jax.data import assistant, digests, formats, json_rows, lines, places
+from rlhf_jax.data import assistant, digests, files, json_rows, lines, places
 from rlhf_jax.data.example import BadRow, Row
 
 ROWS = [{"prompt": f"q{i} 你好 🙂", "answer": 'two "lines",\r\nand\ta tab' * (i % 3)} for i in range(700)]
@@ -531,7 +531,7 @@ def test_a_file_that_cannot_be_opened_when_its_turn_comes_stops_the_reading(tmp_
             raise error
         return open(path, *args)
 
-    monkeypatch.setattr(formats, "open", refuse, raising=False)
+    monkeypatch.setattr(files, "open", refuse, raising=False)
     rows = places.read(str(tmp_path))
     assert next(rows).fields == {"file": "a.jsonl"}
     with pytest.raises(ValueError, match=message):

@@ -156,11 +156,12 @@ def _assembled(
     total, tallies = sum(map(len, found)), [part.tally for part in found]
     dropped = sum((Counter(tally.dropped) for tally in tallies), Counter())
     dropped["repeated prompt"] += repeated
+    shown = [message for tally in tallies for message in tally.bad_shown]
     bad, cut = sum(tally.bad for tally in tallies), sum(tally.cut for tally in tallies)
     told = [f"{total:,} rows"]
     told += [f"{count:,} dropped: {reason}" for reason, count in dropped.items() if count]
     told += [f"{cut:,} cut at {want.max_length} tokens"] * (cut > 0)
-    told += [f"{bad:,} bad rows left out, as {next(t.bad_shown[0] for t in tallies if t.bad)}"] * (bad > 0)
+    told += [f"{bad:,} bad rows left out: {message}" for message in shown[:1]]
     if not total:
         mend = (
             "raise data.held_out or name an eval_path"

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,10 @@ CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 def pytest_configure(config: pytest.Config) -> None:
     assert "jax" not in sys.modules, "the environment of jax must be set before its first import"
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # What the tests tokenise is kept as long as they run.
+    caches = tempfile.TemporaryDirectory(prefix="rlhf_jax-tests-")
+    os.environ["XDG_CACHE_HOME"] = caches.name
+    config.add_cleanup(caches.cleanup)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if config.option.markexpr == "cuda":  # compiles for GPUs, and runs on the CPU what else there is
         os.environ["JAX_PLATFORMS"] = "cpu"

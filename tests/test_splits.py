@@ -4,7 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_jax.data.splits import STAGES, is_held_out, parse_shares, prompt_key, stage_of
+from rlhf_jax.data.splits import STAGES, as_keys, held_out, parse_shares, prompt_key, trains
+
+
+def is_held_out(key: bytes, share: float) -> bool:
+    return bool(held_out(as_keys([key]), share)[0])
+
+
+def stage_of(key: bytes, shares) -> str:
+    (stage,) = [stage for stage in STAGES if trains(as_keys([key]), stage, shares)[0]]  # one, no more
+    return stage
+
 
 KEYS = [prompt_key((("user", f"question {i}"),)) for i in range(10_000)]
 

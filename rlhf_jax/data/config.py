@@ -54,6 +54,10 @@ class SourceConfig:
     def __post_init__(self):
         if self.limit < 0:
             raise ValueError(f"data.sources.limit must not be negative: {self.limit}; 0 takes all rows")
+        if self.weight < 0 or self.max_rows < 0 or self.epochs <= 0:
+            wrong = {"weight": self.weight, "max_rows": self.max_rows, "epochs": self.epochs}
+            told = ", ".join(f"data.sources.{name} = {value}" for name, value in wrong.items())
+            raise ValueError(f"{told}: epochs must be above 0, weight and max_rows must not be negative")
         if self.format in ("", "fields", "ranking") and not self.prompt:
             raise ValueError(
                 "data.sources.prompt must name a field, unless the format is another than fields or ranking"
@@ -99,6 +103,10 @@ class DataConfig:
             raise ValueError("data.sources is empty: name at least one source")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"data.held_out is a share, at least 0 and below 1, not {self.held_out}")
+        if self.max_bad_rows < 0:
+            raise ValueError(f"data.max_bad_rows must not be negative: {self.max_bad_rows}; 0 allows none")
+        if self.temperature <= 0:
+            raise ValueError(f"data.temperature must be above 0: {self.temperature:g}; 1 leaves sources as they are")
         if not 0 < self.max_prompt_length < self.max_length:
             raise ValueError(
                 f"data.max_length ({self.max_length}) must be larger than data.max_prompt_length "

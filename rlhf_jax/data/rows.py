@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_jax.data import splits
 from rlhf_jax.data.blend import Blend, Part, quotas
 from rlhf_jax.data.build import Shares, Tally, check_bad, key_turns, mapped, tokenised
-from rlhf_jax.data.config import BUILTIN, DataConfig, SourceConfig
+from rlhf_jax.data.config import DataConfig, SourceConfig
 from rlhf_jax.data.encode import Learn, Wanted, encode_block, wanted
 from rlhf_jax.data.example import Example
 from rlhf_jax.data.mapping import mapper, resolved, serves
@@ -288,5 +288,5 @@ def place_of(source: SourceConfig, config: DataConfig, held_out: bool) -> dict[s
     path, split = source.path, source.split
     if held_out and has_eval(source):
         path, split = source.eval_path or path, source.eval_split or split
-    seeds = {"builtin_seed": config.builtin_seed, "builtin_rows": config.builtin_rows} if path == BUILTIN else {}
+    seeds = {"builtin_seed": config.builtin_seed, "builtin_rows": config.builtin_rows}
     return {"path": path, "name": source.name, "split": split, **seeds}

@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data.config import DataConfig
 from rlhf_jax.data.rows import read_examples
+from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.decoder import init_params
 from rlhf_jax.models.families import decoder_config
 from rlhf_jax.models.new_tokenizer import train_tokenizer
-from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.models.pretrained import Pretrained, save_pretrained
 from rlhf_jax.stages.loop import RunConfig
 from rlhf_jax.stages.models import ModelConfig, NewModelConfig

@@ -13,6 +13,7 @@ from rlhf_jax.data.ahead import Ahead
 from rlhf_jax.data.batches import Batch, Batches
 from rlhf_jax.data.config import DataConfig
 from rlhf_jax.data.rows import Rows, stage_rows
+from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.engine import Compute
 from rlhf_jax.gpus import RUN_OPTIONS
 from rlhf_jax.mesh import Layout
@@ -21,7 +22,6 @@ from rlhf_jax.objectives.preference import pairwise_loss
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
 from rlhf_jax.rollout import Role
 from rlhf_jax.stages.loop import RunConfig, say_rows, train_loop
-from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.stages.models import PERSISTENCE, ModelConfig, export, load, make_state, say_attention
 from rlhf_jax.stages.sizes import (
     check_rows,

@@ -1,0 +1,279 @@
+"""Rows of a stage: disjoint by prompt, the same when rows are added, held out by file or hash, mixed as asked."""
+
+import dataclasses
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_tokenizer import gpt2_like
+
+from rlhf_jax.data.config import BUILTIN, DataConfig, SourceConfig
+from rlhf_jax.data.example import Example
+from rlhf_jax.data.rows import Rows, read_examples, rows_of, stage_rows
+from rlhf_jax.data.splits import STAGES
+from rlhf_jax.data.template import prepare_tokenizer
+
+REAL = Path(__file__).parents[2] / "shared" / "data"
+needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data at {REAL}")
+TOKENIZER = prepare_tokenizer(gpt2_like())
+
+
+def config_of(path, split="1,0,0", held_out=0.0, **source) -> DataConfig:
+    return DataConfig(sources=(SourceConfig(str(path), **source),), split=split, held_out=held_out)
+
+
+def pairs(num: int, start: int = 0) -> list[dict]:
+    return [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(start, start + num)]
+
+
+def examples(config: DataConfig, stage: str, held_out: bool = False) -> list[Example]:
+    return list(read_examples(config, stage, held_out=held_out))
+
+
+def prompts(found: list[Example]) -> set:
+    return {example.turns for example in found}
+
+
+def texts(rows: Rows) -> list[str]:
+    """The first sequence of every row, as text."""
+    documents = [part.documents(row)[0][0] for part in rows.parts for row in range(len(part))]
+    return [TOKENIZER.decode(document.tokens) for document in documents]
+
+
+def rows_for(config: DataConfig, stage: str, held_out: bool = False, **options) -> Rows:
+    return stage_rows(config, TOKENIZER, stage, held_out=held_out, **options)
+
+
+def test_no_prompt_serves_two_stages_or_both_training_and_evaluation(write_jsonl):
+    # Each prompt three times, with white space that differs.
+    rows = pairs(1000) + pairs(1000) + [{**row, "prompt": f"  {row['prompt']}\n"} for row in pairs(1000)]
+    config = config_of(write_jsonl(rows), "2,4,4", held_out=0.1)
+    trained = {stage: examples(config, stage) for stage in STAGES}
+    evaluated = {stage: examples(config, stage, held_out=True) for stage in STAGES}
+    assert prompts(evaluated["sft"]) == prompts(evaluated["reward"]) == prompts(evaluated["ppo"])
+    sides = [prompts(trained[stage]) for stage in STAGES] + [prompts(evaluated["ppo"])]
+    assert len(set.union(*sides)) == sum(map(len, sides)) == 1000
+    assert [len(side) for side in sides] == pytest.approx([180, 360, 360, 100], abs=45)
+    assert sum(map(len, trained.values())) + len(evaluated["ppo"]) == 3000
+
+
+WORDS = st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=60)
+
+
+@settings(deadline=None, max_examples=25)
+@given(words=WORDS, split=st.sampled_from(["2,4,4", "1,0,0", "1,1,8"]), held_out=st.sampled_from([0.0, 0.3]))
+def test_splits_are_disjoint_and_complete_whatever_the_prompts(tmp_path_factory, words, split, held_out):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows = [{"prompt": word, "chosen": f"yes {i}", "rejected": "no"} for i, word in enumerate(words)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_of(path, split, held_out)
+    sides = [[e.row for e in examples(config, stage)] for stage in STAGES] + [
+        [e.row for e in examples(config, "sft", held_out=True)]
+    ]
+    assert sorted(sum(sides, [])) == list(range(1, len(words) + 1))  # every row once
+    assert sum(len({words[row - 1] for row in side}) for side in sides) == len(set(words))
+
+
+def test_the_rows_of_a_stage_are_its_examples_in_their_order(write_jsonl):
+    config = config_of(write_jsonl(pairs(3000)), "2,4,4", held_out=0.1)  # of several blocks
+    for stage in STAGES:
+        for held_out in (False, True):
+            rows, found = rows_for(config, stage, held_out), examples(config, stage, held_out)
+            (part,) = rows.parts
+            assert part.store.numbers()[part.picked].tolist() == [example.row for example in found]
+            assert [re.search(r"q\d+", text)[0] for text in texts(rows)] == [example.turns[0][1] for example in found]
+
+
+def test_added_rows_leave_the_others_where_they_are(write_jsonl):
+    few, many = write_jsonl(pairs(300), "few.jsonl"), write_jsonl(pairs(600)[::-1], "many.jsonl")
+    for stage in STAGES:
+        before = prompts(examples(config_of(few, "2,4,4", 0.1), stage))
+        after = prompts(examples(config_of(many, "2,4,4", 0.1), stage))
+        assert before == after & prompts(examples(config_of(few), "sft"))
+
+
+def test_rows_of_the_evaluation_file_are_held_out_and_their_prompts_train_nothing(write_jsonl):
+    train, held = write_jsonl(pairs(100), "train.jsonl"), write_jsonl(pairs(30, start=90), "held.jsonl")
+    config = config_of(train, "1,1,1", held_out=0.5, eval_path=str(held))
+    # The share data.held_out is for sources without such a file.
+    assert sum(len(examples(config, stage)) for stage in STAGES) == 90
+    assert sum(len(rows_for(config, stage)) for stage in STAGES) == 90
+    for stage in STAGES:
+        evaluated = examples(config, stage, held_out=True)
+        assert [example.turns[0][1] for example in evaluated] == [f"q{i}" for i in range(90, 120)]
+        assert len(rows_for(config, stage, held_out=True)) == 30
+
+
+def test_what_one_source_holds_out_no_other_source_trains(write_jsonl):
+    one = SourceConfig(str(write_jsonl(pairs(200), "one.jsonl")))
+    held = str(write_jsonl(pairs(50), "held.jsonl"))
+    two = SourceConfig(str(write_jsonl(pairs(400), "two.jsonl")), eval_path=held)
+    config = DataConfig(sources=(one, two), split="1,0,0", held_out=0.2)
+    trained, evaluated = examples(config, "sft"), examples(config, "sft", held_out=True)
+    assert not prompts(trained) & prompts(evaluated)
+    by_part = [len(part) for part in rows_for(config, "sft", held_out=True).parts]
+    assert by_part[1] == 50 and 20 < by_part[0] < 60
+    assert len(prompts(trained) | prompts(evaluated)) == 400
+    assert len(rows_for(config, "sft")) == len(trained)
+
+
+def test_a_source_without_pairs_is_left_out_of_the_reward_stage_only(write_jsonl):
+    sums = write_jsonl([{"q": f"s{i}", "a": "1"} for i in range(90)], "s.jsonl")
+    sums = SourceConfig(str(sums), prompt="q", answer="a", chosen="", rejected="")
+    config = DataConfig(sources=(sums, SourceConfig(str(write_jsonl(pairs(90))))), split="1,1,1", held_out=0.0)
+    letters = {stage: {e.turns[0][1][0] for e in examples(config, stage)} for stage in STAGES}
+    assert letters == {"sft": {"s", "q"}, "reward": {"q"}, "ppo": {"s", "q"}}
+    assert [len(rows_for(config, stage).parts) for stage in STAGES] == [2, 1, 2]
+
+
+def test_a_prompt_of_two_sources_is_asked_once(write_jsonl):
+    one, two = write_jsonl(pairs(30), "one.jsonl"), write_jsonl(pairs(50), "two.jsonl")
+    config = DataConfig(sources=(SourceConfig(str(one)), SourceConfig(str(two))), split="0,0,1", held_out=0.0)
+    rows = rows_for(config, "ppo")
+    assert [len(part) for part in rows.parts] == [30, 20]
+    assert rows.report == "50 rows, 30 dropped: repeated prompt"
+
+
+def test_limit_takes_the_first_rows_and_blank_lines_keep_the_count(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt":"a","chosen":"b"}\n\n{"prompt":"c","chosen":"d"}\nnot JSON\n')
+    found = examples(config_of(tmp_path / "rows.jsonl", limit=2), "sft")
+    assert [(example.turns[0][1], example.row) for example in found] == [("a", 1), ("c", 3)]
+
+
+def test_the_built_in_set_is_seeded_and_serves_all_stages():
+    config = dataclasses.replace(config_of(BUILTIN, "1,1,1", held_out=0.1, answer="answer"), builtin_rows=300)
+    sizes = {stage: len(examples(config, stage)) for stage in STAGES}
+    assert sum(sizes.values()) + len(examples(config, "sft", held_out=True)) == 300
+    first = examples(config, "reward")
+    assert first == examples(config, "reward")
+    assert all(example.answer and example.chosen and example.rejected for example in first)
+    other = dataclasses.replace(config, builtin_seed=1)
+    assert first != examples(other, "reward")
+    assert rows_for(config, "sft").fingerprint != rows_for(other, "sft").fingerprint
+
+
+def test_sources_are_drawn_from_by_weight_cap_and_epochs_and_the_report_says_so(write_jsonl):
+    few, many = str(write_jsonl(pairs(20), "few.jsonl")), str(write_jsonl(pairs(80, 100), "many.jsonl"))
+    weighted = DataConfig((SourceConfig(few, weight=3), SourceConfig(many, weight=1)), "1,0,0", 0.0)
+    rows = rows_for(weighted, "sft")
+    assert rows.quota == (75, 25) and len(rows) == 100
+    assert rows.report == f"100 rows, an epoch draws 100: 75 of {few}, 25 of {many}"
+    capped = DataConfig((SourceConfig(few, epochs=2), SourceConfig(many, max_rows=30)), "1,0,0", 0.0)
+    assert rows_for(capped, "sft").quota == (40, 30)
+    tempered = dataclasses.replace(weighted, sources=(SourceConfig(few), SourceConfig(many)), temperature=2.0)
+    assert rows_for(tempered, "sft").quota == (33, 67)
+    assert len({rows_for(config, "sft").fingerprint for config in (weighted, capped, tempered)}) == 3
+    # What is measured is each row once.
+    held = dataclasses.replace(weighted, held_out=0.5)
+    rows = rows_for(held, "sft", held_out=True)
+    assert rows.quota == tuple(map(len, rows.parts))
+
+
+def test_packed_rows_hold_every_document_once_and_the_report_says_how_full_they_are(write_jsonl):
+    config = config_of(write_jsonl(pairs(200)))
+    loose, packed = rows_for(config, "sft"), rows_for(config, "sft", pack_length=128)
+    (part,) = packed.parts
+    documents = [each.tokens.tolist() for row in range(len(part)) for (each,) in part.documents(row)]
+    (alone,) = loose.parts
+    assert sorted(documents) == sorted(alone.documents(row)[0][0].tokens.tolist() for row in range(len(alone)))
+    assert max(part.lengths) <= 128 and len(part) < 60
+    fill = sum(map(len, documents)) / (128 * len(part))
+    assert packed.report == f"200 rows, packed into {len(part)} of 128 tokens, {fill:.1%} of them real"
+    assert packed.fingerprint != loose.fingerprint
+
+
+def test_a_stage_without_rows_is_refused_and_says_how_to_mend_it(write_jsonl):
+    path = write_jsonl(pairs(5))
+    with pytest.raises(
+        ValueError, match=r"no rows to train on for the stage reward \(0 rows\): .*data.split = '1,0,0'"
+    ):
+        rows_for(config_of(path), "reward")
+    with pytest.raises(ValueError, match="no rows to measure on for the stage sft.*raise data.held_out"):
+        rows_for(config_of(path), "sft", held_out=True)
+
+
+def test_a_bad_row_stops_the_run_unless_it_is_tolerated_and_then_nothing_good_is_lost(write_jsonl):
+    rows = pairs(50)
+    rows[7] = {"prompt": "q7", "chosen": 3}
+    rows[30] = {"prompt": "q30"}
+    path = write_jsonl(rows)
+    config = config_of(path)
+    message = f"{re.escape(str(path))}, line 8: field 'chosen' must be text, not int.*raise data.max_bad_rows"
+    for read in (lambda: rows_for(config, "sft"), lambda: examples(config, "sft")):
+        with pytest.raises(ValueError, match=message):
+            read()
+    with pytest.raises(ValueError, match=r"line 8.*line 31: no field 'chosen'.*data.max_bad_rows = 1, and there"):
+        rows_for(dataclasses.replace(config, max_bad_rows=1), "sft")
+    tolerant = dataclasses.replace(config, max_bad_rows=2)
+    rows = rows_for(tolerant, "sft")
+    assert len(rows) == 48 == len(examples(tolerant, "sft"))
+    assert rows.report.startswith(f"48 rows, 2 bad rows left out: {path}, line 8: field 'chosen'")
+    with pytest.raises(ValueError, match="line 8"):  # though the rows are kept now
+        rows_for(config, "sft")
+
+
+def test_the_examples_of_a_program_are_rows_too():
+    made = [Example((("user", f"q{i}"),), f"a{i}", "", "", "by hand", i) for i in range(5)]
+    rows = rows_of(made, DataConfig((SourceConfig("x.jsonl"),)), TOKENIZER, "sft")
+    assert [re.findall(r"[qa]\d", text) for text in texts(rows)] == [[f"q{i}", f"a{i}"] for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"split": "2,4"}, "data.split"),
+        ({"sources": ()}, "data.sources is empty"),
+        ({"held_out": 1.0}, "data.held_out"),
+        ({"max_prompt_length": 512}, r"data.max_length \(512\) must be larger than data.max_prompt_length \(512\)"),
+        ({"max_bad_rows": -1}, "data.max_bad_rows"),
+        ({"temperature": 0.0}, "data.temperature"),
+    ],
+)
+def test_an_impossible_configuration_is_refused_when_it_is_made(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config_of("x.jsonl"), **change)
+
+
+@pytest.mark.parametrize("change", [{"limit": -1}, {"weight": -1.0}, {"epochs": 0.0}, {"max_rows": -1}])
+def test_an_impossible_source_is_refused_when_it_is_made(change):
+    with pytest.raises(ValueError, match=f"data.sources.{next(iter(change))}"):
+        SourceConfig("x.jsonl", **change)
+
+
+@needs_real_data
+def test_every_row_of_hh_rlhf_is_an_example_and_its_pairs_read_as_the_file_does():
+    folder = REAL / "hh-rlhf-harmless"
+    config = config_of(folder / "train.jsonl", "0,1,0", format="transcript", eval_path=str(folder / "test.jsonl"))
+    trained, evaluated = (examples(config, "reward", held_out) for held_out in (False, True))
+    assert (len(trained), len(evaluated)) == (1747, 252)
+    assert not prompts(trained) & prompts(evaluated)
+    for example in trained + evaluated:
+        roles = [role for role, _ in example.turns]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
+        assert not any("\n\nAssistant:" in content for _, content in example.turns)
+    rows = rows_for(dataclasses.replace(config, max_prompt_length=4000, max_length=8000), "reward", held_out=True)
+    assert rows.report == "250 rows, 2 dropped: empty answer"
+    lines = [json.loads(line) for line in (folder / "test.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    (part,) = rows.parts
+    for row in (0, 100, 249):
+        (document,) = part.documents(row)
+        for sequence, field in zip(document, ("chosen", "rejected"), strict=True):
+            text = TOKENIZER.decode(sequence.tokens).replace("</s>", "")
+            assert text.split() == lines[part.store.numbers()[row] - 1][field].split()
+
+
+@needs_real_data
+def test_the_instructions_of_alpaca_eval_are_shared_out_whole():
+    folder = REAL / "alpaca-eval-preferences"
+    config = config_of(folder / "train.jsonl", "2,4,4", eval_path=str(folder / "test.jsonl"))
+    trained = [examples(config, stage) for stage in STAGES]
+    assert sum(map(len, trained)) == 13_823
+    assert len(examples(config, "ppo", held_out=True)) == 1_369
+    assert sum(len(prompts(found)) for found in trained) == 636  # instructions, none in two stages
+    by_stage = Counter(len(prompts(found)) for found in trained)
+    assert sum(by_stage) == 636 and np.array(list(by_stage)).min() > 60

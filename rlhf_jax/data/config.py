@@ -69,7 +69,7 @@ class SourceConfig:
                 "data.sources.speakers must be what opens a turn of the user, of the assistant and, if need be, of the "
                 f"system, as {list(SPEAKERS)}; not {list(self.speakers)}"
             )
-        if not self.answers or len(self.scores) not in (0, len(self.answers)):
+        if self.format == "ranking" and (not self.answers or len(self.scores) not in (0, len(self.answers))):
             raise ValueError(
                 f"data.sources.scores names {len(self.scores)} fields for the {len(self.answers)} of answers; name one "
                 "for each, or none where the answers come best first"

@@ -43,6 +43,8 @@ def prompt_of(value: Any) -> Turns:
     """A text, or the messages before an answer, as turns that end with the user's."""
     if type(value) is str:
         return (("user", text_of(value).strip()),)
+    if not isinstance(value, list | tuple):
+        raise BadRow(f"must be text or a list of messages, not {type(value).__name__}")
     return asked(turns_of(value))
 
 
@@ -50,6 +52,8 @@ def reply_of(value: Any) -> str | Turns:
     """A text, or the messages of an answer, as text; a whole dialogue as turns."""
     if type(value) is str:
         return text_of(value).strip()
+    if not isinstance(value, list | tuple):
+        raise BadRow(f"must be text or a list of messages, not {type(value).__name__}")
     pairs = _pairs(value)
     if pairs and all(role == "assistant" for role, _ in pairs):
         return "\n\n".join(text for _, text in pairs).strip()
@@ -154,8 +158,9 @@ def _pattern(speakers: tuple[str, ...]) -> re.Pattern[str]:
     parts = []
     for speaker in filter(None, speakers):
         name = speaker.lstrip()
-        space = speaker[: len(speaker) - len(name)]
-        parts.append((rf"(?:\A|{re.escape(space)})" if space else r"(?<!\w)") + f"({re.escape(name)})")
+        space = re.escape(speaker[: len(speaker) - len(name)])
+        before = rf"(?:\A|{space})" if space else r"(?<!\w)" * name[0].isalnum()
+        parts.append(f"{before}({re.escape(name)})")
     return re.compile("|".join(parts))
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-Turns = tuple[
-    tuple[str, str], ...
-]  # (("user", text), ("assistant", text), ..., ("user", text)); "system" may come first
+Turns = tuple[tuple[str, str], ...]  # (("user", text), ("assistant", text), ..., ("user", text)); "system" may come first
 
 
 class BadRow(ValueError):

@@ -29,6 +29,7 @@ from rlhf_jax.data.picking import MISSING, Fields, Lacking, part
 from rlhf_jax.data.splits import Stage
 
 Read = Callable[[Row], list[Example]]
+OPTIONAL = ("", None, MISSING)
 
 
 def _of_fields(source: SourceConfig, stage: Stage) -> Read:
@@ -82,7 +83,7 @@ def _of_transcripts(source: SourceConfig, stage: Stage) -> Read:
     """Whole transcripts, or the ends of transcripts whose beginning is in `prompt`. What is not needed may be unfit."""
     names, needed = _replies(source, stage)
     needed = needed or {names[0]}  # whose beginning is the prompt
-    prompt_in = _part(source, source.prompt, text_of, absent=() if source.sparse else (None, MISSING))
+    prompt_in = _part(source, source.prompt, text_of, absent=(MISSING,) if source.sparse else OPTIONAL)
     replies_in = {name: _part(source, name, text_of, name in needed) for name in names if name}
     system_in = _system(source)
 
@@ -130,7 +131,7 @@ def _of_messages(source: SourceConfig, stage: Stage) -> Read:
 
 def _of_alpaca(source: SourceConfig, stage: Stage) -> Read:
     instruction_in, answer_in = _part(source, "instruction", text_of), _part(source, "output", text_of, stage == "sft")
-    input_in, system_in = _part(source, "input", text_of, absent=(None, MISSING)), _system(source)
+    input_in, system_in = _part(source, "input", text_of, absent=OPTIONAL), _system(source)
 
     def read(row: Row) -> list[Example]:
         prompt = f"{instruction_in(row.fields).strip()}\n\n{input_in(row.fields).strip()}".strip()
@@ -197,7 +198,7 @@ READERS: dict[str, Callable[[SourceConfig, Stage], Read]] = {
 
 
 def _part(source: SourceConfig, name: str, convert: Callable[[Any], Any], needed: bool = True, absent: tuple = ()):
-    return part(name, convert, needed=needed, absent=absent, sparse=source.sparse and not absent)
+    return part(name, convert, needed=needed, absent=absent, sparse=source.sparse)
 
 
 def _many(source: SourceConfig, names: tuple[str, ...], convert: Callable[[Any], Any]) -> Callable[[Fields], list]:
@@ -233,9 +234,9 @@ def _number_of(value: Any) -> float:
 def _system(source: SourceConfig) -> Callable[[Fields], str] | None:
     """The system text, "" where the row has none; None where the source has none. A field that is named must be."""
     if source.system:
-        return _part(source, source.system, text_of, absent=(None,))
+        return _part(source, source.system, text_of, absent=("", None))
     if source.format in ("alpaca", "sharegpt"):
-        return _part(source, "system", text_of, absent=(None, MISSING))
+        return _part(source, "system", text_of, absent=OPTIONAL)
     return None
 
 

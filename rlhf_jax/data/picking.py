@@ -50,8 +50,8 @@ def part(
 ) -> Callable[[Fields], T | str]:
     """The function from fields to the converted value at `name`; to "" where it is one of `absent`.
 
-    BadRow, naming the field, for what `convert` refuses; Lacking for a null, and in a sparse source for an empty text
-    or list; NoField. Where it is not needed, or has no name, all these are "".
+    BadRow, naming the field, for what `convert` refuses; Lacking for a null, which `convert` must refuse, and in a
+    sparse source for an empty text or list; NoField. Where it is not needed, or has no name, all these are "".
     """
     if not name:
         return lambda fields: ""
@@ -65,13 +65,15 @@ def part(
                     return ""
                 if value is MISSING:
                     raise NoField(f"no field {name!r}; the fields are {', '.join(map(str, fields)) or 'none'}")
-                raise Lacking("must not be null, nor its list too short" if value is None else "must not be empty")
+                if value is not None:
+                    raise Lacking("must not be empty")
             return convert(value)
         except NoField:
             raise
         except BadRow as error:
             if not needed:
                 return ""
-            raise type(error)(f"field {name!r} {error}") from error
+            kind = Lacking if value is None else type(error)
+            raise kind(f"field {name!r} {error}") from error
 
     return read

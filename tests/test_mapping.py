@@ -1,0 +1,480 @@
+"""Mapping: rows of every format to examples, with the same turns for every stage; errors that name row and field."""
+
+import itertools
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_jax.config import dump, parse
+from rlhf_jax.data.config import SourceConfig
+from rlhf_jax.data.example import BadRow, Example, Row
+from rlhf_jax.data.mapping import mapper, parse_transcript, serves
+from rlhf_jax.data.splits import STAGES
+
+REAL = Path(__file__).parents[2] / "shared" / "data"
+needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data at {REAL}")
+ASKED = (("user", "q"),)
+
+
+def examples(fields, stage="sft", **source) -> list[Example]:
+    """What the row gives, as row 7 of rows.jsonl, with the key `format` as `form`."""
+    source["format"] = source.pop("form", "")
+    return mapper(SourceConfig("rows.jsonl", **source), stage)(Row("rows.jsonl", 7, fields))
+
+
+def example(turns, answer="", chosen="", rejected="", text="") -> Example:
+    return Example(turns, answer, chosen, rejected, "rows.jsonl", 7, text)
+
+
+def said(*texts: str) -> list[dict]:
+    """Messages of user and assistant in turn."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def turns(*texts: str) -> tuple:
+    return tuple((("user", "assistant")[i % 2], text) for i, text in enumerate(texts))
+
+
+# Fields.
+
+
+def test_fields_are_found_by_the_names_given():
+    row = {"question": " How many? ", "answer": "\n7 ", "other": 1}
+    assert examples(row, prompt="question", answer="answer") == [example((("user", "How many?"),), "7")]
+
+
+def test_names_are_dotted_and_a_name_with_a_dot_in_it_goes_first():
+    row = {"q": {"text": "q", "by": ["x", "y"]}, "a": [{"zh": "0"}, {"zh": "1"}], "a.b": "dotted"}
+    names = {"prompt": "q.text", "answer": "a.1.zh", "chosen": "a.b", "rejected": "q.by.0"}
+    assert examples(row, "reward", **names) == [example(ASKED, "1", "dotted", "x")]
+
+
+def test_sft_learns_from_chosen_where_no_answer_is_named():
+    row = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    assert [examples(row, stage) for stage in STAGES] == [[example(ASKED, "good", "good", "bad")]] * 3
+
+
+def test_ppo_needs_prompts_only():
+    assert examples({"prompt": "q"}, "ppo") == [example(ASKED)]
+    assert examples({"prompt": "q", "chosen": 3, "rejected": "\ud83d"}, "ppo") == [example(ASKED)]
+
+
+def test_a_pair_without_rejected_is_refused_by_the_reward_stage_only():
+    assert examples({"prompt": "q", "chosen": "a"}, "sft") == [example(ASKED, "a", "a")]
+    with pytest.raises(BadRow, match="row 7: no field 'rejected'; the fields are prompt, chosen"):
+        examples({"prompt": "q", "chosen": "a"}, "reward")
+
+
+@pytest.mark.parametrize("reply", [lambda text: said("q", text)[1:], lambda text: said("q", text)])
+def test_prompts_and_answers_may_be_messages_alone_or_whole_dialogues(reply):
+    row = {"prompt": said("q"), "chosen": reply(" good "), "rejected": reply("bad")}
+    assert [examples(row, stage) for stage in STAGES] == [[example(ASKED, "good", "good", "bad")]] * 3
+    assert examples(row | {"prompt": "q"}, "reward") == [example(ASKED, "good", "good", "bad")]
+
+
+def test_dialogues_that_share_a_prompt_need_no_prompt_beside_them():
+    row = {"chosen": said("a", "b", "c", "good"), "rejected": said("a", "b", "c ", "bad")}
+    assert [examples(row, stage) for stage in STAGES] == [[example(turns("a", "b", "c"), "good", "good", "bad")]] * 3
+
+
+def test_the_system_text_of_a_dialogue_is_kept_in_every_stage():
+    system = {"role": "system", "content": "Be kind."}
+    row = {"prompt": "q", "chosen": [system, *said("q", "good")], "rejected": said("q", "bad")}
+    wanted = [example((("system", "Be kind."), *ASKED), "good", "good", "bad")]
+    assert [examples(row, stage) for stage in STAGES] == [wanted] * 3
+
+
+def test_a_pair_of_dialogues_with_another_prompt_is_refused_where_it_is_needed():
+    row = {"prompt": "q", "chosen": said("q", "good"), "rejected": said("other", "bad")}
+    assert examples(row, "sft") == [example(ASKED, "good", "good")]
+    with pytest.raises(BadRow, match="row 7: field 'rejected' is a dialogue that does not have the prompt before its"):
+        examples(row, "reward")
+
+
+def test_a_list_of_messages_alone_serves_ppo():
+    source = {"prompt": "messages", "chosen": "", "rejected": ""}
+    assert [serves(SourceConfig("x", **source), stage) for stage in STAGES] == [False, False, True]
+    assert examples({"messages": said("a", "b", "c")}, "ppo", **source) == [example(turns("a", "b", "c"))]
+    with pytest.raises(BadRow, match="row 7: field 'messages' must end with a turn of the user"):
+        examples({"messages": said("a", "b")}, "ppo", **source)
+
+
+def test_a_system_field_leads_the_turns_unless_it_is_empty():
+    row = {"system_prompt": " Be kind. ", "prompt": "q", "chosen": "a"}
+    assert examples(row, system="system_prompt")[0].turns == (("system", "Be kind."), *ASKED)
+    assert examples(row | {"system_prompt": ""}, system="system_prompt")[0].turns == ASKED
+    assert examples(row | {"system_prompt": None}, system="system_prompt")[0].turns == ASKED
+    with pytest.raises(BadRow, match="no field 'system'; the fields are system_prompt, prompt, chosen"):
+        examples(row, system="system")
+
+
+def test_an_expression_is_cut_out_of_the_answers_alone():
+    row = {"prompt": "Is [1] so?", "chosen": "Yes [1], it is [2, 3].", "rejected": "No [x]"}
+    (given_back,) = examples(row, "reward", strip=r" ?\[\d+(?:, ?\d+)*\]")
+    assert given_back == example((("user", "Is [1] so?"),), "Yes, it is.", "Yes, it is.", "No [x]")
+
+
+@pytest.mark.parametrize("lack", [{"a": None}, {"a": []}, {"a": [{"text": None}]}, {"a": [{"text": ""}]}])
+def test_a_sparse_source_leaves_out_rows_that_lack_what_the_stage_needs(lack):
+    source = {"answer": "a.0.text", "chosen": "", "rejected": ""}
+    row = {"prompt": "q"} | lack
+    assert examples(row, "sft", sparse=True, **source) == []
+    assert examples(row, "ppo", sparse=True, **source) == [example(ASKED)]
+    if lack != {"a": [{"text": ""}]}:  # an empty answer is no bad row: it is dropped, and counted, where rows are kept
+        with pytest.raises(
+            BadRow,
+            match=r"field 'a\.0\.text' must be text or a list of messages, not NoneType; data.sources.sparse = true",
+        ):
+            examples(row, "sft", **source)
+
+
+def test_a_sparse_source_too_refuses_a_field_that_is_not_there():
+    with pytest.raises(BadRow, match="no field 'chosen'"):
+        examples({"prompt": "q", "good": "a"}, sparse=True)
+
+
+MISTAKES = {
+    "no field": (
+        {"prompt": "q", "good": "a"},
+        "no field 'chosen'; the fields are prompt, good. Name the right ones in ",
+    ),
+    "no fields": ({}, "no field 'chosen'; the fields are none. Name the right ones in data.sources (prompt, answer, "),
+    "null": ({"prompt": None, "chosen": "a"}, "field 'prompt' must be text or a list of messages, not NoneType"),
+    "a number": ({"prompt": "q", "chosen": 1}, "field 'chosen' must be text or a list of messages, not int"),
+    "a list of texts": (
+        {"prompt": "q", "chosen": ["a"]},
+        "field 'chosen' has in message 1 what is none: it must be an",
+    ),
+    "half a character": ({"prompt": "\ud83d", "chosen": "a"}, "field 'prompt' holds half a character"),
+    "half a character within": ({"prompt": said("\ud83d"), "chosen": "a"}, "message 1 what is none: its content holds"),
+}
+
+
+@pytest.mark.parametrize(("row", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_in_a_row_is_named_with_its_place(row, message):
+    with pytest.raises(BadRow, match="^rows.jsonl, row 7: .*" + re.escape(message)):
+        examples(row)
+
+
+def test_a_row_that_was_bad_before_is_bad_with_the_same_words():
+    bad = BadRow("rows.jsonl, row 7: malformed JSON")
+    for form in ("fields", "transcript", "messages", "sharegpt", "alpaca", "ranking", "text"):
+        with pytest.raises(BadRow) as raised:
+            examples(bad, form=form)
+        assert raised.value is bad
+
+
+# Transcripts.
+
+
+def test_a_transcript_is_cut_before_its_last_assistant_turn():
+    before = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    row = {"chosen": before + " yes: Human: d", "rejected": before + " no"}
+    wanted = [example(turns("a", "b", "c"), "yes: Human: d", "yes: Human: d", "no")]
+    assert [examples(row, stage, form="transcript") for stage in STAGES] == [wanted] * 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "opening"),
+    [
+        ("\n\nHuman: q\n\nAssistant:", " "),
+        ("Human: q", "\n\nAssistant: "),
+        ("Human: q\n", "Assistant:"),
+        (" ", "Human: q\n\nAssistant:"),
+    ],
+)
+def test_a_transcript_may_begin_in_the_prompt_field(prompt, opening):
+    row = {"prompt": prompt, "chosen": f"{opening}yes", "rejected": f"{opening}no"}
+    assert examples(row, "reward", form="transcript") == [example(ASKED, "yes", "yes", "no")]
+
+
+def test_a_sparse_source_of_transcripts_needs_no_prompt_field_but_lacks_one_that_is_empty():
+    row = {"chosen": "Human: q\n\nAssistant: a"}
+    assert examples(row, form="transcript", sparse=True) == [example(ASKED, "a", "a")]
+    assert examples(row | {"prompt": ""}, form="transcript") == [example(ASKED, "a", "a")]
+    assert examples(row | {"prompt": ""}, form="transcript", sparse=True) == []
+
+
+def test_turns_of_one_speaker_in_succession_are_one_turn():
+    text = "Human: a\n\nHuman: b\n\nAssistant: c\n\nAssistant:\n\nAssistant: d\n\nHuman: never answered"
+    assert parse_transcript(text, "") == ((("user", "a\n\nb"),), "c\n\nd")
+
+
+@pytest.mark.parametrize(
+    ("speakers", "text"),
+    [
+        (("USER:", "ASSISTANT:"), "USER: q ASSISTANT: SUPERUSER: a"),
+        (("\n\nQuestion:", "\n\nAnswer:"), "\nQuestion: q\n\nAnswer: SUPERUSER: a"),
+        (("### Human:", "### Assistant:"), "### Human: q### Assistant: SUPERUSER: a"),
+        (("\nA:", "\nB:"), "A: q\nB: SUPERUSER: a"),
+    ],
+)
+def test_speakers_may_have_other_names(speakers, text):
+    assert parse_transcript(text, "", speakers) == (ASKED, "SUPERUSER: a")
+
+
+def test_a_system_text_before_the_first_speaker_is_refused_unless_the_speakers_provide_for_it():
+    text = "Be kind. USER: q ASSISTANT: a"
+    with pytest.raises(BadRow, match="here: no transcript.*it does not begin with a speaker"):
+        parse_transcript(text, "here", ("USER:", "ASSISTANT:"))
+    kept = (("system", "Be kind."), *ASKED)
+    assert parse_transcript(text, "", ("USER:", "ASSISTANT:", "")) == (kept, "a")
+    assert parse_transcript(f"SYSTEM: {text}", "", ("USER:", "ASSISTANT:", "SYSTEM:")) == (kept, "a")
+
+
+WORDS = st.lists(st.text("ab .:\n", min_size=1).map(str.strip).filter(bool), min_size=2, max_size=8)
+EVEN = WORDS.filter(lambda words: len(words) % 2 == 0)
+
+
+@given(EVEN)
+def test_transcripts_of_any_length_give_their_turns_back(words):
+    text = "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {word}" for i, word in enumerate(words))
+    assert parse_transcript(text, "") == (turns(*words[:-1]), words[-1])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "hello",
+        "\n\nHuman: a",
+        "\n\nAssistant: a",
+        "Rules.\n\nHuman: a\n\nAssistant: b",
+        "Assistant: a\n\nHuman: b\n\nAssistant: c",
+    ],
+)
+def test_what_is_no_transcript_is_refused_with_its_row(text):
+    with pytest.raises(BadRow, match=r"row 7: field 'chosen': no transcript: a turn 'Human: \.\.\.' must come first"):
+        examples({"chosen": text}, form="transcript")
+
+
+def test_a_pair_of_transcripts_with_different_prompts_is_refused_where_it_is_needed():
+    row = {"chosen": "Human: a\n\nAssistant: b", "rejected": "Human: c\n\nAssistant: b"}
+    assert examples(row, "sft", form="transcript") == [example(turns("a"), "b", "b")]
+    with pytest.raises(BadRow, match="row 7: chosen and rejected answer different prompts"):
+        examples(row, "reward", form="transcript")
+
+
+# Messages and ShareGPT.
+
+GPT = {"user": "human", "assistant": "gpt", "system": "system"}
+
+
+@given(WORDS, st.booleans())
+def test_messages_and_sharegpt_of_any_length_give_their_turns_back(words, system):
+    messages = [{"role": "system", "content": "Be kind."}] * system + said(*words)
+    answered = len(words) // 2 * 2  # a user turn after the last answer is left out
+    wanted = [example(((("system", "Be kind."),) * system) + turns(*words[: answered - 1]), words[answered - 1])]
+    conversations = [{"from": GPT[message["role"]], "value": message["content"]} for message in messages]
+    for stage in ("sft", "ppo"):
+        assert examples({"messages": messages, "id": 3}, stage, form="messages") == wanted
+        assert examples({"conversations": conversations}, stage, form="sharegpt") == wanted
+        assert examples({"conversations": messages}, stage, form="sharegpt") == wanted
+        assert examples({"c": {"list": messages}}, stage, form="messages", field="c.list") == wanted
+
+
+def test_roles_have_many_names():
+    row = {"messages": [{"role": "developer", "content": "s"}, {"role": "User", "content": "q"}]}
+    for name in ("assistant", "gpt", "chatgpt", "bing", "bard"):
+        row["conversations"] = [*row["messages"], {"from": name, "value": "a"}]
+        assert examples(row, form="sharegpt") == [example((("system", "s"), *ASKED), "a")]
+
+
+def test_messages_of_one_speaker_in_succession_are_one_turn():
+    (a, c), (b, d), (_, empty) = said("a", "c"), said("b", "d"), said("", "")
+    messages = [a, b, c, empty, d]
+    assert examples({"messages": messages}, form="messages") == [example((("user", "a\n\nb"),), "c\n\nd")]
+
+
+def test_parts_of_text_are_joined_as_they_stand():
+    parts = [{"type": "text", "text": "Is it "}, {"type": "text", "text": "so?"}]
+    row = {"messages": [{"role": "user", "content": parts}, *said("", "a")[1:]]}
+    assert examples(row, form="messages") == [example((("user", "Is it so?"),), "a")]
+
+
+def test_a_sharegpt_row_may_have_its_system_text_beside_the_conversation():
+    row = {"system": "Be kind.", "conversations": said("q", "a")}
+    assert examples(row, form="sharegpt") == [example((("system", "Be kind."), *ASKED), "a")]
+    assert examples(row | {"system": None}, form="sharegpt") == [example(ASKED, "a")]
+
+
+def test_messages_that_nobody_answered_serve_ppo():
+    assert examples({"messages": said("q")}, "ppo", form="messages") == [example(ASKED)]
+    with pytest.raises(BadRow, match="row 7: field 'messages' has no assistant turn that answers a user turn"):
+        examples({"messages": said("q")}, "sft", form="messages")
+
+
+ASK, TOOL = {"role": "user", "content": "q"}, {"role": "tool", "content": "21 C"}
+UNFIT = {
+    "a tool": ([ASK, TOOL], "message 2 what is none: its role 'tool' is none of system, developer, user"),
+    "a function": ([ASK, {"role": "function", "content": "x"}], "its role 'function' is none of"),
+    "a call": (
+        [ASK, {"role": "assistant", "content": "", "tool_calls": [{}]}],
+        "message 2 what is none: it calls a tool",
+    ),
+    "an old call": ([ASK, {"role": "assistant", "content": None, "function_call": {"name": "f"}}], "it calls a tool"),
+    "null": ([ASK, {"role": "assistant", "content": None}], "its content must be text, not NoneType"),
+    "an image": (
+        [{"role": "user", "content": [{"type": "image_url"}]}],
+        "a part of its content is of type 'image_url'",
+    ),
+    "no content": ([{"role": "user", "text": "q"}], "it wants role and content, or from and value, but has role, text"),
+    "no message": (["q"], "message 1 what is none: it must be an object, not str"),
+    "no list": ("q", "must be a list of messages, not str"),
+    "nothing": ([], "has no assistant turn that answers"),
+    "assistant first": (
+        said("q", "a")[1:] + said("q", "a"),
+        "the assistant speaks first; a user turn must come before",
+    ),
+    "system late": ([*said("q", "a"), {"role": "system", "content": "s"}], "a system turn comes after other turns"),
+}
+
+
+@pytest.mark.parametrize(("messages", "message"), UNFIT.values(), ids=UNFIT)
+def test_messages_that_no_template_can_write_are_refused(messages, message):
+    with pytest.raises(BadRow, match="^rows.jsonl, row 7: field 'messages' (?:.* )?" + re.escape(message)):
+        examples({"messages": messages}, form="messages")
+
+
+# Alpaca, rankings, documents.
+
+
+def test_alpaca_appends_the_input_to_the_instruction():
+    row = {"instruction": " Add. ", "input": "3 and 4\n", "output": "7", "text": "..."}
+    wanted = [example((("user", "Add.\n\n3 and 4"),), "7")]
+    assert [examples(row, stage, form="alpaca") for stage in STAGES] == [wanted, [], wanted]
+    assert examples(row | {"input": ""}, form="alpaca")[0].turns == (("user", "Add."),)
+    del row["input"]
+    assert examples(row | {"system": "s"}, form="alpaca")[0].turns == (("system", "s"), ("user", "Add."))
+    with pytest.raises(BadRow, match="field 'input' must be text, not int"):
+        examples(row | {"input": 3}, form="alpaca")
+    with pytest.raises(BadRow, match="no field 'output'; the fields are instruction. Name .*format = 'fields'"):
+        examples({"instruction": "q"}, form="alpaca")
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=7), st.booleans())
+def test_a_ranking_gives_a_pair_for_every_two_answers_of_different_rank_best_first(scores, lowest_first):
+    answers = [f"{i}: {score}" for i, score in enumerate(scores)]
+    row = {"prompt": "q", "answers": answers, "scores": scores}
+    pairs = examples(row, "reward", form="ranking", scores=("scores",), lowest_first=lowest_first)
+    rank = {answer: -score if lowest_first else score for answer, score in zip(answers, scores, strict=True)}
+    assert all(rank[pair.chosen] > rank[pair.rejected] and pair.answer == pair.chosen for pair in pairs)
+    assert len({(pair.chosen, pair.rejected) for pair in pairs}) == len(pairs)
+    assert len(pairs) == sum(one != other for one, other in itertools.combinations(scores, 2))
+    best_first = [rank[pair.chosen] for pair in pairs]
+    assert best_first == sorted(best_first, reverse=True)
+    if len(set(scores)) == len(scores):
+        assert len(pairs) == len(scores) * (len(scores) - 1) // 2
+    best = next(answer for answer in answers if rank[answer] == max(rank.values()))
+    for stage in ("sft", "ppo"):
+        assert examples(row, stage, form="ranking", scores=("scores",), lowest_first=lowest_first) == [
+            example(ASKED, best)
+        ]
+
+
+def test_answers_without_scores_come_best_first():
+    pairs = examples({"prompt": "q", "answers": ["a", " b", "c"]}, "reward", form="ranking")
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [("a", "b"), ("a", "c"), ("b", "c")]
+
+
+def test_answers_and_scores_may_stand_in_fields_of_their_own_or_in_the_items_of_a_list():
+    fields = {"a": "low", "b": "high", "of_a": "0.25", "of_b": 1}
+    own = examples({"prompt": "q"} | fields, "reward", form="ranking", answers=("a", "b"), scores=("of_a", "of_b"))
+    items = {"completions": [{"response": "low", "score": 0.25}, {"response": "high", "score": 1.0}]}
+    names = {"answers": ("completions.*.response",), "scores": ("completions.*.score",)}
+    assert own == examples({"prompt": said("q")} | items, "reward", form="ranking", **names)
+    assert own == [example(ASKED, "high", "high", "low")]
+
+
+def test_ppo_takes_the_prompt_of_a_ranking_without_answers():
+    assert examples({"prompt": "q"}, "ppo", form="ranking") == [example(ASKED)]
+
+
+UNRANKED = {
+    "no answers": ({"answers": [], "s": []}, "field 'answers' holds no answers"),
+    "a text": ({"answers": "a", "s": [1]}, "field 'answers' must be a list, not str"),
+    "a number": ({"answers": ["a", 2], "s": [1, 2]}, "field 'answers' holds as number 2 what must be"),
+    "no number": (
+        {"answers": ["a", "b"], "s": [1, "N/A"]},
+        "field 's' holds as number 2 what must be a number, not 'N/A'",
+    ),
+    "too few": ({"answers": ["a", "b"], "s": [1]}, "2 answers have 1 scores"),
+    "no scores": ({"answers": ["a", "b"]}, "no field 's'; the fields are prompt, answers. Name the right ones"),
+}
+
+
+@pytest.mark.parametrize(("row", "message"), UNRANKED.values(), ids=UNRANKED)
+def test_a_mistake_in_a_ranking_is_named(row, message):
+    with pytest.raises(BadRow, match="^rows.jsonl, row 7: .*" + re.escape(message)):
+        examples({"prompt": "q"} | row, "reward", form="ranking", scores=("s",))
+
+
+def test_a_document_serves_sft_alone():
+    wanted = example((), text="Once upon a time.")
+    assert [examples({"text": " Once upon a time.\n"}, stage, form="text") for stage in STAGES] == [[wanted], [], []]
+    assert examples({"body": "Once upon a time."}, form="text", field="body") == [wanted]
+
+
+# Sources.
+
+
+def test_a_source_serves_the_stages_that_its_format_and_fields_have_something_for():
+    of = {form: [serves(SourceConfig("x", format=form), stage) for stage in STAGES]
+          for form in ("fields", "transcript", "messages", "sharegpt", "alpaca", "ranking", "text")}  # fmt: skip
+    every, pairless, documents = [True, True, True], [True, False, True], [True, False, False]
+    assert of == dict.fromkeys(("fields", "transcript", "ranking"), every) | {"text": documents} | dict.fromkeys(
+        ("messages", "sharegpt", "alpaca"), pairless
+    )
+    assert [serves(SourceConfig("x", answer="a", rejected=""), stage) for stage in STAGES] == pairless
+
+
+IMPOSSIBLE = {
+    "limit": {"limit": -1},
+    "no prompt": {"prompt": ""},
+    "no transcript": {"format": "transcript", "chosen": ""},
+    "one speaker": {"speakers": ("USER:",)},
+    "a nameless speaker": {"speakers": ("USER:", " ")},
+    "scores for some": {"format": "ranking", "answers": ("a", "b", "c"), "scores": ("a", "b")},
+    "no answers": {"format": "ranking", "answers": ()},
+    "no expression": {"strip": "["},
+}
+
+
+@pytest.mark.parametrize("change", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_an_impossible_source_is_refused_when_it_is_made(change):
+    with pytest.raises(ValueError, match=r"data\.sources"):
+        SourceConfig("x.jsonl", **change)
+
+
+def test_a_mapping_is_read_back_from_its_file_as_it_was_written():
+    source = SourceConfig("x", format="ranking", answers=("a", "b"), scores=("c", "d"), speakers=("\nU:", "\nA:", ""))
+    assert parse(SourceConfig, tomllib.loads(dump(source)), "x") == source
+
+
+@needs_real_data
+def test_every_row_of_hh_rlhf_is_a_pair():
+    source = SourceConfig(str(REAL / "hh-rlhf-harmless" / "train.jsonl"), format="transcript")
+    read = {stage: mapper(source, stage) for stage in STAGES}
+    lines = (REAL / "hh-rlhf-harmless" / "train.jsonl").read_text(encoding="utf-8").split("\n")
+    rows = [Row(source.path, number, json.loads(line)) for number, line in enumerate(lines, 1) if line]
+    pairs = [example for row in rows for example in read["reward"](row)]
+    assert len(pairs) == 1747
+    for pair, row in zip(pairs, rows, strict=True):
+        roles = [role for role, _ in pair.turns]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
+        assert not any("\n\nAssistant:" in text for _, text in pair.turns)
+        assert [pair] == read["sft"](row) == read["ppo"](row)
+
+
+@needs_real_data
+def test_every_row_of_alpaca_eval_is_a_pair():
+    path = REAL / "alpaca-eval-preferences" / "train.jsonl"
+    read = mapper(SourceConfig(str(path)), "reward")
+    lines = path.read_text(encoding="utf-8").split("\n")
+    pairs = [pair for line in lines if line for pair in read(Row("", 1, json.loads(line)))]
+    assert len(pairs) == 13_823 and len({pair.turns for pair in pairs}) == 636

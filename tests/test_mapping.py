@@ -82,6 +82,12 @@ def test_dialogues_that_share_a_prompt_need_no_prompt_beside_them():
     assert [examples(row, stage) for stage in STAGES] == [[example(turns("a", "b", "c"), "good", "good", "bad")]] * 3
 
 
+def test_a_prompt_with_a_dotted_name_is_compared_too():
+    row = {"q": {"text": "other"}, "chosen": said("q", "good"), "rejected": said("q", "bad")}
+    with pytest.raises(BadRow, match="field 'chosen' is a dialogue that does not have the prompt before its last turn"):
+        examples(row, "sft", prompt="q.text")
+
+
 def test_the_system_text_of_a_dialogue_is_kept_in_every_stage():
     system = {"role": "system", "content": "Be kind."}
     row = {"prompt": "q", "chosen": [system, *said("q", "good")], "rejected": said("q", "bad")}
@@ -403,6 +409,8 @@ UNRANKED = {
         {"answers": ["a", "b"], "s": [1, "N/A"]},
         "field 's' holds as number 2 what must be a number, not 'N/A'",
     ),
+    "too large": ({"answers": ["a", "b"], "s": [1, 10**400]}, "holds as number 2 what must be a number, not 1000"),
+    "a dialogue": ({"answers": [said("q", "a")], "s": [1]}, "number 1 what must be an answer alone, not a dialogue"),
     "too few": ({"answers": ["a", "b"], "s": [1]}, "2 answers have 1 scores"),
     "no scores": ({"answers": ["a", "b"]}, "no field 's'; the fields are prompt, answers. Name the right ones"),
 }

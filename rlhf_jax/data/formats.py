@@ -25,7 +25,7 @@ from rlhf_jax.data.dialogues import (
     turns_of,
 )
 from rlhf_jax.data.example import BadRow, Example, Row, Turns
-from rlhf_jax.data.picking import MISSING, Fields, Lacking, part
+from rlhf_jax.data.picking import MISSING, Fields, Lacking, part, picker
 from rlhf_jax.data.splits import Stage
 
 Read = Callable[[Row], list[Example]]
@@ -37,13 +37,14 @@ def _of_fields(source: SourceConfig, stage: Stage) -> Read:
     names, needed = _replies(source, stage)
     prompt_in, system_in = _part(source, source.prompt, prompt_of), _system(source)
     answer_in, chosen_in, rejected_in = (_part(source, name, reply_of, name in needed) for name in names)
+    picked = picker(source.prompt)
     path, one = source.path, not source.answer  # of `answer` and `chosen`
 
     def read(row: Row) -> list[Example]:
         fields = row.fields
         chosen = chosen_in(fields)
         answer, rejected = chosen if one else answer_in(fields), rejected_in(fields)
-        if type(answer) is tuple and source.prompt not in fields:
+        if type(answer) is tuple and picked(fields) is MISSING:
             turns = _named(answered, answer, names[0])[0]  # a dialogue alone says what it answers
         else:
             turns = prompt_in(fields)
@@ -144,7 +145,7 @@ def _of_alpaca(source: SourceConfig, stage: Stage) -> Read:
 def _of_rankings(source: SourceConfig, stage: Stage) -> Read:
     """Answers of equal rank make no pair; the best for SFT is the first of them. PPO does without answers."""
     prompt_in, system_in = _part(source, source.prompt, prompt_of), _system(source)
-    answers_in, scores_in = _many(source, source.answers, reply_of), _many(source, source.scores, _number_of)
+    answers_in, scores_in = _many(source, source.answers, _answer_of), _many(source, source.scores, _number_of)
 
     def ranked(fields: Fields) -> list[tuple[float, str]]:
         answers = answers_in(fields)
@@ -221,10 +222,17 @@ def _each(value: Any, convert: Callable[[Any], Any]) -> list:
     return items
 
 
+def _answer_of(value: Any) -> str:
+    reply = reply_of(value)
+    if type(reply) is tuple:
+        raise BadRow("must be an answer alone, not a dialogue")
+    return reply
+
+
 def _number_of(value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if math.isnan(number):
         raise BadRow(f"must be a number, not {value!r}")

@@ -45,7 +45,7 @@ def show_data(recipe: Recipe, examples: int, out: TextIO = sys.stdout) -> None:
             try:
                 rows = stage_rows(recipe.data, tokenizer, stage, held_out=held_out, learn=learn)
             except ValueError as error:
-                if not str(error).startswith("no rows"):
+                if "there are no " not in str(error):
                     raise
                 print(f"  {error}", file=out)
                 continue

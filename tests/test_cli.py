@@ -200,7 +200,7 @@ def test_a_batch_larger_than_the_data_names_the_largest(refused):
 
 
 def test_no_held_out_rows_are_refused_or_done_without(refused, recipe, tmp_path):
-    assert "sft: there are no held-out rows to measure on: raise data.held_out" in refused("data.held_out=0.0")
+    assert "sft: there are no held-out rows to measure on (0 rows): raise data.held_out" in refused("data.held_out=0.0")
     options = ("data.held_out=0.0", "sft.eval_batches=0", "sft.steps=1", f"run.dir={tmp_path / 'run'}")
     assert tiny_recipe.run("sft", recipe, *options) == 0
     assert [line["step"] for line in records(tmp_path / "run/sft/metrics.jsonl")] == [1]

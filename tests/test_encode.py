@@ -127,7 +127,9 @@ def test_long_prompts_and_empty_texts_are_dropped_and_counted_by_reason():
 
 
 def test_when_nothing_is_left_the_report_is_the_error():
-    with pytest.raises(ValueError, match=r"no rows to train on .*\(0 rows, 1 dropped: prompt over 40 tokens\): add"):
+    with pytest.raises(
+        ValueError, match=r"there are no rows to train on \(0 rows, 1 dropped: prompt over 40 tokens\): add"
+    ):
         rows_of([example("x" * 99)], CONFIG, TOKENIZER, "ppo")
 
 

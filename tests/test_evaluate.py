@@ -9,7 +9,7 @@ from tiny_recipe import records
 
 import rlhf_jax
 from rlhf_jax.config import load
-from rlhf_jax.data.sources import load_examples
+from rlhf_jax.data.rows import read_examples
 from rlhf_jax.data.splits import prompt_key
 from rlhf_jax.evaluate import report, scored
 from rlhf_jax.recipe import Recipe
@@ -62,7 +62,7 @@ def test_no_prompt_of_the_evaluation_trains_any_stage(evaluated):
     data = load(folder / "config.toml", [], Recipe).data
     asked = {prompt_key(tuple(map(tuple, row["prompt"]))) for row in records(folder / "evaluate.jsonl")}
     for stage in ("sft", "reward", "ppo"):
-        trained = {prompt_key(example.turns) for example in load_examples(data, stage, held_out=False)}
+        trained = {prompt_key(example.turns) for example in read_examples(data, stage, held_out=False)}
         assert asked & trained == set()
 
 

@@ -189,11 +189,9 @@ def test_packed_rows_hold_every_document_once_and_the_report_says_how_full_they_
 
 def test_a_stage_without_rows_is_refused_and_says_how_to_mend_it(write_jsonl):
     path = write_jsonl(pairs(5))
-    with pytest.raises(
-        ValueError, match=r"no rows to train on for the stage reward \(0 rows\): .*data.split = '1,0,0'"
-    ):
+    with pytest.raises(ValueError, match=r"reward: there are no rows to train on \(0 rows\): .*data.split = '1,0,0'"):
         rows_for(config_of(path), "reward")
-    with pytest.raises(ValueError, match="no rows to measure on for the stage sft.*raise data.held_out"):
+    with pytest.raises(ValueError, match="sft: there are no held-out rows to measure on .*raise data.held_out"):
         rows_for(config_of(path), "sft", held_out=True)
 
 
@@ -203,7 +201,8 @@ def test_a_bad_row_stops_the_run_unless_it_is_tolerated_and_then_nothing_good_is
     rows[30] = {"prompt": "q30"}
     path = write_jsonl(rows)
     config = config_of(path)
-    message = f"{re.escape(str(path))}, line 8: field 'chosen' must be text, not int.*raise data.max_bad_rows"
+    message = re.escape(f"{path}, line 8: field 'chosen' must be text or a list of messages, not int")
+    message += ".*raise data.max_bad_rows"
     for read in (lambda: rows_for(config, "sft"), lambda: examples(config, "sft")):
         with pytest.raises(ValueError, match=message):
             read()

@@ -37,6 +37,7 @@ from rlhf_jax.data.store import Store, record_batch, write
 
 ROWS_PER_BLOCK = 1024
 THREADS = 4  # at most: beyond it they wait for Python's lock
+BLEND = ("weight", "epochs", "max_rows")  # of a source, what its tokens do not depend on
 SHOWN = 3  # messages of bad rows that are kept
 T, R = TypeVar("T"), TypeVar("R")
 
@@ -88,11 +89,10 @@ def tokenised(
         ValueError: more than `config.max_bad_rows` rows are bad, with the first of them; and as `places.read`.
     """
     cache = cache_folder(config)
-    # Blends and limits of errors leave the tokens as they are.
-    mapping = dataclasses.replace(source, weight=0.0, epochs=1.0, max_rows=0, path="", eval_path="", eval_split="")
+    mapping = {**dataclasses.asdict(source), **dict.fromkeys(("path", "eval_path", "eval_split", *BLEND))}
     parts = {
         "content": content_key(**place, memo=cache / "contents.json"),
-        "mapping": dataclasses.asdict(mapping),
+        "mapping": mapping,
         "wanted": dataclasses.asdict(wanted),
         "shares": dataclasses.asdict(shares),
         "tokenizer": tokenizer_key(tokenizer),
@@ -123,6 +123,7 @@ def _build(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
+        source = dataclasses.replace(source, path=place["path"])  # what its examples are said to come from
         rows = itertools.islice(read(**place), source.limit or None)
         tally: list[Tally] = []
         batches = encoded_batches(rows, source, config, tokenizer, wanted, shares, tally.append)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-Turns = tuple[tuple[str, str], ...]  # (("user", text), ("assistant", text), ..., ("user", text)); "system" may come first
+Turns = tuple[
+    tuple[str, str], ...
+]  # (("user", text), ("assistant", text), ..., ("user", text)); "system" may come first
 
 
 class BadRow(ValueError):

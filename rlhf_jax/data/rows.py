@@ -162,16 +162,17 @@ def _assembled(
     told += [f"{count:,} dropped: {reason}" for reason, count in dropped.items() if count]
     told += [f"{cut:,} cut at {want.max_length} tokens"] * (cut > 0)
     told += [f"{bad:,} bad rows left out: {message}" for message in shown[:1]]
-    if not total:
-        mend = (
-            "raise data.held_out or name an eval_path"
-            if held_out
-            else f"add rows, raise the stage's share in data.split = {config.split!r} (shares of "
-            f"{', '.join(splits.STAGES)}), lower data.held_out = {config.held_out}, raise data.max_prompt_length, or "
-            "name the fields that the stage needs in data.sources"
+    if not total and held_out:
+        raise ValueError(
+            f"{want.stage}: there are no held-out rows to measure on ({', '.join(told)}): raise data.held_out, give a "
+            f"source an eval_path, or set {want.stage}.eval_batches=0"
         )
-        use = "to measure on" if held_out else "to train on"
-        raise ValueError(f"no rows {use} for the stage {want.stage} ({', '.join(told)}): {mend}")
+    if not total:
+        raise ValueError(
+            f"{want.stage}: there are no rows to train on ({', '.join(told)}): add rows, raise the stage's share in "
+            f"data.split = {config.split!r} (shares of {', '.join(splits.STAGES)}), lower data.held_out = "
+            f"{config.held_out}, raise data.max_prompt_length, or name the fields that it needs in data.sources"
+        )
     if pack_length:
         found = [packed(part, pack_length) for part in found]
         fill = sum(float(part.lengths.sum()) for part in found) / (sum(map(len, found)) * pack_length)
@@ -246,7 +247,8 @@ def keyed_examples(
     source: SourceConfig, place: dict[str, Any], config: DataConfig, stage: splits.Stage
 ) -> Iterator[tuple[list[Example], np.ndarray]]:
     """Examples of a place with their keys [n, 2], some at a time; ValueError for more bad rows than are allowed."""
-    to_examples, rows, bad = mapper(source, stage), iter(itertools.islice(read(**place), source.limit or None)), []
+    to_examples = mapper(dataclasses.replace(source, path=place["path"]), stage)
+    rows, bad = iter(itertools.islice(read(**place), source.limit or None)), []
     while block := list(itertools.islice(rows, ROWS_AT_ONCE)):
         examples, _, wrong = mapped(block, to_examples)
         bad += wrong

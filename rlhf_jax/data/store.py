@@ -85,16 +85,15 @@ class Store:
 
     def keys(self) -> np.ndarray:
         """[rows, 2] uint64."""
-        columns = [np.concatenate([self._column(name), np.zeros(0, np.uint64)]) for name in ("held_key", "stage_key")]
-        return np.stack(columns, axis=1)
+        return np.stack([self._column(name, np.uint64) for name in ("held_key", "stage_key")], axis=1)
 
     def numbers(self) -> np.ndarray:
         """[rows] int64: the row's number in its source."""
-        return self._column("number")
+        return self._column("number", np.int64)
 
-    def _column(self, name: str) -> np.ndarray:
-        columns = [batch[name].to_numpy() for batch in self._batches]
-        return np.concatenate(columns)[:: self.per_row] if columns else np.zeros(0, np.int64)
+    def _column(self, name: str, kind: type) -> np.ndarray:
+        columns = [np.zeros(0, kind), *(batch[name].to_numpy() for batch in self._batches)]
+        return np.concatenate(columns)[:: self.per_row]
 
     def row(self, index: int) -> list[Encoded]:
         """The sequences of a row; their arrays are views of the file."""

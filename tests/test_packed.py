@@ -16,7 +16,8 @@ import tiny
 from rlhf_jax.data.batches import Batch
 from rlhf_jax.data.packing import pack, segments_of
 from rlhf_jax.engine import Compute
-from rlhf_jax.mesh import TRAIN, Layout, single_device_mesh
+from rlhf_jax.gpus import COMPILE_OPTIONS, devices_of
+from rlhf_jax.mesh import TRAIN, Layout, MeshConfig, make_mesh, single_device_mesh
 from rlhf_jax.models import decoder
 from rlhf_jax.models.architecture import Alibi, Rope
 from rlhf_jax.models.attention import Kernel
@@ -266,6 +267,26 @@ def test_fused_attention_that_is_asked_for_with_packed_rows_is_refused_with_the_
     with pytest.raises(ValueError, match="rows are packed") as error:
         say_attention("sft", *on_gpus("cudnn"), 1024, packed=True)
     assert 'set it to "auto" or "xla"' in str(error.value)
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+def test_for_an_a100_rows_of_one_document_are_fused_and_packed_ones_are_not():
+    layout = Layout(make_mesh(MeshConfig(1, 1, 1), devices_of("1xA100-80GB")), TRAIN)
+    config = dataclasses.replace(tiny.LLAMA, head_dim=64, max_positions=256)
+    _, measure = sft_programs(Role(config), Compute(jnp.dtype("bfloat16"), "layers", 64), layout, optax.sgd(0.1), 1)
+    params = {
+        path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=layout.sharding(leaf.axes))
+        for path, leaf in abstract_params(config).items()
+    }
+
+    def calls(*dtypes) -> int:
+        where = layout.sharding(("batch", None))
+        batch = Batch(*(jax.ShapeDtypeStruct((4, 256), dtype, sharding=where) for dtype in dtypes))
+        return measure.lower(params, batch).compile(COMPILE_OPTIONS).as_text().count("__cudnn$fmha")
+
+    assert calls(jnp.int32, bool, bool) > 0
+    assert calls(jnp.int32, bool, bool, jnp.int32) == 0
 
 
 @needs_real_data

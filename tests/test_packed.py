@@ -46,7 +46,10 @@ FAMILIES = {
         tiny.LLAMA, windows=(0, 5), local_rope=Rope((0.7, 0.3, 0.05, 0.01)), attention_softcap=2.0, final_softcap=5.0
     ),
     "bloom": dataclasses.replace(BLOOM, alibi=Alibi(SLOPES)),
-    "falcon": dataclasses.replace(BLOOM, embed_norm=False, alibi=Alibi(SLOPES, scale=8**-0.5, rounded=True)),
+    # Slopes whose products with positions are rounded, so that those of a document must be its own.
+    "falcon": dataclasses.replace(
+        BLOOM, embed_norm=False, alibi=Alibi((0.71, 0.53, 0.37, 0.19), scale=8**-0.5, rounded=True)
+    ),
 }
 in_every_family = pytest.mark.parametrize("family", FAMILIES)
 # Documents of rows of 48 tokens, which is more than the 40 positions that OPT has; in the second 9 are padding.

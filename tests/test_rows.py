@@ -175,7 +175,9 @@ def test_sources_are_drawn_from_by_weight_cap_and_epochs_and_the_report_says_so(
 
 
 def test_packed_rows_hold_every_document_once_and_the_report_says_how_full_they_are(write_jsonl):
-    config = config_of(write_jsonl(pairs(200)))
+    config = dataclasses.replace(config_of(write_jsonl(pairs(200))), max_prompt_length=100, max_length=128)
+    with pytest.raises(ValueError, match="sft.pack_length = 127: a row must hold a document of data.max_length = 128"):
+        rows_for(config, "sft", pack_length=127)
     loose, packed = rows_for(config, "sft"), rows_for(config, "sft", pack_length=128)
     (part,) = packed.parts
     documents = [each.tokens.tolist() for row in range(len(part)) for (each,) in part.documents(row)]

@@ -67,7 +67,7 @@ class Batches:
         self.process, self._blend = process, rows.blend
         self.steps_per_epoch = len(rows) // batch_size
         self._row_lengths = [part.lengths.max(axis=1) for part in rows.parts]
-        longest = width or -(-rows.longest // 8) * 8
+        longest = width or -(-max(int(lengths.max(initial=0)) for lengths in self._row_lengths) // 8) * 8
         self.lengths = bucket_lengths(np.concatenate(self._row_lengths), longest, buckets)
 
     def draws(self, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -119,10 +119,27 @@ class Batches:
 
 
 def bucket_lengths(row_lengths: np.ndarray, longest: int, buckets: int) -> tuple[int, ...]:
-    """At most `buckets` lengths, ascending, multiples of 8 but for the last, `longest`: quantiles of the rows'."""
-    quantiles = np.quantile(row_lengths, np.arange(1, buckets) / buckets, method="higher") if buckets > 1 else []
-    shorter = {int(-(-length // 8) * 8) for length in quantiles}
-    return (*sorted(length for length in shorter if length < longest), longest)
+    """At most `buckets` lengths, ascending, multiples of 8 but for the last, `longest`: those that pad rows least.
+
+    By dynamic programming over the lengths that rows have: with k lengths the rows up to length j take least room when
+    those up to some shorter i are best placed with k - 1 and the others all have length j.
+    """
+    rounded = np.minimum(-(-row_lengths // 8) * 8, longest)
+    lengths, counts = np.unique(np.append(rounded, longest), return_counts=True)
+    rows = np.concatenate([[0], np.cumsum(counts)])  # rows[i]: how many are shorter than lengths[i]
+    # room[i, j]: of the rows from lengths[i] up to lengths[j], all of them as long as the last
+    room = lengths * (rows[1:] - rows[:-1, None])
+    room = np.where(np.tri(len(lengths), k=-1, dtype=bool), np.inf, room)
+    best, cuts = room[0], []
+    for _ in range(min(buckets, len(lengths)) - 1):
+        with_one_more = np.concatenate([[np.inf], best[:-1]])[:, None] + room
+        cuts.append(with_one_more.argmin(axis=0))
+        best = with_one_more.min(axis=0)
+    found, end = [longest], len(lengths) - 1
+    for cut in reversed(cuts):
+        end = int(cut[end]) - 1
+        found.append(int(lengths[end]))
+    return tuple(reversed(found))
 
 
 def assemble(

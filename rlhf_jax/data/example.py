@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-Turns = tuple[
-    tuple[str, str], ...
-]  # (("user", text), ("assistant", text), ..., ("user", text)); "system" may come first
+# (("user", text), ("assistant", text), ..., ("user", text)); ("system", text) may come first.
+Turns = tuple[tuple[str, str], ...]
 
 
 class BadRow(ValueError):
@@ -20,10 +19,11 @@ class Row(NamedTuple):
     file: str  # path of the file, or "name (split)" of a hub data set
     number: int  # its line in the file (JSON lines, text), or its row; counted from 1
     fields: dict[str, Any] | BadRow
+    unit: str = "row"  # "line", where rows are lines
 
     @property
     def where(self) -> str:
-        return f"{self.file}, row {self.number}"
+        return f"{self.file}, {self.unit} {self.number}"
 
 
 @dataclass(frozen=True, slots=True)

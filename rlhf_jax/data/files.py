@@ -94,7 +94,7 @@ def _text(path: str, text: Iterator[bytes]) -> Iterator[Row]:
             if line is None:
                 yield Row(path, number, BadRow(f"{where}: {TOO_LONG}"))
             elif line.strip():
-                yield Row(path, number, {"text": line.decode().rstrip("\r\n")})
+                yield Row(path, number, {"text": line.decode().rstrip("\r\n")}, "line")
         except UnicodeDecodeError as error:
             yield Row(path, number, BadRow(f"{where}: not UTF-8 ({error})"))
 
@@ -184,17 +184,20 @@ def _arrow(path: str, file: BinaryIO) -> Iterator[Row]:
         batches = pa.ipc.open_stream(source)
     given = 0
     for batch in batches:
+        checked = _is_sound(batch)
         for start in range(0, batch.num_rows, BATCH):
-            yield from _batch(path, given + start, batch.slice(start, BATCH))
+            yield from _batch(path, given + start, batch.slice(start, BATCH), checked=checked)
         given += batch.num_rows
 
 
 UNFIT = (ValueError, OverflowError, pa.ArrowException)  # values that Python cannot hold, as text that is not UTF-8
 
 
-def _batch(path: str, given: int, batch: pa.RecordBatch) -> Iterator[Row]:
-    """The rows of a batch that comes after `given` others."""
+def _batch(path: str, given: int, batch: pa.RecordBatch, *, checked: bool = True) -> Iterator[Row]:
+    """The rows of a batch that comes after `given` others; `checked`: it `_is_sound`, or made by the Parquet reader."""
     try:
+        if not (checked or _is_sound(batch)):
+            raise pa.ArrowInvalid
         rows = batch.to_pylist()
     except UNFIT:
         rows = [_fields(batch.slice(index, 1), f"{path}, row {given + index + 1}") for index in range(batch.num_rows)]
@@ -202,10 +205,20 @@ def _batch(path: str, given: int, batch: pa.RecordBatch) -> Iterator[Row]:
         yield Row(path, number, fields)
 
 
+def _is_sound(batch: pa.RecordBatch) -> bool:
+    """Whether all of it is as the format demands. What is not can end the process, where it is made Python objects."""
+    try:
+        batch.validate(full=True)
+    except pa.ArrowException:
+        return False
+    return True
+
+
 def _fields(row: pa.RecordBatch, where: str) -> dict[str, Any] | BadRow:
     fields = {}
     for name, column in zip(row.schema.names, row.columns, strict=True):
         try:
+            column.validate(full=True)
             fields[name] = column[0].as_py()
         except UNFIT as error:
             return BadRow(f"{where}: field {name!r} cannot be read: {error}")

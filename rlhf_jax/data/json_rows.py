@@ -37,20 +37,19 @@ def json_lines(path: str, text: Iterator[bytes]) -> Iterator[Row]:
             continue
         # Half a character can only come of an escape, as the line is UTF-8: the look at every text is seldom needed.
         if type(fields) is dict and not (BACKSLASH in line and SURROGATE_ESCAPE.search(line)):
-            yield Row(path, number, fields)
+            yield Row(path, number, fields, "line")
         else:
-            yield _checked(path, number, fields, f"{path}, line {number}", ONE_A_LINE)
+            yield _checked(path, number, fields, "line", ONE_A_LINE)
 
 
 def _unusual(path: str, number: int, line: bytes | None) -> Row:
     """A line that begins with a blank, or is no JSON."""
-    where = f"{path}, line {number}"
     if line is None:
-        return Row(path, number, BadRow(f"{where}: {TOO_LONG}"))
+        return Row(path, number, BadRow(f"{path}, line {number}: {TOO_LONG}"))
     try:
-        return _checked(path, number, JSON.decode(line.decode()), where, ONE_A_LINE)
+        return _checked(path, number, JSON.decode(line.decode()), "line", ONE_A_LINE)
     except (ValueError, RecursionError) as error:
-        return Row(path, number, BadRow(f"{where}: malformed JSON ({error}); {ONE_A_LINE}"))
+        return Row(path, number, BadRow(f"{path}, line {number}: malformed JSON ({error}); {ONE_A_LINE}"))
 
 
 def json_rows(path: str, text: Iterator[bytes]) -> Iterator[Row]:
@@ -65,20 +64,21 @@ def json_rows(path: str, text: Iterator[bytes]) -> Iterator[Row]:
     number = 0
     try:
         for number, value in enumerate(_values(Scanner(text)), start=1):
-            yield _checked(path, number, value, f"{path}, row {number}", "the rows must be objects")
+            yield _checked(path, number, value, "row", "the rows must be objects")
     except (ValueError, RecursionError) as error:
         what = error.msg if isinstance(error, json.JSONDecodeError) else error
         number += 1
         yield Row(path, number, BadRow(f"{path}, row {number}: malformed JSON ({what}); what follows is not read"))
 
 
-def _checked(path: str, number: int, fields: Any, where: str, mend: str) -> Row:
+def _checked(path: str, number: int, fields: Any, unit: str, mend: str) -> Row:
+    where = f"{path}, {unit} {number}"
     if not isinstance(fields, dict):
         return Row(path, number, BadRow(f"{where}: holds a {type(fields).__name__}; {mend}"))
     if (name := broken_text(fields)) is not None:
         what = "half a character (a surrogate), as where text was cut, or bytes that are not UTF-8"
         return Row(path, number, BadRow(f"{where}: field {name!r} holds {what}"))
-    return Row(path, number, fields)
+    return Row(path, number, fields, unit)
 
 
 def _sniff(text: Iterator[bytes]) -> tuple[Iterator[bytes], bool]:
@@ -131,7 +131,7 @@ class Scanner:
     def take(self, expected: str) -> str:
         """The next character, which must be one of `expected`; ValueError if it is not."""
         if (found := self.peek()) not in tuple(expected):
-            raise ValueError(f"{' or '.join(expected)} expected, not {found or 'the end of the file'}")
+            raise ValueError(f"{' or '.join(expected)} expected, not {repr(found) if found else 'the end of the file'}")
         self.at += 1
         return found
 

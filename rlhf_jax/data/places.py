@@ -91,12 +91,15 @@ def files_of(path: str, split: str) -> list[str] | None:
             pass
         else:
             raise ValueError(f"{path}: is neither a file nor a folder")
+        # The name of a hub data set holds at most one /.
         if format_of(path) or path.startswith((".", os.sep)) or path.count("/") > 1:
             raise ValueError(f"{path}: no such file; the folder here is {os.getcwd()}")
         return None
     for file in files:
         if not os.access(file, os.R_OK):
             raise ValueError(unreadable(file, PermissionError() if os.path.exists(file) else FileNotFoundError()))
+    if not any(os.path.getsize(file) for file in files):
+        raise ValueError(f"{path}: holds no rows, it is empty")
     return files
 
 

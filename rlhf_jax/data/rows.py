@@ -82,8 +82,8 @@ class Rows:
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(int(part.lengths.max()) for part in self.parts if len(part))
+        """Tokens of the longest document: what a model must have positions for."""
+        return max(int(part.store.lengths[part.picked].max()) for part in self.parts if len(part))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -116,6 +116,11 @@ def stage_rows(
     Raises:
         ValueError: as `build.tokenised`; no row is left to train on, or none to measure on.
     """
+    if 0 < pack_length < config.max_length:
+        raise ValueError(
+            f"{stage}.pack_length = {pack_length}: a row must hold a document of data.max_length = {config.max_length} "
+            "tokens; make them equal, or pack_length larger"
+        )
     sources = [source for source in map(resolved, config.sources) if serves(source, stage)]
     want = wanted(config, stage, learn)
     withheld = np.zeros(0, np.uint64) if held_out else withheld_keys(config)

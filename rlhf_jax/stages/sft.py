@@ -99,7 +99,6 @@ def run_sft(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig
     rows = rows_of(held_out=False)
     held_out = rows_of(held_out=True) if config.eval_batches else None
     say_rows("sft", rows, held_out)
-    say_attention("sft", pretrained, model, rows.longest)
     batches = Batches(
         rows,
         batch_size=config.batch_size,
@@ -107,6 +106,7 @@ def run_sft(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig
         buckets=config.length_buckets,
         width=config.pack_length,
     )
+    say_attention("sft", pretrained, model, batches.lengths[-1], packed=rows.packed)
     measured = held_out_batches(held_out, config.batch_size // num_micro, config.eval_batches * num_micro, layout)
     steps = total_steps(config.steps, config.epochs, batches.steps_per_epoch)
 

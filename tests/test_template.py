@@ -163,7 +163,7 @@ def test_the_spans_are_what_the_assistant_says_and_its_ends_and_nothing_else(tok
 
 @pytest.mark.parametrize("tokenizer", [GPT2, CHATML_LIKE, LLAMA_LIKE], ids=["default", "chatml", "metaspace"])
 @given(texts=st.lists(TEXT, min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0))
-def test_the_spans_by_characters_are_those_by_parts(tokenizer, texts):
+def test_the_spans_by_bytes_are_those_by_parts(tokenizer, texts):
     turns = tuple((("user", "assistant")[i % 2], text) for i, text in enumerate(texts))
     asked = []
 
@@ -175,7 +175,7 @@ def test_the_spans_by_characters_are_those_by_parts(tokenizer, texts):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(template, "_by_parts", by_parts)
         encoded = encode_dialogues(tokenizer, chats, all_turns=True)
-    assert len(asked) == 1  # the first, to compare; the two others went by characters
+    assert len(asked) == 1  # the first, to compare; the two others went by bytes
     whole = exact(*asked[0])
     for each in encoded:
         assert np.array_equal(each.tokens, whole.tokens) and np.array_equal(each.spans, whole.spans)

@@ -4,8 +4,8 @@ A conversation is rendered by the template and then encoded without further spec
 EOS itself, so there is never a second BOS. Text of a user or an assistant that happens to spell a special token, as
 "</s>", is encoded as the plain characters that it is; only what the template writes becomes a control token.
 
-A dialogue is encoded once, and where an answer begins and ends in its tokens is read from the characters that each
-token covers; `_by_parts` says the same by encoding every beginning of the dialogue, which is slower and exact.
+A dialogue is encoded once, and where an answer begins and ends in its tokens is found by the bytes that each token
+stands for; `_by_parts` says the same by encoding every beginning of the dialogue, which is slower and exact.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import jinja2
 import numpy as np
-from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data.example import Turns
+from rlhf_jax.data.token_bytes import byte_length, token_ends
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -31,7 +31,7 @@ CHAT_TEMPLATE = (
 )
 
 # One dialogue in so many is also encoded by parts, and must come out the same.
-CHECKED = 64
+CHECKED = 512
 
 
 class Encoded(NamedTuple):
@@ -93,10 +93,8 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, histories: Sequence[Turns
     found: list[np.ndarray | Failure] = list(texts)
     good = [i for i, text in enumerate(texts) if isinstance(text, str)]
     spells_control = _spells_control(tokenizer)
-    for i, encoding in zip(good, _encode(tokenizer, [texts[i] for i in good]), strict=True):
-        found[i] = np.array(encoding.ids, np.int32)
-        if spells_control(chats[i]):
-            found[i] = _ids(tokenizer, chats[i], opened=True)
+    for i, ids in zip(good, _encode(tokenizer, [texts[i] for i in good]), strict=True):
+        found[i] = _ids(tokenizer, chats[i], opened=True) if spells_control(chats[i]) else ids
     return found
 
 
@@ -123,7 +121,7 @@ def encode_dialogues(
         next((text for pair in each for text in pair if isinstance(text, ValueError)), None) for each in rendered
     ]
     good = [i for i, failure in enumerate(failures) if failure is None]
-    encodings = dict(zip(good, _encode(tokenizer, [rendered[i][-1][1] for i in good]), strict=True))
+    tokens = dict(zip(good, _encode(tokenizer, [rendered[i][-1][1] for i in good]), strict=True))
     spells_control, ends = _spells_control(tokenizer), _ends(tokenizer)
 
     def exact(i: int) -> Encoded | Failure:
@@ -132,11 +130,11 @@ def encode_dialogues(
     def encoded(i: int) -> Encoded | Failure:
         if failures[i] is not None:
             return failures[i]
-        fast = None if spells_control(chats[i]) else _by_characters(encodings[i], rendered[i], ends, tokenizer)
+        fast = None if spells_control(chats[i]) else _by_bytes(tokens[i], rendered[i], ends, tokenizer)
         return exact(i) if fast is None else fast
 
     found = [encoded(i) for i in range(len(chats))]
-    # Where these differ, tokens run across the beginning of an answer in a way that characters do not show.
+    # Where these differ, tokens before an answer depend on it in a way that their bytes do not show.
     if any(not _equal(found[i], exact(i)) for i in good[::CHECKED]):
         return [exact(i) for i in range(len(chats))]
     return found
@@ -161,32 +159,25 @@ def _equal(one: Encoded | Failure, other: Encoded | Failure) -> bool:
     return all(map(np.array_equal, one, other))
 
 
-def _by_characters(
-    encoding: Encoding, rendered: list[tuple[str, str]], ends: frozenset[int], tokenizer: PreTrainedTokenizerBase
+def _by_bytes(
+    ids: np.ndarray, rendered: list[tuple[str, str]], ends: frozenset[int], tokenizer: PreTrainedTokenizerBase
 ) -> Encoded | None:
-    """None where the texts are no beginnings of the dialogue, or a token may run across the beginning of an answer.
+    """None where the texts are no beginnings of the dialogue, or a token runs across the beginning of an answer.
 
-    rendered: for each answer the dialogue up to it, opened, and with it; `encoding` is of the last, the whole dialogue.
+    rendered: for each answer the dialogue up to it, opened, and with it; `ids` are those of the last, the whole one.
     """
     whole = rendered[-1][1]
-    if not all(whole.startswith(text) for pair in rendered for text in pair):
+    places = token_ends(tokenizer, ids, whole)
+    if places is None or not all(whole.startswith(text) for pair in rendered for text in pair):
         return None
-    ids, spans = encoding.ids, []
-    for begin, end in ((len(opened), len(upto)) for opened, upto in rendered):
-        before = encoding.char_to_token(begin - 1) if begin else None
-        if before is None:
+    spans = []
+    for opened, upto in rendered:
+        begin = byte_length(opened)
+        first, stop = np.searchsorted(places, (begin, byte_length(upto)), side="right").tolist()
+        if begin != (places[first - 1] if first else 0):
             return None
-        first = before + 1
-        while first < len(ids) and encoding.token_to_chars(first)[1] <= begin:  # a character of several tokens
-            first += 1
-        last = next((t for at in range(end - 1, begin - 1, -1) if (t := encoding.char_to_token(at)) is not None), None)
-        if last is None or last < first or encoding.token_to_chars(first)[0] < begin:
-            return None
-        stop = last + 1
-        while stop < len(ids) and encoding.token_to_chars(stop)[1] <= end:
-            stop += 1
         spans.append((first, _end(ids, first, stop, ends)))
-    return _finished(np.array(ids, np.int32), spans, ends, tokenizer.eos_token_id)
+    return _finished(ids, spans, ends, tokenizer.eos_token_id)
 
 
 def _by_parts(
@@ -209,13 +200,13 @@ def _by_parts(
     except ValueError as error:  # the template refuses it
         return error
     pairs = zip(spans[::2], spans[1::2], strict=True)
-    spans = [(first, _end(whole.tolist(), first, stop, ends)) for first, stop in pairs]
+    spans = [(first, _end(whole, first, stop, ends)) for first, stop in pairs]
     return _finished(whole, spans, ends, tokenizer.eos_token_id)
 
 
-def _end(ids: Sequence[int], first: int, stop: int, ends: frozenset[int]) -> int:
+def _end(ids: np.ndarray, first: int, stop: int, ends: frozenset[int]) -> int:
     """Behind the last control token of ids[first:stop]; `stop` where there is none."""
-    return next((t + 1 for t in range(stop - 1, first - 1, -1) if ids[t] in ends), stop)
+    return next((t + 1 for t in range(stop - 1, first - 1, -1) if int(ids[t]) in ends), stop)
 
 
 def _finished(tokens: np.ndarray, spans: list[tuple[int, int]], ends: frozenset[int], eos: int) -> Encoded:
@@ -245,11 +236,14 @@ def _spells_control(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[s
     return lambda chat: any(search(message["content"]) for message in chat)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Sequence[Encoding]:
-    if not texts:
-        return []
-    options = dict(add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)
-    return tokenizer(texts, **options).encodings
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
+    """int32 ids of rendered texts, in which control tokens are what they spell."""
+    backend = tokenizer.backend_tokenizer
+    # What a call of transformers may have left there.
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = False
+    return [np.array(each.ids, np.int32) for each in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], *, opened: bool) -> np.ndarray:

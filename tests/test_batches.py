@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from rlhf_jax.data.ahead import Ahead
 from rlhf_jax.data.batches import BUCKET_WINDOW, Batch, Batches, bucket_lengths
 from rlhf_jax.data.blend import Part
-from rlhf_jax.data.build import Tally
 from rlhf_jax.data.rows import Rows, SourceRows, packed
 from rlhf_jax.data.store import in_memory, record_batch
 from rlhf_jax.data.template import Encoded
+from rlhf_jax.data.tokenise import Tally
 
-NOTHING = Tally(0, 0, 0, 0, {}, 0, ())
+NOTHING = Tally()
 
 
 def source(lengths: list[int], per_row: int = 1, first: int = 1, name: str = "made") -> SourceRows:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny_tokenizer import chatml_like, gpt2_like
 
-from rlhf_jax.data import build
+from rlhf_jax.data import build, tokenise
 from rlhf_jax.data.config import DataConfig, SourceConfig
 from rlhf_jax.data.rows import Rows, stage_rows
 from rlhf_jax.data.template import prepare_tokenizer
@@ -42,7 +42,7 @@ def kept(config: DataConfig) -> set[str]:
 
 def test_a_second_run_tokenises_nothing_and_has_the_same_rows(config, monkeypatch):
     first = rows_for(config)
-    monkeypatch.setattr(build, "encode_block", lambda *args: pytest.fail("tokenised again"))
+    monkeypatch.setattr(tokenise, "encode_block", lambda *args: pytest.fail("tokenised again"))
     second = rows_for(config)
     assert second.fingerprint == first.fingerprint and second.report == first.report
     assert len(kept(config)) == 1
@@ -107,26 +107,26 @@ def test_other_code_makes_a_build_of_its_own(config, monkeypatch):
 
 
 def test_a_build_that_fails_leaves_nothing_and_the_next_one_is_whole(config, monkeypatch):
-    encode, calls = build.encode_block, []
+    encode, calls = tokenise.encode_block, []
 
     def broken(*args):
         calls.append(args)
         raise RuntimeError("the power went off")
 
-    monkeypatch.setattr(build, "encode_block", broken)
+    monkeypatch.setattr(tokenise, "encode_block", broken)
     with pytest.raises(RuntimeError, match="the power went off"):
         rows_for(config)
     assert calls and kept(config) == set()
-    monkeypatch.setattr(build, "encode_block", encode)
+    monkeypatch.setattr(tokenise, "encode_block", encode)
     assert len(rows_for(config)) > 5
 
 
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
-from test_build import DataConfig, SourceConfig, TOKENIZER, build, rows_for
-encode, calls = build.encode_block, []
-build.encode_block = lambda *args: calls.append(1) or encode(*args)
+from test_build import DataConfig, SourceConfig, TOKENIZER, rows_for, tokenise
+encode, calls = tokenise.encode_block, []
+tokenise.encode_block = lambda *args: calls.append(1) or encode(*args)
 config = DataConfig((SourceConfig({path!r}),), "1,0,0", 0.0, cache_dir={cache!r})
 print(len(rows_for(config)), rows_for(config).fingerprint, len(calls) > 0)
 """
@@ -145,9 +145,8 @@ def test_of_three_processes_at_once_one_builds_and_all_have_the_same(tmp_path):
 
 
 def test_blocks_come_in_their_order_whoever_is_done_first():
-    done = list(build.in_order(lambda block: sum(block), build.blocks_of(range(1000), 7)))
-    assert [size for size, _ in done] == [7] * 142 + [6]
-    assert [total for _, total in done] == [sum(range(i, min(i + 7, 1000))) for i in range(0, 1000, 7)]
+    done = list(tokenise.in_order(lambda block: block, tokenise.blocks_of(range(1000), 7)))
+    assert done == [list(range(i, min(i + 7, 1000))) for i in range(0, 1000, 7)]
 
 
 def test_few_blocks_wait_at_a_time_however_many_there_are():
@@ -158,8 +157,8 @@ def test_few_blocks_wait_at_a_time_however_many_there_are():
             read.append(i)
             yield [i]
 
-    for taken, _ in enumerate(build.in_order(lambda block: None, blocks())):
-        assert len(read) - taken <= build.THREADS + 3
+    for taken, _ in enumerate(tokenise.in_order(lambda block: None, blocks())):
+        assert len(read) - taken <= tokenise.THREADS + 3
 
 
 def test_how_tokenizers_work_elsewhere_is_left_as_it_was(monkeypatch):
@@ -168,7 +167,7 @@ def test_how_tokenizers_work_elsewhere_is_left_as_it_was(monkeypatch):
             monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
         else:
             monkeypatch.setenv("TOKENIZERS_PARALLELISM", value)
-        list(build.in_order(lambda block: None, [[1], [2]]))
+        list(tokenise.in_order(lambda block: None, [[1], [2]]))
         assert os.environ.get("TOKENIZERS_PARALLELISM") == value
 
 

@@ -1,11 +1,7 @@
-"""A source tokenised once: read, mapped, shared out, encoded by several threads, and kept under all that it depends on.
-
-The threads share Python's lock, but the encoding itself, by far the most of the work, runs outside it.
-"""
+"""A source tokenised once, and kept under all that its tokens depend on."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -13,60 +9,22 @@ import itertools
 import json
 import os
 import shutil
-import threading
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_jax.data import splits
 from rlhf_jax.data.config import DataConfig, SourceConfig
-from rlhf_jax.data.encode import Block, Wanted, encode_block
-from rlhf_jax.data.example import BadRow, Example, Row
-from rlhf_jax.data.mapping import mapper
+from rlhf_jax.data.encode import Wanted
 from rlhf_jax.data.places import content_key, read
-from rlhf_jax.data.store import Store, record_batch, write
+from rlhf_jax.data.store import Store, write
+from rlhf_jax.data.tokenise import Shares, Tally, check_bad, encoded_blocks
 
-ROWS_PER_BLOCK = 512  # measured: smaller ones cost calls, larger ones memory that is cold
-THREADS = 8  # at most: a third of a row's time is Python's, under its lock
 BLEND = ("weight", "epochs", "max_rows")  # of a source, what its tokens do not depend on
-SHOWN = 3  # messages of bad rows that are kept
-T, R = TypeVar("T"), TypeVar("R")
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Which prompts are wanted of a place."""
-
-    stage: tuple[float, ...] | None  # those of the stage that trains, with these shares of splits.STAGES; None: all
-    held_out: float  # and those held out by hash, with this share
-
-    def take(self, keys: np.ndarray, stage: splits.Stage) -> np.ndarray:
-        """[n] bool of keys [n, 2]."""
-        if self.stage is None:
-            return np.ones(len(keys), bool)
-        return splits.trains(keys, stage, self.stage) | splits.held_out(keys, self.held_out)
-
-
-@dataclass(frozen=True)
-class Tally:
-    """What became of the rows of a place."""
-
-    rows: int  # read
-    elsewhere: int  # examples that serve other stages
-    kept: int
-    cut: int
-    dropped: dict[str, int]
-    bad: int
-    bad_shown: tuple[str, ...]  # messages of the first of them
 
 
 def tokenised(
@@ -125,116 +83,24 @@ def _build(
     try:
         source = dataclasses.replace(source, path=place["path"])  # what its examples are said to come from
         rows = itertools.islice(read(**place), source.limit or None)
-        tally: list[Tally] = []
-        batches = encoded_batches(rows, source, config, tokenizer, wanted, shares, tally.append)
-        digest = write(batches, unfinished / "rows.arrow", len(tokenizer))
-        report = {"digest": digest, "tally": dataclasses.asdict(tally[-1]), **parts}
+        tally = Tally()
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            nonlocal tally
+            with tqdm(desc=f"{wanted.stage}: tokenising {source.path}", unit=" rows", delay=2, disable=None) as bar:
+                for batch, done in encoded_blocks(rows, source, tokenizer, wanted, shares):
+                    bar.update(done.rows)
+                    tally = tally.plus(done)
+                    check_bad(tally.bad, tally.bad_shown, config.max_bad_rows)
+                    if len(batch):
+                        yield batch
+
+        digest = write(batches(), unfinished / "rows.arrow", len(tokenizer))
+        report = {"digest": digest, "tally": dataclasses.asdict(tally), **parts}
         (unfinished / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def encoded_batches(
-    rows: Iterable[Row],
-    source: SourceConfig,
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    wanted: Wanted,
-    shares: Shares,
-    told: Callable[[Tally], None],
-) -> Iterator[pa.RecordBatch]:
-    """The rows as Arrow, a block at a time in their order; `told` gets the tally when all are done."""
-    to_examples, own = mapper(source, wanted.stage), threading.local()
-
-    def work(block: list[Row]) -> tuple[pa.RecordBatch, Block, int, list[str]]:
-        if not hasattr(own, "tokenizer"):
-            own.tokenizer = copy.deepcopy(tokenizer)  # a tokenizer's settings are changed while it encodes
-        examples, wheres, bad = mapped(block, to_examples)
-        keys = splits.as_keys([splits.prompt_key(key_turns(example)) for example in examples])
-        (taken,) = shares.take(keys, wanted.stage).nonzero()
-        found = encode_block([examples[i] for i in taken], own.tokenizer, wanted)
-        bad += [f"{wheres[taken[i]]}: {failure}" for i, failure in found.failures.items()]
-        kept = taken[found.kept]
-        numbers = [examples[i].row for i in kept]
-        batch = record_batch(found.sequences, keys[kept], numbers, wanted.per_row, len(tokenizer))
-        return batch, found, len(examples) - len(taken), bad
-
-    count = elsewhere = kept = cut = 0
-    dropped, bad = Counter(), 0
-    shown: list[str] = []
-    bar = tqdm(desc=f"{wanted.stage}: tokenising {source.path}", unit=" rows", delay=2, leave=False)
-    with bar:
-        for size, (batch, block, others, wrong) in in_order(work, blocks_of(rows, ROWS_PER_BLOCK)):
-            bar.update(size)
-            count, elsewhere, bad = count + size, elsewhere + others, bad + len(wrong)
-            kept, cut = kept + len(block.kept), cut + block.cut
-            dropped += block.dropped
-            shown += wrong[: SHOWN - len(shown)]
-            check_bad(bad, shown, config.max_bad_rows)
-            if len(batch):
-                yield batch
-    told(Tally(count, elsewhere, kept, cut, dict(dropped), bad, tuple(shown)))
-
-
-def mapped(
-    rows: Iterable[Row], to_examples: Callable[[Row], list[Example]]
-) -> tuple[list[Example], list[str], list[str]]:
-    """(examples, where each stands, messages of the bad rows)."""
-    examples: list[Example] = []
-    wheres: list[str] = []
-    bad: list[str] = []
-    for row in rows:
-        try:
-            found = to_examples(row)
-        except BadRow as error:
-            bad.append(str(error))
-            continue
-        examples += found
-        wheres += [row.where] * len(found)
-    return examples, wheres, bad
-
-
-def key_turns(example: Example):
-    """What the split looks at: the prompt, or of a document its text."""
-    return example.turns or (("", example.text),)
-
-
-def check_bad(count: int, shown: Sequence[str], limit: int) -> None:
-    """ValueError with the first bad rows where there are more than `limit`."""
-    if count > limit:
-        more = f" (data.max_bad_rows = {limit}, and there are more)" if limit else ""
-        raise ValueError(f"{'; '.join(shown)}{more}. Mend the data, or raise data.max_bad_rows to leave such rows out")
-
-
-def blocks_of(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    items = iter(items)
-    while block := list(itertools.islice(items, size)):
-        yield block
-
-
-def in_order(work: Callable[[list[T]], R], blocks: Iterable[list[T]]) -> Iterator[tuple[int, R]]:
-    """(size, work(block)) of each block in order, with a few blocks under way at a time."""
-    threads = min(THREADS, (os.cpu_count() or 1) + 1)  # one more than cores, as one waits for the lock
-    waiting: deque = deque()
-    pool = ThreadPoolExecutor(threads)
-    set_before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each thread encodes alone, which keeps the cores busier
-    try:
-        for block in blocks:
-            waiting.append((len(block), pool.submit(work, block)))
-            if len(waiting) > threads + 1:
-                size, future = waiting.popleft()
-                yield size, future.result()
-        while waiting:
-            size, future = waiting.popleft()
-            yield size, future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        if set_before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = set_before
 
 
 def cache_folder(config: DataConfig) -> Path:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import splits
 from rlhf_jax.data.blend import Blend, Part, quotas
-from rlhf_jax.data.build import Shares, Tally, check_bad, key_turns, mapped, tokenised
+from rlhf_jax.data.build import tokenised
 from rlhf_jax.data.config import DataConfig, SourceConfig
 from rlhf_jax.data.encode import Learn, Wanted, encode_block, wanted
 from rlhf_jax.data.example import Example
@@ -25,6 +25,7 @@ from rlhf_jax.data.packing import Bins, pack
 from rlhf_jax.data.places import read
 from rlhf_jax.data.store import Store, in_memory, record_batch
 from rlhf_jax.data.template import Encoded
+from rlhf_jax.data.tokenise import Shares, Tally, check_bad, key_turns, mapped
 
 ROWS_AT_ONCE = 4096
 

@@ -61,7 +61,7 @@ def show_data(recipe: Recipe, examples: int, out: TextIO = sys.stdout) -> None:
                 print(f"  packed: {packed.report}", file=out)
             for part in rows.parts:
                 for row in range(min(examples, len(part))):
-                    number = part.store.numbers()[part.picked[row]]
+                    number = part.number(row)
                     print(f"\n  {part.name}, row {number}:", file=out)
                     (document,) = part.documents(row)
                     for sequence in document:

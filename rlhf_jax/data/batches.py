@@ -66,9 +66,9 @@ class Batches:
         self.rows, self.batch_size, self.seed, self.side, self.shuffle = rows, batch_size, seed, side, shuffle
         self.process, self._blend = process, rows.blend
         self.steps_per_epoch = len(rows) // batch_size
-        self._row_lengths = [part.lengths.max(axis=1) for part in rows.parts]
-        longest = width or -(-max(int(lengths.max(initial=0)) for lengths in self._row_lengths) // 8) * 8
-        self.lengths = bucket_lengths(np.concatenate(self._row_lengths), longest, buckets)
+        longest = width or -(-max(part.longest_row for part in rows.parts if len(part)) // 8) * 8
+        lengths = np.concatenate([part.lengths.max(axis=1) for part in rows.parts])
+        self.lengths = bucket_lengths(lengths, longest, buckets)
 
     def draws(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(part, row of that part) of each row of this step's batch, [B] int64."""
@@ -91,7 +91,7 @@ class Batches:
     def _lengths_of(self, part: np.ndarray, row: np.ndarray) -> np.ndarray:
         lengths = np.zeros(len(part), np.int64)
         for p in np.unique(part):
-            lengths[part == p] = self._row_lengths[p][row[part == p]]
+            lengths[part == p] = self.rows.parts[p].row_lengths(row[part == p])
         return lengths
 
     def counts(self, step: int) -> dict[str, int]:
@@ -114,7 +114,7 @@ class Batches:
             self.rows.parts[p].documents(r) for p, r in zip(part[own].tolist(), row[own].tolist(), strict=True)
         ]
         for each in self.rows.parts:
-            each.store.release()
+            each.release()
         return assemble(documents, length, self.rows.per_row, self.side, packed=self.rows.packed)
 
 

@@ -66,8 +66,9 @@ def _rounded(shares: np.ndarray, total: int) -> np.ndarray:
 class Blend:
     """An endless sequence of draws; draw p of epoch e is `draws(seed, e, p)`."""
 
-    sizes: tuple[int, ...]  # rows of each part
+    sizes: tuple[int, ...]  # rows of each part; of an endless one, the rows of a window
     quota: tuple[int, ...]  # draws of each part in an epoch
+    endless: tuple[bool, ...] = ()  # parts that go on to new rows where others begin anew; (): none
 
     def __len__(self) -> int:
         """Draws of an epoch."""
@@ -79,7 +80,8 @@ class Blend:
         """(part, row of that part), [n] int64 each, for positions [n] from 0 to len - 1.
 
         Over the epochs the draws of a part go through its rows again and again, each time in another order: it has
-        drawn every row k times before it draws one k + 1 times. Without `shuffle` the parts and rows come in order.
+        drawn every row k times before it draws one k + 1 times. An endless part goes on from window to window, in
+        random order within each. Without `shuffle` the parts and rows come in order.
         """
         places = permuted(positions, len(self), seed, epoch) if shuffle else np.asarray(positions, np.int64)
         ends = np.cumsum(self.quota)
@@ -91,6 +93,8 @@ class Blend:
             for p, t in {*zip(part.tolist(), turn.tolist(), strict=True)}:
                 here = (part == p) & (turn == t)
                 row[here] = permuted(row[here], self.sizes[p], seed, p + 1, t)
+        if self.endless:
+            row = row + np.where(np.array(self.endless)[part], turn * np.array(self.sizes)[part], 0)
         return part, row
 
 

@@ -47,10 +47,9 @@ def tokenised(
         ValueError: more than `config.max_bad_rows` rows are bad, with the first of them; and as `places.read`.
     """
     cache = cache_folder(config)
-    mapping = {**dataclasses.asdict(source), **dict.fromkeys(("path", "eval_path", "eval_split", *BLEND))}
     parts = {
         "content": content_key(**place, memo=cache / "contents.json"),
-        "mapping": mapping,
+        "mapping": mapping_key(source),
         "wanted": dataclasses.asdict(wanted),
         "shares": dataclasses.asdict(shares),
         "tokenizer": tokenizer_key(tokenizer),
@@ -62,7 +61,7 @@ def tokenised(
             if not folder.exists():
                 _build(folder, parts, source, place, config, tokenizer, wanted, shares)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    tally = Tally(**{**report["tally"], "bad_shown": tuple(report["tally"]["bad_shown"])})
+    tally = tally_of(report)
     check_bad(tally.bad, tally.bad_shown, config.max_bad_rows)
     return Store(folder / "rows.arrow", wanted.per_row, report["digest"]), tally
 
@@ -101,6 +100,16 @@ def _build(
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def tally_of(report: dict[str, Any]) -> Tally:
+    """The tally that stands in a report.json."""
+    return Tally(**{**report["tally"], "bad_shown": tuple(report["tally"]["bad_shown"])})
+
+
+def mapping_key(source: SourceConfig) -> dict[str, Any]:
+    """What of a source its tokens depend on, but for the place."""
+    return {**dataclasses.asdict(source), **dict.fromkeys(("path", "eval_path", "eval_split", "stream", *BLEND))}
 
 
 def cache_folder(config: DataConfig) -> Path:

@@ -24,6 +24,7 @@ from rlhf_jax.data.mapping import mapper, resolved, serves
 from rlhf_jax.data.packing import Bins, pack
 from rlhf_jax.data.places import read
 from rlhf_jax.data.store import Store, in_memory, record_batch
+from rlhf_jax.data.stream import StreamRows, stream_of
 from rlhf_jax.data.template import Encoded
 from rlhf_jax.data.tokenise import Shares, Tally, check_bad, key_turns, mapped
 
@@ -44,7 +45,7 @@ class SourceRows:
     def __len__(self) -> int:
         return len(self.picked) if self.bins is None else len(self.bins)
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """[rows, per_row] int32, tokens of each sequence; of a packed row, of all its documents together."""
         lengths = self.store.lengths[self.picked]
@@ -52,6 +53,32 @@ class SourceRows:
             return lengths
         ends = np.cumsum(np.concatenate([[0], lengths[self.bins.members, 0]]), dtype=np.int64)[self.bins.offsets]
         return np.diff(ends).astype(np.int32)[:, None]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return int(self.store.lengths[self.picked].max(initial=0))
+
+    @property
+    def longest_row(self) -> int:
+        return int(self.lengths.max(initial=0))
+
+    @property
+    def digest(self) -> str:
+        """Changes with any token of any row, and with which of them are taken."""
+        picked = hashlib.blake2b(np.ascontiguousarray(self.picked).tobytes(), digest_size=16).hexdigest()
+        return f"{self.store.digest} {picked} {len(self)}"
+
+    def row_lengths(self, rows: np.ndarray) -> np.ndarray:
+        """[n] tokens of the longest sequence of each of rows [n]."""
+        return self.lengths[rows].max(axis=1)
+
+    def number(self, row: int) -> int:
+        """A row's number in its source; of a packed row, that of its first document."""
+        return int(self.store.numbers()[self.picked[row if self.bins is None else self.bins.members[row]]])
+
+    def release(self) -> None:
+        self.store.release()
 
     def documents(self, row: int) -> list[list[Encoded]]:
         """What lies end to end in a row: one document, or those of a bin; of each its sequences."""
@@ -65,7 +92,7 @@ class SourceRows:
 class Rows:
     """Rows of token sequences, one or two each. `len` are the draws of one epoch of the blend."""
 
-    parts: tuple[SourceRows, ...]
+    parts: tuple[SourceRows | StreamRows, ...]
     per_row: int
     quota: tuple[int, ...]  # draws of each part in an epoch
     report: str  # "1,735 rows, 12 dropped: prompt over 256 tokens, 3 cut at 512 tokens"
@@ -75,7 +102,13 @@ class Rows:
 
     @property
     def blend(self) -> Blend:
-        return Blend(tuple(map(len, self.parts)), self.quota)
+        streams = tuple(isinstance(part, StreamRows) for part in self.parts)
+        return Blend(tuple(map(len, self.parts)), self.quota, streams if any(streams) else ())
+
+    @property
+    def endless(self) -> bool:
+        """Whether a source is streamed, so that an epoch means nothing."""
+        return any(isinstance(part, StreamRows) for part in self.parts)
 
     @property
     def packed(self) -> bool:
@@ -84,15 +117,14 @@ class Rows:
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest document: what a model must have positions for."""
-        return max(int(part.store.lengths[part.picked].max()) for part in self.parts if len(part))
+        return max(part.longest for part in self.parts)
 
     @cached_property
     def fingerprint(self) -> str:
         """Changes with any token of any row, and with what is drawn from where."""
         digest = hashlib.blake2b(digest_size=16)
         for part, count in zip(self.parts, self.quota, strict=True):
-            digest.update(f"{part.store.digest} {count} {len(part)}".encode())
-            digest.update(np.ascontiguousarray(part.picked).tobytes())
+            digest.update(f"{part.digest} {count}".encode())
         return digest.hexdigest()
 
 
@@ -123,14 +155,21 @@ def stage_rows(
             "tokens; make them equal, or pack_length larger"
         )
     sources = [source for source in map(resolved, config.sources) if serves(source, stage)]
+    check_streams(sources, stage, pack_length)
+    if held_out:  # nobody reads a stream to its end for what it holds out by hash
+        sources = [source for source in sources if not source.stream or has_eval(source)]
     want = wanted(config, stage, learn)
     withheld = np.zeros(0, np.uint64) if held_out else withheld_keys(config)
-    found: list[SourceRows] = []
+    found: list[SourceRows | StreamRows] = []
     repeated, seen = 0, np.zeros(0, np.uint64)
     for source in sources:
-        is_apart = has_eval(source)
-        shares = Shares(None, 0.0) if held_out and is_apart else train_shares(config, is_apart)
-        store, tally = tokenised(source, place_of(source, config, held_out), config, tokenizer, want, shares)
+        is_apart, place = has_eval(source), place_of(source, config, held_out)
+        if source.stream and not held_out:
+            shares = Shares(splits.parse_shares(config.split), left_out=0.0 if is_apart else config.held_out)
+            found.append(stream_of(source, place, config, tokenizer, want, shares, withheld))
+            continue
+        shares = Shares(None) if held_out and is_apart else train_shares(config, is_apart)
+        store, tally = tokenised(source, place, config, tokenizer, want, shares)
         keys = store.keys()
         if held_out:
             take = np.ones(len(store), bool) if is_apart else splits.held_out(keys, config.held_out)
@@ -150,8 +189,17 @@ def stage_rows(
     return _assembled(found, config, want, held_out=held_out, repeated=repeated, pack_length=pack_length)
 
 
+def check_streams(sources: Sequence[SourceConfig], stage: splits.Stage, pack_length: int) -> None:
+    """Raise ValueError where a source is streamed that cannot be."""
+    streamed = [source.path for source in sources if source.stream]
+    if streamed and stage != "sft":
+        raise ValueError(f"{streamed[0]}: only SFT streams its rows, and {stage} reads it too: set stream = false")
+    if streamed and pack_length:
+        raise ValueError(f"{streamed[0]}: a stream is not packed: set sft.pack_length = 0 or stream = false")
+
+
 def _assembled(
-    found: list[SourceRows],
+    found: list[SourceRows | StreamRows],
     config: DataConfig,
     want: Wanted,
     *,
@@ -186,6 +234,8 @@ def _assembled(
     # What is measured is each row once.
     quota = [len(part) for part in found] if held_out else quotas([part.blend for part in found], config.temperature)
     quota = tuple(int(count) for count in quota)
+    streams = [part.name for part in found if isinstance(part, StreamRows)]
+    told += [f"streamed: {name}, of which this is one window" for name in streams]
     if quota != tuple(map(len, found)):
         of = ", ".join(f"{count:,} of {part.name}" for count, part in zip(quota, found, strict=True))
         told.append(f"an epoch draws {sum(quota):,}: {of}")
@@ -271,7 +321,7 @@ def withheld_keys(config: DataConfig) -> np.ndarray:
     apart = [source for source in sources if has_eval(source)]
     found = [np.zeros(0, np.uint64)]
     for source in sources:
-        if has_eval(source) or apart:
+        if has_eval(source) or (apart and not source.stream):
             for _, keys in keyed_examples(source, place_of(source, config, has_eval(source)), config, stage_of(source)):
                 found.append(keys[has_eval(source) | splits.held_out(keys, config.held_out), 0])
     return np.unique(np.concatenate(found))

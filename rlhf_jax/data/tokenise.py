@@ -37,13 +37,15 @@ class Shares:
     """Which prompts are wanted of a place."""
 
     stage: tuple[float, ...] | None  # those of the stage that trains, with these shares of splits.STAGES; None: all
-    held_out: float  # and those held out by hash, with this share
+    held_out: float = 0.0  # and those held out by hash, with this share
+    left_out: float = 0.0  # but not those held out by hash with this share
 
     def take(self, keys: np.ndarray, stage: splits.Stage) -> np.ndarray:
         """[n] bool of keys [n, 2]."""
         if self.stage is None:
             return np.ones(len(keys), bool)
-        return splits.trains(keys, stage, self.stage) | splits.held_out(keys, self.held_out)
+        taken = splits.trains(keys, stage, self.stage) | splits.held_out(keys, self.held_out)
+        return taken & ~splits.held_out(keys, self.left_out)
 
 
 @dataclass(frozen=True)

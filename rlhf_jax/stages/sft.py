@@ -108,6 +108,8 @@ def run_sft(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig
     )
     say_attention("sft", pretrained, model, batches.lengths[-1], packed=rows.packed)
     measured = held_out_batches(held_out, config.batch_size // num_micro, config.eval_batches * num_micro, layout)
+    if rows.endless and not config.steps:
+        raise ValueError("a streamed source has no end, and so no epochs: set sft.steps")
     steps = total_steps(config.steps, config.epochs, batches.steps_per_epoch)
 
     tx, rate = make_optimizer(config.optim, steps), learning_rate(config.optim, steps)

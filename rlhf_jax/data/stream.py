@@ -1,0 +1,238 @@
+"""A source that is read as training goes: tokenised a window at a time, each kept as a small store of its own.
+
+A window holds the next `WINDOW` rows that serve, in random order; when the source ends it begins anew. Windows stay on
+disk, and beside each stands from where in the source the next one goes on: a resumed run finds the ones it has had,
+and any window can be made again from its number alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_jax.data.blend import Part
+from rlhf_jax.data.build import cache_folder, code_key, mapping_key, tally_of, tokenizer_key
+from rlhf_jax.data.config import DataConfig, SourceConfig
+from rlhf_jax.data.encode import Wanted
+from rlhf_jax.data.example import Row
+from rlhf_jax.data.places import files_of, read, read_hub_stream
+from rlhf_jax.data.store import Store, write
+from rlhf_jax.data.template import Encoded
+from rlhf_jax.data.tokenise import ROWS_PER_BLOCK, Shares, Tally, check_bad, encoded_blocks
+
+WINDOW = 8192  # rows
+
+
+class Position(NamedTuple):
+    """Where in the source a window begins."""
+
+    turn: int = 0  # how often the source has been read to its end
+    block: int = 0  # of ROWS_PER_BLOCK rows of the source
+    row: int = 0  # of those of the block that serve
+
+
+@dataclass
+class Windows:
+    """The windows of a stream, made in their order and kept in a folder. Of one thread: it holds the open source."""
+
+    source: SourceConfig
+    place: dict[str, Any]  # the arguments of `places.read`
+    config: DataConfig
+    tokenizer: PreTrainedTokenizerBase
+    wanted: Wanted
+    shares: Shares
+    withheld: np.ndarray  # first words of the keys of prompts that are not trained
+    folder: Path
+    _next: int = -1  # the window that `_blocks` goes on with
+    _blocks: Iterator[tuple[Position, pa.RecordBatch, Tally]] = iter(())
+    _ready: list[tuple[Position, pa.RecordBatch]] = field(default_factory=list)  # rows of no window yet, from where
+    _tally: Tally = Tally()
+
+    def store(self, number: int) -> tuple[Store, Tally]:
+        """A window, made if it is not there, with all before it; and what became of the rows up to it.
+
+        Raises:
+            ValueError: more bad rows than are allowed; the source has no row that serves; as `places.read`.
+        """
+        if not self._report(number).exists():
+            with FileLock(self.folder / "windows.lock"):
+                while not self._report(number).exists():
+                    self._make(next(n for n in range(number, -1, -1) if n == 0 or self._report(n - 1).exists()))
+        report = json.loads(self._report(number).read_text(encoding="utf-8"))
+        tally = tally_of(report)
+        check_bad(tally.bad, tally.bad_shown, self.config.max_bad_rows)
+        return Store(self._rows(number), self.wanted.per_row, report["digest"]), tally
+
+    def _report(self, number: int) -> Path:
+        return self.folder / f"{number:06}.json"
+
+    def _rows(self, number: int) -> Path:
+        return self.folder / f"{number:06}.arrow"
+
+    def _make(self, number: int) -> None:
+        if self._next != number:
+            self._begin(number)
+        self._next = -1  # until the window is there
+        while sum(len(batch) for _, batch in self._ready) < WINDOW:
+            at, batch, tally = next(self._blocks)
+            if at.turn:  # the same bad rows again
+                tally = dataclasses.replace(tally, bad=0, bad_shown=())
+            self._tally = self._tally.plus(tally)
+            check_bad(self._tally.bad, self._tally.bad_shown, self.config.max_bad_rows)
+            self._ready.append((at, batch))
+        last = self._ready[-1][0]
+        taken, self._ready = _cut(self._ready, WINDOW)
+        end = self._ready[0][0] if self._ready else Position(last.turn, last.block + 1)
+        unfinished = self.folder / f"{number:06}.{os.getpid()}.unfinished"
+        digest = write(map(copied, taken), unfinished, len(self.tokenizer))
+        unfinished.rename(self._rows(number))
+        report = {"digest": digest, "end": end, "tally": dataclasses.asdict(self._tally)}
+        unfinished.write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
+        unfinished.rename(self._report(number))
+        self._next = number + 1
+
+    def _begin(self, number: int) -> None:
+        """Open the source where the window before ended."""
+        start, self._tally, self._ready = Position(), Tally(), []
+        if number:
+            report = json.loads(self._report(number - 1).read_text(encoding="utf-8"))
+            start, self._tally = Position(*report["end"]), tally_of(report)
+        self._blocks = self._blocks_from(start)
+        if start.row:  # of a block that the window before has counted
+            at, batch, _ = next(self._blocks)
+            self._ready = [(start, batch.slice(start.row))]
+
+    def _blocks_from(self, start: Position) -> Iterator[tuple[Position, pa.RecordBatch, Tally]]:
+        """Blocks of the source from that of `start` on, again and again."""
+        skipped = start.block
+        for turn in itertools.count(start.turn):
+            rows, served = itertools.islice(self._read(), skipped * ROWS_PER_BLOCK, None), 0
+            found = encoded_blocks(rows, self.source, self.tokenizer, self.wanted, self.shares)
+            for block, (batch, tally) in enumerate(found, start=skipped):
+                batch = batch.filter(pa.array(~np.isin(batch["held_key"].to_numpy(), self.withheld)))
+                served += len(batch)
+                yield Position(turn, block), batch, tally
+            if not served and not skipped:
+                raise ValueError(f"{self.source.path}: none of its rows serves the stage {self.wanted.stage}")
+            skipped = 0
+
+    def _read(self) -> Iterator[Row]:
+        path, split = self.place["path"], self.place["split"]
+        is_remote = not path.startswith("builtin:") and files_of(path, split) is None
+        rows = read_hub_stream(path, self.place["name"], split) if is_remote else read(**self.place)
+        return itertools.islice(rows, self.source.limit or None)
+
+
+def copied(rows: tuple[Position, pa.RecordBatch]) -> pa.RecordBatch:
+    """The batch without the rows that a slice has left out, so that offsets begin at 0."""
+    return rows[1].take(pa.array(np.arange(len(rows[1]))))
+
+
+def _cut(ready: list[tuple[Position, pa.RecordBatch]], count: int) -> tuple[list, list]:
+    """The first `count` rows, and the rest."""
+    taken: list[tuple[Position, pa.RecordBatch]] = []
+    for i, (at, batch) in enumerate(ready):
+        if len(batch) >= count:
+            rest = [(at._replace(row=at.row + count), batch.slice(count)), *ready[i + 1 :]]
+            return [*taken, (at, batch.slice(0, count))], [each for each in rest if len(each[1])]
+        taken.append((at, batch))
+        count -= len(batch)
+    raise AssertionError("fewer rows than asked for")
+
+
+class StreamRows:
+    """A stream in the place of a `SourceRows`: rows w x WINDOW and on are those of window w."""
+
+    def __init__(self, windows: Windows, blend: Part):
+        self.name, self.windows, self.blend, self.bins = windows.source.path, windows, blend, None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="stream")
+        self._held: dict[int, Future] = {}
+        self.lengths = self._window(0).lengths  # of the first rows, which stand for the others
+
+    def __len__(self) -> int:
+        return WINDOW
+
+    @property
+    def longest(self) -> int:
+        """Tokens that no document has more than."""
+        return self.windows.wanted.max_length
+
+    longest_row = longest
+
+    @property
+    def digest(self) -> str:
+        """Stands for what is streamed, not for its tokens, which nobody has seen yet."""
+        return self.windows.folder.name
+
+    @property
+    def tally(self) -> Tally:
+        return self.windows.store(0)[1]
+
+    def row_lengths(self, rows: np.ndarray) -> np.ndarray:
+        """[n] tokens of rows [n]."""
+        return np.array([self._window(row // WINDOW).lengths[row % WINDOW].max() for row in rows.tolist()], np.int64)
+
+    def documents(self, row: int) -> list[list[Encoded]]:
+        return [self._window(row // WINDOW).row(row % WINDOW)]
+
+    def number(self, row: int) -> int:
+        """The row's number in the source."""
+        return int(self._window(row // WINDOW).numbers()[row % WINDOW])
+
+    def release(self) -> None:
+        for future in self._held.values():
+            if future.done() and future.exception() is None:
+                future.result().release()
+
+    def _window(self, number: int) -> Store:
+        """A window; the one after it is made meanwhile."""
+        for wanted in (number, number + 1):
+            if wanted not in self._held:
+                self._held[wanted] = self._pool.submit(lambda n: self.windows.store(n)[0], wanted)
+        self._held = {n: future for n, future in self._held.items() if abs(n - number) <= 1}
+        return self._held[number].result()
+
+
+def stream_of(
+    source: SourceConfig,
+    place: dict[str, Any],
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: Wanted,
+    shares: Shares,
+    withheld: np.ndarray,
+) -> StreamRows:
+    """The stream of a source, with its first window made."""
+    parts = {
+        "place": [place, [_state(path) for path in files_of(place["path"], place["split"]) or []]],
+        "mapping": mapping_key(source),
+        "wanted": dataclasses.asdict(wanted),
+        "shares": dataclasses.asdict(shares),
+        "withheld": hashlib.blake2b(withheld.tobytes()).hexdigest(),
+        "tokenizer": tokenizer_key(tokenizer),
+        "code": code_key(),
+    }
+    key = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+    folder = cache_folder(config) / f"{key}.stream"
+    folder.mkdir(exist_ok=True)
+    windows = Windows(source, place, config, tokenizer, wanted, shares, withheld, folder)
+    return StreamRows(windows, Part(WINDOW, source.weight, source.epochs, source.max_rows))
+
+
+def _state(path: str) -> list:
+    """Of a file too large to be read for its digest."""
+    status = os.stat(path)
+    return [os.path.abspath(path), status.st_size, status.st_mtime_ns]

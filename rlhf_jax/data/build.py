@@ -11,6 +11,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import os
 import shutil
 import threading
@@ -35,6 +36,7 @@ from rlhf_jax.data.mapping import mapper
 from rlhf_jax.data.places import content_key, read
 from rlhf_jax.data.store import Store, record_batch, write
 
+LOGGER = logging.getLogger(__name__)
 ROWS_PER_BLOCK = 1024
 THREADS = 4  # at most: beyond it they wait for Python's lock
 BLEND = ("weight", "epochs", "max_rows")  # of a source, what its tokens do not depend on
@@ -80,13 +82,14 @@ def tokenised(
     """The rows of a place that a stage may use, from the cache, or built and put there.
 
     Two processes that want the same build it once: the second waits. A build that is killed leaves nothing that is
-    taken for one.
+    taken for one, and what is damaged later is built anew, which is said.
 
     Args:
         source: with its mapping resolved.
         place: the arguments of `places.read`.
     Raises:
-        ValueError: more than `config.max_bad_rows` rows are bad, with the first of them; and as `places.read`.
+        ValueError: more than `config.max_bad_rows` rows are bad, with the first of them; the cache cannot be written;
+            and as `places.read`.
     """
     cache = cache_folder(config)
     mapping = {**dataclasses.asdict(source), **dict.fromkeys(("path", "eval_path", "eval_split", *BLEND))}
@@ -99,14 +102,32 @@ def tokenised(
         "code": code_key(),
     }
     folder = cache / hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
-    if not folder.exists():
-        with FileLock(folder.with_suffix(".lock")):
-            if not folder.exists():
-                _build(folder, parts, source, place, config, tokenizer, wanted, shares)
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    tally = Tally(**{**report["tally"], "bad_shown": tuple(report["tally"]["bad_shown"])})
+    if (kept := _kept(folder, wanted.per_row)) is None:
+        try:
+            with FileLock(folder.with_suffix(".lock")):
+                if _kept(folder, wanted.per_row) is None:  # and no other process has built it meanwhile
+                    if folder.exists():
+                        LOGGER.warning(f"{folder}: these tokenised rows are damaged, and are made anew")
+                        shutil.rmtree(folder)
+                    _build(folder, parts, source, place, config, tokenizer, wanted, shares)
+        except OSError as error:  # of what is read it would be a ValueError
+            raise ValueError(unwritable(cache, error)) from error
+        kept = _kept(folder, wanted.per_row)
+        assert kept, folder
+    store, tally = kept
     check_bad(tally.bad, tally.bad_shown, config.max_bad_rows)
-    return Store(folder / "rows.arrow", wanted.per_row, report["digest"]), tally
+    return store, tally
+
+
+def _kept(folder: Path, per_row: int) -> tuple[Store, Tally] | None:
+    """What such a folder holds; None where there is none, or one that is damaged, as by a machine that lost power."""
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        tally = Tally(**{**report["tally"], "bad_shown": tuple(report["tally"]["bad_shown"])})
+        store = Store(folder / "rows.arrow", per_row, report["digest"])
+    except (FileNotFoundError, ValueError, TypeError, KeyError, pa.ArrowException):
+        return None
+    return (store, tally) if len(store) == tally.kept else None
 
 
 def _build(
@@ -130,6 +151,9 @@ def _build(
         digest = write(batches, unfinished / "rows.arrow", len(tokenizer))
         report = {"digest": digest, "tally": dataclasses.asdict(tally[-1]), **parts}
         (unfinished / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
+        for path in unfinished.iterdir():  # on the disk before it has its name, as the machine may lose power
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -232,11 +256,19 @@ def in_order(work: Callable[[list[T]], R], blocks: Iterable[list[T]]) -> Iterato
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Where tokenised rows are kept; it is made."""
+    """Where tokenised rows are kept; it is made. ValueError if it cannot be."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(config.cache_dir).expanduser() if config.cache_dir else caches / "rlhf_jax" / "data"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(unwritable(folder, error)) from error
     return folder
+
+
+def unwritable(folder: Path, error: OSError) -> str:
+    what = error.strerror or error
+    return f"{folder}: tokenised rows cannot be kept there ({what}); name another folder in data.cache_dir"
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,11 +22,16 @@ from rlhf_jax.data.encode import Learn, Wanted, encode_block, wanted
 from rlhf_jax.data.example import Example
 from rlhf_jax.data.mapping import mapper, resolved, serves
 from rlhf_jax.data.packing import Bins, pack
-from rlhf_jax.data.places import read
+from rlhf_jax.data.places import has_splits, read
 from rlhf_jax.data.store import Store, in_memory, record_batch
 from rlhf_jax.data.template import Encoded
 
 ROWS_AT_ONCE = 4096
+WITHHELD, REPEATED = "prompt held out by eval_path or eval_split", "repeated prompt"
+
+
+class NoRows(ValueError):
+    """A stage has no rows to train on, or none to be measured on."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,8 @@ def stage_rows(
     Args:
         pack_length: tokens of a row of several documents; 0: a row is one document.
     Raises:
-        ValueError: as `build.tokenised`; no row is left to train on, or none to measure on.
+        NoRows: no row is left to train on, or none to measure on.
+        ValueError: as `build.tokenised`.
     """
     if 0 < pack_length < config.max_length:
         raise ValueError(
@@ -125,7 +131,7 @@ def stage_rows(
     want = wanted(config, stage, learn)
     withheld = np.zeros(0, np.uint64) if held_out else withheld_keys(config)
     found: list[SourceRows] = []
-    repeated, seen = 0, np.zeros(0, np.uint64)
+    left_out, seen = Counter[str](), np.zeros(0, np.uint64)
     for source in sources:
         is_apart = has_eval(source)
         shares = Shares(None, 0.0) if held_out and is_apart else train_shares(config, is_apart)
@@ -134,19 +140,22 @@ def stage_rows(
         if held_out:
             take = np.ones(len(store), bool) if is_apart else splits.held_out(keys, config.held_out)
         else:
-            take = splits.trains(keys, stage, splits.parse_shares(config.split)) & ~np.isin(keys[:, 0], withheld)
+            take = splits.trains(keys, stage, splits.parse_shares(config.split))
             if not is_apart:
                 take &= ~splits.held_out(keys, config.held_out)
+            elsewhere = take & np.isin(keys[:, 0], withheld)
+            left_out[WITHHELD] += int(elsewhere.sum())
+            take &= ~elsewhere
         (picked,) = take.nonzero()
         if stage == "ppo":  # each prompt once
             _, first = np.unique(keys[picked, 0], return_index=True)
             fresh = np.sort(first[~np.isin(keys[picked[first], 0], seen)])
-            repeated += len(picked) - len(fresh)
+            left_out[REPEATED] += len(picked) - len(fresh)
             picked = picked[fresh]
             seen = np.concatenate([seen, keys[picked, 0]])
         part = Part(len(picked), source.weight, source.epochs, source.max_rows)
         found.append(SourceRows(source.path, store, picked.astype(np.int32), part, tally))
-    return _assembled(found, config, want, held_out=held_out, repeated=repeated, pack_length=pack_length)
+    return _assembled(found, config, want, held_out=held_out, left_out=left_out, pack_length=pack_length)
 
 
 def _assembled(
@@ -155,12 +164,12 @@ def _assembled(
     want: Wanted,
     *,
     held_out: bool,
-    repeated: int = 0,
+    left_out: Mapping[str, int],
     pack_length: int = 0,
 ) -> Rows:
     total, tallies = sum(map(len, found)), [part.tally for part in found]
     dropped = sum((Counter(tally.dropped) for tally in tallies), Counter())
-    dropped["repeated prompt"] += repeated
+    dropped.update(left_out)
     shown = [message for tally in tallies for message in tally.bad_shown]
     bad, cut = sum(tally.bad for tally in tallies), sum(tally.cut for tally in tallies)
     told = [f"{total:,} rows"]
@@ -168,12 +177,12 @@ def _assembled(
     told += [f"{cut:,} cut at {want.max_length} tokens"] * (cut > 0)
     told += [f"{bad:,} bad rows left out: {message}" for message in shown[:1]]
     if not total and held_out:
-        raise ValueError(
+        raise NoRows(
             f"{want.stage}: there are no held-out rows to measure on ({', '.join(told)}): raise data.held_out, give a "
             f"source an eval_path, or set {want.stage}.eval_batches=0"
         )
     if not total:
-        raise ValueError(
+        raise NoRows(
             f"{want.stage}: there are no rows to train on ({', '.join(told)}): add rows, raise the stage's share in "
             f"data.split = {config.split!r} (shares of {', '.join(splits.STAGES)}), lower data.held_out = "
             f"{config.held_out}, raise data.max_prompt_length, or name the fields that it needs in data.sources"
@@ -224,7 +233,7 @@ def rows_of(
         repeated = len(store) - len(picked)
     tally = Tally(len(examples), 0, len(store), block.cut, dict(block.dropped), 0, ())
     part = SourceRows("examples", store, picked, Part(len(picked)), tally)
-    return _assembled([part], config, want, held_out=False, repeated=repeated, pack_length=pack_length)
+    return _assembled([part], config, want, held_out=False, left_out={REPEATED: repeated}, pack_length=pack_length)
 
 
 def read_examples(config: DataConfig, stage: splits.Stage, *, held_out: bool) -> Iterator[Example]:
@@ -291,8 +300,21 @@ def train_shares(config: DataConfig, is_apart: bool) -> Shares:
 
 
 def place_of(source: SourceConfig, config: DataConfig, held_out: bool) -> dict[str, Any]:
-    """The arguments of `places.read` for a source's rows, or for its held-out rows where they have a place."""
+    """The arguments of `places.read` for a source's rows, or for its held-out rows where they have a place.
+
+    ValueError for a split of files that have none: all of their rows would be taken for that split.
+    """
     path, split = source.path, source.split
+    if source.eval_split and not has_splits(source.eval_path or path):
+        raise ValueError(
+            f"{source.eval_path or path}: has no splits, so data.sources.eval_split = {source.eval_split!r} cannot be "
+            "read of it: name the file of the held-out rows in data.sources.eval_path, and leave eval_split out"
+        )
+    if split != SourceConfig.split and not has_splits(path):
+        raise ValueError(
+            f"{path}: has no splits, so data.sources.split = {split!r} cannot be read of it: name the file of that "
+            "split in data.sources.path, and leave split out"
+        )
     if held_out and has_eval(source):
         path, split = source.eval_path or path, source.eval_split or split
     seeds = {"builtin_seed": config.builtin_seed, "builtin_rows": config.builtin_rows}

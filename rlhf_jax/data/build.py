@@ -227,8 +227,13 @@ def key_turns(example: Example):
 def check_bad(count: int, shown: Sequence[str], limit: int) -> None:
     """ValueError with the first bad rows where there are more than `limit`."""
     if count > limit:
+        faults: dict[str, list[str]] = {}  # one that many rows have is told once, behind their places
+        for message in shown:
+            place, _, fault = message.partition(": ")
+            faults.setdefault(fault, []).append(place)
+        told = "; ".join(f"{', '.join(places)}: {fault}" for fault, places in faults.items())
         more = f" (data.max_bad_rows = {limit}, and there are more)" if limit else ""
-        raise ValueError(f"{'; '.join(shown)}{more}. Mend the data, or raise data.max_bad_rows to leave such rows out")
+        raise ValueError(f"{told}{more}. Mend the data, or raise data.max_bad_rows to leave such rows out")
 
 
 def blocks_of(items: Iterable[T], size: int) -> Iterator[list[T]]:

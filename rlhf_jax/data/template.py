@@ -297,10 +297,11 @@ def _render(
 def _apply(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict[str, str]]], *, opened: bool, **options) -> list:
     try:
         return tokenizer.apply_chat_template(chats, add_generation_prompt=opened, return_dict=False, **options)
-    except (jinja2.TemplateError, TypeError, ZeroDivisionError) as error:
+    except Exception as error:  # a template is a program: beside refusing, it may fail in any way
+        what = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"the tokenizer's chat template refuses a dialogue: {error}. "
-            "Mend the data, or remove the tokenizer's chat_template to use the default one"
+            f"the tokenizer's chat template refuses a dialogue: {what.rstrip('.')}; data.template puts another in its "
+            "place"
         ) from error
 
 

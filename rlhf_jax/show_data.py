@@ -26,7 +26,7 @@ USES = {
 }
 
 
-def show_data(recipe: Recipe, examples: int, out: TextIO = sys.stdout) -> None:
+def show_data(recipe: Recipe, examples: int, out: TextIO | None = None) -> None:
     """Print, for each stage and source, counts, drops with reasons, and lengths, and `examples` rows of each source.
 
     What the model learns stands in bold green on a terminal, and between ⟦ and ⟧ elsewhere.
@@ -34,6 +34,7 @@ def show_data(recipe: Recipe, examples: int, out: TextIO = sys.stdout) -> None:
     Raises:
         ValueError: as `stage_rows`, but where a stage has no rows that is printed.
     """
+    out = out or sys.stdout
     tokenizer = tokenizer_of(recipe)
     colours = out.isatty() and not os.environ.get("NO_COLOR")
     print(f"tokenizer: {recipe.model.actor}, {len(tokenizer):,} words", file=out)

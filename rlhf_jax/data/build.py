@@ -28,7 +28,7 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_jax.data import splits
+from rlhf_jax.data import places, splits
 from rlhf_jax.data.config import DataConfig, SourceConfig
 from rlhf_jax.data.encode import Block, Wanted, encode_block
 from rlhf_jax.data.example import BadRow, Example, Row
@@ -114,20 +114,37 @@ def tokenised(
             raise ValueError(unwritable(cache, error)) from error
         kept = _kept(folder, wanted.per_row)
         assert kept, folder
-    store, tally = kept
+    store, tally, files = kept
+    # The same rows may have been read elsewhere then.
+    moved = dict(zip(files, files_of(place), strict=True))
+    tally = dataclasses.replace(tally, bad_shown=tuple(_named_anew(message, moved) for message in tally.bad_shown))
     check_bad(tally.bad, tally.bad_shown, config.max_bad_rows)
     return store, tally
 
 
-def _kept(folder: Path, per_row: int) -> tuple[Store, Tally] | None:
-    """What such a folder holds; None where there is none, or one that is damaged, as by a machine that lost power."""
+def files_of(place: dict[str, Any]) -> list[str]:
+    """The files of a place; none of the hub and of the built-in set."""
+    is_builtin = place["path"].startswith("builtin:")
+    return [] if is_builtin else places.files_of(place["path"], place["split"]) or []
+
+
+def _named_anew(message: str, moved: dict[str, str]) -> str:
+    """The message of a bad row, which begins with its file, with the place where that file lies now."""
+    for old, new in moved.items():
+        if message.startswith(f"{old}, "):
+            return new + message.removeprefix(old)
+    return message
+
+
+def _kept(folder: Path, per_row: int) -> tuple[Store, Tally, list[str]] | None:
+    """What such a folder holds, with the files that it is of; None where there is none, or one that is damaged."""
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         tally = Tally(**{**report["tally"], "bad_shown": tuple(report["tally"]["bad_shown"])})
-        store = Store(folder / "rows.arrow", per_row, report["digest"])
+        store, files = Store(folder / "rows.arrow", per_row, report["digest"]), report["files"]
     except (FileNotFoundError, ValueError, TypeError, KeyError, pa.ArrowException):
         return None
-    return (store, tally) if len(store) == tally.kept else None
+    return (store, tally, files) if len(store) == tally.kept else None
 
 
 def _build(
@@ -149,7 +166,7 @@ def _build(
         tally: list[Tally] = []
         batches = encoded_batches(rows, source, config, tokenizer, wanted, shares, tally.append)
         digest = write(batches, unfinished / "rows.arrow", len(tokenizer))
-        report = {"digest": digest, "tally": dataclasses.asdict(tally[-1]), **parts}
+        report = {"digest": digest, "tally": dataclasses.asdict(tally[-1]), "files": files_of(place), **parts}
         (unfinished / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
         for path in unfinished.iterdir():  # on the disk before it has its name, as the machine may lose power
             with open(path, "rb") as file:

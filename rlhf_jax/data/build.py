@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import places, splits
 from rlhf_jax.data.config import DataConfig, SourceConfig
-from rlhf_jax.data.encode import Block, Wanted, encode_block
+from rlhf_jax.data.encode import Wanted, encode_block
 from rlhf_jax.data.example import BadRow, Example, Row
 from rlhf_jax.data.mapping import mapper
 from rlhf_jax.data.places import content_key, read
@@ -60,14 +60,12 @@ class Shares:
 
 @dataclass(frozen=True)
 class Tally:
-    """What became of the rows of a place."""
+    """What became of the rows of a place that are trained on, or of those that are held out by hash."""
 
-    rows: int  # read
-    elsewhere: int  # examples that serve other stages
-    kept: int
-    cut: int
-    dropped: dict[str, int]
-    bad: int
+    rows: int  # read, for whatever they serve
+    share: int  # examples whose prompts fall here; what is not dropped of them is kept
+    dropped: dict[str, int]  # {why: examples}
+    bad: int  # rows, of which nobody knows where they would fall
     bad_shown: tuple[str, ...]  # messages of the first of them
 
 
@@ -78,11 +76,12 @@ def tokenised(
     tokenizer: PreTrainedTokenizerBase,
     wanted: Wanted,
     shares: Shares,
-) -> tuple[Store, Tally]:
+) -> tuple[Store, tuple[Tally, Tally]]:
     """The rows of a place that a stage may use, from the cache, or built and put there.
 
-    Two processes that want the same build it once: the second waits. A build that is killed leaves nothing that is
-    taken for one, and what is damaged later is built anew, which is said.
+    With them comes what became of those that are trained on, and of those held out. Two processes that want the same
+    build it once: the second waits. A build that is killed leaves nothing that is taken for one, and what is damaged
+    later is built anew, which is said.
 
     Args:
         source: with its mapping resolved.
@@ -114,12 +113,13 @@ def tokenised(
             raise ValueError(unwritable(cache, error)) from error
         kept = _kept(folder, wanted.per_row)
         assert kept, folder
-    store, tally, files = kept
+    store, tallies, files = kept
     # The same rows may have been read elsewhere then.
     moved = dict(zip(files, files_of(place), strict=True))
-    tally = dataclasses.replace(tally, bad_shown=tuple(_named_anew(message, moved) for message in tally.bad_shown))
-    check_bad(tally.bad, tally.bad_shown, config.max_bad_rows)
-    return store, tally
+    shown = tuple(_named_anew(message, moved) for message in tallies[0].bad_shown)
+    check_bad(tallies[0].bad, shown, config.max_bad_rows)
+    trained, held_out = (dataclasses.replace(tally, bad_shown=shown) for tally in tallies)
+    return store, (trained, held_out)
 
 
 def files_of(place: dict[str, Any]) -> list[str]:
@@ -136,15 +136,15 @@ def _named_anew(message: str, moved: dict[str, str]) -> str:
     return message
 
 
-def _kept(folder: Path, per_row: int) -> tuple[Store, Tally, list[str]] | None:
+def _kept(folder: Path, per_row: int) -> tuple[Store, list[Tally], list[str]] | None:
     """What such a folder holds, with the files that it is of; None where there is none, or one that is damaged."""
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        tally = Tally(**{**report["tally"], "bad_shown": tuple(report["tally"]["bad_shown"])})
+        tallies = [Tally(**tally) for tally in report["tallies"]]
         store, files = Store(folder / "rows.arrow", per_row, report["digest"]), report["files"]
     except (FileNotFoundError, ValueError, TypeError, KeyError, pa.ArrowException):
         return None
-    return (store, tally, files) if len(store) == tally.kept else None
+    return (store, tallies, files) if len(store) == report["rows"] and len(tallies) == 2 else None
 
 
 def _build(
@@ -163,10 +163,12 @@ def _build(
     try:
         source = dataclasses.replace(source, path=place["path"])  # what its examples are said to come from
         rows = itertools.islice(read(**place), source.limit or None)
-        tally: list[Tally] = []
-        batches = encoded_batches(rows, source, config, tokenizer, wanted, shares, tally.append)
+        told: list[tuple[int, Tally, Tally]] = []
+        batches = encoded_batches(rows, source, config, tokenizer, wanted, shares, told.append)
         digest = write(batches, unfinished / "rows.arrow", len(tokenizer))
-        report = {"digest": digest, "tally": dataclasses.asdict(tally[-1]), "files": files_of(place), **parts}
+        ((kept, *tallies),) = told
+        tallies = [dataclasses.asdict(tally) for tally in tallies]
+        report = {"digest": digest, "rows": kept, "tallies": tallies, "files": files_of(place), **parts}
         (unfinished / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
         for path in unfinished.iterdir():  # on the disk before it has its name, as the machine may lose power
             with open(path, "rb") as file:
@@ -183,12 +185,14 @@ def encoded_batches(
     tokenizer: PreTrainedTokenizerBase,
     wanted: Wanted,
     shares: Shares,
-    told: Callable[[Tally], None],
+    told: Callable[[tuple[int, Tally, Tally]], None],
 ) -> Iterator[pa.RecordBatch]:
-    """The rows as Arrow, a block at a time in their order; `told` gets the tally when all are done."""
+    """The rows as Arrow, a block at a time in their order; `told` gets their number and the tallies of trained and held
+    out when all are done.
+    """
     to_examples, own = mapper(source, wanted.stage), threading.local()
 
-    def work(block: list[Row]) -> tuple[pa.RecordBatch, Block, int, list[str]]:
+    def work(block: list[Row]) -> tuple[pa.RecordBatch, np.ndarray, Counter[tuple[bool, str]], list[str]]:
         if not hasattr(own, "tokenizer"):
             own.tokenizer = copy.deepcopy(tokenizer)  # a tokenizer's settings are changed while it encodes
         examples, wheres, bad = mapped(block, to_examples)
@@ -198,24 +202,31 @@ def encoded_batches(
         bad += [f"{wheres[taken[i]]}: {failure}" for i, failure in found.failures.items()]
         kept = taken[found.kept]
         numbers = [examples[i].row for i in kept]
-        batch = record_batch(found.sequences, keys[kept], numbers, wanted.per_row, len(tokenizer))
-        return batch, found, len(examples) - len(taken), bad
+        batch = record_batch(found.sequences, keys[kept], numbers, found.cut, wanted.per_row, len(tokenizer))
+        held_out = splits.held_out(keys[taken], shares.held_out)
+        good = np.delete(held_out, list(found.failures))
+        dropped = Counter((bool(held_out[i]), reason) for i, reason in found.dropped.items())
+        return batch, np.bincount(good, minlength=2), dropped, bad
 
-    count = elsewhere = kept = cut = 0
-    dropped, bad = Counter(), 0
+    count = kept = bad = 0
+    share, dropped = np.zeros(2, int), Counter[tuple[bool, str]]()
     shown: list[str] = []
     bar = tqdm(desc=f"{wanted.stage}: tokenising {source.path}", unit=" rows", delay=2, leave=False)
     with bar:
-        for size, (batch, block, others, wrong) in in_order(work, blocks_of(rows, ROWS_PER_BLOCK)):
+        for size, (batch, fallen, left_out, wrong) in in_order(work, blocks_of(rows, ROWS_PER_BLOCK)):
             bar.update(size)
-            count, elsewhere, bad = count + size, elsewhere + others, bad + len(wrong)
-            kept, cut = kept + len(block.kept), cut + block.cut
-            dropped += block.dropped
+            count, kept, bad = count + size, kept + len(batch) // wanted.per_row, bad + len(wrong)
+            share += fallen
+            dropped += left_out
             shown += wrong[: SHOWN - len(shown)]
             check_bad(bad, shown, config.max_bad_rows)
             if len(batch):
                 yield batch
-    told(Tally(count, elsewhere, kept, cut, dict(dropped), bad, tuple(shown)))
+    trained, held_out = (
+        Tally(count, int(share[i]), {why: n for (side, why), n in dropped.items() if side == i}, bad, tuple(shown))
+        for i in (0, 1)
+    )
+    told((kept, trained, held_out))
 
 
 def mapped(

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -56,6 +56,11 @@ class SourceRows:
             return lengths
         ends = np.cumsum(np.concatenate([[0], lengths[self.bins.members, 0]]), dtype=np.int64)[self.bins.offsets]
         return np.diff(ends).astype(np.int32)[:, None]
+
+    @property
+    def cut(self) -> int:
+        """Documents of which a sequence was cut."""
+        return int(self.store.cut()[self.picked].sum())
 
     def documents(self, row: int) -> list[list[Encoded]]:
         """What lies end to end in a row: one document, or those of a bin; of each its sequences."""
@@ -131,12 +136,13 @@ def stage_rows(
     want = wanted(config, stage, learn)
     withheld = np.zeros(0, np.uint64) if held_out else withheld_keys(config)
     found: list[SourceRows] = []
-    left_out, seen = Counter[str](), np.zeros(0, np.uint64)
+    seen = np.zeros(0, np.uint64)
     for source in sources:
         is_apart = has_eval(source)
         shares = Shares(None, 0.0) if held_out and is_apart else train_shares(config, is_apart)
-        store, tally = tokenised(source, place_of(source, config, held_out), config, tokenizer, want, shares)
-        keys = store.keys()
+        store, tallies = tokenised(source, place_of(source, config, held_out), config, tokenizer, want, shares)
+        tally, keys = tallies[held_out and not is_apart], store.keys()
+        dropped = Counter(tally.dropped)
         if held_out:
             take = np.ones(len(store), bool) if is_apart else splits.held_out(keys, config.held_out)
         else:
@@ -144,18 +150,19 @@ def stage_rows(
             if not is_apart:
                 take &= ~splits.held_out(keys, config.held_out)
             elsewhere = take & np.isin(keys[:, 0], withheld)
-            left_out[WITHHELD] += int(elsewhere.sum())
+            dropped[WITHHELD] += int(elsewhere.sum())
             take &= ~elsewhere
         (picked,) = take.nonzero()
         if stage == "ppo":  # each prompt once
             _, first = np.unique(keys[picked, 0], return_index=True)
             fresh = np.sort(first[~np.isin(keys[picked[first], 0], seen)])
-            left_out[REPEATED] += len(picked) - len(fresh)
+            dropped[REPEATED] += len(picked) - len(fresh)
             picked = picked[fresh]
             seen = np.concatenate([seen, keys[picked, 0]])
         part = Part(len(picked), source.weight, source.epochs, source.max_rows)
+        tally = dataclasses.replace(tally, dropped=dict(+dropped))
         found.append(SourceRows(source.path, store, picked.astype(np.int32), part, tally))
-    return _assembled(found, config, want, held_out=held_out, left_out=left_out, pack_length=pack_length)
+    return _assembled(found, config, want, held_out=held_out, pack_length=pack_length)
 
 
 def _assembled(
@@ -164,22 +171,21 @@ def _assembled(
     want: Wanted,
     *,
     held_out: bool,
-    left_out: Mapping[str, int],
     pack_length: int = 0,
 ) -> Rows:
     total, tallies = sum(map(len, found)), [part.tally for part in found]
     dropped = sum((Counter(tally.dropped) for tally in tallies), Counter())
-    dropped.update(left_out)
     shown = [message for tally in tallies for message in tally.bad_shown]
-    bad, cut = sum(tally.bad for tally in tallies), sum(tally.cut for tally in tallies)
+    bad, cut = sum(tally.bad for tally in tallies), sum(part.cut for part in found)
     told = [f"{total:,} rows"]
-    told += [f"{count:,} dropped: {reason}" for reason, count in dropped.items() if count]
+    told += [f"{count:,} dropped: {reason}" for reason, count in dropped.items()]
     told += [f"{cut:,} cut at {want.max_length} tokens"] * (cut > 0)
     told += [f"{bad:,} bad rows left out: {message}" for message in shown[:1]]
     if not total and held_out:
+        without = "" if want.stage == "ppo" else f", or set {want.stage}.eval_batches=0"  # PPO is not measured on any
         raise NoRows(
-            f"{want.stage}: there are no held-out rows to measure on ({', '.join(told)}): raise data.held_out, give a "
-            f"source an eval_path, or set {want.stage}.eval_batches=0"
+            f"{want.stage}: there are no held-out rows to measure on ({', '.join(told)}): raise data.held_out, or give a "
+            f"source an eval_path{without}"
         )
     if not total:
         raise NoRows(
@@ -225,15 +231,15 @@ def rows_of(
     for i, failure in block.failures.items():
         raise ValueError(f"{examples[i].source}, row {examples[i].row}: {failure}")
     keys = splits.as_keys([splits.prompt_key(key_turns(examples[i])) for i in block.kept])
-    batch = record_batch(block.sequences, keys, block.kept, want.per_row, len(tokenizer))
+    batch = record_batch(block.sequences, keys, block.kept, block.cut, want.per_row, len(tokenizer))
     store = in_memory([batch], want.per_row, len(tokenizer))
-    picked, repeated = np.arange(len(store), dtype=np.int32), 0
+    picked, dropped = np.arange(len(store), dtype=np.int32), Counter(block.dropped.values())
     if stage == "ppo":
         picked = np.sort(np.unique(keys[:, 0], return_index=True)[1]).astype(np.int32)
-        repeated = len(store) - len(picked)
-    tally = Tally(len(examples), 0, len(store), block.cut, dict(block.dropped), 0, ())
+        dropped[REPEATED] += len(store) - len(picked)
+    tally = Tally(len(examples), len(examples), dict(+dropped), 0, ())
     part = SourceRows("examples", store, picked, Part(len(picked)), tally)
-    return _assembled([part], config, want, held_out=False, left_out={REPEATED: repeated}, pack_length=pack_length)
+    return _assembled([part], config, want, held_out=False, pack_length=pack_length)
 
 
 def read_examples(config: DataConfig, stage: splits.Stage, *, held_out: bool) -> Iterator[Example]:

@@ -600,6 +600,18 @@ def test_a_prompt_of_the_evaluation_file_is_taken_out_of_training_and_counted(tm
         rows_of(GOOD, config)
 
 
+@pytest.mark.parametrize(
+    ("stage", "mend"),
+    [
+        ("sft", "give a source an eval_path, or set sft.eval_batches=0"),
+        ("ppo", "raise data.held_out, or give a source"),
+    ],
+)
+def test_without_held_out_rows_the_mends_are_keys_that_the_stage_has(tmp_path, stage, mend):
+    with pytest.raises(NoRows, match=f"{stage}: there are no held-out rows to measure on .*{mend}"):
+        stage_rows(good(tmp_path), TOKENIZER, stage, held_out=True)
+
+
 # What a stage needs.
 
 

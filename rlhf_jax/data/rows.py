@@ -182,10 +182,11 @@ def _assembled(
     told += [f"{cut:,} cut at {want.max_length} tokens"] * (cut > 0)
     told += [f"{bad:,} bad rows left out: {message}" for message in shown[:1]]
     if not total and held_out:
-        without = "" if want.stage == "ppo" else f", or set {want.stage}.eval_batches=0"  # PPO is not measured on any
+        mends = ["raise data.held_out", "give a source an eval_path", f"set {want.stage}.eval_batches=0"]
+        mends = mends[: 2 if want.stage == "ppo" else 3]  # PPO has no such key: `evaluate` is what measures it
         raise NoRows(
-            f"{want.stage}: there are no held-out rows to measure on ({', '.join(told)}): raise data.held_out, or give a "
-            f"source an eval_path{without}"
+            f"{want.stage}: there are no held-out rows to measure on ({', '.join(told)}): {', '.join(mends[:-1])}, or "
+            f"{mends[-1]}"
         )
     if not total:
         raise NoRows(

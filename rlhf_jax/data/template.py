@@ -170,7 +170,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -
 
 def _with_answer(found: Encoded | Failure, answer: str) -> Encoded | Failure:
     """A Failure where an end is all that there is of an answer: the model would learn to say nothing."""
-    if answer and isinstance(found, Encoded) and np.diff(found.spans[-1])[0] < 2:
+    if answer and isinstance(found, Encoded) and found.spans[-1, 1] - found.spans[-1, 0] < 2:
         return ValueError(
             f"the tokenizer's chat template, or the tokenizer, writes nothing of the answer {answer[:60]!r}: mend "
             "data.template, or remove the tokenizer's chat_template to use the default one"

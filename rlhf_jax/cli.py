@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = add("data", "what each source gives: counts, drops, lengths, and rows as the model sees them", DATA_HELP)
     command.add_argument("config", metavar="CONFIG", help="a TOML file")
     command.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of it, section.key=value")
-    command.add_argument("--examples", type=int, default=2, metavar="N", help="rows of each source (default: 2)")
+    command.add_argument("--examples", type=int, default=1, metavar="N", help="rows of each source (default: 1)")
     command = add("plan", "bytes, seconds and cost of every phase on GPUs that need not be there", PLAN_HELP)
     command.add_argument("config", metavar="CONFIG", help="a TOML file")
     command.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of it, section.key=value")

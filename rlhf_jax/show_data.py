@@ -1,71 +1,71 @@
-"""`rlhf-jax data`: what each source gives, and some rows as the model will see them."""
+"""`rlhf-jax data`: what each source gives each stage, and some rows as the model will see them."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import TextIO
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_jax.data.batches import Batches
+from rlhf_jax.data.config import DataConfig
 from rlhf_jax.data.encode import Learn
-from rlhf_jax.data.rows import Rows, SourceRows, stage_rows
-from rlhf_jax.data.splits import STAGES
+from rlhf_jax.data.mapping import resolved, serves
+from rlhf_jax.data.rows import NoRows, Rows, has_eval, stage_rows, takes_part
+from rlhf_jax.data.splits import STAGES, Stage
 from rlhf_jax.data.template import Encoded, prepare_tokenizer
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.base import new_tokenizer
 
-QUANTILES = (0.05, 0.5, 0.95, 1.0)
 GREEN, DIM, PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
-USES = {
-    "sft": "supervised fine-tuning: a dialogue a row",
-    "reward": "reward model: a pair a row",
-    "ppo": "PPO: a prompt a row",
-}
+USES = {"sft": "a row is a dialogue", "reward": "a row is a pair", "ppo": "a row is a prompt"}
+LEGEND = """\
+share: rows whose prompt falls to the stage, or is held out; dropped: those of them that make no row, for the reasons
+told; used: the others; cut: those of the used that were too long; median, 95% and longest: tokens of a sequence;
+tokens: of all sequences together\
+"""
+COLUMNS = ("share", "dropped", "used", "cut", "median", "95%", "longest", "tokens")
+NAME, WIDTH = 32, 8  # characters of a source's name and of a column in a table
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal might obey
 
 
-def show_data(recipe: Recipe, examples: int, out: TextIO = sys.stdout) -> None:
-    """Print, for each stage and source, counts, drops with reasons, and lengths, and `examples` rows of each source.
+def show_data(recipe: Recipe, examples: int, out: TextIO | None = None) -> None:
+    """Print for each stage and source counts, drops with reasons, lengths, and `examples` rows of each source.
 
     What the model learns stands in bold green on a terminal, and between ⟦ and ⟧ elsewhere.
 
     Raises:
         ValueError: as `stage_rows`, but where a stage has no rows that is printed.
     """
-    tokenizer = tokenizer_of(recipe)
+    out = out or sys.stdout
+    tokenizer, data = tokenizer_of(recipe), recipe.data
     colours = out.isatty() and not os.environ.get("NO_COLOR")
-    print(f"tokenizer: {recipe.model.actor}, {len(tokenizer):,} words", file=out)
+    # All is read before anything is printed: what is bad stops the command, and how much was read is told once.
+    found = {(stage, side): _rows(recipe, tokenizer, stage, side) for stage in STAGES for side in (False, True)}
+    names = short_names([source.path for source in data.sources])
+    lines = [f"tokenizer: {recipe.model.actor}, {len(tokenizer):,} words", "", *sources(data, names, found), "", LEGEND]
     for stage in STAGES:
-        print(f"\n{stage} - {USES[stage]}", file=out)
-        learn: Learn = recipe.sft.learn if stage == "sft" else "answer"
-        pack_length = recipe.sft.pack_length if stage == "sft" else 0
+        serving = [name for name, source in zip(names, data.sources, strict=True) if serves(source, stage)]
+        lines += ["", _columns(f"{stage}: {USES[stage]}", COLUMNS)]
         for held_out in (False, True):
-            try:
-                rows = stage_rows(recipe.data, tokenizer, stage, held_out=held_out, learn=learn)
-            except ValueError as error:
-                if "there are no " not in str(error):
-                    raise
-                print(f"  {error}", file=out)
-                continue
-            print(f"  {'held out' if held_out else 'training'}: {rows.report}", file=out)
-            for part in rows.parts:
-                for line in described(part):
-                    print(f"    {line}", file=out)
-            if held_out:
-                continue
-            print(f"  {padding(recipe, rows, stage)}", file=out)
-            if pack_length:
-                packed = stage_rows(recipe.data, tokenizer, stage, held_out=False, learn=learn, pack_length=pack_length)
-                print(f"  packed: {packed.report}", file=out)
-            for part in rows.parts:
+            named = zip(names, data.sources, strict=True)
+            here = [name for name, source in named if takes_part(source, stage, held_out)]
+            lines += table(here, found[stage, held_out], held_out)
+        rows = found[stage, False]
+        if isinstance(rows, Rows):
+            lines += epoch(recipe, tokenizer, stage, rows, serving)
+            for name, part in zip(serving, rows.parts, strict=True):
                 for row in range(min(examples, len(part))):
-                    number = part.number(row)
-                    print(f"\n  {part.name}, row {number}:", file=out)
                     (document,) = part.documents(row)
-                    for sequence in document:
-                        print(indented(shown(sequence, tokenizer, colours)), file=out)
+                    lines += ["", f"  {name}, row {part.number(row)}"]
+                    lines += example(document, tokenizer, colours)
+    print("\n".join(lines), file=out)
 
 
 def tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -78,47 +78,156 @@ def tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
     return new_tokenizer(recipe.model, recipe.data)
 
 
-def described(part: SourceRows) -> list[str]:
-    """Lines about one source: what was read, what became of it, and the lengths in tokens of what is left."""
-    tally = part.tally
-    lines = [
-        f"{part.name}: {tally.rows:,} rows read, {tally.elsewhere:,} for other stages, {tally.bad:,} bad, "
-        f"{sum(tally.dropped.values()):,} dropped, {tally.cut:,} cut; {len(part):,} here"
-    ]
-    lines += [f"  dropped: {count:,} {reason}" for reason, count in sorted(tally.dropped.items())]
-    lines += [f"  bad: {message}" for message in tally.bad_shown]
-    if len(part):
-        lengths = part.lengths.reshape(-1)
-        ends = np.quantile(lengths, QUANTILES, method="higher")
-        told = ", ".join(f"{share:.0%} {end}" for share, end in zip(QUANTILES, ends, strict=True))
-        lines.append(f"  tokens of a sequence: mean {lengths.mean():.1f}, up to {told}; in all {int(lengths.sum()):,}")
+def _rows(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stage: Stage, held_out: bool, pack_length: int = 0
+) -> Rows | NoRows:
+    learn: Learn = recipe.sft.learn if stage == "sft" else "answer"
+    try:
+        return stage_rows(recipe.data, tokenizer, stage, held_out=held_out, learn=learn, pack_length=pack_length)
+    except NoRows as error:
+        return error
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Numbered, with as much of the end of each path as a column holds."""
+    names = []
+    for number, path in enumerate(paths, start=1):
+        name = (
+            f"{number} {'/'.join(PurePath(path).parts[-2:])}" if not path.startswith("builtin:") else f"{number} {path}"
+        )
+        names.append(name if len(name) <= NAME else f"{number} …{name[-(NAME - len(str(number)) - 2) :]}")
+    return names
+
+
+def sources(data: DataConfig, names: Sequence[str], found: Mapping[tuple[Stage, bool], Rows | NoRows]) -> list[str]:
+    """Of each source its place and format, how many rows were read, and which were bad."""
+    lines = ["sources"]
+    for at, (source, name) in enumerate(zip(map(resolved, data.sources), names, strict=True)):
+        tallies = {False: {}, True: {}}  # of the training rows and of the held-out rows, {stage: tally}
+        for (stage, held_out), rows in found.items():
+            if isinstance(rows, Rows) and takes_part(source, stage, held_out):
+                before = sum(takes_part(other, stage, held_out) for other in data.sources[:at])
+                tallies[held_out][stage] = rows.parts[before].tally
+        read = {side: next((tally.rows for tally in each.values()), None) for side, each in tallies.items()}
+        counts = {side: "" if count is None else f", {count:,} rows" for side, count in read.items()}
+        if source.eval_path:
+            held = f"{source.eval_path}{counts[True]}"
+        elif source.eval_split:
+            held = f"split {source.eval_split}{counts[True]}"
+        else:
+            held = f"{data.held_out:.1%} of its prompts" if data.held_out else "nothing"
+            held += ", left out, as it is streamed" * (source.stream and data.held_out > 0)
+        counts[False] += " in its first window, of which all below is told" * source.stream
+        unserved = [f", not for {stage}" for stage in STAGES if not serves(source, stage)]
+        told = f"{counts[False]}, format {source.format}{''.join(unserved)}; held out: {held}"
+        lines.append(f"  {name.split()[0]} {source.path}{told}")
+        for held_out in (False, True) if has_eval(source) else (False,):
+            bad = {stage: tally.bad for stage, tally in tallies[held_out].items() if tally.bad}
+            if bad:
+                of = ", ".join(f"{count:,} for {stage}" for stage, count in bad.items())
+                lines.append(f"    bad rows left out{' of those held out' if held_out else ''}: {of}")
+            shown = (message for tally in tallies[held_out].values() for message in tally.bad_shown)
+            lines += [f"      {message}" for message in dict.fromkeys(shown)]
     return lines
 
 
-def padding(recipe: Recipe, rows: Rows, stage: str) -> str:
-    """What share of the positions of an epoch's batches is padding."""
+def table(serving: Sequence[str], rows: Rows | NoRows, held_out: bool) -> list[str]:
+    """A line for each source that serves the stage, one for all of several, and why rows were dropped."""
+    title = "held out" if held_out else "training"
+    if isinstance(rows, NoRows):
+        return [f"  {title}: {rows}"]
+    lines, reasons = [f"  {title}"], dict[str, Counter[str]]()
+    counts = np.zeros(4, int)
+    for name, part in zip(serving, rows.parts, strict=True):
+        row = np.array([part.tally.share, sum(part.tally.dropped.values()), len(part), part.cut])
+        lines.append(_line(name, row, part.lengths.reshape(-1)))
+        counts += row
+        for why, count in sorted(part.tally.dropped.items()):
+            reasons.setdefault(why, Counter())[name.split()[0]] = count
+    if len(rows.parts) > 1:
+        lines.append(_line("all", counts, np.concatenate([part.lengths.reshape(-1) for part in rows.parts])))
+    for why, of in reasons.items():
+        by = f" ({', '.join(f'{count:,} of {number}' for number, count in of.items())})" if len(serving) > 1 else ""
+        lines.append(f"    dropped: {of.total():,} {why}{by}")
+    return lines
+
+
+def _line(name: str, counts: np.ndarray, lengths: np.ndarray) -> str:
+    """lengths: [n] tokens of sequences."""
+    ends = np.quantile(lengths, (0.5, 0.95, 1.0), method="higher").tolist() if len(lengths) else ["-"] * 3
+    values = (*counts.tolist(), *ends, int(lengths.sum()))
+    return _columns(f"  {name}", [value if isinstance(value, str) else f"{value:,}" for value in values])
+
+
+def _columns(name: str, values: Sequence[str]) -> str:
+    return f"{name:{NAME + 2}}" + "".join(f" {value:>{WIDTH}}" for value in values[:-1]) + f" {values[-1]:>{WIDTH + 5}}"
+
+
+def epoch(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stage: Stage, rows: Rows, serving: Sequence[str]
+) -> list[str]:
+    """What an epoch draws of each source, if not each row once, its steps, and what share of its batches is padding."""
+    lines = []
+    if stage == "sft" and recipe.sft.pack_length:
+        rows = _rows(recipe, tokenizer, stage, False, recipe.sft.pack_length)
+        assert isinstance(rows, Rows)  # as there are some before they are packed
+        lines.append(f"  packed: {sum(map(len, rows.parts)):,} rows of {recipe.sft.pack_length} tokens")
+    if rows.quota != tuple(map(len, rows.parts)):
+        drawn = ", ".join(f"{count:,} of {name.split()[0]}" for name, count in zip(serving, rows.quota, strict=True))
+        lines.append(f"  drawn in an epoch: {len(rows):,} rows, {drawn}")
     config = getattr(recipe, stage)
     size = config.rollout_batch_size if stage == "ppo" else config.batch_size
     if size > len(rows):
-        return f"fewer rows than a batch has ({size})"
+        return [*lines, f"  a batch has {size} rows, which are more than there are: add rows, or make it smaller"]
     batches = Batches(rows, batch_size=size, seed=recipe.run.seed, buckets=getattr(config, "length_buckets", 1))
     steps = range(0, batches.steps_per_epoch, max(1, batches.steps_per_epoch // 32))
     real = np.mean([batches[step].mask.mean() for step in steps])
     shapes = ", ".join(map(str, batches.lengths))
-    return f"{batches.steps_per_epoch:,} steps of {size} an epoch, rows of {shapes} tokens, {1 - real:.1%} padding"
+    count = batches.steps_per_epoch
+    told = f"{count:,} step{'s' * (count != 1)} of {size} rows, padded to {shapes} tokens: {1 - real:.1%} padding"
+    return [*lines, f"  an epoch: {told}"]
 
 
-def shown(sequence: Encoded, tokenizer: PreTrainedTokenizerBase, colours: bool) -> str:
-    """The text of a sequence, what is learned of it set off."""
-    begin, end, other = (GREEN, PLAIN + DIM, DIM) if colours else ("⟦", "⟧", "")
-    text, at = other, 0
-    for first, last in sequence.spans.tolist():
-        text += (
-            tokenizer.decode(sequence.tokens[at:first]) + begin + tokenizer.decode(sequence.tokens[first:last]) + end
-        )
-        at = last
-    return text + tokenizer.decode(sequence.tokens[at:]) + (PLAIN if colours else "")
+def example(row: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, colours: bool) -> list[str]:
+    """The text of a row, what is learned of it set off; of a pair the prompt once, and then both answers."""
+    if len(row) == 1:
+        return _bordered(shown(row[0], 0, tokenizer, colours))
+    chosen, rejected = row
+    first = int(chosen.spans[-1, 0]) if len(chosen.spans) else 0
+    if not np.array_equal(chosen.tokens[:first], rejected.tokens[:first]):
+        first = 0
+    prompt = Encoded(chosen.tokens[:first], chosen.spans[:0])
+    lines = _bordered(shown(prompt, 0, tokenizer, colours)) if first else []
+    for label, answer in (("chosen", chosen), ("rejected", rejected)):
+        lines += [f"    {label}:", *_bordered(shown(answer, first, tokenizer, colours))]
+    return lines
 
 
-def indented(text: str) -> str:
-    return "\n".join(f"    | {line}" for line in text.split("\n"))
+def shown(sequence: Encoded, first: int, tokenizer: PreTrainedTokenizerBase, colours: bool) -> str:
+    """The text of a sequence behind its `first` tokens, what is learned of it set off."""
+    bounds = [first, *(at for at in sequence.spans.reshape(-1).tolist() if at >= first), len(sequence.tokens)]
+    text = ""
+    for i, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        piece, learned = _text(sequence.tokens, begin, end, tokenizer), i % 2 == 1
+        if colours:
+            text += _painted(piece, GREEN if learned else DIM)
+        else:
+            text += f"⟦{piece}⟧" if learned else piece
+    return text
+
+
+def _text(tokens: np.ndarray, begin: int, end: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of tokens[begin:end], as it is behind those before it: some tokenizers begin a text without a blank."""
+    before, upto = (tokenizer.decode(tokens[:at], clean_up_tokenization_spaces=False) for at in (begin, end))
+    if not upto.startswith(before):  # a character of several tokens runs across the bound
+        before, upto = "", tokenizer.decode(tokens[begin:end], clean_up_tokenization_spaces=False)
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], upto.removeprefix(before))
+
+
+def _painted(text: str, colour: str) -> str:
+    """Each line by itself, because pagers forget colours at the end of a line."""
+    return "\n".join(f"{colour}{line}{PLAIN}" if line else "" for line in text.split("\n"))
+
+
+def _bordered(text: str) -> list[str]:
+    return [f"    | {line}".rstrip() for line in text.split("\n")]

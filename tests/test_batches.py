@@ -29,7 +29,7 @@ def source(lengths: list[int], per_row: int = 1, first: int = 1, name: str = "ma
         for s, length in enumerate(lengths[: num * per_row])
     ]
     keys = np.arange(2 * num, dtype=np.uint64).reshape(num, 2)
-    store = in_memory([record_batch(sequences, keys, range(num), per_row, 1000)], per_row, 1000)
+    store = in_memory([record_batch(sequences, keys, range(num), [False] * num, per_row, 1000)], per_row, 1000)
     return SourceRows(name, store, np.arange(num, dtype=np.int32), Part(num), NOTHING)
 
 
@@ -235,7 +235,7 @@ def test_rows_of_two_bytes_and_of_four_are_the_same():
         for row in range(2)
         for sequence in part.store.row(row)
     ]
-    store = in_memory([record_batch(wide, part.store.keys(), range(2), 1, 200_000)], 1, 200_000)
+    store = in_memory([record_batch(wide, part.store.keys(), range(2), [False] * 2, 1, 200_000)], 1, 200_000)
     assert part.store.row(0)[0].tokens.dtype == np.uint16 and store.row(0)[0].tokens.dtype == np.int32
     other = dataclasses.replace(part, store=store)
     one, two = (Batches(Rows((each,), 1, (2,), ""), batch_size=2, seed=0)[0] for each in (part, other))

@@ -77,7 +77,7 @@ def test_two_readers_of_one_folder_make_each_window_once_and_agree(tmp_path):
     assert sum(found.values(), []) == [1 + i % 53 for i in range(200)]
     # What is counted is counted once: ten windows of twenty rows, and the rest of the last block.
     tally = one.store(9)[1]
-    assert tally.kept == tally.rows and 200 <= tally.rows < 207
+    assert tally.share == tally.rows and 200 <= tally.rows < 207
 
 
 def test_prompts_of_other_stages_and_held_out_ones_are_left_out_of_a_stream(tmp_path):
@@ -176,9 +176,9 @@ def test_a_set_of_the_hub_is_streamed_as_it_comes_over_the_net(tmp_path, monkeyp
 def test_what_cannot_be_streamed_is_refused(tmp_path):
     path = write(tmp_path / "rows.jsonl", 60)
     config = config_of(path, tmp_path / "cache")
-    with pytest.raises(ValueError, match="only SFT streams its rows, and ppo reads it too: set stream = false"):
+    with pytest.raises(ValueError, match="ppo: there are no rows to train on"):  # a stream serves SFT alone
         stage_rows(config, TOKENIZER, "ppo", held_out=False)
-    with pytest.raises(ValueError, match="a stream is not packed: set sft.pack_length = 0"):
+    with pytest.raises(ValueError, match="rows of a stream are not packed: set sft.pack_length = 0"):
         rows_for(config, pack_length=512)
     with pytest.raises(ValueError, match="none of its rows serves the stage sft"):
         rows_for(dataclasses.replace(config, split="0,1,0"))

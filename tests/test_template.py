@@ -122,6 +122,7 @@ def test_text_that_spells_a_special_token_stays_text(kind, text):
 
 
 TEXT = st.text(st.sampled_from("ab 1.:\n<>/|s_imtarned\u00e9\U0001f600"), min_size=1).map(str.strip).filter(bool)
+PLAIN = TEXT.map(lambda text: text.replace("<", "").strip()).filter(bool)  # spells no control token
 
 
 @pytest.mark.parametrize("tokenizer", [GPT2, CHATML_LIKE], ids=["default", "chatml"])
@@ -162,7 +163,7 @@ def test_the_spans_are_what_the_assistant_says_and_its_ends_and_nothing_else(tok
 
 
 @pytest.mark.parametrize("tokenizer", [GPT2, CHATML_LIKE, LLAMA_LIKE], ids=["default", "chatml", "metaspace"])
-@given(texts=st.lists(TEXT, min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0))
+@given(texts=st.lists(PLAIN, min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0))
 def test_the_spans_by_bytes_are_those_by_parts(tokenizer, texts):
     turns = tuple((("user", "assistant")[i % 2], text) for i, text in enumerate(texts))
     asked = []

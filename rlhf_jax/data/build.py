@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,12 +19,14 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_jax.data import places
 from rlhf_jax.data.config import DataConfig, SourceConfig
 from rlhf_jax.data.encode import Wanted
 from rlhf_jax.data.places import content_key, read
 from rlhf_jax.data.store import Store, write
-from rlhf_jax.data.tokenise import Shares, Tally, check_bad, encoded_blocks
+from rlhf_jax.data.tokenise import Shares, Tally, check_bad, encoded_blocks, tally_of
 
+LOGGER = logging.getLogger(__name__)
 BLEND = ("weight", "epochs", "max_rows")  # of a source, what its tokens do not depend on
 
 
@@ -34,17 +37,19 @@ def tokenised(
     tokenizer: PreTrainedTokenizerBase,
     wanted: Wanted,
     shares: Shares,
-) -> tuple[Store, Tally]:
+) -> tuple[Store, tuple[Tally, Tally]]:
     """The rows of a place that a stage may use, from the cache, or built and put there.
 
-    Two processes that want the same build it once: the second waits. A build that is killed leaves nothing that is
-    taken for one.
+    With them comes what became of those that are trained on, and of those held out. Two processes that want the same
+    build it once: the second waits. A build that is killed leaves nothing that is taken for one, and what is damaged
+    later is built anew, which is said.
 
     Args:
         source: with its mapping resolved.
         place: the arguments of `places.read`.
     Raises:
-        ValueError: more than `config.max_bad_rows` rows are bad, with the first of them; and as `places.read`.
+        ValueError: more than `config.max_bad_rows` rows are bad, with the first of them; the cache cannot be written;
+            and as `places.read`.
     """
     cache = cache_folder(config)
     parts = {
@@ -56,14 +61,50 @@ def tokenised(
         "code": code_key(),
     }
     folder = cache / hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
-    if not folder.exists():
-        with FileLock(folder.with_suffix(".lock")):
-            if not folder.exists():
-                _build(folder, parts, source, place, config, tokenizer, wanted, shares)
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    tally = tally_of(report)
-    check_bad(tally.bad, tally.bad_shown, config.max_bad_rows)
-    return Store(folder / "rows.arrow", wanted.per_row, report["digest"]), tally
+    if (kept := _kept(folder, wanted.per_row)) is None:
+        try:
+            with FileLock(folder.with_suffix(".lock")):
+                if _kept(folder, wanted.per_row) is None:  # and no other process has built it meanwhile
+                    if folder.exists():
+                        LOGGER.warning(f"{folder}: these tokenised rows are damaged, and are made anew")
+                        shutil.rmtree(folder)
+                    _build(folder, parts, source, place, config, tokenizer, wanted, shares)
+        except OSError as error:  # of what is read it would be a ValueError
+            raise ValueError(unwritable(cache, error)) from error
+        kept = _kept(folder, wanted.per_row)
+        assert kept, folder
+    store, tallies, files = kept
+    # The same rows may have been read elsewhere then.
+    moved = dict(zip(files, files_of(place), strict=True))
+    shown = tuple(_named_anew(message, moved) for message in tallies[0].bad_shown)
+    check_bad(tallies[0].bad, shown, config.max_bad_rows)
+    trained, held_out = (dataclasses.replace(tally, bad_shown=shown) for tally in tallies)
+    return store, (trained, held_out)
+
+
+def files_of(place: dict[str, Any]) -> list[str]:
+    """The files of a place; none of the hub and of the built-in set."""
+    is_builtin = place["path"].startswith("builtin:")
+    return [] if is_builtin else places.files_of(place["path"], place["split"]) or []
+
+
+def _named_anew(message: str, moved: dict[str, str]) -> str:
+    """The message of a bad row, which begins with its file, with the place where that file lies now."""
+    for old, new in moved.items():
+        if message.startswith(f"{old}, "):
+            return new + message.removeprefix(old)
+    return message
+
+
+def _kept(folder: Path, per_row: int) -> tuple[Store, list[Tally], list[str]] | None:
+    """What such a folder holds, with the files that it is of; None where there is none, or one that is damaged."""
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        tallies = [tally_of(tally) for tally in report["tallies"]]
+        store, files = Store(folder / "rows.arrow", per_row, report["digest"]), report["files"]
+    except (FileNotFoundError, ValueError, TypeError, KeyError, pa.ArrowException):
+        return None
+    return (store, tallies, files) if len(store) == report["rows"] and len(tallies) == 2 else None
 
 
 def _build(
@@ -82,29 +123,29 @@ def _build(
     try:
         source = dataclasses.replace(source, path=place["path"])  # what its examples are said to come from
         rows = itertools.islice(read(**place), source.limit or None)
-        tally = Tally()
+        kept, tallies = 0, [Tally(), Tally()]
 
         def batches() -> Iterator[pa.RecordBatch]:
-            nonlocal tally
+            nonlocal kept, tallies
             with tqdm(desc=f"{wanted.stage}: tokenising {source.path}", unit=" rows", delay=2, disable=None) as bar:
-                for batch, done in encoded_blocks(rows, source, tokenizer, wanted, shares):
-                    bar.update(done.rows)
-                    tally = tally.plus(done)
-                    check_bad(tally.bad, tally.bad_shown, config.max_bad_rows)
+                for batch, *sides in encoded_blocks(rows, source, tokenizer, wanted, shares):
+                    bar.update(sides[0].rows)
+                    tallies = [before.plus(here) for before, here in zip(tallies, sides, strict=True)]
+                    check_bad(tallies[0].bad, tallies[0].bad_shown, config.max_bad_rows)
+                    kept += len(batch) // wanted.per_row
                     if len(batch):
                         yield batch
 
         digest = write(batches(), unfinished / "rows.arrow", len(tokenizer))
-        report = {"digest": digest, "tally": dataclasses.asdict(tally), **parts}
+        told = [dataclasses.asdict(tally) for tally in tallies]
+        report = {"digest": digest, "rows": kept, "tallies": told, "files": files_of(place), **parts}
         (unfinished / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
+        for path in unfinished.iterdir():  # on the disk before it has its name, as the machine may lose power
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def tally_of(report: dict[str, Any]) -> Tally:
-    """The tally that stands in a report.json."""
-    return Tally(**{**report["tally"], "bad_shown": tuple(report["tally"]["bad_shown"])})
 
 
 def mapping_key(source: SourceConfig) -> dict[str, Any]:
@@ -113,11 +154,19 @@ def mapping_key(source: SourceConfig) -> dict[str, Any]:
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Where tokenised rows are kept; it is made."""
+    """Where tokenised rows are kept; it is made. ValueError if it cannot be."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(config.cache_dir).expanduser() if config.cache_dir else caches / "rlhf_jax" / "data"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(unwritable(folder, error)) from error
     return folder
+
+
+def unwritable(folder: Path, error: OSError) -> str:
+    what = error.strerror or error
+    return f"{folder}: tokenised rows cannot be kept there ({what}); name another folder in data.cache_dir"
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -52,6 +52,8 @@ class SourceConfig:
     max_rows: int = 0  # at most so many of its rows are drawn in one epoch of the blend; 0: no cap
 
     def __post_init__(self):
+        if not self.path.strip():
+            raise ValueError("data.sources.path is empty: name a file, a folder, or a data set of the hub")
         if self.limit < 0:
             raise ValueError(f"data.sources.limit must not be negative: {self.limit}; 0 takes all rows")
         if self.weight < 0 or self.max_rows < 0 or self.epochs <= 0:

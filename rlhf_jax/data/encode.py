@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -44,8 +43,8 @@ class Block:
 
     sequences: list[Encoded] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)  # which of the examples each row is
-    dropped: Counter[str] = field(default_factory=Counter)
-    cut: int = 0  # rows of which a sequence was cut
+    cut: list[bool] = field(default_factory=list)  # whether a sequence of the row was cut
+    dropped: dict[int, str] = field(default_factory=dict)  # examples that make no row, and why
     failures: dict[int, ValueError] = field(default_factory=dict)  # examples that cannot be encoded
 
 
@@ -63,7 +62,7 @@ def encode_block(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
     whole: list[int] = []
     for i in dialogues:
         if reason := _obstacle(examples[i], wanted.stage):
-            block.dropped[reason] += 1
+            block.dropped[i] = reason
         else:
             whole.append(i)
     for i, row in zip(whole, _rows([examples[i] for i in whole], tokenizer, wanted), strict=True):
@@ -73,19 +72,20 @@ def encode_block(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
             continue
         fitted = _fit(row, tokenizer, wanted)
         if isinstance(fitted, str):
-            block.dropped[fitted] += 1
+            block.dropped[i] = fitted
             continue
-        block.cut += any(len(new.tokens) < len(old.tokens) for new, old in zip(fitted, row, strict=True))
+        block.cut.append(any(len(new.tokens) < len(old.tokens) for new, old in zip(fitted, row, strict=True)))
         block.kept.append(i)
         block.sequences += fitted
     for i, tokens in zip(documents, encode_documents(tokenizer, [examples[i].text for i in documents]), strict=True):
         if not examples[i].text:
-            block.dropped["empty document"] += 1
+            block.dropped[i] = "empty document"
             continue
         for start in range(0, len(tokens), wanted.max_length):
             piece = tokens[start : start + wanted.max_length]
             if len(piece) > 1:  # of a single token nothing is learned
                 block.kept.append(i)
+                block.cut.append(False)
                 block.sequences.append(Encoded(piece, np.array([[1, len(piece)]], np.int32)))
     return block
 

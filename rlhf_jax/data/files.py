@@ -157,6 +157,7 @@ def _parquet(path: str, file: BinaryIO) -> Iterator[Row]:
     """A damaged group of rows is one bad row, and the next group is read."""
     # Without pre-buffering, and through a small buffer, no column of a group is held whole.
     table = pa.parquet.ParquetFile(file, pre_buffer=False, buffer_size=BLOCK)
+    _check_names(table.schema_arrow)
     first = 0
     for group in range(table.num_row_groups):
         given, first = first, first + table.metadata.row_group(group).num_rows
@@ -179,15 +180,23 @@ def _arrow(path: str, file: BinaryIO) -> Iterator[Row]:
     source = pa.BufferReader(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
     if magic == b"ARROW1":
         reader = pa.ipc.open_file(source)
+        _check_names(reader.schema)
         batches: Iterable[pa.RecordBatch] = map(reader.get_batch, range(reader.num_record_batches))
     else:
         batches = pa.ipc.open_stream(source)
+        _check_names(batches.schema)
     given = 0
     for batch in batches:
         checked = _is_sound(batch)
         for start in range(0, batch.num_rows, BATCH):
             yield from _batch(path, given + start, batch.slice(start, BATCH), checked=checked)
         given += batch.num_rows
+
+
+def _check_names(schema: pa.Schema) -> None:
+    """ArrowInvalid if two columns have one name: only the last of them would be read."""
+    if len(set(schema.names)) < len(schema.names):
+        raise pa.ArrowInvalid(f"columns must be named once, not {schema.names}")
 
 
 UNFIT = (ValueError, OverflowError, pa.ArrowException)  # values that Python cannot hold, as text that is not UTF-8

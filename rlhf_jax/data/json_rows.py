@@ -49,7 +49,8 @@ def _unusual(path: str, number: int, line: bytes | None) -> Row:
     try:
         return _checked(path, number, JSON.decode(line.decode()), "line", ONE_A_LINE)
     except (ValueError, RecursionError) as error:
-        return Row(path, number, BadRow(f"{path}, line {number}: malformed JSON ({error}); {ONE_A_LINE}"))
+        what = f"{error.msg}, column {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+        return Row(path, number, BadRow(f"{path}, line {number}: malformed JSON ({what}); {ONE_A_LINE}"))
 
 
 def json_rows(path: str, text: Iterator[bytes]) -> Iterator[Row]:

@@ -41,6 +41,8 @@ KEYS = {
 def serves(source: SourceConfig, stage: Stage) -> bool:
     """Whether the source has fields for what the stage needs."""
     source = resolved(source)
+    if source.stream and stage != "sft":  # the other stages choose among all their rows
+        return False
     if source.format == "text":
         return stage == "sft"
     if source.format in ("messages", "sharegpt", "alpaca"):

@@ -70,6 +70,14 @@ def content_key(path: str, *, name: str, split: str, builtin_seed: int, builtin_
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
+def has_splits(path: str) -> bool:
+    """Whether a split can be asked for: of what `save_to_disk` wrote, and of what is not here but may be on the hub."""
+    place = os.path.expanduser(path)
+    if os.path.isdir(place):
+        return any(os.path.isfile(os.path.join(place, name)) for name in ("dataset_dict.json", "state.json"))
+    return not (path.startswith("builtin:") or os.path.exists(place) or glob.has_magic(place))
+
+
 def files_of(path: str, split: str) -> list[str] | None:
     """The files of a place, in the order in which they are read; None for a data set of the hub."""
     path = os.path.expanduser(path)

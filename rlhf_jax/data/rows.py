@@ -22,13 +22,18 @@ from rlhf_jax.data.encode import Learn, Wanted, encode_block, wanted
 from rlhf_jax.data.example import Example
 from rlhf_jax.data.mapping import mapper, resolved, serves
 from rlhf_jax.data.packing import Bins, pack
-from rlhf_jax.data.places import read
+from rlhf_jax.data.places import has_splits, read
 from rlhf_jax.data.store import Store, in_memory, record_batch
 from rlhf_jax.data.stream import StreamRows, stream_of
 from rlhf_jax.data.template import Encoded
 from rlhf_jax.data.tokenise import Shares, Tally, check_bad, key_turns, mapped
 
 ROWS_AT_ONCE = 4096
+WITHHELD, REPEATED = "prompt held out by eval_path or eval_split", "repeated prompt"
+
+
+class NoRows(ValueError):
+    """A stage has no rows to train on, or none to be measured on."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,11 @@ class SourceRows:
             return lengths
         ends = np.cumsum(np.concatenate([[0], lengths[self.bins.members, 0]]), dtype=np.int64)[self.bins.offsets]
         return np.diff(ends).astype(np.int32)[:, None]
+
+    @property
+    def cut(self) -> int:
+        """Documents of which a sequence was cut."""
+        return int(self.store.cut()[self.picked].sum())
 
     @property
     def longest(self) -> int:
@@ -147,21 +157,21 @@ def stage_rows(
     Args:
         pack_length: tokens of a row of several documents; 0: a row is one document.
     Raises:
-        ValueError: as `build.tokenised`; no row is left to train on, or none to measure on.
+        NoRows: no row is left to train on, or none to measure on.
+        ValueError: as `build.tokenised`.
     """
     if 0 < pack_length < config.max_length:
         raise ValueError(
             f"{stage}.pack_length = {pack_length}: a row must hold a document of data.max_length = {config.max_length} "
             "tokens; make them equal, or pack_length larger"
         )
-    sources = [source for source in map(resolved, config.sources) if serves(source, stage)]
-    check_streams(sources, stage, pack_length)
-    if held_out:  # nobody reads a stream to its end for what it holds out by hash
-        sources = [source for source in sources if not source.stream or has_eval(source)]
+    sources = [source for source in map(resolved, config.sources) if takes_part(source, stage, held_out)]
+    if pack_length and any(source.stream for source in sources):
+        raise ValueError("rows of a stream are not packed: set sft.pack_length = 0, or stream = false")
     want = wanted(config, stage, learn)
     withheld = np.zeros(0, np.uint64) if held_out else withheld_keys(config)
     found: list[SourceRows | StreamRows] = []
-    repeated, seen = 0, np.zeros(0, np.uint64)
+    seen = np.zeros(0, np.uint64)
     for source in sources:
         is_apart, place = has_eval(source), place_of(source, config, held_out)
         if source.stream and not held_out:
@@ -169,33 +179,29 @@ def stage_rows(
             found.append(stream_of(source, place, config, tokenizer, want, shares, withheld))
             continue
         shares = Shares(None) if held_out and is_apart else train_shares(config, is_apart)
-        store, tally = tokenised(source, place, config, tokenizer, want, shares)
-        keys = store.keys()
+        store, tallies = tokenised(source, place, config, tokenizer, want, shares)
+        tally, keys = tallies[held_out and not is_apart], store.keys()
+        dropped = Counter(tally.dropped)
         if held_out:
             take = np.ones(len(store), bool) if is_apart else splits.held_out(keys, config.held_out)
         else:
-            take = splits.trains(keys, stage, splits.parse_shares(config.split)) & ~np.isin(keys[:, 0], withheld)
+            take = splits.trains(keys, stage, splits.parse_shares(config.split))
             if not is_apart:
                 take &= ~splits.held_out(keys, config.held_out)
+            elsewhere = take & np.isin(keys[:, 0], withheld)
+            dropped[WITHHELD] += int(elsewhere.sum())
+            take &= ~elsewhere
         (picked,) = take.nonzero()
         if stage == "ppo":  # each prompt once
             _, first = np.unique(keys[picked, 0], return_index=True)
             fresh = np.sort(first[~np.isin(keys[picked[first], 0], seen)])
-            repeated += len(picked) - len(fresh)
+            dropped[REPEATED] += len(picked) - len(fresh)
             picked = picked[fresh]
             seen = np.concatenate([seen, keys[picked, 0]])
         part = Part(len(picked), source.weight, source.epochs, source.max_rows)
+        tally = dataclasses.replace(tally, dropped=dict(+dropped))
         found.append(SourceRows(source.path, store, picked.astype(np.int32), part, tally))
-    return _assembled(found, config, want, held_out=held_out, repeated=repeated, pack_length=pack_length)
-
-
-def check_streams(sources: Sequence[SourceConfig], stage: splits.Stage, pack_length: int) -> None:
-    """Raise ValueError where a source is streamed that cannot be."""
-    streamed = [source.path for source in sources if source.stream]
-    if streamed and stage != "sft":
-        raise ValueError(f"{streamed[0]}: only SFT streams its rows, and {stage} reads it too: set stream = false")
-    if streamed and pack_length:
-        raise ValueError(f"{streamed[0]}: a stream is not packed: set sft.pack_length = 0 or stream = false")
+    return _assembled(found, config, want, held_out=held_out, pack_length=pack_length)
 
 
 def _assembled(
@@ -204,25 +210,25 @@ def _assembled(
     want: Wanted,
     *,
     held_out: bool,
-    repeated: int = 0,
     pack_length: int = 0,
 ) -> Rows:
     total, tallies = sum(map(len, found)), [part.tally for part in found]
     dropped = sum((Counter(tally.dropped) for tally in tallies), Counter())
-    dropped["repeated prompt"] += repeated
     shown = [message for tally in tallies for message in tally.bad_shown]
-    bad, cut = sum(tally.bad for tally in tallies), sum(tally.cut for tally in tallies)
+    bad, cut = sum(tally.bad for tally in tallies), sum(part.cut for part in found)
     told = [f"{total:,} rows"]
-    told += [f"{count:,} dropped: {reason}" for reason, count in dropped.items() if count]
+    told += [f"{count:,} dropped: {reason}" for reason, count in dropped.items()]
     told += [f"{cut:,} cut at {want.max_length} tokens"] * (cut > 0)
     told += [f"{bad:,} bad rows left out: {message}" for message in shown[:1]]
     if not total and held_out:
-        raise ValueError(
-            f"{want.stage}: there are no held-out rows to measure on ({', '.join(told)}): raise data.held_out, give a "
-            f"source an eval_path, or set {want.stage}.eval_batches=0"
+        mends = ["raise data.held_out", "give a source an eval_path", f"set {want.stage}.eval_batches=0"]
+        mends = mends[: 2 if want.stage == "ppo" else 3]  # PPO has no such key: `evaluate` is what measures it
+        raise NoRows(
+            f"{want.stage}: there are no held-out rows to measure on ({', '.join(told)}): {', '.join(mends[:-1])}, or "
+            f"{mends[-1]}"
         )
     if not total:
-        raise ValueError(
+        raise NoRows(
             f"{want.stage}: there are no rows to train on ({', '.join(told)}): add rows, raise the stage's share in "
             f"data.split = {config.split!r} (shares of {', '.join(splits.STAGES)}), lower data.held_out = "
             f"{config.held_out}, raise data.max_prompt_length, or name the fields that it needs in data.sources"
@@ -267,15 +273,15 @@ def rows_of(
     for i, failure in block.failures.items():
         raise ValueError(f"{examples[i].source}, row {examples[i].row}: {failure}")
     keys = splits.as_keys([splits.prompt_key(key_turns(examples[i])) for i in block.kept])
-    batch = record_batch(block.sequences, keys, block.kept, want.per_row, len(tokenizer))
+    batch = record_batch(block.sequences, keys, block.kept, block.cut, want.per_row, len(tokenizer))
     store = in_memory([batch], want.per_row, len(tokenizer))
-    picked, repeated = np.arange(len(store), dtype=np.int32), 0
+    picked, dropped = np.arange(len(store), dtype=np.int32), Counter(block.dropped.values())
     if stage == "ppo":
         picked = np.sort(np.unique(keys[:, 0], return_index=True)[1]).astype(np.int32)
-        repeated = len(store) - len(picked)
-    tally = Tally(len(examples), 0, len(store), block.cut, dict(block.dropped), 0, ())
+        dropped[REPEATED] += len(store) - len(picked)
+    tally = Tally(len(examples), len(examples), dict(+dropped), 0, ())
     part = SourceRows("examples", store, picked, Part(len(picked)), tally)
-    return _assembled([part], config, want, held_out=False, repeated=repeated, pack_length=pack_length)
+    return _assembled([part], config, want, held_out=False, pack_length=pack_length)
 
 
 def read_examples(config: DataConfig, stage: splits.Stage, *, held_out: bool) -> Iterator[Example]:
@@ -286,7 +292,7 @@ def read_examples(config: DataConfig, stage: splits.Stage, *, held_out: bool) ->
     """
     withheld = np.zeros(0, np.uint64) if held_out else withheld_keys(config)
     for source in map(resolved, config.sources):
-        if not serves(source, stage):
+        if not takes_part(source, stage, held_out):
             continue
         is_apart = has_eval(source)
         for examples, keys in keyed_examples(source, place_of(source, config, held_out), config, stage):
@@ -337,13 +343,34 @@ def has_eval(source: SourceConfig) -> bool:
     return bool(source.eval_path or source.eval_split)
 
 
+def takes_part(source: SourceConfig, stage: splits.Stage, held_out: bool) -> bool:
+    """Whether a stage trains on the source, or is measured on it.
+
+    On a stream it is measured where that has a place of held-out rows: nobody reads it to its end for those by hash.
+    """
+    return serves(source, stage) and not (held_out and source.stream and not has_eval(source))
+
+
 def train_shares(config: DataConfig, is_apart: bool) -> Shares:
     return Shares(splits.parse_shares(config.split), 0.0 if is_apart else config.held_out)
 
 
 def place_of(source: SourceConfig, config: DataConfig, held_out: bool) -> dict[str, Any]:
-    """The arguments of `places.read` for a source's rows, or for its held-out rows where they have a place."""
+    """The arguments of `places.read` for a source's rows, or for its held-out rows where they have a place.
+
+    ValueError for a split of files that have none: all of their rows would be taken for that split.
+    """
     path, split = source.path, source.split
+    if source.eval_split and not has_splits(source.eval_path or path):
+        raise ValueError(
+            f"{source.eval_path or path}: has no splits, so data.sources.eval_split = {source.eval_split!r} cannot be "
+            "read of it: name the file of the held-out rows in data.sources.eval_path, and leave eval_split out"
+        )
+    if split != SourceConfig.split and not has_splits(path):
+        raise ValueError(
+            f"{path}: has no splits, so data.sources.split = {split!r} cannot be read of it: name the file of that "
+            "split in data.sources.path, and leave split out"
+        )
     if held_out and has_eval(source):
         path, split = source.eval_path or path, source.eval_split or split
     seeds = {"builtin_seed": config.builtin_seed, "builtin_rows": config.builtin_rows}

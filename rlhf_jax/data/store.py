@@ -16,16 +16,22 @@ READ_BEFORE_RELEASE = 64 * 2**20  # bytes read of a file before its pages are gi
 
 
 def record_batch(
-    sequences: Sequence[Encoded], keys: np.ndarray, numbers: Sequence[int], per_row: int, vocab_size: int
+    sequences: Sequence[Encoded],
+    keys: np.ndarray,
+    numbers: Sequence[int],
+    cut: Sequence[bool],
+    per_row: int,
+    vocab_size: int,
 ) -> pa.RecordBatch:
     """Rows as Arrow: one record a sequence, the `per_row` sequences of a row one after the other.
 
     Args:
         keys: [rows, 2] uint64, of `splits.as_keys`.
         numbers: [rows], the row's number in its source.
+        cut: [rows], whether a sequence of the row was cut.
         vocab_size: decides whether a token takes two bytes or four.
     """
-    assert len(sequences) == len(keys) * per_row == len(numbers) * per_row
+    assert len(sequences) == len(keys) * per_row == len(numbers) * per_row == len(cut) * per_row
     kind = np.uint16 if vocab_size <= 2**16 else np.int32
     spans = [each.spans.reshape(-1) for each in sequences]
     keys = np.repeat(keys, per_row, axis=0)
@@ -35,6 +41,7 @@ def record_batch(
         "held_key": pa.array(keys[:, 0], pa.uint64()),
         "stage_key": pa.array(keys[:, 1], pa.uint64()),
         "number": pa.array(np.repeat(np.array(numbers, np.int64), per_row)),
+        "cut": pa.array(np.repeat(np.array(cut, np.uint8), per_row)),
     }
     return pa.RecordBatch.from_pydict(columns)
 
@@ -47,7 +54,7 @@ def _lists(arrays: Sequence[np.ndarray], kind: type) -> pa.ListArray:
 
 def write(batches: Iterable[pa.RecordBatch], sink: str | Path | pa.BufferOutputStream, vocab_size: int) -> str:
     """Write the batches as one Arrow file and return a digest of their tokens and spans."""
-    schema = record_batch([], np.zeros((0, 2), np.uint64), [], 1, vocab_size).schema
+    schema = record_batch([], np.zeros((0, 2), np.uint64), [], [], 1, vocab_size).schema
     digest = hashlib.blake2b(digest_size=16)
     with pa.ipc.new_file(str(sink) if isinstance(sink, Path) else sink, schema) as file:
         for batch in batches:
@@ -90,6 +97,10 @@ class Store:
     def numbers(self) -> np.ndarray:
         """[rows] int64: the row's number in its source."""
         return self._column("number", np.int64)
+
+    def cut(self) -> np.ndarray:
+        """[rows] bool: a sequence of the row was cut."""
+        return self._column("cut", np.uint8).astype(bool)
 
     def _column(self, name: str, kind: type) -> np.ndarray:
         columns = [np.zeros(0, kind), *(batch[name].to_numpy() for batch in self._batches)]

@@ -24,14 +24,14 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data.blend import Part
-from rlhf_jax.data.build import cache_folder, code_key, mapping_key, tally_of, tokenizer_key
+from rlhf_jax.data.build import cache_folder, code_key, mapping_key, tokenizer_key
 from rlhf_jax.data.config import DataConfig, SourceConfig
 from rlhf_jax.data.encode import Wanted
 from rlhf_jax.data.example import Row
 from rlhf_jax.data.places import files_of, read, read_hub_stream
 from rlhf_jax.data.store import Store, write
 from rlhf_jax.data.template import Encoded
-from rlhf_jax.data.tokenise import ROWS_PER_BLOCK, Shares, Tally, check_bad, encoded_blocks
+from rlhf_jax.data.tokenise import ROWS_PER_BLOCK, Shares, Tally, check_bad, encoded_blocks, tally_of
 
 WINDOW = 8192  # rows
 
@@ -72,7 +72,7 @@ class Windows:
                 while not self._report(number).exists():
                     self._make(next(n for n in range(number, -1, -1) if n == 0 or self._report(n - 1).exists()))
         report = json.loads(self._report(number).read_text(encoding="utf-8"))
-        tally = tally_of(report)
+        tally = tally_of(report["tally"])
         check_bad(tally.bad, tally.bad_shown, self.config.max_bad_rows)
         return Store(self._rows(number), self.wanted.per_row, report["digest"]), tally
 
@@ -109,7 +109,7 @@ class Windows:
         start, self._tally, self._ready = Position(), Tally(), []
         if number:
             report = json.loads(self._report(number - 1).read_text(encoding="utf-8"))
-            start, self._tally = Position(*report["end"]), tally_of(report)
+            start, self._tally = Position(*report["end"]), tally_of(report["tally"])
         self._blocks = self._blocks_from(start)
         if start.row:  # of a block that the window before has counted
             at, batch, _ = next(self._blocks)
@@ -121,7 +121,7 @@ class Windows:
         for turn in itertools.count(start.turn):
             rows, served = itertools.islice(self._read(), skipped * ROWS_PER_BLOCK, None), 0
             found = encoded_blocks(rows, self.source, self.tokenizer, self.wanted, self.shares)
-            for block, (batch, tally) in enumerate(found, start=skipped):
+            for block, (batch, tally, _) in enumerate(found, start=skipped):
                 batch = batch.filter(pa.array(~np.isin(batch["held_key"].to_numpy(), self.withheld)))
                 served += len(batch)
                 yield Position(turn, block), batch, tally
@@ -176,6 +176,11 @@ class StreamRows:
     def digest(self) -> str:
         """Stands for what is streamed, not for its tokens, which nobody has seen yet."""
         return self.windows.folder.name
+
+    @property
+    def cut(self) -> int:
+        """Documents of the first window that were cut."""
+        return int(self._window(0).cut().sum())
 
     @property
     def tally(self) -> Tally:

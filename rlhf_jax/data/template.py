@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
@@ -47,13 +48,15 @@ Failure = ValueError  # returned in the place of a dialogue that cannot be encod
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str = "") -> PreTrainedTokenizerBase:
     """The tokenizer itself, changed in place: with a chat template and a padding token where it had none.
 
-    `template` is Jinja text that takes the place of its own. The default is `CHAT_TEMPLATE`, with BOS in front if this
-    tokenizer puts BOS before a text. The padding token becomes EOS: masks are carried with the tokens, nothing compares
-    ids with it. ValueError if there is no EOS, or if `template` is no Jinja.
+    `template` takes the place of its own: Jinja text, or the path of a file of it, as is what has no { in it. The
+    default is `CHAT_TEMPLATE`, with BOS in front if this tokenizer puts BOS before a text. The padding token becomes
+    EOS: masks are carried with the tokens, nothing compares ids with it. ValueError if there is no EOS, or if
+    `template` is no Jinja or no file that can be read.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token, so no answer can end: set its eos_token and save it again")
     if template:
+        template = template if "{" in template else _read_template(template)
         try:
             jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
         except jinja2.TemplateSyntaxError as error:
@@ -65,6 +68,16 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str = "") ->
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        what = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"data.template: the file {path!r} cannot be read ({what}); give the path of a file of Jinja, or Jinja text"
+        ) from error
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> list[int]:
@@ -136,8 +149,8 @@ def encode_dialogues(
     found = [encoded(i) for i in range(len(chats))]
     # Where these differ, tokens before an answer depend on it in a way that their bytes do not show.
     if any(not _equal(found[i], exact(i)) for i in good[::CHECKED]):
-        return [exact(i) for i in range(len(chats))]
-    return found
+        found = [exact(i) for i in range(len(chats))]
+    return [_with_answer(each, turns[-1][1]) for each, turns in zip(found, dialogues, strict=True)]
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
@@ -151,6 +164,16 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -
     front, end = [tokenizer.bos_token_id] * starts_with_bos, [tokenizer.eos_token_id]
     ids = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
     return [np.array([*front, *each, *end], np.int32) for each in ids]
+
+
+def _with_answer(found: Encoded | Failure, answer: str) -> Encoded | Failure:
+    """A Failure where an end is all that there is of an answer: the model would learn to say nothing."""
+    if answer and isinstance(found, Encoded) and found.spans[-1, 1] - found.spans[-1, 0] < 2:
+        return ValueError(
+            f"the tokenizer's chat template, or the tokenizer, writes nothing of the answer {answer[:60]!r}: mend "
+            "data.template, or remove the tokenizer's chat_template to use the default one"
+        )
+    return found
 
 
 def _equal(one: Encoded | Failure, other: Encoded | Failure) -> bool:
@@ -268,10 +291,11 @@ def _render(
 def _apply(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict[str, str]]], *, opened: bool, **options) -> list:
     try:
         return tokenizer.apply_chat_template(chats, add_generation_prompt=opened, return_dict=False, **options)
-    except (jinja2.TemplateError, TypeError, ZeroDivisionError) as error:
+    except Exception as error:  # a template is a program: beside refusing, it may fail in any way
+        what = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"the tokenizer's chat template refuses a dialogue: {error}. "
-            "Mend the data, or remove the tokenizer's chat_template to use the default one"
+            f"the tokenizer's chat template refuses a dialogue: {what.rstrip('.')}; data.template puts another in its "
+            "place"
         ) from error
 
 

@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -50,31 +50,33 @@ class Shares:
 
 @dataclass(frozen=True)
 class Tally:
-    """What became of the rows of a place."""
+    """What became of the rows of a place that are trained on, or of those that are held out by hash."""
 
-    rows: int = 0  # read
-    elsewhere: int = 0  # examples that serve other stages
-    kept: int = 0
-    cut: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    bad: int = 0
+    rows: int = 0  # read, for whatever they serve
+    share: int = 0  # examples whose prompts fall here; what is not dropped of them is kept
+    dropped: dict[str, int] = field(default_factory=dict)  # {why: examples}
+    bad: int = 0  # rows, of which nobody knows where they would fall
     bad_shown: tuple[str, ...] = ()  # messages of the first of them
 
     def plus(self, other: Tally) -> Tally:
         return Tally(
             self.rows + other.rows,
-            self.elsewhere + other.elsewhere,
-            self.kept + other.kept,
-            self.cut + other.cut,
+            self.share + other.share,
             dict(Counter(self.dropped) + Counter(other.dropped)),
             self.bad + other.bad,
             (*self.bad_shown, *other.bad_shown)[:SHOWN],
         )
 
 
+def tally_of(report: dict[str, Any]) -> Tally:
+    """The tally that JSON holds."""
+    return Tally(**{**report, "bad_shown": tuple(report["bad_shown"])})
+
+
 class EncodedBlock(NamedTuple):
     batch: pa.RecordBatch  # of the rows that are kept
-    tally: Tally
+    trained: Tally
+    held_out: Tally  # of those held out by hash
 
 
 def encoded_blocks(
@@ -97,11 +99,12 @@ def encoded_blocks(
         bad += [f"{wheres[taken[i]]}: {failure}" for i, failure in found.failures.items()]
         kept = taken[found.kept]
         numbers = [examples[i].row for i in kept]
-        batch = record_batch(found.sequences, keys[kept], numbers, wanted.per_row, len(tokenizer))
-        elsewhere, shown = len(examples) - len(taken), tuple(bad[:SHOWN])
-        return EncodedBlock(
-            batch, Tally(len(block), elsewhere, len(kept), found.cut, dict(found.dropped), len(bad), shown)
-        )
+        batch = record_batch(found.sequences, keys[kept], numbers, found.cut, wanted.per_row, len(tokenizer))
+        held_out = splits.held_out(keys[taken], shares.held_out)
+        share = np.bincount(np.delete(held_out, list(found.failures)), minlength=2).tolist()
+        dropped = [Counter(why for i, why in found.dropped.items() if held_out[i] == side) for side in (0, 1)]
+        sides = [Tally(len(block), share[i], dict(dropped[i]), len(bad), tuple(bad[:SHOWN])) for i in (0, 1)]
+        return EncodedBlock(batch, *sides)
 
     return in_order(work, blocks_of(rows, ROWS_PER_BLOCK))
 
@@ -132,8 +135,13 @@ def key_turns(example: Example) -> Turns:
 def check_bad(count: int, shown: Sequence[str], limit: int) -> None:
     """ValueError with the first bad rows where there are more than `limit`."""
     if count > limit:
+        faults: dict[str, list[str]] = {}  # one that many rows have is told once, behind their places
+        for message in shown:
+            place, _, fault = message.partition(": ")
+            faults.setdefault(fault, []).append(place)
+        told = "; ".join(f"{', '.join(places)}: {fault}" for fault, places in faults.items())
         more = f" (data.max_bad_rows = {limit}, and there are more)" if limit else ""
-        raise ValueError(f"{'; '.join(shown)}{more}. Mend the data, or raise data.max_bad_rows to leave such rows out")
+        raise ValueError(f"{told}{more}. Mend the data, or raise data.max_bad_rows to leave such rows out")
 
 
 def blocks_of(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.config import DataConfig
 from rlhf_jax.data.encode import Learn
-from rlhf_jax.data.mapping import resolved, serves
+from rlhf_jax.data.mapping.mapper import resolved, serves
 from rlhf_jax.data.rows import NoRows, Rows, has_eval, stage_rows, takes_part
 from rlhf_jax.data.splits import STAGES, Stage
 from rlhf_jax.data.template import Encoded, prepare_tokenizer

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlhf_jax.data import json_rows, lines, places
 from rlhf_jax.data.example import BadRow, Row
+from rlhf_jax.data.reading import json_rows, lines, places
 
 ROWS = [{"prompt": f"q{i} 你好 🙂", "answer": 'two "lines",\r\nand\ta tab' * (i % 3)} for i in range(700)]
 ENDINGS = [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather"]

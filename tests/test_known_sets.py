@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import pytest
 
-from rlhf_jax.data import known as module
 from rlhf_jax.data.config import SourceConfig
 from rlhf_jax.data.example import BadRow, Example, Row
-from rlhf_jax.data.known import known_sets, resolved
-from rlhf_jax.data.mapping import mapper, serves
+from rlhf_jax.data.mapping import known as module
+from rlhf_jax.data.mapping.known import known_sets, resolved
+from rlhf_jax.data.mapping.mapper import mapper, serves
 from rlhf_jax.data.splits import STAGES
 
 

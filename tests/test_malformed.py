@@ -23,7 +23,7 @@ from tiny_tokenizer import chatml_like, gpt2_like
 from rlhf_jax.cli import main
 from rlhf_jax.data import build
 from rlhf_jax.data.config import BUILTIN, DataConfig, SourceConfig
-from rlhf_jax.data.lines import MAX_ROW
+from rlhf_jax.data.reading.lines import MAX_ROW
 from rlhf_jax.data.rows import NoRows, Rows, stage_rows
 from rlhf_jax.data.template import prepare_tokenizer
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rlhf_jax.config import dump, parse
 from rlhf_jax.data.config import SourceConfig
 from rlhf_jax.data.example import BadRow, Example, Row
-from rlhf_jax.data.mapping import mapper, parse_transcript, serves
+from rlhf_jax.data.mapping.mapper import mapper, parse_transcript, serves
 from rlhf_jax.data.splits import STAGES
 
 REAL = Path(__file__).parents[2] / "shared" / "data"

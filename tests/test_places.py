@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from rlhf_jax.data import assistant, digests, files, places
+from rlhf_jax.data import assistant
 from rlhf_jax.data.example import Row
+from rlhf_jax.data.reading import digests, files, places
 
 GOOD = b'{"a": 1}\n'
 

@@ -19,10 +19,10 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_jax.data import places
 from rlhf_jax.data.config import DataConfig, SourceConfig
 from rlhf_jax.data.encode import Wanted
-from rlhf_jax.data.places import content_key, read
+from rlhf_jax.data.reading import places
+from rlhf_jax.data.reading.places import content_key, read
 from rlhf_jax.data.store import Store, write
 from rlhf_jax.data.tokenise import Shares, Tally, check_bad, encoded_blocks, tally_of
 
@@ -180,7 +180,7 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
 def code_key() -> str:
     """Digest of this room's code: what an older version has built is not taken for what this one would."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(Path(__file__).parent.glob("*.*")):
+    for path in sorted(Path(__file__).parent.rglob("*.*")):
         if path.suffix in (".py", ".toml"):
             digest.update(path.read_bytes())
     return digest.hexdigest()

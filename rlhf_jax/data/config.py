@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf_jax.data.dialogues import SPEAKERS
+from rlhf_jax.data.mapping.dialogues import SPEAKERS
 from rlhf_jax.data.splits import parse_shares
 
 Format = Literal["", "fields", "transcript", "messages", "sharegpt", "alpaca", "ranking", "text"]

@@ -20,9 +20,9 @@ from rlhf_jax.data.build import tokenised
 from rlhf_jax.data.config import DataConfig, SourceConfig
 from rlhf_jax.data.encode import Learn, Wanted, encode_block, wanted
 from rlhf_jax.data.example import Example
-from rlhf_jax.data.mapping import mapper, resolved, serves
+from rlhf_jax.data.mapping.mapper import mapper, resolved, serves
 from rlhf_jax.data.packing import Bins, pack
-from rlhf_jax.data.places import has_splits, read
+from rlhf_jax.data.reading.places import has_splits, read
 from rlhf_jax.data.store import Store, in_memory, record_batch
 from rlhf_jax.data.stream import StreamRows, stream_of
 from rlhf_jax.data.template import Encoded

@@ -28,7 +28,7 @@ from rlhf_jax.data.build import cache_folder, code_key, mapping_key, tokenizer_k
 from rlhf_jax.data.config import DataConfig, SourceConfig
 from rlhf_jax.data.encode import Wanted
 from rlhf_jax.data.example import Row
-from rlhf_jax.data.places import files_of, read, read_hub_stream
+from rlhf_jax.data.reading.places import files_of, read, read_hub_stream
 from rlhf_jax.data.store import Store, write
 from rlhf_jax.data.template import Encoded
 from rlhf_jax.data.tokenise import ROWS_PER_BLOCK, Shares, Tally, check_bad, encoded_blocks, tally_of

@@ -23,7 +23,7 @@ from rlhf_jax.data import splits
 from rlhf_jax.data.config import SourceConfig
 from rlhf_jax.data.encode import Wanted, encode_block
 from rlhf_jax.data.example import BadRow, Example, Row, Turns
-from rlhf_jax.data.mapping import mapper
+from rlhf_jax.data.mapping.mapper import mapper
 from rlhf_jax.data.store import record_batch
 
 ROWS_PER_BLOCK = 512  # measured: smaller ones cost calls, larger ones memory that is cold

@@ -18,11 +18,11 @@ import dataclasses
 import re
 
 from rlhf_jax.data.config import SourceConfig
-from rlhf_jax.data.dialogues import parse_transcript
 from rlhf_jax.data.example import BadRow, Example, Row
-from rlhf_jax.data.formats import READERS, Read
-from rlhf_jax.data.known import resolved
-from rlhf_jax.data.picking import Lacking, NoField
+from rlhf_jax.data.mapping.dialogues import parse_transcript
+from rlhf_jax.data.mapping.formats import READERS, Read
+from rlhf_jax.data.mapping.known import resolved
+from rlhf_jax.data.mapping.picking import Lacking, NoField
 from rlhf_jax.data.splits import Stage
 
 __all__ = ["mapper", "parse_transcript", "resolved", "serves"]

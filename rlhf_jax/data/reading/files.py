@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from rlhf_jax.data.example import BadRow, Row
-from rlhf_jax.data.json_rows import json_lines, json_rows
-from rlhf_jax.data.lines import (
+from rlhf_jax.data.reading.json_rows import json_lines, json_rows
+from rlhf_jax.data.reading.lines import (
     BLOCK,
     COMPRESSIONS,
     DAMAGE,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlhf_jax.data.example import BadRow, Row
-from rlhf_jax.data.lines import BLOCK, MAX_ROW, TOO_LONG, broken_text, lines
+from rlhf_jax.data.reading.lines import BLOCK, MAX_ROW, TOO_LONG, broken_text, lines
 
 JSON = json.JSONDecoder()
 BLANK = re.compile(r"[ \t\n\r]*")

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from rlhf_jax.data.config import SourceConfig
-from rlhf_jax.data.dialogues import (
+from rlhf_jax.data.example import BadRow, Example, Row, Turns
+from rlhf_jax.data.mapping.dialogues import (
     answered,
     asked,
     completed,
@@ -24,8 +25,7 @@ from rlhf_jax.data.dialogues import (
     text_of,
     turns_of,
 )
-from rlhf_jax.data.example import BadRow, Example, Row, Turns
-from rlhf_jax.data.picking import MISSING, Fields, Lacking, part, picker
+from rlhf_jax.data.mapping.picking import MISSING, Fields, Lacking, part, picker
 from rlhf_jax.data.splits import Stage
 
 Read = Callable[[Row], list[Example]]

@@ -17,10 +17,10 @@ from typing import Any
 
 from rlhf_jax.data import assistant
 from rlhf_jax.data.config import BUILTIN
-from rlhf_jax.data.digests import file_digests
 from rlhf_jax.data.example import Row
-from rlhf_jax.data.files import ENDINGS, format_of, read_file, unreadable
-from rlhf_jax.data.lines import COMPRESSIONS
+from rlhf_jax.data.reading.digests import file_digests
+from rlhf_jax.data.reading.files import ENDINGS, format_of, read_file, unreadable
+from rlhf_jax.data.reading.lines import COMPRESSIONS
 
 KNOWN = f"{', '.join(ENDINGS)}, each also with {' or '.join(COMPRESSIONS)} behind it"
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of data sets, and no rows

@@ -97,6 +97,21 @@ def test_added_rows_leave_the_others_where_they_are(write_jsonl):
         assert before == after & prompts(examples(config_of(few), "sft"))
 
 
+def test_another_seed_of_the_split_shares_the_prompts_out_in_another_way(write_jsonl):
+    config = config_of(write_jsonl(pairs(1000)), "1,1,1", held_out=0.2)
+    sides = {}
+    for seed in (0, 1, 2):
+        seeded = dataclasses.replace(config, split_seed=seed)
+        trained = [{e.row for e in examples(seeded, stage)} for stage in STAGES]
+        held = {e.row for e in examples(seeded, "sft", held_out=True)}
+        assert sum(map(len, [*trained, held])) == len(set.union(*trained, held)) == 1000
+        assert {part.number(row) for part in rows_for(seeded, "sft").parts for row in range(len(part))} == trained[0]
+        sides[seed] = trained[0], held
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert len(sides[one][0] & sides[other][0]) == pytest.approx(1000 * (0.8 / 3) ** 2, abs=30)
+        assert len(sides[one][1] & sides[other][1]) == pytest.approx(40, abs=24)
+
+
 def test_rows_of_the_evaluation_file_are_held_out_and_their_prompts_train_nothing(write_jsonl):
     train, held = write_jsonl(pairs(100), "train.jsonl"), write_jsonl(pairs(30, start=90), "held.jsonl")
     config = config_of(train, "1,1,1", held_out=0.5, eval_path=str(held))
@@ -232,6 +247,7 @@ def test_the_examples_of_a_program_are_rows_too():
         ({"held_out": 1.0}, "data.held_out"),
         ({"max_prompt_length": 512}, r"data.max_length \(512\) must be larger than data.max_prompt_length \(512\)"),
         ({"max_bad_rows": -1}, "data.max_bad_rows"),
+        ({"split_seed": -1}, "data.split_seed"),
         ({"temperature": 0.0}, "data.temperature"),
     ],
 )

@@ -106,7 +106,7 @@ def permuted(positions: np.ndarray, size: int, *key: int) -> np.ndarray:
     """
     keys = _round_keys(key)
     if size <= SMALL:
-        return np.argsort(_mixed(np.arange(size, dtype=np.uint64) ^ keys[0]), kind="stable")[positions]
+        return np.argsort(mixed(np.arange(size, dtype=np.uint64) ^ keys[0]), kind="stable")[positions]
     half = ((size - 1).bit_length() + 1) // 2
     mask, shift = np.uint64(2**half - 1), np.uint64(half)
     places = np.array(positions, np.uint64)
@@ -114,7 +114,7 @@ def permuted(positions: np.ndarray, size: int, *key: int) -> np.ndarray:
     while outside.any():
         left, right = places[outside] >> shift, places[outside] & mask
         for round_key in keys:
-            left, right = right, left ^ (_mixed(right ^ round_key) & mask)
+            left, right = right, left ^ (mixed(right ^ round_key) & mask)
         places[outside] = left << shift | right
         outside = places >= size
     return places.astype(np.int64)
@@ -123,11 +123,11 @@ def permuted(positions: np.ndarray, size: int, *key: int) -> np.ndarray:
 def _round_keys(key: tuple[int, ...]) -> list[np.uint64]:
     state = np.array([0x9E3779B97F4A7C15], np.uint64)
     for part in key:
-        state = _mixed(state ^ np.uint64(part) + np.uint64(0x9E3779B97F4A7C15))
-    return [_mixed(state + np.uint64(i))[0] for i in range(ROUNDS)]
+        state = mixed(state ^ np.uint64(part) + np.uint64(0x9E3779B97F4A7C15))
+    return [mixed(state + np.uint64(i))[0] for i in range(ROUNDS)]
 
 
-def _mixed(words: np.ndarray) -> np.ndarray:
+def mixed(words: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64 (Steele, Lea and Flood 2014), modulo 2**64."""
     words = np.asarray(words, np.uint64)
     words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)

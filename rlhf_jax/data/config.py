@@ -86,6 +86,7 @@ class SourceConfig:
 class DataConfig:
     sources: tuple[SourceConfig, ...]
     split: str = "2,4,4"  # shares of sft, reward and ppo in the prompts, by hash: no prompt trains two stages
+    split_seed: int = 0  # another one splits the prompts in another way, and holds out others; run.seed does not
     held_out: float = 0.05  # share of the prompts that is kept for evaluation, by hash, in sources without eval_path
     max_prompt_length: int = 256  # tokens; longer prompts are dropped
     max_length: int = 512  # tokens of prompt and answer; longer answers are cut
@@ -103,6 +104,8 @@ class DataConfig:
         parse_shares(self.split)
         if not self.sources:
             raise ValueError("data.sources is empty: name at least one source")
+        if not 0 <= self.split_seed < 2**32:
+            raise ValueError(f"data.split_seed={self.split_seed}: from 0 to {2**32 - 1}")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"data.held_out is a share, at least 0 and below 1, not {self.held_out}")
         if self.max_bad_rows < 0:

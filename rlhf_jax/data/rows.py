@@ -175,10 +175,10 @@ def stage_rows(
     for source in sources:
         is_apart, place = has_eval(source), place_of(source, config, held_out)
         if source.stream and not held_out:
-            shares = Shares(splits.parse_shares(config.split), left_out=0.0 if is_apart else config.held_out)
+            shares = dataclasses.replace(train_shares(config, True), left_out=0.0 if is_apart else config.held_out)
             found.append(stream_of(source, place, config, tokenizer, want, shares, withheld))
             continue
-        shares = Shares(None) if held_out and is_apart else train_shares(config, is_apart)
+        shares = Shares(None, seed=config.split_seed) if held_out and is_apart else train_shares(config, is_apart)
         store, tallies = tokenised(source, place, config, tokenizer, want, shares)
         tally, keys = tallies[held_out and not is_apart], store.keys()
         dropped = Counter(tally.dropped)
@@ -315,7 +315,8 @@ def keyed_examples(
         examples, _, wrong = mapped(block, to_examples)
         bad += wrong
         check_bad(len(bad), bad[:3], config.max_bad_rows)
-        yield examples, splits.as_keys([splits.prompt_key(key_turns(example)) for example in examples])
+        keys = [splits.prompt_key(key_turns(example)) for example in examples]
+        yield examples, splits.as_keys(keys, config.split_seed)
 
 
 def withheld_keys(config: DataConfig) -> np.ndarray:
@@ -352,7 +353,8 @@ def takes_part(source: SourceConfig, stage: splits.Stage, held_out: bool) -> boo
 
 
 def train_shares(config: DataConfig, is_apart: bool) -> Shares:
-    return Shares(splits.parse_shares(config.split), 0.0 if is_apart else config.held_out)
+    held_out = 0.0 if is_apart else config.held_out
+    return Shares(splits.parse_shares(config.split), held_out, seed=config.split_seed)
 
 
 def place_of(source: SourceConfig, config: DataConfig, held_out: bool) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from rlhf_jax.data.blend import mixed
 from rlhf_jax.data.example import Turns
 
 Stage = Literal["sft", "reward", "ppo"]
@@ -25,9 +26,13 @@ def prompt_key(turns: Turns) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def as_keys(keys: Sequence[bytes]) -> np.ndarray:
-    """[n, 2] uint64 of n keys: the first column says who is held out, the second which stage trains."""
-    return np.frombuffer(b"".join(keys), ">u8").reshape(-1, 2).astype(np.uint64)
+def as_keys(keys: Sequence[bytes], seed: int = 0) -> np.ndarray:
+    """[n, 2] uint64 of n keys: the first column says who is held out, the second which stage trains.
+
+    Another `seed` splits the prompts in another way; equal prompts still have equal keys.
+    """
+    words = np.frombuffer(b"".join(keys), ">u8").reshape(-1, 2).astype(np.uint64)
+    return mixed(words ^ mixed(np.array([seed], np.uint64))) if seed else words
 
 
 def held_out(keys: np.ndarray, share: float) -> np.ndarray:

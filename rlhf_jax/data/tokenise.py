@@ -39,6 +39,7 @@ class Shares:
     stage: tuple[float, ...] | None  # those of the stage that trains, with these shares of splits.STAGES; None: all
     held_out: float = 0.0  # and those held out by hash, with this share
     left_out: float = 0.0  # but not those held out by hash with this share
+    seed: int = 0  # of the split
 
     def take(self, keys: np.ndarray, stage: splits.Stage) -> np.ndarray:
         """[n] bool of keys [n, 2]."""
@@ -93,7 +94,7 @@ def encoded_blocks(
         if not hasattr(own, "tokenizer"):
             own.tokenizer = copy.deepcopy(tokenizer)  # a tokenizer's settings are changed while it encodes
         examples, wheres, bad = mapped(block, to_examples)
-        keys = splits.as_keys([splits.prompt_key(key_turns(example)) for example in examples])
+        keys = splits.as_keys([splits.prompt_key(key_turns(example)) for example in examples], shares.seed)
         (taken,) = shares.take(keys, wanted.stage).nonzero()
         found = encode_block([examples[i] for i in taken], own.tokenizer, wanted)
         bad += [f"{wheres[taken[i]]}: {failure}" for i, failure in found.failures.items()]

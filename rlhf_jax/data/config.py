@@ -86,8 +86,8 @@ class SourceConfig:
 class DataConfig:
     sources: tuple[SourceConfig, ...]
     split: str = "2,4,4"  # shares of sft, reward and ppo in the prompts, by hash: no prompt trains two stages
-    split_seed: int = 0  # another one splits the prompts in another way, and holds out others; run.seed does not
     held_out: float = 0.05  # share of the prompts that is kept for evaluation, by hash, in sources without eval_path
+    split_seed: int = 0  # another one splits the prompts in another way, and holds out others; run.seed does not
     max_prompt_length: int = 256  # tokens; longer prompts are dropped
     max_length: int = 512  # tokens of prompt and answer; longer answers are cut
     # What becomes of a row that is too long. "right": a prompt over max_prompt_length is dropped, an answer is cut at

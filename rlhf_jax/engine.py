@@ -170,7 +170,11 @@ def make_score(
             options = dict(chunk=compute.chunk, temperature=temperature, **head_options(role.config, params))
             return token_logprobs(hidden, head_kernel(role.config, params), rollout.tokens, **options)
 
-        reference = models.reference or models.actor.frozen
+        learned, reference = logprobs(actor, models.actor.params), models.reference
+        if not reference:
+            # Of one base the compiler would gather each kernel once for both passes, and where layers are unrolled hold
+            # those of the whole model from the first to the second.
+            learned, reference = jax.lax.optimization_barrier((learned, models.actor.frozen))
         blank = jnp.zeros(rollout.tokens.shape, jnp.float32)
         return Experience(
             tokens=tokens,
@@ -179,7 +183,7 @@ def make_score(
             actions=rollout.tokens,
             action_mask=rollout.mask,
             ended=rollout.ended,
-            logprobs=logprobs(actor, models.actor.params),
+            logprobs=learned,
             ref_logprobs=logprobs(Role(actor.config), reference),
             values=scalar(
                 models.critic.params, answer_hidden(forward(critic, models.critic.params, tokens, mask), starts, length)

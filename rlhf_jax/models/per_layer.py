@@ -6,7 +6,7 @@ both phases read is kept as decoding wants it, and training goes through the lay
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -74,6 +74,21 @@ def recomputed(layer: Callable, beside: Any) -> Callable:
     return lambda x, weights: run(x, weights, beside)
 
 
+def in_order(x: Any, layer: Sequence[Any], fixed: Sequence[bool]) -> tuple[Any, list[Any]]:
+    """The same values, whose gradients are made together: those of a layer before the backward pass leaves it.
+
+    Left alone, XLA puts off the gradients of the adapters of all layers until the last, as they are stacked, and keeps
+    for every layer the activations that they are made of.
+
+    Args:
+        fixed: which parts of the layer have no gradient.
+    """
+    moving = [part for part, is_fixed in zip(layer, fixed, strict=True) if not is_fixed]
+    x, moving = jax.lax.optimization_barrier((x, moving))
+    rest = iter(moving)
+    return x, [part if is_fixed else next(rest) for part, is_fixed in zip(layer, fixed, strict=True)]
+
+
 def scan_layers(step: Callable, carry: Any, stacks: Any) -> tuple[Any, Any]:
     """`jax.lax.scan` over the layers of a tree of stacks, unrolled where some of them are `PerLayer`."""
     if not has_per_layer(stacks):
@@ -86,6 +101,7 @@ def scan_layers(step: Callable, carry: Any, stacks: Any) -> tuple[Any, Any]:
     ]
     results = []
     for layer in zip(*parts, strict=True):
+        carry, layer = in_order(carry, layer, [is_per_layer(leaf) for leaf in leaves])
         carry, result = step(carry, jax.tree.unflatten(structure, layer))
         results.append(result)
     return carry, jax.tree.map(lambda *each: jnp.stack(each), *results)

@@ -50,6 +50,14 @@ SPARSE = dataclasses.replace(LLAMA, family="mixtral", experts=Experts(4, 2, reno
 LORA = LoraConfig(rank=8)
 CASES = {"llama": (LLAMA, NO_LORA), "opt-lora": (OPT, LORA), "sparse": (SPARSE, NO_LORA), "sparse-lora": (SPARSE, LORA)}
 ONE_COPY = {"llama-one-copy": (LLAMA, LORA), "opt-one-copy": (OPT, LORA)}
+# Wider, so that no two layers' weights are gathered in one piece; in one micro-batch, as a loop has copies before it.
+WIDE = dict(hidden_size=4096, embed_size=4096, head_dim=128, num_heads=32)
+DEEP = {
+    f"{name}-{layers}-layers": (dataclasses.replace(config, **WIDE, mlp_size=mlp, num_layers=layers), LORA)
+    for name, config, mlp in (("llama", LLAMA, 11264), ("opt", dataclasses.replace(OPT, num_kv_heads=32), 16384))
+    for layers in (4, 8)
+}
+ALL = CASES | ONE_COPY | DEEP
 ROWS, PROMPT, NEW, CHUNK, MICRO = 32, 128, 128, 64, 2
 
 
@@ -122,9 +130,10 @@ def mesh():
 
 @functools.lru_cache
 def parts(case, zero=3, offload=False):
-    """(engine, models, sharded weights for decoding) of a case, all abstract; those of ONE_COPY share the base."""
-    config, lora = (CASES | ONE_COPY)[case]
-    critic, settings, tx = tiny.scalar(config), PPOConfig(), make_optimizer(OptimConfig(1e-5), 10)
+    """(engine, models, sharded weights for decoding) of a case, all abstract; ONE_COPY and DEEP share the base."""
+    config, lora = ALL[case]
+    critic = tiny.scalar(dataclasses.replace(config, num_layers=2))
+    settings, tx = PPOConfig(), make_optimizer(OptimConfig(1e-5), 10)
     train = train_layout(mesh(), zero, offload_moments=offload)
     engine = make_engine(
         actor=Role(config, lora),
@@ -139,8 +148,8 @@ def parts(case, zero=3, offload=False):
         eos_ids=(2,),
         layout=train,
         compute=Compute(BFLOAT16, "layers", CHUNK),
-        num_micro=MICRO,
-        num_score_micro=MICRO,
+        num_micro=1 if case in DEEP else MICRO,
+        num_score_micro=1 if case in DEEP else MICRO,
     )
     models = Models(
         actor=state_of(config, lora, train, tx),
@@ -149,7 +158,7 @@ def parts(case, zero=3, offload=False):
         reward=params_of(critic, NO_LORA, train, BFLOAT16),
     )
     serve = Layout(mesh(), GENERATE)
-    if case in ONE_COPY:
+    if case in ONE_COPY | DEEP:
         shared = one_copy(config, models.actor.frozen, serve)
         models = dataclasses.replace(models, actor=dataclasses.replace(models.actor, frozen=shared))
     weights = jax.eval_shape(engine.publish.program, models.actor.params)
@@ -162,7 +171,7 @@ def parts(case, zero=3, offload=False):
 @functools.lru_cache
 def program(case, name, zero=3, offload=False) -> Program:
     engine, models, weights = parts(case, zero, offload)
-    config, _ = (CASES | ONE_COPY)[case]
+    config, _ = ALL[case]
     serve, train = Layout(mesh(), GENERATE), Layout(mesh(), TRAIN)
     wide = [((ROWS, PROMPT), jnp.int32), ((ROWS, PROMPT), bool), ((ROWS, NEW), jnp.int32), ((ROWS, NEW), bool)]
     numbers, ended, ends = ((ROWS, NEW), jnp.float32), ((ROWS,), bool), ((ROWS,), jnp.int32)
@@ -342,6 +351,24 @@ def test_training_over_one_copy_gathers_the_part_of_each_kernel_that_tensor_spli
     base = state_bytes([leaf for path, leaf in models.actor.frozen.items() if is_quantisable(path)])
     assert told.memory.alias_size_in_bytes >= state_bytes(dataclasses.replace(models.actor, frozen={}))
     assert told.memory.temp_size_in_bytes < 60 * base, "see the number"
+
+
+def added_by_a_layer(family, name):
+    """Bytes of temporaries that a program needs more for every layer over one copy."""
+    few, many = (program(f"{family}-{layers}-layers", name).memory.temp_size_in_bytes for layers in (4, 8))
+    return (many - few) / 4
+
+
+def test_scoring_over_one_copy_holds_no_gathered_kernels_from_the_actors_pass_to_the_references():
+    frozen = parts("llama-4-layers")[1].actor.frozen
+    kernels = sum(2 * math.prod(leaf.shape[1:]) for path, leaf in frozen.items() if is_quantisable(path))
+    assert added_by_a_layer("llama", "score") < 0.05 * kernels
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_training_over_one_copy_keeps_of_a_layer_its_input_and_the_gradients_of_its_adapters(family):
+    inputs = 2 * ROWS * (PROMPT + NEW) // Layout(mesh(), TRAIN).shards("batch") * WIDE["hidden_size"]
+    assert inputs <= added_by_a_layer(family, "actor") < 1.5 * inputs
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -16,7 +16,7 @@ from rlhf_jax.data.config import BUILTIN, DataConfig, SourceConfig
 from rlhf_jax.data.example import Example
 from rlhf_jax.data.rows import Rows, read_examples, rows_of, stage_rows
 from rlhf_jax.data.splits import STAGES
-from rlhf_jax.data.template import prepare_tokenizer
+from rlhf_jax.data.template import CHAT_TEMPLATE, prepare_tokenizer
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data at {REAL}")
@@ -191,8 +191,10 @@ def test_sources_are_drawn_from_by_weight_cap_and_epochs_and_the_report_says_so(
 
 def test_packed_rows_hold_every_document_once_and_the_report_says_how_full_they_are(write_jsonl):
     config = dataclasses.replace(config_of(write_jsonl(pairs(200))), max_prompt_length=100, max_length=128)
-    with pytest.raises(ValueError, match="sft.pack_length = 127: a row must hold a document of data.max_length = 128"):
-        rows_for(config, "sft", pack_length=127)
+    for length in (127, -1):
+        message = f"sft.pack_length = {length}: a row must hold a document of data.max_length = 128"
+        with pytest.raises(ValueError, match=message):
+            rows_for(config, "sft", pack_length=length)
     loose, packed = rows_for(config, "sft"), rows_for(config, "sft", pack_length=128)
     (part,) = packed.parts
     documents = [each.tokens.tolist() for row in range(len(part)) for (each,) in part.documents(row)]
@@ -237,6 +239,18 @@ def test_the_examples_of_a_program_are_rows_too():
     made = [Example((("user", f"q{i}"),), f"a{i}", "", "", "by hand", i) for i in range(5)]
     rows = rows_of(made, DataConfig((SourceConfig("x.jsonl"),)), TOKENIZER, "sft")
     assert [re.findall(r"[qa]\d", text) for text in texts(rows)] == [[f"q{i}", f"a{i}"] for i in range(5)]
+
+
+def test_examples_that_a_template_refuses_count_as_bad_rows_too():
+    refusing = "{% if 'q3' in messages[0]['content'] %}{{ raise_exception('no q3') }}{% endif %}" + CHAT_TEMPLATE
+    tokenizer = prepare_tokenizer(gpt2_like(), refusing)
+    made = [Example((("user", f"q{i}"),), f"a{i}", "", "", "by hand", i) for i in range(5)]
+    config = DataConfig((SourceConfig("x.jsonl"),))
+    with pytest.raises(ValueError, match="by hand, row 3: the tokenizer's chat template refuses a dialogue: no q3"):
+        rows_of(made, config, tokenizer, "ppo")
+    rows = rows_of(made, dataclasses.replace(config, max_bad_rows=1), tokenizer, "ppo")
+    assert rows.parts[0].store.numbers()[rows.parts[0].picked].tolist() == [0, 1, 2, 4]
+    assert "4 rows, 1 bad rows left out: by hand, row 3" in rows.report
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -78,6 +80,21 @@ def test_two_readers_of_one_folder_make_each_window_once_and_agree(tmp_path):
     # What is counted is counted once: ten windows of twenty rows, and the rest of the last block.
     tally = one.store(9)[1]
     assert tally.share == tally.rows and 200 <= tally.rows < 207
+
+
+def test_two_threads_may_read_one_stream_at_places_far_apart(tmp_path):
+    (part,) = rows_for(config_of(write(tmp_path / "rows.jsonl", 53), tmp_path / "cache")).parts
+    expected = [part.number(20 * window) for window in range(8)]
+    orders = [np.random.RandomState(seed).randint(0, 8, 2000).tolist() for seed in range(2)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # so that the threads meet everywhere
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            readers = [pool.submit(lambda order: [part.number(20 * n) for n in order], order) for order in orders]
+            found = [reader.result() for reader in readers]
+    finally:
+        sys.setswitchinterval(interval)
+    assert found == [[expected[n] for n in order] for order in orders]
 
 
 def test_prompts_of_other_stages_and_held_out_ones_are_left_out_of_a_stream(tmp_path):

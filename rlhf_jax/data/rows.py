@@ -26,7 +26,7 @@ from rlhf_jax.data.reading.places import has_splits, read
 from rlhf_jax.data.store import Store, in_memory, record_batch
 from rlhf_jax.data.stream import StreamRows, stream_of
 from rlhf_jax.data.template import Encoded
-from rlhf_jax.data.tokenise import Shares, Tally, check_bad, key_turns, mapped
+from rlhf_jax.data.tokenise import SHOWN, Shares, Tally, check_bad, key_turns, mapped
 
 ROWS_AT_ONCE = 4096
 WITHHELD, REPEATED = "prompt held out by eval_path or eval_split", "repeated prompt"
@@ -160,10 +160,10 @@ def stage_rows(
         NoRows: no row is left to train on, or none to measure on.
         ValueError: as `build.tokenised`.
     """
-    if 0 < pack_length < config.max_length:
+    if pack_length and pack_length < config.max_length:
         raise ValueError(
             f"{stage}.pack_length = {pack_length}: a row must hold a document of data.max_length = {config.max_length} "
-            "tokens; make them equal, or pack_length larger"
+            "tokens; make them equal, or pack_length larger, or 0 to pack nothing"
         )
     sources = [source for source in map(resolved, config.sources) if takes_part(source, stage, held_out)]
     if pack_length and any(source.stream for source in sources):
@@ -266,12 +266,13 @@ def rows_of(
     """The rows of given examples, in memory; `store.numbers()` is which example each of them is.
 
     Raises:
-        ValueError: an example cannot be encoded, or no row is left.
+        ValueError: more than `config.max_bad_rows` examples cannot be encoded, or no row is left.
     """
     want = wanted(config, stage, learn)
     block = encode_block(examples, tokenizer, want)
-    for i, failure in block.failures.items():
-        raise ValueError(f"{examples[i].source}, row {examples[i].row}: {failure}")
+    bad = [f"{examples[i].source}, row {examples[i].row}: {failure}" for i, failure in block.failures.items()]
+    shown = tuple(bad[:SHOWN])
+    check_bad(len(bad), shown, config.max_bad_rows)
     keys = splits.as_keys([splits.prompt_key(key_turns(examples[i])) for i in block.kept])
     batch = record_batch(block.sequences, keys, block.kept, block.cut, want.per_row, len(tokenizer))
     store = in_memory([batch], want.per_row, len(tokenizer))
@@ -279,7 +280,7 @@ def rows_of(
     if stage == "ppo":
         picked = np.sort(np.unique(keys[:, 0], return_index=True)[1]).astype(np.int32)
         dropped[REPEATED] += len(store) - len(picked)
-    tally = Tally(len(examples), len(examples), dict(+dropped), 0, ())
+    tally = Tally(len(examples), len(examples) - len(bad), dict(+dropped), len(bad), shown)
     part = SourceRows("examples", store, picked, Part(len(picked)), tally)
     return _assembled([part], config, want, held_out=False, pack_length=pack_length)
 
@@ -314,7 +315,7 @@ def keyed_examples(
     while block := list(itertools.islice(rows, ROWS_AT_ONCE)):
         examples, _, wrong = mapped(block, to_examples)
         bad += wrong
-        check_bad(len(bad), bad[:3], config.max_bad_rows)
+        check_bad(len(bad), bad[:SHOWN], config.max_bad_rows)
         keys = [splits.prompt_key(key_turns(example)) for example in examples]
         yield examples, splits.as_keys(keys, config.split_seed)
 

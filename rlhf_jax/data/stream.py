@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -160,6 +161,7 @@ class StreamRows:
         self.name, self.windows, self.blend, self.bins = windows.source.path, windows, blend, None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="stream")
         self._held: dict[int, Future] = {}
+        self._lock = threading.Lock()  # a step counts its rows while the thread of `Ahead` reads the next ones
         self.lengths = self._window(0).lengths  # of the first rows, which stand for the others
 
     def __len__(self) -> int:
@@ -198,17 +200,21 @@ class StreamRows:
         return int(self._window(row // WINDOW).numbers()[row % WINDOW])
 
     def release(self) -> None:
-        for future in self._held.values():
+        with self._lock:
+            held = list(self._held.values())
+        for future in held:
             if future.done() and future.exception() is None:
                 future.result().release()
 
     def _window(self, number: int) -> Store:
         """A window; the one after it is made meanwhile."""
-        for wanted in (number, number + 1):
-            if wanted not in self._held:
-                self._held[wanted] = self._pool.submit(lambda n: self.windows.store(n)[0], wanted)
-        self._held = {n: future for n, future in self._held.items() if abs(n - number) <= 1}
-        return self._held[number].result()
+        with self._lock:
+            for wanted in (number, number + 1):
+                if wanted not in self._held:
+                    self._held[wanted] = self._pool.submit(lambda n: self.windows.store(n)[0], wanted)
+            self._held = {n: future for n, future in self._held.items() if abs(n - number) <= 1}
+            future = self._held[number]
+        return future.result()
 
 
 def stream_of(

@@ -121,7 +121,7 @@ def first_run(folder: Path) -> dict[str, float]:
     """Everything from the file to the rows, nothing kept before."""
     import shutil
 
-    from rlhf_jax.data.rows import stage_rows
+    from rlhf_jax.data.selection import stage_rows
 
     shutil.rmtree(folder / "cache", ignore_errors=True)
     tokenizer, config = tokenizer_in(folder), config_in(folder)
@@ -147,7 +147,7 @@ def second_run(folder: Path) -> dict[str, float]:
 
     from rlhf_jax.data.ahead import Ahead
     from rlhf_jax.data.batches import Batches
-    from rlhf_jax.data.rows import stage_rows
+    from rlhf_jax.data.selection import stage_rows
 
     imported = time.perf_counter()
     rows = stage_rows(config_in(folder), tokenizer_in(folder), "sft", held_out=False)
@@ -178,7 +178,7 @@ def consumption(folder: Path) -> dict[str, float]:
 
     from rlhf_jax.config import load
     from rlhf_jax.data.batches import Batches
-    from rlhf_jax.data.rows import stage_rows
+    from rlhf_jax.data.selection import stage_rows
     from rlhf_jax.mesh import make_mesh
     from rlhf_jax.models.decoder import init_params
     from rlhf_jax.models.families import decoder_config

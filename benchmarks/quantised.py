@@ -23,7 +23,7 @@ from rlhf_jax.cli import main as command
 from rlhf_jax.config import load
 from rlhf_jax.data import assistant
 from rlhf_jax.data.batches import Batches
-from rlhf_jax.data.rows import stage_rows
+from rlhf_jax.data.selection import stage_rows
 from rlhf_jax.mesh import single_device_mesh
 from rlhf_jax.models.decoder import bind, logits
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained

@@ -16,7 +16,7 @@ from rlhf_jax.data import assistant_judge
 from rlhf_jax.data.batches import Batch, Batches
 from rlhf_jax.data.config import BUILTIN, DataConfig
 from rlhf_jax.data.example import Example
-from rlhf_jax.data.rows import read_examples, rows_of, stage_rows
+from rlhf_jax.data.selection import read_examples, rows_of, stage_rows
 from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained, reward_from_pretrained, score
 from rlhf_jax.rollout import sample_answers

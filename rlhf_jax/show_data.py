@@ -17,7 +17,8 @@ from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.config import DataConfig
 from rlhf_jax.data.encode import Learn
 from rlhf_jax.data.mapping.mapper import resolved, serves
-from rlhf_jax.data.rows import NoRows, Rows, has_eval, stage_rows, takes_part
+from rlhf_jax.data.rows import Rows
+from rlhf_jax.data.selection import NoRows, has_eval, stage_rows, takes_part
 from rlhf_jax.data.splits import STAGES, Stage
 from rlhf_jax.data.template import Encoded, prepare_tokenizer
 from rlhf_jax.recipe import Recipe

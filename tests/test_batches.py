@@ -155,6 +155,13 @@ def test_packing_loses_and_doubles_no_token_and_tells_the_documents_apart(length
     assert sorted(found) == sorted(list(range(1 + s, 1 + s + length)) for s, length in enumerate(lengths))
 
 
+def test_a_packed_row_is_named_by_its_first_document():
+    part = packed(source([20, 9, 20, 9, 9]), 32)
+    for row in range(len(part)):
+        first = part.documents(row)[0][0].tokens[0]  # sequence s begins with s + 1, and is example s
+        assert part.number(row) == first - 1
+
+
 def test_the_rows_of_a_step_are_counted_by_source():
     parts = (source([2] * 30, name="one"), source([2] * 30, first=500, name="two"))
     rows = Rows(parts, 1, (90, 30), "")

@@ -14,7 +14,8 @@ from tiny_tokenizer import chatml_like, gpt2_like
 
 from rlhf_jax.data import build, tokenise
 from rlhf_jax.data.config import DataConfig, SourceConfig
-from rlhf_jax.data.rows import Rows, stage_rows
+from rlhf_jax.data.rows import Rows
+from rlhf_jax.data.selection import stage_rows
 from rlhf_jax.data.template import prepare_tokenizer
 
 TOKENIZER = prepare_tokenizer(gpt2_like())

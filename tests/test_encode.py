@@ -9,7 +9,8 @@ from tiny_tokenizer import chatml_like, gpt2_like, llama_like, opt_like
 from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.config import DataConfig, SourceConfig
 from rlhf_jax.data.example import Example
-from rlhf_jax.data.rows import Rows, rows_of
+from rlhf_jax.data.rows import Rows
+from rlhf_jax.data.selection import rows_of
 from rlhf_jax.data.template import encode_prompt, encode_response, prepare_tokenizer
 
 TOKENIZER = prepare_tokenizer(gpt2_like())

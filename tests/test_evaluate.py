@@ -9,7 +9,7 @@ from tiny_recipe import records
 
 import rlhf_jax
 from rlhf_jax.config import load
-from rlhf_jax.data.rows import read_examples
+from rlhf_jax.data.selection import read_examples
 from rlhf_jax.data.splits import prompt_key
 from rlhf_jax.evaluate import report, scored
 from rlhf_jax.recipe import Recipe

@@ -24,7 +24,8 @@ from rlhf_jax.cli import main
 from rlhf_jax.data import build
 from rlhf_jax.data.config import BUILTIN, DataConfig, SourceConfig
 from rlhf_jax.data.reading.lines import MAX_ROW
-from rlhf_jax.data.rows import NoRows, Rows, stage_rows
+from rlhf_jax.data.rows import Rows
+from rlhf_jax.data.selection import NoRows, stage_rows
 from rlhf_jax.data.template import prepare_tokenizer
 
 TOKENIZER = prepare_tokenizer(gpt2_like())

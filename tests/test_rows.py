@@ -14,7 +14,8 @@ from tiny_tokenizer import gpt2_like
 
 from rlhf_jax.data.config import BUILTIN, DataConfig, SourceConfig
 from rlhf_jax.data.example import Example
-from rlhf_jax.data.rows import Rows, read_examples, rows_of, stage_rows
+from rlhf_jax.data.rows import Rows
+from rlhf_jax.data.selection import read_examples, rows_of, stage_rows
 from rlhf_jax.data.splits import STAGES
 from rlhf_jax.data.template import CHAT_TEMPLATE, prepare_tokenizer
 

@@ -14,7 +14,7 @@ import rlhf_jax
 from rlhf_jax.config import load
 from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.example import Example
-from rlhf_jax.data.rows import rows_of, stage_rows
+from rlhf_jax.data.selection import rows_of, stage_rows
 from rlhf_jax.data.template import encode_prompt, encode_response, prepare_tokenizer
 from rlhf_jax.engine import Experience
 from rlhf_jax.generate import Rollout

@@ -18,7 +18,8 @@ from rlhf_jax.data import stream, tokenise
 from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.config import DataConfig, SourceConfig
 from rlhf_jax.data.example import Row
-from rlhf_jax.data.rows import Rows, stage_rows
+from rlhf_jax.data.rows import Rows
+from rlhf_jax.data.selection import stage_rows
 from rlhf_jax.data.template import prepare_tokenizer
 
 TOKENIZER = prepare_tokenizer(gpt2_like())

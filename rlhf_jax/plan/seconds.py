@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rlhf_jax.data.blend import Part, quotas
 from rlhf_jax.data.config import BUILTIN, DataConfig
-from rlhf_jax.data.rows import read_examples
+from rlhf_jax.data.selection import read_examples
 from rlhf_jax.gpus import Gpu, Machine
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.architecture import DecoderConfig

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data.config import DataConfig
-from rlhf_jax.data.rows import read_examples
+from rlhf_jax.data.selection import read_examples
 from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.decoder import init_params

@@ -16,7 +16,7 @@ from rlhf_jax.average import start_average
 from rlhf_jax.data.ahead import Ahead
 from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.config import DataConfig
-from rlhf_jax.data.rows import stage_rows
+from rlhf_jax.data.selection import stage_rows
 from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.engine import Engine, Experience, Models, make_engine
 from rlhf_jax.generate import Rollout, bucket

@@ -12,7 +12,8 @@ import optax
 from rlhf_jax.data.ahead import Ahead
 from rlhf_jax.data.batches import Batch, Batches
 from rlhf_jax.data.config import DataConfig
-from rlhf_jax.data.rows import Rows, stage_rows
+from rlhf_jax.data.rows import Rows
+from rlhf_jax.data.selection import stage_rows
 from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.engine import Compute
 from rlhf_jax.gpus import RUN_OPTIONS

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -17,6 +18,9 @@ CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 def pytest_configure(config: pytest.Config) -> None:
     assert "jax" not in sys.modules, "the environment of jax must be set before its first import"
+    # On a busy machine any example may be slow; a hanging one is seen by who waits.
+    hypothesis.settings.register_profile("here", deadline=None, max_examples=50)
+    hypothesis.settings.load_profile("here")
     os.environ["HF_HUB_OFFLINE"] = "1"
     # What the tests tokenise is kept as long as they run.
     caches = tempfile.TemporaryDirectory(prefix="rlhf_jax-tests-")

@@ -15,6 +15,9 @@ from safetensors.numpy import load_file, save_file
 from tiny_recipe import RECIPE, records, tensors, tree, write_recipe
 
 from rlhf_jax.cli import keep_compiled, main
+from rlhf_jax.config import dump, load
+from rlhf_jax.recipe import Recipe
+from rlhf_jax.stages.loop import RunConfig, same_data
 
 
 @pytest.fixture
@@ -299,6 +302,16 @@ def test_a_run_of_another_configuration_is_never_overwritten_without_being_told_
         "run.dir, or set run.overwrite=true to delete that run and begin anew"
     )
     assert tree(finished) == before
+
+
+def test_a_run_may_keep_its_tokenised_rows_elsewhere(recipe, finished, tmp_path, capsys):
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    assert tiny_recipe.run("sft", recipe, f"run.dir={folder}", cache) == 0
+    assert "sft: finished already" in capsys.readouterr().out
+    same_data(RunConfig(dir=str(folder)), dump(load(recipe, [cache], Recipe)))
+    with pytest.raises(ValueError, match="was trained on other data"):
+        same_data(RunConfig(dir=str(folder)), dump(load(recipe, [cache, "data.held_out=0.3"], Recipe)))
 
 
 def test_overwrite_begins_anew_and_leaves_nothing_of_the_old_run(recipe, finished, tmp_path, capsys):

@@ -87,7 +87,7 @@ def same_data(run: RunConfig, merged: str) -> None:
     """
     path = Path(run.dir) / "config.toml"
     if path.exists():
-        before, now = ({"data": tomllib.loads(text)["data"]} for text in (path.read_text(), merged))
+        before, now = ({"data": _data(tomllib.loads(text))} for text in (path.read_text(), merged))
         if changed := differences(before, now):
             raise ValueError(
                 f"{run.dir} was trained on other data ({'; '.join(changed)}), so nobody knows what it has seen of "
@@ -100,11 +100,17 @@ def _description(merged: str, begun: Sequence[str]) -> dict[str, Any]:
     tables = tomllib.loads(merged)
     for key in ("overwrite", "dir", "save_every", "log_every"):
         tables["run"].pop(key)
+    tables["data"] = _data(tables)
     for key in HOW:  # which the run of an older version does not have
         tables["model"].pop(key, None)
     for section in ("mesh", "evaluate", *(stage for stage in STAGES if stage not in begun)):
         tables.pop(section)
     return tables
+
+
+def _data(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """The data of a configuration, but for where their tokens are kept."""
+    return {key: value for key, value in tables["data"].items() if key != "cache_dir"}
 
 
 @dataclass(frozen=True)

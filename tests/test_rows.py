@@ -15,7 +15,7 @@ from tiny_tokenizer import gpt2_like
 from rlhf_jax.data.config import BUILTIN, DataConfig, SourceConfig
 from rlhf_jax.data.example import Example
 from rlhf_jax.data.rows import Rows
-from rlhf_jax.data.selection import read_examples, rows_of, stage_rows
+from rlhf_jax.data.selection import read_examples, rows_of, source_sizes, stage_rows
 from rlhf_jax.data.splits import STAGES
 from rlhf_jax.data.template import CHAT_TEMPLATE, prepare_tokenizer
 
@@ -159,6 +159,21 @@ def test_limit_takes_the_first_rows_and_blank_lines_keep_the_count(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt":"a","chosen":"b"}\n\n{"prompt":"c","chosen":"d"}\nnot JSON\n')
     found = examples(config_of(tmp_path / "rows.jsonl", limit=2), "sft")
     assert [(example.turns[0][1], example.row) for example in found] == [("a", 1), ("c", 3)]
+
+
+def test_a_limit_leaves_the_held_out_rows_of_a_place_of_their_own_whole(write_jsonl):
+    train, held = write_jsonl(pairs(100), "train.jsonl"), write_jsonl(pairs(30, start=5), "held.jsonl")
+    config = config_of(train, eval_path=str(held), limit=20)
+    assert len(rows_for(config, "sft", held_out=True)) == 30 == len(examples(config, "sft", held_out=True))
+    assert [example.row for example in examples(config, "sft")] == [1, 2, 3, 4, 5]  # the others are held out
+    assert len(rows_for(config, "sft")) == 5
+
+
+def test_two_sources_of_one_file_are_counted_apart(write_jsonl):
+    path = str(write_jsonl(pairs(90)))
+    config = DataConfig((SourceConfig(path), SourceConfig(path, limit=30)), "1,0,0", 0.0)
+    assert source_sizes(config, "sft") == [90, 30]
+    assert [len(part) for part in rows_for(config, "sft").parts] == [90, 30]
 
 
 def test_the_built_in_set_is_seeded_and_serves_all_stages():

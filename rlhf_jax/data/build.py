@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def tokenised(
         "shares": dataclasses.asdict(shares),
         "tokenizer": tokenizer_key(tokenizer),
         "code": code_key(),
+        "limit": limit_of(source, place),
     }
     folder = cache / hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
     if (kept := _kept(folder, wanted.per_row)) is None:
@@ -121,8 +123,8 @@ def _build(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
+        rows = itertools.islice(read(**place), limit_of(source, place))
         source = dataclasses.replace(source, path=place["path"])  # what its examples are said to come from
-        rows = itertools.islice(read(**place), source.limit or None)
         kept, tallies = 0, [Tally(), Tally()]
 
         def batches() -> Iterator[pa.RecordBatch]:
@@ -146,6 +148,12 @@ def _build(
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def limit_of(source: SourceConfig, place: dict[str, Any]) -> int | None:
+    """How many rows are read of a place: all of a place of held-out rows."""
+    is_own = (place["path"], place["split"]) == (source.path, source.split)
+    return source.limit or None if is_own else None
 
 
 def mapping_key(source: SourceConfig) -> dict[str, Any]:
@@ -172,7 +180,8 @@ def unwritable(folder: Path, error: OSError) -> str:
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     """Digest of all of a tokenizer that its encoding depends on."""
     backend = tokenizer.backend_tokenizer.to_str()
-    parts = [backend, tokenizer.chat_template, sorted(tokenizer.special_tokens_map.items())]
+    versions = [metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")]
+    parts = [backend, tokenizer.chat_template, sorted(tokenizer.special_tokens_map.items()), versions]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import splits
 from rlhf_jax.data.blend import Part, quotas
-from rlhf_jax.data.build import tokenised
+from rlhf_jax.data.build import limit_of, tokenised
 from rlhf_jax.data.config import DataConfig, SourceConfig
 from rlhf_jax.data.encode import Learn, Wanted, encode_block, wanted
 from rlhf_jax.data.example import Example
@@ -25,6 +25,7 @@ from rlhf_jax.data.stream import StreamRows, stream_of
 from rlhf_jax.data.tokenise import SHOWN, Shares, Tally, check_bad, key_turns, mapped
 
 ROWS_AT_ONCE = 4096
+OF_A_STREAM = 100_000  # examples that are read where text is wanted, and not rows
 WITHHELD, REPEATED = "prompt held out by eval_path or eval_split", "repeated prompt"
 
 
@@ -174,24 +175,40 @@ def rows_of(
 
 
 def read_examples(config: DataConfig, stage: splits.Stage, *, held_out: bool) -> Iterator[Example]:
-    """The examples behind `stage_rows`, whole and as text, one after the other in the order of the sources.
+    """The examples behind `stage_rows` as text, one after the other in the order of the sources; a stream's first ones.
 
     Raises:
         ValueError: as `stage_rows`, but for no rows.
     """
     withheld = np.zeros(0, np.uint64) if held_out else withheld_keys(config)
     for source in map(resolved, config.sources):
-        if not takes_part(source, stage, held_out):
-            continue
-        is_apart = has_eval(source)
-        for examples, keys in keyed_examples(source, place_of(source, config, held_out), config, stage):
-            if held_out:
-                take = np.ones(len(keys), bool) if is_apart else splits.held_out(keys, config.held_out)
-            else:
-                take = train_shares(config, is_apart).take(keys, stage) & ~np.isin(keys[:, 0], withheld)
-                if not is_apart:
-                    take &= ~splits.held_out(keys, config.held_out)
-            yield from itertools.compress(examples, take)
+        yield from itertools.islice(
+            _examples_of(source, config, stage, held_out, withheld), OF_A_STREAM if source.stream else None
+        )
+
+
+def source_sizes(config: DataConfig, stage: splits.Stage) -> list[int]:
+    """Examples of each source that a stage trains on, before any is dropped. ValueError as `read_examples`."""
+    withheld = withheld_keys(config)
+    return [
+        sum(1 for _ in _examples_of(source, config, stage, False, withheld)) for source in map(resolved, config.sources)
+    ]
+
+
+def _examples_of(
+    source: SourceConfig, config: DataConfig, stage: splits.Stage, held_out: bool, withheld: np.ndarray
+) -> Iterator[Example]:
+    if not takes_part(source, stage, held_out):
+        return
+    is_apart = has_eval(source)
+    for examples, keys in keyed_examples(source, place_of(source, config, held_out), config, stage):
+        if held_out:
+            take = np.ones(len(keys), bool) if is_apart else splits.held_out(keys, config.held_out)
+        else:
+            take = train_shares(config, is_apart).take(keys, stage) & ~np.isin(keys[:, 0], withheld)
+            if not is_apart:
+                take &= ~splits.held_out(keys, config.held_out)
+        yield from itertools.compress(examples, take)
 
 
 def keyed_examples(
@@ -199,7 +216,7 @@ def keyed_examples(
 ) -> Iterator[tuple[list[Example], np.ndarray]]:
     """Examples of a place with their keys [n, 2], some at a time; ValueError for more bad rows than are allowed."""
     to_examples = mapper(dataclasses.replace(source, path=place["path"]), stage)
-    rows, bad = iter(itertools.islice(read(**place), source.limit or None)), []
+    rows, bad = iter(itertools.islice(read(**place), limit_of(source, place))), []
     while block := list(itertools.islice(rows, ROWS_AT_ONCE)):
         examples, _, wrong = mapped(block, to_examples)
         bad += wrong

@@ -33,6 +33,7 @@ def record_batch(
     """
     assert len(sequences) == len(keys) * per_row == len(numbers) * per_row == len(cut) * per_row
     kind = np.uint16 if vocab_size <= 2**16 else np.int32
+    assert all(not each.tokens.size or int(each.tokens.max()) <= np.iinfo(kind).max for each in sequences)
     spans = [each.spans.reshape(-1) for each in sequences]
     keys = np.repeat(keys, per_row, axis=0)
     columns = {

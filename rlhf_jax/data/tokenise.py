@@ -168,6 +168,6 @@ def in_order(work: Callable[[list[T]], R], blocks: Iterable[list[T]]) -> Iterato
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         if set_before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
+            os.environ.pop("TOKENIZERS_PARALLELISM", None)
         else:
             os.environ["TOKENIZERS_PARALLELISM"] = set_before

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_jax.data.blend import Part, quotas
 from rlhf_jax.data.config import BUILTIN, DataConfig
-from rlhf_jax.data.selection import read_examples
+from rlhf_jax.data.selection import source_sizes
 from rlhf_jax.gpus import Gpu, Machine
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.architecture import DecoderConfig
@@ -253,11 +252,13 @@ def timetable(recipe: Recipe, found: list[Phase], mesh, machine: Machine, price:
 
 
 def training_rows(data: DataConfig, stage: str) -> int | None:
-    """Rows of an epoch before any is dropped for its length; None where a source would have to be downloaded."""
+    """Rows of an epoch before any is dropped for length; None where a source is streamed, or would be downloaded."""
     if any(source.path != BUILTIN and not Path(source.path).is_file() for source in data.sources):
         return None
-    sizes = Counter(example.source for example in read_examples(data, stage, held_out=False))
-    parts = [Part(sizes[s.path], s.weight, s.epochs, s.max_rows) for s in data.sources if sizes[s.path]]
+    if any(source.stream for source in data.sources):
+        return None
+    sized = zip(data.sources, source_sizes(data, stage), strict=True)
+    parts = [Part(size, source.weight, source.epochs, source.max_rows) for source, size in sized if size]
     return int(quotas(parts, data.temperature).sum())
 
 

@@ -46,7 +46,13 @@ LLAMA = dataclasses.replace(tiny.LLAMA, num_heads=4, num_kv_heads=2, rope=ROPE, 
 FAMILIES = {"opt": OPT, "llama": LLAMA}
 LORA = LoraConfig(rank=8, alpha=16.0)
 # Every weight trains; or adapters on a base in bfloat16, int8 or nf4.
-CASES = [("opt", "float32"), ("opt", "bfloat16"), ("llama", "int8"), ("llama", "nf4")]
+LONG = pytest.mark.long
+CASES = [
+    pytest.param("opt", "float32", marks=LONG),
+    ("opt", "bfloat16"),
+    pytest.param("llama", "int8", marks=LONG),
+    pytest.param("llama", "nf4", marks=LONG),
+]
 
 in_both_families = pytest.mark.parametrize("family", FAMILIES)
 

@@ -222,6 +222,7 @@ LORA_RUN = (
 )
 
 
+@pytest.mark.long
 def test_a_run_with_one_copy_is_the_run_with_two(tmp_path):
     recipe = write_recipe(tmp_path)
     for one_copy in ("true", "false"):

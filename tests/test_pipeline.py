@@ -273,7 +273,7 @@ def keep_trained(patch, kept):
     patch.setattr(rlhf_jax.stages.ppo, "train_loop", keeping)
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_the_exported_average_is_that_by_hand_and_bit_for_bit_the_same_stopped_resumed_and_in_host_memory(
     lora, tmp_path, finished, monkeypatch, capsys
 ):
@@ -316,6 +316,7 @@ def test_the_exported_average_is_that_by_hand_and_bit_for_bit_the_same_stopped_r
     jax.tree.map(np.testing.assert_array_equal, tensors(tmp_path / "out"), tensors(whole / "ppo/export_ema"))
 
 
+@pytest.mark.long
 def test_a_run_may_go_on_with_other_switches_of_memory_and_ends_the_same_to_rounding(
     tmp_path, finished, monkeypatch, capsys
 ):

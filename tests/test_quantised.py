@@ -358,6 +358,7 @@ LORA_RUN = (
 )
 
 
+@pytest.mark.long
 def test_all_stages_run_on_a_quantised_base_and_a_stopped_run_ends_as_one_that_never_stopped(tmp_path, monkeypatch):
     recipe = write_recipe(tmp_path)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

@@ -125,6 +125,22 @@ def test_rows_of_the_evaluation_file_are_held_out_and_their_prompts_train_nothin
         assert len(rows_for(config, stage, held_out=True)) == 30
 
 
+def test_a_held_out_pair_without_the_answer_of_sft_still_keeps_its_prompt_out_of_training(write_jsonl):
+    def row(i: int, answer: str | None) -> dict:
+        before = f"\n\nHuman: q{i}\n\nAssistant:"
+        texts = {"chosen": f"{before} yes", "rejected": f"{before} no"}
+        return texts | {"answer": answer if answer is None else f"{before} {answer}"}
+
+    train = write_jsonl([row(i, "sure") for i in range(40)], "train.jsonl")
+    held = write_jsonl([row(i, None) for i in range(30, 40)], "held.jsonl")
+    options = dict(format="transcript", answer="answer", sparse=True, eval_path=str(held))
+    config = config_of(train, "1,1,1", **options)
+    assert len(rows_for(config, "reward", held_out=True)) == 10
+    trained = set().union(*(prompts(examples(config, stage)) for stage in STAGES))
+    assert trained == {(("user", f"q{i}"),) for i in range(30)}
+    assert sum(len(rows_for(config, stage)) for stage in STAGES) == 30
+
+
 def test_what_one_source_holds_out_no_other_source_trains(write_jsonl):
     one = SourceConfig(str(write_jsonl(pairs(200), "one.jsonl")))
     held = str(write_jsonl(pairs(50), "held.jsonl"))

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from rlhf_jax.data.blend import permuted
+from rlhf_jax.data.packing import segments_of
 from rlhf_jax.data.rows import Rows
 from rlhf_jax.trees import record
 
@@ -152,14 +153,14 @@ def assemble(
     for i, documents in enumerate(rows):
         for j in range(per_row):
             at = 0 if side == "right" else length - sum(len(document[j].tokens) for document in documents)
-            for number, document in enumerate(documents, start=1):
+            for document in documents:
                 stop = at + len(document[j].tokens)
                 tokens[i, j, at:stop] = document[j].tokens
                 mask[i, j, at:stop] = True
                 for first, last in document[j].spans.tolist():
                     loss_mask[i, j, at + max(first, 1) : at + last] = True
-                if segments is not None:
-                    segments[i, j, at:stop] = number
                 at = stop
+        if segments is not None:
+            segments[i, 0] = segments_of([len(document[0].tokens) for document in documents], length)
     flat = [x if per_row > 1 or x is None else x[:, 0] for x in (tokens, mask, loss_mask, segments)]
     return Batch(*flat)

@@ -10,7 +10,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,64 +23,88 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data.config import DataConfig, SourceConfig
 from rlhf_jax.data.encode import Wanted
+from rlhf_jax.data.example import Row
 from rlhf_jax.data.reading import places
 from rlhf_jax.data.reading.places import content_key, read
 from rlhf_jax.data.store import Store, write
-from rlhf_jax.data.tokenise import Shares, Tally, check_bad, encoded_blocks, tally_of
+from rlhf_jax.data.tokenise import EncodedBlock, Shares, Tally, check_bad, encoded_blocks, tally_of
 
 LOGGER = logging.getLogger(__name__)
-BLEND = ("weight", "epochs", "max_rows")  # of a source, what its tokens do not depend on
+# Of a source, what its tokens do not depend on: where it lies, and how often it is drawn. `Job.limit` is told apart.
+NO_MAPPING = ("path", "name", "split", "eval_path", "eval_split", "stream", "limit", "weight", "epochs", "max_rows")
 
 
-def tokenised(
-    source: SourceConfig,
-    place: dict[str, Any],
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    wanted: Wanted,
-    shares: Shares,
-) -> tuple[Store, tuple[Tally, Tally]]:
+@dataclass(frozen=True)
+class Job:
+    """What is to be tokenised, of what, and how."""
+
+    source: SourceConfig  # with its mapping resolved
+    place: dict[str, Any]  # the arguments of `places.read`
+    config: DataConfig
+    tokenizer: PreTrainedTokenizerBase
+    wanted: Wanted
+    shares: Shares
+
+    @property
+    def limit(self) -> int | None:
+        """Rows that are read of the place, at most; None, all, of a place of held-out rows."""
+        return limit_of(self.source, self.place)
+
+    def parts(self, content: Any) -> dict[str, Any]:
+        """All that the tokens depend on, as JSON holds it; `content` says what is in the place."""
+        mapping = {**dataclasses.asdict(self.source), **dict.fromkeys(NO_MAPPING)}
+        return {
+            "content": content,
+            "mapping": mapping,
+            "limit": self.limit,
+            "wanted": dataclasses.asdict(self.wanted),
+            "shares": dataclasses.asdict(self.shares),
+            "tokenizer": tokenizer_key(self.tokenizer),
+            "code": code_key(),
+        }
+
+    def blocks(self, rows: Iterable[Row]) -> Iterator[EncodedBlock]:
+        """The rows of the place, encoded; the path of the place is what its examples are said to come from."""
+        source = dataclasses.replace(self.source, path=self.place["path"])
+        return encoded_blocks(rows, source, self.tokenizer, self.wanted, self.shares)
+
+
+def folder_of(cache: Path, parts: dict[str, Any]) -> Path:
+    """Where in the cache stands what depends on these parts."""
+    return cache / hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def tokenised(job: Job) -> tuple[Store, tuple[Tally, Tally]]:
     """The rows of a place that a stage may use, from the cache, or built and put there.
 
     With them comes what became of those that are trained on, and of those held out. Two processes that want the same
     build it once: the second waits. A build that is killed leaves nothing that is taken for one, and what is damaged
     later is built anew, which is said.
 
-    Args:
-        source: with its mapping resolved.
-        place: the arguments of `places.read`.
     Raises:
-        ValueError: more than `config.max_bad_rows` rows are bad, with the first of them; the cache cannot be written;
+        ValueError: more than `data.max_bad_rows` rows are bad, with the first of them; the cache cannot be written;
             and as `places.read`.
     """
-    cache = cache_folder(config)
-    parts = {
-        "content": content_key(**place, memo=cache / "contents.json"),
-        "mapping": mapping_key(source),
-        "wanted": dataclasses.asdict(wanted),
-        "shares": dataclasses.asdict(shares),
-        "tokenizer": tokenizer_key(tokenizer),
-        "code": code_key(),
-        "limit": limit_of(source, place),
-    }
-    folder = cache / hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
-    if (kept := _kept(folder, wanted.per_row)) is None:
+    cache, per_row = cache_folder(job.config), job.wanted.per_row
+    parts = job.parts(content_key(**job.place, memo=cache / "contents.json"))
+    folder = folder_of(cache, parts)
+    if (kept := _kept(folder, per_row)) is None:
         try:
             with FileLock(folder.with_suffix(".lock")):
-                if _kept(folder, wanted.per_row) is None:  # and no other process has built it meanwhile
+                if _kept(folder, per_row) is None:  # and no other process has built it meanwhile
                     if folder.exists():
                         LOGGER.warning(f"{folder}: these tokenised rows are damaged, and are made anew")
                         shutil.rmtree(folder)
-                    _build(folder, parts, source, place, config, tokenizer, wanted, shares)
+                    _build(folder, parts, job)
         except OSError as error:  # of what is read it would be a ValueError
             raise ValueError(unwritable(cache, error)) from error
-        kept = _kept(folder, wanted.per_row)
+        kept = _kept(folder, per_row)
         assert kept, folder
     store, tallies, files = kept
     # The same rows may have been read elsewhere then.
-    moved = dict(zip(files, files_of(place), strict=True))
+    moved = dict(zip(files, files_of(job.place), strict=True))
     shown = tuple(_named_anew(message, moved) for message in tallies[0].bad_shown)
-    check_bad(tallies[0].bad, shown, config.max_bad_rows)
+    check_bad(tallies[0].bad, shown, job.config.max_bad_rows)
     trained, held_out = (dataclasses.replace(tally, bad_shown=shown) for tally in tallies)
     return store, (trained, held_out)
 
@@ -109,38 +134,29 @@ def _kept(folder: Path, per_row: int) -> tuple[Store, list[Tally], list[str]] | 
     return (store, tallies, files) if len(store) == report["rows"] and len(tallies) == 2 else None
 
 
-def _build(
-    folder: Path,
-    parts: dict,
-    source: SourceConfig,
-    place: dict[str, Any],
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    wanted: Wanted,
-    shares: Shares,
-) -> None:
+def _build(folder: Path, parts: dict[str, Any], job: Job) -> None:
     unfinished = folder.with_suffix(f".{os.getpid()}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        rows = itertools.islice(read(**place), limit_of(source, place))
-        source = dataclasses.replace(source, path=place["path"])  # what its examples are said to come from
+        rows = itertools.islice(read(**job.place), job.limit)
+        bar_text = f"{job.wanted.stage}: tokenising {job.place['path']}"
         kept, tallies = 0, [Tally(), Tally()]
 
         def batches() -> Iterator[pa.RecordBatch]:
             nonlocal kept, tallies
-            with tqdm(desc=f"{wanted.stage}: tokenising {source.path}", unit=" rows", delay=2, disable=None) as bar:
-                for batch, *sides in encoded_blocks(rows, source, tokenizer, wanted, shares):
+            with tqdm(desc=bar_text, unit=" rows", delay=2, disable=None) as bar:
+                for batch, *sides in job.blocks(rows):
                     bar.update(sides[0].rows)
                     tallies = [before.plus(here) for before, here in zip(tallies, sides, strict=True)]
-                    check_bad(tallies[0].bad, tallies[0].bad_shown, config.max_bad_rows)
-                    kept += len(batch) // wanted.per_row
+                    check_bad(tallies[0].bad, tallies[0].bad_shown, job.config.max_bad_rows)
+                    kept += len(batch) // job.wanted.per_row
                     if len(batch):
                         yield batch
 
-        digest = write(batches(), unfinished / "rows.arrow", len(tokenizer))
+        digest = write(batches(), unfinished / "rows.arrow", len(job.tokenizer))
         told = [dataclasses.asdict(tally) for tally in tallies]
-        report = {"digest": digest, "rows": kept, "tallies": told, "files": files_of(place), **parts}
+        report = {"digest": digest, "rows": kept, "tallies": told, "files": files_of(job.place), **parts}
         (unfinished / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
         for path in unfinished.iterdir():  # on the disk before it has its name, as the machine may lose power
             with open(path, "rb") as file:
@@ -154,11 +170,6 @@ def limit_of(source: SourceConfig, place: dict[str, Any]) -> int | None:
     """How many rows are read of a place: all of a place of held-out rows."""
     is_own = (place["path"], place["split"]) == (source.path, source.split)
     return source.limit or None if is_own else None
-
-
-def mapping_key(source: SourceConfig) -> dict[str, Any]:
-    """What of a source its tokens depend on, but for the place."""
-    return {**dataclasses.asdict(source), **dict.fromkeys(("path", "eval_path", "eval_split", "stream", *BLEND))}
 
 
 def cache_folder(config: DataConfig) -> Path:

@@ -54,7 +54,8 @@ def encode_block(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
     Rows are dropped for an empty prompt or answer, for a chosen answer that equals the rejected one, and for a prompt
     over max_prompt_length; an answer is cut at max_length, its EOS with it, so that the model does not learn to stop
     there. long_rows "left" cuts the beginning of the prompt instead, keeping a BOS, and "drop" drops what is too long
-    in either way. A document is cut into pieces of max_length, of which none is lost.
+    in either way. A document is cut into pieces of max_length; a last one of a single token, the EOS, teaches nothing
+    and is left out.
     """
     block = Block()
     documents = [i for i, example in enumerate(examples) if not example.turns]

@@ -8,6 +8,7 @@ known beforehand, so they are placed by whole ranges of bins that look alike, ho
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,7 +63,7 @@ def pack(lengths: np.ndarray, capacity: int) -> Bins:
     )
 
 
-def segments_of(lengths: np.ndarray, width: int) -> np.ndarray:
+def segments_of(lengths: Sequence[int] | np.ndarray, width: int) -> np.ndarray:
     """[width] int32, the `Batch.segments` of a row with documents of these lengths end to end: 1, 1, 2, ..., 0, 0."""
     lengths = np.asarray(lengths, np.int64)
     assert lengths.sum() <= width, (lengths.sum(), width)

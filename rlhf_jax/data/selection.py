@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import splits
 from rlhf_jax.data.blend import Part, quotas
-from rlhf_jax.data.build import limit_of, tokenised
+from rlhf_jax.data.build import Job, limit_of, tokenised
 from rlhf_jax.data.config import DataConfig, SourceConfig
 from rlhf_jax.data.encode import Learn, Wanted, encode_block, wanted
 from rlhf_jax.data.example import Example
@@ -71,22 +71,16 @@ def stage_rows(
         is_apart, place = has_eval(source), place_of(source, config, held_out)
         if source.stream and not held_out:
             shares = dataclasses.replace(train_shares(config, True), left_out=0.0 if is_apart else config.held_out)
-            found.append(stream_of(source, place, config, tokenizer, want, shares, withheld))
+            found.append(stream_of(Job(source, place, config, tokenizer, want, shares), withheld))
             continue
         shares = Shares(None, seed=config.split_seed) if held_out and is_apart else train_shares(config, is_apart)
-        store, tallies = tokenised(source, place, config, tokenizer, want, shares)
+        store, tallies = tokenised(Job(source, place, config, tokenizer, want, shares))
         tally, keys = tallies[held_out and not is_apart], store.keys()
         dropped = Counter(tally.dropped)
-        if held_out:
-            take = np.ones(len(store), bool) if is_apart else splits.held_out(keys, config.held_out)
-        else:
-            take = splits.trains(keys, stage, splits.parse_shares(config.split))
-            if not is_apart:
-                take &= ~splits.held_out(keys, config.held_out)
-            elsewhere = take & np.isin(keys[:, 0], withheld)
-            dropped[WITHHELD] += int(elsewhere.sum())
-            take &= ~elsewhere
-        (picked,) = take.nonzero()
+        take = falls(keys, config, stage, held_out, is_apart)
+        elsewhere = take & np.isin(keys[:, 0], withheld)
+        dropped[WITHHELD] += int(elsewhere.sum())
+        (picked,) = (take & ~elsewhere).nonzero()
         if stage == "ppo":  # each prompt once
             _, first = np.unique(keys[picked, 0], return_index=True)
             fresh = np.sort(first[~np.isin(keys[picked[first], 0], seen)])
@@ -202,25 +196,36 @@ def _examples_of(
         return
     is_apart = has_eval(source)
     for examples, keys in keyed_examples(source, place_of(source, config, held_out), config, stage):
-        if held_out:
-            take = np.ones(len(keys), bool) if is_apart else splits.held_out(keys, config.held_out)
-        else:
-            take = train_shares(config, is_apart).take(keys, stage) & ~np.isin(keys[:, 0], withheld)
-            if not is_apart:
-                take &= ~splits.held_out(keys, config.held_out)
-        yield from itertools.compress(examples, take)
+        take = falls(keys, config, stage, held_out, is_apart)
+        yield from itertools.compress(examples, take & ~np.isin(keys[:, 0], withheld))
+
+
+def falls(keys: np.ndarray, config: DataConfig, stage: splits.Stage, held_out: bool, is_apart: bool) -> np.ndarray:
+    """[n] bool of keys [n, 2]: whether the stage trains on the prompt, or with `held_out` is measured on it.
+
+    is_apart: the source has a place of held-out rows, of which all are measured on, and holds out none by hash.
+    """
+    by_hash = np.zeros(len(keys), bool) if is_apart else splits.held_out(keys, config.held_out)
+    if held_out:
+        return by_hash | is_apart
+    return splits.trains(keys, stage, splits.parse_shares(config.split)) & ~by_hash
 
 
 def keyed_examples(
-    source: SourceConfig, place: dict[str, Any], config: DataConfig, stage: splits.Stage
+    source: SourceConfig, place: dict[str, Any], config: DataConfig, stage: splits.Stage, *others: splits.Stage
 ) -> Iterator[tuple[list[Example], np.ndarray]]:
-    """Examples of a place with their keys [n, 2], some at a time; ValueError for more bad rows than are allowed."""
-    to_examples = mapper(dataclasses.replace(source, path=place["path"]), stage)
+    """Examples of a place for a stage with their keys [n, 2], some at a time, and those for other stages beside them.
+
+    ValueError for more bad rows than are allowed; those that only the others refuse are left out.
+    """
+    here = dataclasses.replace(source, path=place["path"])
+    to_examples, *to_others = (mapper(here, each) for each in (stage, *others))
     rows, bad = iter(itertools.islice(read(**place), limit_of(source, place))), []
     while block := list(itertools.islice(rows, ROWS_AT_ONCE)):
         examples, _, wrong = mapped(block, to_examples)
         bad += wrong
         check_bad(len(bad), bad[:SHOWN], config.max_bad_rows)
+        examples += [example for to_other in to_others for example in mapped(block, to_other)[0]]
         keys = [splits.prompt_key(key_turns(example)) for example in examples]
         yield examples, splits.as_keys(keys, config.split_seed)
 
@@ -231,18 +236,16 @@ def withheld_keys(config: DataConfig) -> np.ndarray:
     What is held out by hash is so in all sources that have no eval_path, and needs no list where all are such.
     """
     sources = [resolved(source) for source in config.sources]
-    apart = [source for source in sources if has_eval(source)]
+    apart = any(map(has_eval, sources))
     found = [np.zeros(0, np.uint64)]
     for source in sources:
-        if has_eval(source) or (apart and not source.stream):
-            for _, keys in keyed_examples(source, place_of(source, config, has_eval(source)), config, stage_of(source)):
-                found.append(keys[has_eval(source) | splits.held_out(keys, config.held_out), 0])
+        is_apart = has_eval(source)
+        # Prompts alone are the least that is asked of a row; but one without may still give a pair to be measured on.
+        stages = [stage for stage in reversed(splits.STAGES) if serves(source, stage)]
+        if is_apart or (apart and not source.stream):
+            for _, keys in keyed_examples(source, place_of(source, config, is_apart), config, *stages):
+                found.append(keys[is_apart | splits.held_out(keys, config.held_out), 0])
     return np.unique(np.concatenate(found))
-
-
-def stage_of(source: SourceConfig) -> splits.Stage:
-    """A stage that the source serves; the prompts are the same for all."""
-    return "ppo" if serves(source, "ppo") else "sft"
 
 
 def has_eval(source: SourceConfig) -> bool:

@@ -17,22 +17,19 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from filelock import FileLock
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data.blend import Part
-from rlhf_jax.data.build import cache_folder, code_key, mapping_key, tokenizer_key
-from rlhf_jax.data.config import DataConfig, SourceConfig
-from rlhf_jax.data.encode import Wanted
+from rlhf_jax.data.build import Job, cache_folder, folder_of
 from rlhf_jax.data.example import Row
 from rlhf_jax.data.reading.places import files_of, read, read_hub_stream
 from rlhf_jax.data.store import Store, write
 from rlhf_jax.data.template import Encoded
-from rlhf_jax.data.tokenise import ROWS_PER_BLOCK, Shares, Tally, check_bad, encoded_blocks, tally_of
+from rlhf_jax.data.tokenise import ROWS_PER_BLOCK, Tally, check_bad, tally_of
 
 WINDOW = 8192  # rows
 
@@ -49,13 +46,8 @@ class Position(NamedTuple):
 class Windows:
     """The windows of a stream, made in their order and kept in a folder. Of one thread: it holds the open source."""
 
-    source: SourceConfig
-    place: dict[str, Any]  # the arguments of `places.read`
-    config: DataConfig
-    tokenizer: PreTrainedTokenizerBase
-    wanted: Wanted
-    shares: Shares
-    withheld: np.ndarray  # first words of the keys of prompts that are not trained
+    job: Job
+    withheld: np.ndarray  # [n] uint64, first words of the keys of prompts that are not trained
     folder: Path
     _next: int = -1  # the window that `_blocks` goes on with
     _blocks: Iterator[tuple[Position, pa.RecordBatch, Tally]] = iter(())
@@ -74,8 +66,8 @@ class Windows:
                     self._make(next(n for n in range(number, -1, -1) if n == 0 or self._report(n - 1).exists()))
         report = json.loads(self._report(number).read_text(encoding="utf-8"))
         tally = tally_of(report["tally"])
-        check_bad(tally.bad, tally.bad_shown, self.config.max_bad_rows)
-        return Store(self._rows(number), self.wanted.per_row, report["digest"]), tally
+        check_bad(tally.bad, tally.bad_shown, self.job.config.max_bad_rows)
+        return Store(self._rows(number), self.job.wanted.per_row, report["digest"]), tally
 
     def _report(self, number: int) -> Path:
         return self.folder / f"{number:06}.json"
@@ -92,13 +84,13 @@ class Windows:
             if at.turn:  # the same bad rows again
                 tally = dataclasses.replace(tally, bad=0, bad_shown=())
             self._tally = self._tally.plus(tally)
-            check_bad(self._tally.bad, self._tally.bad_shown, self.config.max_bad_rows)
+            check_bad(self._tally.bad, self._tally.bad_shown, self.job.config.max_bad_rows)
             self._ready.append((at, batch))
         last = self._ready[-1][0]
         taken, self._ready = _cut(self._ready, WINDOW)
         end = self._ready[0][0] if self._ready else Position(last.turn, last.block + 1)
         unfinished = self.folder / f"{number:06}.{os.getpid()}.unfinished"
-        digest = write(map(copied, taken), unfinished, len(self.tokenizer))
+        digest = write(map(copied, taken), unfinished, len(self.job.tokenizer))
         unfinished.rename(self._rows(number))
         report = {"digest": digest, "end": end, "tally": dataclasses.asdict(self._tally)}
         unfinished.write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -121,20 +113,20 @@ class Windows:
         skipped = start.block
         for turn in itertools.count(start.turn):
             rows, served = itertools.islice(self._read(), skipped * ROWS_PER_BLOCK, None), 0
-            found = encoded_blocks(rows, self.source, self.tokenizer, self.wanted, self.shares)
-            for block, (batch, tally, _) in enumerate(found, start=skipped):
+            for block, (batch, tally, _) in enumerate(self.job.blocks(rows), start=skipped):
                 batch = batch.filter(pa.array(~np.isin(batch["held_key"].to_numpy(), self.withheld)))
                 served += len(batch)
                 yield Position(turn, block), batch, tally
             if not served and not skipped:
-                raise ValueError(f"{self.source.path}: none of its rows serves the stage {self.wanted.stage}")
+                raise ValueError(f"{self.job.source.path}: none of its rows serves the stage {self.job.wanted.stage}")
             skipped = 0
 
     def _read(self) -> Iterator[Row]:
-        path, split = self.place["path"], self.place["split"]
+        place = self.job.place
+        path, split = place["path"], place["split"]
         is_remote = not path.startswith("builtin:") and files_of(path, split) is None
-        rows = read_hub_stream(path, self.place["name"], split) if is_remote else read(**self.place)
-        return itertools.islice(rows, self.source.limit or None)
+        rows = read_hub_stream(path, place["name"], split) if is_remote else read(**place)
+        return itertools.islice(rows, self.job.limit)
 
 
 def copied(rows: tuple[Position, pa.RecordBatch]) -> pa.RecordBatch:
@@ -158,7 +150,7 @@ class StreamRows:
     """A stream in the place of a `SourceRows`: rows w x WINDOW and on are those of window w."""
 
     def __init__(self, windows: Windows, blend: Part):
-        self.name, self.windows, self.blend, self.bins = windows.source.path, windows, blend, None
+        self.name, self.windows, self.blend, self.bins = windows.job.source.path, windows, blend, None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="stream")
         self._held: dict[int, Future] = {}
         self._lock = threading.Lock()  # a step counts its rows while the thread of `Ahead` reads the next ones
@@ -170,7 +162,7 @@ class StreamRows:
     @property
     def longest(self) -> int:
         """Tokens that no document has more than."""
-        return self.windows.wanted.max_length
+        return self.windows.job.wanted.max_length
 
     longest_row = longest
 
@@ -217,30 +209,17 @@ class StreamRows:
         return future.result()
 
 
-def stream_of(
-    source: SourceConfig,
-    place: dict[str, Any],
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    wanted: Wanted,
-    shares: Shares,
-    withheld: np.ndarray,
-) -> StreamRows:
-    """The stream of a source, with its first window made."""
-    parts = {
-        "place": [place, [_state(path) for path in files_of(place["path"], place["split"]) or []]],
-        "mapping": mapping_key(source),
-        "wanted": dataclasses.asdict(wanted),
-        "shares": dataclasses.asdict(shares),
-        "withheld": hashlib.blake2b(withheld.tobytes()).hexdigest(),
-        "tokenizer": tokenizer_key(tokenizer),
-        "code": code_key(),
-    }
-    key = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
-    folder = cache_folder(config) / f"{key}.stream"
+def stream_of(job: Job, withheld: np.ndarray) -> StreamRows:
+    """The stream of a source, with its first window made. ValueError as `Windows.store`.
+
+    withheld: [n] uint64, of `Windows`.
+    """
+    place, source = job.place, job.source
+    files = [_state(path) for path in files_of(place["path"], place["split"]) or []]
+    content = [place, files, hashlib.blake2b(withheld.tobytes(), digest_size=16).hexdigest()]
+    folder = folder_of(cache_folder(job.config), job.parts(content)).with_suffix(".stream")
     folder.mkdir(exist_ok=True)
-    windows = Windows(source, place, config, tokenizer, wanted, shares, withheld, folder)
-    return StreamRows(windows, Part(WINDOW, source.weight, source.epochs, source.max_rows))
+    return StreamRows(Windows(job, withheld, folder), Part(WINDOW, source.weight, source.epochs, source.max_rows))
 
 
 def _state(path: str) -> list:

@@ -113,7 +113,6 @@ def tokenizers_alone(folder: Path) -> dict[str, float]:
         "rows": count,
         "text_bytes": size,
         "tokenizers_rows_a_second": len(texts) / seconds,
-        "tokenizers_cpu_share": cpu_share(),
     }
 
 
@@ -141,16 +140,15 @@ def first_run(folder: Path) -> dict[str, float]:
 
 
 def second_run(folder: Path) -> dict[str, float]:
-    """Imports, then from the tokenizer's folder to the first batch, then batches of 64 through one whole epoch."""
+    """Imports and the tokenizer, then the first batch, then batches of 64 through one whole epoch."""
     begun = time.perf_counter()
-    from transformers import AutoTokenizer  # noqa: F401  # half of the time that imports take
-
     from rlhf_jax.data.ahead import Ahead
     from rlhf_jax.data.batches import Batches
     from rlhf_jax.data.selection import stage_rows
 
+    tokenizer = tokenizer_in(folder)
     imported = time.perf_counter()
-    rows = stage_rows(config_in(folder), tokenizer_in(folder), "sft", held_out=False)
+    rows = stage_rows(config_in(folder), tokenizer, "sft", held_out=False)
     batches = Batches(rows, batch_size=64, seed=0)
     ahead = Ahead(batches, batches.steps_per_epoch)
     ahead[0]
@@ -220,12 +218,6 @@ PARTS = {
 }
 
 
-def cpu_share() -> float:
-    """Processor seconds over seconds since the process began, over the cores."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return (used.ru_utime + used.ru_stime) / (time.perf_counter() - BEGUN) / (os.cpu_count() or 1)
-
-
 class Memory:
     """Resident memory while the body runs, in bytes: the most, and how much it grew after a fifth of the samples."""
 
@@ -252,6 +244,5 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-BEGUN = time.perf_counter()
 if __name__ == "__main__":
     main()

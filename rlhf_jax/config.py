@@ -177,9 +177,14 @@ def _parse_table(wanted: type, table: dict[str, Any], key: str, source: Source, 
 
 def _unknown(schema: type, key: str, where: str) -> ValueError:
     pattern = ".".join("*" if part.isdecimal() else part for part in key.split("."))
-    near = difflib.get_close_matches(pattern, list(_keys(schema, "")), 1)
+    keys = list(_keys(schema, ""))
+    section, _, name = pattern.rpartition(".")
+    siblings = [known.rpartition(".")[2] for known in keys if known.rpartition(".")[0] == section]
+    near = difflib.get_close_matches(pattern, keys, 1)
     hint = "; see the sections of an example configuration"
-    if near:
+    if section and siblings and not difflib.get_close_matches(name, siblings, 1):  # near by its section alone
+        hint = f"; '{key.rpartition('.')[0]}' has {', '.join(siblings)}"
+    elif near:
         indices = iter([part for part in key.split(".") if part.isdecimal()])
         hint = "; did you mean '" + ".".join(next(indices, "0") if p == "*" else p for p in near[0].split(".")) + "'?"
     return ValueError(f"{where}: unknown key '{key}'{hint}")

@@ -70,13 +70,20 @@ def show_data(recipe: Recipe, examples: int, out: TextIO | None = None) -> None:
 
 
 def tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """That of model.actor; of a new model the one that its run has, or that would be trained now."""
-    if recipe.model.actor != "new":
-        return prepare_tokenizer(AutoTokenizer.from_pretrained(recipe.model.actor), recipe.data.template)
-    folder = recipe.run.folder("base")
-    if folder.exists():
-        return prepare_tokenizer(AutoTokenizer.from_pretrained(folder), recipe.data.template)
-    return new_tokenizer(recipe.model, recipe.data)
+    """That of model.actor; of a new model its run's, or what would be trained now. ValueError where it has none."""
+    base = recipe.run.folder("base")
+    if recipe.model.actor == "new" and not base.exists():
+        return new_tokenizer(recipe.model, recipe.data)
+    place = base if recipe.model.actor == "new" else recipe.model.actor
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{place}: its tokenizer is neither in a folder here nor to be had from the Hugging Face hub ({reason}); "
+            "set model.actor to the folder of a model"
+        ) from error
+    return prepare_tokenizer(tokenizer, recipe.data.template)
 
 
 def _rows(

@@ -135,6 +135,7 @@ def test_a_whole_number_becomes_a_float_where_a_float_is_wanted(path):
         ),
         ("batch_size=3", "unknown key 'batch_size'; did you mean 'sft.batch_size'?"),
         ("data.sources.1.limits=3", "unknown key 'data.sources.1.limits'; did you mean 'data.sources.1.limit'?"),
+        ("data.sources.1.transcript=true", "unknown key 'data.sources.1.transcript'; 'data.sources.1' has path, limit"),
         ("data.sources.limit=3", "unknown key 'data.sources.limit'; did you mean 'data.sources.0.limit'?"),
         ("zzzz=3", "unknown key 'zzzz'; see"),
         ("sft.batch_size.x=3", "unknown key 'sft.batch_size.x'; did you mean 'sft.batch_size'?"),

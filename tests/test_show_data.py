@@ -1,5 +1,6 @@
 """`rlhf-jax data`: its numbers add up, its colours are what is learned, and it is short enough to be read."""
 
+import dataclasses
 import io
 import json
 import re
@@ -324,3 +325,10 @@ def test_a_stream_is_shown_by_its_first_window_beside_stored_rows(tmp_path, writ
     assert "not for reward, not for ppo; held out: 20.0% of its prompts, left out, as it is streamed" in text
     assert "rows in its first window, of which all below is told, format fields" in text
     assert text.count("two.jsonl, row") == 3 and text.count("one.jsonl, row") == 1
+
+
+def test_a_model_whose_tokenizer_cannot_be_had_is_named_with_the_mend(tmp_path, write_jsonl):
+    recipe = recipe_of(tmp_path, SourceConfig(str(write_jsonl(pairs(30)))))
+    nowhere = dataclasses.replace(recipe, model=ModelConfig(actor=str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match="nowhere: its tokenizer is neither in a folder here.*set model.actor to the"):
+        said(nowhere)

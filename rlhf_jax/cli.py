@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 STAGES = ("sft", "reward", "ppo")
@@ -77,7 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--max-new-tokens", type=int, default=256, help=longest)
     command.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1.0)")
     command.add_argument("--top-p", type=float, default=1.0, help="nucleus to draw from (default: 1.0, everything)")
-    command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="default: %(default)s")
+    widths = "of weights, activations and cache; int8, nf4: kernels in 8.25 or 4.13 bits a weight, all else bfloat16"
+    command.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "int8", "nf4"),
+        help=f"{widths} (default: %(default)s)",
+    )
     command.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     command.add_argument("--adapter", metavar="FOLDER", help=ADAPTER_HELP)
     command = add("import", "check a Hugging Face folder and write it anew: merged, in another dtype", IMPORT_HELP)
@@ -103,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("rlhf_jax").setLevel(logging.INFO)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch: it is not needed
     keep_compiled(os.environ)
+    give_threads(os.environ)
     try:
         if args.command == "chat":
             run_chat(args)
@@ -143,6 +150,16 @@ def keep_compiled(environ: Mapping[str, str]) -> None:
         jax.config.update("jax_compilation_cache_dir", str(caches / "rlhf_jax" / "compiled"))
 
 
+def give_threads(environ: MutableMapping[str, str]) -> None:
+    """Let XLA have more threads than simulated CPU devices, so that devices which wait for one another never fill them.
+
+    One that waits in a collective holds a thread, and two collectives of a program may begin in another order on each
+    device: with a thread a device, which is XLA's default, a run may then stand still.
+    """
+    if "xla_force_host_platform_device_count" in environ.get("XLA_FLAGS", ""):
+        environ.setdefault("PJRT_NPROC", "64")
+
+
 def run_config(command: str, path: str, overrides: Sequence[str]) -> None:
     """A command that reads a configuration file."""
     # Imported here, so that --help answers at once.
@@ -153,13 +170,16 @@ def run_config(command: str, path: str, overrides: Sequence[str]) -> None:
     from rlhf_jax.plan.choose import resolve
     from rlhf_jax.recipe import Recipe
     from rlhf_jax.stages.loop import open_run, same_data
+    from rlhf_jax.stages.models import say_devices
     from rlhf_jax.stages.pipeline import train
 
     recipe = load(path, overrides, Recipe)
     mesh = make_mesh(recipe.mesh)
     if command == "evaluate":
         same_data(recipe.run, dump(recipe))
-        evaluate(Path(recipe.run.dir), mesh, recipe.data, recipe.evaluate, recipe.model.dtype)
+        say_devices(mesh, recipe.model)
+        dtype, attention = recipe.model.dtype, recipe.model.attention
+        evaluate(Path(recipe.run.dir), mesh, recipe.data, recipe.evaluate, dtype, attention)
         return
     stages = STAGES if command == "train" else (command,)
     # RUN/config.toml may be a CONFIG later, and must not ask for deletion once more; it keeps "auto" where that stands.

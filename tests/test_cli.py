@@ -14,7 +14,7 @@ import tiny_recipe
 from safetensors.numpy import load_file, save_file
 from tiny_recipe import RECIPE, records, tensors, tree, write_recipe
 
-from rlhf_jax.cli import keep_compiled, main
+from rlhf_jax.cli import give_threads, keep_compiled, main
 from rlhf_jax.config import dump, load
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.loop import RunConfig, same_data
@@ -391,3 +391,19 @@ def test_a_run_leaves_its_compiled_programs_for_the_next_and_none_where_the_envi
     for more, count in (({"JAX_COMPILATION_CACHE_DIR": ""}, 0), ({}, 1)):
         subprocess.run([sys.executable, "-c", script], env=environ | more, check=True)
         assert len(list(tmp_path.glob("rlhf_jax/compiled/jit__lambda*-cache"))) == count
+
+
+def test_simulated_devices_have_threads_to_spare_and_a_wish_of_the_user_stands():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    for given, wanted in (({}, None), (flags, "64"), (flags | {"PJRT_NPROC": "9"}, "9")):
+        environ = dict(given)
+        give_threads(environ)
+        assert environ.get("PJRT_NPROC") == wanted
+    script = (
+        "import os, jax; from rlhf_jax.cli import give_threads; give_threads(os.environ); jax.devices()\n"
+        "tasks = [open(f'/proc/self/task/{task}/comm').read() for task in os.listdir('/proc/self/task')]\n"
+        "print(tasks.count('tf_XLAEigen\\n'))"
+    )
+    environ = {key: value for key, value in os.environ.items() if key != "PJRT_NPROC"} | flags
+    done = subprocess.run([sys.executable, "-c", script], env=environ, check=True, capture_output=True, text=True)
+    assert int(done.stdout) == 64, "XLA reads it no longer"

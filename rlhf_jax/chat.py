@@ -15,6 +15,7 @@ import numpy as np
 from rlhf_jax.data.splits import Turns
 from rlhf_jax.data.template import encode_prompt, prepare_tokenizer
 from rlhf_jax.generate import bucket, prefill
+from rlhf_jax.gpus import RUN_OPTIONS
 from rlhf_jax.mesh import GENERATE, Layout
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.cached import Cache, Weights, forward, logits_of
@@ -28,12 +29,12 @@ HELP = "/clear forgets the dialogue, /quit leaves"
 def chat(folder: str, sample: SampleConfig, seed: int, dtype: str = "float32", adapter: str | None = None) -> None:
     """Read questions from stdin until /quit or end of file, and print the model's answers as they come.
 
-    `adapter` is a PEFT folder, merged into the model.
+    `adapter` is a PEFT folder, beside whose model it is; `dtype` is of the parameters, as of `from_pretrained`.
     """
     check_sample(sample)
     if not (Path(folder) / "config.json").exists() and Path(folder).is_dir():
         raise ValueError(f"{folder} is no Hugging Face folder (no config.json): name RUN/ppo/export or RUN/sft/export")
-    speaker = Speaker(from_pretrained(folder, adapter, dtype=dtype), sample)
+    speaker = Speaker(from_pretrained(folder, adapter, dtype=dtype, one_copy=True), sample)
     print(f"{folder}: {HELP}", flush=True)
     if speaker.sample != sample:
         print(
@@ -148,7 +149,7 @@ class Speaker:
             logits, cache = advance(self.config, self.layout, self.weights, token, cache, *where)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), compiler_options=RUN_OPTIONS)
 def start(
     config: DecoderConfig, new_tokens: int, layout: Layout, dtype, weights: Weights, tokens: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, Cache]:
@@ -162,7 +163,7 @@ def choose(
     return draw(restrained_logits(logits, sample, seen, drawn, eos), keys, sample)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache", compiler_options=RUN_OPTIONS)
 def advance(
     config: DecoderConfig,
     layout: Layout,

@@ -18,6 +18,7 @@ from rlhf_jax.data.config import BUILTIN, DataConfig
 from rlhf_jax.data.example import Example
 from rlhf_jax.data.selection import read_examples, rows_of, stage_rows
 from rlhf_jax.data.template import prepare_tokenizer
+from rlhf_jax.models.attention import Choice
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained, reward_from_pretrained, score
 from rlhf_jax.rollout import sample_answers
 from rlhf_jax.sampling import SampleConfig
@@ -43,7 +44,12 @@ class EvaluateConfig:
 
 
 def evaluate(
-    run_dir: Path, mesh: Mesh, data: DataConfig, config: EvaluateConfig, dtype: str = "float32"
+    run_dir: Path,
+    mesh: Mesh,
+    data: DataConfig,
+    config: EvaluateConfig,
+    dtype: str = "float32",
+    attention: Choice = "auto",
 ) -> dict[str, float]:
     """Answer held-out prompts by the SFT and the PPO model, score them by the reward model, print and return it.
 
@@ -52,6 +58,7 @@ def evaluate(
 
     Args:
         dtype: of the weights and activations; two models are in memory at a time.
+        attention: the kernel of scoring and prefill, see `attention_kernel`.
     Raises:
         ValueError: a stage of the run is not finished, or there are no held-out rows.
     """
@@ -60,7 +67,7 @@ def evaluate(
     if missing:
         raise ValueError(f"{run_dir}: {', '.join(missing)} not finished (no export folder): run `rlhf-jax train` first")
     scorer = reward_from_pretrained(folders["reward"], mesh=mesh, dtype=dtype)
-    numbers = {"reward_accuracy": reward_accuracy(scorer, data, config)}
+    numbers = {"reward_accuracy": reward_accuracy(scorer, data, config, attention)}
 
     asked, prompts = held_out_prompts(scorer, data, config.prompts)
     count = len(asked)
@@ -68,8 +75,8 @@ def evaluate(
 
     said, scores, good = {}, {}, {}
     for stage in STAGES:
-        model = from_pretrained(folders[stage], mesh=mesh, dtype=dtype)
-        texts, ended, lengths, scores[stage] = answer(model, scorer, prompts, config)
+        model = from_pretrained(folders[stage], mesh=mesh, dtype=dtype, one_copy=True)
+        texts, ended, lengths, scores[stage] = answer(model, scorer, prompts, config, attention)
         del model
         said[stage] = texts
         numbers |= {f"{stage}_score": float(scores[stage].mean()), f"{stage}_length": float(lengths.mean())}
@@ -95,12 +102,13 @@ def evaluate(
     return numbers
 
 
-def reward_accuracy(scorer: Pretrained, data: DataConfig, config: EvaluateConfig) -> float:
+def reward_accuracy(scorer: Pretrained, data: DataConfig, config: EvaluateConfig, attention: Choice = "auto") -> float:
     """Share of held-out pairs whose chosen answer has the higher score."""
     rows = stage_rows(data, prepare_tokenizer(scorer.tokenizer, data.template), "reward", held_out=True)
     count = min(config.pairs, len(rows))
     pairs = Batches(rows, batch_size=count, seed=0, shuffle=False)[0]
-    scores = scored(scorer, pairs.tokens.reshape(2 * count, -1), pairs.mask.reshape(2 * count, -1), config.batch_size)
+    tokens, mask = (x.reshape(2 * count, -1) for x in (pairs.tokens, pairs.mask))
+    scores = scored(scorer, tokens, mask, config.batch_size, attention)
     chosen, rejected = scores.reshape(count, 2).T
     return float((chosen > rejected).mean())
 
@@ -123,11 +131,13 @@ def held_out_prompts(scorer: Pretrained, data: DataConfig, limit: int) -> tuple[
     return [examples[index] for index in part.store.numbers()[part.picked[:count]]], prompts
 
 
-def scored(scorer: Pretrained, tokens: np.ndarray, mask: np.ndarray, batch_size: int) -> np.ndarray:
+def scored(
+    scorer: Pretrained, tokens: np.ndarray, mask: np.ndarray, batch_size: int, attention: Choice = "auto"
+) -> np.ndarray:
     """[B] scores of [B, T] sequences, `batch_size` at a time."""
     real = mask.any(axis=0)  # padding that all rows share counts as positions, of which the model may not have so many
-    parts = [np.asarray(score(scorer, *part)) for part in chunks(batch_size, tokens[:, real], mask[:, real])]
-    return np.concatenate(parts)[: len(tokens)]
+    parts = chunks(batch_size, tokens[:, real], mask[:, real])
+    return np.concatenate([np.asarray(score(scorer, *part, attention=attention)) for part in parts])[: len(tokens)]
 
 
 def chunks(size: int, *arrays: np.ndarray) -> list[tuple[np.ndarray, ...]]:
@@ -138,12 +148,12 @@ def chunks(size: int, *arrays: np.ndarray) -> list[tuple[np.ndarray, ...]]:
 
 
 def answer(
-    model: Pretrained, scorer: Pretrained, prompts, config: EvaluateConfig
+    model: Pretrained, scorer: Pretrained, prompts: Batch, config: EvaluateConfig, attention: Choice
 ) -> tuple[list[str], list[bool], np.ndarray, np.ndarray]:
     """Sampled answers to left-padded prompts: (texts, ended by EOS, lengths in tokens, scores)."""
     key, count = jax.random.key(config.seed), len(prompts.tokens)
     parts = [
-        jax.device_get(sample_answers(model, *part, config.sample, jax.random.fold_in(key, i)))
+        jax.device_get(sample_answers(model, *part, config.sample, jax.random.fold_in(key, i), attention=attention))
         for i, part in enumerate(chunks(config.batch_size, prompts.tokens, prompts.mask))
     ]
     rollout = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
@@ -153,7 +163,7 @@ def answer(
     ]
     tokens = np.concatenate([rollout.prompts, rollout.tokens], axis=1)
     mask = np.concatenate([rollout.prompt_mask, rollout.mask], axis=1)
-    scores = scored(scorer, tokens, mask, config.batch_size)
+    scores = scored(scorer, tokens, mask, config.batch_size, attention)
     return texts, rollout.ended.tolist(), rollout.mask.sum(axis=1), scores
 
 

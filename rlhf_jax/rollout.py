@@ -215,6 +215,7 @@ def sample_answers(
     key: jax.Array,
     *,
     rows: int = 0,
+    attention: Choice = "auto",
 ) -> Rollout:
     """Answer prompts by a language model, in the dtype of its parameters.
 
@@ -222,11 +223,13 @@ def sample_answers(
         input_ids, attention_mask: [B, P] int and int or bool; padding may lie on either side.
         key: from jax.random.key; the same key gives the same answers on any number of devices and rows.
         rows: answers decoded at a time, a row that ends taking the next prompt; 0: all at once.
+        attention: the kernel of the prefill, see `attention_kernel`.
     Returns:
         Rollout with .tokens [B, N] int32, .mask [B, N] bool, true up to and including EOS, .logprobs [B, N] float32;
         B x num_samples rows, the samples of a prompt one after the other.
     Raises:
-        ValueError: a scalar head, an empty prompt, no EOS known, or more positions than the model has.
+        ValueError: a scalar head, an empty prompt, no EOS known, more positions than the model has, or "cudnn" where
+            that is impossible.
     """
     if model.config.scalar_head:
         raise ValueError("this model has a scalar head and cannot generate: load it with from_pretrained")
@@ -236,7 +239,7 @@ def sample_answers(
     tokens, mask = (np.pad(np.take_along_axis(x, order, axis=1), more) for x in (tokens, mask))
     dtype, mesh = model.params["embed/tokens"].dtype, model.layout.mesh
     weights = make_publish(Role(model.config, model.lora), mesh, dtype)(model.params)
-    return make_generate(model.config, sample, eos_ids(model), mesh, dtype, rows)(weights, tokens, mask, key)
+    return make_generate(model.config, sample, eos_ids(model), mesh, dtype, rows, attention)(weights, tokens, mask, key)
 
 
 def eos_ids(model: Pretrained) -> tuple[int, ...]:

@@ -233,9 +233,9 @@ def test_states_of_either_padding_side_are_the_same_fused(pretended, side):
     config, layout = tiny.LLAMA, Layout(single_device_mesh(), TRAIN)
     params = tiny.random_params(config, layout.mesh)
     tokens, mask = tiny.prompts(config, [12, 7, 1], 12, side=side)
-    fused = pretrained._hidden(config, decoder.NO_LORA, layout, params, tokens, mask)
+    fused = pretrained._hidden(config, decoder.NO_LORA, layout, "cudnn", params, tokens, mask)
     assert pretended
-    states = pretrained._hidden(config, decoder.NO_LORA, None, params, tokens, mask)
+    states = pretrained._hidden(config, decoder.NO_LORA, layout, "xla", params, tokens, mask)
     np.testing.assert_allclose(fused[mask], states[mask], atol=2e-5)
 
 

@@ -134,6 +134,26 @@ def test_the_greedy_answer_is_that_of_generate(model, tmp_path, monkeypatch, cap
     assert capsys.readouterr().out.split("\n", 1)[1] == "".join(pieces) + "\n"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "nf4"])
+def test_the_speaker_reads_the_kernels_as_they_were_loaded_and_holds_no_copy(folder, monkeypatch, capsys, dtype):
+    speakers, Original = [], rlhf_jax.chat.Speaker
+
+    class Watched(Original):
+        def __init__(self, model, sample):
+            super().__init__(model, sample)
+            speakers.append((model, self))
+
+    monkeypatch.setattr(rlhf_jax.chat, "Speaker", Watched)
+    assert talk(monkeypatch, folder, QUESTION[0][1] + "\n", "--dtype", dtype) == 0
+    ((model, speaker),) = speakers
+    here = {x.unsafe_buffer_pointer() for path, leaf in model.params.items() for x in jax.tree.leaves(leaf)}
+    kernels = {path: leaf for path, leaf in speaker.weights.items() if "kernel" in path}
+    assert len(kernels) >= 7 and all(x.unsafe_buffer_pointer() in here for x in jax.tree.leaves(kernels))
+    said = capsys.readouterr().out.split("\n", 1)[1]
+    same = rlhf_jax.from_pretrained(folder, dtype=dtype)
+    assert said == "".join(Speaker(same, GREEDY).answer(QUESTION, jax.random.key(0))) + "\n"
+
+
 def test_a_seed_gives_the_same_sampled_answer_and_another_seed_another(model):
     speaker = Speaker(model, SampleConfig(max_new_tokens=12))
     one, again, other = ("".join(speaker.answer(QUESTION, jax.random.key(seed))) for seed in (1, 1, 2))

@@ -77,6 +77,12 @@ def test_a_second_evaluation_and_one_on_eight_devices_give_the_same_answers(eval
         assert line["ppo_answer"] == json.loads(old)["ppo_answer"]
 
 
+def test_an_evaluation_attends_as_model_attention_says(finished, capsys):
+    recipe = finished.parent / "tiny.toml"
+    assert tiny_recipe.run("evaluate", recipe, f"run.dir={finished}", "model.attention=cudnn") == 2
+    assert 'model.attention="cudnn" is impossible: fused attention runs on GPUs' in capsys.readouterr().err
+
+
 def test_a_score_does_not_depend_on_padding_or_on_who_else_is_in_the_batch(finished):
     scorer = rlhf_jax.reward_from_pretrained(finished / "reward/export")
     rng = np.random.default_rng(0)

@@ -49,7 +49,7 @@ LORA = LoraConfig(rank=8, alpha=16.0)
 LONG = pytest.mark.long
 CASES = [
     pytest.param("opt", "float32", marks=LONG),
-    ("opt", "bfloat16"),
+    pytest.param("opt", "bfloat16", marks=LONG),
     pytest.param("llama", "int8", marks=LONG),
     pytest.param("llama", "nf4", marks=LONG),
 ]
@@ -223,6 +223,7 @@ def test_sampled_logprobs_are_the_scored_ones_and_the_first_ratio_is_one(family,
     assert abs(stats["actor_loss"]) <= ALLOWED * error, "minus the mean of whitened advantages, had all ratios been 1"
 
 
+@LONG
 def test_one_micro_batch_learns_what_four_learn_and_what_float32_learns():
     one, four = Scored("opt", "float32"), Scored("opt", "float32", num_micro=4)
     exact = Scored("opt", "float32", dtype=FLOAT32, attention="xla")

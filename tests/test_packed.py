@@ -55,6 +55,7 @@ in_every_family = pytest.mark.parametrize("family", FAMILIES)
 # Documents of rows of 48 tokens, which is more than the 40 positions that OPT has; in the second 9 are padding.
 ROWS = [[11, 1, 20, 16], [30, 9]]
 WIDTH, LONGEST = 48, 30
+LONG = pytest.mark.long
 LENGTHS = [length for row in ROWS for length in row]
 
 
@@ -128,7 +129,17 @@ def test_changing_one_document_leaves_the_logits_of_the_others_exactly_as_they_a
 
 
 @pytest.mark.parametrize(
-    ("family", "remat"), [*((f, "layers") for f in FAMILIES), ("llama", "none"), ("llama", "dots")]
+    ("family", "remat"),
+    [
+        *((family, "layers") for family in ("opt", "alternating", "sparse", "bloom")),
+        *(
+            pytest.param(f, "layers", marks=LONG)
+            for f in FAMILIES
+            if f not in ("opt", "alternating", "sparse", "bloom")
+        ),
+        ("llama", "none"),
+        pytest.param("llama", "dots", marks=LONG),
+    ],
 )
 def test_gradients_of_a_packed_row_are_the_sum_of_those_of_its_documents(family, remat):
     config = FAMILIES[family]
@@ -183,7 +194,7 @@ class Program:
         return jax.device_get((state.params, stats["loss"])) + (measured, count)
 
 
-@pytest.mark.parametrize("family", ["opt", "llama"])
+@pytest.mark.parametrize("family", ["opt", pytest.param("llama", marks=LONG)])
 def test_an_update_by_packed_rows_is_that_by_the_documents_alone_on_eight_devices_and_on_one(family):
     documents = documents_of(FAMILIES[family], [length for row in EIGHT_ROWS for length in row])
     batch, apart = learning(FAMILIES[family], documents, EIGHT_ROWS, WIDTH)

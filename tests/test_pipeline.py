@@ -130,7 +130,6 @@ def stop_in(patch: pytest.MonkeyPatch, stage: str, at: int) -> None:
 
 
 LORA = [f"model.{name}={{rank=2, alpha=4.0}}" for name in ("lora", "reward_lora")]
-SLOW = pytest.mark.slow
 MESH = ["mesh.fsdp=4", "mesh.tensor=2"]
 AVERAGED = ["ppo.ema_decay=0.75", "model.offload_ema=true", "model.offload_reference=true"]
 
@@ -143,9 +142,9 @@ AVERAGED = ["ppo.ema_decay=0.75", "model.offload_ema=true", "model.offload_refer
             [*LORA, "ppo.ppo_epochs=2", "ppo.batch_size=4", "sft.micro_batch_size=4", "ppo.ema_decay=0.9"],
             1,
             id="lora",
-            marks=SLOW,
+            marks=pytest.mark.long,
         ),
-        pytest.param([*MESH, *AVERAGED], 8, id="fsdp4-tensor2", marks=SLOW),
+        pytest.param([*MESH, *AVERAGED], 8, id="fsdp4-tensor2", marks=pytest.mark.long),
     ],
 )
 def test_a_run_stopped_in_every_stage_ends_bit_for_bit_as_one_that_never_stopped(

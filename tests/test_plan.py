@@ -169,7 +169,9 @@ def test_what_rests_in_host_memory_is_on_the_device_only_when_it_is_used_as_by_h
     assert {phase.live["reference"] for phase in adapted.values()} == {0}
 
 
-@pytest.mark.parametrize("setting", ["whole", "both-lora", "offload"])
+@pytest.mark.parametrize(
+    "setting", [*(pytest.param(name, marks=pytest.mark.long) for name in ("whole", "both-lora")), "offload"]
+)
 def test_the_compiler_counts_the_arguments_that_arithmetic_counts_and_aliases_the_donated_state(setting, tmp_path):
     recipe = recipe_of(tmp_path, setting, "fsdp4-tensor2")
     found = phases(recipe, tiny.mesh_of("fsdp4-tensor2"))

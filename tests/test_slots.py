@@ -134,7 +134,9 @@ def flat_run(rows):
     return lambda prompts, mask: jax.tree.map(np.asarray, run(weights, prompts, mask, KEY))
 
 
-@pytest.mark.parametrize(("rows", "times"), [(16, 2.5), (32, 2.5), (64, 2.5)])
+@pytest.mark.parametrize(
+    ("rows", "times"), [(16, 2.5), *(pytest.param(rows, 2.5, marks=pytest.mark.long) for rows in (32, 64))]
+)
 def test_geometric_answers_take_two_and_a_half_times_fewer_decode_steps_than_waiting_for_the_slowest(rows, times):
     count = 1024
     prompts, mask = tiny.prompts(FLAT, [4] * count, 4)

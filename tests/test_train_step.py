@@ -26,6 +26,10 @@ CASES = {"opt": ("opt", NO_LORA), "llama-lora": ("llama", tiny.LORA)}
 OPTIM = OptimConfig(learning_rate=0.02, schedule="constant", eps=1e-3, clip_norm=1.0, weight_decay=0.01)
 # ZeRO stage, and whether moments rest in host memory; beside stage 3, with them on the devices
 FORMS = [(2, False), (1, False), (0, False), (3, True), (1, True), (0, True)]
+FEW = {"opt": FORMS[:2] + FORMS[3:5], "llama-lora": [FORMS[2], FORMS[5]]}  # which tell of each once, or -m long
+EACH = [
+    pytest.param(case, *form, marks=[] if form in FEW[case] else pytest.mark.long) for case in CASES for form in FORMS
+]
 # 16 rows whose learned tokens fall unevenly: micro-batch m of 4 has the rows m, m + 4, ...; the third learns nothing.
 LENGTHS = np.array([12, 5, 9, 2, 11, 3, 12, 4, 7, 2, 10, 3, 12, 6, 8, 2])
 
@@ -135,8 +139,7 @@ def test_parameters_after_one_and_two_updates_are_those_of_one_device(case, name
             np.testing.assert_allclose(theirs[key], ours[key], rtol=1e-5, err_msg=key)
 
 
-@pytest.mark.parametrize(("zero", "offload"), FORMS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "zero", "offload"), EACH)
 def test_every_stage_of_zero_and_offloaded_moments_give_the_parameters_of_one_device(case, zero, offload):
     one, eight = run(case, "one"), run(case, "fsdp4-tensor2", 2, zero, offload)
     assert_same(one.one, eight.one)
@@ -146,8 +149,9 @@ def test_every_stage_of_zero_and_offloaded_moments_give_the_parameters_of_one_de
             np.testing.assert_allclose(theirs[key], ours[key], rtol=1e-5, err_msg=key)
 
 
-@pytest.mark.parametrize(("name", "zero"), [("one", 3), ("fsdp4-tensor2", 1)])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "name", "zero"), [("opt", "one", 3), ("llama-lora", "one", 3), ("opt", "fsdp4-tensor2", 1)]
+)
 def test_offloaded_moments_are_those_of_one_program_but_for_its_fused_rounding(case, name, zero):
     # Two programs round where one may multiply and add at once: a unit in the last place, here of numbers of about 1.
     fused, apart = (run(case, name, 1 if name == "one" else 2, zero, offload) for offload in (False, True))
@@ -158,8 +162,7 @@ def test_offloaded_moments_are_those_of_one_program_but_for_its_fused_rounding(c
         np.testing.assert_allclose(other, one, atol=1e-7, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("zero", "offload"), [(3, False), *FORMS])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "zero", "offload"), [*((case, 3, False) for case in CASES), *EACH])
 def test_each_device_holds_what_the_stage_says_before_and_after_updates_counted_in_bytes(case, zero, offload):
     trained = run(case, "fsdp4-tensor2", 2, zero, offload)
 

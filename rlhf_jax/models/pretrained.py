@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
 from rlhf_jax.models import peft
 from rlhf_jax.models.architecture import DecoderConfig
-from rlhf_jax.models.attention import kernel_on
+from rlhf_jax.models.attention import Choice, kernel_on
 from rlhf_jax.models.cached import shared_leaves
 from rlhf_jax.models.decoder import NO_LORA, abstract_params, bind, last_hidden, logits, scalar
 from rlhf_jax.models.families import (
@@ -232,26 +232,29 @@ def apply(model: Pretrained, input_ids: jax.Array, attention_mask: jax.Array) ->
     """
     if model.config.scalar_head:
         raise ValueError("this model has a scalar head and no logits: use score")
-    return _call(_logits, model, input_ids, attention_mask)
+    return _call(_logits, model, input_ids, attention_mask, "auto")
 
 
-def score(scorer: Pretrained, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
+def score(
+    scorer: Pretrained, input_ids: jax.Array, attention_mask: jax.Array, *, attention: Choice = "auto"
+) -> jax.Array:
     """What the scalar head says at the last real token of each row.
 
     Args:
         input_ids: [B, T] int.
         attention_mask: [B, T] int or bool, true on real tokens, of which each row has at least one.
+        attention: the kernel, see `attention_kernel`.
     Returns:
         [B] float32.
     Raises:
-        ValueError: no scalar head, shapes that differ, or more positions than the model has.
+        ValueError: no scalar head, shapes that differ, more positions than the model has, or "cudnn" where it cannot.
     """
     if not scorer.config.scalar_head:
         raise ValueError("this model has no scalar head: load it with reward_from_pretrained")
-    return _call(_scores, scorer, input_ids, attention_mask)
+    return _call(_scores, scorer, input_ids, attention_mask, attention)
 
 
-def _call(program, model: Pretrained, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
+def _call(program, model: Pretrained, input_ids: jax.Array, attention_mask: jax.Array, attention: Choice) -> jax.Array:
     tokens, mask = jnp.asarray(input_ids, jnp.int32), jnp.asarray(attention_mask, bool)
     if tokens.ndim != 2 or tokens.shape != mask.shape:
         raise ValueError(f"input_ids {tokens.shape} and attention_mask {mask.shape} have to be [B, T] both")
@@ -261,28 +264,32 @@ def _call(program, model: Pretrained, input_ids: jax.Array, attention_mask: jax.
         )
     # A batch that does not divide is left to the compiler: anybody's three rows have to work on eight devices too.
     divides = tokens.shape[0] % model.layout.shards("batch") == 0
-    return program(model.config, model.lora, model.layout if divides else None, model.params, tokens, mask)
+    layout, dtype = model.layout if divides else None, model.params["embed/tokens"].dtype
+    kernel = kernel_on(model.layout.mesh, model.config, dtype, tokens.shape[1], attention).name
+    return program(model.config, model.lora, layout, kernel if divides else "xla", model.params, tokens, mask)
 
 
-def _hidden(config: DecoderConfig, lora: LoraConfig, layout: Layout | None, params, tokens, mask) -> jax.Array:
-    dtype, decoder = params["embed/tokens"].dtype, bind(config, params, lora)
-    options = dict(dtype=dtype, layout=layout, remat="none")
-    if layout is None or kernel_on(layout.mesh, config, dtype, tokens.shape[1], "auto").name == "xla":
+def _hidden(
+    config: DecoderConfig, lora: LoraConfig, layout: Layout | None, attention: Choice, params, tokens, mask
+) -> jax.Array:
+    decoder = bind(config, params, lora)
+    options = dict(dtype=params["embed/tokens"].dtype, layout=layout, remat="none", attention=attention)
+    if attention == "xla":
         return decoder(tokens, mask, **options)
     order = jnp.argsort(~mask, axis=1, stable=True)  # fused attention takes right-padded rows
     tokens, mask = (jnp.take_along_axis(x, order, axis=1) for x in (tokens, mask))
-    hidden = decoder(tokens, mask, attention="cudnn", **options)
+    hidden = decoder(tokens, mask, **options)
     return jnp.take_along_axis(hidden, jnp.argsort(order, axis=1)[..., None], axis=1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _logits(config: DecoderConfig, lora: LoraConfig, layout: Layout | None, params, tokens, mask) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _logits(config: DecoderConfig, lora, layout, attention, params, tokens, mask) -> jax.Array:
     with jax.default_matmul_precision("float32"):  # a GPU would round float32 to TF32
-        return logits(config, params, _hidden(config, lora, layout, params, tokens, mask))
+        return logits(config, params, _hidden(config, lora, layout, attention, params, tokens, mask))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _scores(config: DecoderConfig, lora: LoraConfig, layout: Layout | None, params, tokens, mask) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _scores(config: DecoderConfig, lora, layout, attention, params, tokens, mask) -> jax.Array:
     with jax.default_matmul_precision("float32"):
-        hidden = _hidden(config, lora, layout, params, tokens, mask)
+        hidden = _hidden(config, lora, layout, attention, params, tokens, mask)
         return scalar(params, last_hidden(hidden, mask))

@@ -32,7 +32,7 @@ IMPORT_HELP = """Examples:
   rlhf-jax export runs/mine assistant --dtype bfloat16
   rlhf-jax export runs/mine assistant-adapter --adapter
 """
-ADAPTER_HELP = "a PEFT folder, whose LoRA adapter is merged"
+ADAPTER_HELP = "a PEFT folder, whose LoRA adapter is added to the model"
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -94,7 +94,7 @@ def test_actor_and_reward_model_share_a_vocabulary(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
 def test_a_configuration_compiled_for_its_hardware_fits_95_percent_of_the_card(path):
-    plan = make_plan(load(path, [], Recipe), hardware_of(path))
+    plan = make_plan(load(path, [], Recipe), hardware_of(path), search=False)
     assert plan["compiled_for"] == machine(hardware_of(path)).gpu.name
     assert plan["fits"], {(row["stage"], row["phase"]): row["headroom"] for row in plan["phases"]}
 

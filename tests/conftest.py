@@ -37,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
         # Eight devices on a busy machine of two cores may wait for each other longer than the 40 s that XLA allows.
         flags += " --xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
         # Collectives of a program may start in another order on each device, and one that waits holds a thread.
-        os.environ["PJRT_NPROC"] = "64"
+        os.environ.setdefault("PJRT_NPROC", "64")
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     if hasattr(config, "cache"):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("jax"))

@@ -207,6 +207,7 @@ def test_an_update_by_packed_rows_is_that_by_the_documents_alone_on_eight_device
             np.testing.assert_allclose(got[path], leaf, atol=2e-5, err_msg=f"{path} {mesh} {num_micro}")
 
 
+@LONG
 def test_a_sparse_model_of_packed_rows_on_eight_devices_routes_as_on_one():
     documents = documents_of(tiny.SPARSE, [length for row in EIGHT_ROWS for length in row])
     batch, apart = learning(tiny.SPARSE, documents, EIGHT_ROWS, WIDTH)

@@ -100,7 +100,12 @@ def loss(config, params, tokens, mask, remat, layout):
 
 @pytest.mark.parametrize(
     ("name", "mesh_name", "remat"),
-    [(*case, remat) for case, remat in zip(CASES, ["layers", "layers", "none", "dots"], strict=True)],
+    [
+        (*CASES[0], "layers"),
+        (*CASES[1], "layers"),
+        pytest.param(*CASES[2], "none", marks=pytest.mark.long),
+        pytest.param(*CASES[3], "dots", marks=pytest.mark.long),
+    ],
 )
 def test_loss_and_gradients_are_those_over_the_stacked_base(folders, name, mesh_name, remat):
     tokens, mask = tiny.prompts(decoder_config(HF[name], scalar_head=False), [8, 5, 7, 1, 2, 8, 8, 3], 8)
@@ -123,7 +128,9 @@ def test_loss_and_gradients_are_those_over_the_stacked_base(folders, name, mesh_
         np.testing.assert_allclose(grad, want_grads[path], atol=1e-5 * max(1.0, largest), err_msg=path)
 
 
-@pytest.mark.parametrize(("name", "mesh_name"), CASES)
+@pytest.mark.parametrize(
+    ("name", "mesh_name"), [*CASES[1:3], *(pytest.param(*case, marks=pytest.mark.long) for case in CASES[::3])]
+)
 def test_answers_are_those_of_the_merged_copy(folders, name, mesh_name):
     def answers(one_copy):
         model = loaded(folders[name], mesh_name, one_copy=one_copy)

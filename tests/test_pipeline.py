@@ -272,7 +272,8 @@ def keep_trained(patch, kept):
     patch.setattr(rlhf_jax.stages.ppo, "train_loop", keeping)
 
 
-@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("lora", [False, True])
 def test_the_exported_average_is_that_by_hand_and_bit_for_bit_the_same_stopped_resumed_and_in_host_memory(
     lora, tmp_path, finished, monkeypatch, capsys
 ):
@@ -359,6 +360,7 @@ def test_publish_is_logged_with_its_bytes_their_bound_and_the_ratio(tmp_path, fi
     assert not {name for name in records(tmp_path / "mute/ppo/metrics.jsonl")[0] if name.startswith("publish")}
 
 
+@pytest.mark.long
 def test_ppo_in_rows_that_are_refilled_samples_and_trains_as_all_at_once(tmp_path, finished):
     options = ("ppo.steps=1", "ppo.batch_size=0", "ppo.sample.num_samples=2")
     said, logged = [], []

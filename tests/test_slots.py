@@ -59,7 +59,9 @@ def test_a_few_rows_give_the_answers_of_all_at_once_in_the_order_of_the_prompts(
 
 
 @pytest.mark.parametrize("sample", [SAMPLE, RICH, dataclasses.replace(RICH, temperature=0.0)])
-@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 20, 21, 64])
+@pytest.mark.parametrize(
+    "rows", [1, 8, 21, 64, *(pytest.param(rows, marks=pytest.mark.long) for rows in (2, 4, 16, 20))]
+)
 def test_any_number_of_rows_gives_the_same_samples(rows, sample):
     assert_same(answers("llama", rows=rows, sample=sample), answers("llama", sample=sample))
 
@@ -69,7 +71,13 @@ def test_more_prompts_change_nothing_for_those_before_them():
     assert_same(part, jax.tree.map(lambda leaf: leaf[:9], whole))
 
 
-@pytest.mark.parametrize(("name", "rows"), [(name, rows) for name in EIGHT for rows in (8, 16)])
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        *zip(EIGHT, (8, 16), strict=True),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in zip(EIGHT, (16, 8), strict=True)),
+    ],
+)
 def test_eight_devices_refill_their_own_rows_and_give_the_samples_of_one(name, rows):
     for sample in (SAMPLE, RICH):
         assert_same(answers("llama", rows, name, sample), answers("llama", 4, sample=sample))

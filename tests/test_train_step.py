@@ -212,8 +212,15 @@ def test_what_is_saved_under_one_form_resumes_under_another(first, second, tmp_p
     assert_same(wanted.two, on_host(state.params))
 
 
-@pytest.mark.parametrize("form", [(3, True), (1, True), (1, False), (0, False)])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "form"),
+    [
+        ("opt", (3, True)),
+        ("llama-lora", (1, False)),
+        *(pytest.param("opt", form, marks=pytest.mark.long) for form in ((1, True), (1, False), (0, False))),
+        *(pytest.param("llama-lora", form, marks=pytest.mark.long) for form in ((3, True), (1, True), (0, False))),
+    ],
+)
 def test_what_resumes_under_the_form_it_was_saved_under_is_equal_bit_for_bit(case, form, tmp_path):
     wanted, state = resumed(case, form, form, tmp_path)
     for path, leaf in on_host(state.params).items():

@@ -384,7 +384,7 @@ def test_the_largest_micro_batch_is_the_one_that_trying_all_would_find(asked, la
     assert len(tried) == len(set(tried)) <= 4 and set(tried) <= {1, 2, 4, 8, 16}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_plan_of_a_whole_recipe_is_json_and_a_table(tmp_path, capsys):
     path = tiny_recipe.write_recipe(tmp_path)
     command = [

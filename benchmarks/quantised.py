@@ -1,6 +1,7 @@
 """What a quantised base costs: errors of a trained model's kernels and logits, and LoRA on it against LoRA on float32.
 
-    python benchmarks/quantised.py --seeds 0 1 2 --steps 750 --kinds nf4     (seven minutes of CPU a seed by default)
+    python benchmarks/quantised.py                                           (seed 0, seven minutes of two cores)
+    python benchmarks/quantised.py --seeds 0 1 2 --steps 750 --kinds nf4     (a quarter of an hour for each seed)
 
 Trains the demo's model by SFT on questions about numbers alone (runs/quantised/SEED/base). From there LoRA over a
 float32, an int8 and an NF4 base learns to look up facts, of which the base has seen nothing, on the same rows. Prints

@@ -29,7 +29,7 @@ HELP = "/clear forgets the dialogue, /quit leaves"
 def chat(folder: str, sample: SampleConfig, seed: int, dtype: str = "float32", adapter: str | None = None) -> None:
     """Read questions from stdin until /quit or end of file, and print the model's answers as they come.
 
-    `adapter` is a PEFT folder, beside whose model it is; `dtype` is of the parameters, as of `from_pretrained`.
+    `adapter` is a PEFT folder, kept beside the model and not merged; `dtype` is as in `from_pretrained`.
     """
     check_sample(sample)
     if not (Path(folder) / "config.json").exists() and Path(folder).is_dir():

@@ -102,7 +102,7 @@ def evaluate(
     return numbers
 
 
-def reward_accuracy(scorer: Pretrained, data: DataConfig, config: EvaluateConfig, attention: Choice = "auto") -> float:
+def reward_accuracy(scorer: Pretrained, data: DataConfig, config: EvaluateConfig, attention: Choice) -> float:
     """Share of held-out pairs whose chosen answer has the higher score."""
     rows = stage_rows(data, prepare_tokenizer(scorer.tokenizer, data.template), "reward", held_out=True)
     count = min(config.pairs, len(rows))

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 import tiny_recipe
 from tiny_recipe import records
 
@@ -81,6 +82,12 @@ def test_an_evaluation_attends_as_model_attention_says(finished, capsys):
     recipe = finished.parent / "tiny.toml"
     assert tiny_recipe.run("evaluate", recipe, f"run.dir={finished}", "model.attention=cudnn") == 2
     assert 'model.attention="cudnn" is impossible: fused attention runs on GPUs' in capsys.readouterr().err
+
+
+def test_fused_attention_that_was_asked_for_is_never_left_out_for_rows_that_do_not_divide(finished):
+    scorer = rlhf_jax.reward_from_pretrained(finished / "reward/export", mesh=tiny.mesh_of("fsdp4-tensor2"))
+    with pytest.raises(ValueError, match='wants rows that 8 devices divide, and there are 3: pad them, or set "auto"'):
+        rlhf_jax.score(scorer, np.ones((3, 4), np.int32), np.ones((3, 4), bool), attention="cudnn")
 
 
 def test_a_score_does_not_depend_on_padding_or_on_who_else_is_in_the_batch(finished):

@@ -150,7 +150,13 @@ def test_every_stage_of_zero_and_offloaded_moments_give_the_parameters_of_one_de
 
 
 @pytest.mark.parametrize(
-    ("case", "name", "zero"), [("opt", "one", 3), ("llama-lora", "one", 3), ("opt", "fsdp4-tensor2", 1)]
+    ("case", "name", "zero"),
+    [
+        ("opt", "one", 3),
+        ("llama-lora", "one", 3),
+        ("opt", "fsdp4-tensor2", 1),
+        pytest.param("llama-lora", "fsdp4-tensor2", 1, marks=pytest.mark.long),
+    ],
 )
 def test_offloaded_moments_are_those_of_one_program_but_for_its_fused_rounding(case, name, zero):
     # Two programs round where one may multiply and add at once: a unit in the last place, here of numbers of about 1.

@@ -264,17 +264,22 @@ def _call(program, model: Pretrained, input_ids: jax.Array, attention_mask: jax.
         )
     # A batch that does not divide is left to the compiler: anybody's three rows have to work on eight devices too.
     divides = tokens.shape[0] % model.layout.shards("batch") == 0
+    if attention == "cudnn" and not divides:
+        raise ValueError(
+            f'attention="cudnn" wants rows that {model.layout.shards("batch")} devices divide, and there are '
+            f'{tokens.shape[0]}: pad them, or set "auto"'
+        )
     layout, dtype = model.layout if divides else None, model.params["embed/tokens"].dtype
     kernel = kernel_on(model.layout.mesh, model.config, dtype, tokens.shape[1], attention).name
     return program(model.config, model.lora, layout, kernel if divides else "xla", model.params, tokens, mask)
 
 
 def _hidden(
-    config: DecoderConfig, lora: LoraConfig, layout: Layout | None, attention: Choice, params, tokens, mask
+    config: DecoderConfig, lora: LoraConfig, layout: Layout | None, kernel: str, params, tokens, mask
 ) -> jax.Array:
     decoder = bind(config, params, lora)
-    options = dict(dtype=params["embed/tokens"].dtype, layout=layout, remat="none", attention=attention)
-    if attention == "xla":
+    options = dict(dtype=params["embed/tokens"].dtype, layout=layout, remat="none", attention=kernel)
+    if kernel == "xla":
         return decoder(tokens, mask, **options)
     order = jnp.argsort(~mask, axis=1, stable=True)  # fused attention takes right-padded rows
     tokens, mask = (jnp.take_along_axis(x, order, axis=1) for x in (tokens, mask))
@@ -283,13 +288,13 @@ def _hidden(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _logits(config: DecoderConfig, lora, layout, attention, params, tokens, mask) -> jax.Array:
+def _logits(config: DecoderConfig, lora, layout, kernel, params, tokens, mask) -> jax.Array:
     with jax.default_matmul_precision("float32"):  # a GPU would round float32 to TF32
-        return logits(config, params, _hidden(config, lora, layout, attention, params, tokens, mask))
+        return logits(config, params, _hidden(config, lora, layout, kernel, params, tokens, mask))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _scores(config: DecoderConfig, lora, layout, attention, params, tokens, mask) -> jax.Array:
+def _scores(config: DecoderConfig, lora, layout, kernel, params, tokens, mask) -> jax.Array:
     with jax.default_matmul_precision("float32"):
-        hidden = _hidden(config, lora, layout, attention, params, tokens, mask)
+        hidden = _hidden(config, lora, layout, kernel, params, tokens, mask)
         return scalar(params, last_hidden(hidden, mask))

@@ -17,7 +17,7 @@ class SampleConfig:
     """How the next token is drawn: in the order of transformers, first what penalises and forbids, then what tempers,
     then the cuts by top-k, top-p and min-p, each of what the one before left."""
 
-    max_new_tokens: int = 256
+    max_new_tokens: int = 256  # tokens of an answer, at most
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # draw among the k likeliest; 0: all
     top_p: float = 1.0  # draw among the likeliest whose probabilities first sum to p

@@ -30,12 +30,12 @@ class SourceConfig:
     eval_split: str = ""  # the same, as another split of `path`
     stream: bool = False  # read as training goes, for what is too large to be read before; SFT alone
     limit: int = 0  # at most so many rows of `path`, the first ones; 0: all
-    # The mapping (see mapping.py). "": that of the known data set that `path` names, or else "fields".
+    # The mapping of its fields. "": that of the known data set that `path` names, or else "fields".
     format: Format = ""
-    prompt: str = "prompt"
-    answer: str = ""  # "": SFT learns from `chosen`
-    chosen: str = "chosen"  # chosen or rejected "": no preference pairs, so the source is left out of the reward stage
-    rejected: str = "rejected"
+    prompt: str = "prompt"  # the field of the prompt
+    answer: str = ""  # the field of the answer that SFT learns; "": that is `chosen`
+    chosen: str = "chosen"  # the field of the better answer; chosen or rejected "": the source has no preference pairs
+    rejected: str = "rejected"  # the field of the worse answer
     system: str = ""  # the field of a system text, which may be empty or null; alpaca and sharegpt: "" is "system"
     field: str = ""  # the one field of messages, sharegpt and text; "": "messages", "conversations" and "text"
     answers: tuple[str, ...] = ("answers",)  # of a ranking: one field that holds a list, or a field for each answer
@@ -84,7 +84,7 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    sources: tuple[SourceConfig, ...]
+    sources: tuple[SourceConfig, ...]  # at least one; the keys of each are below
     split: str = "2,4,4"  # shares of sft, reward and ppo in the prompts, by hash: no prompt trains two stages
     held_out: float = 0.05  # share of the prompts that is kept for evaluation, by hash, in sources without eval_path
     split_seed: int = 0  # another one splits the prompts in another way, and holds out others; run.seed does not

@@ -27,7 +27,7 @@ HOW = ("remat", "one_copy", "offload_optimizer", "offload_reference", "offload_e
 class RunConfig:
     """Where a run lies and how often it is saved."""
 
-    dir: str = "runs/run"
+    dir: str = "runs/run"  # the run folder
     seed: int = 0  # of initialisation, data order and sampling; the split of the data does not depend on it
     overwrite: bool = False  # begin anew in a folder that holds a run of another configuration, deleting that run
     save_every: int = 200  # optimizer or PPO steps between checkpoints; one is always saved at the end

@@ -42,13 +42,13 @@ FrozenDtype = Literal["float32", "bfloat16", "int8", "nf4"]
 class NewModelConfig:
     """A small LLaMA-like model and tokenizer to train from scratch, used where model.actor is "new"."""
 
-    vocab_size: int = 384
-    hidden_size: int = 128
-    num_layers: int = 4
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    mlp_size: int = 352
-    max_positions: int = 256
+    vocab_size: int = 384  # tokens of the BPE tokenizer that is trained on the data
+    hidden_size: int = 128  # width of the residual stream
+    num_layers: int = 4  # transformer blocks
+    num_heads: int = 4  # query heads
+    num_kv_heads: int = 2  # key and value heads; fewer than num_heads: grouped-query attention
+    mlp_size: int = 352  # width of the gated MLP
+    max_positions: int = 256  # longest sequence, in tokens
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class ModelConfig:
     offload_ema: Switch = False  # the moving average rests in pinned host memory
     logprob_chunk: int = 128  # positions whose logits exist at once; 0: all
     attention: Choice = "auto"  # "cudnn": fused, on NVIDIA GPUs; "xla"; "auto": fused where GPU, dtype and model allow
-    new: NewModelConfig = NewModelConfig()
+    new: NewModelConfig = NewModelConfig()  # the model that actor = "new" trains from scratch
 
     def __post_init__(self) -> None:
         if self.frozen_dtype in KINDS and not self.lora.rank:

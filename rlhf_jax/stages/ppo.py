@@ -54,15 +54,15 @@ class PPOConfig:
     kl_coef: float = 0.1  # of the penalty for leaving the reference, on every token
     score_clip: float = 5.0  # scores are clipped to +- this before they become a reward
     missing_eos_penalty: float = 0.0  # taken off the score of an answer that was cut at max_new_tokens
-    gamma: float = 1.0
-    lam: float = 0.95
+    gamma: float = 1.0  # discount per token
+    lam: float = 0.95  # lambda of generalised advantage estimation
     clip: float = 0.2  # of the probability ratio
     value_clip: float = 0.2  # of the change of a value
     ema_decay: float = 0.0  # of a moving average of the actor over optimizer steps, exported beside it; 0: none
     whiten_advantages: bool = True  # to mean 0 and variance 1 over the tokens of an iteration
-    sample: SampleConfig = SampleConfig()
-    actor: OptimConfig = OptimConfig(learning_rate=9.65e-6)
-    critic: OptimConfig = OptimConfig(learning_rate=5e-6)
+    sample: SampleConfig = SampleConfig()  # how rollouts are sampled
+    actor: OptimConfig = OptimConfig(learning_rate=9.65e-6)  # the actor's optimizer
+    critic: OptimConfig = OptimConfig(learning_rate=5e-6)  # the critic's optimizer
 
     def __post_init__(self) -> None:
         if not 0 <= self.ema_decay < 1:

@@ -36,14 +36,14 @@ from rlhf_jax.train_step import Params, TrainState, make_update
 
 @dataclass(frozen=True)
 class RewardConfig:
-    epochs: int = 1
+    epochs: int = 1  # passes over the rows
     steps: int = 0  # optimizer steps; 0: as `epochs` says
     batch_size: int = 64  # pairs of one optimizer step, over all devices
     micro_batch_size: int = 0  # pairs of one forward and backward pass, over all devices; 0: batch_size
     length_buckets: int = 1  # lengths that rows are padded to, at most; each is compiled once
     eval_every: int = 0  # steps between held-out accuracies; 0: only at the start and the end
     eval_batches: int = 16  # held-out batches, at most; 0: never measure
-    optim: OptimConfig = OptimConfig(learning_rate=5e-5, weight_decay=0.1)
+    optim: OptimConfig = OptimConfig(learning_rate=5e-5, weight_decay=0.1)  # the optimizer
 
 
 def reward_programs(

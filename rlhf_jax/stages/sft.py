@@ -38,7 +38,7 @@ from rlhf_jax.train_step import Params, TrainState, make_update
 
 @dataclass(frozen=True)
 class SFTConfig:
-    epochs: int = 1
+    epochs: int = 1  # passes over the rows
     steps: int = 0  # optimizer steps; 0: as `epochs` says
     batch_size: int = 64  # sequences of one optimizer step, over all devices
     micro_batch_size: int = 0  # sequences of one forward and backward pass, over all devices; 0: batch_size
@@ -47,7 +47,7 @@ class SFTConfig:
     length_buckets: int = 1  # lengths that rows are padded to, at most; each is compiled once
     eval_every: int = 0  # steps between held-out losses; 0: only at the start and the end
     eval_batches: int = 8  # held-out batches, at most; 0: never measure
-    optim: OptimConfig = OptimConfig(learning_rate=9.65e-6)
+    optim: OptimConfig = OptimConfig(learning_rate=9.65e-6)  # the optimizer
 
 
 def sft_programs(

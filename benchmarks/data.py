@@ -1,17 +1,16 @@
-"""One million dialogues through the data room: how fast they are tokenised, what is held in memory, how soon a second
-run begins, and how fast batches are served beside a model that consumes them.
+"""One million dialogues through `data/`: how fast they are tokenised, how much memory that takes, how soon a second run
+begins, and how fast batches are served, compared with what a model consumes.
 
-    python benchmarks/data.py [--rows 1000000] [--folder runs/data] [--json results.json]
+    python -m benchmarks.data [--rows 1000000] [--folder runs/data]
 
-Everything is made on the spot: the text (about 1 KB a dialogue, words by Zipf's law), a byte-level BPE of 16,000 words
-trained on some of it. Each part runs in a process of its own, so that its memory is its own.
+Everything is generated: the text (about 1 KB per dialogue, words by Zipf's law) and a byte-level BPE of 16,000 tokens
+trained on some of it. Each part runs in its own process, so that its memory is its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -21,7 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-WORDS_A_ROW = (40, 130)  # of the prompt and of the answer, on average
+from benchmarks.provenance import record
+
+WORDS_PER_ROW = (40, 130)  # of the prompt and of the answer, on average
 VOCABULARY = 60_000
 SEED = 0
 
@@ -30,7 +31,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--folder", type=Path, default=Path("runs/data"))
-    parser.add_argument("--json", type=Path, help="write the numbers there too")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
@@ -40,18 +40,16 @@ def main() -> None:
     make_rows(args.folder / "dialogues.jsonl", args.rows)
     found = {}
     for part in PARTS:
-        command = [sys.executable, __file__, "--part", part, "--folder", str(args.folder)]
+        command = [sys.executable, "-m", "benchmarks.data", "--part", part, "--folder", str(args.folder)]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         found |= json.loads(output.splitlines()[-1])
         print(part, json.loads(output.splitlines()[-1]), flush=True)
     found |= {
-        "share_of_tokenizers": found["rows_a_second"] / found["tokenizers_rows_a_second"],
-        "served_over_consumed": found["served_rows_a_second"] / found["consumed_rows_a_second"],
-        "cores": os.cpu_count(),
+        "share_of_tokenizers": found["rows_per_second"] / found["tokenizers_rows_per_second"],
+        "served_over_consumed": found["served_rows_per_second"] / found["consumed_rows_per_second"],
     }
     print(json.dumps(found, indent=2))
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    record("data", found)
 
 
 def make_rows(path: Path, count: int) -> None:
@@ -67,7 +65,7 @@ def make_rows(path: Path, count: int) -> None:
     with open(path, "w", encoding="utf-8") as file:
         for start in range(0, count, 10_000):
             here = min(10_000, count - start)
-            lengths = rng.poisson(np.array(WORDS_A_ROW)[:, None] * rng.lognormal(-0.125, 0.5, here)) + 1
+            lengths = rng.poisson(np.array(WORDS_PER_ROW)[:, None] * rng.lognormal(-0.125, 0.5, here)) + 1
             drawn = iter(rng.choice(len(words), int(lengths.sum()), p=chances).tolist())
             for prompt, answer in lengths.T.tolist():
                 asked = " ".join(words[next(drawn)] for _ in range(prompt))
@@ -112,7 +110,7 @@ def tokenizers_alone(folder: Path) -> dict[str, float]:
     return {
         "rows": count,
         "text_bytes": size,
-        "tokenizers_rows_a_second": len(texts) / seconds,
+        "tokenizers_rows_per_second": len(texts) / seconds,
     }
 
 
@@ -130,7 +128,7 @@ def first_run(folder: Path) -> dict[str, float]:
         seconds = time.perf_counter() - start
     tokens = sum(int(part.lengths.sum()) for part in rows.parts)
     return {
-        "rows_a_second": rows.parts[0].tally.rows / seconds,
+        "rows_per_second": rows.parts[0].tally.rows / seconds,
         "tokens": tokens,
         "build_seconds": seconds,
         "build_rss_bytes": memory.most,
@@ -162,7 +160,7 @@ def second_run(folder: Path) -> dict[str, float]:
     return {
         "imports_seconds": imported - begun,
         "first_batch_seconds": first - imported,
-        "served_rows_a_second": 64 * (steps - 1) / seconds,
+        "served_rows_per_second": 64 * (steps - 1) / seconds,
         "serving_rss_bytes": memory.most,
         "serving_rss_growth_after_a_fifth": memory.growth,
     }
@@ -207,7 +205,7 @@ def consumption(folder: Path) -> dict[str, float]:
         state, stats = update(state, layout.put_batch(batch))
         float(stats["loss"])
         seconds.append(time.perf_counter() - start)
-    return {"consumed_rows_a_second": recipe.sft.batch_size / min(seconds[1:])}
+    return {"consumed_rows_per_second": recipe.sft.batch_size / min(seconds[1:])}
 
 
 PARTS = {

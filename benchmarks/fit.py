@@ -1,8 +1,8 @@
-"""What fits which card, by plans compiled for cards that need not be there; nothing is run and nothing is measured.
+"""What fits which card, by plans compiled for cards that are not attached; nothing is run and nothing is timed.
 
-    python benchmarks/fit.py                       # DeepSpeed-Chat's table of largest models, and what fits here
-    python benchmarks/fit.py --headers [NAME ...]  # writes each configuration's plan into its header
-    python benchmarks/fit.py --check [NAME ...]    # says which headers are no longer what the plan says
+    python -m benchmarks.fit [NAME ...]            # DeepSpeed-Chat's largest model for each card, and what fits here
+    python -m benchmarks.fit --headers [NAME ...]  # writes each configuration's plan into its header
+    python -m benchmarks.fit --check [NAME ...]    # says which headers are no longer what the plan says
 
 Needs JAX's CUDA plugin, no GPU, no network (rlhf_jax/plan/known.toml has what is needed of the models). NAME is a file
 of configs/ without its ending.
@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.provenance import record
 from rlhf_jax.config import load
 from rlhf_jax.gpus import machine
 from rlhf_jax.plan import hardware_of, make_plan
@@ -45,7 +47,8 @@ def main() -> int:
     if unknown := [name for name in args.names if name not in named]:
         parser.error(f"no configuration with hardware is called {', '.join(unknown)}; there are {', '.join(named)}")
     if not (args.headers or args.check):
-        print(table(args.names))
+        for row in largest_models(args.names):
+            record("fit", row, "config")
         return 0
     stale = 0
     for path in planned_configs():
@@ -70,7 +73,7 @@ def plan_of(path: Path) -> dict[str, Any]:
 
 
 def header(plan: dict[str, Any]) -> str:
-    """The line of a configuration's header that tells its plan."""
+    """The line of a configuration's header that states its plan."""
     worst = max(plan["phases"], key=lambda row: row["peak"])
     ppo = plan["seconds"]["ppo"]
     return (
@@ -80,10 +83,8 @@ def header(plan: dict[str, Any]) -> str:
     )
 
 
-def table(names: list[str]) -> str:
-    """The Markdown table of what fits, GiB on one GPU."""
-    columns = ("card", "DeepSpeed-Chat's largest", "here", *PHASES, "headroom")
-    lines = [_row(columns), _row(["---"] * len(columns))]
+def largest_models(names: list[str]) -> Iterator[dict[str, Any]]:
+    """Per configuration of LARGEST the card, the models, how the actor trains, and bytes on one GPU by phase of PPO."""
     for gpus, largest, configs in LARGEST:
         for name in configs:
             if names and name not in names:
@@ -91,23 +92,19 @@ def table(names: list[str]) -> str:
             path = CONFIGS / f"{name}.toml"
             assert machine(hardware_of(path)) == machine(gpus), f"{path} is of another machine than {gpus}"
             recipe, plan = load(path, [], Recipe), plan_of(path)
-            peaks = {row["phase"]: row["peak"] for row in plan["phases"] if row["stage"] == "ppo"}
-            cells = [f"{peaks[phase] / GIB:.1f}" for phase in PHASES]
-            least = min(row["headroom"] for row in plan["phases"]) / GIB
-            ours = f"{recipe.model.actor.split('/')[-1]}, {told(recipe)} (`configs/{name}.toml`)"
-            lines.append(_row([gpus, largest, ours, *cells, f"{least:.1f}"]))
-    return "\n".join(lines)
-
-
-def told(recipe: Recipe) -> str:
-    """How the actor trains, and on how many rollouts at a time."""
-    model = recipe.model
-    how = f"LoRA {model.lora.rank} on {model.frozen_dtype}" if model.lora.rank else "all weights"
-    return f"{how}, {recipe.ppo.rollouts} rollouts, {recipe.ppo.micro_batch_size or recipe.ppo.rollouts} at a time"
-
-
-def _row(cells) -> str:
-    return f"| {' | '.join(cells)} |"
+            yield {
+                "card": gpus,
+                "deepspeed_chat": largest,
+                "config": name,
+                "model": recipe.model.actor.split("/")[-1],
+                "trains": f"LoRA {recipe.model.lora.rank} on {recipe.model.frozen_dtype}"
+                if recipe.model.lora.rank
+                else "all weights",
+                "rollouts": recipe.ppo.rollouts,
+                "micro_batch": recipe.ppo.micro_batch_size or recipe.ppo.rollouts,
+                "peaks": {row["phase"]: row["peak"] for row in plan["phases"] if row["stage"] == "ppo"},
+                "headroom": min(row["headroom"] for row in plan["phases"]),
+            }
 
 
 if __name__ == "__main__":

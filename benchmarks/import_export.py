@@ -1,9 +1,9 @@
 """A random OPT-1.3B in and out on eight simulated devices: peak memory, and speed against a plain copy.
 
-    python benchmarks/import_export.py [FOLDER]
+    python -m benchmarks.import_export [FOLDER]
 
 Makes the checkpoint, 2.6 GB of float16 in four files, in FOLDER (default: runs/opt-1.3b-random) unless it is there, and
-needs twice as much disk beside it, which is given back. Linux only. Prints a table.
+needs twice as much disk besides, which is freed. Linux only.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
+
+from benchmarks.provenance import record
 
 HIDDEN, WIDTH, LAYERS, HEADS, VOCAB, POSITIONS = 2048, 8192, 24, 32, 50272, 2048
 DEVICES = 8
@@ -52,34 +54,12 @@ def main(folder: Path) -> None:
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
         file.read_bytes()  # so that all that follows finds them in the page cache
-    rows = []
     for dtype in ("float32", "float16"):
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
         environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, __file__, "--measure", str(folder), dtype]
+        command = [sys.executable, "-m", "benchmarks.import_export", "--measure", str(folder), dtype]
         ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-        rows.append(json.loads(ran.stdout.splitlines()[-1]))
-    names = {
-        "devices": "parameters on the devices, MB",
-        "largest": "largest tensor of the files, MB",
-        "resident": "peak resident memory of the import above that before it, MB",
-        "anonymous": "the same without pages of files, MB",
-        "within": "peak within parameters + 1.5 x largest tensor",
-        "exporting": "peak resident memory of the export above that before it, MB",
-        "import": "import, MB/s of the files read",
-        "export": "export, MB/s of the files written",
-        "copy": "plain copy of the files read, MB/s",
-    }
-    print(
-        f"| OPT-1.3B, float16 files, {DEVICES} simulated devices | " + " | ".join(row["dtype"] for row in rows) + " |"
-    )
-    print("|---|" + "---|" * len(rows))
-    for key, name in names.items():
-        print(f"| {name} | " + " | ".join(shown(row[key]) for row in rows) + " |")
-
-
-def shown(value: float | bool) -> str:
-    return ("yes" if value else "no") if isinstance(value, bool) else f"{value / 1e6:,.0f}"
+        record("import_export", json.loads(ran.stdout.splitlines()[-1]), "dtype")
 
 
 def make_checkpoint(folder: Path) -> None:

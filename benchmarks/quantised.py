@@ -1,11 +1,11 @@
 """What a quantised base costs: errors of a trained model's kernels and logits, and LoRA on it against LoRA on float32.
 
-    python benchmarks/quantised.py                                           (seed 0, seven minutes of two cores)
-    python benchmarks/quantised.py --seeds 0 1 2 --steps 750 --kinds nf4     (a quarter of an hour for each seed)
+    python -m benchmarks.quantised                                        (seed 0, seven minutes of two cores)
+    python -m benchmarks.quantised --seeds 0 1 2 --steps 750 --kinds nf4  (a quarter of an hour per seed)
 
 Trains the demo's model by SFT on questions about numbers alone (runs/quantised/SEED/base). From there LoRA over a
-float32, an int8 and an NF4 base learns to look up facts, of which the base has seen nothing, on the same rows. Prints
-one JSON object. No GPU, no network.
+float32, an int8 and an NF4 base learns to look up facts, of which the base has seen nothing, on the same rows. No GPU,
+no network.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.provenance import record
 from rlhf_jax.cli import main as command
 from rlhf_jax.config import load
 from rlhf_jax.data import assistant
@@ -43,13 +44,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=300, help="of LoRA")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="beside float32")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="besides float32")
     args = parser.parse_args()
-    result = {}
     for seed in args.seeds:
-        result[seed] = one_seed(seed, RUNS / str(seed), args)
-        print(json.dumps({seed: result[seed]}), file=sys.stderr, flush=True)
-    print(json.dumps(result, indent=2))
+        record("quantised", one_seed(seed, RUNS / str(seed), args), "seed", "steps")
 
 
 def one_seed(seed: int, runs: Path, args: argparse.Namespace) -> dict:
@@ -68,11 +66,19 @@ def one_seed(seed: int, runs: Path, args: argparse.Namespace) -> dict:
         before, after = losses(runs / kind)
         losses_of[kind] = {"held_out_loss_before": before, "held_out_loss_after": after}
     whole = losses_of["float32"]
-    for told in losses_of.values():
-        told["over_float32"] = told["held_out_loss_after"] / whole["held_out_loss_after"] - 1
+    for entry in losses_of.values():
+        entry["over_float32"] = entry["held_out_loss_after"] / whole["held_out_loss_after"] - 1
     gain = 1 - whole["held_out_loss_after"] / whole["held_out_loss_before"]
     error = errors(export, [source(numbers), *options])
-    return {"base_losses": losses(base), "error": error, "lora": losses_of, "gain_of_float32": gain}
+    return {
+        "seed": seed,
+        "steps": args.steps,
+        "rank": args.rank,
+        "base_losses": losses(base),
+        "error": error,
+        "lora": losses_of,
+        "gain_of_float32": gain,
+    }
 
 
 def write_kinds(data, folder: Path) -> tuple[Path, Path]:
@@ -122,7 +128,7 @@ def errors(folder: Path, overrides: list[str]) -> dict[str, dict[str, float]]:
             "kernels": relative([a for a, _ in pairs], [b for _, b in pairs]),
             "logits": relative([got - got.mean(-1, keepdims=True)], [want - want.mean(-1, keepdims=True)]),
             "same_argmax": float((got.argmax(-1) == want.argmax(-1)).mean()),
-            "bits_a_weight": bits / sum(b.size for _, b in pairs),
+            "bits_per_weight": bits / sum(b.size for _, b in pairs),
         }
     return result
 

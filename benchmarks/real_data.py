@@ -1,9 +1,9 @@
 """Real dialogues, a random OPT of 10M parameters, LoRA, 8 simulated devices: train, then check the export with torch.
 
     pip install torch==2.13.0
-    python benchmarks/real_data.py [key=value ...]
+    python -m benchmarks.real_data [key=value ...]
 
-Needs the data that configs/real_data.toml names. Prints one JSON line of what it measured.
+Needs the data that configs/real_data.toml names.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
+from benchmarks.provenance import record
 from rlhf_jax.models.new_tokenizer import train_tokenizer
 
 CONFIG = "configs/real_data.toml"
@@ -35,7 +36,7 @@ def main(overrides: list[str]) -> None:
     devices = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     command = [sys.executable, "-m", "rlhf_jax", "train", CONFIG, *overrides]
     subprocess.run(command, env={**os.environ, "XLA_FLAGS": devices}, check=True)
-    print(json.dumps({**training_numbers(), **parity()}, indent=2))
+    record("real_data", {**training_numbers(), **parity()})
 
 
 def make_base() -> None:
@@ -63,7 +64,8 @@ def training_numbers() -> dict[str, float]:
     return {
         "sft_held_out_loss_before": losses[0],
         "sft_held_out_loss_after": losses[-1],
-        "reward_held_out_accuracy": records("reward", "held_out_accuracy")[-1],
+        "reward_held_out_accuracy_before": records("reward", "held_out_accuracy")[0],
+        "reward_held_out_accuracy_after": records("reward", "held_out_accuracy")[-1],
         "reward_longer_is_chosen": records("reward", "held_out_longer_is_chosen")[-1],
         "ppo_score_first_five": float(np.mean(scores[:5])),
         "ppo_score_last_five": float(np.mean(scores[-5:])),

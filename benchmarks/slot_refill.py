@@ -1,10 +1,10 @@
-"""Rollouts of many prompts in few rows, beside batches that wait for their slowest answer: decode steps and clock time.
+"""Rollouts of many prompts in few decode slots, and in batches that wait for their slowest answer: steps and seconds.
 
-    python benchmarks/slot_refill.py [PROMPTS] [ROWS]
+    python -m benchmarks.slot_refill [PROMPTS] [ROWS]
 
 A decoder of 4 layers, 128 wide, whose head is 0, so that each of its 64 tokens is as likely, and one is EOS: answer
 lengths are geometric with mean 64, cut at 256, as in `tests/test_slots.py`. Prompts of 32 tokens. The first call of
-each way compiles and is not timed; of two more the faster counts. Prints a table.
+each way compiles and is not timed; of two more the faster counts.
 """
 
 from __future__ import annotations
@@ -16,38 +16,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.provenance import record
 from rlhf_jax.mesh import single_device_mesh
-from rlhf_jax.models.architecture import DecoderConfig, Rope
 from rlhf_jax.models.decoder import abstract_params
+from rlhf_jax.models.families import decoder_config
 from rlhf_jax.rollout import Role, make_generate, make_publish
 from rlhf_jax.sampling import SampleConfig
 
 HIDDEN, LAYERS, HEADS, VOCAB, PROMPT, TRIALS = 128, 4, 4, 64, 32, 2
 EOS = (7,)
-CONFIG = DecoderConfig(
-    family="llama",
-    vocab_size=VOCAB,
-    padded_vocab=VOCAB,
-    hidden_size=HIDDEN,
-    embed_size=HIDDEN,
-    num_layers=LAYERS,
-    num_heads=HEADS,
-    num_kv_heads=HEADS,
-    head_dim=HIDDEN // HEADS,
-    mlp_size=4 * HIDDEN,
-    max_positions=512,
-    activation="silu",
-    gated_mlp=True,
-    norm="rms",
-    norm_eps=1e-6,
-    position_rows=0,
-    position_offset=0,
-    rope=Rope(tuple(10000.0 ** -(np.arange(HIDDEN // HEADS // 2) / (HIDDEN // HEADS // 2)))),
-    attention_scale=(HIDDEN // HEADS) ** -0.5,
-    qkv_bias=False,
-    o_bias=False,
-    mlp_bias=False,
-    tied=False,
+CONFIG = decoder_config(
+    {
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 4 * HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+    },
+    scalar_head=False,
 )
 
 
@@ -70,12 +59,9 @@ def main(prompts: int = 256, rows: int = 16) -> None:
         return [at_once(weights, *part, jax.random.fold_in(key, i)) for i, part in enumerate(parts)]
 
     ways = {
-        f"batches of {rows}, each waiting for its slowest": batches,
-        f"{rows} rows, refilled": lambda: [refill(weights, *asked, key)],
+        "batches": batches,
+        "refilled": lambda: [refill(weights, *asked, key)],
     }
-    print(f"{prompts} prompts on {jax.devices()[0].device_kind}")
-    print("| way | decode steps | mean answer | seconds | tokens/s |")
-    print("|---|---|---|---|---|")
     for name, way in ways.items():
         rollouts = jax.block_until_ready(way())
         seconds = []
@@ -85,7 +71,8 @@ def main(prompts: int = 256, rows: int = 16) -> None:
             seconds.append(time.perf_counter() - start)
         steps = sum(int(rollout.steps.max()) for rollout in rollouts)
         tokens = sum(int(rollout.mask.sum()) for rollout in rollouts)
-        print(f"| {name} | {steps} | {tokens / prompts:.1f} | {min(seconds):.2f} | {tokens / min(seconds):.0f} |")
+        numbers = {"steps": steps, "seconds": min(seconds), "tokens_per_second": tokens / min(seconds)}
+        record("slot_refill", {"way": name, "prompts": prompts, "rows": rows, **numbers}, "way", "prompts", "rows")
 
 
 if __name__ == "__main__":

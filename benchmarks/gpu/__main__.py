@@ -22,8 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.gpu.table import render
+from benchmarks.provenance import RESULTS, commit, record
 
-RESULTS = Path("benchmarks/results")
 # Without a GPU the same tests run with XLA's attention in cuDNN's place.
 TESTS = ["-m", "pytest", "tests/test_on_gpu.py", "tests/test_attention.py", "-v", "--tb=short", "-W", "default"]
 TOLD = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)", re.MULTILINE)
@@ -71,12 +71,11 @@ def main(arguments: list[str]) -> int:
         parts |= run_together([measured("phases", ALONE)], limits[2], folder)
     result = who | {"small": bool(small), "seconds": round(time.monotonic() - began, 1), "parts": parts}
     text = render(result)
-    RESULTS.mkdir(exist_ok=True)
     slug = re.sub(r"[^a-z0-9]+", "-", who["device"].lower()).strip("-")
-    stem = RESULTS / f"{slug}{'-small' if small else ''}-{who['date']}"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(text)
-    print(text, f"\nwritten to {stem}.json and .md", sep="")
+    stem = f"{slug}{'-small' if small else ''}-{who['date']}"
+    record(stem, result, machine=f"{who['count']} x {who['device']}")
+    (RESULTS / f"{stem}.md").write_text(text)
+    print(text)
     return int(any(part["error"] for part in parts.values()))
 
 
@@ -85,13 +84,12 @@ def identity() -> dict:
     run = subprocess.run([sys.executable, "-c", IDENTITY], capture_output=True, text=True, env=environment(TOGETHER))
     if run.returncode:
         sys.exit(f"JAX does not start: {(run.stderr.strip().splitlines() or ['no word'])[-1]}")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     packages = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")}
     return {
         **json.loads(run.stdout.splitlines()[-1]),
         "date": datetime.date.today().isoformat(),
         "versions": {"python": platform.python_version(), **packages},
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
     }
 
 

@@ -1,0 +1,67 @@
+"""What every file of benchmarks/results/ names: the command, the commit, the date and the machine of a measurement."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def record(name: str, result: dict[str, Any], *keys: str, machine: str = "") -> None:
+    """Write a measurement into benchmarks/results/NAME.json, a list of runs.
+
+    Args:
+        result: the numbers, JSON values.
+        keys: a run whose result has the same values of these is replaced, and the others stay; none: all are replaced.
+        machine: the accelerator that was measured; "": this machine's CPU.
+    """
+    run = {
+        "command": command(),
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "machine": machine or cpu(),
+        "result": json.loads(json.dumps(result)),  # as it reads back: seeds compare as they are stored
+    }
+    path = RESULTS / f"{name}.json"
+    runs = json.loads(path.read_text(encoding="utf-8")) if keys and path.exists() else []
+    same = [i for i, old in enumerate(runs) if all(old["result"][key] == run["result"][key] for key in keys)]
+    if same:
+        runs[same[0]] = run
+    else:
+        runs.append(run)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(runs, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"written to {path}; `python scripts/write_docs.py` brings it into the documents")
+
+
+def command() -> str:
+    """What was typed, as `python -m benchmarks.demo --seeds 0`."""
+    module = sys.modules["__main__"].__spec__.name.removesuffix(".__main__")
+    return shlex.join(["python", "-m", module, *sys.argv[1:]])
+
+
+def commit() -> str:
+    """The checked-out commit, with "-dirty" where tracked files other than results and documents differ from it."""
+    git = ["git", "-C", str(RESULTS.parent)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    if head.returncode:
+        return "unknown"
+    excluded = [":(top,exclude)benchmarks/results", ":(top,exclude)docs", ":(top,exclude)*.md"]
+    is_clean = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":(top)", *excluded]).returncode == 0
+    return head.stdout.strip() + ("" if is_clean else "-dirty")
+
+
+def cpu() -> str:
+    """The processor's name and how many cores this process may use."""
+    described = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search(r"^model name\s*: (.+)$", described, re.MULTILINE)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name[1] if name else 'unknown processor'}, {cores} cores"

@@ -4,8 +4,10 @@ import gc
 import importlib.util
 import json
 import os
+import re
 import sys
 import tempfile
+import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -14,6 +16,8 @@ import numpy as np
 import pytest
 
 CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+LONG = tomllib.loads((Path(__file__).parent / "long.toml").read_text(encoding="utf-8"))
+COLLECTED = pytest.StashKey[set[str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,6 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["JAX_PLATFORMS"] = "cpu"
         # Tiny programs, many of them: compiling costs more than running, so compile with the least effort.
         flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+        # The older emitters of fusions compile in a quarter of the time, and one LLVM module a program in a third less.
+        flags += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
         # Eight devices on a busy machine of two cores may wait for each other longer than the 40 s that XLA allows.
         flags += " --xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
         # Collectives of a program may start in another order on each device, and one that waits holds a thread.
@@ -42,6 +48,27 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "cache"):
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("jax"))
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+
+def is_form(form: str, patterns: Iterable[str]) -> bool:
+    """Whether what stands in the brackets of a test's id is one of these, in which "*" is any text."""
+    return any(re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), form) for pattern in patterns)
+
+
+def is_long(nodeid: str) -> bool:
+    """Whether long.toml lists the test of this id."""
+    file, _, test = nodeid.partition("::")
+    name, _, form = test.removesuffix("]").partition("[")
+    entry = LONG.get(file, {}).get(name)
+    return entry is not None and is_form(form, entry.get("forms", ["*"])) and not is_form(form, entry.get("but", []))
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[COLLECTED] = {item.nodeid for item in items}
+    for item in items:
+        if is_long(item.nodeid):
+            item.add_marker(pytest.mark.long)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -180,7 +180,7 @@ def pretended(monkeypatch):
 FUSED = {"opt": tiny.OPT, "llama": tiny.LLAMA, "sparse": tiny.SPARSE, "windowed": WINDOWED}
 
 
-@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.long), "layers"])
+@pytest.mark.parametrize("remat", ["none", "layers"])
 @pytest.mark.parametrize("family", FUSED)
 def test_states_and_gradients_of_right_padded_rows_are_those_without_fusing(pretended, family, remat):
     config, layout = FUSED[family], Layout(single_device_mesh(), TRAIN)

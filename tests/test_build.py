@@ -133,7 +133,6 @@ print(len(rows_for(config)), rows_for(config).fingerprint, len(calls) > 0)
 """
 
 
-@pytest.mark.slow
 def test_of_three_processes_at_once_one_builds_and_all_have_the_same(tmp_path):
     path = write(tmp_path / "rows.jsonl", 20_000)
     script = SCRIPT.format(tests=str(Path(__file__).parent), path=str(path), cache=str(tmp_path / "cache"))

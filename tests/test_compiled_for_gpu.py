@@ -37,7 +37,7 @@ from rlhf_jax.stages.ppo import PPOConfig, actor_loss, advantages, critic_loss
 from rlhf_jax.train_step import TrainState, state_shardings
 from rlhf_jax.trees import partition
 
-pytestmark = [pytest.mark.cuda, pytest.mark.slow]
+pytestmark = pytest.mark.cuda
 
 BFLOAT16 = jnp.dtype("bfloat16")
 # Two layers of everyday width, so that no activation of a decode step is as large as the smallest weight.

@@ -91,7 +91,6 @@ def test_actor_and_reward_model_share_a_vocabulary(path):
 
 
 @pytest.mark.cuda
-@pytest.mark.slow
 @pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
 def test_a_configuration_compiled_for_its_hardware_fits_95_percent_of_the_card(path):
     plan = make_plan(load(path, [], Recipe), hardware_of(path), search=False)

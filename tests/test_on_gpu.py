@@ -46,15 +46,9 @@ LLAMA = dataclasses.replace(tiny.LLAMA, num_heads=4, num_kv_heads=2, rope=ROPE, 
 FAMILIES = {"opt": OPT, "llama": LLAMA}
 LORA = LoraConfig(rank=8, alpha=16.0)
 # Every weight trains; or adapters on a base in bfloat16, int8 or nf4.
-LONG = pytest.mark.long
-CASES = [
-    pytest.param("opt", "float32", marks=LONG),
-    pytest.param("opt", "bfloat16", marks=LONG),
-    pytest.param("llama", "int8", marks=LONG),
-    pytest.param("llama", "nf4", marks=LONG),
-]
+CASES = [("opt", "float32"), ("opt", "bfloat16"), ("llama", "int8"), ("llama", "nf4")]
 
-in_both_families = pytest.mark.parametrize("family", ["opt", pytest.param("llama", marks=LONG)])
+in_both_families = pytest.mark.parametrize("family", ["opt", "llama"])
 
 
 @pytest.fixture(params=["xla", pytest.param("cudnn", marks=pytest.mark.gpu)], autouse=True)
@@ -223,7 +217,6 @@ def test_sampled_logprobs_are_the_scored_ones_and_the_first_ratio_is_one(family,
     assert abs(stats["actor_loss"]) <= ALLOWED * error, "minus the mean of whitened advantages, had all ratios been 1"
 
 
-@LONG
 def test_one_micro_batch_learns_what_four_learn_and_what_float32_learns():
     one, four = Scored("opt", "float32"), Scored("opt", "float32", num_micro=4)
     exact = Scored("opt", "float32", dtype=FLOAT32, attention="xla")

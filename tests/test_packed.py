@@ -55,7 +55,6 @@ in_every_family = pytest.mark.parametrize("family", FAMILIES)
 # Documents of rows of 48 tokens, which is more than the 40 positions that OPT has; in the second 9 are padding.
 ROWS = [[11, 1, 20, 16], [30, 9]]
 WIDTH, LONGEST = 48, 30
-LONG = pytest.mark.long
 LENGTHS = [length for row in ROWS for length in row]
 
 
@@ -131,14 +130,9 @@ def test_changing_one_document_leaves_the_logits_of_the_others_exactly_as_they_a
 @pytest.mark.parametrize(
     ("family", "remat"),
     [
-        *((family, "layers") for family in ("opt", "alternating", "sparse", "bloom")),
-        *(
-            pytest.param(f, "layers", marks=LONG)
-            for f in FAMILIES
-            if f not in ("opt", "alternating", "sparse", "bloom")
-        ),
+        *((family, "layers") for family in FAMILIES),
         ("llama", "none"),
-        pytest.param("llama", "dots", marks=LONG),
+        ("llama", "dots"),
     ],
 )
 def test_gradients_of_a_packed_row_are_the_sum_of_those_of_its_documents(family, remat):
@@ -194,7 +188,7 @@ class Program:
         return jax.device_get((state.params, stats["loss"])) + (measured, count)
 
 
-@pytest.mark.parametrize("family", ["opt", pytest.param("llama", marks=LONG)])
+@pytest.mark.parametrize("family", ["opt", "llama"])
 def test_an_update_by_packed_rows_is_that_by_the_documents_alone_on_eight_devices_and_on_one(family):
     documents = documents_of(FAMILIES[family], [length for row in EIGHT_ROWS for length in row])
     batch, apart = learning(FAMILIES[family], documents, EIGHT_ROWS, WIDTH)
@@ -207,7 +201,6 @@ def test_an_update_by_packed_rows_is_that_by_the_documents_alone_on_eight_device
             np.testing.assert_allclose(got[path], leaf, atol=2e-5, err_msg=f"{path} {mesh} {num_micro}")
 
 
-@LONG
 def test_a_sparse_model_of_packed_rows_on_eight_devices_routes_as_on_one():
     documents = documents_of(tiny.SPARSE, [length for row in EIGHT_ROWS for length in row])
     batch, apart = learning(tiny.SPARSE, documents, EIGHT_ROWS, WIDTH)
@@ -286,7 +279,6 @@ def test_fused_attention_that_is_asked_for_with_packed_rows_is_refused_with_the_
 
 
 @pytest.mark.cuda
-@pytest.mark.slow
 def test_for_an_a100_rows_of_one_document_are_fused_and_packed_ones_are_not():
     layout = Layout(make_mesh(MeshConfig(1, 1, 1), devices_of("1xA100-80GB")), TRAIN)
     config = dataclasses.replace(tiny.LLAMA, head_dim=64, max_positions=256)

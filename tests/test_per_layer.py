@@ -103,8 +103,8 @@ def loss(config, params, tokens, mask, remat, layout):
     [
         (*CASES[0], "layers"),
         (*CASES[1], "layers"),
-        pytest.param(*CASES[2], "none", marks=pytest.mark.long),
-        pytest.param(*CASES[3], "dots", marks=pytest.mark.long),
+        (*CASES[2], "none"),
+        (*CASES[3], "dots"),
     ],
 )
 def test_loss_and_gradients_are_those_over_the_stacked_base(folders, name, mesh_name, remat):
@@ -128,9 +128,7 @@ def test_loss_and_gradients_are_those_over_the_stacked_base(folders, name, mesh_
         np.testing.assert_allclose(grad, want_grads[path], atol=1e-5 * max(1.0, largest), err_msg=path)
 
 
-@pytest.mark.parametrize(
-    ("name", "mesh_name"), [*CASES[1:3], *(pytest.param(*case, marks=pytest.mark.long) for case in CASES[::3])]
-)
+@pytest.mark.parametrize(("name", "mesh_name"), CASES)
 def test_answers_are_those_of_the_merged_copy(folders, name, mesh_name):
     def answers(one_copy):
         model = loaded(folders[name], mesh_name, one_copy=one_copy)
@@ -229,7 +227,6 @@ LORA_RUN = (
 )
 
 
-@pytest.mark.long
 def test_a_run_with_one_copy_is_the_run_with_two(tmp_path):
     recipe = write_recipe(tmp_path)
     for one_copy in ("true", "false"):

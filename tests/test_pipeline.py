@@ -142,9 +142,8 @@ AVERAGED = ["ppo.ema_decay=0.75", "model.offload_ema=true", "model.offload_refer
             [*LORA, "ppo.ppo_epochs=2", "ppo.batch_size=4", "sft.micro_batch_size=4", "ppo.ema_decay=0.9"],
             1,
             id="lora",
-            marks=pytest.mark.long,
         ),
-        pytest.param([*MESH, *AVERAGED], 8, id="fsdp4-tensor2", marks=pytest.mark.long),
+        pytest.param([*MESH, *AVERAGED], 8, id="fsdp4-tensor2"),
     ],
 )
 def test_a_run_stopped_in_every_stage_ends_bit_for_bit_as_one_that_never_stopped(
@@ -272,7 +271,6 @@ def keep_trained(patch, kept):
     patch.setattr(rlhf_jax.stages.ppo, "train_loop", keeping)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_exported_average_is_that_by_hand_and_bit_for_bit_the_same_stopped_resumed_and_in_host_memory(
     lora, tmp_path, finished, monkeypatch, capsys
@@ -316,7 +314,6 @@ def test_the_exported_average_is_that_by_hand_and_bit_for_bit_the_same_stopped_r
     jax.tree.map(np.testing.assert_array_equal, tensors(tmp_path / "out"), tensors(whole / "ppo/export_ema"))
 
 
-@pytest.mark.long
 def test_a_run_may_go_on_with_other_switches_of_memory_and_ends_the_same_to_rounding(
     tmp_path, finished, monkeypatch, capsys
 ):
@@ -360,7 +357,6 @@ def test_publish_is_logged_with_its_bytes_their_bound_and_the_ratio(tmp_path, fi
     assert not {name for name in records(tmp_path / "mute/ppo/metrics.jsonl")[0] if name.startswith("publish")}
 
 
-@pytest.mark.long
 def test_ppo_in_rows_that_are_refilled_samples_and_trains_as_all_at_once(tmp_path, finished):
     options = ("ppo.steps=1", "ppo.batch_size=0", "ppo.sample.num_samples=2")
     said, logged = [], []

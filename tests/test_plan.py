@@ -169,9 +169,7 @@ def test_what_rests_in_host_memory_is_on_the_device_only_when_it_is_used_as_by_h
     assert {phase.live["reference"] for phase in adapted.values()} == {0}
 
 
-@pytest.mark.parametrize(
-    "setting", [*(pytest.param(name, marks=pytest.mark.long) for name in ("whole", "both-lora")), "offload"]
-)
+@pytest.mark.parametrize("setting", ["whole", "both-lora", "offload"])
 def test_the_compiler_counts_the_arguments_that_arithmetic_counts_and_aliases_the_donated_state(setting, tmp_path):
     recipe = recipe_of(tmp_path, setting, "fsdp4-tensor2")
     found = phases(recipe, tiny.mesh_of("fsdp4-tensor2"))
@@ -384,7 +382,6 @@ def test_the_largest_micro_batch_is_the_one_that_trying_all_would_find(asked, la
     assert len(tried) == len(set(tried)) <= 4 and set(tried) <= {1, 2, 4, 8, 16}
 
 
-@pytest.mark.slow
 def test_the_plan_of_a_whole_recipe_is_json_and_a_table(tmp_path, capsys):
     path = tiny_recipe.write_recipe(tmp_path)
     command = [

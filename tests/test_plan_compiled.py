@@ -16,7 +16,7 @@ from rlhf_jax.plan.seconds import needs
 from rlhf_jax.plan.temporaries import estimate
 from rlhf_jax.recipe import Recipe
 
-pytestmark = [pytest.mark.cuda, pytest.mark.slow]
+pytestmark = pytest.mark.cuda
 CONFIGS = Path(__file__).parents[1] / "configs"
 BYTES = {"bf16": 2, "f32": 4, "s32": 4, "pred": 1, "u32": 4}
 HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")

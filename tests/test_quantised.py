@@ -164,7 +164,7 @@ def models(family, kind, name="one"):
     return config, params, dense
 
 
-@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.long), "nf4"])
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_eight_devices_hold_the_bits_of_one_in_shards_that_the_abstract_tree_tells(kind):
     for family in ("llama", "sparse"):
         (config, one, _), (_, eight, _) = models(family, kind), models(family, kind, "fsdp4-tensor2")
@@ -187,7 +187,7 @@ def loss(config, params, tokens, mask, remat="layers", layout=None):
     return jnp.square(hidden @ head_kernel(config, params)).mean()
 
 
-@pytest.mark.parametrize("remat", ["layers", pytest.param("none", marks=pytest.mark.long)])
+@pytest.mark.parametrize("remat", ["layers", "none"])
 @pytest.mark.parametrize(("family", "kind"), [("llama", "nf4"), ("sparse", "int8")])
 def test_loss_and_gradients_of_adapters_are_those_over_the_dense_kernels(family, kind, remat):
     config, params, dense = models(family, kind)
@@ -203,7 +203,7 @@ def test_loss_and_gradients_of_adapters_are_those_over_the_dense_kernels(family,
     assert all(np.abs(grad).max() > 0 for grad in got[1].values())
 
 
-@pytest.mark.parametrize("remat", ["layers", pytest.param("none", marks=pytest.mark.long)])
+@pytest.mark.parametrize("remat", ["layers", "none"])
 @pytest.mark.parametrize("family", ["llama", "sparse"])
 def test_a_step_moves_adapters_alone_and_never_holds_a_stack_of_dense_kernels(family, remat):
     config, params, _ = models(family, "nf4")
@@ -242,7 +242,7 @@ def answers(config, params, name, lora=tiny.LORA):
     [
         ("opt", "int8", "one"),
         ("llama", "nf4", "fsdp4-tensor2"),
-        pytest.param("sparse", "nf4", "data2-fsdp2-tensor2", marks=pytest.mark.long),
+        ("sparse", "nf4", "data2-fsdp2-tensor2"),
     ],
 )
 def test_answers_are_those_of_the_merged_dense_model(family, kind, name):
@@ -293,7 +293,7 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.long), "nf4"])
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_folder_is_read_into_the_same_bits_again_and_on_eight_devices(folder, kind):
     one, again = from_pretrained(folder, dtype=kind), from_pretrained(folder, dtype=kind)
     eight = from_pretrained(folder, dtype=kind, mesh=tiny.mesh_of("fsdp4-tensor2"))
@@ -362,7 +362,6 @@ LORA_RUN = (
 )
 
 
-@pytest.mark.long
 def test_all_stages_run_on_a_quantised_base_and_a_stopped_run_ends_as_one_that_never_stopped(tmp_path, monkeypatch):
     recipe = write_recipe(tmp_path)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

@@ -59,9 +59,7 @@ def test_a_few_rows_give_the_answers_of_all_at_once_in_the_order_of_the_prompts(
 
 
 @pytest.mark.parametrize("sample", [SAMPLE, RICH, dataclasses.replace(RICH, temperature=0.0)])
-@pytest.mark.parametrize(
-    "rows", [1, 8, 21, 64, *(pytest.param(rows, marks=pytest.mark.long) for rows in (2, 4, 16, 20))]
-)
+@pytest.mark.parametrize("rows", [1, 8, 21, 64, 2, 4, 16, 20])
 def test_any_number_of_rows_gives_the_same_samples(rows, sample):
     assert_same(answers("llama", rows=rows, sample=sample), answers("llama", sample=sample))
 
@@ -71,13 +69,8 @@ def test_more_prompts_change_nothing_for_those_before_them():
     assert_same(part, jax.tree.map(lambda leaf: leaf[:9], whole))
 
 
-@pytest.mark.parametrize(
-    ("name", "rows"),
-    [
-        *zip(EIGHT, (8, 16), strict=True),
-        *(pytest.param(*case, marks=pytest.mark.long) for case in zip(EIGHT, (16, 8), strict=True)),
-    ],
-)
+@pytest.mark.parametrize("rows", [8, 16])
+@pytest.mark.parametrize("name", EIGHT)
 def test_eight_devices_refill_their_own_rows_and_give_the_samples_of_one(name, rows):
     for sample in (SAMPLE, RICH):
         assert_same(answers("llama", rows, name, sample), answers("llama", 4, sample=sample))
@@ -142,9 +135,7 @@ def flat_run(rows):
     return lambda prompts, mask: jax.tree.map(np.asarray, run(weights, prompts, mask, KEY))
 
 
-@pytest.mark.parametrize(
-    ("rows", "times"), [(16, 2.5), *(pytest.param(rows, 2.5, marks=pytest.mark.long) for rows in (32, 64))]
-)
+@pytest.mark.parametrize(("rows", "times"), [(16, 2.5), (32, 2.5), (64, 2.5)])
 def test_geometric_answers_take_two_and_a_half_times_fewer_decode_steps_than_waiting_for_the_slowest(rows, times):
     count = 1024
     prompts, mask = tiny.prompts(FLAT, [4] * count, 4)

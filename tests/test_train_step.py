@@ -26,10 +26,7 @@ CASES = {"opt": ("opt", NO_LORA), "llama-lora": ("llama", tiny.LORA)}
 OPTIM = OptimConfig(learning_rate=0.02, schedule="constant", eps=1e-3, clip_norm=1.0, weight_decay=0.01)
 # ZeRO stage, and whether moments rest in host memory; beside stage 3, with them on the devices
 FORMS = [(2, False), (1, False), (0, False), (3, True), (1, True), (0, True)]
-FEW = {"opt": FORMS[:2] + FORMS[3:5], "llama-lora": [FORMS[2], FORMS[5]]}  # which tell of each once, or -m long
-EACH = [
-    pytest.param(case, *form, marks=[] if form in FEW[case] else pytest.mark.long) for case in CASES for form in FORMS
-]
+EACH = [(case, *form) for case in CASES for form in FORMS]
 # 16 rows whose learned tokens fall unevenly: micro-batch m of 4 has the rows m, m + 4, ...; the third learns nothing.
 LENGTHS = np.array([12, 5, 9, 2, 11, 3, 12, 4, 7, 2, 10, 3, 12, 6, 8, 2])
 
@@ -155,7 +152,7 @@ def test_every_stage_of_zero_and_offloaded_moments_give_the_parameters_of_one_de
         ("opt", "one", 3),
         ("llama-lora", "one", 3),
         ("opt", "fsdp4-tensor2", 1),
-        pytest.param("llama-lora", "fsdp4-tensor2", 1, marks=pytest.mark.long),
+        ("llama-lora", "fsdp4-tensor2", 1),
     ],
 )
 def test_offloaded_moments_are_those_of_one_program_but_for_its_fused_rounding(case, name, zero):
@@ -223,8 +220,8 @@ def test_what_is_saved_under_one_form_resumes_under_another(first, second, tmp_p
     [
         ("opt", (3, True)),
         ("llama-lora", (1, False)),
-        *(pytest.param("opt", form, marks=pytest.mark.long) for form in ((1, True), (1, False), (0, False))),
-        *(pytest.param("llama-lora", form, marks=pytest.mark.long) for form in ((3, True), (1, True), (0, False))),
+        *(("opt", form) for form in ((1, True), (1, False), (0, False))),
+        *(("llama-lora", form) for form in ((3, True), (1, True), (0, False))),
     ],
 )
 def test_what_resumes_under_the_form_it_was_saved_under_is_equal_bit_for_bit(case, form, tmp_path):

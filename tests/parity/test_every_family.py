@@ -239,7 +239,6 @@ def test_eight_devices_hold_slices_and_give_the_same_answers(example):
     assert_same_answers(model, example)
 
 
-@pytest.mark.long
 def test_adapters_merged_equal_adapters_beside_the_base(example):
     config, (ids, mask) = example.model.config, example.rows("right")
     rng, leaves = np.random.default_rng(0), abstract_params(config, LORA)

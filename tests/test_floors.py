@@ -101,7 +101,7 @@ def test_nothing_that_learns_reaches_the_judge_of_the_builtin_data():
 
 
 def test_the_data_folder_uses_nothing_of_jax_but_record():
-    for path in sorted((PACKAGE / "data").glob("*.py")):
+    for path in sorted((PACKAGE / "data").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 tops = {alias.name.split(".")[0] for alias in node.names}

@@ -28,6 +28,7 @@ from rlhf_jax.data import assistant
 from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.selection import stage_rows
 from rlhf_jax.mesh import single_device_mesh
+from rlhf_jax.models.architecture import Compute
 from rlhf_jax.models.decoder import bind, logits
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained
 from rlhf_jax.models.quantised import KINDS, Quantised, dequantise
@@ -115,7 +116,7 @@ def errors(folder: Path, overrides: list[str]) -> dict[str, dict[str, float]]:
     batch = Batches(rows, batch_size=64, seed=0)[0]
 
     def logits_of(model: Pretrained) -> np.ndarray:
-        hidden = bind(model.config, model.params)(batch.tokens, batch.mask, dtype=jnp.dtype("float32"), remat="none")
+        hidden = bind(model.config, model.params)(batch.tokens, batch.mask, Compute(jnp.dtype("float32"), "none"))
         return np.asarray(logits(model.config, model.params, hidden))[batch.mask]
 
     want, result = logits_of(whole), {}

@@ -20,7 +20,7 @@ from benchmarks.provenance import record
 from rlhf_jax.mesh import single_device_mesh
 from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.families import decoder_config
-from rlhf_jax.rollout import Role, make_generate, make_publish
+from rlhf_jax.rollout import make_generate, make_publish
 from rlhf_jax.sampling import SampleConfig
 
 HIDDEN, LAYERS, HEADS, VOCAB, PROMPT, TRIALS = 128, 4, 4, 64, 32, 2
@@ -49,7 +49,7 @@ def main(prompts: int = 256, rows: int = 16) -> None:
         path: jnp.asarray(rng.normal(0, scale.get(path, 0.05), leaf.shape), dtype)
         for path, leaf in abstract_params(CONFIG).items()
     }
-    weights = make_publish(Role(CONFIG), mesh, dtype)(params)
+    weights = make_publish(CONFIG, mesh, dtype)(params)
     asked = rng.integers(0, VOCAB, (prompts, PROMPT)).astype(np.int32), np.ones((prompts, PROMPT), bool)
     sample, key = SampleConfig(256), jax.random.key(0)
     at_once, refill = (make_generate(CONFIG, sample, EOS, mesh, dtype, n) for n in (0, rows))

@@ -20,7 +20,7 @@ from rlhf_jax.mesh import GENERATE, Layout
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.cached import Cache, Weights, forward, logits_of
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained
-from rlhf_jax.rollout import Role, eos_ids, make_publish
+from rlhf_jax.rollout import eos_ids, make_publish
 from rlhf_jax.sampling import SampleConfig, check_sample, draw, restrained_logits
 
 HELP = "/clear forgets the dialogue, /quit leaves"
@@ -101,7 +101,7 @@ class Speaker:
         self.eos = eos_ids(model)
         self.dtype = model.params["embed/tokens"].dtype
         self.layout = Layout(model.layout.mesh, GENERATE)
-        self.weights = make_publish(Role(model.config, model.lora), model.layout.mesh, self.dtype)(model.params)
+        self.weights = make_publish(model.config, model.layout.mesh, self.dtype)(model.params)
 
     def fitting(self, turns: Turns) -> Turns:
         """The dialogue without its oldest exchanges, where all of it does not fit the model's positions; says so."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -24,11 +23,9 @@ from rlhf_jax.generate import Rollout
 from rlhf_jax.gpus import RUN_OPTIONS
 from rlhf_jax.host_memory import to_devices
 from rlhf_jax.mesh import Layout, check_divides
-from rlhf_jax.models.architecture import DecoderConfig
-from rlhf_jax.models.attention import Choice
+from rlhf_jax.models.architecture import Compute, DecoderConfig
 from rlhf_jax.models.cached import Weights
 from rlhf_jax.models.decoder import (
-    Remat,
     abstract_params,
     bind,
     head_kernel,
@@ -38,27 +35,10 @@ from rlhf_jax.models.decoder import (
 )
 from rlhf_jax.models.layers import roll_rows
 from rlhf_jax.objectives.logprobs import token_logprobs, token_logprobs_and_entropy
-from rlhf_jax.rollout import Role, generate_program, make_generate, make_publish
+from rlhf_jax.rollout import generate_program, make_generate, make_publish
 from rlhf_jax.sampling import SampleConfig, check_learnable
 from rlhf_jax.train_step import Params, TrainState, join_rows, make_update, split_rows
 from rlhf_jax.trees import record
-
-
-@dataclass(frozen=True)
-class Compute:
-    """How the forward and backward passes are computed.
-
-    Attributes:
-        dtype: of activations, matrix products, generation weights and cache.
-        remat: what the backward pass recomputes, see `Decoder.with_balance_loss`.
-        chunk: positions whose logits exist at once; 0: all.
-        attention: the kernel of training, scoring and prefill, see `attention_kernel`.
-    """
-
-    dtype: jnp.dtype
-    remat: Remat
-    chunk: int
-    attention: Choice = "auto"
 
 
 @record
@@ -139,8 +119,8 @@ def answer_hidden(hidden: jax.Array, starts: jax.Array, num_actions: int) -> jax
 
 
 def make_score(
-    actor: Role,
-    critic: Role,
+    actor: DecoderConfig,
+    critic: DecoderConfig,
     reward: DecoderConfig,
     estimate: Estimator,
     layout: Layout,
@@ -153,9 +133,10 @@ def make_score(
     The passes are over `num_micro` parts of the rollout, one after the other; advantages are of all of it.
     """
 
-    def forward(role: Role, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        options = dict(dtype=compute.dtype, layout=layout, remat="none", attention=compute.attention)
-        return bind(role.config, params, role.lora)(tokens, mask, **options)
+    compute = dataclasses.replace(compute, remat="none")
+
+    def forward(config: DecoderConfig, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        return bind(config, params)(tokens, mask, compute, layout)
 
     def score_part(models: Models, rollout: Rollout) -> Experience:
         starts = rollout.prompt_mask.sum(axis=1, dtype=jnp.int32)
@@ -165,10 +146,10 @@ def make_score(
         tokens, mask = (layout.constrain(x, "batch", None) for x in (tokens, mask))
         length = rollout.tokens.shape[1]
 
-        def logprobs(role: Role, params: Params) -> jax.Array:
-            hidden = answer_hidden(forward(role, params, tokens, mask), starts, length)
-            options = dict(chunk=compute.chunk, temperature=temperature, **head_options(role.config, params))
-            return token_logprobs(hidden, head_kernel(role.config, params), rollout.tokens, **options)
+        def logprobs(config: DecoderConfig, params: Params) -> jax.Array:
+            hidden = answer_hidden(forward(config, params, tokens, mask), starts, length)
+            options = dict(chunk=compute.chunk, temperature=temperature, **head_options(config, params))
+            return token_logprobs(hidden, head_kernel(config, params), rollout.tokens, **options)
 
         learned, reference = logprobs(actor, models.actor.params), models.reference
         if not reference:
@@ -184,11 +165,11 @@ def make_score(
             action_mask=rollout.mask,
             ended=rollout.ended,
             logprobs=learned,
-            ref_logprobs=logprobs(Role(actor.config), reference),
+            ref_logprobs=logprobs(actor.without_lora(), reference),
             values=scalar(
                 models.critic.params, answer_hidden(forward(critic, models.critic.params, tokens, mask), starts, length)
             ),
-            score=scalar(models.reward, last_hidden(forward(Role(reward), models.reward, tokens, mask), mask)),
+            score=scalar(models.reward, last_hidden(forward(reward, models.reward, tokens, mask), mask)),
             advantages=blank,
             returns=blank,
         )
@@ -205,8 +186,8 @@ def make_score(
 
 def make_engine(
     *,
-    actor: Role,
-    critic: Role,
+    actor: DecoderConfig,
+    critic: DecoderConfig,
     reward: DecoderConfig,
     estimate: Estimator,
     actor_loss: ActorLoss,
@@ -232,16 +213,15 @@ def make_engine(
     check_learnable(sample)
     mesh = layout.mesh
 
-    def answer_states(role: Role, params: Params, experience: Experience) -> tuple[jax.Array, jax.Array]:
+    def answer_states(config: DecoderConfig, params: Params, experience: Experience) -> tuple[jax.Array, jax.Array]:
         """What the head reads at each answer token, and the balance loss."""
-        decoder = bind(role.config, params, role.lora)
-        options = dict(dtype=compute.dtype, layout=layout, remat=compute.remat, attention=compute.attention)
-        hidden, balance = decoder.with_balance_loss(experience.tokens, experience.mask, **options)
+        decoder = bind(config, params)
+        hidden, balance = decoder.with_balance_loss(experience.tokens, experience.mask, compute, layout)
         return answer_hidden(hidden, experience.starts, experience.actions.shape[1]), balance
 
     def actor_objective(params: Params, experience: Experience):
         hidden, balance = answer_states(actor, params, experience)
-        head, options = head_kernel(actor.config, params), head_options(actor.config, params)
+        head, options = head_kernel(actor, params), head_options(actor, params)
         options |= dict(chunk=compute.chunk, temperature=sample.temperature)
         logprobs, entropy = token_logprobs_and_entropy(hidden, head, experience.actions, **options)
         loss, stats = actor_loss(logprobs, entropy, experience)
@@ -252,10 +232,8 @@ def make_engine(
         loss, stats = critic_loss(scalar(params, hidden), experience)
         return loss + balance, (experience.action_mask.sum(), stats)
 
-    update_actor = make_update(actor_objective, actor_tx, abstract_params(actor.config, actor.lora), layout, num_micro)
-    update_critic = make_update(
-        critic_objective, critic_tx, abstract_params(critic.config, critic.lora), layout, num_micro
-    )
+    update_actor = make_update(actor_objective, actor_tx, abstract_params(actor), layout, num_micro)
+    update_critic = make_update(critic_objective, critic_tx, abstract_params(critic), layout, num_micro)
 
     step_average = step_of(ema_decay)
     follow = make_average(step_average)
@@ -277,9 +255,7 @@ def make_engine(
 
     programs = {
         "publish": make_publish(actor, mesh, compute.dtype, layout.table),
-        "generate": generate_program(
-            actor.config, sample, eos_ids, mesh, compute.dtype, generate_rows, compute.attention
-        ),
+        "generate": generate_program(actor, sample, eos_ids, mesh, compute.dtype, generate_rows, compute.attention),
         "score": make_score(actor, critic, reward, estimate, layout, compute, sample.temperature, num_score_micro),
         "actor": update_actor,
         "critic": update_critic,
@@ -287,7 +263,7 @@ def make_engine(
     }
     return Engine(
         publish=programs["publish"],
-        generate=make_generate(actor.config, sample, eos_ids, mesh, compute.dtype, generate_rows, compute.attention),
+        generate=make_generate(actor, sample, eos_ids, mesh, compute.dtype, generate_rows, compute.attention),
         score=score,
         update=update,
         programs=programs,

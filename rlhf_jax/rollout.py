@@ -25,21 +25,12 @@ from rlhf_jax.mesh import GENERATE, TRAIN, Layout, Table, check_divides, check_m
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.attention import Choice
 from rlhf_jax.models.cached import Weights, for_decoding, shared, shared_for_decoding
-from rlhf_jax.models.decoder import NO_LORA, abstract_params
-from rlhf_jax.models.lora import LoraConfig
+from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.sampling import SampleConfig, check_sample
 from rlhf_jax.train_step import Params
 
 LOGGER = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Role:
-    """A model that the engine runs: its architecture, and its adapters if it has some."""
-
-    config: DecoderConfig
-    lora: LoraConfig = NO_LORA
 
 
 @dataclass(frozen=True)
@@ -50,12 +41,12 @@ class Publish:
     weights are the arrays of the parameters, see `shared_for_decoding`.
     """
 
-    role: Role
+    config: DecoderConfig
     layout: Layout  # of generation
     program: Any  # jitted: all but what is shared
 
     def __call__(self, params: Params) -> Weights:
-        return self.program(params) | shared_for_decoding(self.role.config, params, self.layout)
+        return self.program(params) | shared_for_decoding(self.config, params, self.layout)
 
     def lower(self, params: Params) -> jax.stages.Lowered:
         """Of the compiled part, from arrays or their abstract shapes."""
@@ -67,19 +58,19 @@ class Publish:
 
 
 @functools.lru_cache
-def make_publish(role: Role, mesh: Mesh, dtype: jnp.dtype, home: Table = TRAIN) -> Publish:
+def make_publish(config: DecoderConfig, mesh: Mesh, dtype: jnp.dtype, home: Table = TRAIN) -> Publish:
     """Compile the publishing of weights in `dtype`, of parameters that lie by `home`.
 
     Raises:
         ValueError: the tensor axis does not divide the attention heads.
     """
-    check_model_divides({"attention heads": role.config.num_heads}, mesh)
+    check_model_divides({"attention heads": config.num_heads}, mesh)
     layout = Layout(mesh, GENERATE)
 
     def publish(params):
-        return for_decoding(role.config, params, layout, dtype, role.lora, home)
+        return for_decoding(config, params, layout, dtype, home)
 
-    return Publish(role, layout, jax.jit(publish))
+    return Publish(config, layout, jax.jit(publish))
 
 
 def publish_bytes(publish: Publish, params: Params, dtype: jnp.dtype) -> dict[str, float]:
@@ -94,7 +85,7 @@ def publish_bytes(publish: Publish, params: Params, dtype: jnp.dtype) -> dict[st
     Raises:
         ValueError: the program has no text, or one that is not understood.
     """
-    config, layout, kept = publish.role.config, publish.layout, shared(params)
+    config, layout, kept = publish.config, publish.layout, shared(params)
     total, least = received(publish.program.as_text()), 0
     moving: list[tuple[jax.Array, Sharding]] = []
     shared_for_decoding(config, params, layout, lambda array, there: moving.append((array, there)))
@@ -103,7 +94,7 @@ def publish_bytes(publish: Publish, params: Params, dtype: jnp.dtype) -> dict[st
         arrays, there = map(list, zip(*moving, strict=True))
         total += received(jax.jit(lambda x: x, out_shardings=there).lower(arrays).compile().as_text())
         least += sum(_lacking(array, at) * array.dtype.itemsize for array, at in moving)
-    for path, leaf in abstract_params(config, publish.role.lora if kept else NO_LORA).items():
+    for path, leaf in abstract_params(config if kept else config.without_lora()).items():
         if path not in kept:
             least += _lacking(params[path], layout.sharding(leaf.axes)) * dtype.itemsize
     told = {"publish_bytes": total, "publish_bytes_least": least}
@@ -238,7 +229,7 @@ def sample_answers(
     more = ((0, 0), (bucket(mask.shape[1]) - mask.shape[1], 0))
     tokens, mask = (np.pad(np.take_along_axis(x, order, axis=1), more) for x in (tokens, mask))
     dtype, mesh = model.params["embed/tokens"].dtype, model.layout.mesh
-    weights = make_publish(Role(model.config, model.lora), mesh, dtype)(model.params)
+    weights = make_publish(model.config, mesh, dtype)(model.params)
     return make_generate(model.config, sample, eos_ids(model), mesh, dtype, rows, attention)(weights, tokens, mask, key)
 
 

@@ -13,7 +13,7 @@ from einops import rearrange
 from rlhf_jax.generate import prefill
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
 from rlhf_jax.models import cached, decoder, pretrained
-from rlhf_jax.models.architecture import Alibi
+from rlhf_jax.models.architecture import Alibi, Compute
 from rlhf_jax.models.attention import Kernel, attention_kernel, described, kernel_on, uniform_window
 from rlhf_jax.models.decoder import bind
 from rlhf_jax.models.layers import attend, attend_fused, roll_rows
@@ -190,8 +190,8 @@ def test_states_and_gradients_of_right_padded_rows_are_those_without_fusing(pret
     @functools.partial(jax.jit, static_argnums=1)
     def run(params, attention):
         def loss(params):
-            options = dict(dtype=jnp.float32, layout=layout, remat=remat, attention=attention)
-            states = bind(config, params)(tokens, mask, **options)
+            compute = Compute(jnp.float32, remat, attention=attention)
+            states = bind(config, params)(tokens, mask, compute, layout)
             return (jnp.square(states) * mask[..., None]).sum(), states
 
         (_, states), grads = jax.value_and_grad(loss, has_aux=True)(params)
@@ -233,9 +233,9 @@ def test_states_of_either_padding_side_are_the_same_fused(pretended, side):
     config, layout = tiny.LLAMA, Layout(single_device_mesh(), TRAIN)
     params = tiny.random_params(config, layout.mesh)
     tokens, mask = tiny.prompts(config, [12, 7, 1], 12, side=side)
-    fused = pretrained._hidden(config, decoder.NO_LORA, layout, "cudnn", params, tokens, mask)
+    fused = pretrained._hidden(config, layout, "cudnn", params, tokens, mask)
     assert pretended
-    states = pretrained._hidden(config, decoder.NO_LORA, layout, "xla", params, tokens, mask)
+    states = pretrained._hidden(config, layout, "xla", params, tokens, mask)
     np.testing.assert_allclose(fused[mask], states[mask], atol=2e-5)
 
 

@@ -19,19 +19,19 @@ import pytest
 import tiny
 
 from rlhf_jax.collectives import instructions, kinds, moved, received, runs
-from rlhf_jax.engine import Compute, Models, make_engine
+from rlhf_jax.engine import Models, make_engine
 from rlhf_jax.generate import Rollout
 from rlhf_jax.gpus import COMPILE_OPTIONS, RUN_OPTIONS, devices_of
 from rlhf_jax.mesh import GENERATE, TRAIN, WHOLE, Layout, MeshConfig, make_mesh, train_layout
 from rlhf_jax.models import cached
-from rlhf_jax.models.architecture import Experts, Rope
+from rlhf_jax.models.architecture import Compute, Experts, Rope
 from rlhf_jax.models.cached import shared_shardings
-from rlhf_jax.models.decoder import NO_LORA, abstract_params
-from rlhf_jax.models.lora import LoraConfig, is_adapter, is_trainable
+from rlhf_jax.models.decoder import abstract_params
+from rlhf_jax.models.lora import NO_LORA, LoraConfig, is_adapter, is_trainable
 from rlhf_jax.models.per_layer import PerLayer, is_shareable
 from rlhf_jax.models.quantised import is_quantisable
 from rlhf_jax.optim import OptimConfig, make_optimizer
-from rlhf_jax.rollout import Role, make_publish
+from rlhf_jax.rollout import make_publish
 from rlhf_jax.sampling import SampleConfig
 from rlhf_jax.stages.ppo import PPOConfig, actor_loss, advantages, critic_loss
 from rlhf_jax.train_step import TrainState, state_shardings
@@ -85,7 +85,10 @@ def rows(layout, shape, dtype):
 
 
 def params_of(config, lora, layout, dtype):
-    return {path: shaped(x.shape, dtype, layout.sharding(x.axes)) for path, x in abstract_params(config, lora).items()}
+    return {
+        path: shaped(x.shape, dtype, layout.sharding(x.axes))
+        for path, x in abstract_params(tiny.with_lora(config, lora)).items()
+    }
 
 
 def state_of(config, lora, layout, tx):
@@ -93,7 +96,7 @@ def state_of(config, lora, layout, tx):
     trainable, frozen = partition(params, lambda path: is_trainable(path, lora))
     frozen = {path: shaped(x.shape, BFLOAT16, x.sharding) for path, x in frozen.items()}
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, frozen, jax.eval_shape(tx.init, trainable))
-    return with_shardings(state, state_shardings(state, abstract_params(config, lora), layout))
+    return with_shardings(state, state_shardings(state, abstract_params(tiny.with_lora(config, lora)), layout))
 
 
 @contextlib.contextmanager
@@ -136,8 +139,8 @@ def parts(case, zero=3, offload=False):
     settings, tx = PPOConfig(), make_optimizer(OptimConfig(1e-5), 10)
     train = train_layout(mesh(), zero, offload_moments=offload)
     engine = make_engine(
-        actor=Role(config, lora),
-        critic=Role(critic),
+        actor=tiny.with_lora(config, lora),
+        critic=critic,
         reward=critic,
         estimate=lambda experience: advantages(experience, settings),
         actor_loss=lambda logprobs, entropy, experience: actor_loss(logprobs, entropy, experience, settings),
@@ -213,7 +216,11 @@ def both_steps(engine):
 
 def split_leaves(config, lora=NO_LORA):
     layout = Layout(mesh(), TRAIN)
-    return {path: leaf for path, leaf in abstract_params(config, lora).items() if any(layout.spec(leaf.axes))}
+    return {
+        path: leaf
+        for path, leaf in abstract_params(tiny.with_lora(config, lora)).items()
+        if any(layout.spec(leaf.axes))
+    }
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -233,7 +240,11 @@ def test_publish_is_one_bfloat16_all_gather_of_each_split_weight_and_nothing_els
 def test_publish_of_one_copy_gathers_adapters_alone(case):
     config, lora = ONE_COPY[case]
     text, layout = program(case, "publish").text, Layout(mesh(), TRAIN)
-    split = {path: leaf for path, leaf in abstract_params(config, lora).items() if any(layout.spec(leaf.axes))}
+    split = {
+        path: leaf
+        for path, leaf in abstract_params(tiny.with_lora(config, lora)).items()
+        if any(layout.spec(leaf.axes))
+    }
     wanted = [path for path in split if is_adapter(path) or not is_shareable(path)]
     assert kinds(text) == {"all-gather"}
     assert [dtype for dtype, _ in moved(text, "all-gather")] == ["bf16"] * len(wanted)
@@ -458,7 +469,7 @@ def test_the_decode_loop_needs_little_beside_its_cache(family):
     config = dataclasses.replace(family, num_layers=16)  # what is needed beside it is that of one layer
     params, publish = (
         params_of(config, NO_LORA, Layout(mesh(), TRAIN), BFLOAT16),
-        make_publish(Role(config), mesh(), BFLOAT16),
+        make_publish(config, mesh(), BFLOAT16),
     )
     shardings = publish.lower(params).compile(COMPILE_OPTIONS).output_shardings
     weights = with_shardings(jax.eval_shape(publish, params), shardings)

@@ -9,14 +9,16 @@ import tiny
 from scipy.special import erf
 
 from rlhf_jax.mesh import TRAIN, Layout, MeshConfig, make_mesh, single_device_mesh
-from rlhf_jax.models.decoder import NO_LORA, abstract_params, bind, head_kernel, init_params
+from rlhf_jax.models.architecture import Compute
+from rlhf_jax.models.decoder import abstract_params, bind, head_kernel, init_params
+from rlhf_jax.models.lora import NO_LORA
 
 EIGHT = [name for name in tiny.MESHES if name != "one"]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layout", "lora", "remat"))
 def hidden_of(config, params, tokens, mask, layout=None, lora=NO_LORA, remat="none"):
-    return bind(config, params, lora)(tokens, mask, dtype=jnp.float32, layout=layout, remat=remat)
+    return bind(tiny.with_lora(config, lora), params)(tokens, mask, Compute(jnp.float32, remat), layout)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layout"))
@@ -178,7 +180,7 @@ def born():
     params, text = {}, {}
     for name in tiny.MESHES:
         layout = Layout(tiny.mesh_of(name), TRAIN)
-        program = jax.jit(lambda key, layout=layout: init_params(tiny.LLAMA, key, layout, tiny.LORA))
+        program = jax.jit(lambda key, layout=layout: init_params(tiny.with_lora(tiny.LLAMA, tiny.LORA), key, layout))
         compiled = program.lower(jax.random.key(5)).compile()
         params[name], text[name] = compiled(jax.random.key(5)), compiled.as_text()
     return params, text
@@ -187,7 +189,7 @@ def born():
 @pytest.mark.parametrize("name", EIGHT)
 def test_parameters_and_adapters_are_born_in_their_shards(born, name):
     params = born[0][name]
-    assert params.keys() == abstract_params(tiny.LLAMA, tiny.LORA).keys()
+    assert params.keys() == abstract_params(tiny.with_lora(tiny.LLAMA, tiny.LORA)).keys()
     for path, leaf in params.items():
         parts = 1 if WHOLE.search(path) else Layout(tiny.mesh_of(name), TRAIN).shards("mlp")
         assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // parts}, path
@@ -198,13 +200,13 @@ def test_parameters_and_adapters_are_born_in_their_shards(born, name):
 def test_only_vectors_and_thin_sides_of_adapters_are_whole_on_every_device(family, scalar_head):
     config = tiny.scalar(tiny.FAMILIES[family]) if scalar_head else tiny.FAMILIES[family]
     layout = Layout(tiny.mesh_of("fsdp4-tensor2"), TRAIN)
-    leaves = abstract_params(config, tiny.LORA)
+    leaves = abstract_params(tiny.with_lora(config, tiny.LORA))
     whole = {path for path, leaf in leaves.items() if not any(layout.spec(leaf.axes))}
     assert whole == {path for path in leaves if WHOLE.search(path)}
 
 
 def test_the_program_that_initialises_never_holds_a_whole_weight(born):
-    leaves = abstract_params(tiny.LLAMA, tiny.LORA)
+    leaves = abstract_params(tiny.with_lora(tiny.LLAMA, tiny.LORA))
     split = {leaf.shape for path, leaf in leaves.items() if not WHOLE.search(path)}
     split -= {leaf.shape for path, leaf in leaves.items() if WHOLE.search(path)}
     found = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\b\w\d+\[([\d,]+)\]", born[1]["fsdp4-tensor2"])}

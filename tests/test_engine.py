@@ -17,15 +17,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax.average import start_average
 from rlhf_jax.collectives import collectives, kinds
-from rlhf_jax.engine import Compute, Models, make_engine
+from rlhf_jax.engine import Models, make_engine
 from rlhf_jax.host_memory import to_devices, to_host
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh, train_layout
-from rlhf_jax.models.decoder import NO_LORA, abstract_params, bind, head_kernel
-from rlhf_jax.models.lora import is_adapter, is_trainable, merge
+from rlhf_jax.models.architecture import Compute
+from rlhf_jax.models.decoder import abstract_params, bind, head_kernel
+from rlhf_jax.models.lora import NO_LORA, is_adapter, is_trainable, merge
 from rlhf_jax.models.quantised import Quantised, block_axis, is_quantisable, quantise, shardings
 from rlhf_jax.objectives import ppo
 from rlhf_jax.optim import OptimConfig, make_optimizer
-from rlhf_jax.rollout import Role, make_publish, publish_bytes
+from rlhf_jax.rollout import make_publish, publish_bytes
 from rlhf_jax.sampling import SampleConfig
 from rlhf_jax.stages.ppo import PPOConfig, actor_loss, advantages, critic_loss
 from rlhf_jax.train_step import init_state
@@ -50,9 +51,9 @@ def on_host(tree):
 
 
 def state_of(config, lora, layout, tx, seed):
-    params = tiny.random_params(config, layout.mesh, lora, seed)
+    params = tiny.random_params(tiny.with_lora(config, lora), layout.mesh, seed)
     trainable, frozen = partition(params, lambda path: is_trainable(path, lora))
-    return init_state(trainable, frozen, tx, abstract_params(config, lora), layout)
+    return init_state(trainable, frozen, tx, abstract_params(tiny.with_lora(config, lora)), layout)
 
 
 def engine_of(case, mesh, dtype=FLOAT32, num_score_micro=None, ema_decay=0.0):
@@ -68,8 +69,8 @@ def engine_of(case, mesh, dtype=FLOAT32, num_score_micro=None, ema_decay=0.0):
         return loss, {**stats, "ratio_off": off}
 
     engine = make_engine(
-        actor=Role(config, lora),
-        critic=Role(critic),
+        actor=tiny.with_lora(config, lora),
+        critic=critic,
         reward=critic,
         estimate=lambda experience: advantages(experience, settings),
         actor_loss=policy_objective,
@@ -146,7 +147,7 @@ def flattened(run):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def hidden_of(config, lora, params, tokens, mask):
-    return bind(config, params, lora)(tokens, mask, dtype=jnp.float32, remat="none")
+    return bind(tiny.with_lora(config, lora), params)(tokens, mask, Compute(jnp.float32, "none"))
 
 
 def logprobs_of(run, params, lora, temperature):
@@ -301,8 +302,8 @@ def test_published_weights_are_split_by_tensor_alone(case, name):
 @pytest.mark.parametrize("family", ["opt-350m", "llama"])
 def test_published_weights_are_the_trained_ones_laid_out_anew(family):
     config = tiny.FAMILIES[family]
-    params = tiny.random_arrays(config, tiny.LORA)
-    weights = make_publish(Role(config, tiny.LORA), single_device_mesh(), FLOAT32)(params)
+    params = tiny.random_arrays(tiny.with_lora(config, tiny.LORA))
+    weights = make_publish(tiny.with_lora(config, tiny.LORA), single_device_mesh(), FLOAT32)(params)
     merged = merge(params, tiny.LORA)
     heads = config.num_kv_heads
     for i in range(2):
@@ -328,8 +329,8 @@ def test_published_weights_are_the_trained_ones_laid_out_anew(family):
 )
 def test_publish_compiles_to_one_all_gather_for_each_split_weight_and_nothing_else(family, lora, name):
     config, layout = tiny.FAMILIES[family], Layout(tiny.mesh_of(name), TRAIN)
-    params = tiny.random_params(config, layout.mesh, lora)
-    text = make_publish(Role(config, lora), layout.mesh, FLOAT32).lower(params).compile().as_text()
+    params = tiny.random_params(tiny.with_lora(config, lora), layout.mesh)
+    text = make_publish(tiny.with_lora(config, lora), layout.mesh, FLOAT32).lower(params).compile().as_text()
     split = [path for path, leaf in abstract_params(config).items() if any(layout.spec(leaf.axes))]
     assert len(split) == {"opt-350m": 14, "llama": 9}[family]
     assert Counter(collective.kind for collective in collectives(text)) == {"all-gather": len(split)}
@@ -338,14 +339,15 @@ def test_publish_compiles_to_one_all_gather_for_each_split_weight_and_nothing_el
 @pytest.mark.parametrize("lora", [NO_LORA, tiny.LORA], ids=["whole", "lora"])
 @pytest.mark.parametrize("zero", [0, 1, 2])
 def test_publish_moves_nothing_where_parameters_are_not_split_over_fsdp(zero, lora):
-    layout, leaves = train_layout(tiny.mesh_of("fsdp4-tensor2"), zero), abstract_params(tiny.LLAMA, lora)
+    config, layout = tiny.with_lora(tiny.LLAMA, lora), train_layout(tiny.mesh_of("fsdp4-tensor2"), zero)
+    leaves = abstract_params(config)
     params = {
         path: jax.device_put(leaf, layout.sharding(leaves[path].axes))
-        for path, leaf in tiny.random_params(tiny.LLAMA, layout.mesh, lora).items()
+        for path, leaf in tiny.random_params(config, layout.mesh).items()
     }
-    publish = make_publish(Role(tiny.LLAMA, lora), layout.mesh, FLOAT32, layout.table)
+    publish = make_publish(config, layout.mesh, FLOAT32, layout.table)
     assert collectives(publish.lower(params).compile().as_text()) == []
-    by_train = make_publish(Role(tiny.LLAMA, lora), layout.mesh, FLOAT32)
+    by_train = make_publish(config, layout.mesh, FLOAT32)
     assert collectives(by_train.lower(params).compile().as_text()) != [], "as it would, pinned to where they are not"
 
 
@@ -358,8 +360,8 @@ def test_the_other_order_of_axes_would_need_more_than_all_gathers_and_is_seen_to
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_published_weights_have_the_dtype_asked_for_and_norms_keep_theirs(dtype):
-    weights = make_publish(Role(tiny.LLAMA, tiny.LORA), single_device_mesh(), jnp.dtype(dtype))(
-        tiny.random_params(tiny.LLAMA, single_device_mesh(), tiny.LORA)
+    weights = make_publish(tiny.with_lora(tiny.LLAMA, tiny.LORA), single_device_mesh(), jnp.dtype(dtype))(
+        tiny.random_params(tiny.with_lora(tiny.LLAMA, tiny.LORA), single_device_mesh())
     )
     assert {str(leaf.dtype) for path, leaf in weights.items() if "norm" not in path} == {dtype}
     assert {str(leaf.dtype) for path, leaf in weights.items() if "norm" in path} == {"float32"}
@@ -437,8 +439,8 @@ def test_a_reference_that_is_on_the_devices_is_not_copied_to_score_and_one_that_
 )
 def test_publish_moves_what_a_device_lacks_of_the_split_weights_and_not_a_byte_more(family, lora, name, dtype):
     config, mesh, dtype = tiny.FAMILIES[family], tiny.mesh_of(name), jnp.dtype(dtype)
-    params = tiny.random_params(config, mesh, lora)
-    publish = make_publish(Role(config, lora), mesh, dtype).compiled(params)
+    params = tiny.random_params(tiny.with_lora(config, lora), mesh)
+    publish = make_publish(tiny.with_lora(config, lora), mesh, dtype).compiled(params)
     told, layouts = publish_bytes(publish, params, dtype), [Layout(mesh, table) for table in (TRAIN, GENERATE)]
     by_hand = 0
     for leaf in abstract_params(config).values():
@@ -457,17 +459,19 @@ def test_publish_moves_what_a_device_lacks_of_the_split_weights_and_not_a_byte_m
     # What every device has whole is not moved: nothing of norms and of biases that are added to whole rows.
     assert len(split) < len(abstract_params(config))
     weights = publish(params)
-    jax.tree.map(np.testing.assert_array_equal, weights, make_publish(Role(config, lora), mesh, dtype)(params))
+    again = make_publish(tiny.with_lora(config, lora), mesh, dtype)(params)
+    jax.tree.map(np.testing.assert_array_equal, weights, again)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_publishing_quantised_kernels_moves_what_a_device_lacks_of_codes_and_scales(kind):
     config, mesh = dataclasses.replace(tiny.LLAMA_TIED, num_heads=4), tiny.mesh_of("fsdp4-tensor2")
-    params, leaves = tiny.random_params(config, mesh, tiny.LORA), abstract_params(config)
+    params, leaves = tiny.random_params(tiny.with_lora(config, tiny.LORA), mesh), abstract_params(config)
     for path in filter(is_quantisable, leaves):
         codes = quantise(params[path], kind, block_axis(leaves[path].axes))
         params[path] = jax.device_put(codes, shardings(leaves[path].axes, kind, Layout(mesh, TRAIN)))
-    told = publish_bytes(make_publish(Role(config, tiny.LORA), mesh, FLOAT32).compiled(params), params, FLOAT32)
+    publish = make_publish(tiny.with_lora(config, tiny.LORA), mesh, FLOAT32).compiled(params)
+    told = publish_bytes(publish, params, FLOAT32)
     assert told["publish_bytes"] == told["publish_bytes_least"]
     kernels = [each for each in params.values() if isinstance(each, Quantised)]
     assert told["publish_bytes"] > 3 / 8 * sum(each.codes.nbytes + each.scales.nbytes for each in kernels)
@@ -476,8 +480,8 @@ def test_publishing_quantised_kernels_moves_what_a_device_lacks_of_codes_and_sca
 def test_a_greedy_actor_is_refused_as_it_has_no_ratios():
     with pytest.raises(ValueError, match="temperature=0: a greedy policy has no probability ratios .* set it above 0"):
         make_engine(
-            actor=Role(tiny.LLAMA),
-            critic=Role(tiny.scalar(tiny.LLAMA)),
+            actor=tiny.LLAMA,
+            critic=tiny.scalar(tiny.LLAMA),
             reward=tiny.scalar(tiny.LLAMA),
             estimate=None,
             actor_loss=None,
@@ -505,7 +509,7 @@ COMPILED = """
 import glob, json, sys, tempfile
 import jax, jax.numpy as jnp, numpy as np
 import test_engine, tiny
-from rlhf_jax.rollout import Role, make_publish
+from rlhf_jax.rollout import make_publish
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout
 
 mesh, told = tiny.mesh_of("fsdp4-tensor2"), {}
@@ -520,10 +524,10 @@ x = Layout(mesh, TRAIN).put(np.zeros((64, 64), np.float32), "mlp", None)
 jax.jit(lambda x: Layout(mesh, GENERATE).constrain(x, None, "mlp")).lower(x).compile()
 
 say("publish")
-params = tiny.random_params(tiny.LLAMA, mesh, tiny.LORA)
+params = tiny.random_params(tiny.with_lora(tiny.LLAMA, tiny.LORA), mesh)
 with tempfile.TemporaryDirectory() as folder:
     options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
-    make_publish(Role(tiny.LLAMA, tiny.LORA), mesh, jnp.dtype("bfloat16")).lower(params).compile(options)
+    make_publish(tiny.with_lora(tiny.LLAMA, tiny.LORA), mesh, jnp.dtype("bfloat16")).lower(params).compile(options)
     told["partitioned"] = open(glob.glob(f"{folder}/*after_spmd-partitioning*")[0]).read()
 
 for case, dtype in (("llama", "bfloat16"), ("opt-lora", "float32")):

@@ -11,9 +11,10 @@ from scipy.stats import chi2
 import rlhf_jax
 from rlhf_jax.generate import bucket
 from rlhf_jax.mesh import TRAIN, Layout, single_device_mesh
+from rlhf_jax.models.architecture import Compute
 from rlhf_jax.models.decoder import bind, head_kernel
 from rlhf_jax.models.pretrained import Pretrained
-from rlhf_jax.rollout import Role, check_positions, make_generate, make_publish
+from rlhf_jax.rollout import check_positions, make_generate, make_publish
 from rlhf_jax.sampling import SampleConfig, check_sample, draw, truncated_logits
 
 EIGHT = [name for name in tiny.MESHES if name != "one"]
@@ -31,7 +32,7 @@ def params_of(family, name):
 
 @functools.lru_cache
 def weights_of(family, name):
-    return make_publish(Role(tiny.FAMILIES[family]), tiny.mesh_of(name), FLOAT32)(params_of(family, name))
+    return make_publish(tiny.FAMILIES[family], tiny.mesh_of(name), FLOAT32)(params_of(family, name))
 
 
 def answers(family, sample, *, name="one", eos=NO_EOS, lengths=tuple(LENGTHS), width=8, key=KEY):
@@ -45,7 +46,7 @@ def answers(family, sample, *, name="one", eos=NO_EOS, lengths=tuple(LENGTHS), w
 def last_logits(config, params, tokens, sizes):
     """[B, V] by the training decoder, at the last of the first `sizes` tokens of each right-padded row."""
     mask = jnp.arange(tokens.shape[1]) < sizes[:, None]
-    hidden = bind(config, params)(tokens, mask, dtype=jnp.float32, remat="none")
+    hidden = bind(config, params)(tokens, mask, Compute(jnp.float32, "none"))
     at_last = jnp.take_along_axis(hidden, sizes[:, None, None] - 1, axis=1)[:, 0]
     return at_last @ head_kernel(config, params)[:, : config.vocab_size]
 

@@ -7,8 +7,9 @@ import pytest
 import tiny
 
 from rlhf_jax.mesh import TRAIN, Layout, single_device_mesh
-from rlhf_jax.models.decoder import NO_LORA, abstract_params, bind, init_params
-from rlhf_jax.models.lora import LoraConfig, is_adapter, is_trainable, merge
+from rlhf_jax.models.architecture import Compute
+from rlhf_jax.models.decoder import abstract_params, bind, init_params
+from rlhf_jax.models.lora import NO_LORA, LoraConfig, is_adapter, is_trainable, merge
 from rlhf_jax.trees import partition
 
 LINEARS = {
@@ -20,7 +21,8 @@ LINEARS = {
 
 def hidden(config, params, lora=NO_LORA):
     tokens, mask = tiny.prompts(config, [9, 4, 7], 9, side="right")
-    states = jax.jit(lambda p: bind(config, p, lora)(tokens, mask, dtype=jnp.float32, remat="none"))(params)
+    config, compute = tiny.with_lora(config, lora), Compute(jnp.float32, "none")
+    states = jax.jit(lambda p: bind(config, p)(tokens, mask, compute))(params)
     return np.asarray(states)[mask]
 
 
@@ -35,7 +37,7 @@ def test_merge_by_hand_adds_twice_the_product_when_alpha_is_twice_the_rank():
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_merged_adapters_equal_adapters_beside_the_base(family):
     config = tiny.FAMILIES[family]
-    params = tiny.random_params(config, single_device_mesh(), tiny.LORA)
+    params = tiny.random_params(tiny.with_lora(config, tiny.LORA), single_device_mesh())
     beside, merged = hidden(config, params, tiny.LORA), hidden(config, merge(params, tiny.LORA))
     base = hidden(config, {path: leaf for path, leaf in params.items() if not is_adapter(path)})
     assert np.abs(beside - base).max() > 0.1, "adapters that do nothing show nothing"
@@ -46,7 +48,7 @@ def test_merged_adapters_equal_adapters_beside_the_base(family):
 def test_fresh_adapters_are_the_identity_and_merged_change_not_one_bit(family):
     config, layout = tiny.FAMILIES[family], Layout(single_device_mesh(), TRAIN)
     base = tiny.random_params(config, layout.mesh)
-    adapters = init_params(config, jax.random.key(3), layout, tiny.LORA, only=is_adapter)
+    adapters = init_params(tiny.with_lora(config, tiny.LORA), jax.random.key(3), layout, only=is_adapter)
     assert {path.split("/")[-1] for path in adapters} == {"lora_a", "lora_b"}
     np.testing.assert_allclose(hidden(config, base | adapters, tiny.LORA), hidden(config, base), atol=1e-5)
     merged = merge(base | adapters, tiny.LORA)
@@ -60,7 +62,9 @@ def test_fresh_a_is_uniform_within_one_over_the_root_of_its_inputs_and_differs_b
         Layout(single_device_mesh(), TRAIN),
     )
     a = np.asarray(
-        init_params(config, jax.random.key(0), layout, LoraConfig(rank=8), only=is_adapter)["layers/mlp/up/lora_a"]
+        init_params(tiny.with_lora(config, LoraConfig(rank=8)), jax.random.key(0), layout, only=is_adapter)[
+            "layers/mlp/up/lora_a"
+        ]
     )
     assert a.shape == (2, 256, 8) and np.abs(a).max() <= 1 / 16
     np.testing.assert_allclose(a.std(), 1 / 16 / 3**0.5, rtol=0.03)
@@ -70,15 +74,17 @@ def test_fresh_a_is_uniform_within_one_over_the_root_of_its_inputs_and_differs_b
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_linear_of_the_layers_is_adapted_and_nothing_else(family):
     config = tiny.FAMILIES[family]
-    adapted = {p.removeprefix("layers/").removesuffix("/lora_a") for p in abstract_params(config, tiny.LORA)}
+    adapted = {
+        p.removeprefix("layers/").removesuffix("/lora_a") for p in abstract_params(tiny.with_lora(config, tiny.LORA))
+    }
     assert adapted & LINEARS["llama"] == LINEARS[config.family]
-    paths = abstract_params(config, tiny.LORA).keys() - abstract_params(config).keys()
+    paths = abstract_params(tiny.with_lora(config, tiny.LORA)).keys() - abstract_params(config).keys()
     assert {path.rpartition("/")[0].removeprefix("layers/") for path in paths} == LINEARS[config.family]
 
 
 def test_two_targets_give_adapters_to_those_two_and_merge_leaves_the_others_alone():
     lora = LoraConfig(rank=2, alpha=2.0, targets=("q", "v"))
-    params = tiny.random_params(tiny.LLAMA, single_device_mesh(), lora)
+    params = tiny.random_params(tiny.with_lora(tiny.LLAMA, lora), single_device_mesh())
     assert {p for p in params if is_adapter(p)} == {
         f"layers/attention/{name}/lora_{side}" for name in "qv" for side in "ab"
     }
@@ -89,7 +95,7 @@ def test_two_targets_give_adapters_to_those_two_and_merge_leaves_the_others_alon
 
 def test_a_bfloat16_base_stays_bfloat16_and_is_rounded_once():
     lora = LoraConfig(rank=4, alpha=8.0)
-    arrays = tiny.random_arrays(tiny.LLAMA, lora)
+    arrays = tiny.random_arrays(tiny.with_lora(tiny.LLAMA, lora))
     kernel = arrays["layers/mlp/up/kernel"].astype(jnp.bfloat16)
     params = {path: jnp.asarray(array) for path, array in arrays.items()} | {"layers/mlp/up/kernel": kernel}
     merged = merge(params, lora)["layers/mlp/up/kernel"]
@@ -101,7 +107,7 @@ def test_a_bfloat16_base_stays_bfloat16_and_is_rounded_once():
 
 def test_with_adapters_only_they_and_the_scalar_head_train_and_without_everything_does():
     config = tiny.scalar(tiny.LLAMA)
-    leaves = abstract_params(config, tiny.LORA)
+    leaves = abstract_params(tiny.with_lora(config, tiny.LORA))
     trainable, frozen = partition(leaves, lambda path: is_trainable(path, tiny.LORA))
     assert {path for path in trainable if not is_adapter(path)} == {"score/kernel"}
     assert len(trainable) == 2 * 7 + 1 and "embed/tokens" in frozen

@@ -18,16 +18,16 @@ import optax
 import pytest
 import tiny
 
-from rlhf_jax.engine import Compute, Models, make_engine
+from rlhf_jax.engine import Models, make_engine
 from rlhf_jax.mesh import TRAIN, Layout, single_device_mesh, train_layout
 from rlhf_jax.models import cached, decoder
-from rlhf_jax.models.architecture import Rope
+from rlhf_jax.models.architecture import Compute, Rope
 from rlhf_jax.models.attention import Kernel
-from rlhf_jax.models.decoder import NO_LORA, abstract_params, bind, init_params, logits
+from rlhf_jax.models.decoder import abstract_params, bind, init_params, logits
 from rlhf_jax.models.layers import attend_fused
-from rlhf_jax.models.lora import LoraConfig, is_trainable
+from rlhf_jax.models.lora import NO_LORA, LoraConfig, is_trainable
 from rlhf_jax.models.quantised import block_axis, dequantise, is_quantisable, quantise
-from rlhf_jax.rollout import Role, make_generate, make_publish
+from rlhf_jax.rollout import make_generate, make_publish
 from rlhf_jax.sampling import SampleConfig
 from rlhf_jax.stages.ppo import PPOConfig, advantages, critic_loss
 from rlhf_jax.train_step import init_state
@@ -69,7 +69,8 @@ def kernel(request, monkeypatch):
 def params_of(config, lora=NO_LORA, seed=0, kind="float32"):
     """Random parameters with every bias, scale and adapter away from its start; kernels of the layers in `kind`."""
     key, layout = jax.random.key(seed), Layout(single_device_mesh(), TRAIN)
-    leaves, params = abstract_params(config, lora), init_params(config, key, layout, lora)
+    config = tiny.with_lora(config, lora)
+    leaves, params = abstract_params(config), init_params(config, key, layout)
     for n, path in enumerate(leaves):
         noise = 0.02 * jax.random.normal(jax.random.fold_in(key, n), params[path].shape)
         params[path] = params[path] + noise
@@ -83,7 +84,7 @@ def params_of(config, lora=NO_LORA, seed=0, kind="float32"):
 def state_of(config, lora, tx, **options):
     trainable, frozen = partition(params_of(config, lora, **options), lambda path: is_trainable(path, lora))
     layout = Layout(single_device_mesh(), TRAIN)
-    return init_state(trainable, frozen, tx, abstract_params(config, lora), layout)
+    return init_state(trainable, frozen, tx, abstract_params(tiny.with_lora(config, lora)), layout)
 
 
 def rms(x, mask=None):
@@ -107,8 +108,8 @@ def answer_logits(config, lora, params, rollout, dtype, attention):
 
     @jax.jit
     def run(params):
-        options = dict(dtype=dtype, layout=Layout(single_device_mesh(), TRAIN), remat="none", attention=attention)
-        return logits(config, params, bind(config, params, lora)(tokens, mask, **options))
+        compute, layout = Compute(dtype, "none", attention=attention), Layout(single_device_mesh(), TRAIN)
+        return logits(config, params, bind(tiny.with_lora(config, lora), params)(tokens, mask, compute, layout))
 
     with jax.default_matmul_precision("highest" if dtype == FLOAT32 else "default"):
         every = np.asarray(run(params), np.float32)
@@ -130,7 +131,7 @@ def logprobs_of(scores, tokens):
 
 def answers_of(config, params, lora=NO_LORA, *, temperature, rows=0):
     mesh = single_device_mesh()
-    weights = make_publish(Role(config, lora), mesh, BFLOAT16)(params)
+    weights = make_publish(tiny.with_lora(config, lora), mesh, BFLOAT16)(params)
     run = make_generate(config, SampleConfig(NEW, temperature), EOS, mesh, BFLOAT16, rows, "cudnn")
     return jax.tree.map(np.asarray, run(weights, *tiny.prompts(config, LENGTHS, WIDTH), jax.random.key(7)))
 
@@ -165,8 +166,8 @@ class Scored:
             return -jnp.where(mask, ratio * gains, 0).sum() / count, stats
 
         self.engine = make_engine(
-            actor=Role(self.config, self.lora),
-            critic=Role(critic),
+            actor=tiny.with_lora(self.config, self.lora),
+            critic=critic,
             reward=critic,
             estimate=lambda experience: advantages(experience, settings),
             actor_loss=actor_objective,
@@ -244,8 +245,8 @@ def test_states_and_gradients_with_fused_attention_are_as_near_to_float32_as_wit
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def run(params, dtype, attention):
         def loss(params):
-            options = dict(dtype=dtype, layout=layout, remat="layers", attention=attention)
-            states = bind(config, params)(tokens, mask, **options).astype(jnp.float32)
+            compute = Compute(dtype, "layers", attention=attention)
+            states = bind(config, params)(tokens, mask, compute, layout).astype(jnp.float32)
             return (jnp.square(states) * jnp.cos(jnp.arange(states.size).reshape(states.shape)))[mask].sum(), states
 
         (_, states), grads = jax.value_and_grad(loss, has_aux=True)(params)

@@ -15,11 +15,10 @@ import tiny
 
 from rlhf_jax.data.batches import Batch
 from rlhf_jax.data.packing import pack, segments_of
-from rlhf_jax.engine import Compute
 from rlhf_jax.gpus import COMPILE_OPTIONS, devices_of
 from rlhf_jax.mesh import TRAIN, Layout, MeshConfig, make_mesh, single_device_mesh
 from rlhf_jax.models import decoder
-from rlhf_jax.models.architecture import Alibi, Rope
+from rlhf_jax.models.architecture import Alibi, Compute, Rope
 from rlhf_jax.models.attention import Kernel
 from rlhf_jax.models.decoder import abstract_params, bind, logits
 from rlhf_jax.models.layers import positions_of
@@ -27,7 +26,6 @@ from rlhf_jax.models.lora import is_trainable
 from rlhf_jax.models.new_tokenizer import train_tokenizer
 from rlhf_jax.models.sight import visible_of
 from rlhf_jax.objectives.sft import next_token_loss
-from rlhf_jax.rollout import Role
 from rlhf_jax.stages.models import ModelConfig, say_attention
 from rlhf_jax.stages.sft import sft_programs
 from rlhf_jax.train_step import init_state
@@ -81,8 +79,8 @@ def documents_of(config, lengths=LENGTHS, seed=1) -> list[np.ndarray]:
 
 @functools.partial(jax.jit, static_argnames=("config", "layout", "attention", "remat"))
 def logits_of(config, params, tokens, mask, segments=None, layout=None, attention="xla", remat="none"):
-    options = dict(dtype=jnp.float32, layout=layout, remat=remat, attention=attention, segments=segments)
-    return logits(config, params, bind(config, params)(tokens, mask, **options))
+    compute = Compute(jnp.float32, remat, attention=attention)
+    return logits(config, params, bind(config, params)(tokens, mask, compute, layout, segments))
 
 
 def test_positions_start_anew_in_every_document_and_padding_has_one_that_tables_have():
@@ -176,14 +174,14 @@ class Program:
         self.config, self.layout = FAMILIES[family], Layout(tiny.mesh_of(mesh), TRAIN)
         self.leaves, self.tx = abstract_params(self.config), optax.sgd(0.1)
         compute = Compute(jnp.dtype("float32"), "layers", 16)
-        self.update, self.measure = sft_programs(Role(self.config), compute, self.layout, self.tx, num_micro)
+        self.update, self.measure = sft_programs(self.config, compute, self.layout, self.tx, num_micro)
 
     def run(self, batch: Batch):
         """(parameters after the update, its loss, the measured loss, the learned tokens)."""
         params = tiny.random_params(self.config, self.layout.mesh)
         there = self.layout.put_batch(batch)
         measured, _, count = jax.device_get(self.measure(params, there))
-        trainable, frozen = partition(params, lambda path: is_trainable(path, Role(self.config).lora))
+        trainable, frozen = partition(params, lambda path: is_trainable(path, self.config.lora))
         state, stats = self.update(init_state(trainable, frozen, self.tx, self.leaves, self.layout), there)
         return jax.device_get((state.params, stats["loss"])) + (measured, count)
 
@@ -282,7 +280,7 @@ def test_fused_attention_that_is_asked_for_with_packed_rows_is_refused_with_the_
 def test_for_an_a100_rows_of_one_document_are_fused_and_packed_ones_are_not():
     layout = Layout(make_mesh(MeshConfig(1, 1, 1), devices_of("1xA100-80GB")), TRAIN)
     config = dataclasses.replace(tiny.LLAMA, head_dim=64, max_positions=256)
-    _, measure = sft_programs(Role(config), Compute(jnp.dtype("bfloat16"), "layers", 64), layout, optax.sgd(0.1), 1)
+    _, measure = sft_programs(config, Compute(jnp.dtype("bfloat16"), "layers", 64), layout, optax.sgd(0.1), 1)
     params = {
         path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=layout.sharding(leaf.axes))
         for path, leaf in abstract_params(config).items()

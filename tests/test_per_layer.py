@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from tiny_recipe import run, tensors, timeless, write_recipe
 
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout
+from rlhf_jax.models.architecture import Compute
 from rlhf_jax.models.cached import shared
 from rlhf_jax.models.decoder import abstract_params, bind, head_kernel
 from rlhf_jax.models.families import decoder_config
@@ -20,7 +21,7 @@ from rlhf_jax.models.per_layer import PerLayer, is_shareable, scan_layers
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained, save_pretrained
 from rlhf_jax.models.quantised import is_quantisable
 from rlhf_jax.optim import OptimConfig, make_optimizer
-from rlhf_jax.rollout import Role, make_generate, make_publish
+from rlhf_jax.rollout import make_generate, make_publish
 from rlhf_jax.sampling import SampleConfig
 from rlhf_jax.stages.models import ModelConfig
 from rlhf_jax.train_step import init_state, make_update
@@ -71,9 +72,10 @@ def folders(tmp_path_factory):
 def loaded(folder, mesh_name: str, *, one_copy: bool, dtype: str = "float32") -> Pretrained:
     """The folder's model with random adapters."""
     model = from_pretrained(folder, mesh=tiny.mesh_of(mesh_name), dtype=dtype, one_copy=one_copy)
-    leaves, arrays = abstract_params(model.config, tiny.LORA), tiny.random_arrays(model.config, tiny.LORA)
+    config = tiny.with_lora(model.config, tiny.LORA)
+    leaves, arrays = abstract_params(config), tiny.random_arrays(config)
     adapters = {path: model.layout.put(arrays[path], *leaves[path].axes) for path in leaves if is_adapter(path)}
-    return dataclasses.replace(model, params={**model.params, **adapters}, lora=tiny.LORA)
+    return dataclasses.replace(model, config=config, params={**model.params, **adapters})
 
 
 def stack(leaf) -> np.ndarray:
@@ -94,7 +96,7 @@ def test_it_is_read_as_the_stacked_base_is_and_lies_as_generation_wants_it(folde
 
 
 def loss(config, params, tokens, mask, remat, layout):
-    hidden = bind(config, params, tiny.LORA)(tokens, mask, dtype=FLOAT32, remat=remat, layout=layout)
+    hidden = bind(tiny.with_lora(config, tiny.LORA), params)(tokens, mask, Compute(FLOAT32, remat), layout)
     return jnp.square(hidden @ head_kernel(config, params)).mean()
 
 
@@ -133,7 +135,7 @@ def test_answers_are_those_of_the_merged_copy(folders, name, mesh_name):
     def answers(one_copy):
         model = loaded(folders[name], mesh_name, one_copy=one_copy)
         mesh = model.layout.mesh
-        weights = make_publish(Role(model.config, tiny.LORA), mesh, FLOAT32)(model.params)
+        weights = make_publish(model.config, mesh, FLOAT32)(model.params)
         prompts = tiny.prompts(model.config, [8, 1, 5, 3, 8, 2, 7, 4], 8)
         generate = make_generate(model.config, SampleConfig(max_new_tokens=5), (-1,), mesh, FLOAT32)
         return jax.tree.map(np.asarray, generate(weights, *prompts, jax.random.key(1)))
@@ -147,7 +149,7 @@ def test_answers_are_those_of_the_merged_copy(folders, name, mesh_name):
 @pytest.mark.parametrize("mesh_name", ["one", "data2-fsdp2-tensor2"])
 def test_generation_reads_the_very_arrays_of_training_on_any_mesh(folders, mesh_name, dtype):
     model = loaded(folders["llama"], mesh_name, one_copy=True, dtype=dtype)
-    weights = make_publish(Role(model.config, tiny.LORA), model.layout.mesh, FLOAT32)(model.params)
+    weights = make_publish(model.config, model.layout.mesh, FLOAT32)(model.params)
 
     def places(tree) -> set[int]:
         shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
@@ -166,7 +168,8 @@ def test_an_export_is_that_of_the_stacked_base(folders, tmp_path, name, mesh_nam
         model = loaded(folders[name], mesh_name, one_copy=one_copy)
         save_pretrained(model, tmp_path / f"merged-{one_copy}")
         base = {path: leaf for path, leaf in model.params.items() if not is_adapter(path)}
-        save_pretrained(dataclasses.replace(model, params=base, lora=type(tiny.LORA)()), tmp_path / f"base-{one_copy}")
+        base = dataclasses.replace(model, config=model.config.without_lora(), params=base)
+        save_pretrained(base, tmp_path / f"base-{one_copy}")
     got, want = (load_file(tmp_path / f"base-{one_copy}" / "model.safetensors") for one_copy in (True, False))
     assert got.keys() == want.keys() and all(np.array_equal(got[name], want[name]) for name in want)
     got, want = (load_file(tmp_path / f"merged-{one_copy}" / "model.safetensors") for one_copy in (True, False))
@@ -179,7 +182,7 @@ def test_a_step_moves_the_adapters_alone(folders):
     model = loaded(folders["llama"], "fsdp4-tensor2", one_copy=True)
     tx, layout = make_optimizer(OptimConfig(1e-2), 10), model.layout
     trainable, frozen = partition(model.params, lambda path: is_trainable(path, tiny.LORA))
-    leaves = abstract_params(model.config, tiny.LORA)
+    leaves = abstract_params(model.config)
     state = init_state(trainable, frozen, tx, leaves, layout)
     before = {path: stack(leaf) for path, leaf in state.params.items()}
     batch = layout.put_batch(tiny.prompts(model.config, [8, 5, 7, 1, 2, 8, 8, 3], 8))

@@ -16,7 +16,7 @@ from tiny_recipe import run, tensors, timeless, write_recipe
 
 from rlhf_jax.generate import SampleConfig, generate
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
-from rlhf_jax.models.architecture import Rope
+from rlhf_jax.models.architecture import Compute, Rope
 from rlhf_jax.models.decoder import abstract_params, bind, head_kernel
 from rlhf_jax.models.families import decoder_config
 from rlhf_jax.models.lora import is_adapter, is_trainable
@@ -33,7 +33,7 @@ from rlhf_jax.models.quantised import (
     quantise,
     stacked,
 )
-from rlhf_jax.rollout import Role, make_generate, make_publish
+from rlhf_jax.rollout import make_generate, make_publish
 from rlhf_jax.stages.models import ModelConfig, frozen_copy
 from rlhf_jax.train_step import init_state, make_update
 from rlhf_jax.trees import partition
@@ -159,7 +159,7 @@ def quantised(config, params, mesh, kind):
 def models(family, kind, name="one"):
     """(config, quantised parameters with adapters, the same with dense kernels)."""
     config, mesh = tiny.FAMILIES[family], tiny.mesh_of(name)
-    params = quantised(config, tiny.random_params(config, mesh, tiny.LORA), mesh, kind)
+    params = quantised(config, tiny.random_params(tiny.with_lora(config, tiny.LORA), mesh), mesh, kind)
     dense = {path: dequantise(leaf, FLOAT32) for path, leaf in params.items()}
     return config, params, dense
 
@@ -183,7 +183,7 @@ def test_eight_devices_hold_the_bits_of_one_in_shards_that_the_abstract_tree_tel
 
 
 def loss(config, params, tokens, mask, remat="layers", layout=None):
-    hidden = bind(config, params, tiny.LORA)(tokens, mask, dtype=FLOAT32, remat=remat, layout=layout)
+    hidden = bind(tiny.with_lora(config, tiny.LORA), params)(tokens, mask, Compute(FLOAT32, remat), layout)
     return jnp.square(hidden @ head_kernel(config, params)).mean()
 
 
@@ -209,12 +209,11 @@ def test_a_step_moves_adapters_alone_and_never_holds_a_stack_of_dense_kernels(fa
     config, params, _ = models(family, "nf4")
     layout, tx = Layout(single_device_mesh(), TRAIN), optax.adam(1e-2)
     before = jax.tree.map(np.asarray, params)
-    state = init_state(
-        *partition(jax.tree.map(jnp.copy, params), is_adapter), tx, abstract_params(config, tiny.LORA), layout
-    )
+    leaves = abstract_params(tiny.with_lora(config, tiny.LORA))
+    state = init_state(*partition(jax.tree.map(jnp.copy, params), is_adapter), tx, leaves, layout)
     update = make_update(
         lambda params, batch: (loss(config, params, *batch, remat, layout), (1.0, {})),
-        *(tx, abstract_params(config, tiny.LORA), layout, 1),
+        *(tx, leaves, layout, 1),
     )
     batch = layout.put_batch(tiny.prompts(config, [8], 8))
     text = update.lower(state, batch).compile().as_text()
@@ -230,7 +229,7 @@ def test_a_step_moves_adapters_alone_and_never_holds_a_stack_of_dense_kernels(fa
 
 def answers(config, params, name, lora=tiny.LORA):
     mesh = tiny.mesh_of(name)
-    weights = make_publish(Role(config, lora), mesh, FLOAT32)(params)
+    weights = make_publish(tiny.with_lora(config, lora), mesh, FLOAT32)(params)
     sample = SampleConfig(max_new_tokens=5)
     prompts = tiny.prompts(config, [8, 1, 5, 3, 8, 2, 7, 4], 8)
     rollout = make_generate(config, sample, (-1,), mesh, FLOAT32)(weights, *prompts, jax.random.key(1))
@@ -271,7 +270,7 @@ def test_the_answering_program_never_holds_the_dense_kernels_of_all_layers():
         if is_quantisable(path):
             params[path] = abstract(leaf.shape, leaf.axes, "nf4", train)
             dense += params[path].size * 4
-    weights = jax.eval_shape(make_publish(Role(config), mesh, FLOAT32), params)
+    weights = jax.eval_shape(make_publish(config, mesh, FLOAT32), params)
 
     def program(weights, prompts, mask, key):
         options = SampleConfig(max_new_tokens=8), (-1,), Layout(mesh, GENERATE), FLOAT32
@@ -305,7 +304,7 @@ def test_a_folder_is_read_into_the_same_bits_again_and_on_eight_devices(folder, 
     tokens, mask = tiny.prompts(one.config, [8, 5, 8, 7, 3, 2, 1, 8], 8)
 
     def logits(model):
-        hidden = bind(model.config, model.params)(tokens, mask, dtype=FLOAT32, remat="none")
+        hidden = bind(model.config, model.params)(tokens, mask, Compute(FLOAT32, "none"))
         return (hidden @ head_kernel(model.config, model.params))[mask]
 
     dense = {name: dequantise(leaf, FLOAT32) for name, leaf in one.params.items()}
@@ -322,10 +321,10 @@ def test_a_folder_is_read_into_the_same_bits_again_and_on_eight_devices(folder, 
 @pytest.mark.parametrize(("kind", "dtype"), [("int8", "bfloat16"), ("nf4", "float32")])
 def test_an_export_is_what_the_codes_stand_for_and_the_adapters_rounded_once(folder, tmp_path, kind, dtype, name):
     model = from_pretrained(folder, dtype=kind, mesh=tiny.mesh_of(name))
-    arrays = tiny.random_arrays(model.config, tiny.LORA)
-    leaves = abstract_params(model.config, tiny.LORA)
+    config = tiny.with_lora(model.config, tiny.LORA)
+    arrays, leaves = tiny.random_arrays(config), abstract_params(config)
     adapters = {path: model.layout.put(arrays[path], *leaves[path].axes) for path in arrays if is_adapter(path)}
-    trained = dataclasses.replace(model, params={**model.params, **adapters}, lora=tiny.LORA)
+    trained = dataclasses.replace(model, config=config, params={**model.params, **adapters})
     save_pretrained(trained, tmp_path / "out", dtype=dtype)
     for prefix, theirs in (("attention/o", "self_attn.o_proj"), ("mlp/up", "mlp.up_proj")):
         base = np.asarray(dequantise(model.params[f"layers/{prefix}/kernel"], FLOAT32))

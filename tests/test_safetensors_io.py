@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, MeshConfig, make_mesh
-from rlhf_jax.models.decoder import NO_LORA, Leaf
+from rlhf_jax.models.decoder import Leaf
+from rlhf_jax.models.lora import NO_LORA
 from rlhf_jax.models.safetensors_io import pickle_refusal, read_params, reading, write_params, writing
 from rlhf_jax.models.tensors import HfTensor, Strip
 

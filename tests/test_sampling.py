@@ -11,8 +11,9 @@ import tiny
 from scipy.stats import chi2
 
 from rlhf_jax.mesh import single_device_mesh
+from rlhf_jax.models.architecture import Compute
 from rlhf_jax.models.decoder import bind, head_kernel
-from rlhf_jax.rollout import Role, make_generate, make_publish
+from rlhf_jax.rollout import make_generate, make_publish
 from rlhf_jax.sampling import (
     SampleConfig,
     check_learnable,
@@ -159,7 +160,7 @@ def test_the_distribution_is_that_of_the_logits_processors_of_transformers(sampl
 
 @functools.partial(jax.jit, static_argnums=0)
 def whole_logits(config, params, tokens, mask):
-    hidden = bind(config, params)(tokens, mask, dtype=jnp.float32, remat="none")
+    hidden = bind(config, params)(tokens, mask, Compute(jnp.float32, "none"))
     return hidden @ head_kernel(config, params)[:, : config.vocab_size]
 
 
@@ -169,7 +170,7 @@ def test_a_rollout_tells_what_was_sampled_from_and_what_the_model_itself_says(sa
     sample = dataclasses.replace(sample, temperature=temperature)
     mesh, config = single_device_mesh(), tiny.LLAMA
     params = tiny.random_params(config, mesh)
-    weights = make_publish(Role(config), mesh, FLOAT32)(params)
+    weights = make_publish(config, mesh, FLOAT32)(params)
     prompts, mask = tiny.prompts(config, [5, 2, 6, 1], 6)
     rollout = make_generate(config, sample, EOS, mesh, FLOAT32)(weights, prompts, mask, jax.random.key(1))
     rollout = jax.tree.map(np.asarray, rollout)
@@ -190,7 +191,7 @@ def test_a_rollout_tells_what_was_sampled_from_and_what_the_model_itself_says(sa
 
 def test_no_answer_ends_before_min_new_tokens_and_some_end_right_after():
     mesh, config, eos = single_device_mesh(), tiny.LLAMA, tuple(range(0, 61, 2))
-    weights = make_publish(Role(config), mesh, FLOAT32)(tiny.random_params(config, mesh))
+    weights = make_publish(config, mesh, FLOAT32)(tiny.random_params(config, mesh))
     prompts, mask = tiny.prompts(config, [4] * 64, 4)
     for least in (0, 1, 3, NEW):
         sample = SampleConfig(NEW, 2.0, min_new_tokens=least)

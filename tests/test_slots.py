@@ -14,7 +14,7 @@ import rlhf_jax
 from rlhf_jax.generate import generate_in_rows
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
 from rlhf_jax.models.pretrained import Pretrained
-from rlhf_jax.rollout import Role, make_generate, make_publish
+from rlhf_jax.rollout import make_generate, make_publish
 from rlhf_jax.sampling import SampleConfig
 
 EIGHT = [name for name in tiny.MESHES if name != "one"]
@@ -31,7 +31,7 @@ FIELDS = ("prompts", "prompt_mask", "tokens", "mask", "ended")
 @functools.lru_cache
 def weights_of(family, name):
     params = tiny.random_params(tiny.FAMILIES[family], tiny.mesh_of(name))
-    return make_publish(Role(tiny.FAMILIES[family]), tiny.mesh_of(name), FLOAT32)(params)
+    return make_publish(tiny.FAMILIES[family], tiny.mesh_of(name), FLOAT32)(params)
 
 
 @functools.lru_cache
@@ -130,7 +130,7 @@ LONG = SampleConfig(256)
 def flat_run(rows):
     mesh = single_device_mesh()
     params = {path: jnp.zeros_like(leaf) for path, leaf in tiny.random_params(FLAT, mesh).items()}
-    weights = make_publish(Role(FLAT), mesh, FLOAT32)(params)
+    weights = make_publish(FLAT, mesh, FLOAT32)(params)
     run = make_generate(FLAT, LONG, (7,), mesh, FLOAT32, rows)
     return lambda prompts, mask: jax.tree.map(np.asarray, run(weights, prompts, mask, KEY))
 
@@ -161,7 +161,7 @@ def test_a_second_rollout_of_the_same_shape_compiles_nothing():
 def test_every_program_that_is_compiled_is_logged_with_the_bound_and_prompt_lengths_are_few(caplog):
     config = dataclasses.replace(FLAT, max_positions=200, position_rows=202)
     params = {path: jnp.zeros_like(leaf) for path, leaf in tiny.random_params(config, single_device_mesh()).items()}
-    weights = make_publish(Role(config), single_device_mesh(), FLOAT32)(params)
+    weights = make_publish(config, single_device_mesh(), FLOAT32)(params)
     run = make_generate(config, SampleConfig(2), (7,), single_device_mesh(), FLOAT32, 2)
     with caplog.at_level("INFO", "rlhf_jax"), tiny.compilations() as names:
         for length in (3, 30, 32, 33, 60, 64, 65, 120, 150, 190):

@@ -11,8 +11,9 @@ import tiny
 
 from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.mesh import TRAIN, Layout, single_device_mesh, train_layout
-from rlhf_jax.models.decoder import NO_LORA, Leaf, abstract_params, bind, head_kernel
-from rlhf_jax.models.lora import is_adapter, is_trainable
+from rlhf_jax.models.architecture import Compute
+from rlhf_jax.models.decoder import Leaf, abstract_params, bind, head_kernel
+from rlhf_jax.models.lora import NO_LORA, is_adapter, is_trainable
 from rlhf_jax.objectives.logprobs import token_logprobs
 from rlhf_jax.objectives.masked import mean
 from rlhf_jax.optim import OptimConfig, make_optimizer
@@ -41,8 +42,8 @@ def batch_of(config):
 
 def make_loss(config, lora, layout):
     def loss_fn(params, batch):
-        decoder = bind(config, params, lora)
-        hidden = decoder(batch["tokens"], batch["mask"], dtype=jnp.float32, layout=layout, remat="layers")
+        decoder = bind(tiny.with_lora(config, lora), params)
+        hidden = decoder(batch["tokens"], batch["mask"], Compute(jnp.float32, "layers"), layout)
         logprobs = token_logprobs(
             hidden[:, :-1],
             head_kernel(config, params),
@@ -57,10 +58,11 @@ def make_loss(config, lora, layout):
 
 
 def fresh_state(config, lora, layout, tx):
-    leaves, params = abstract_params(config, lora), tiny.random_params(config, layout.mesh, lora)
+    leaves = abstract_params(tiny.with_lora(config, lora))
+    params = tiny.random_params(tiny.with_lora(config, lora), layout.mesh)
     params = {path: jax.device_put(leaf, layout.sharding(leaves[path].axes)) for path, leaf in params.items()}
     trainable, frozen = partition(params, lambda path: is_trainable(path, lora))
-    return init_state(trainable, frozen, tx, abstract_params(config, lora), layout)
+    return init_state(trainable, frozen, tx, abstract_params(tiny.with_lora(config, lora)), layout)
 
 
 def shards_of(tree):
@@ -75,7 +77,7 @@ class Run:
         self.config, self.lora = tiny.FAMILIES[family], lora
         self.layout = train_layout(tiny.mesh_of(name), zero, offload_moments=offload)
         tx = make_optimizer(OPTIM, 10)
-        self.leaves = abstract_params(self.config, lora)
+        self.leaves = abstract_params(tiny.with_lora(self.config, lora))
         loss_fn = make_loss(self.config, lora, self.layout)
         self.update = make_update(loss_fn, tx, self.leaves, self.layout, num_micro)
         self.batch = self.layout.put_batch(batch_of(self.config))
@@ -383,13 +385,13 @@ def test_under_adapters_the_base_stays_bit_equal_and_every_adapter_moves(name):
 )
 def test_the_gradient_reaches_every_layer_of_every_trainable_parameter(family, lora, scalar_head):
     config = tiny.scalar(tiny.FAMILIES[family]) if scalar_head else tiny.FAMILIES[family]
-    params = tiny.random_params(config, single_device_mesh(), lora)
+    params = tiny.random_params(tiny.with_lora(config, lora), single_device_mesh())
     trainable, frozen = partition(params, lambda path: is_trainable(path, lora))
     tokens, mask = tiny.prompts(config, [12, 5, 9, 2], 12, side="right")
 
     def loss(trainable):
         params = {**frozen, **trainable}
-        hidden = bind(config, params, lora)(tokens, mask, dtype=jnp.float32, remat="none")
+        hidden = bind(tiny.with_lora(config, lora), params)(tokens, mask, Compute(jnp.float32, "none"))
         head = params["score/kernel"] if scalar_head else head_kernel(config, params)[:, : config.vocab_size]
         return jnp.sum(jnp.tanh(hidden @ head)[mask])
 

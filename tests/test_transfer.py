@@ -85,7 +85,7 @@ def test_a_lora_stage_leaves_the_adapter_beside_the_merged_model_and_both_are_th
     merged = apply(from_pretrained(run / "sft" / "export"), *inputs())
     assert main(["export", str(run), str(tmp_path / "adapter"), "--stage", "sft", "--adapter"]) == 0
     beside = from_pretrained(tmp_path / "base", tmp_path / "adapter")
-    assert beside.lora == SETTINGS.lora
+    assert beside.config.lora == SETTINGS.lora
     np.testing.assert_allclose(apply(beside, *inputs()), merged, atol=1e-5)
     assert np.abs(apply(from_pretrained(tmp_path / "base"), *inputs()) - merged).max() > 0.1
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
@@ -96,9 +96,10 @@ def test_a_lora_stage_leaves_the_adapter_beside_the_merged_model_and_both_are_th
 def test_adapters_are_merged_shard_by_shard_where_the_model_is_split_over_eight_devices(tmp_path):
     lora = LoraConfig(rank=4, alpha=8.0)
     config = decoder_config({**HF, "vocab_size": 360, "num_key_value_heads": 4}, scalar_head=False)
+    config = tiny.with_lora(config, lora)
     mesh = tiny.mesh_of("fsdp4-tensor2")
-    params = tiny.random_params(config, mesh, lora)
-    base = Pretrained(config, params, None, HF, {}, Layout(mesh, TRAIN), lora)
+    params = tiny.random_params(config, mesh)
+    base = Pretrained(config, params, None, HF, {}, Layout(mesh, TRAIN))
     save_pretrained(base, tmp_path / "out")
     want = merge({path: jnp.asarray(np.asarray(leaf)) for path, leaf in params.items()}, lora)
     got = load_file(tmp_path / "out" / "model.safetensors")

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax.mesh import TRAIN, Layout, MeshConfig, make_mesh
 from rlhf_jax.models.architecture import DecoderConfig, Experts, Rope
-from rlhf_jax.models.decoder import NO_LORA, abstract_params
+from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.lora import LoraConfig
 
 # 61 ids on 64 rows, and no two sizes that a shape could confuse: every sharded one divides by 8, every head count by 2.
@@ -80,11 +80,15 @@ def scalar(config: DecoderConfig) -> DecoderConfig:
     return dataclasses.replace(config, scalar_head=True)
 
 
-def random_arrays(config: DecoderConfig, lora: LoraConfig = NO_LORA, seed: int = 0) -> dict[str, np.ndarray]:
+def with_lora(config: DecoderConfig, lora: LoraConfig) -> DecoderConfig:
+    return dataclasses.replace(config, lora=lora)
+
+
+def random_arrays(config: DecoderConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """Every parameter and adapter on the host, large enough that a wrong one shows; rows past the vocabulary are 0."""
     rng = np.random.default_rng(seed)
     arrays = {}
-    for path, leaf in abstract_params(config, lora).items():
+    for path, leaf in abstract_params(config).items():
         scale = 0.15 if path.endswith(("kernel", "lora_a", "lora_b")) else 0.3
         array = scale * rng.standard_normal(leaf.shape)
         if path.endswith("scale"):
@@ -95,14 +99,14 @@ def random_arrays(config: DecoderConfig, lora: LoraConfig = NO_LORA, seed: int =
     return arrays
 
 
-def on_mesh(config: DecoderConfig, arrays: dict[str, np.ndarray], mesh: Mesh, lora: LoraConfig = NO_LORA):
+def on_mesh(config: DecoderConfig, arrays: dict[str, np.ndarray], mesh: Mesh):
     """{path: array} in its training shards."""
-    leaves, layout = abstract_params(config, lora), Layout(mesh, TRAIN)
+    leaves, layout = abstract_params(config), Layout(mesh, TRAIN)
     return {path: layout.put(array, *leaves[path].axes) for path, array in arrays.items()}
 
 
-def random_params(config: DecoderConfig, mesh: Mesh, lora: LoraConfig = NO_LORA, seed: int = 0):
-    return on_mesh(config, random_arrays(config, lora, seed), mesh, lora)
+def random_params(config: DecoderConfig, mesh: Mesh, seed: int = 0):
+    return on_mesh(config, random_arrays(config, seed), mesh)
 
 
 def prompts(config: DecoderConfig, lengths, width: int, *, side: str = "left", seed: int = 1):

@@ -25,36 +25,37 @@ from jax.sharding import Mesh
 from benchmarks.gpu.models import arguments, hf_config, keep
 from rlhf_jax.generate import generate
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
+from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.cached import Weights
 from rlhf_jax.models.decoder import init_params
 from rlhf_jax.models.families import decoder_config
-from rlhf_jax.rollout import Role, generate_program, make_publish
+from rlhf_jax.rollout import generate_program, make_publish
 from rlhf_jax.sampling import SampleConfig
 from rlhf_jax.train_step import Params
 
 DTYPE, TRIALS, END = jnp.dtype("bfloat16"), 3, 7
 BATCHES = (64, 1, 16)  # the most telling first
-# (role, mesh, parameters, sample) -> (program(weights, prompts, mask, key) -> Rollout, its weights)
-Variant = Callable[[Role, Mesh, Params, SampleConfig], tuple[Any, Any]]
+# (config, mesh, parameters, sample) -> (program(weights, prompts, mask, key) -> Rollout, its weights)
+Variant = Callable[[DecoderConfig, Mesh, Params, SampleConfig], tuple[Any, Any]]
 
 
-def published(role: Role, mesh: Mesh, params: Params, sample: SampleConfig) -> tuple[Any, Weights]:
+def published(config: DecoderConfig, mesh: Mesh, params: Params, sample: SampleConfig) -> tuple[Any, Weights]:
     """As the engine does: every layer's arrays by themselves."""
-    program = generate_program(role.config, sample, (END,), mesh, DTYPE)
-    return program, make_publish(role, mesh, DTYPE)(params)
+    program = generate_program(config, sample, (END,), mesh, DTYPE)
+    return program, make_publish(config, mesh, DTYPE)(params)
 
 
-def stacked(role: Role, mesh: Mesh, params: Params, sample: SampleConfig) -> tuple[Any, Weights]:
+def stacked(config: DecoderConfig, mesh: Mesh, params: Params, sample: SampleConfig) -> tuple[Any, Weights]:
     """The same arrays, but of all layers in one as training has them, and a layer sliced where it is used."""
-    layout, weights = Layout(mesh, GENERATE), make_publish(role, mesh, DTYPE)(params)
+    layout, weights = Layout(mesh, GENERATE), make_publish(config, mesh, DTYPE)(params)
     names = [path.removeprefix("layers/0/") for path in weights if path.startswith("layers/0/")]
     whole = {path: leaf for path, leaf in weights.items() if not path.startswith("layers/")}
     for name in names:
-        layers = [weights.pop(f"layers/{i}/{name}") for i in range(role.config.num_layers)]
+        layers = [weights.pop(f"layers/{i}/{name}") for i in range(config.num_layers)]
         whole[f"layers/{name}"] = jnp.stack(layers)
 
     def program(weights, prompts, mask, key):
-        return generate(role.config, Sliced(weights), prompts, mask, key, sample, (END,), layout, DTYPE)
+        return generate(config, Sliced(weights), prompts, mask, key, sample, (END,), layout, DTYPE)
 
     return jax.jit(program), whole
 
@@ -92,7 +93,7 @@ def main(out: str, small: bool) -> None:
     params["final_norm/scale"] *= 0
     params["final_norm/bias"] = jnp.ones_like(params["final_norm/bias"])
     prompts = np.random.default_rng(0).integers(END + 1, config.vocab_size, (max(BATCHES), prompt)).astype(np.int32)
-    built = {name: variant(Role(config), mesh, params, sample) for name, variant in VARIANTS.items()}
+    built = {name: variant(config, mesh, params, sample) for name, variant in VARIANTS.items()}
     cases = [(batch, name) for batch in BATCHES for name in built]  # if time runs out, it is the last that are missed
 
     def compiled(case: tuple[int, str]):

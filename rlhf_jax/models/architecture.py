@@ -5,8 +5,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
+
+import jax.numpy as jnp
+
+from rlhf_jax.models.lora import NO_LORA, LoraConfig
+
+Remat = Literal["layers", "dots", "none"]
+Choice = Literal["auto", "xla", "cudnn"]
 
 # What a block does with its norms; the names are those of the parameters.
 BLOCK_NORMS = {
@@ -45,6 +53,25 @@ class Experts:
     per_token: int
     renormalised: bool  # the weights of the chosen experts sum to 1
     aux_coef: float  # of the router's load-balancing loss (Fedus et al. 2021, eq. 4) in training
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How the forward and backward passes are computed.
+
+    Attributes:
+        dtype: of activations, matrix products, generation weights and cache.
+        remat: "layers" keeps the input of each layer and recomputes the rest in the backward pass; "dots" keeps the
+            outputs of its matrix products too, attention's scores apart; "none" keeps everything. Where kernels are
+            `PerLayer`, "dots" on a GPU is "none": see `recomputed`.
+        chunk: positions whose logits exist at once; 0: all.
+        attention: the kernel of training, scoring and prefill, see `attention_kernel`.
+    """
+
+    dtype: jnp.dtype
+    remat: Remat = "layers"
+    chunk: int = 0
+    attention: Choice = "auto"
 
 
 @dataclass(frozen=True)
@@ -94,6 +121,10 @@ class DecoderConfig:
     head_bias: bool = False
     final_softcap: float = 0.0  # of the logits; 0: none
     scalar_head: bool = False  # a reward model or critic: one number a position in place of the vocabulary
+    lora: LoraConfig = NO_LORA  # adapters of its linears; rank 0: none
+
+    def without_lora(self) -> DecoderConfig:
+        return dataclasses.replace(self, lora=NO_LORA)
 
     def window(self, layer: int) -> int:
         return self.windows[layer] if self.windows else 0

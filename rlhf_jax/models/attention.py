@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from rlhf_jax.models.architecture import DecoderConfig
+from rlhf_jax.models.architecture import Choice, DecoderConfig
 
-Choice = Literal["auto", "xla", "cudnn"]
 LARGEST_HEAD = 128  # cuDNN's backward pass on Ampere; Hopper takes 256
 
 

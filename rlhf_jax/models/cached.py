@@ -28,7 +28,7 @@ from einops import rearrange, repeat
 from rlhf_jax.mesh import TRAIN, Layout, Table
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.attention import Choice, kernel_on, uniform_window
-from rlhf_jax.models.decoder import NO_LORA, Leaf, abstract_params, head_kernel
+from rlhf_jax.models.decoder import Leaf, abstract_params, head_kernel
 from rlhf_jax.models.experts import apply_experts, route
 from rlhf_jax.models.layers import (
     ACTIVATIONS,
@@ -43,7 +43,7 @@ from rlhf_jax.models.layers import (
     rotate,
     turns_of,
 )
-from rlhf_jax.models.lora import LoraConfig, is_adapter, merge
+from rlhf_jax.models.lora import is_adapter, merge
 from rlhf_jax.models.per_layer import PerLayer, is_shareable
 from rlhf_jax.models.quantised import Quantised, dequantise, shardings
 from rlhf_jax.objectives.logprobs import head_logits
@@ -94,7 +94,6 @@ def for_decoding(
     params: Mapping[str, jax.Array | Quantised | PerLayer],
     layout: Layout,
     dtype: jnp.dtype,
-    lora: LoraConfig = NO_LORA,
     home: Table = TRAIN,
 ) -> Weights:
     """Training parameters, which lie by `home` -> generation weights in `dtype`, by `layout` (the GENERATE table).
@@ -111,11 +110,11 @@ def for_decoding(
         # Without the first pin the compiler gathers what is to be cast, and moves twice the bytes.
         return layout.constrain(at_home.constrain(array, *leaf.axes), *serving_axes(config, leaf, layout))
 
-    weights = _adapters(config, params, layout, dtype, lora, gather) if kept else {}
+    weights = _adapters(config, params, layout, dtype, gather) if kept else {}
     if not kept:
-        params = merge(params, lora)
+        params = merge(params, config.lora)
     kv_heads, repeats = config.num_kv_heads, _repeats(config, layout)
-    leaves = {path: leaf for path, leaf in abstract_params(config).items() if path not in kept}
+    leaves = {path: leaf for path, leaf in abstract_params(config.without_lora()).items() if path not in kept}
     for path, leaf in leaves.items():
         cast = params[path] if "norm/" in path else params[path].astype(dtype)
         gathered[path] = gather(cast, leaf)
@@ -205,12 +204,12 @@ def shared_shardings(config: DecoderConfig, path: str, leaf: Any, layout: Layout
     return layout.sharding(axes)
 
 
-def _adapters(config: DecoderConfig, params, layout: Layout, dtype, lora: LoraConfig, gather) -> Weights:
+def _adapters(config: DecoderConfig, params, layout: Layout, dtype, gather) -> Weights:
     """The adapters of each layer, B times the scale."""
     weights: Weights = {}
-    for path, leaf in abstract_params(config, lora).items():
+    for path, leaf in abstract_params(config).items():
         if is_adapter(path):
-            adapter = (lora.scale * params[path] if path.endswith("lora_b") else params[path]).astype(dtype)
+            adapter = (config.lora.scale * params[path] if path.endswith("lora_b") else params[path]).astype(dtype)
             adapter = gather(adapter, leaf)
             axes = serving_axes(config, leaf, layout)[1:]
             weights |= {

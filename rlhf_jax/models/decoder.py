@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -17,8 +17,8 @@ from einops import rearrange
 from flax import nnx
 
 from rlhf_jax.mesh import Layout
-from rlhf_jax.models.architecture import BLOCK_NORMS, DecoderConfig
-from rlhf_jax.models.attention import Choice, kernel_on, uniform_window
+from rlhf_jax.models.architecture import BLOCK_NORMS, Compute, DecoderConfig
+from rlhf_jax.models.attention import kernel_on, uniform_window
 from rlhf_jax.models.experts import Routing, apply_experts, balance_loss, load, route
 from rlhf_jax.models.layers import (
     ACTIVATIONS,
@@ -31,14 +31,11 @@ from rlhf_jax.models.layers import (
     positions_of,
     rotate,
 )
-from rlhf_jax.models.lora import LoraConfig
+from rlhf_jax.models.lora import NO_LORA
 from rlhf_jax.models.per_layer import PerLayer, has_per_layer, recomputed, scan_layers
 from rlhf_jax.models.quantised import Quantised, dequantise, matmul
 from rlhf_jax.models.sight import Sight, sight_of
 from rlhf_jax.objectives.logprobs import head_logits
-
-NO_LORA = LoraConfig()
-Remat = Literal["layers", "dots", "none"]  # what the backward pass recomputes, see `with_balance_loss`
 
 
 def _param(init, rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
@@ -88,14 +85,17 @@ class Norm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: DecoderConfig, lora: LoraConfig, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.config = config
         hidden, head, heads, kv_heads = config.hidden_size, config.head_dim, config.num_heads, config.num_kv_heads
-        project = functools.partial(Linear, rngs=rngs, bias=config.qkv_bias, lora=lora)
+        linear = functools.partial(Linear, rngs=rngs, lora=config.lora)
+        project = functools.partial(linear, bias=config.qkv_bias)
         self.q = project((hidden, heads * head), ("embed", "heads"), name="q")
         self.k = project((hidden, kv_heads * head), ("embed", "kv_heads"), name="k")
         self.v = project((hidden, kv_heads * head), ("embed", "kv_heads"), name="v")
-        self.o = Linear((heads * head, hidden), ("heads", "embed"), rngs, bias=config.o_bias, lora=lora, name="o")
+        self.o = Linear(
+            (heads * head, hidden), ("heads", "embed"), rngs, bias=config.o_bias, lora=config.lora, name="o"
+        )
         if config.qk_norm != "none":
             shapes = {"head": lambda n: (head,), "each_head": lambda n: (n, head), "width": lambda n: (n * head,)}
             shape, bias = shapes[config.qk_norm], config.qk_norm == "head"
@@ -127,8 +127,8 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    def __init__(self, config: DecoderConfig, lora: LoraConfig, rngs: nnx.Rngs):
-        linear = functools.partial(Linear, rngs=rngs, bias=config.mlp_bias, lora=lora)
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        linear = functools.partial(Linear, rngs=rngs, bias=config.mlp_bias, lora=config.lora)
         up = (config.hidden_size, config.mlp_size), ("embed", "mlp")
         self.gate = linear(*up, name="gate") if config.gated_mlp else None
         self.up = linear(*up, name="up")
@@ -148,16 +148,16 @@ class ExpertKernels(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, config: DecoderConfig, lora: LoraConfig, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.config = config
         for name in BLOCK_NORMS[config.residual]:
             setattr(self, name, Norm(config, rngs))
-        self.attention = Attention(config, lora, rngs)
+        self.attention = Attention(config, rngs)
         if config.experts:
             self.router = Linear((config.hidden_size, config.experts.count), ("positions", "experts"), rngs)
             self.experts = ExpertKernels(config, rngs)
         else:
-            self.mlp = Mlp(config, lora, rngs)
+            self.mlp = Mlp(config, rngs)
 
     def __call__(self, x: jax.Array, sight: Sight, window: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
         """x [B, T, D] -> ([B, T, D], the loads [2, X] of the experts; None where there are none)."""
@@ -208,7 +208,7 @@ class Head(nnx.Module):
 class Decoder(nnx.Module):
     """Token ids to the hidden states that the head reads: [B, T] -> [B, T, E]."""
 
-    def __init__(self, config: DecoderConfig, lora: LoraConfig, key: jax.Array):
+    def __init__(self, config: DecoderConfig, key: jax.Array):
         self.config = config
         rngs = nnx.Rngs(key)
         hidden, embed = config.hidden_size, config.embed_size
@@ -222,23 +222,27 @@ class Decoder(nnx.Module):
             self.score = Linear((embed, 1), ("embed", None), rngs)
         else:
             self.head = Head(config, rngs)
-        graph, _ = nnx.split(nnx.eval_shape(lambda: Block(config, lora, nnx.Rngs(0))))
+        graph, _ = nnx.split(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))
         keys = jax.random.split(rngs.params(), config.num_layers)
-        self.layers = nnx.merge(graph, jax.vmap(lambda k: nnx.state(Block(config, lora, nnx.Rngs(k))))(keys))
+        self.layers = nnx.merge(graph, jax.vmap(lambda k: nnx.state(Block(config, nnx.Rngs(k))))(keys))
 
-    def __call__(self, tokens: jax.Array, mask: jax.Array, **options: Any) -> jax.Array:
-        """The states that the head reads, [B, T, E]: the first half of `with_balance_loss`, which has the arguments."""
-        return self.with_balance_loss(tokens, mask, **options)[0]
+    def __call__(
+        self,
+        tokens: jax.Array,
+        mask: jax.Array,
+        compute: Compute,
+        layout: Layout | None = None,
+        segments: jax.Array | None = None,
+    ) -> jax.Array:
+        """The states that the head reads, [B, T, E]: the first result of `with_balance_loss`."""
+        return self.with_balance_loss(tokens, mask, compute, layout, segments)[0]
 
     def with_balance_loss(
         self,
         tokens: jax.Array,
         mask: jax.Array,
-        *,
-        dtype: jnp.dtype,
+        compute: Compute,
         layout: Layout | None = None,
-        remat: Remat = "layers",
-        attention: Choice = "xla",
         segments: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """States and, to be added to the loss that trains them, what sparse models charge for uneven routing.
@@ -247,12 +251,8 @@ class Decoder(nnx.Module):
             tokens: [B, T] int32.
             mask: [B, T] bool, true on real tokens; padding may lie on either side, and on the right only where
                 attention is fused.
-            dtype: of the activations and of every matrix product.
-            layout: where activations lie; None leaves that to the compiler.
-            remat: "layers" keeps the input of each layer and recomputes the rest in the backward pass; "dots" keeps the
-                outputs of its matrix products too, attention's scores apart; "none" keeps everything. Where kernels
-                are `PerLayer`, "dots" on a GPU is "none": see `recomputed`.
-            attention: the kernel, see `attention_kernel`; without a layout nobody knows the devices, and it is XLA's.
+            compute: of which `chunk` is for the head, see `token_logprobs`.
+            layout: of the activations; None leaves that to the compiler, and attention to XLA.
             segments: [B, T] int32 of rows that hold several documents end to end: the document of each token, counted
                 from 1 in its row, 0 on padding. None of them sees another, and positions start at 0 in each: a document
                 has the states that it has alone. None: a row is one document. Packed rows are never fused.
@@ -261,8 +261,9 @@ class Decoder(nnx.Module):
         """
         packed = segments is not None
         chex.assert_equal_shape((tokens, mask, segments) if packed else (tokens, mask))
-        c, positions = self.config, positions_of(mask, segments)
-        fused = layout and kernel_on(layout.mesh, c, dtype, tokens.shape[1], attention, packed=packed).name == "cudnn"
+        c, dtype, remat, positions = self.config, compute.dtype, compute.remat, positions_of(mask, segments)
+        length, choice = tokens.shape[1], compute.attention
+        fused = layout and kernel_on(layout.mesh, c, dtype, length, choice, packed=packed).name == "cudnn"
         x = look_up(self.embed.tokens[...], tokens, dtype) * jnp.asarray(c.embed_scale, dtype)
         if c.embed_size != c.hidden_size:
             x = self.project_in(x)
@@ -301,9 +302,9 @@ class Leaf(NamedTuple):
 
 
 @functools.lru_cache
-def _skeleton(config: DecoderConfig, lora: LoraConfig):
+def _skeleton(config: DecoderConfig):
     """(graphdef, tree structure of the state, {path: Leaf} in the order of its leaves)."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, lora, jax.random.key(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, jax.random.key(0))))
     leaves = {}
     for path, variable in nnx.to_flat_state(state):
         stacked = ("layers",) if path[0] == "layers" else ()
@@ -311,16 +312,14 @@ def _skeleton(config: DecoderConfig, lora: LoraConfig):
     return graph, jax.tree.structure(state), leaves
 
 
-def abstract_params(config: DecoderConfig, lora: LoraConfig = NO_LORA) -> dict[str, Leaf]:
-    """{path: Leaf} of every parameter, adapters included where `lora` asks for them; nothing is allocated."""
-    return dict(_skeleton(config, lora)[2])
+def abstract_params(config: DecoderConfig) -> dict[str, Leaf]:
+    """{path: Leaf} of every parameter and adapter; nothing is allocated."""
+    return dict(_skeleton(config)[2])
 
 
-def bind(
-    config: DecoderConfig, params: Mapping[str, jax.Array | Quantised | PerLayer], lora: LoraConfig = NO_LORA
-) -> Decoder:
+def bind(config: DecoderConfig, params: Mapping[str, jax.Array | Quantised | PerLayer]) -> Decoder:
     """The module around these parameters (and adapters), kernels quantised, stacked or neither: free inside jit."""
-    graph, structure, leaves = _skeleton(config, lora)
+    graph, structure, leaves = _skeleton(config)
     assert params.keys() == leaves.keys(), sorted(params.keys() ^ leaves.keys())
     return nnx.merge(graph, jax.tree.unflatten(structure, [params[path] for path in leaves]))
 
@@ -329,14 +328,13 @@ def init_params(
     config: DecoderConfig,
     key: jax.Array,
     layout: Layout,
-    lora: LoraConfig = NO_LORA,
     only: Callable[[str], bool] = lambda path: True,
 ) -> dict[str, jax.Array]:
     """Random float32 parameters and adapters, each born in its shard; `only` picks by path."""
-    leaves = {path: leaf for path, leaf in abstract_params(config, lora).items() if only(path)}
+    leaves = {path: leaf for path, leaf in abstract_params(config).items() if only(path)}
 
     def init(key):
-        _, state = nnx.split(Decoder(config, lora, key))
+        _, state = nnx.split(Decoder(config, key))
         drawn = {"/".join(path): variable[...] for path, variable in nnx.to_flat_state(state)}
         return {path: drawn[path] for path in leaves}
 

@@ -35,6 +35,9 @@ class LoraConfig:
         return self.alpha / self.rank
 
 
+NO_LORA = LoraConfig()
+
+
 def is_adapter(path: str) -> bool:
     return path.endswith(SUFFIXES)
 

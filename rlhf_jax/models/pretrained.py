@@ -15,10 +15,10 @@ from jax.sharding import Mesh
 
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
 from rlhf_jax.models import peft
-from rlhf_jax.models.architecture import DecoderConfig
-from rlhf_jax.models.attention import Choice, kernel_on
+from rlhf_jax.models.architecture import Choice, Compute, DecoderConfig
+from rlhf_jax.models.attention import kernel_on
 from rlhf_jax.models.cached import shared_leaves
-from rlhf_jax.models.decoder import NO_LORA, abstract_params, bind, last_hidden, logits, scalar
+from rlhf_jax.models.decoder import abstract_params, bind, last_hidden, logits, scalar
 from rlhf_jax.models.families import (
     alternatives,
     base_prefix,
@@ -29,7 +29,6 @@ from rlhf_jax.models.families import (
     tolerated_surplus,
 )
 from rlhf_jax.models.folders import local_folder, read_json, read_tokenizer, replacing, write_json, write_tokenizer
-from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.models.per_layer import PerLayer
 from rlhf_jax.models.quantised import KINDS, REST_DTYPE, Quantised
 from rlhf_jax.models.safetensors_io import read_params, write_params
@@ -43,12 +42,11 @@ class Pretrained:
     """A language model, or a reward model where config.scalar_head, on its devices."""
 
     config: DecoderConfig
-    params: dict[str, jax.Array | Quantised | PerLayer]  # {path: array}, as `abstract_params(config, lora)` lists them
+    params: dict[str, jax.Array | Quantised | PerLayer]  # {path: array}, as `abstract_params(config)` lists them
     tokenizer: Any  # a transformers tokenizer; None if the folder has none
     hf_config: dict[str, Any]  # the config.json it came from
     generation_config: dict[str, Any]  # generation_config.json; {} if there was none
     layout: Layout
-    lora: LoraConfig = NO_LORA  # of the adapters among the params
     source: str = ""  # the absolute folder, or the hub id, it came from
     folder: Path | None = None  # where that lies here
 
@@ -65,7 +63,7 @@ def from_pretrained(
 
     Args:
         path_or_id: a folder with config.json and safetensors; where there is no such folder, an id of the hub.
-        adapter: a PEFT folder (or id) with a LoRA adapter of this model; it stays beside the base, see `lora`.
+        adapter: a PEFT folder (or id) with a LoRA adapter of this model; it is not merged, see `config.lora`.
         mesh: a ("data", "fsdp", "tensor") mesh, over which parameters are split as in training; None: one device.
         dtype: of the parameters, "float32", "bfloat16" or "float16"; "int8" or "nf4": the kernels of the layers'
             linears quantised as they are read (see `models.quantised`), all else bfloat16.
@@ -124,23 +122,21 @@ def _load(
         tolerated=tolerated_surplus(config),
         twins=tied_names(config),
     )
-    lora, adapters = NO_LORA, {}
     if adapter is not None:
         # Adapters are small and their products large sums, so they are read in float32 whatever the base is.
-        lora, adapters = peft.read_adapter(local_folder(adapter), config, layout)
-    params |= adapters
+        config, adapters = peft.read_adapter(local_folder(adapter), config, layout)
+        params |= adapters
     if scalar_head and _SCORE not in params:
         logging.getLogger(__name__).warning(f"{folder} has no score.weight: the scalar head starts at random")
         params[_SCORE] = _new_score(config, layout, dtype, seed)
     generation = folder / "generation_config.json"
     return Pretrained(
         config=config,
-        params={path: params[path] for path in abstract_params(config, lora)},
+        params={path: params[path] for path in abstract_params(config)},
         tokenizer=read_tokenizer(folder, config.vocab_size),
         hf_config=hf,
         generation_config=read_json(generation) if generation.exists() else {},
         layout=layout,
-        lora=lora,
         source=str(folder.resolve() if Path(path_or_id).expanduser().is_dir() else path_or_id),
         folder=folder,
     )
@@ -176,7 +172,7 @@ def save_pretrained(
     Raises:
         ValueError: the folder is there and not empty, an unknown dtype, or a scalar head with no pad token to be had.
     """
-    assert model.params.keys() == abstract_params(model.config, model.lora).keys(), "parameters of another model"
+    assert model.params.keys() == abstract_params(model.config).keys(), "parameters of another model"
     dtype = dtype or str(model.params["embed/tokens"].dtype)
     if dtype not in DTYPES:
         raise ValueError(f'dtype "{dtype}" is not supported; supported: {", ".join(DTYPES)}')
@@ -193,7 +189,7 @@ def save_pretrained(
         write_json(unfinished / "config.json", config)
         if not model.config.scalar_head:
             write_json(unfinished / "generation_config.json", _generation_config(model))
-        write_params(unfinished, model.params, hf_tensors(model.config), dtype, model.lora)
+        write_params(unfinished, model.params, hf_tensors(model.config), dtype, model.config.lora)
         write_tokenizer(model.tokenizer, unfinished, model.folder)
 
 
@@ -206,10 +202,10 @@ def save_adapter(model: Pretrained, folder: str | Path, *, base: str, overwrite:
     Raises:
         ValueError: the model has no adapters, or the folder is there and not empty.
     """
-    if not model.lora.rank:
+    if not model.config.lora.rank:
         raise ValueError("this model has no adapters: use save_pretrained")
     with replacing(Path(folder).expanduser(), overwrite) as unfinished:
-        peft.write_adapter(unfinished, model.config, model.params, model.lora, base=base)
+        peft.write_adapter(unfinished, model.config, model.params, base=base)
         write_tokenizer(model.tokenizer, unfinished, model.folder)
 
 
@@ -271,30 +267,27 @@ def _call(program, model: Pretrained, input_ids: jax.Array, attention_mask: jax.
         )
     layout, dtype = model.layout if divides else None, model.params["embed/tokens"].dtype
     kernel = kernel_on(model.layout.mesh, model.config, dtype, tokens.shape[1], attention).name
-    return program(model.config, model.lora, layout, kernel if divides else "xla", model.params, tokens, mask)
+    return program(model.config, layout, kernel if divides else "xla", model.params, tokens, mask)
 
 
-def _hidden(
-    config: DecoderConfig, lora: LoraConfig, layout: Layout | None, kernel: str, params, tokens, mask
-) -> jax.Array:
-    decoder = bind(config, params, lora)
-    options = dict(dtype=params["embed/tokens"].dtype, layout=layout, remat="none", attention=kernel)
+def _hidden(config: DecoderConfig, layout: Layout | None, kernel: str, params, tokens, mask) -> jax.Array:
+    decoder, compute = bind(config, params), Compute(params["embed/tokens"].dtype, "none", attention=kernel)
     if kernel == "xla":
-        return decoder(tokens, mask, **options)
+        return decoder(tokens, mask, compute, layout)
     order = jnp.argsort(~mask, axis=1, stable=True)  # fused attention takes right-padded rows
     tokens, mask = (jnp.take_along_axis(x, order, axis=1) for x in (tokens, mask))
-    hidden = decoder(tokens, mask, **options)
+    hidden = decoder(tokens, mask, compute, layout)
     return jnp.take_along_axis(hidden, jnp.argsort(order, axis=1)[..., None], axis=1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _logits(config: DecoderConfig, lora, layout, kernel, params, tokens, mask) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _logits(config: DecoderConfig, layout, kernel, params, tokens, mask) -> jax.Array:
     with jax.default_matmul_precision("float32"):  # a GPU would round float32 to TF32
-        return logits(config, params, _hidden(config, lora, layout, kernel, params, tokens, mask))
+        return logits(config, params, _hidden(config, layout, kernel, params, tokens, mask))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _scores(config: DecoderConfig, lora, layout, kernel, params, tokens, mask) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _scores(config: DecoderConfig, layout, kernel, params, tokens, mask) -> jax.Array:
     with jax.default_matmul_precision("float32"):
-        hidden = _hidden(config, lora, layout, kernel, params, tokens, mask)
+        hidden = _hidden(config, layout, kernel, params, tokens, mask)
         return scalar(params, last_hidden(hidden, mask))

@@ -185,7 +185,7 @@ def _silent(build: Callable, *args: Any) -> Any:
 def _state_laid_out(state: TrainState, loaded: Pretrained, model: ModelConfig) -> TrainState:
     """With its shardings; what is frozen is as it was loaded."""
     moving = dataclasses.replace(state, frozen={})
-    shardings = state_shardings(moving, abstract_params(loaded.config, model.role(loaded.config).lora), loaded.layout)
+    shardings = state_shardings(moving, abstract_params(model.with_lora(loaded.config)), loaded.layout)
     moving = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), moving, shardings)
     return dataclasses.replace(moving, frozen={path: loaded.params[path] for path in state.frozen})
 

@@ -153,7 +153,7 @@ def _supervised(
     length = _round8(min(max_length, decoder.max_positions))
     num_micro = micro_batches(stage, config.batch_size, config.micro_batch_size, layout)
     programs = sft_programs if stage == "sft" else reward_programs
-    update, measure = programs(model.role(decoder), model.compute, layout, tx, num_micro)
+    update, measure = programs(model.with_lora(decoder), model.compute, layout, tx, num_micro)
     state = abstract_state(abstract_pretrained(decoder, model, layout), model, tx)
     shape = (config.batch_size, length) if stage == "sft" else (config.batch_size, 2, length)
     packed = stage == "sft" and config.pack_length

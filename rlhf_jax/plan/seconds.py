@@ -17,8 +17,8 @@ from rlhf_jax.data.config import BUILTIN, DataConfig
 from rlhf_jax.data.selection import source_sizes
 from rlhf_jax.gpus import Gpu, Machine
 from rlhf_jax.mesh import TRAIN, Layout
-from rlhf_jax.models.architecture import DecoderConfig
-from rlhf_jax.models.decoder import Remat, abstract_params
+from rlhf_jax.models.architecture import DecoderConfig, Remat
+from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.lora import is_adapter
 from rlhf_jax.plan.abstract import device_bytes
 from rlhf_jax.plan.held import Phase, architectures, prompt_positions
@@ -145,7 +145,8 @@ def needs(recipe: Recipe, found: list[Phase], mesh) -> dict[str, Need]:
     reread = weights - actor.padded_vocab * actor.embed_size * width / tensor
     reads = new * (reread + cache * (prompt + new / 2) / length)
     if model.one_copy:  # adapters beside the weights: read and multiplied at every token
-        beside = sum(math.prod(x.shape) for path, x in abstract_params(actor, model.lora).items() if is_adapter(path))
+        leaves = abstract_params(model.with_lora(actor))
+        beside = sum(math.prod(leaf.shape) for path, leaf in leaves.items() if is_adapter(path))
         decode, reads = decode + 2.0 * beside, reads + new * beside * width / tensor
     prefill = forward_flops(actor, local, prompt, 1) / tensor
     reduced = 2 * 2 * (tensor - 1) / tensor * local * length * actor.hidden_size * width * actor.num_layers
@@ -196,7 +197,7 @@ def _update(recipe: Recipe, decoder: DecoderConfig, state, flops: float, again: 
     count, shards = layout.shards("batch"), layout.shards("vocab")
     trained = 4.0 * sum(math.prod(leaf.shape) for leaf in state.trainable.values())  # bytes, over all devices
     shard = trained / (shards if zero else mesh["tensor"])
-    passes = training_factor(model.role(decoder).lora.rank, model.remat)
+    passes = training_factor(model.with_lora(decoder).lora.rank, model.remat)
     work = flops * passes + again * (model.remat == "dots")
     # Gradients of a layer are reduced in the dtype of the computation, and summed over micro-batches in float32: to
     # their shards from stage 2 on, and below to all of fsdp, which costs twice what scattering them does.

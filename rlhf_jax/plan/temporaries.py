@@ -36,7 +36,10 @@ def estimate(recipe: Recipe, phase: Phase, mesh) -> int:
         rows, length = math.prod(batch.tokens.shape[:-1]), batch.tokens.shape[-1]
         if phase.name == "evaluate":
             float32 = [leaf for leaf in state_or_params.values() if getattr(leaf, "dtype", None) == "float32"]
-            adapted, gathered = recipe.model.role(decoder).lora.rank > 0, _gathered(decoder, state_or_params, width)
+            adapted, gathered = (
+                recipe.model.with_lora(decoder).lora.rank > 0,
+                _gathered(decoder, state_or_params, width),
+            )
             passing = _forward(decoder, rows // count, length, chunk, width, adapted)
             return device_bytes(float32) // 2 + gathered + passing
         config = getattr(recipe, phase.stage)
@@ -59,7 +62,7 @@ def estimate(recipe: Recipe, phase: Phase, mesh) -> int:
         casts = max(device_bytes(tree) // 2 for tree in trained)
         passes = (
             _gathered(each, state.params, width)
-            + _forward(each, rows, length, chunk, width, recipe.model.role(each).lora.rank > 0)
+            + _forward(each, rows, length, chunk, width, recipe.model.with_lora(each).lora.rank > 0)
             for each, state in ((actor, models.actor), (critic, models.critic))
         )
         return casts + max(passes)
@@ -109,7 +112,7 @@ def _update(recipe: Recipe, decoder: DecoderConfig, phase: Phase, rows: int, len
     chunk = recipe.model.logprob_chunk or length
     logits = 0 if decoder.scalar_head else 3 * 4 * rows * chunk * decoder.padded_vocab
     scattered = 0
-    if _is_split(state.params) and not recipe.model.role(decoder).lora.rank:  # a layer's gradient, whole
+    if _is_split(state.params) and not recipe.model.with_lora(decoder).lora.rank:  # a layer's gradient, whole
         scattered = 4 * sum(math.prod(leaf.shape[1:]) for leaf in _layer(decoder).values())
     passes = tokens * width * (decoder.num_layers * kept + working)
     # Gradients of the micro-batch at hand are as large as their sum, which `phase.added` is.

@@ -13,10 +13,9 @@ import optax
 from jax.sharding import Mesh
 
 from rlhf_jax.data.template import stop_ids
-from rlhf_jax.engine import Compute
 from rlhf_jax.mesh import TRAIN, Layout, check_model_divides
-from rlhf_jax.models.architecture import DecoderConfig
-from rlhf_jax.models.attention import Choice, described, kernel_of_devices, kernel_on
+from rlhf_jax.models.architecture import Choice, Compute, DecoderConfig
+from rlhf_jax.models.attention import described, kernel_of_devices, kernel_on
 from rlhf_jax.models.decoder import abstract_params, init_params
 from rlhf_jax.models.lora import LoraConfig, is_adapter, is_trainable
 from rlhf_jax.models.per_layer import PerLayer
@@ -28,7 +27,7 @@ from rlhf_jax.models.pretrained import (
     save_pretrained,
 )
 from rlhf_jax.models.quantised import KINDS, REST_DTYPE, Quantised, shardings
-from rlhf_jax.rollout import Role, eos_ids
+from rlhf_jax.rollout import eos_ids
 from rlhf_jax.stages.loop import Persistence
 from rlhf_jax.train_step import Params, TrainState, init_state
 from rlhf_jax.trees import partition
@@ -101,9 +100,9 @@ class ModelConfig:
         lora = self.reward_lora if scalar_head else self.lora
         return self.frozen_dtype if lora.rank else "float32"
 
-    def role(self, config: DecoderConfig) -> Role:
+    def with_lora(self, config: DecoderConfig) -> DecoderConfig:
         """The architecture with the adapters that this configuration gives it."""
-        return Role(config, self.reward_lora if config.scalar_head else self.lora)
+        return dataclasses.replace(config, lora=self.reward_lora if config.scalar_head else self.lora)
 
 
 def load(
@@ -140,7 +139,7 @@ def relaid(model: Pretrained, layout: Layout) -> Pretrained:
     if layout.table == TRAIN:
         return dataclasses.replace(model, layout=layout)
     params = {}
-    for path, axes in {path: leaf.axes for path, leaf in abstract_params(model.config, model.lora).items()}.items():
+    for path, axes in {path: leaf.axes for path, leaf in abstract_params(model.config).items()}.items():
         leaf = model.params.pop(path)
         if not isinstance(leaf, PerLayer):  # which lies by GENERATE already
             where = shardings(axes, leaf.kind, layout) if isinstance(leaf, Quantised) else layout.sharding(axes)
@@ -185,15 +184,15 @@ def say_attention(
 
 def make_state(model: Pretrained, settings: ModelConfig, tx: optax.GradientTransformation, seed: int) -> TrainState:
     """The training state of a loaded model; adapters, where there are to be some, are fresh and change nothing yet."""
-    lora, layout = settings.role(model.config).lora, model.layout
-    adapters = init_params(model.config, jax.random.key(seed), layout, lora, only=is_adapter)
+    config, layout = settings.with_lora(model.config), model.layout
+    lora, adapters = config.lora, init_params(config, jax.random.key(seed), layout, only=is_adapter)
     if lora.rank and not adapters:
         raise ValueError(f"none of the adapters' targets {', '.join(lora.targets)} is a linear of this model")
     trainable, frozen = partition({**model.params, **adapters}, lambda path: is_trainable(path, lora))
-    if model.config.experts and lora.rank and {"gate", "up", "down"} & set(lora.targets):
+    if config.experts and lora.rank and {"gate", "up", "down"} & set(lora.targets):
         print("the experts have no adapters: only the attention of this sparse model is adapted", flush=True)
     trainable = {path: leaf.astype(jnp.float32) for path, leaf in trainable.items()}
-    return init_state(trainable, frozen, tx, abstract_params(model.config, lora), layout)
+    return init_state(trainable, frozen, tx, abstract_params(config), layout)
 
 
 def frozen_copy(params: Params, dtype: FrozenDtype) -> Params:
@@ -211,18 +210,18 @@ def frozen_copy(params: Params, dtype: FrozenDtype) -> Params:
 
 def export(model: Pretrained, state: TrainState, settings: ModelConfig, folder: Path) -> None:
     """Write what was trained as a Hugging Face folder, adapters merged; and adapters alone to `folder`_adapter."""
-    lora, pad = settings.role(model.config).lora, {"pad_token_id": model.tokenizer.pad_token_id}
+    config, pad = settings.with_lora(model.config), {"pad_token_id": model.tokenizer.pad_token_id}
     ids = {key: model.hf_config[key] for key in ("bos_token_id",) if model.hf_config.get(key) is not None}
     ends = sorted({*eos_ids(model), *stop_ids(model.tokenizer)})
     trained = dataclasses.replace(
         model,
+        config=config,
         params=state.params,
-        lora=lora,
         generation_config=ids | model.generation_config | pad | {"eos_token_id": ends},
         # Whoever scores with the model pads by its tokenizer, and transformers looks for the padding by this id.
         hf_config={**model.hf_config, **(pad if model.config.scalar_head else {})},
     )
-    if lora.rank:  # before the whole model, whose folder says that the stage is finished
+    if config.lora.rank:  # before the whole model, whose folder says that the stage is finished
         save_adapter(trained, folder.with_name(f"{folder.name}_adapter"), base=model.source, overwrite=True)
     save_pretrained(trained, folder, dtype=settings.export_dtype, overwrite=True)
 

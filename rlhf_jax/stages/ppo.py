@@ -98,8 +98,8 @@ def ppo_engine(
     """The engine that runs these settings; the reward model has the critic's architecture."""
     batch_size, num_micro = ppo_sizes(config, layout)
     return make_engine(
-        actor=model.role(actor),
-        critic=model.role(critic),
+        actor=model.with_lora(actor),
+        critic=model.with_lora(critic),
         reward=critic,
         estimate=lambda experience: advantages(experience, config),
         actor_loss=lambda logprobs, entropy, experience: actor_loss(logprobs, entropy, experience, config),

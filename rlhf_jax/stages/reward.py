@@ -15,13 +15,12 @@ from rlhf_jax.data.config import DataConfig
 from rlhf_jax.data.rows import Rows
 from rlhf_jax.data.selection import stage_rows
 from rlhf_jax.data.template import prepare_tokenizer
-from rlhf_jax.engine import Compute
 from rlhf_jax.gpus import RUN_OPTIONS
 from rlhf_jax.mesh import Layout
+from rlhf_jax.models.architecture import Compute, DecoderConfig
 from rlhf_jax.models.decoder import abstract_params, bind, last_hidden, scalar
 from rlhf_jax.objectives.preference import pairwise_loss
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
-from rlhf_jax.rollout import Role
 from rlhf_jax.stages.loop import RunConfig, say_rows, train_loop
 from rlhf_jax.stages.models import PERSISTENCE, ModelConfig, export, load, make_state, say_attention
 from rlhf_jax.stages.sizes import (
@@ -47,16 +46,14 @@ class RewardConfig:
 
 
 def reward_programs(
-    role: Role, compute: Compute, layout: Layout, tx: optax.GradientTransformation, num_micro: int
+    decoder: DecoderConfig, compute: Compute, layout: Layout, tx: optax.GradientTransformation, num_micro: int
 ) -> tuple[Callable, Callable]:
     """The jitted update(state, batch) of `make_update`, and measure(params, batch) -> scores [B, 2]."""
-    decoder, lora = role.config, role.lora
 
     def scores(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """[B, 2] of the chosen and the rejected answer, and the balance loss."""
         tokens, mask = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.mask))
-        options = dict(dtype=compute.dtype, layout=layout, remat=compute.remat, attention=compute.attention)
-        hidden, balance = bind(decoder, params, lora).with_balance_loss(tokens, mask, **options)
+        hidden, balance = bind(decoder, params).with_balance_loss(tokens, mask, compute, layout)
         return scalar(params, last_hidden(hidden, mask)).reshape(-1, 2), balance
 
     def loss_fn(params: Params, batch: Batch):
@@ -65,7 +62,7 @@ def reward_programs(
         stats = {"accuracy": (chosen > rejected).mean(), "margin": (chosen - rejected).mean()}
         return pairwise_loss(chosen, rejected) + balance, (chosen.shape[0], stats)
 
-    update = make_update(loss_fn, tx, abstract_params(decoder, lora), layout, num_micro)
+    update = make_update(loss_fn, tx, abstract_params(decoder), layout, num_micro)
     return update, jax.jit(lambda params, batch: scores(params, batch)[0], compiler_options=RUN_OPTIONS)
 
 
@@ -96,7 +93,7 @@ def run_reward(run: RunConfig, layout: Layout, model: ModelConfig, data: DataCon
     steps = total_steps(config.steps, config.epochs, batches.steps_per_epoch)
 
     tx, rate = make_optimizer(config.optim, steps), learning_rate(config.optim, steps)
-    update, measure = reward_programs(model.role(decoder), model.compute, layout, tx, num_micro)
+    update, measure = reward_programs(model.with_lora(decoder), model.compute, layout, tx, num_micro)
 
     ahead = Ahead(batches, steps)
 

@@ -16,14 +16,13 @@ from rlhf_jax.data.encode import Learn
 from rlhf_jax.data.rows import Rows
 from rlhf_jax.data.selection import stage_rows
 from rlhf_jax.data.template import prepare_tokenizer
-from rlhf_jax.engine import Compute
 from rlhf_jax.gpus import RUN_OPTIONS
 from rlhf_jax.mesh import Layout
+from rlhf_jax.models.architecture import Compute, DecoderConfig
 from rlhf_jax.models.decoder import abstract_params, bind, head_kernel, head_options
 from rlhf_jax.objectives.logprobs import token_logprobs
 from rlhf_jax.objectives.masked import mean
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
-from rlhf_jax.rollout import Role
 from rlhf_jax.stages.loop import RunConfig, say_rows, train_loop
 from rlhf_jax.stages.models import PERSISTENCE, ModelConfig, export, load, make_state, say_attention
 from rlhf_jax.stages.sizes import (
@@ -51,21 +50,14 @@ class SFTConfig:
 
 
 def sft_programs(
-    role: Role, compute: Compute, layout: Layout, tx: optax.GradientTransformation, num_micro: int
+    decoder: DecoderConfig, compute: Compute, layout: Layout, tx: optax.GradientTransformation, num_micro: int
 ) -> tuple[Callable, Callable]:
     """The jitted update(state, batch) of `make_update`, and measure(params, batch) -> what `losses` gives."""
-    decoder, lora = role.config, role.lora
 
     def losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The mean over the learned tokens, the balance loss, and how many tokens are learned."""
-        hidden, balance = bind(decoder, params, lora).with_balance_loss(
-            batch.tokens,
-            batch.mask,
-            dtype=compute.dtype,
-            layout=layout,
-            remat=compute.remat,
-            attention=compute.attention,
-            segments=batch.segments,
+        hidden, balance = bind(decoder, params).with_balance_loss(
+            batch.tokens, batch.mask, compute, layout, batch.segments
         )
         logprobs = token_logprobs(
             hidden[:, :-1],
@@ -81,7 +73,7 @@ def sft_programs(
         loss, balance, count = losses(params, batch)
         return loss + balance, (count, {})
 
-    update = make_update(loss_fn, tx, abstract_params(decoder, lora), layout, num_micro)
+    update = make_update(loss_fn, tx, abstract_params(decoder), layout, num_micro)
     return update, jax.jit(losses, compiler_options=RUN_OPTIONS)
 
 
@@ -114,7 +106,7 @@ def run_sft(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig
     steps = total_steps(config.steps, config.epochs, batches.steps_per_epoch)
 
     tx, rate = make_optimizer(config.optim, steps), learning_rate(config.optim, steps)
-    update, measure = sft_programs(model.role(decoder), model.compute, layout, tx, num_micro)
+    update, measure = sft_programs(model.with_lora(decoder), model.compute, layout, tx, num_micro)
 
     ahead = Ahead(batches, steps)
 

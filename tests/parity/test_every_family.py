@@ -25,6 +25,7 @@ from checkpoints import (
 from family_table import table
 
 from rlhf_jax.mesh import MeshConfig, make_mesh
+from rlhf_jax.models.architecture import Compute
 from rlhf_jax.models.decoder import abstract_params, bind, head_kernel, head_options, logits
 from rlhf_jax.models.families import FAMILIES
 from rlhf_jax.models.lora import LoraConfig, is_adapter, merge
@@ -126,7 +127,7 @@ def assert_same_answers(model, variant):
 def next_token_loss(config, params, ids, mask, layout=None):
     """The loss of supervised fine-tuning on all tokens but the first of right-padded rows."""
     decoder = bind(config, params)
-    hidden, balance = decoder.with_balance_loss(ids, mask, dtype=jnp.float32, layout=layout, remat="layers")
+    hidden, balance = decoder.with_balance_loss(ids, mask, Compute(jnp.float32, "layers"), layout)
     options = head_options(config, params)
     logprobs = token_logprobs(hidden[:, :-1], head_kernel(config, params), ids[:, 1:], chunk=4, **options)
     return -mean(logprobs, mask[:, 1:]) + balance
@@ -241,14 +242,15 @@ def test_eight_devices_hold_slices_and_give_the_same_answers(example):
 
 def test_adapters_merged_equal_adapters_beside_the_base(example):
     config, (ids, mask) = example.model.config, example.rows("right")
-    rng, leaves = np.random.default_rng(0), abstract_params(config, LORA)
+    rng, leaves = np.random.default_rng(0), abstract_params(dataclasses.replace(config, lora=LORA))
     # Larger ones sharpen attention until rounding alone, one unit in every kernel, shows more than the 1e-5 below.
     adapters = {path: 0.1 * rng.standard_normal(leaf.shape) for path, leaf in leaves.items() if is_adapter(path)}
     params = example.model.params | {path: jnp.asarray(leaf, jnp.float32) for path, leaf in adapters.items()}
 
     @jax.jit
     def adapted(params, ids, mask):
-        return logits(config, params, bind(config, params, LORA)(ids, mask, dtype=jnp.float32, remat="none"))
+        decoder = bind(dataclasses.replace(config, lora=LORA), params)
+        return logits(config, params, decoder(ids, mask, Compute(jnp.float32, "none")))
 
     beside = np.asarray(adapted(params, ids, mask))[mask]
     merged = dataclasses.replace(example.model, params=merge(params, LORA))

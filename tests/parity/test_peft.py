@@ -12,7 +12,7 @@ from checkpoints import assert_close, checkpoint, load, padded_rows, torch, torc
 from safetensors.numpy import load_file, save_file
 
 from rlhf_jax.mesh import MeshConfig, make_mesh
-from rlhf_jax.models.decoder import NO_LORA, abstract_params
+from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.lora import LoraConfig, is_adapter, merge
 from rlhf_jax.models.pretrained import apply, from_pretrained, reward_from_pretrained, save_adapter, score
 
@@ -74,10 +74,11 @@ def our_adapter(base, lora, *, scalar_head=False, mesh=None):
     model = (reward_from_pretrained if scalar_head else from_pretrained)(base, mesh=mesh)
     rng = np.random.default_rng(2)
     params = dict(model.params)
-    for path, leaf in abstract_params(model.config, lora).items():
+    config = dataclasses.replace(model.config, lora=lora)
+    for path, leaf in abstract_params(config).items():
         if is_adapter(path):
             params[path] = model.layout.put(0.3 * rng.standard_normal(leaf.shape, np.float32), *leaf.axes)
-    return dataclasses.replace(model, params=params, lora=lora)
+    return dataclasses.replace(model, config=config, params=params)
 
 
 def same_logits(model, theirs):
@@ -97,7 +98,7 @@ def same_scores(model, theirs):
 
 
 def same_params(left, right):
-    assert left.lora == right.lora and left.params.keys() == right.params.keys()
+    assert left.config == right.config and left.params.keys() == right.params.keys()
     for path in left.params:
         np.testing.assert_array_equal(left.params[path], right.params[path], err_msg=path)
 
@@ -109,7 +110,7 @@ def same_params(left, right):
 def test_an_adapter_of_peft_gives_its_logits(name, base, tmp_path):
     theirs = peft_adapter(base(name), tmp_path / "adapter", target_modules=TARGETS[name])
     model = from_pretrained(base(name), tmp_path / "adapter")
-    assert model.lora.rank == 4 and model.lora.alpha == 8.0
+    assert model.config.lora.rank == 4 and model.config.lora.alpha == 8.0
     same_logits(model, theirs)
 
 
@@ -120,10 +121,10 @@ def test_all_linear_with_rank_stabilised_scale_gives_its_logits(name, base, tmp_
     adapted = {path.split("/")[2] for path in model.params if is_adapter(path)}
     assert (
         adapted
-        == set(model.lora.targets)
+        == set(model.config.lora.targets)
         == {"q", "k", "v", "o", "up", "down"} | ({"gate"} if model.config.gated_mlp else set())
     )
-    assert model.lora.alpha == 8 * 4 / 4**0.5
+    assert model.config.lora.alpha == 8 * 4 / 4**0.5
     same_logits(model, theirs)
 
 
@@ -140,7 +141,7 @@ def test_ranks_and_scales_of_single_modules_and_layers_give_its_logits(name, rsl
         alpha_pattern={rf".*\.0\..*\.{first}": 32, rf"^.*{last}": 1},
     )
     model = from_pretrained(base(name), tmp_path / "adapter")
-    assert model.lora.rank == 6
+    assert model.config.lora.rank == 6
     same_logits(model, theirs)
 
 
@@ -230,7 +231,8 @@ def test_our_adapter_gives_its_logits_in_peft(name, base, tmp_path):
     same_logits(model, peft.PeftModel.from_pretrained(torch_base(base(name)), str(tmp_path / "adapter")))
     linears = [path.split("/")[2] for path in model.params if path.endswith("lora_a")]
     lora = dataclasses.replace(LORA, targets=tuple(one for one in LORA.targets if one in linears))
-    same_params(dataclasses.replace(model, lora=lora), from_pretrained(base(name), tmp_path / "adapter"))
+    wanted = dataclasses.replace(model, config=dataclasses.replace(model.config, lora=lora))
+    same_params(wanted, from_pretrained(base(name), tmp_path / "adapter"))
 
 
 @pytest.mark.parametrize("targets", [("v",), ("q", "v", "down"), ("k", "up")])
@@ -245,7 +247,9 @@ def test_some_linears_of_a_fused_module_can_have_one_alone(name, targets, base, 
 def test_merged_equals_beside(base, tmp_path):
     peft_adapter(base("phi3"), tmp_path / "adapter", target_modules="all-linear", rank_pattern={"qkv_proj": 7})
     model = from_pretrained(base("phi3"), tmp_path / "adapter")
-    merged = dataclasses.replace(model, params=merge(model.params, model.lora), lora=NO_LORA)
+    merged = dataclasses.replace(
+        model, params=merge(model.params, model.config.lora), config=model.config.without_lora()
+    )
     ids, mask = padded_rows("right", model.config.vocab_size)
     assert_close(np.asarray(apply(merged, ids, mask))[mask], np.asarray(apply(model, ids, mask))[mask])
 

@@ -65,13 +65,13 @@ def _labels(hf: Mapping[str, Any]) -> int:
 def hf_tensors(config: DecoderConfig) -> Tensors:
     """{path: where a checkpoint has it}, for every parameter of this model, in the layout of the hub."""
     table = FAMILIES[config.family].tensors(config)
-    return {path: table[path] for path in abstract_params(config)}
+    return {path: table[path] for path in abstract_params(config.without_lora())}
 
 
 def alternatives(config: DecoderConfig) -> list[Tensors]:
     """The same in other layouts, where folders of this family may have them."""
     tables = FAMILIES[config.family].alternatives(config)
-    return [{path: table[path] for path in abstract_params(config)} for table in tables]
+    return [{path: table[path] for path in abstract_params(config.without_lora())} for table in tables]
 
 
 def base_prefix(config: DecoderConfig) -> str:

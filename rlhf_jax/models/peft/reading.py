@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,7 +42,7 @@ class _Part(NamedTuple):
 
 def read_adapter(
     folder: Path, config: DecoderConfig, layout: Layout, dtype: str = "float32"
-) -> tuple[LoraConfig, dict[str, jax.Array]]:
+) -> tuple[DecoderConfig, dict[str, jax.Array]]:
     """A LoRA adapter of PEFT's as adapters beside our kernels.
 
     The rank is the largest that a linear has; smaller ones are filled up with zeros, and so are the layers that PEFT
@@ -54,7 +55,7 @@ def read_adapter(
         layout: where each adapter lies.
         dtype: of the result.
     Returns:
-        The configuration, whose targets are the linears that have an adapter in any layer, and {path: array}:
+        `config` with the adapters, whose targets are the linears that have one in any layer, and {path: array}:
         .../lora_a [L, in, rank], .../lora_b [L, rank, out], and score/kernel [E, 1] if the adapter has a scalar head.
     Raises:
         ValueError: a file is absent or damaged, the weights are a pickle, the adapter is of a kind or changes a module
@@ -91,8 +92,11 @@ def read_adapter(
     lora, host = _stacked(parts, config.num_layers)
     if "score" in shapes:
         host[SCORE] = stored["score"].T
-    leaves = abstract_params(config, lora)
-    return lora, {path: layout.put(array.astype(jnp.dtype(dtype)), *leaves[path].axes) for path, array in host.items()}
+    config = dataclasses.replace(config, lora=lora)
+    leaves = abstract_params(config)
+    return config, {
+        path: layout.put(array.astype(jnp.dtype(dtype)), *leaves[path].axes) for path, array in host.items()
+    }
 
 
 def _stacked(parts: Sequence[_Part], num_layers: int) -> tuple[LoraConfig, dict[str, np.ndarray]]:

@@ -13,7 +13,6 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from rlhf_jax.models.architecture import DecoderConfig
-from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.models.peft.modules import CONFIG, SCORE, WEIGHTS, modules_of
 
 
@@ -21,7 +20,6 @@ def write_adapter(
     folder: Path,
     config: DecoderConfig,
     adapters: Mapping[str, jax.Array],
-    lora: LoraConfig,
     *,
     base: str,
     dtype: str = "float32",
@@ -33,12 +31,12 @@ def write_adapter(
 
     Args:
         folder: an existing folder.
-        config: of the base.
+        config: of the base, with its adapters.
         adapters: {path: array}, sharded or not, every shard reachable from this process; other parameters are ignored.
-        lora: their configuration.
         base: the folder or hub id of the base, for whoever loads the adapter.
         dtype: of the tensors, "float32", "float16" or "bfloat16".
     """
+    lora = config.lora
     tensors: dict[str, np.ndarray] = {}
     written: dict[str, int] = {}  # {module's name within a layer: how many ranks lie side by side}
     modules = [module for module in modules_of(config) if any(f"{linear}/lora_a" in adapters for linear in module.rows)]

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.models.decoder import NO_LORA
-from rlhf_jax.models.lora import LoraConfig, merged_kernel
+from rlhf_jax.models.lora import NO_LORA, LoraConfig, merged_kernel
 from rlhf_jax.models.per_layer import PerLayer
 from rlhf_jax.models.quantised import Quantised, dequantise
 from rlhf_jax.models.safetensors_io.blocks import blocks, bounds_of, copy, members, oriented, spread

@@ -87,11 +87,14 @@ def tokenizer_in(folder: Path):
     return prepare_tokenizer(AutoTokenizer.from_pretrained(folder / "tokenizer"))
 
 
-def config_in(folder: Path):
+def rows_in(folder: Path, tokenizer):
     from rlhf_jax.data.config import DataConfig, SourceConfig
+    from rlhf_jax.data.example import RowSpec
+    from rlhf_jax.data.selection import select_rows
 
     source = SourceConfig(str(folder / "dialogues.jsonl"), answer="answer", chosen="", rejected="")
-    return DataConfig((source,), split="1,0,0", held_out=0.0, cache_dir=str(folder / "cache"))
+    config = DataConfig((source,), split={"sft": 1.0}, held_out=0.0, cache_dir=str(folder / "cache"))
+    return select_rows(config, tokenizer, RowSpec("demonstration", "sft"), held_out=False)
 
 
 def tokenizers_alone(folder: Path) -> dict[str, float]:
@@ -118,13 +121,11 @@ def first_run(folder: Path) -> dict[str, float]:
     """Everything from the file to the rows, nothing kept before."""
     import shutil
 
-    from rlhf_jax.data.selection import stage_rows
-
     shutil.rmtree(folder / "cache", ignore_errors=True)
-    tokenizer, config = tokenizer_in(folder), config_in(folder)
+    tokenizer = tokenizer_in(folder)
     with Memory() as memory:
         start = time.perf_counter()
-        rows = stage_rows(config, tokenizer, "sft", held_out=False)
+        rows = rows_in(folder, tokenizer)
         seconds = time.perf_counter() - start
     tokens = sum(int(part.lengths.sum()) for part in rows.parts)
     return {
@@ -142,11 +143,10 @@ def second_run(folder: Path) -> dict[str, float]:
     begun = time.perf_counter()
     from rlhf_jax.data.ahead import Ahead
     from rlhf_jax.data.batches import Batches
-    from rlhf_jax.data.selection import stage_rows
 
     tokenizer = tokenizer_in(folder)
     imported = time.perf_counter()
-    rows = stage_rows(config_in(folder), tokenizer, "sft", held_out=False)
+    rows = rows_in(folder, tokenizer)
     batches = Batches(rows, batch_size=64, seed=0)
     ahead = Ahead(batches, batches.steps_per_epoch)
     ahead[0]
@@ -174,7 +174,6 @@ def consumption(folder: Path) -> dict[str, float]:
 
     from rlhf_jax.config import load
     from rlhf_jax.data.batches import Batches
-    from rlhf_jax.data.selection import stage_rows
     from rlhf_jax.mesh import make_mesh
     from rlhf_jax.models.decoder import init_params
     from rlhf_jax.models.families import decoder_config
@@ -187,7 +186,7 @@ def consumption(folder: Path) -> dict[str, float]:
 
     recipe = load(Path(__file__).parent.parent / "configs" / "demo.toml", [], Recipe)
     tokenizer = tokenizer_in(folder)
-    rows = stage_rows(config_in(folder), tokenizer, "sft", held_out=False)
+    rows = rows_in(folder, tokenizer)
     batches = Batches(rows, batch_size=recipe.sft.batch_size, seed=0)
     new = dataclasses.replace(recipe.model.new, max_positions=batches.lengths[-1])
     hf = new_hf_config(new, recipe.model.new.vocab_size)  # the demo's model has the demo's vocabulary

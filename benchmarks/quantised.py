@@ -26,7 +26,7 @@ from rlhf_jax.cli import main as command
 from rlhf_jax.config import load
 from rlhf_jax.data import assistant
 from rlhf_jax.data.batches import Batches
-from rlhf_jax.data.selection import stage_rows
+from rlhf_jax.data.selection import select_rows
 from rlhf_jax.mesh import single_device_mesh
 from rlhf_jax.models.architecture import Compute
 from rlhf_jax.models.decoder import bind, logits
@@ -112,7 +112,7 @@ def errors(folder: Path, overrides: list[str]) -> dict[str, dict[str, float]]:
     """Relative (Frobenius) errors against float32; logits on held-out rows, activations in float32."""
     recipe = load(CONFIG, overrides, Recipe)
     whole = from_pretrained(folder)
-    rows = stage_rows(recipe.data, whole.tokenizer, "sft", held_out=True)
+    rows = select_rows(recipe.data, whole.tokenizer, recipe.row_spec("sft"), held_out=True)
     batch = Batches(rows, batch_size=64, seed=0)[0]
 
     def logits_of(model: Pretrained) -> np.ndarray:

@@ -1,9 +1,10 @@
 """TOML and `section.key=value` into frozen dataclasses, and back.
 
-A schema is a frozen dataclass whose fields are `int`, `float`, `bool`, `str`, `Literal[...]`, `tuple[T, ...]` of those
-or of frozen dataclasses, and frozen dataclasses. It stands beside the code that reads it and checks itself in
-`__post_init__` (a `ValueError` from there is passed on with the place it came from). There is no None: an absent
-choice is "" or 0, so that every configuration can be written as TOML.
+A schema is a frozen dataclass whose fields are `int`, `float`, `bool`, `str`, `Literal[...]`, `dict[str, T]` of those,
+`tuple[T, ...]` of those or of frozen dataclasses, frozen dataclasses, and unions of types that TOML tells apart. It
+stands beside the code that reads it and checks itself in `__post_init__` (a `ValueError` from there is passed on with
+the place it came from). There is no None: an absent choice is "" or 0, so that every configuration can be written as
+TOML.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import math
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import tomli_w
@@ -118,19 +120,35 @@ def _value(text: str, wanted: Any) -> Any:
 def _type_at(schema: type, key: str, where: str) -> Any:
     wanted: Any = schema
     for part in key.split("."):
+        # Of several types the key leads into the table.
+        wanted = next((kind for kind in _members(wanted) if get_origin(kind) is dict), wanted)
         if dataclasses.is_dataclass(wanted) and part in get_type_hints(wanted):
             wanted = get_type_hints(wanted)[part]
         elif get_origin(wanted) is tuple and part.isdecimal():
             wanted = get_args(wanted)[0]
+        elif get_origin(wanted) is dict:
+            wanted = get_args(wanted)[1]
         else:
             raise _unknown(schema, key, where)
     return wanted
 
 
+def _members(wanted: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type."""
+    return get_args(wanted) if get_origin(wanted) is UnionType else (wanted,)
+
+
 def _parse(wanted: Any, value: Any, key: str, source: Source, default: Any) -> Any:
     """`value` as a `wanted`; where a table leaves fields out they come from `default`, the parent's default for it."""
+    members = _members(wanted)
+    if len(members) > 1:
+        wanted = next((kind for kind in members if isinstance(value, get_origin(kind) or kind)), wanted)
     if dataclasses.is_dataclass(wanted) and isinstance(value, dict):
         return _parse_table(wanted, value, key, source, default)
+    if get_origin(wanted) is dict and isinstance(value, dict):
+        return {
+            name: _parse(get_args(wanted)[1], item, f"{key}.{name}", source, ABSENT) for name, item in value.items()
+        }
     if get_origin(wanted) is tuple and isinstance(value, list | tuple):
         item_type = get_args(wanted)[0]
         return tuple(_parse(item_type, item, f"{key}.{i}", source, ABSENT) for i, item in enumerate(value))
@@ -145,7 +163,7 @@ def _parse(wanted: Any, value: Any, key: str, source: Source, default: Any) -> A
         return float(value)
     if wanted in (int, bool, str) and type(value) is wanted:
         return value
-    name = "a table" if dataclasses.is_dataclass(wanted) else NAMES[get_origin(wanted) or wanted]
+    name = " or ".join(NAMES.get(get_origin(kind) or kind, "a table") for kind in members)
     raise ValueError(f"{source.of(key)}: '{key}' is {_shown(value)}, but wants {name}")
 
 

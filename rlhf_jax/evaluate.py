@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from rlhf_jax.data import assistant_judge
 from rlhf_jax.data.batches import Batch, Batches
 from rlhf_jax.data.config import BUILTIN, DataConfig
-from rlhf_jax.data.example import Example
-from rlhf_jax.data.selection import read_examples, rows_of, stage_rows
+from rlhf_jax.data.example import Example, RowSpec
+from rlhf_jax.data.selection import read_examples, rows_of, select_rows
 from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.models.attention import Choice
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained, reward_from_pretrained, score
@@ -104,7 +104,8 @@ def evaluate(
 
 def reward_accuracy(scorer: Pretrained, data: DataConfig, config: EvaluateConfig, attention: Choice) -> float:
     """Share of held-out pairs whose chosen answer has the higher score."""
-    rows = stage_rows(data, prepare_tokenizer(scorer.tokenizer, data.template), "reward", held_out=True)
+    tokenizer = prepare_tokenizer(scorer.tokenizer, data.template)
+    rows = select_rows(data, tokenizer, RowSpec("pair", "reward"), held_out=True)
     count = min(config.pairs, len(rows))
     pairs = Batches(rows, batch_size=count, seed=0, shuffle=False)[0]
     tokens, mask = (x.reshape(2 * count, -1) for x in (pairs.tokens, pairs.mask))
@@ -119,12 +120,12 @@ def held_out_prompts(scorer: Pretrained, data: DataConfig, limit: int) -> tuple[
     Raises:
         ValueError: there are none.
     """
-    tokenizer = prepare_tokenizer(scorer.tokenizer, data.template)
+    tokenizer, spec = prepare_tokenizer(scorer.tokenizer, data.template), RowSpec("prompt", "ppo")
     # Some are dropped, and rows of one prompt are many in preference data: enough are read that the rest suffice.
-    examples = list(itertools.islice(read_examples(data, "ppo", held_out=True), READ_FOR_EACH * limit))
+    examples = list(itertools.islice(read_examples(data, spec, held_out=True), READ_FOR_EACH * limit))
     if not examples:
         raise ValueError("there are no held-out rows of the ppo stage: train with data.held_out or an eval_path")
-    rows = rows_of(examples, data, tokenizer, "ppo")
+    rows = rows_of(examples, data, tokenizer, spec)
     (part,) = rows.parts
     count = min(limit, len(rows))
     prompts = Batches(rows, batch_size=count, seed=0, side="left", shuffle=False)[0]

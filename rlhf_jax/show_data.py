@@ -7,6 +7,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import PurePath
 from typing import TextIO
 
@@ -15,17 +16,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.config import DataConfig
-from rlhf_jax.data.encode import Learn
+from rlhf_jax.data.example import RowKind, RowSpec
 from rlhf_jax.data.mapping.mapper import resolved, serves
 from rlhf_jax.data.rows import Rows
-from rlhf_jax.data.selection import NoRows, has_eval, stage_rows, takes_part
-from rlhf_jax.data.splits import STAGES, Stage
+from rlhf_jax.data.selection import NoRows, has_eval, select_rows, takes_part
 from rlhf_jax.data.template import Encoded, prepare_tokenizer
-from rlhf_jax.recipe import Recipe
+from rlhf_jax.recipe import ROW_KINDS, Recipe
 from rlhf_jax.stages.base import new_tokenizer
 
 GREEN, DIM, PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
-USES = {"sft": "a row is a dialogue", "reward": "a row is a pair", "ppo": "a row is a prompt"}
+USES: dict[RowKind, str] = {"demonstration": "a dialogue", "pair": "a pair", "prompt": "a prompt"}
 LEGEND = """\
 share: rows whose prompt falls to the stage, or is held out; dropped: those of them that make no row, for the reasons
 told; used: the others; cut: those of the used that were too long; median, 95% and longest: tokens of a sequence;
@@ -42,21 +42,22 @@ def show_data(recipe: Recipe, examples: int, out: TextIO | None = None) -> None:
     What the model learns stands in bold green on a terminal, and between ⟦ and ⟧ elsewhere.
 
     Raises:
-        ValueError: as `stage_rows`, but where a stage has no rows that is printed.
+        ValueError: as `select_rows`, but where a stage has no rows that is printed.
     """
     out = out or sys.stdout
     tokenizer, data = tokenizer_of(recipe), recipe.data
     colours = out.isatty() and not os.environ.get("NO_COLOR")
     # All is read before anything is printed: what is bad stops the command, and how much was read is told once.
-    found = {(stage, side): _rows(recipe, tokenizer, stage, side) for stage in STAGES for side in (False, True)}
+    specs = {stage: replace(recipe.row_spec(stage), pack_length=0) for stage in ROW_KINDS}
+    found = {(s, side): _rows(data, tokenizer, spec, side) for s, spec in specs.items() for side in (False, True)}
     names = short_names([source.path for source in data.sources])
     lines = [f"tokenizer: {recipe.model.actor}, {len(tokenizer):,} words", "", *sources(data, names, found), "", LEGEND]
-    for stage in STAGES:
-        serving = [name for name, source in zip(names, data.sources, strict=True) if serves(source, stage)]
-        lines += ["", _columns(f"{stage}: {USES[stage]}", COLUMNS)]
+    for stage, spec in specs.items():
+        serving = [name for name, source in zip(names, data.sources, strict=True) if serves(source, spec.kind)]
+        lines += ["", _columns(f"{stage}: a row is {USES[spec.kind]}", COLUMNS)]
         for held_out in (False, True):
             named = zip(names, data.sources, strict=True)
-            here = [name for name, source in named if takes_part(source, stage, held_out)]
+            here = [name for name, source in named if takes_part(source, spec.kind, held_out)]
             lines += table(here, found[stage, held_out], held_out)
         rows = found[stage, False]
         if isinstance(rows, Rows):
@@ -86,12 +87,9 @@ def tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
     return prepare_tokenizer(tokenizer, recipe.data.template)
 
 
-def _rows(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stage: Stage, held_out: bool, pack_length: int = 0
-) -> Rows | NoRows:
-    learn: Learn = recipe.sft.learn if stage == "sft" else "answer"
+def _rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase, spec: RowSpec, held_out: bool) -> Rows | NoRows:
     try:
-        return stage_rows(recipe.data, tokenizer, stage, held_out=held_out, learn=learn, pack_length=pack_length)
+        return select_rows(data, tokenizer, spec, held_out=held_out)
     except NoRows as error:
         return error
 
@@ -107,14 +105,14 @@ def short_names(paths: Sequence[str]) -> list[str]:
     return names
 
 
-def sources(data: DataConfig, names: Sequence[str], found: Mapping[tuple[Stage, bool], Rows | NoRows]) -> list[str]:
+def sources(data: DataConfig, names: Sequence[str], found: Mapping[tuple[str, bool], Rows | NoRows]) -> list[str]:
     """Of each source its place and format, how many rows were read, and which were bad."""
     lines = ["sources"]
     for at, (source, name) in enumerate(zip(map(resolved, data.sources), names, strict=True)):
         tallies = {False: {}, True: {}}  # of the training rows and of the held-out rows, {stage: tally}
         for (stage, held_out), rows in found.items():
-            if isinstance(rows, Rows) and takes_part(source, stage, held_out):
-                before = sum(takes_part(other, stage, held_out) for other in data.sources[:at])
+            if isinstance(rows, Rows) and takes_part(source, ROW_KINDS[stage], held_out):
+                before = sum(takes_part(other, ROW_KINDS[stage], held_out) for other in data.sources[:at])
                 tallies[held_out][stage] = rows.parts[before].tally
         read = {side: next((tally.rows for tally in each.values()), None) for side, each in tallies.items()}
         counts = {side: "" if count is None else f", {count:,} rows" for side, count in read.items()}
@@ -126,7 +124,7 @@ def sources(data: DataConfig, names: Sequence[str], found: Mapping[tuple[Stage, 
             held = f"{data.held_out:.1%} of its prompts" if data.held_out else "nothing"
             held += ", left out, as it is streamed" * (source.stream and data.held_out > 0)
         counts[False] += " in its first window, of which all below is told" * source.stream
-        unserved = [f", not for {stage}" for stage in STAGES if not serves(source, stage)]
+        unserved = [f", not for {stage}" for stage, kind in ROW_KINDS.items() if not serves(source, kind)]
         told = f"{counts[False]}, format {source.format}{''.join(unserved)}; held out: {held}"
         lines.append(f"  {name.split()[0]} {source.path}{told}")
         for held_out in (False, True) if has_eval(source) else (False,):
@@ -172,19 +170,17 @@ def _columns(name: str, values: Sequence[str]) -> str:
 
 
 def epoch(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stage: Stage, rows: Rows, serving: Sequence[str]
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stage: str, rows: Rows, serving: Sequence[str]
 ) -> list[str]:
     """What an epoch draws of each source, if not each row once, its steps, and what share of its batches is padding."""
-    lines = []
-    if stage == "sft" and recipe.sft.pack_length:
-        rows = _rows(recipe, tokenizer, stage, False, recipe.sft.pack_length)
-        assert isinstance(rows, Rows)  # as there are some before they are packed
-        lines.append(f"  packed: {sum(map(len, rows.parts)):,} rows of {recipe.sft.pack_length} tokens")
+    lines, spec, config = [], recipe.row_spec(stage), getattr(recipe, stage)
+    if spec.pack_length:
+        rows = select_rows(recipe.data, tokenizer, spec, held_out=False)
+        lines.append(f"  packed: {sum(map(len, rows.parts)):,} rows of {spec.pack_length} tokens")
     if rows.quota != tuple(map(len, rows.parts)):
         drawn = ", ".join(f"{count:,} of {name.split()[0]}" for name, count in zip(serving, rows.quota, strict=True))
         lines.append(f"  drawn in an epoch: {len(rows):,} rows, {drawn}")
-    config = getattr(recipe, stage)
-    size = config.rollout_batch_size if stage == "ppo" else config.batch_size
+    size = getattr(config, "rollout_batch_size", config.batch_size)
     if size > len(rows):
         return [*lines, f"  a batch has {size} rows, which are more than there are: add rows, or make it smaller"]
     batches = Batches(rows, batch_size=size, seed=recipe.run.seed, buckets=getattr(config, "length_buckets", 1))

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from row_specs import SPECS, split_of
 from tiny_tokenizer import chatml_like, gpt2_like
 
 from rlhf_jax.data import build, tokenise
 from rlhf_jax.data.config import DataConfig, SourceConfig
 from rlhf_jax.data.rows import Rows
-from rlhf_jax.data.selection import stage_rows
+from rlhf_jax.data.selection import select_rows
 from rlhf_jax.data.template import prepare_tokenizer
 
 TOKENIZER = prepare_tokenizer(gpt2_like())
@@ -30,11 +31,11 @@ def write(path: Path, count: int = 50, word: str = "good") -> Path:
 @pytest.fixture
 def config(tmp_path) -> DataConfig:
     source = SourceConfig(str(write(tmp_path / "rows.jsonl")))
-    return DataConfig((source,), "1,1,1", 0.1, cache_dir=str(tmp_path / "cache"))
+    return DataConfig((source,), split_of("1,1,1"), 0.1, cache_dir=str(tmp_path / "cache"))
 
 
 def rows_for(config: DataConfig, tokenizer=TOKENIZER, stage="sft", **options) -> Rows:
-    return stage_rows(config, tokenizer, stage, held_out=False, **options)
+    return select_rows(config, tokenizer, dataclasses.replace(SPECS[stage], **options), held_out=False)
 
 
 def kept(config: DataConfig) -> set[str]:
@@ -61,7 +62,7 @@ def changed_source(config: DataConfig, **change) -> DataConfig:
         lambda config: (dataclasses.replace(config, max_length=300), TOKENIZER, "sft", {}),
         lambda config: (dataclasses.replace(config, max_prompt_length=30), TOKENIZER, "sft", {}),
         lambda config: (dataclasses.replace(config, long_rows="left"), TOKENIZER, "sft", {}),
-        lambda config: (dataclasses.replace(config, split="1,2,3"), TOKENIZER, "sft", {}),
+        lambda config: (dataclasses.replace(config, split=split_of("1,2,3")), TOKENIZER, "sft", {}),
         lambda config: (dataclasses.replace(config, held_out=0.2), TOKENIZER, "sft", {}),
         lambda config: (config, prepare_tokenizer(chatml_like()), "sft", {}),
         lambda config: (config, prepare_tokenizer(gpt2_like(eos_token="<|im_end|>")), "sft", {}),
@@ -128,7 +129,7 @@ sys.path.insert(0, {tests!r})
 from test_build import DataConfig, SourceConfig, TOKENIZER, rows_for, tokenise
 encode, calls = tokenise.encode_block, []
 tokenise.encode_block = lambda *args: calls.append(1) or encode(*args)
-config = DataConfig((SourceConfig({path!r}),), "1,0,0", 0.0, cache_dir={cache!r})
+config = DataConfig((SourceConfig({path!r}),), {{"sft": 1.0}}, 0.0, cache_dir={cache!r})
 print(len(rows_for(config)), rows_for(config).fingerprint, len(calls) > 0)
 """
 

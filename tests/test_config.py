@@ -37,7 +37,7 @@ class Source:
 @dataclass(frozen=True)
 class Data:
     sources: tuple[Source, ...]
-    split: str = "2,4,4"
+    split: dict[str, float] | str = "2,4,4"
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,9 @@ def test_a_table_given_in_part_keeps_the_default_that_its_parent_chose(path):
         ("actor=2026-11-24", lambda c: c.actor, "2026-11-24"),
         ("actor=x # y", lambda c: c.actor, "x # y"),
         ("data.split=1,0,9", lambda c: c.data.split, "1,0,9"),
+        ("data.split={sft=1, ppo=2.5}", lambda c: c.data.split, {"sft": 1.0, "ppo": 2.5}),
+        ("data.split={}", lambda c: c.data.split, {}),
+        ("data.split.ppo=3", lambda c: c.data.split, {"ppo": 3.0}),
         ("dtype=bfloat16", lambda c: c.dtype, "bfloat16"),
         ("betas=[0, 0.5]", lambda c: c.betas, (0.0, 0.5)),
         ("betas.1=0.99", lambda c: c.betas, None),
@@ -156,6 +159,10 @@ def test_a_whole_number_becomes_a_float_where_a_float_is_wanted(path):
         ("betas.0=0.5", "has 0 items in 'betas', so no item 0; set 'betas=[...]'"),
         ("data.sources.2.limit=1", "has 2 items in 'data.sources', so no item 2"),
         ("data.sources=[{limit=1}]", "override 'data.sources=[{limit=1}]': 'data.sources.0.path' is missing"),
+        ("data.split=7", "'data.split' is 7, but wants a table or a string"),
+        ("data.split={sft='a'}", "'data.split.sft' is \"a\", but wants a number"),
+        ("data.split.sft=a", "override 'data.split.sft=a': 'data.split.sft' is \"a\", but wants a number"),
+        ("data.split.sft.x=1", "unknown key 'data.split.sft.x'; did you mean 'data.split'?"),
         (
             "dtype=bfloat61",
             '\'dtype\' is "bfloat61", but wants one of "float32", "bfloat16"; did you mean \'bfloat16\'?',
@@ -193,6 +200,14 @@ def test_a_wrong_file_is_refused_with_its_name(path, text, message):
     assert message in str(error.value)
 
 
+def test_an_override_adds_to_the_table_of_the_file_and_not_to_a_text(path):
+    path.write_text("[data]\nsources = []\nsplit = { sft = 1, ppo = 2 }")
+    assert load(path, "data.split.ppo=3").data.split == {"sft": 1.0, "ppo": 3.0}
+    path.write_text("[data]\nsources = []\nsplit = '2,4,4'")
+    with pytest.raises(ValueError, match="'data.split' is \"2,4,4\", which 'data.split.ppo' cannot be set in"):
+        load(path, "data.split.ppo=3")
+
+
 @pytest.mark.parametrize("text", ["sft = 3", "sft = [1]", "[[sft]]"])
 def test_an_override_into_a_table_that_the_file_wrote_wrong_blames_the_file(path, text):
     path.write_text(text)
@@ -223,7 +238,11 @@ numbers = st.floats(allow_nan=False)
 sources = st.builds(Source, path=texts, limit=st.integers(-(2**63), 2**63 - 1))
 schemas = st.builds(
     Schema,
-    data=st.builds(Data, sources=st.lists(sources, max_size=3).map(tuple), split=texts),
+    data=st.builds(
+        Data,
+        sources=st.lists(sources, max_size=3).map(tuple),
+        split=texts | st.dictionaries(texts, numbers, max_size=3),
+    ),
     sft=st.builds(
         Sft, batch_size=st.integers(1, 99), shuffle=st.booleans(), optimizer=st.builds(Optimizer, numbers, numbers)
     ),

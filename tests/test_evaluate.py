@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_recipe
+from row_specs import SPECS
 from tiny_recipe import records
 
 import rlhf_jax
@@ -63,7 +64,7 @@ def test_no_prompt_of_the_evaluation_trains_any_stage(evaluated):
     data = load(folder / "config.toml", [], Recipe).data
     asked = {prompt_key(tuple(map(tuple, row["prompt"]))) for row in records(folder / "evaluate.jsonl")}
     for stage in ("sft", "reward", "ppo"):
-        trained = {prompt_key(example.turns) for example in read_examples(data, stage, held_out=False)}
+        trained = {prompt_key(example.turns) for example in read_examples(data, SPECS[stage], held_out=False)}
         assert asked & trained == set()
 
 

@@ -1,4 +1,4 @@
-"""Known data sets: a row in each set's own schema gives each stage exactly these examples, and what a user sets wins.
+"""Known data sets: a row in each set's own schema gives each kind exactly these examples, and what a user sets wins.
 
 Rows have all fields of the set, as its public description or its readers name them; the texts are made up. No set was
 at hand to look into but hh-rlhf and gsm8k. Where the description leaves open how a text looks (yitingxie, pvduy), the
@@ -12,11 +12,10 @@ from typing import NamedTuple
 import pytest
 
 from rlhf_jax.data.config import SourceConfig
-from rlhf_jax.data.example import BadRow, Example, Row
+from rlhf_jax.data.example import KINDS, BadRow, Example, Row
 from rlhf_jax.data.mapping import known as module
 from rlhf_jax.data.mapping.known import known_sets, resolved
 from rlhf_jax.data.mapping.mapper import mapper, serves
-from rlhf_jax.data.splits import STAGES
 
 
 def fill(answer: str) -> tuple[str, str, str]:
@@ -36,7 +35,7 @@ class Case(NamedTuple):
 
 
 def same(row: dict, question: str | tuple, texts: tuple, reward: bool) -> Case:
-    """A set whose stages get the same example, or the reward stage none."""
+    """A set whose stages get the same example, or the reward kind none."""
     return Case(row, question, [texts], [texts] * reward, [texts])
 
 
@@ -202,8 +201,8 @@ CASES = {
 }
 
 
-def examples(row: dict, stage: str, path: str) -> list[Example]:
-    return mapper(SourceConfig(path), stage)(Row(path, 1, row))
+def examples(row: dict, kind: str, path: str) -> list[Example]:
+    return mapper(SourceConfig(path), kind)(Row(path, 1, row))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -211,9 +210,9 @@ def test_a_row_of_a_known_set_gives_each_stage_what_is_in_it(name):
     row, question, *by_stage = CASES[name]
     turns = (("user", question),) if isinstance(question, str) else question
     source = SourceConfig(name)
-    for stage, wanted in zip(STAGES, by_stage, strict=True):
-        assert examples(row, stage, name) == [Example(turns, *texts, resolved(source).path, 1) for texts in wanted]
-        assert serves(source, stage) == bool(wanted)
+    for kind, wanted in zip(KINDS, by_stage, strict=True):
+        assert examples(row, kind, name) == [Example(turns, *texts, resolved(source).path, 1) for texts in wanted]
+        assert serves(source, kind) == bool(wanted)
 
 
 def test_every_known_set_has_a_case_here_and_sets_no_key_in_vain():
@@ -229,8 +228,8 @@ def test_every_known_set_has_a_case_here_and_sets_no_key_in_vain():
 
 def test_a_query_without_a_negative_passage_makes_no_pair_but_trains_the_other_stages():
     row, name = MIRACL | {"negative_passages": []}, "Cohere/miracl-ja-queries-22-12"
-    assert [len(examples(row, stage, name)) for stage in STAGES] == [1, 0, 1]
-    assert examples(row, "sft", name)[0].answer == "好"
+    assert [len(examples(row, kind, name)) for kind in KINDS] == [1, 0, 1]
+    assert examples(row, "demonstration", name)[0].answer == "好"
 
 
 @pytest.mark.parametrize(
@@ -246,30 +245,30 @@ def test_a_query_without_a_negative_passage_makes_no_pair_but_trains_the_other_s
     ],
 )
 def test_rows_without_an_answer_are_left_out_of_sft_where_the_set_has_such(name, lack):
-    assert examples(CASES[name].row | lack, "sft", name) == []
+    assert examples(CASES[name].row | lack, "demonstration", name) == []
 
 
 def test_a_field_that_a_known_set_should_have_is_missed():
     with pytest.raises(BadRow, match="row 1: no field 'RESPONSE'; the fields are INSTRUCTION"):
-        examples({"INSTRUCTION": "为什么?"}, "sft", "wangrui6/Zhihu-KOL")
+        examples({"INSTRUCTION": "为什么?"}, "demonstration", "wangrui6/Zhihu-KOL")
 
 
 def test_equal_scores_make_no_pair_and_the_first_answer_is_learned():
     # DeepSpeed-Chat calls answer_0 the better one; to those who gathered the scores a tie says that neither is.
     row = WEBGPT | {"score_0": 0.0, "score_1": 0.0}
-    assert [len(examples(row, stage, "openai/webgpt_comparisons")) for stage in STAGES] == [1, 0, 1]
-    assert examples(row, "sft", "openai/webgpt_comparisons")[0].answer == "Light."
+    assert [len(examples(row, kind, "openai/webgpt_comparisons")) for kind in KINDS] == [1, 0, 1]
+    assert examples(row, "demonstration", "openai/webgpt_comparisons")[0].answer == "Light."
 
 
 def test_the_other_answer_of_shp_is_chosen_where_its_score_is_higher():
-    (given_back,) = examples(SHP | {"score_A": 30, "labels": 1}, "reward", "stanfordnlp/SHP")
+    (given_back,) = examples(SHP | {"score_A": 30, "labels": 1}, "pair", "stanfordnlp/SHP")
     assert (given_back.chosen, given_back.rejected) == ("Dunno.", "Because.")
 
 
 def test_the_local_file_of_deepspeed_chat_is_read_by_the_defaults():
     row = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
     wanted = [Example((("user", "Why?"),), "So.", "So.", "No.", "data/train.json", 1)]
-    assert [examples(row, stage, "data/train.json") for stage in STAGES] == [wanted] * 3
+    assert [examples(row, kind, "data/train.json") for kind in KINDS] == [wanted] * 3
 
 
 # Which source is a known set, and what a user's keys do.

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import tiny_recipe
+from row_specs import SPECS, split_of
 from tiny_tokenizer import chatml_like, gpt2_like
 
 from rlhf_jax.cli import main
@@ -25,7 +26,7 @@ from rlhf_jax.data import build
 from rlhf_jax.data.config import BUILTIN, DataConfig, SourceConfig
 from rlhf_jax.data.reading.lines import MAX_ROW
 from rlhf_jax.data.rows import Rows
-from rlhf_jax.data.selection import NoRows, stage_rows
+from rlhf_jax.data.selection import NoRows, select_rows
 from rlhf_jax.data.template import prepare_tokenizer
 
 TOKENIZER = prepare_tokenizer(gpt2_like())
@@ -350,7 +351,7 @@ CASES: dict[str, Case] = {
 def config_of(case: Case, path: Path, **changes) -> DataConfig:
     split = {"sft": "1,0,0", "reward": "0,1,0", "ppo": "0,0,1"}[case.stage]
     source = SourceConfig(str(path), **case.source)
-    return DataConfig((source,), **{"split": split, "held_out": 0.0} | case.config | changes)
+    return DataConfig((source,), **{"split": split_of(split), "held_out": 0.0} | case.config | changes)
 
 
 def written(folder: Path, case: Case) -> Path:
@@ -360,7 +361,7 @@ def written(folder: Path, case: Case) -> Path:
 
 
 def rows_of(case: Case, config: DataConfig) -> Rows:
-    return stage_rows(config, TOKENIZER, case.stage, held_out=False)
+    return select_rows(config, TOKENIZER, SPECS[case.stage], held_out=False)
 
 
 def assert_told(case: Case, path: Path, text: str) -> None:
@@ -441,9 +442,10 @@ def recipe_of(folder: Path, config: DataConfig, model: Path | str) -> Path:
     default = SourceConfig("x")
     keys = {"path": source.path} | {name: value for name, value in changed.items() if value != getattr(default, name)}
     table = ", ".join(f"{name} = {json.dumps(value)}" for name, value in keys.items())
+    split = ", ".join(f"{stage} = {share}" for stage, share in config.split.items())
     path = folder / "recipe.toml"
     path.write_text(
-        f'[model]\nactor = "{model}"\n[data]\nsources = [{{ {table} }}]\nsplit = "{config.split}"\nheld_out = 0.0\n'
+        f'[model]\nactor = "{model}"\n[data]\nsources = [{{ {table} }}]\nsplit = {{ {split} }}\nheld_out = 0.0\n'
         f"max_prompt_length = {config.max_prompt_length}\nmax_length = {config.max_length}\n"
     )
     return path
@@ -562,7 +564,7 @@ def test_a_split_of_files_that_have_none_is_refused(tmp_path, what):
         config = config_of(dataclasses.replace(GOOD, source={key: "test"}), path)
         for held_out in (False, True):
             with pytest.raises(ValueError) as refused:
-                stage_rows(config, TOKENIZER, "sft", held_out=held_out)
+                select_rows(config, TOKENIZER, SPECS["sft"], held_out=held_out)
             assert f"{path}: has no splits, so data.sources.{key} = 'test' cannot be read of it" in str(refused.value)
             assert mend in str(refused.value)
 
@@ -574,7 +576,7 @@ def test_a_missing_evaluation_file_is_named_before_anything_trains(tmp_path):
     config = good(tmp_path, eval_path="gone.jsonl")
     for held_out in (False, True):
         with pytest.raises(ValueError, match="gone.jsonl: no such file"):
-            stage_rows(config, TOKENIZER, "sft", held_out=held_out)
+            select_rows(config, TOKENIZER, SPECS["sft"], held_out=held_out)
 
 
 def test_a_bad_row_of_the_evaluation_file_is_named_or_counted(tmp_path):
@@ -584,9 +586,9 @@ def test_a_bad_row_of_the_evaluation_file_is_named_or_counted(tmp_path):
     told = rf"{held}, line 2: field 'prompt' {TEXT} int"
     for held_out, kept in ((False, 6), (True, 2)):
         with pytest.raises(ValueError, match=told):
-            stage_rows(config, TOKENIZER, "sft", held_out=held_out)
+            select_rows(config, TOKENIZER, SPECS["sft"], held_out=held_out)
         tolerant = dataclasses.replace(config, max_bad_rows=1)
-        assert len(stage_rows(tolerant, TOKENIZER, "sft", held_out=held_out)) == kept
+        assert len(select_rows(tolerant, TOKENIZER, SPECS["sft"], held_out=held_out)) == kept
 
 
 def test_a_prompt_of_the_evaluation_file_is_taken_out_of_training_and_counted(tmp_path):
@@ -595,7 +597,7 @@ def test_a_prompt_of_the_evaluation_file_is_taken_out_of_training_and_counted(tm
     config = good(tmp_path, eval_path=str(held))
     told = "2 dropped: prompt held out by eval_path or eval_split"
     assert rows_of(GOOD, config).report == f"4 rows, {told}"
-    assert stage_rows(config, TOKENIZER, "sft", held_out=True).report == "3 rows"
+    assert select_rows(config, TOKENIZER, SPECS["sft"], held_out=True).report == "3 rows"
     held.write_bytes(GOOD.content)
     with pytest.raises(NoRows, match=r"no rows to train on \(0 rows, 6 dropped: prompt held out by eval_path"):
         rows_of(GOOD, config)
@@ -610,7 +612,7 @@ def test_a_prompt_of_the_evaluation_file_is_taken_out_of_training_and_counted(tm
 )
 def test_without_held_out_rows_the_mends_are_keys_that_the_stage_has(tmp_path, stage, mend):
     with pytest.raises(NoRows, match=f"{stage}: there are no held-out rows to measure on .*{mend}"):
-        stage_rows(good(tmp_path), TOKENIZER, stage, held_out=True)
+        select_rows(good(tmp_path), TOKENIZER, SPECS[stage], held_out=True)
 
 
 # What a stage needs.
@@ -652,8 +654,8 @@ def test_a_row_that_the_template_refuses_is_named_or_counted(tmp_path):
     config, tokenizer = good(tmp_path), prepare_tokenizer(gpt2_like(), REFUSING)
     told = "rows.jsonl, line 4: the tokenizer's chat template refuses a dialogue: no q3; data.template puts another"
     with pytest.raises(ValueError, match=told):
-        stage_rows(config, tokenizer, "sft", held_out=False)
-    rows = stage_rows(dataclasses.replace(config, max_bad_rows=1), tokenizer, "sft", held_out=False)
+        select_rows(config, tokenizer, SPECS["sft"], held_out=False)
+    rows = select_rows(dataclasses.replace(config, max_bad_rows=1), tokenizer, SPECS["sft"], held_out=False)
     assert len(rows) == 5 and "1 bad rows left out" in rows.report
 
 
@@ -675,7 +677,7 @@ def test_a_row_that_the_template_refuses_is_named_or_counted(tmp_path):
 )
 def test_a_template_that_cannot_be_used_is_told_with_the_first_row(tmp_path, template, told):
     with pytest.raises(ValueError) as refused:
-        stage_rows(good(tmp_path), gpt2_like(chat_template=template), "sft", held_out=False)
+        select_rows(good(tmp_path), gpt2_like(chat_template=template), SPECS["sft"], held_out=False)
     assert "rows.jsonl, line 1" in str(refused.value) and told in str(refused.value)
 
 

@@ -12,19 +12,18 @@ from hypothesis import strategies as st
 
 from rlhf_jax.config import dump, parse
 from rlhf_jax.data.config import SourceConfig
-from rlhf_jax.data.example import BadRow, Example, Row
+from rlhf_jax.data.example import KINDS, BadRow, Example, Row
 from rlhf_jax.data.mapping.mapper import mapper, parse_transcript, serves
-from rlhf_jax.data.splits import STAGES
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data at {REAL}")
 ASKED = (("user", "q"),)
 
 
-def examples(fields, stage="sft", **source) -> list[Example]:
+def examples(fields, kind="demonstration", **source) -> list[Example]:
     """What the row gives, as row 7 of rows.jsonl, with the key `format` as `form`."""
     source["format"] = source.pop("form", "")
-    return mapper(SourceConfig("rows.jsonl", **source), stage)(Row("rows.jsonl", 7, fields))
+    return mapper(SourceConfig("rows.jsonl", **source), kind)(Row("rows.jsonl", 7, fields))
 
 
 def example(turns, answer="", chosen="", rejected="", text="") -> Example:
@@ -51,63 +50,63 @@ def test_fields_are_found_by_the_names_given():
 def test_names_are_dotted_and_a_name_with_a_dot_in_it_goes_first():
     row = {"q": {"text": "q", "by": ["x", "y"]}, "a": [{"zh": "0"}, {"zh": "1"}], "a.b": "dotted"}
     names = {"prompt": "q.text", "answer": "a.1.zh", "chosen": "a.b", "rejected": "q.by.0"}
-    assert examples(row, "reward", **names) == [example(ASKED, "1", "dotted", "x")]
+    assert examples(row, "pair", **names) == [example(ASKED, "1", "dotted", "x")]
 
 
 def test_sft_learns_from_chosen_where_no_answer_is_named():
     row = {"prompt": "q", "chosen": "good", "rejected": "bad"}
-    assert [examples(row, stage) for stage in STAGES] == [[example(ASKED, "good", "good", "bad")]] * 3
+    assert [examples(row, kind) for kind in KINDS] == [[example(ASKED, "good", "good", "bad")]] * 3
 
 
 def test_ppo_needs_prompts_only():
-    assert examples({"prompt": "q"}, "ppo") == [example(ASKED)]
-    assert examples({"prompt": "q", "chosen": 3, "rejected": "\ud83d"}, "ppo") == [example(ASKED)]
+    assert examples({"prompt": "q"}, "prompt") == [example(ASKED)]
+    assert examples({"prompt": "q", "chosen": 3, "rejected": "\ud83d"}, "prompt") == [example(ASKED)]
 
 
 def test_a_pair_without_rejected_is_refused_by_the_reward_stage_only():
-    assert examples({"prompt": "q", "chosen": "a"}, "sft") == [example(ASKED, "a", "a")]
+    assert examples({"prompt": "q", "chosen": "a"}, "demonstration") == [example(ASKED, "a", "a")]
     with pytest.raises(BadRow, match="row 7: no field 'rejected'; the fields are prompt, chosen"):
-        examples({"prompt": "q", "chosen": "a"}, "reward")
+        examples({"prompt": "q", "chosen": "a"}, "pair")
 
 
 @pytest.mark.parametrize("reply", [lambda text: said("q", text)[1:], lambda text: said("q", text)])
 def test_prompts_and_answers_may_be_messages_alone_or_whole_dialogues(reply):
     row = {"prompt": said("q"), "chosen": reply(" good "), "rejected": reply("bad")}
-    assert [examples(row, stage) for stage in STAGES] == [[example(ASKED, "good", "good", "bad")]] * 3
-    assert examples(row | {"prompt": "q"}, "reward") == [example(ASKED, "good", "good", "bad")]
+    assert [examples(row, kind) for kind in KINDS] == [[example(ASKED, "good", "good", "bad")]] * 3
+    assert examples(row | {"prompt": "q"}, "pair") == [example(ASKED, "good", "good", "bad")]
 
 
 def test_dialogues_that_share_a_prompt_need_no_prompt_beside_them():
     row = {"chosen": said("a", "b", "c", "good"), "rejected": said("a", "b", "c ", "bad")}
-    assert [examples(row, stage) for stage in STAGES] == [[example(turns("a", "b", "c"), "good", "good", "bad")]] * 3
+    assert [examples(row, kind) for kind in KINDS] == [[example(turns("a", "b", "c"), "good", "good", "bad")]] * 3
 
 
 def test_a_prompt_with_a_dotted_name_is_compared_too():
     row = {"q": {"text": "other"}, "chosen": said("q", "good"), "rejected": said("q", "bad")}
     with pytest.raises(BadRow, match="field 'chosen' is a dialogue that does not have the prompt before its last turn"):
-        examples(row, "sft", prompt="q.text")
+        examples(row, "demonstration", prompt="q.text")
 
 
 def test_the_system_text_of_a_dialogue_is_kept_in_every_stage():
     system = {"role": "system", "content": "Be kind."}
     row = {"prompt": "q", "chosen": [system, *said("q", "good")], "rejected": said("q", "bad")}
     wanted = [example((("system", "Be kind."), *ASKED), "good", "good", "bad")]
-    assert [examples(row, stage) for stage in STAGES] == [wanted] * 3
+    assert [examples(row, kind) for kind in KINDS] == [wanted] * 3
 
 
 def test_a_pair_of_dialogues_with_another_prompt_is_refused_where_it_is_needed():
     row = {"prompt": "q", "chosen": said("q", "good"), "rejected": said("other", "bad")}
-    assert examples(row, "sft") == [example(ASKED, "good", "good")]
+    assert examples(row, "demonstration") == [example(ASKED, "good", "good")]
     with pytest.raises(BadRow, match="row 7: field 'rejected' is a dialogue that does not have the prompt before its"):
-        examples(row, "reward")
+        examples(row, "pair")
 
 
 def test_a_list_of_messages_alone_serves_ppo():
     source = {"prompt": "messages", "chosen": "", "rejected": ""}
-    assert [serves(SourceConfig("x", **source), stage) for stage in STAGES] == [False, False, True]
-    assert examples({"messages": said("a", "b", "c")}, "ppo", **source) == [example(turns("a", "b", "c"))]
+    assert [serves(SourceConfig("x", **source), kind) for kind in KINDS] == [False, False, True]
+    assert examples({"messages": said("a", "b", "c")}, "prompt", **source) == [example(turns("a", "b", "c"))]
     with pytest.raises(BadRow, match="row 7: field 'messages' must end with a turn of the user"):
-        examples({"messages": said("a", "b")}, "ppo", **source)
+        examples({"messages": said("a", "b")}, "prompt", **source)
 
 
 def test_a_system_field_leads_the_turns_unless_it_is_empty():
@@ -121,7 +120,7 @@ def test_a_system_field_leads_the_turns_unless_it_is_empty():
 
 def test_an_expression_is_cut_out_of_the_answers_alone():
     row = {"prompt": "Is [1] so?", "chosen": "Yes [1], it is [2, 3].", "rejected": "No [x]"}
-    (given_back,) = examples(row, "reward", strip=r" ?\[\d+(?:, ?\d+)*\]")
+    (given_back,) = examples(row, "pair", strip=r" ?\[\d+(?:, ?\d+)*\]")
     assert given_back == example((("user", "Is [1] so?"),), "Yes, it is.", "Yes, it is.", "No [x]")
 
 
@@ -129,14 +128,14 @@ def test_an_expression_is_cut_out_of_the_answers_alone():
 def test_a_sparse_source_leaves_out_rows_that_lack_what_the_stage_needs(lack):
     source = {"answer": "a.0.text", "chosen": "", "rejected": ""}
     row = {"prompt": "q"} | lack
-    assert examples(row, "sft", sparse=True, **source) == []
-    assert examples(row, "ppo", sparse=True, **source) == [example(ASKED)]
+    assert examples(row, "demonstration", sparse=True, **source) == []
+    assert examples(row, "prompt", sparse=True, **source) == [example(ASKED)]
     if lack != {"a": [{"text": ""}]}:  # an empty answer is no bad row: it is dropped, and counted, where rows are kept
         with pytest.raises(
             BadRow,
             match=r"field 'a\.0\.text' must be text or a list of messages, not NoneType; data.sources.sparse = true",
         ):
-            examples(row, "sft", **source)
+            examples(row, "demonstration", **source)
 
 
 def test_a_sparse_source_too_refuses_a_field_that_is_not_there():
@@ -182,7 +181,7 @@ def test_a_transcript_is_cut_before_its_last_assistant_turn():
     before = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
     row = {"chosen": before + " yes: Human: d", "rejected": before + " no"}
     wanted = [example(turns("a", "b", "c"), "yes: Human: d", "yes: Human: d", "no")]
-    assert [examples(row, stage, form="transcript") for stage in STAGES] == [wanted] * 3
+    assert [examples(row, kind, form="transcript") for kind in KINDS] == [wanted] * 3
 
 
 @pytest.mark.parametrize(
@@ -196,7 +195,7 @@ def test_a_transcript_is_cut_before_its_last_assistant_turn():
 )
 def test_a_transcript_may_begin_in_the_prompt_field(prompt, opening):
     row = {"prompt": prompt, "chosen": f"{opening}yes", "rejected": f"{opening}no"}
-    assert examples(row, "reward", form="transcript") == [example(ASKED, "yes", "yes", "no")]
+    assert examples(row, "pair", form="transcript") == [example(ASKED, "yes", "yes", "no")]
 
 
 def test_a_sparse_source_of_transcripts_needs_no_prompt_field_but_lacks_one_that_is_empty():
@@ -261,9 +260,9 @@ def test_what_is_no_transcript_is_refused_with_its_row(text):
 
 def test_a_pair_of_transcripts_with_different_prompts_is_refused_where_it_is_needed():
     row = {"chosen": "Human: a\n\nAssistant: b", "rejected": "Human: c\n\nAssistant: b"}
-    assert examples(row, "sft", form="transcript") == [example(turns("a"), "b", "b")]
+    assert examples(row, "demonstration", form="transcript") == [example(turns("a"), "b", "b")]
     with pytest.raises(BadRow, match="row 7: chosen and rejected answer different prompts"):
-        examples(row, "reward", form="transcript")
+        examples(row, "pair", form="transcript")
 
 
 # Messages and ShareGPT.
@@ -277,11 +276,11 @@ def test_messages_and_sharegpt_of_any_length_give_their_turns_back(words, system
     answered = len(words) // 2 * 2  # a user turn after the last answer is left out
     wanted = [example(((("system", "Be kind."),) * system) + turns(*words[: answered - 1]), words[answered - 1])]
     conversations = [{"from": GPT[message["role"]], "value": message["content"]} for message in messages]
-    for stage in ("sft", "ppo"):
-        assert examples({"messages": messages, "id": 3}, stage, form="messages") == wanted
-        assert examples({"conversations": conversations}, stage, form="sharegpt") == wanted
-        assert examples({"conversations": messages}, stage, form="sharegpt") == wanted
-        assert examples({"c": {"list": messages}}, stage, form="messages", field="c.list") == wanted
+    for kind in ("demonstration", "prompt"):
+        assert examples({"messages": messages, "id": 3}, kind, form="messages") == wanted
+        assert examples({"conversations": conversations}, kind, form="sharegpt") == wanted
+        assert examples({"conversations": messages}, kind, form="sharegpt") == wanted
+        assert examples({"c": {"list": messages}}, kind, form="messages", field="c.list") == wanted
 
 
 def test_roles_have_many_names():
@@ -310,9 +309,9 @@ def test_a_sharegpt_row_may_have_its_system_text_beside_the_conversation():
 
 
 def test_messages_that_nobody_answered_serve_ppo():
-    assert examples({"messages": said("q")}, "ppo", form="messages") == [example(ASKED)]
+    assert examples({"messages": said("q")}, "prompt", form="messages") == [example(ASKED)]
     with pytest.raises(BadRow, match="row 7: field 'messages' has no assistant turn that answers a user turn"):
-        examples({"messages": said("q")}, "sft", form="messages")
+        examples({"messages": said("q")}, "demonstration", form="messages")
 
 
 ASK, TOOL = {"role": "user", "content": "q"}, {"role": "tool", "content": "21 C"}
@@ -353,7 +352,7 @@ def test_messages_that_no_template_can_write_are_refused(messages, message):
 def test_alpaca_appends_the_input_to_the_instruction():
     row = {"instruction": " Add. ", "input": "3 and 4\n", "output": "7", "text": "..."}
     wanted = [example((("user", "Add.\n\n3 and 4"),), "7")]
-    assert [examples(row, stage, form="alpaca") for stage in STAGES] == [wanted, [], wanted]
+    assert [examples(row, kind, form="alpaca") for kind in KINDS] == [wanted, [], wanted]
     assert examples(row | {"input": ""}, form="alpaca")[0].turns == (("user", "Add."),)
     del row["input"]
     assert examples(row | {"system": "s"}, form="alpaca")[0].turns == (("system", "s"), ("user", "Add."))
@@ -367,7 +366,7 @@ def test_alpaca_appends_the_input_to_the_instruction():
 def test_a_ranking_gives_a_pair_for_every_two_answers_of_different_rank_best_first(scores, lowest_first):
     answers = [f"{i}: {score}" for i, score in enumerate(scores)]
     row = {"prompt": "q", "answers": answers, "scores": scores}
-    pairs = examples(row, "reward", form="ranking", scores=("scores",), lowest_first=lowest_first)
+    pairs = examples(row, "pair", form="ranking", scores=("scores",), lowest_first=lowest_first)
     rank = {answer: -score if lowest_first else score for answer, score in zip(answers, scores, strict=True)}
     assert all(rank[pair.chosen] > rank[pair.rejected] and pair.answer == pair.chosen for pair in pairs)
     assert len({(pair.chosen, pair.rejected) for pair in pairs}) == len(pairs)
@@ -377,28 +376,28 @@ def test_a_ranking_gives_a_pair_for_every_two_answers_of_different_rank_best_fir
     if len(set(scores)) == len(scores):
         assert len(pairs) == len(scores) * (len(scores) - 1) // 2
     best = next(answer for answer in answers if rank[answer] == max(rank.values()))
-    for stage in ("sft", "ppo"):
-        assert examples(row, stage, form="ranking", scores=("scores",), lowest_first=lowest_first) == [
+    for kind in ("demonstration", "prompt"):
+        assert examples(row, kind, form="ranking", scores=("scores",), lowest_first=lowest_first) == [
             example(ASKED, best)
         ]
 
 
 def test_answers_without_scores_come_best_first():
-    pairs = examples({"prompt": "q", "answers": ["a", " b", "c"]}, "reward", form="ranking")
+    pairs = examples({"prompt": "q", "answers": ["a", " b", "c"]}, "pair", form="ranking")
     assert [(pair.chosen, pair.rejected) for pair in pairs] == [("a", "b"), ("a", "c"), ("b", "c")]
 
 
 def test_answers_and_scores_may_stand_in_fields_of_their_own_or_in_the_items_of_a_list():
     fields = {"a": "low", "b": "high", "of_a": "0.25", "of_b": 1}
-    own = examples({"prompt": "q"} | fields, "reward", form="ranking", answers=("a", "b"), scores=("of_a", "of_b"))
+    own = examples({"prompt": "q"} | fields, "pair", form="ranking", answers=("a", "b"), scores=("of_a", "of_b"))
     items = {"completions": [{"response": "low", "score": 0.25}, {"response": "high", "score": 1.0}]}
     names = {"answers": ("completions.*.response",), "scores": ("completions.*.score",)}
-    assert own == examples({"prompt": said("q")} | items, "reward", form="ranking", **names)
+    assert own == examples({"prompt": said("q")} | items, "pair", form="ranking", **names)
     assert own == [example(ASKED, "high", "high", "low")]
 
 
 def test_ppo_takes_the_prompt_of_a_ranking_without_answers():
-    assert examples({"prompt": "q"}, "ppo", form="ranking") == [example(ASKED)]
+    assert examples({"prompt": "q"}, "prompt", form="ranking") == [example(ASKED)]
 
 
 UNRANKED = {
@@ -419,12 +418,12 @@ UNRANKED = {
 @pytest.mark.parametrize(("row", "message"), UNRANKED.values(), ids=UNRANKED)
 def test_a_mistake_in_a_ranking_is_named(row, message):
     with pytest.raises(BadRow, match="^rows.jsonl, row 7: .*" + re.escape(message)):
-        examples({"prompt": "q"} | row, "reward", form="ranking", scores=("s",))
+        examples({"prompt": "q"} | row, "pair", form="ranking", scores=("s",))
 
 
 def test_a_document_serves_sft_alone():
     wanted = example((), text="Once upon a time.")
-    assert [examples({"text": " Once upon a time.\n"}, stage, form="text") for stage in STAGES] == [[wanted], [], []]
+    assert [examples({"text": " Once upon a time.\n"}, kind, form="text") for kind in KINDS] == [[wanted], [], []]
     assert examples({"body": "Once upon a time."}, form="text", field="body") == [wanted]
 
 
@@ -432,13 +431,13 @@ def test_a_document_serves_sft_alone():
 
 
 def test_a_source_serves_the_stages_that_its_format_and_fields_have_something_for():
-    of = {form: [serves(SourceConfig("x", format=form), stage) for stage in STAGES]
+    of = {form: [serves(SourceConfig("x", format=form), kind) for kind in KINDS]
           for form in ("fields", "transcript", "messages", "sharegpt", "alpaca", "ranking", "text")}  # fmt: skip
     every, pairless, documents = [True, True, True], [True, False, True], [True, False, False]
     assert of == dict.fromkeys(("fields", "transcript", "ranking"), every) | {"text": documents} | dict.fromkeys(
         ("messages", "sharegpt", "alpaca"), pairless
     )
-    assert [serves(SourceConfig("x", answer="a", rejected=""), stage) for stage in STAGES] == pairless
+    assert [serves(SourceConfig("x", answer="a", rejected=""), kind) for kind in KINDS] == pairless
 
 
 IMPOSSIBLE = {
@@ -467,22 +466,22 @@ def test_a_mapping_is_read_back_from_its_file_as_it_was_written():
 @needs_real_data
 def test_every_row_of_hh_rlhf_is_a_pair():
     source = SourceConfig(str(REAL / "hh-rlhf-harmless" / "train.jsonl"), format="transcript")
-    read = {stage: mapper(source, stage) for stage in STAGES}
+    read = {kind: mapper(source, kind) for kind in KINDS}
     lines = (REAL / "hh-rlhf-harmless" / "train.jsonl").read_text(encoding="utf-8").split("\n")
     rows = [Row(source.path, number, json.loads(line)) for number, line in enumerate(lines, 1) if line]
-    pairs = [example for row in rows for example in read["reward"](row)]
+    pairs = [example for row in rows for example in read["pair"](row)]
     assert len(pairs) == 1747
     for pair, row in zip(pairs, rows, strict=True):
         roles = [role for role, _ in pair.turns]
         assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
         assert not any("\n\nAssistant:" in text for _, text in pair.turns)
-        assert [pair] == read["sft"](row) == read["ppo"](row)
+        assert [pair] == read["demonstration"](row) == read["prompt"](row)
 
 
 @needs_real_data
 def test_every_row_of_alpaca_eval_is_a_pair():
     path = REAL / "alpaca-eval-preferences" / "train.jsonl"
-    read = mapper(SourceConfig(str(path)), "reward")
+    read = mapper(SourceConfig(str(path)), "pair")
     lines = path.read_text(encoding="utf-8").split("\n")
     pairs = [pair for line in lines if line for pair in read(Row("", 1, json.loads(line)))]
     assert len(pairs) == 13_823 and len({pair.turns for pair in pairs}) == 636

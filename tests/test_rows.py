@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from row_specs import SPECS, STAGES, split_of
 from tiny_tokenizer import gpt2_like
 
 from rlhf_jax.data.config import BUILTIN, DataConfig, SourceConfig
 from rlhf_jax.data.example import Example
 from rlhf_jax.data.rows import Rows
-from rlhf_jax.data.selection import read_examples, rows_of, source_sizes, stage_rows
-from rlhf_jax.data.splits import STAGES
+from rlhf_jax.data.selection import read_examples, rows_of, select_rows, source_sizes
 from rlhf_jax.data.template import CHAT_TEMPLATE, prepare_tokenizer
+from rlhf_jax.recipe import Recipe
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data at {REAL}")
@@ -25,7 +26,7 @@ TOKENIZER = prepare_tokenizer(gpt2_like())
 
 
 def config_of(path, split="1,0,0", held_out=0.0, **source) -> DataConfig:
-    return DataConfig(sources=(SourceConfig(str(path), **source),), split=split, held_out=held_out)
+    return DataConfig(sources=(SourceConfig(str(path), **source),), split=split_of(split), held_out=held_out)
 
 
 def pairs(num: int, start: int = 0) -> list[dict]:
@@ -33,7 +34,7 @@ def pairs(num: int, start: int = 0) -> list[dict]:
 
 
 def examples(config: DataConfig, stage: str, held_out: bool = False) -> list[Example]:
-    return list(read_examples(config, stage, held_out=held_out))
+    return list(read_examples(config, SPECS[stage], held_out=held_out))
 
 
 def prompts(found: list[Example]) -> set:
@@ -47,7 +48,8 @@ def texts(rows: Rows) -> list[str]:
 
 
 def rows_for(config: DataConfig, stage: str, held_out: bool = False, **options) -> Rows:
-    return stage_rows(config, TOKENIZER, stage, held_out=held_out, **options)
+    spec = dataclasses.replace(SPECS[stage], **options)
+    return select_rows(config, TOKENIZER, spec, held_out=held_out)
 
 
 def test_no_prompt_serves_two_stages_or_both_training_and_evaluation(write_jsonl):
@@ -145,7 +147,7 @@ def test_what_one_source_holds_out_no_other_source_trains(write_jsonl):
     one = SourceConfig(str(write_jsonl(pairs(200), "one.jsonl")))
     held = str(write_jsonl(pairs(50), "held.jsonl"))
     two = SourceConfig(str(write_jsonl(pairs(400), "two.jsonl")), eval_path=held)
-    config = DataConfig(sources=(one, two), split="1,0,0", held_out=0.2)
+    config = DataConfig(sources=(one, two), split=split_of("1,0,0"), held_out=0.2)
     trained, evaluated = examples(config, "sft"), examples(config, "sft", held_out=True)
     assert not prompts(trained) & prompts(evaluated)
     by_part = [len(part) for part in rows_for(config, "sft", held_out=True).parts]
@@ -157,7 +159,9 @@ def test_what_one_source_holds_out_no_other_source_trains(write_jsonl):
 def test_a_source_without_pairs_is_left_out_of_the_reward_stage_only(write_jsonl):
     sums = write_jsonl([{"q": f"s{i}", "a": "1"} for i in range(90)], "s.jsonl")
     sums = SourceConfig(str(sums), prompt="q", answer="a", chosen="", rejected="")
-    config = DataConfig(sources=(sums, SourceConfig(str(write_jsonl(pairs(90))))), split="1,1,1", held_out=0.0)
+    config = DataConfig(
+        sources=(sums, SourceConfig(str(write_jsonl(pairs(90))))), split=split_of("1,1,1"), held_out=0.0
+    )
     letters = {stage: {e.turns[0][1][0] for e in examples(config, stage)} for stage in STAGES}
     assert letters == {"sft": {"s", "q"}, "reward": {"q"}, "ppo": {"s", "q"}}
     assert [len(rows_for(config, stage).parts) for stage in STAGES] == [2, 1, 2]
@@ -165,7 +169,7 @@ def test_a_source_without_pairs_is_left_out_of_the_reward_stage_only(write_jsonl
 
 def test_a_prompt_of_two_sources_is_asked_once(write_jsonl):
     one, two = write_jsonl(pairs(30), "one.jsonl"), write_jsonl(pairs(50), "two.jsonl")
-    config = DataConfig(sources=(SourceConfig(str(one)), SourceConfig(str(two))), split="0,0,1", held_out=0.0)
+    config = DataConfig(sources=(SourceConfig(str(one)), SourceConfig(str(two))), split=split_of("0,0,1"), held_out=0.0)
     rows = rows_for(config, "ppo")
     assert [len(part) for part in rows.parts] == [30, 20]
     assert rows.report == "50 rows, 30 dropped: repeated prompt"
@@ -187,8 +191,8 @@ def test_a_limit_leaves_the_held_out_rows_of_a_place_of_their_own_whole(write_js
 
 def test_two_sources_of_one_file_are_counted_apart(write_jsonl):
     path = str(write_jsonl(pairs(90)))
-    config = DataConfig((SourceConfig(path), SourceConfig(path, limit=30)), "1,0,0", 0.0)
-    assert source_sizes(config, "sft") == [90, 30]
+    config = DataConfig((SourceConfig(path), SourceConfig(path, limit=30)), split_of("1,0,0"), 0.0)
+    assert source_sizes(config, SPECS["sft"]) == [90, 30]
     assert [len(part) for part in rows_for(config, "sft").parts] == [90, 30]
 
 
@@ -206,11 +210,11 @@ def test_the_built_in_set_is_seeded_and_serves_all_stages():
 
 def test_sources_are_drawn_from_by_weight_cap_and_epochs_and_the_report_says_so(write_jsonl):
     few, many = str(write_jsonl(pairs(20), "few.jsonl")), str(write_jsonl(pairs(80, 100), "many.jsonl"))
-    weighted = DataConfig((SourceConfig(few, weight=3), SourceConfig(many, weight=1)), "1,0,0", 0.0)
+    weighted = DataConfig((SourceConfig(few, weight=3), SourceConfig(many, weight=1)), split_of("1,0,0"), 0.0)
     rows = rows_for(weighted, "sft")
     assert rows.quota == (75, 25) and len(rows) == 100
     assert rows.report == f"100 rows, an epoch draws 100: 75 of {few}, 25 of {many}"
-    capped = DataConfig((SourceConfig(few, epochs=2), SourceConfig(many, max_rows=30)), "1,0,0", 0.0)
+    capped = DataConfig((SourceConfig(few, epochs=2), SourceConfig(many, max_rows=30)), split_of("1,0,0"), 0.0)
     assert rows_for(capped, "sft").quota == (40, 30)
     tempered = dataclasses.replace(weighted, sources=(SourceConfig(few), SourceConfig(many)), temperature=2.0)
     assert rows_for(tempered, "sft").quota == (33, 67)
@@ -240,10 +244,25 @@ def test_packed_rows_hold_every_document_once_and_the_report_says_how_full_they_
 
 def test_a_stage_without_rows_is_refused_and_says_how_to_mend_it(write_jsonl):
     path = write_jsonl(pairs(5))
-    with pytest.raises(ValueError, match=r"reward: there are no rows to train on \(0 rows\): .*data.split = '1,0,0'"):
+    with pytest.raises(
+        ValueError,
+        match=r"reward: there are no rows to train on \(0 rows\): .*data.split = { sft = 1, reward = 0, ppo = 0 }",
+    ):
         rows_for(config_of(path), "reward")
     with pytest.raises(ValueError, match="sft: there are no held-out rows to measure on .*raise data.held_out"):
         rows_for(config_of(path), "sft", held_out=True)
+
+
+def test_a_stage_without_a_share_is_refused_and_the_recipe_has_shares_for_all(write_jsonl):
+    config = config_of(write_jsonl(pairs(9)))
+    for split, shown in (({"ppo": 1.0}, "{ ppo = 1 }"), ("2,4,4", "'2,4,4'")):
+        message = re.escape(f"data.split = {shown} has no share for sft: add one, as in {{ sft = 1 }}")
+        for read in (rows_for, examples):
+            with pytest.raises(ValueError, match=message):
+                read(dataclasses.replace(config, split=split), "sft")
+    for split in ({}, "2,4,4", {"ppo": 4.0, "reward": 4.0, "sft": 2.0}):
+        recipe = Recipe(dataclasses.replace(config, split=split))
+        assert list(recipe.data.split.items()) == [("sft", 2.0), ("reward", 4.0), ("ppo", 4.0)]
 
 
 def test_a_bad_row_stops_the_run_unless_it_is_tolerated_and_then_nothing_good_is_lost(write_jsonl):
@@ -269,7 +288,7 @@ def test_a_bad_row_stops_the_run_unless_it_is_tolerated_and_then_nothing_good_is
 
 def test_the_examples_of_a_program_are_rows_too():
     made = [Example((("user", f"q{i}"),), f"a{i}", "", "", "by hand", i) for i in range(5)]
-    rows = rows_of(made, DataConfig((SourceConfig("x.jsonl"),)), TOKENIZER, "sft")
+    rows = rows_of(made, DataConfig((SourceConfig("x.jsonl"),)), TOKENIZER, SPECS["sft"])
     assert [re.findall(r"[qa]\d", text) for text in texts(rows)] == [[f"q{i}", f"a{i}"] for i in range(5)]
 
 
@@ -279,8 +298,8 @@ def test_examples_that_a_template_refuses_count_as_bad_rows_too():
     made = [Example((("user", f"q{i}"),), f"a{i}", "", "", "by hand", i) for i in range(5)]
     config = DataConfig((SourceConfig("x.jsonl"),))
     with pytest.raises(ValueError, match="by hand, row 3: the tokenizer's chat template refuses a dialogue: no q3"):
-        rows_of(made, config, tokenizer, "ppo")
-    rows = rows_of(made, dataclasses.replace(config, max_bad_rows=1), tokenizer, "ppo")
+        rows_of(made, config, tokenizer, SPECS["ppo"])
+    rows = rows_of(made, dataclasses.replace(config, max_bad_rows=1), tokenizer, SPECS["ppo"])
     assert rows.parts[0].store.numbers()[rows.parts[0].picked].tolist() == [0, 1, 2, 4]
     assert "4 rows, 1 bad rows left out: by hand, row 3" in rows.report
 

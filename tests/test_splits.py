@@ -1,10 +1,14 @@
 """The splits: by prompt alone, disjoint, in the shares that were asked for."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_jax.data.splits import STAGES, as_keys, held_out, parse_shares, prompt_key, trains
+from rlhf_jax.data.config import DataConfig, SourceConfig
+from rlhf_jax.data.splits import as_keys, held_out, named_shares, prompt_key, trains
+
+STAGES = ("sft", "reward", "ppo")
 
 
 def is_held_out(key: bytes, share: float) -> bool:
@@ -12,7 +16,8 @@ def is_held_out(key: bytes, share: float) -> bool:
 
 
 def stage_of(key: bytes, shares) -> str:
-    (stage,) = [stage for stage in STAGES if trains(as_keys([key]), stage, shares)[0]]  # one, no more
+    table = dict(zip(STAGES, shares, strict=True))
+    (stage,) = [stage for stage in STAGES if trains(as_keys([key]), stage, table)[0]]  # one, no more
     return stage
 
 
@@ -74,12 +79,42 @@ def test_the_extreme_hashes_are_inside():
     assert not is_held_out(b"\xff" * 16, 0.999999)
 
 
-def test_shares_are_read_as_numbers():
-    assert parse_shares("2,4,4") == (2.0, 4.0, 4.0)
-    assert parse_shares(" 0.5, 0, 1e1 ") == (0.5, 0.0, 10.0)
+def test_the_first_prompts_fall_where_they_fell_in_every_version_of_the_package():
+    by_stage = "".join(stage_of(key, (2, 4, 4))[0] for key in KEYS[:60])
+    assert by_stage == "rrpssrppprprprppsrspprpprppprrppppppprprrsrppppspprrprpprpss"
 
 
-@pytest.mark.parametrize("split", ["", "2,4", "2,4,4,1", "a,b,c", "1,-1,1", "0,0,0", "nan,1,1", "inf,1,1", "2;4;4"])
-def test_a_split_that_is_no_three_shares_is_refused(split):
+def test_a_fourth_share_of_zero_moves_no_prompt_and_one_more_takes_from_all_alike():
+    table = {"sft": 2.0, "reward": 4.0, "ppo": 4.0}
+    keys = as_keys(KEYS)
+    for stage in STAGES:
+        before = trains(keys, stage, table)
+        assert np.array_equal(before, trains(keys, stage, table | {"more": 0.0}))
+        assert np.array_equal(before, trains(keys, stage, {name: 20 * share for name, share in table.items()}))
+        after = trains(keys, stage, table | {"more": 10.0})
+        assert after.sum() == pytest.approx(before.sum() / 2, abs=130)
+    assert trains(keys, "more", table | {"more": 10.0}).sum() == pytest.approx(5000, abs=150)
+
+
+def test_shares_are_a_table_by_name_or_three_numbers_in_a_text():
+    names, defaults = ("sft", "reward", "ppo", "dpo"), {"sft": 1.0, "dpo": 3.0}
+    assert named_shares("2,4,4", names, defaults) == {"sft": 2.0, "reward": 4.0, "ppo": 4.0}
+    assert named_shares(" 0.5, 0, 1e1 ", names, defaults) == {"sft": 0.5, "reward": 0.0, "ppo": 10.0}
+    assert named_shares({}, names, defaults) == defaults
+    # The order of the names counts, not that of the table.
+    assert list(named_shares({"dpo": 1.0, "ppo": 0.0, "sft": 2.0}, names, defaults)) == ["sft", "ppo", "dpo"]
+    with pytest.raises(
+        ValueError, match="data.split has a share for stf; it may have shares for sft, reward, ppo, dpo"
+    ):
+        named_shares({"stf": 1.0}, names, defaults)
+
+
+TABLES = [{"sft": -1.0, "ppo": 2.0}, {"sft": 0.0}, {"sft": float("inf")}]
+
+
+@pytest.mark.parametrize(
+    "split", ["", "2,4", "2,4,4,1", "a,b,c", "1,-1,1", "0,0,0", "nan,1,1", "inf,1,1", "2;4;4", *TABLES]
+)
+def test_a_split_that_is_neither_is_refused(split):
     with pytest.raises(ValueError, match="three shares as in '2,4,4'"):
-        parse_shares(split)
+        DataConfig((SourceConfig("x.jsonl"),), split)

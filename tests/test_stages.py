@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_recipe
+from row_specs import SPECS
 from tiny_recipe import records, write_recipe
 
 import rlhf_jax
 from rlhf_jax.config import load
 from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.example import Example
-from rlhf_jax.data.selection import rows_of, stage_rows
+from rlhf_jax.data.selection import rows_of, select_rows
 from rlhf_jax.data.template import encode_prompt, encode_response, prepare_tokenizer
 from rlhf_jax.engine import Experience
 from rlhf_jax.generate import Rollout
@@ -50,7 +51,9 @@ def test_the_prompt_is_in_the_loss_mask_of_sft_only_where_it_is_asked_for(finish
     tokenizer = prepare_tokenizer(rlhf_jax.from_pretrained(finished / "base").tokenizer)
     example = Example((("user", "What is 3 + 4?"),), "Sure! 3 + 4 = 7.", "", "", "by hand", 1)
     prompt, answer = encode_prompt(tokenizer, example.turns), encode_response(tokenizer, example.turns, example.answer)
-    batch = Batches(rows_of([example], data, tokenizer, "sft", learn=learn), batch_size=1, seed=0)[0]
+    batch = Batches(
+        rows_of([example], data, tokenizer, dataclasses.replace(SPECS["sft"], learn=learn)), batch_size=1, seed=0
+    )[0]
     size = len(prompt) + len(answer)
     first = 1 if learn == "everything" else len(prompt)  # the first token of all has nothing that predicts it
     expected = [first <= t < size for t in range(batch.tokens.shape[1])]
@@ -67,7 +70,9 @@ def test_the_first_loss_of_sft_is_next_token_loss_of_the_logits(tmp_path, finish
         options = ("sft.steps=1", f"sft.learn={learn}", "sft.micro_batch_size=2", "model.logprob_chunk=16")
         assert tiny_recipe.run("sft", write_recipe(tmp_path), f"run.dir={folder}", *options) == 0
     lines = records(folder / "sft/metrics.jsonl")
-    rows, held_out = (stage_rows(data, tokenizer, "sft", held_out=h, learn=learn) for h in (False, True))
+    rows, held_out = (
+        select_rows(data, tokenizer, dataclasses.replace(SPECS["sft"], learn=learn), held_out=h) for h in (False, True)
+    )
     first = Batches(rows, batch_size=8, seed=0)[0]
     trained = next(line for line in lines if "loss" in line)
     assert trained["loss"] == pytest.approx(loss_of(model, first), rel=1e-5)
@@ -81,7 +86,7 @@ def test_held_out_loss_of_sft_is_a_mean_over_tokens_of_all_its_batches(tmp_path,
     folder = tmp_path / "run"
     assert tiny_recipe.run("sft", write_recipe(tmp_path), f"run.dir={folder}", "sft.steps=1", "sft.eval_batches=2") == 0
     model = rlhf_jax.from_pretrained(folder / "sft/export")
-    rows = stage_rows(data, model.tokenizer, "sft", held_out=True)
+    rows = select_rows(data, model.tokenizer, SPECS["sft"], held_out=True)
     batches = [Batches(rows, batch_size=8, seed=0)[step] for step in range(2)]
     weights = [batch.loss_mask.sum() for batch in batches]
     expected = np.average([loss_of(model, batch) for batch in batches], weights=weights)
@@ -91,7 +96,7 @@ def test_held_out_loss_of_sft_is_a_mean_over_tokens_of_all_its_batches(tmp_path,
 def test_the_reward_stage_scores_the_last_real_token_of_both_answers(finished, data):
     scorer = rlhf_jax.reward_from_pretrained(finished / "sft/export", seed=0)  # as it was before its first step
     tokenizer = prepare_tokenizer(scorer.tokenizer)
-    rows = stage_rows(data, tokenizer, "reward", held_out=False)
+    rows = select_rows(data, tokenizer, SPECS["reward"], held_out=False)
     batch = Batches(rows, batch_size=8, seed=0)[0]
     scores = np.stack([rlhf_jax.score(scorer, batch.tokens[:, side], batch.mask[:, side]) for side in range(2)], 1)
     for pair in range(2):  # by itself and without padding, so the last column is the last real token
@@ -108,7 +113,7 @@ def test_the_reward_stage_scores_the_last_real_token_of_both_answers(finished, d
 
 def test_held_out_accuracy_stands_beside_that_of_a_judge_of_length(finished, data):
     scorer = rlhf_jax.reward_from_pretrained(finished / "reward/export")
-    rows = stage_rows(data, prepare_tokenizer(scorer.tokenizer), "reward", held_out=True)
+    rows = select_rows(data, prepare_tokenizer(scorer.tokenizer), SPECS["reward"], held_out=True)
     batch = Batches(rows, batch_size=8, seed=0)[0]
     scores = np.stack([rlhf_jax.score(scorer, batch.tokens[:, side], batch.mask[:, side]) for side in range(2)], 1)
     lengths = batch.mask.sum(-1)
@@ -252,18 +257,18 @@ def test_steps_are_those_given_or_all_epochs():
 def test_held_out_batches_are_as_large_as_rows_and_mesh_allow(finished, data):
     tokenizer = prepare_tokenizer(rlhf_jax.from_pretrained(finished / "base").tokenizer)
     turns = [(("user", f"{i}"),) for i in range(13)]
-    rows = rows_of([Example(t, "a", "", "", "", 1) for t in turns], data, tokenizer, "sft")
+    rows = rows_of([Example(t, "a", "", "", "", 1) for t in turns], data, tokenizer, SPECS["sft"])
     assert [batch.tokens.shape[0] for batch in held_out_batches(rows, 16, 5, layout_of(8))] == [8]
     assert [batch.tokens.shape[0] for batch in held_out_batches(rows, 4, 2, layout_of(1))] == [4, 4]
     assert held_out_batches(None, 4, 0, layout_of(1)) == []
-    few = rows_of([Example(turns[0], "a", "", "", "", 1)], data, tokenizer, "sft")
+    few = rows_of([Example(turns[0], "a", "", "", "", 1)], data, tokenizer, SPECS["sft"])
     with pytest.raises(ValueError, match="1 held-out rows are fewer than the 8 devices"):
         held_out_batches(few, 16, 5, layout_of(8))
 
 
 def test_rows_as_long_as_the_positions_are_taken_and_longer_ones_refused(finished, data):
     tokenizer = prepare_tokenizer(rlhf_jax.from_pretrained(finished / "base").tokenizer)
-    rows = rows_of([Example((("user", "a"),), "7" * 50, "", "", "", 1)], data, tokenizer, "sft")
+    rows = rows_of([Example((("user", "a"),), "7" * 50, "", "", "", 1)], data, tokenizer, SPECS["sft"])
     size = rows.longest
     check_rows("sft", rows, size)
     with pytest.raises(ValueError, match=f"sft: the longest row has {size} tokens, and the model has {size - 1} pos"):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from row_specs import SPECS, split_of
 from tiny_tokenizer import gpt2_like
 
 from rlhf_jax.data import stream, tokenise
@@ -19,7 +20,7 @@ from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.config import DataConfig, SourceConfig
 from rlhf_jax.data.example import Row
 from rlhf_jax.data.rows import Rows
-from rlhf_jax.data.selection import stage_rows
+from rlhf_jax.data.selection import select_rows
 from rlhf_jax.data.template import prepare_tokenizer
 
 TOKENIZER = prepare_tokenizer(gpt2_like())
@@ -40,11 +41,11 @@ def write(path: Path, count: int, first: int = 0) -> Path:
 
 def config_of(path: Path, cache: Path, **change) -> DataConfig:
     source = SourceConfig(str(path), rejected="", stream=True)
-    return dataclasses.replace(DataConfig((source,), "1,0,0", 0.0, cache_dir=str(cache)), **change)
+    return dataclasses.replace(DataConfig((source,), split_of("1,0,0"), 0.0, cache_dir=str(cache)), **change)
 
 
-def rows_for(config: DataConfig, **options) -> Rows:
-    return stage_rows(config, TOKENIZER, "sft", **{"held_out": False, **options})
+def rows_for(config: DataConfig, held_out: bool = False) -> Rows:
+    return select_rows(config, TOKENIZER, SPECS["sft"], held_out=held_out)
 
 
 def numbers(rows: Rows, windows: int) -> list[list[int]]:
@@ -100,20 +101,20 @@ def test_two_threads_may_read_one_stream_at_places_far_apart(tmp_path):
 
 def test_prompts_of_other_stages_and_held_out_ones_are_left_out_of_a_stream(tmp_path):
     path, held = write(tmp_path / "rows.jsonl", 400), write(tmp_path / "held.jsonl", 100, first=350)
-    whole = stage_rows(
-        config_of(path, tmp_path / "cache", split="1,1,0", held_out=0.2, sources=(SourceConfig(str(path)),)),
+    whole = select_rows(
+        config_of(path, tmp_path / "cache", split=split_of("1,1,0"), held_out=0.2, sources=(SourceConfig(str(path)),)),
         TOKENIZER,
-        "sft",
+        SPECS["sft"],
         held_out=False,
     )
     (part,) = whole.parts
     expected = [part.number(row) for row in range(len(part))]
-    config = config_of(path, tmp_path / "cache", split="1,1,0", held_out=0.2)
+    config = config_of(path, tmp_path / "cache", split=split_of("1,1,0"), held_out=0.2)
     found = sum(numbers(rows_for(config), 12), [])
     assert 120 < len(expected) < 200 and found[: len(expected)] == expected and found[len(expected)] == expected[0]
     # Held out by a file of its own: then by it alone.
     apart = dataclasses.replace(config.sources[0], eval_path=str(held))
-    config = dataclasses.replace(config, sources=(apart,), split="1,0,0")
+    config = dataclasses.replace(config, sources=(apart,), split=split_of("1,0,0"))
     found = sum(numbers(rows_for(config), 30), [])
     assert set(found) == set(range(1, 351))
     assert len(rows_for(config, held_out=True)) == 100
@@ -156,7 +157,7 @@ def test_streams_and_stored_rows_are_blended_by_weight(tmp_path):
         SourceConfig(str(big), rejected="", stream=True, weight=3),
         SourceConfig(str(small), rejected="", weight=1),
     )
-    config = DataConfig(sources, "1,0,0", 0.0, cache_dir=str(tmp_path / "cache"))
+    config = DataConfig(sources, split_of("1,0,0"), 0.0, cache_dir=str(tmp_path / "cache"))
     batches = Batches(rows_for(config), batch_size=10, seed=0)
     counts = [batches.counts(step) for step in range(60)]
     assert sum(each[str(small)] for each in counts) == pytest.approx(150, abs=15)
@@ -195,10 +196,10 @@ def test_what_cannot_be_streamed_is_refused(tmp_path):
     path = write(tmp_path / "rows.jsonl", 60)
     config = config_of(path, tmp_path / "cache")
     with pytest.raises(ValueError, match="ppo: there are no rows to train on"):  # a stream serves SFT alone
-        stage_rows(config, TOKENIZER, "ppo", held_out=False)
+        select_rows(config, TOKENIZER, SPECS["ppo"], held_out=False)
     with pytest.raises(ValueError, match="rows of a stream are not packed: set sft.pack_length = 0"):
-        rows_for(config, pack_length=512)
+        select_rows(config, TOKENIZER, dataclasses.replace(SPECS["sft"], pack_length=512), held_out=False)
     with pytest.raises(ValueError, match="none of its rows serves the stage sft"):
-        rows_for(dataclasses.replace(config, split="0,1,0"))
+        rows_for(dataclasses.replace(config, split=split_of("0,1,0")))
     with pytest.raises(ValueError, match="sft: there are no held-out rows to measure on"):
         rows_for(dataclasses.replace(config, held_out=0.5), held_out=True)

@@ -44,6 +44,7 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
     wanted: Wanted
     shares: Shares
+    share: str  # whose rows they are, for messages
 
     @property
     def limit(self) -> int | None:
@@ -75,7 +76,7 @@ def folder_of(cache: Path, parts: dict[str, Any]) -> Path:
 
 
 def tokenised(job: Job) -> tuple[Store, tuple[Tally, Tally]]:
-    """The rows of a place that a stage may use, from the cache, or built and put there.
+    """The rows of a place that may be used, from the cache, or built and put there.
 
     With them comes what became of those that are trained on, and of those held out. Two processes that want the same
     build it once: the second waits. A build that is killed leaves nothing that is taken for one, and what is damaged
@@ -140,7 +141,7 @@ def _build(folder: Path, parts: dict[str, Any], job: Job) -> None:
     unfinished.mkdir(parents=True)
     try:
         rows = itertools.islice(read(**job.place), job.limit)
-        bar_text = f"{job.wanted.stage}: tokenising {job.place['path']}"
+        bar_text = f"{job.share}: tokenising {job.place['path']}"
         kept, tallies = 0, [Tally(), Tally()]
 
         def batches() -> Iterator[pa.RecordBatch]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from rlhf_jax.data.mapping.dialogues import SPEAKERS
-from rlhf_jax.data.splits import parse_shares
+from rlhf_jax.data.splits import check_split
 
 Format = Literal["", "fields", "transcript", "messages", "sharegpt", "alpaca", "ranking", "text"]
 BUILTIN = "builtin:assistant"
@@ -85,7 +85,9 @@ class SourceConfig:
 @dataclass(frozen=True)
 class DataConfig:
     sources: tuple[SourceConfig, ...]  # at least one; the keys of each are below
-    split: str = "2,4,4"  # shares of sft, reward and ppo in the prompts, by hash: no prompt trains two stages
+    # Shares of the stages in the prompts, by hash, so that no prompt trains two: { sft = 2, reward = 4, ppo = 4 }, or
+    # as text "2,4,4" those of the first three stages; {}: the default shares.
+    split: dict[str, float] | str = field(default_factory=dict)
     held_out: float = 0.05  # share of the prompts that is kept for evaluation, by hash, in sources without eval_path
     split_seed: int = 0  # another one splits the prompts in another way, and holds out others; run.seed does not
     max_prompt_length: int = 256  # tokens; longer prompts are dropped
@@ -101,7 +103,7 @@ class DataConfig:
     builtin_rows: int = 8192  # of builtin:assistant
 
     def __post_init__(self):
-        parse_shares(self.split)
+        check_split(self.split)
         if not self.sources:
             raise ValueError("data.sources is empty: name at least one source")
         if not 0 <= self.split_seed < 2**32:

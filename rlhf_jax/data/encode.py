@@ -1,40 +1,33 @@
-"""A block of examples to the token sequences that one stage trains on, with a count of what was dropped and why."""
+"""A block of examples to the token sequences of their rows, with a count of what was dropped and why."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data.config import DataConfig
-from rlhf_jax.data.example import Example
-from rlhf_jax.data.splits import Stage
+from rlhf_jax.data.example import Example, Learn, RowKind, RowSpec
 from rlhf_jax.data.template import Encoded, encode_dialogues, encode_documents, encode_prompts
-
-Learn = Literal["answer", "assistant", "everything"]
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a stage wants of a row; everything here is part of the key under which its tokens are kept."""
+    """What is wanted of a row; everything here is part of the key under which its tokens are kept."""
 
-    stage: Stage
+    kind: RowKind
     max_prompt_length: int
     max_length: int
     long_rows: str
-    learn: Learn = "answer"  # of SFT: the last answer, every assistant turn, or every token
-
-    @property
-    def per_row(self) -> int:
-        """Sequences of a row: one, or two for a pair, chosen then rejected."""
-        return 2 if self.stage == "reward" else 1
+    learn: Learn
+    per_row: int  # sequences of a row
 
 
-def wanted(config: DataConfig, stage: Stage, learn: Learn = "answer") -> Wanted:
-    return Wanted(stage, config.max_prompt_length, config.max_length, config.long_rows, learn)
+def wanted(config: DataConfig, spec: RowSpec) -> Wanted:
+    lengths = config.max_prompt_length, config.max_length, config.long_rows
+    return Wanted(spec.kind, *lengths, spec.learn, spec.per_row)
 
 
 @dataclass
@@ -49,7 +42,7 @@ class Block:
 
 
 def encode_block(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, wanted: Wanted) -> Block:
-    """Prompt and answer for SFT, prompt and both answers for the reward model, the opened prompt alone for PPO.
+    """Prompt and answer of a demonstration, prompt and both answers of a pair, the opened prompt of a prompt.
 
     Rows are dropped for an empty prompt or answer, for a chosen answer that equals the rejected one, and for a prompt
     over max_prompt_length; an answer is cut at max_length, its EOS with it, so that the model does not learn to stop
@@ -62,7 +55,7 @@ def encode_block(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
     dialogues = [i for i, example in enumerate(examples) if example.turns]
     whole: list[int] = []
     for i in dialogues:
-        if reason := _obstacle(examples[i], wanted.stage):
+        if reason := _obstacle(examples[i], wanted.kind):
             block.dropped[i] = reason
         else:
             whole.append(i)
@@ -91,23 +84,24 @@ def encode_block(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
     return block
 
 
-def _obstacle(example: Example, stage: Stage) -> str:
+def _obstacle(example: Example, kind: RowKind) -> str:
     if not example.turns[-1][1]:
         return "empty prompt"
-    if not {"sft": example.answer, "reward": example.chosen and example.rejected, "ppo": True}[stage]:
+    answers = {"demonstration": example.answer, "pair": example.chosen and example.rejected, "prompt": True}
+    if not answers[kind]:
         return "empty answer"
-    if stage == "reward" and example.chosen == example.rejected:
+    if kind == "pair" and example.chosen == example.rejected:
         return "chosen and rejected equal"
     return ""
 
 
 def _rows(examples: list[Example], tokenizer: PreTrainedTokenizerBase, wanted: Wanted) -> list[list]:
     """For each example its sequences, whole, or what failed in their place."""
-    if wanted.stage == "ppo":
+    if wanted.kind == "prompt":
         nothing = np.zeros((0, 2), np.int32)
         prompts = encode_prompts(tokenizer, [example.turns for example in examples])
         return [[each if isinstance(each, ValueError) else Encoded(each, nothing)] for each in prompts]
-    answers = [[e.answer] if wanted.stage == "sft" else [e.chosen, e.rejected] for e in examples]
+    answers = [[e.answer] if wanted.kind == "demonstration" else [e.chosen, e.rejected] for e in examples]
     dialogues = [
         (*example.turns, ("assistant", text))
         for example, texts in zip(examples, answers, strict=True)
@@ -120,7 +114,7 @@ def _rows(examples: list[Example], tokenizer: PreTrainedTokenizerBase, wanted: W
 
 def _fit(row: list[Encoded], tokenizer: PreTrainedTokenizerBase, wanted: Wanted) -> list[Encoded] | str:
     """The row within the lengths, or why it is dropped."""
-    prompt = len(row[0].tokens) if wanted.stage == "ppo" else int(row[0].spans[-1, 0])
+    prompt = len(row[0].tokens) if wanted.kind == "prompt" else int(row[0].spans[-1, 0])
     longest = max(len(each.tokens) for each in row)
     if prompt > wanted.max_prompt_length and wanted.long_rows != "left":
         return f"prompt over {wanted.max_prompt_length} tokens"
@@ -133,7 +127,7 @@ def _fit(row: list[Encoded], tokenizer: PreTrainedTokenizerBase, wanted: Wanted)
     fitted = [_cut(each, wanted.max_length) for each in row]
     if len(row) == 2 and np.array_equal(fitted[0].tokens, fitted[1].tokens):
         return "chosen and rejected equal"
-    if wanted.learn == "everything" and wanted.stage == "sft":
+    if wanted.learn == "everything" and wanted.kind == "demonstration":
         fitted = [Encoded(each.tokens, np.array([[1, len(each.tokens)]], np.int32)) for each in fitted]
     return fitted
 

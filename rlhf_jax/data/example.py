@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
+
+RowKind = Literal["demonstration", "pair", "prompt"]
+KINDS: tuple[RowKind, ...] = get_args(RowKind)
+Learn = Literal["answer", "assistant", "everything"]
 
 # (("user", text), ("assistant", text), ..., ("user", text)); ("system", text) may come first.
 Turns = tuple[tuple[str, str], ...]
@@ -24,6 +28,21 @@ class Row(NamedTuple):
     @property
     def where(self) -> str:
         return f"{self.file}, {self.unit} {self.number}"
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """The rows that a stage asks of the data."""
+
+    kind: RowKind
+    share: str  # the key of `data.split` whose prompts are trained on, the name of the stage
+    learn: Learn = "answer"  # of a demonstration: the last answer, every assistant turn, or every token
+    pack_length: int = 0  # tokens of a row of several documents; 0: a row is one document
+
+    @property
+    def per_row(self) -> int:
+        """Sequences of a row: one, or two for a pair, chosen then rejected."""
+        return 2 if self.kind == "pair" else 1
 
 
 @dataclass(frozen=True, slots=True)

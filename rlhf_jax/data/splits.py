@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from rlhf_jax.data.blend import mixed
 from rlhf_jax.data.example import Turns
-
-Stage = Literal["sft", "reward", "ppo"]
-STAGES: tuple[Stage, ...] = ("sft", "reward", "ppo")
 
 
 def prompt_key(turns: Turns) -> bytes:
@@ -27,7 +23,7 @@ def prompt_key(turns: Turns) -> bytes:
 
 
 def as_keys(keys: Sequence[bytes], seed: int = 0) -> np.ndarray:
-    """[n, 2] uint64 of n keys: the first column says who is held out, the second which stage trains.
+    """[n, 2] uint64 of n keys: the first column decides what is held out, the second which share it falls in.
 
     Another `seed` splits the prompts in another way; equal prompts still have equal keys.
     """
@@ -36,31 +32,50 @@ def as_keys(keys: Sequence[bytes], seed: int = 0) -> np.ndarray:
 
 
 def held_out(keys: np.ndarray, share: float) -> np.ndarray:
-    """[n] bool: kept for evaluation: true of `share` of all prompts, and for no stage in particular. keys: [n, 2]."""
+    """[n] bool: kept for evaluation: true of `share` of all prompts, and of `share` of every stage's. keys: [n, 2]."""
     return _uniform(keys[:, 0]) < share
 
 
-def trains(keys: np.ndarray, stage: Stage, shares: Sequence[float]) -> np.ndarray:
-    """[n] bool: whether `stage` is the one that trains on the prompt.
+def trains(keys: np.ndarray, name: str, shares: Mapping[str, float]) -> np.ndarray:
+    """[n] bool: whether the prompt falls in the share `name`, and so in no other one.
 
     Args:
-        shares: those of `STAGES`, in any unit, as `parse_shares` gives.
+        shares: in any unit. Their order counts: each begins where the one before it ends.
     """
-    bounds = np.cumsum(shares)
-    # Other bytes than `held_out` reads: else the held-out share would come out of the first stage alone.
-    return np.searchsorted(bounds / bounds[-1], _uniform(keys[:, 1]), side="right") == STAGES.index(stage)
+    bounds = np.cumsum(list(shares.values()))
+    # Other bytes than `held_out` reads: else the held-out share would come out of the first share alone.
+    return np.searchsorted(bounds / bounds[-1], _uniform(keys[:, 1]), side="right") == list(shares).index(name)
 
 
-def parse_shares(split: str) -> tuple[float, ...]:
-    """ "2,4,4" -> (2.0, 4.0, 4.0), the shares of `STAGES`. ValueError unless three numbers >= 0 with a positive sum."""
-    mend = f"data.split must be three shares as in '2,4,4', for {', '.join(STAGES)}; not {split!r}"
+def check_split(split: Mapping[str, float] | str) -> None:
+    """ValueError unless `data.split` has shares >= 0 with a positive sum; as text, three of them. {} is no choice."""
     try:
-        shares = tuple(float(part) for part in split.split(","))
-    except ValueError as error:
-        raise ValueError(mend) from error
-    if len(shares) != len(STAGES) or min(shares) < 0 or not 0 < sum(shares) < math.inf:
-        raise ValueError(mend)
-    return shares
+        shares = list(map(float, split.split(","))) if isinstance(split, str) else list(split.values())
+    except ValueError:
+        shares = []
+    is_wrong = isinstance(split, str) and len(shares) != 3
+    if is_wrong or (split and (min(shares) < 0 or not 0 < sum(shares) < math.inf)):
+        raise ValueError(
+            "data.split must be a table of shares by stage, as { sft = 2, ... }, none negative and one above 0, or "
+            f"three shares as in '2,4,4'; not {split!r}"
+        )
+
+
+def named_shares(
+    split: Mapping[str, float] | str, names: Sequence[str], defaults: Mapping[str, float]
+) -> dict[str, float]:
+    """The table of `data.split`, in the order of `names`.
+
+    Args:
+        split: the table, or as text the shares of the first three names ("2,4,4").
+        defaults: what an empty table stands for.
+    Raises:
+        ValueError: the table has a name that is not in `names`.
+    """
+    given = dict(zip(names, map(float, split.split(",")), strict=False)) if isinstance(split, str) else split
+    if unknown := [name for name in given if name not in names]:
+        raise ValueError(f"data.split has a share for {', '.join(unknown)}; it may have shares for {', '.join(names)}")
+    return {name: float(share) for name in names if (share := (given or defaults).get(name)) is not None}
 
 
 def _uniform(words: np.ndarray) -> np.ndarray:

@@ -118,7 +118,7 @@ class Windows:
                 served += len(batch)
                 yield Position(turn, block), batch, tally
             if not served and not skipped:
-                raise ValueError(f"{self.job.source.path}: none of its rows serves the stage {self.job.wanted.stage}")
+                raise ValueError(f"{self.job.source.path}: none of its rows serves the stage {self.job.share}")
             skipped = 0
 
     def _read(self) -> Iterator[Row]:

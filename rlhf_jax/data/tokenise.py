@@ -10,7 +10,7 @@ import itertools
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
@@ -36,16 +36,17 @@ T, R = TypeVar("T"), TypeVar("R")
 class Shares:
     """Which prompts are wanted of a place."""
 
-    stage: tuple[float, ...] | None  # those of the stage that trains, with these shares of splits.STAGES; None: all
+    name: str  # of those that are trained on, in `split`; "": all
+    split: Mapping[str, float]
     held_out: float = 0.0  # and those held out by hash, with this share
     left_out: float = 0.0  # but not those held out by hash with this share
     seed: int = 0  # of the split
 
-    def take(self, keys: np.ndarray, stage: splits.Stage) -> np.ndarray:
+    def take(self, keys: np.ndarray) -> np.ndarray:
         """[n] bool of keys [n, 2]."""
-        if self.stage is None:
+        if not self.name:
             return np.ones(len(keys), bool)
-        taken = splits.trains(keys, stage, self.stage) | splits.held_out(keys, self.held_out)
+        taken = splits.trains(keys, self.name, self.split) | splits.held_out(keys, self.held_out)
         return taken & ~splits.held_out(keys, self.left_out)
 
 
@@ -88,14 +89,14 @@ def encoded_blocks(
     shares: Shares,
 ) -> Iterator[EncodedBlock]:
     """The rows by blocks of ROWS_PER_BLOCK, in their order."""
-    to_examples, own = mapper(source, wanted.stage), threading.local()
+    to_examples, own = mapper(source, wanted.kind), threading.local()
 
     def work(block: list[Row]) -> EncodedBlock:
         if not hasattr(own, "tokenizer"):
             own.tokenizer = copy.deepcopy(tokenizer)  # a tokenizer's settings are changed while it encodes
         examples, wheres, bad = mapped(block, to_examples)
         keys = splits.as_keys([splits.prompt_key(key_turns(example)) for example in examples], shares.seed)
-        (taken,) = shares.take(keys, wanted.stage).nonzero()
+        (taken,) = shares.take(keys).nonzero()
         found = encode_block([examples[i] for i in taken], own.tokenizer, wanted)
         bad += [f"{wheres[taken[i]]}: {failure}" for i, failure in found.failures.items()]
         kept = taken[found.kept]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rlhf_jax.data.blend import Part, quotas
 from rlhf_jax.data.config import BUILTIN, DataConfig
+from rlhf_jax.data.example import RowSpec
 from rlhf_jax.data.selection import source_sizes
 from rlhf_jax.gpus import Gpu, Machine
 from rlhf_jax.mesh import TRAIN, Layout
@@ -239,7 +240,7 @@ def timetable(recipe: Recipe, found: list[Phase], mesh, machine: Machine, price:
         entry["expected"] = sum(times["expected"] for times in entry["phases"].values())
         config = getattr(recipe, stage)
         is_packed = stage == "sft" and recipe.sft.pack_length > 0  # then rows are known when they are tokenised
-        rows = None if is_packed else training_rows(recipe.data, stage)
+        rows = None if is_packed else training_rows(recipe.data, recipe.row_spec(stage))
         size = config.rollout_batch_size if stage == "ppo" else config.batch_size
         steps = rows // size if rows else None  # of one epoch
         entry |= {"rows": rows, "steps_per_epoch": steps, "steps": config.steps or (steps and config.epochs * steps)}
@@ -252,13 +253,13 @@ def timetable(recipe: Recipe, found: list[Phase], mesh, machine: Machine, price:
     return table
 
 
-def training_rows(data: DataConfig, stage: str) -> int | None:
+def training_rows(data: DataConfig, spec: RowSpec) -> int | None:
     """Rows of an epoch before any is dropped for length; None where a source is streamed, or would be downloaded."""
     if any(source.path != BUILTIN and not Path(source.path).is_file() for source in data.sources):
         return None
     if any(source.stream for source in data.sources):
         return None
-    sized = zip(data.sources, source_sizes(data, stage), strict=True)
+    sized = zip(data.sources, source_sizes(data, spec), strict=True)
     parts = [Part(size, source.weight, source.epochs, source.max_rows) for source, size in sized if size]
     return int(quotas(parts, data.temperature).sum())
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data.config import DataConfig
+from rlhf_jax.data.example import RowSpec
 from rlhf_jax.data.selection import read_examples
 from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.mesh import TRAIN, Layout
@@ -39,7 +40,7 @@ def new_hf_config(new: NewModelConfig, vocab_size: int) -> dict[str, Any]:
 
 def new_tokenizer(model: ModelConfig, data: DataConfig) -> PreTrainedTokenizerBase:
     """A tokenizer of model.new.vocab_size words, trained on the rows that SFT trains on."""
-    examples = read_examples(data, "sft", held_out=False)
+    examples = read_examples(data, RowSpec("demonstration", "sft"), held_out=False)
     texts = (text for e in examples for text in (*(said for _, said in e.turns), e.answer, e.text) if text)
     opened = itertools.chain([" Human:", " Assistant:"], texts)
     return prepare_tokenizer(train_tokenizer(opened, model.new.vocab_size), data.template)

@@ -16,7 +16,8 @@ from rlhf_jax.average import start_average
 from rlhf_jax.data.ahead import Ahead
 from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.config import DataConfig
-from rlhf_jax.data.selection import stage_rows
+from rlhf_jax.data.example import RowSpec
+from rlhf_jax.data.selection import select_rows
 from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.engine import Engine, Experience, Models, make_engine
 from rlhf_jax.generate import Rollout, bucket
@@ -181,7 +182,7 @@ def run_ppo(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig
         raise ValueError("actor and reward model have different vocabularies: PPO scores the actor's own tokens")
     batch_size, _ = ppo_sizes(config, layout)
 
-    rows = stage_rows(data, tokenizer, "ppo", held_out=False)
+    rows = select_rows(data, tokenizer, RowSpec("prompt", "ppo"), held_out=False)
     print(f"ppo: prompts: {rows.report}", flush=True)
     prompts = Batches(rows, batch_size=config.rollout_batch_size, seed=run.seed, side="left")
     for each in (actor, critic):

@@ -12,8 +12,9 @@ import optax
 from rlhf_jax.data.ahead import Ahead
 from rlhf_jax.data.batches import Batch, Batches
 from rlhf_jax.data.config import DataConfig
+from rlhf_jax.data.example import RowSpec
 from rlhf_jax.data.rows import Rows
-from rlhf_jax.data.selection import stage_rows
+from rlhf_jax.data.selection import select_rows
 from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.gpus import RUN_OPTIONS
 from rlhf_jax.mesh import Layout
@@ -75,7 +76,7 @@ def run_reward(run: RunConfig, layout: Layout, model: ModelConfig, data: DataCon
     num_micro = micro_batches("reward", config.batch_size, config.micro_batch_size, layout)
 
     def rows_of(held_out: bool) -> Rows:
-        rows = stage_rows(data, tokenizer, "reward", held_out=held_out)
+        rows = select_rows(data, tokenizer, RowSpec("pair", "reward"), held_out=held_out)
         check_rows("reward", rows, decoder.max_positions)
         return rows
 

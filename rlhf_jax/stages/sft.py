@@ -12,9 +12,9 @@ import optax
 from rlhf_jax.data.ahead import Ahead
 from rlhf_jax.data.batches import Batch, Batches
 from rlhf_jax.data.config import DataConfig
-from rlhf_jax.data.encode import Learn
+from rlhf_jax.data.example import Learn, RowSpec
 from rlhf_jax.data.rows import Rows
-from rlhf_jax.data.selection import stage_rows
+from rlhf_jax.data.selection import select_rows
 from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.gpus import RUN_OPTIONS
 from rlhf_jax.mesh import Layout
@@ -85,7 +85,8 @@ def run_sft(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig
     num_micro = micro_batches("sft", config.batch_size, config.micro_batch_size, layout)
 
     def rows_of(held_out: bool) -> Rows:
-        rows = stage_rows(data, tokenizer, "sft", held_out=held_out, learn=config.learn, pack_length=config.pack_length)
+        spec = RowSpec("demonstration", "sft", config.learn, config.pack_length)
+        rows = select_rows(data, tokenizer, spec, held_out=held_out)
         check_rows("sft", rows, decoder.max_positions)
         return rows
 

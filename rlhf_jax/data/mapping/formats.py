@@ -1,4 +1,4 @@
-"""One reader a format: what makes the functions from a row to its examples, for a source and a stage.
+"""One reader a format: what makes the functions from a row to its examples, for a source and a kind of rows.
 
 They raise `BadRow` without the place, which `mapping.mapper` puts before it.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlhf_jax.data.config import SourceConfig
-from rlhf_jax.data.example import BadRow, Example, Row, Turns
+from rlhf_jax.data.example import BadRow, Example, Row, RowKind, Turns
 from rlhf_jax.data.mapping.dialogues import (
     answered,
     asked,
@@ -26,15 +26,14 @@ from rlhf_jax.data.mapping.dialogues import (
     turns_of,
 )
 from rlhf_jax.data.mapping.picking import MISSING, Fields, Lacking, part, picker
-from rlhf_jax.data.splits import Stage
 
 Read = Callable[[Row], list[Example]]
 OPTIONAL = ("", None, MISSING)
 
 
-def _of_fields(source: SourceConfig, stage: Stage) -> Read:
+def _of_fields(source: SourceConfig, kind: RowKind) -> Read:
     """Texts, or messages: those of the prompt, those of an answer, or whole dialogues, which must share the prompt."""
-    names, needed = _replies(source, stage)
+    names, needed = _replies(source, kind)
     prompt_in, system_in = _part(source, source.prompt, prompt_of), _system(source)
     answer_in, chosen_in, rejected_in = (_part(source, name, reply_of, name in needed) for name in names)
     picked = picker(source.prompt)
@@ -80,9 +79,9 @@ def _of_dialogues(
     return turns, texts
 
 
-def _of_transcripts(source: SourceConfig, stage: Stage) -> Read:
+def _of_transcripts(source: SourceConfig, kind: RowKind) -> Read:
     """Whole transcripts, or the ends of transcripts whose beginning is in `prompt`. What is not needed may be unfit."""
-    names, needed = _replies(source, stage)
+    names, needed = _replies(source, kind)
     needed = needed or {names[0]}  # whose beginning is the prompt
     prompt_in = _part(source, source.prompt, text_of, absent=(MISSING,) if source.sparse else OPTIONAL)
     replies_in = {name: _part(source, name, text_of, name in needed) for name in names if name}
@@ -114,7 +113,7 @@ def _of_transcripts(source: SourceConfig, stage: Stage) -> Read:
     return read
 
 
-def _of_messages(source: SourceConfig, stage: Stage) -> Read:
+def _of_messages(source: SourceConfig, kind: RowKind) -> Read:
     name = source.field or {"messages": "messages", "sharegpt": "conversations"}[source.format]
     turns_in, system_in, path = _part(source, name, turns_of), _system(source), source.path
 
@@ -122,7 +121,7 @@ def _of_messages(source: SourceConfig, stage: Stage) -> Read:
         turns = turns_in(row.fields)
         if system_in:
             turns = led(system_in(row.fields), turns)
-        if stage == "ppo" and turns and not any(role == "assistant" for role, _ in turns):
+        if kind == "prompt" and turns and not any(role == "assistant" for role, _ in turns):
             return [Example(_named(asked, turns, name), "", "", "", path, row.number)]
         before, answer = _named(answered, turns, name)
         return [Example(before, answer, "", "", path, row.number)]
@@ -130,8 +129,11 @@ def _of_messages(source: SourceConfig, stage: Stage) -> Read:
     return read
 
 
-def _of_alpaca(source: SourceConfig, stage: Stage) -> Read:
-    instruction_in, answer_in = _part(source, "instruction", text_of), _part(source, "output", text_of, stage == "sft")
+def _of_alpaca(source: SourceConfig, kind: RowKind) -> Read:
+    instruction_in, answer_in = (
+        _part(source, "instruction", text_of),
+        _part(source, "output", text_of, kind == "demonstration"),
+    )
     input_in, system_in = _part(source, "input", text_of, absent=OPTIONAL), _system(source)
 
     def read(row: Row) -> list[Example]:
@@ -142,8 +144,8 @@ def _of_alpaca(source: SourceConfig, stage: Stage) -> Read:
     return read
 
 
-def _of_rankings(source: SourceConfig, stage: Stage) -> Read:
-    """Answers of equal rank make no pair; the best for SFT is the first of them. PPO does without answers."""
+def _of_rankings(source: SourceConfig, kind: RowKind) -> Read:
+    """Answers of equal rank make no pair; the first of the best is a demonstration; a prompt does without answers."""
     prompt_in, system_in = _part(source, source.prompt, prompt_of), _system(source)
     answers_in, scores_in = _many(source, source.answers, _answer_of), _many(source, source.scores, _number_of)
 
@@ -168,10 +170,10 @@ def _of_rankings(source: SourceConfig, stage: Stage) -> Read:
         try:
             best_first = ranked(row.fields)
         except BadRow:
-            if stage != "ppo":
+            if kind != "prompt":
                 raise
             best_first = [(0.0, "")]
-        if stage != "reward":
+        if kind != "pair":
             return [Example(turns, best_first[0][1], "", "", source.path, row.number)]
         return [
             Example(turns, better, better, worse, source.path, row.number)
@@ -182,12 +184,12 @@ def _of_rankings(source: SourceConfig, stage: Stage) -> Read:
     return read
 
 
-def _of_texts(source: SourceConfig, stage: Stage) -> Read:
+def _of_texts(source: SourceConfig, kind: RowKind) -> Read:
     text_in = _part(source, source.field or "text", text_of)
     return lambda row: [Example((), "", "", "", source.path, row.number, text_in(row.fields).strip())]
 
 
-READERS: dict[str, Callable[[SourceConfig, Stage], Read]] = {
+READERS: dict[str, Callable[[SourceConfig, RowKind], Read]] = {
     "fields": _of_fields,
     "transcript": _of_transcripts,
     "messages": _of_messages,
@@ -248,10 +250,10 @@ def _system(source: SourceConfig) -> Callable[[Fields], str] | None:
     return None
 
 
-def _replies(source: SourceConfig, stage: Stage) -> tuple[tuple[str, str, str], set[str]]:
-    """The names of the answer, chosen and rejected, and those of them that the stage needs."""
+def _replies(source: SourceConfig, kind: RowKind) -> tuple[tuple[str, str, str], set[str]]:
+    """The names of the answer, chosen and rejected, and those of them that a row of this kind needs."""
     target = source.answer or source.chosen
-    needed = {"sft": {target}, "reward": {source.chosen, source.rejected}, "ppo": set()}[stage]
+    needed = {"demonstration": {target}, "pair": {source.chosen, source.rejected}, "prompt": set()}[kind]
     return (target, source.chosen, source.rejected), needed
 
 

@@ -1,15 +1,15 @@
 """The fields of a row to examples: what a source's `format` and its names of fields mean.
 
-    format      a row has                                                       serves
-    fields      texts, or lists of messages, in fields of any name              the stages whose fields have names
+    format      a row has                                                       gives
+    fields      texts, or lists of messages, in fields of any name              the kinds whose fields have names
     transcript  "\\n\\nHuman: ...\\n\\nAssistant: ..." texts in fields of any name    the same
-    messages    a list of {"role", "content"}; the last assistant turn learns   sft, ppo
-    sharegpt    the like with {"from", "value"}, and a field "system"           sft, ppo
-    alpaca      "instruction", "input", "output", and a field "system"          sft, ppo
+    messages    a list of {"role", "content"}; the last assistant turn learns   demonstration, prompt
+    sharegpt    the like with {"from", "value"}, and a field "system"           demonstration, prompt
+    alpaca      "instruction", "input", "output", and a field "system"          demonstration, prompt
     ranking     a prompt and several answers, with scores or best first         all
-    text        a document                                                      sft
+    text        a document                                                      demonstration
 
-The turns of an example are the same for every stage, because they decide which stage may train on it.
+The turns of an example are the same for every kind, because they decide which stage may train on it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ import dataclasses
 import re
 
 from rlhf_jax.data.config import SourceConfig
-from rlhf_jax.data.example import BadRow, Example, Row
+from rlhf_jax.data.example import BadRow, Example, Row, RowKind
 from rlhf_jax.data.mapping.dialogues import parse_transcript
 from rlhf_jax.data.mapping.formats import READERS, Read
 from rlhf_jax.data.mapping.known import resolved
 from rlhf_jax.data.mapping.picking import Lacking, NoField
-from rlhf_jax.data.splits import Stage
 
 __all__ = ["mapper", "parse_transcript", "resolved", "serves"]
 
@@ -38,32 +37,33 @@ KEYS = {
 }
 
 
-def serves(source: SourceConfig, stage: Stage) -> bool:
-    """Whether the source has fields for what the stage needs."""
+def serves(source: SourceConfig, kind: RowKind) -> bool:
+    """Whether the source has fields for what rows of this kind need."""
     source = resolved(source)
-    if source.stream and stage != "sft":  # the other stages choose among all their rows
+    if source.stream and kind != "demonstration":  # rows of the other kinds are chosen among all of them
         return False
     if source.format == "text":
-        return stage == "sft"
+        return kind == "demonstration"
     if source.format in ("messages", "sharegpt", "alpaca"):
-        return stage != "reward"
-    needed = {"sft": source.answer or source.chosen, "reward": source.chosen and source.rejected, "ppo": True}
-    return source.format == "ranking" or bool(needed[stage])
+        return kind != "pair"
+    pair = source.chosen and source.rejected
+    needed = {"demonstration": source.answer or source.chosen, "pair": pair, "prompt": True}
+    return source.format == "ranking" or bool(needed[kind])
 
 
-def mapper(source: SourceConfig, stage: Stage) -> Read:
-    """The function from a row of this source to its examples for the stage.
+def mapper(source: SourceConfig, kind: RowKind) -> Read:
+    """The function from a row of this source to its examples of a kind.
 
-    It gives one example, with what the stage needs and what else the row has. For the reward stage a ranking gives one
-    for every two answers of different rank, the best first. There is none of a source that does not serve the stage,
-    and none where a sparse source lacks what the stage needs.
+    It gives one example, with what the kind needs and what else the row has. As pairs a ranking gives one for every two
+    answers of different rank, the best first. There is none of a source that does not serve the kind, and none where a
+    row of a sparse source lacks what it needs.
 
     It raises BadRow, naming file, row and field, for a malformed row, and `Row.fields` where that is one.
     """
     source = resolved(source)
-    if not serves(source, stage):
+    if not serves(source, kind):
         return lambda row: []
-    read, cut = READERS[source.format](source, stage), re.compile(source.strip).sub
+    read, cut = READERS[source.format](source, kind), re.compile(source.strip).sub
 
     def examples(row: Row) -> list[Example]:
         if isinstance(row.fields, BadRow):

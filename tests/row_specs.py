@@ -1,0 +1,11 @@
+"""The rows that the three stages of a recipe ask for, and `data.split` as a recipe hands it down."""
+
+from rlhf_jax.data.example import RowSpec
+from rlhf_jax.data.splits import named_shares
+
+SPECS = {"sft": RowSpec("demonstration", "sft"), "reward": RowSpec("pair", "reward"), "ppo": RowSpec("prompt", "ppo")}
+STAGES = tuple(SPECS)
+
+
+def split_of(text: str) -> dict[str, float]:
+    return named_shares(text, STAGES, {})

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from benchmarks.provenance import record
 from rlhf_jax.data.config import DataConfig, SourceConfig
+from rlhf_jax.data.example import RowSpec
 from rlhf_jax.data.packing import pack
-from rlhf_jax.data.selection import stage_rows
+from rlhf_jax.data.selection import select_rows
 from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.models.new_tokenizer import train_tokenizer
 
@@ -28,8 +29,8 @@ def main(argv: list[str] | None = None) -> None:
     with args.file.open(encoding="utf-8") as lines:
         texts = [json.loads(line)["chosen"] for line in lines]
     tokenizer = prepare_tokenizer(train_tokenizer(texts, args.vocab_size))
-    data = DataConfig((SourceConfig(str(args.file)),), split="1,0,0", held_out=0.0, max_length=args.length)
-    lengths = stage_rows(data, tokenizer, "sft", held_out=False).parts[0].lengths[:, 0]
+    data = DataConfig((SourceConfig(str(args.file)),), split={"sft": 1.0}, held_out=0.0, max_length=args.length)
+    lengths = select_rows(data, tokenizer, RowSpec("demonstration", "sft"), held_out=False).parts[0].lengths[:, 0]
     bins = pack(lengths, args.length)
     record(
         "packing",

@@ -87,7 +87,7 @@ class DataConfig:
     sources: tuple[SourceConfig, ...]  # at least one; the keys of each are below
     # Shares of the stages in the prompts, by hash, so that no prompt trains two: { sft = 2, reward = 4, ppo = 4 }, or
     # as text "2,4,4" those of the first three stages; {}: the default shares.
-    split: dict[str, float] | str = field(default_factory=dict)
+    split: dict[str, float] | str = field(default_factory=dict, hash=False)
     held_out: float = 0.05  # share of the prompts that is kept for evaluation, by hash, in sources without eval_path
     split_seed: int = 0  # another one splits the prompts in another way, and holds out others; run.seed does not
     max_prompt_length: int = 256  # tokens; longer prompts are dropped

@@ -194,14 +194,14 @@ def consumption(folder: Path) -> dict[str, float]:
     decoder = decoder_config(hf, scalar_head=False)
     params = init_params(decoder, jax.random.key(0), layout)
     tx = make_optimizer(recipe.sft.optim, 100)
-    state = make_state(Pretrained(decoder, params, tokenizer, hf, {}, layout), recipe.model, tx, 0)
+    state, frozen = make_state(Pretrained(decoder, params, tokenizer, hf, {}, layout), recipe.model, tx, 0)
     update, _ = sft_programs(recipe.model.role(decoder), recipe.model.compute, layout, tx, 1)
     seconds = []
     for step in range(4):
         batch = batches[step]
         batch = dataclasses.replace(batch, tokens=batch.tokens % decoder.vocab_size)
         start = time.perf_counter()
-        state, stats = update(state, layout.put_batch(batch))
+        state, stats = update(state, frozen, layout.put_batch(batch))
         float(stats["loss"])
         seconds.append(time.perf_counter() - start)
     return {"consumed_rows_per_second": recipe.sft.batch_size / min(seconds[1:])}

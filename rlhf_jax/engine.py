@@ -42,23 +42,35 @@ from rlhf_jax.trees import record
 
 
 @record
-class Models:
-    """The four models of PPO.
+class EngineState:
+    """What an update changes, and what a checkpoint therefore keeps.
 
     Attributes:
         actor: with or without adapters.
         critic: with a scalar head.
-        reference: parameters of the frozen policy that the KL is measured to; {} where the actor has adapters: then it
-            is the actor's base without them, and no copy exists. It may rest in pinned host memory.
-        reward: parameters of the frozen reward model.
         average: float32 moving average of what the actor trains, in host memory or not; {}: none is kept.
     """
 
     actor: TrainState
     critic: TrainState
+    average: Params = dataclasses.field(default_factory=dict)
+
+
+@record
+class FrozenParams:
+    """The parameters that no update changes. They are never donated, so that models may share them.
+
+    Attributes:
+        actor, critic: what of them does not train.
+        reference: the policy that the KL is measured to, in device or pinned host memory; {} where the actor has
+            adapters: then it is the actor's base without them, and no copy exists.
+        reward: the reward model.
+    """
+
+    actor: Params
+    critic: Params
     reference: Params
     reward: Params
-    average: Params = dataclasses.field(default_factory=dict)
 
 
 @record
@@ -98,17 +110,18 @@ CriticLoss = Callable[[jax.Array, Experience], tuple[jax.Array, Stats]]  # (valu
 
 class Engine(NamedTuple):
     """publish(params) -> weights; generate(weights, prompts, prompt_mask, key) -> Rollout, on host arrays [B, P];
-    score(models, rollout) -> Experience; update(models, experience) -> (models, {name: scalar}), models donated.
+    score(state, frozen, rollout) -> Experience; update(state, frozen, experience) -> (state, {name: scalar}), with the
+    state donated.
 
-    `programs` are the jitted functions inside, for whoever lowers them: publish, generate(weights, prompts, mask, key),
-    score (of models on the devices, without an average), actor(state, experience), critic(state, experience) and
-    average(average, weights) of one array.
+    `programs` are the jitted functions inside, to be lowered: publish, generate(weights, prompts, mask, key), score (of
+    models on the devices, without an average), actor and critic(state, frozen, experience), and average(average,
+    weights) of one array.
     """
 
     publish: Callable[[Params], Weights]
     generate: Callable[[Weights, np.ndarray, np.ndarray, jax.Array], Rollout]
-    score: Callable[[Models, Rollout], Experience]
-    update: Callable[[Models, Experience], tuple[Models, Stats]]
+    score: Callable[[EngineState, FrozenParams, Rollout], Experience]
+    update: Callable[[EngineState, FrozenParams, Experience], tuple[EngineState, Stats]]
     programs: Mapping[str, Any]
 
 
@@ -127,8 +140,8 @@ def make_score(
     compute: Compute,
     temperature: float,
     num_micro: int,
-) -> Callable[[Models, Rollout], Experience]:
-    """Compile (models, rollout) -> Experience: four forward passes in one program, everything by `layout`.
+) -> Callable[[EngineState, FrozenParams, Rollout], Experience]:
+    """Compile (state, frozen, rollout) -> Experience: four forward passes in one program, everything by `layout`.
 
     The passes are over `num_micro` parts of the rollout, one after the other; advantages are of all of it.
     """
@@ -138,7 +151,7 @@ def make_score(
     def forward(config: DecoderConfig, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         return bind(config, params)(tokens, mask, compute, layout)
 
-    def score_part(models: Models, rollout: Rollout) -> Experience:
+    def score_part(state: EngineState, frozen: FrozenParams, rollout: Rollout) -> Experience:
         starts = rollout.prompt_mask.sum(axis=1, dtype=jnp.int32)
         padding = rollout.prompts.shape[1] - starts
         tokens = roll_rows(jnp.concatenate([rollout.prompts, rollout.tokens], axis=1), padding)
@@ -151,11 +164,12 @@ def make_score(
             options = dict(chunk=compute.chunk, temperature=temperature, **head_options(config, params))
             return token_logprobs(hidden, head_kernel(config, params), rollout.tokens, **options)
 
-        learned, reference = logprobs(actor, models.actor.params), models.reference
+        learned, reference = logprobs(actor, state.actor.params(frozen.actor)), frozen.reference
         if not reference:
             # Of one base the compiler would gather each kernel once for both passes, and where layers are unrolled hold
             # those of the whole model from the first to the second.
-            learned, reference = jax.lax.optimization_barrier((learned, models.actor.frozen))
+            learned, reference = jax.lax.optimization_barrier((learned, frozen.actor))
+        values = state.critic.params(frozen.critic)
         blank = jnp.zeros(rollout.tokens.shape, jnp.float32)
         return Experience(
             tokens=tokens,
@@ -166,17 +180,15 @@ def make_score(
             ended=rollout.ended,
             logprobs=learned,
             ref_logprobs=logprobs(actor.without_lora(), reference),
-            values=scalar(
-                models.critic.params, answer_hidden(forward(critic, models.critic.params, tokens, mask), starts, length)
-            ),
-            score=scalar(models.reward, last_hidden(forward(reward, models.reward, tokens, mask), mask)),
+            values=scalar(values, answer_hidden(forward(critic, values, tokens, mask), starts, length)),
+            score=scalar(frozen.reward, last_hidden(forward(reward, frozen.reward, tokens, mask), mask)),
             advantages=blank,
             returns=blank,
         )
 
-    def score(models: Models, rollout: Rollout) -> Experience:
+    def score(state: EngineState, frozen: FrozenParams, rollout: Rollout) -> Experience:
         parts = split_rows(rollout, num_micro, layout)
-        experience = join_rows(jax.lax.map(lambda part: score_part(models, part), parts), layout)
+        experience = join_rows(jax.lax.map(lambda part: score_part(state, frozen, part), parts), layout)
         advantages, returns = estimate(experience)
         experience = dataclasses.replace(experience, advantages=advantages, returns=returns)
         return jax.tree.map(lambda x: layout.constrain(x, "batch", *[None] * (x.ndim - 1)), experience)
@@ -238,20 +250,19 @@ def make_engine(
     step_average = step_of(ema_decay)
     follow = make_average(step_average)
 
-    def update(models: Models, experience: Experience) -> tuple[Models, Stats]:
+    def update(state: EngineState, frozen: FrozenParams, experience: Experience) -> tuple[EngineState, Stats]:
         rows = experience.tokens.shape[0]
         check_divides("rollouts of one update", rows, num_micro * layout.shards("batch"), "micro-batches x devices")
-        actor_state, actor_stats = update_actor(models.actor, experience)
-        critic_state, critic_stats = update_critic(models.critic, experience)
+        actor_state, actor_stats = update_actor(state.actor, frozen.actor, experience)
+        critic_state, critic_stats = update_critic(state.critic, frozen.critic, experience)
         stats = {f"actor_{name}": value for name, value in actor_stats.items()}
         stats |= {f"critic_{name}": value for name, value in critic_stats.items()}
-        average = follow(models.average, actor_state.trainable)
-        return dataclasses.replace(models, actor=actor_state, critic=critic_state, average=average), stats
+        return EngineState(actor_state, critic_state, follow(state.average, actor_state.trainable)), stats
 
-    def score(models: Models, rollout: Rollout) -> Experience:
+    def score(state: EngineState, frozen: FrozenParams, rollout: Rollout) -> Experience:
         # A reference in host memory is on the devices for this alone.
-        reference = to_devices(models.reference)
-        return programs["score"](dataclasses.replace(models, reference=reference, average={}), rollout)
+        fetched = dataclasses.replace(frozen, reference=to_devices(frozen.reference))
+        return programs["score"](dataclasses.replace(state, average={}), fetched, rollout)
 
     programs = {
         "publish": make_publish(actor, mesh, compute.dtype, layout.table),

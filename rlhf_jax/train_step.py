@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -25,24 +25,34 @@ LossFn = Callable[[Params, Any], tuple[jax.Array, tuple[jax.Array, dict[str, jax
 
 @record
 class TrainState:
-    """Everything that the next step depends on, apart from the data.
+    """What a step changes, and what a checkpoint therefore keeps.
+
+    The parameters that do not train are an argument of their own wherever a state goes: `frozen`, {path: array} in any
+    dtype. They are never donated, so that several models may share them.
 
     Attributes:
         step: [] int32, optimizer steps taken.
         trainable: {path: float32 array} that the optimizer changes: all parameters, or adapters and scalar head.
-        frozen: {path: array} of the rest, in any dtype. Never donated, so that several models may share it.
         opt_state: optax state over `trainable`, split like it.
     """
 
     step: jax.Array
     trainable: Params
-    frozen: Params
     opt_state: optax.OptState
 
-    @property
-    def params(self) -> Params:
-        """Parameters and adapters together."""
-        return {**self.frozen, **self.trainable}
+    def params(self, frozen: Params) -> Params:
+        """All parameters and adapters of the model."""
+        return {**frozen, **self.trainable}
+
+
+class Update(Protocol):
+    """A compiled (state, frozen, batch) -> (state, metrics); the state is donated."""
+
+    def __call__(self, state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]: ...
+
+    def lower(self, state: TrainState, frozen: Params, batch: Any) -> jax.stages.Lowered:
+        """Of arrays or of their abstract shapes."""
+        ...
 
 
 def state_shardings(state: TrainState, leaves: Mapping[str, Leaf], layout: Layout) -> TrainState:
@@ -67,7 +77,7 @@ def state_shardings(state: TrainState, leaves: Mapping[str, Leaf], layout: Layou
 
 
 def init_state(
-    trainable: Params, frozen: Params, tx: optax.GradientTransformation, leaves, layout: Layout
+    trainable: Params, tx: optax.GradientTransformation, leaves: Mapping[str, Leaf], layout: Layout
 ) -> TrainState:
     """The state of step 0: the optimizer's moments are born in their shards, the parameters taken as they are.
 
@@ -75,42 +85,24 @@ def init_state(
     """
 
     def init(trainable):
-        return TrainState(jnp.int32(0), {}, {}, tx.init(trainable))
+        return TrainState(jnp.int32(0), {}, tx.init(trainable))
 
     def fresh(some: Params, at: Layout) -> TrainState:
         return jax.jit(init, out_shardings=state_shardings(jax.eval_shape(init, some), leaves, at))(some)
 
     if not layout.moments_in:
-        state = fresh(trainable, layout)
-        return TrainState(state.step, trainable, frozen, state.opt_state)
+        return dataclasses.replace(fresh(trainable, layout), trainable=trainable)
     on_device, opt_states = dataclasses.replace(layout, moments_in=None), []
     for path, leaf in trainable.items():
         state = fresh({path: leaf}, on_device)
         resting = jax.device_put(state, state_shardings(state, leaves, layout))
         opt_states.append(jax.block_until_ready(resting).opt_state)
-    return TrainState(state.step, trainable, frozen, functools.reduce(joined, opt_states))
-
-
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """(state, batch) -> (state, metrics), compiled; all of the state but what is frozen is donated."""
-
-    program: Any  # jitted: (state without what is frozen, frozen, batch) -> the same without it, metrics
-    leaves: Mapping[str, Leaf]
-    layout: Layout
-
-    def __call__(self, state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        moved, stats = self.program(dataclasses.replace(state, frozen={}), state.frozen, batch)
-        return dataclasses.replace(moved, frozen=state.frozen), stats
-
-    def lower(self, state: TrainState, batch) -> jax.stages.Lowered:
-        """Of arrays or of their abstract shapes, to be compiled and looked at."""
-        return self.program.lower(dataclasses.replace(state, frozen={}), state.frozen, batch)
+    return TrainState(state.step, trainable, functools.reduce(joined, opt_states))
 
 
 @dataclasses.dataclass(frozen=True)
 class OffloadedUpdate:
-    """As `Update`, by two kinds of programs, with the moments of no more than one parameter on the devices.
+    """An update by two kinds of programs, with the moments of no more than one parameter on the devices.
 
     All gradients first, clipped. Then parameter by parameter: its moments come, `step` runs, they go back, and only
     then the next begins: memory is given to whatever is started, so what is not started cannot take any. A gradient is
@@ -122,8 +114,8 @@ class OffloadedUpdate:
     leaves: Mapping[str, Leaf]
     layout: Layout
 
-    def __call__(self, state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        taken, grads, stats = self.gradients(state.step, state.trainable, state.frozen, batch)
+    def __call__(self, state: TrainState, frozen: Params, batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        taken, grads, stats = self.gradients(state.step, state.trainable, frozen, batch)
         trainable, opt_states = dict(state.trainable), []
         for path in self.order(trainable):
             resting, counters = of_path(state.opt_state, path)
@@ -133,16 +125,16 @@ class OffloadedUpdate:
             jax.tree.map(lambda x: x.delete(), resting)
             trainable |= param
             opt_states.append(with_counters(moments, counters))
-        return TrainState(taken, trainable, state.frozen, functools.reduce(joined, opt_states)), stats
+        return TrainState(taken, trainable, functools.reduce(joined, opt_states)), stats
 
     @staticmethod
     def order(trainable: Params) -> list[str]:
         """Paths, the smallest parameter first."""
         return sorted(trainable, key=lambda path: (trainable[path].size, path))
 
-    def lower(self, state: TrainState, batch) -> jax.stages.Lowered:
+    def lower(self, state: TrainState, frozen: Params, batch) -> jax.stages.Lowered:
         """`gradients`, of arrays or of their abstract shapes."""
-        return self.gradients.lower(state.step, state.trainable, state.frozen, batch)
+        return self.gradients.lower(state.step, state.trainable, frozen, batch)
 
     def arguments(self, state: TrainState, path: str) -> tuple:
         """Abstract arguments of the `step` of one parameter, on the devices."""
@@ -177,8 +169,8 @@ def join_rows(tree, layout: Layout):
 
 def make_update(
     loss_fn: LossFn, tx: optax.GradientTransformation, leaves: Mapping[str, Leaf], layout: Layout, num_micro: int
-) -> Update | OffloadedUpdate:
-    """One optimizer step.
+) -> Update:
+    """One optimizer step: update(state, frozen, batch) -> (state, metrics), compiled; all of the state is donated.
 
     Gradients of `num_micro` micro-batches are summed, each weighted by what its mean is over, and divided by the
     total: the same as one large batch, however tokens fall. Metrics are averaged alike, and "grad_norm" is added.
@@ -225,7 +217,7 @@ def make_update(
     def update(state: TrainState, frozen: Params, batch) -> tuple[TrainState, dict]:
         grads, stats = mean_gradients(state.trainable, frozen, batch)
         trainable, opt_state = stepped(tx.update, state.trainable, grads, state.opt_state)
-        return TrainState(state.step + 1, trainable, {}, opt_state), stats
+        return TrainState(state.step + 1, trainable, opt_state), stats
 
     def gradients(step: jax.Array, trainable: Params, frozen: Params, batch) -> tuple[jax.Array, Params, dict]:
         grads, stats = mean_gradients(trainable, frozen, batch)
@@ -237,7 +229,7 @@ def make_update(
         return param, *of_path(opt_state, path)
 
     if not layout.moments_in:
-        return Update(jax.jit(update, donate_argnums=0, compiler_options=RUN_OPTIONS), leaves, layout)
+        return jax.jit(update, donate_argnums=0, compiler_options=RUN_OPTIONS)
     assert isinstance(tx, Optimizer), "moments that come one by one are stepped one by one"
     all_gradients = jax.jit(gradients, compiler_options=RUN_OPTIONS)
     return OffloadedUpdate(all_gradients, jax.jit(step, donate_argnums=(0, 2)), leaves, layout)

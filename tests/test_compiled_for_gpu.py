@@ -19,7 +19,7 @@ import pytest
 import tiny
 
 from rlhf_jax.collectives import instructions, kinds, moved, received, runs
-from rlhf_jax.engine import Models, make_engine
+from rlhf_jax.engine import EngineState, FrozenParams, make_engine
 from rlhf_jax.generate import Rollout
 from rlhf_jax.gpus import COMPILE_OPTIONS, RUN_OPTIONS, devices_of
 from rlhf_jax.mesh import GENERATE, TRAIN, WHOLE, Layout, MeshConfig, make_mesh, train_layout
@@ -95,8 +95,8 @@ def state_of(config, lora, layout, tx):
     params = params_of(config, lora, layout, jnp.float32)
     trainable, frozen = partition(params, lambda path: is_trainable(path, lora))
     frozen = {path: shaped(x.shape, BFLOAT16, x.sharding) for path, x in frozen.items()}
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, frozen, jax.eval_shape(tx.init, trainable))
-    return with_shardings(state, state_shardings(state, abstract_params(tiny.with_lora(config, lora)), layout))
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, jax.eval_shape(tx.init, trainable))
+    return with_shardings(state, state_shardings(state, abstract_params(tiny.with_lora(config, lora)), layout)), frozen
 
 
 @contextlib.contextmanager
@@ -133,7 +133,7 @@ def mesh():
 
 @functools.lru_cache
 def parts(case, zero=3, offload=False):
-    """(engine, models, sharded weights for decoding) of a case, all abstract; ONE_COPY and DEEP share the base."""
+    """(engine, state, frozen, sharded weights for decoding), all abstract; ONE_COPY and DEEP share the base."""
     config, lora = ALL[case]
     critic = tiny.scalar(dataclasses.replace(config, num_layers=2))
     settings, tx = PPOConfig(), make_optimizer(OptimConfig(1e-5), 10)
@@ -154,62 +154,60 @@ def parts(case, zero=3, offload=False):
         num_micro=1 if case in DEEP else MICRO,
         num_score_micro=1 if case in DEEP else MICRO,
     )
-    models = Models(
-        actor=state_of(config, lora, train, tx),
-        critic=state_of(critic, NO_LORA, train, tx),
-        reference={} if lora.rank else params_of(config, NO_LORA, train, BFLOAT16),
-        reward=params_of(critic, NO_LORA, train, BFLOAT16),
-    )
+    actor_state, actor_frozen = state_of(config, lora, train, tx)
+    critic_state, critic_frozen = state_of(critic, NO_LORA, train, tx)
     serve = Layout(mesh(), GENERATE)
     if case in ONE_COPY | DEEP:
-        shared = one_copy(config, models.actor.frozen, serve)
-        models = dataclasses.replace(models, actor=dataclasses.replace(models.actor, frozen=shared))
-    weights = jax.eval_shape(engine.publish.program, models.actor.params)
-    shardings = engine.publish.lower(models.actor.params).compile(COMPILE_OPTIONS).output_shardings
+        actor_frozen = one_copy(config, actor_frozen, serve)
+    reference = {} if lora.rank else params_of(config, NO_LORA, train, BFLOAT16)
+    state = EngineState(actor_state, critic_state)
+    frozen = FrozenParams(actor_frozen, critic_frozen, reference, params_of(critic, NO_LORA, train, BFLOAT16))
+    params = state.actor.params(frozen.actor)
+    weights = jax.eval_shape(engine.publish.program, params)
+    shardings = engine.publish.lower(params).compile(COMPILE_OPTIONS).output_shardings
     weights = with_shardings(weights, shardings)
-    weights |= cached.shared_for_decoding(config, models.actor.params, serve, lambda leaf, where: leaf)
-    return engine, models, weights
+    weights |= cached.shared_for_decoding(config, params, serve, lambda leaf, where: leaf)
+    return engine, state, frozen, weights
 
 
 @functools.lru_cache
 def program(case, name, zero=3, offload=False) -> Program:
-    engine, models, weights = parts(case, zero, offload)
+    engine, state, frozen, weights = parts(case, zero, offload)
     config, _ = ALL[case]
     serve, train = Layout(mesh(), GENERATE), Layout(mesh(), TRAIN)
     wide = [((ROWS, PROMPT), jnp.int32), ((ROWS, PROMPT), bool), ((ROWS, NEW), jnp.int32), ((ROWS, NEW), bool)]
     numbers, ended, ends = ((ROWS, NEW), jnp.float32), ((ROWS,), bool), ((ROWS,), jnp.int32)
     rollout = Rollout(*(rows(serve, *x) for x in [*wide, numbers, ended, numbers, ends]))
     if name == "publish":
-        return compiled(engine.publish.lower(models.actor.params))
+        return compiled(engine.publish.lower(state.actor.params(frozen.actor)))
     if name == "generate":
         key = jax.eval_shape(lambda: jax.random.key(0))
         key = shaped(key.shape, key.dtype, serve.sharding(()))
         return compiled(engine.programs["generate"].lower(weights, rollout.prompts, rollout.prompt_mask, key))
     if name == "score":
-        return compiled(engine.programs["score"].lower(models, rollout))
-    scored = jax.eval_shape(engine.programs["score"].__wrapped__, models, rollout)
+        return compiled(engine.programs["score"].lower(state, frozen, rollout))
+    scored = jax.eval_shape(engine.programs["score"].__wrapped__, state, frozen, rollout)
     experience = jax.tree.map(lambda x: rows(train, x.shape, x.dtype), scored)
     if name == "actor":
-        return compiled(engine.programs["actor"].lower(models.actor, experience))
+        return compiled(engine.programs["actor"].lower(state.actor, frozen.actor, experience))
     if name.startswith("step "):
         update = engine.programs["actor"]
-        return compiled(update.step.lower(*update.arguments(models.actor, name.removeprefix("step "))))
+        return compiled(update.step.lower(*update.arguments(state.actor, name.removeprefix("step "))))
     assert name == "update"
     return compiled(
-        jax.jit(both_steps(engine), donate_argnums=0, compiler_options=RUN_OPTIONS).lower(models, experience)
+        jax.jit(both_steps(engine), donate_argnums=0, compiler_options=RUN_OPTIONS).lower(state, frozen, experience)
     )
 
 
 def both_steps(engine):
     """The steps of actor and critic as one function, which a program with options of its own cannot be inside of."""
 
-    def run(models, experience):
+    def run(state, frozen, experience):
         states, told = {}, {}
         for name in ("actor", "critic"):
-            state, step = getattr(models, name), engine.programs[name].program.__wrapped__
-            moved, told[name] = step(dataclasses.replace(state, frozen={}), state.frozen, experience)
-            states[name] = dataclasses.replace(moved, frozen=state.frozen)
-        return dataclasses.replace(models, **states), told
+            step = engine.programs[name].__wrapped__
+            states[name], told[name] = step(getattr(state, name), getattr(frozen, name), experience)
+        return dataclasses.replace(state, **states), told
 
     return run
 
@@ -331,19 +329,19 @@ def state_bytes(*trees):
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
 def test_the_state_of_every_stage_is_donated_and_reused(zero):
-    (_, models, _), memory = parts("llama", zero), program("llama", "actor", zero).memory
-    assert memory.alias_size_in_bytes >= state_bytes(models.actor)
+    (_, state, _, _), memory = parts("llama", zero), program("llama", "actor", zero).memory
+    assert memory.alias_size_in_bytes >= state_bytes(state.actor)
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 2**14, "the metrics"
 
 
 @pytest.mark.parametrize("zero", [1, 3])
 def test_offloaded_gradients_are_a_program_without_moments_and_a_step_reuses_its_parameter_and_moments(zero):
-    (engine, models, _), path = parts("llama", zero, True), "layers/mlp/up/kernel"
+    (engine, state, _, _), path = parts("llama", zero, True), "layers/mlp/up/kernel"
     update, fused = engine.programs["actor"], program("llama", "actor", zero).memory
-    param, grad, moments, _ = update.arguments(models.actor, path)
+    param, grad, moments, _ = update.arguments(state.actor, path)
     assert state_bytes(moments) == 2 * state_bytes(grad)
     gradients = program("llama", "actor", zero, True).memory
-    assert gradients.argument_size_in_bytes <= fused.argument_size_in_bytes - state_bytes(models.actor.opt_state) + 64
+    assert gradients.argument_size_in_bytes <= fused.argument_size_in_bytes - state_bytes(state.actor.opt_state) + 64
     peak = gradients.temp_size_in_bytes + gradients.output_size_in_bytes
     assert peak <= 1.02 * fused.temp_size_in_bytes + 2**14, "no second copy of the gradients"
     step = program("llama", f"step {path}", zero, True).memory
@@ -355,12 +353,12 @@ def test_offloaded_gradients_are_a_program_without_moments_and_a_step_reuses_its
 
 @pytest.mark.parametrize("case", ONE_COPY)
 def test_training_over_one_copy_gathers_the_part_of_each_kernel_that_tensor_splits_and_keeps_no_gradient_of_it(case):
-    (_, models, _), told = parts(case), program(case, "actor")
+    (_, state, frozen, _), told = parts(case), program(case, "actor")
     gathered = [shape for dtype, shape in moved(told.text, "all-gather") if dtype == "bf16"]
-    widest = max(math.prod(leaf.shape[1:]) for path, leaf in models.actor.frozen.items() if is_quantisable(path))
+    widest = max(math.prod(leaf.shape[1:]) for path, leaf in frozen.actor.items() if is_quantisable(path))
     assert any(math.prod(shape) == widest for shape in gathered)
-    base = state_bytes([leaf for path, leaf in models.actor.frozen.items() if is_quantisable(path)])
-    assert told.memory.alias_size_in_bytes >= state_bytes(dataclasses.replace(models.actor, frozen={}))
+    base = state_bytes([leaf for path, leaf in frozen.actor.items() if is_quantisable(path)])
+    assert told.memory.alias_size_in_bytes >= state_bytes(state.actor)
     assert told.memory.temp_size_in_bytes < 60 * base, "see the number"
 
 
@@ -371,7 +369,7 @@ def added_by_a_layer(family, name):
 
 
 def test_scoring_over_one_copy_holds_no_gathered_kernels_from_the_actors_pass_to_the_references():
-    frozen = parts("llama-4-layers")[1].actor.frozen
+    frozen = parts("llama-4-layers")[2].actor
     kernels = sum(2 * math.prod(leaf.shape[1:]) for path, leaf in frozen.items() if is_quantisable(path))
     assert added_by_a_layer("llama", "score") < 0.05 * kernels
 
@@ -384,11 +382,8 @@ def test_training_over_one_copy_keeps_of_a_layer_its_input_and_the_gradients_of_
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_train_state_is_donated_and_every_byte_of_it_reused(case):
-    memory, (_, models, _) = program(case, "update").memory, parts(case)
-    state = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(models)
-    )
-    assert memory.alias_size_in_bytes >= state
+    memory, (_, state, _, _) = program(case, "update").memory, parts(case)
+    assert memory.alias_size_in_bytes >= state_bytes(state)
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 2**14, "the metrics"
 
 
@@ -450,7 +445,7 @@ def loops(text: str) -> list[list[tuple[str, str, int, str]]]:
 
 @pytest.mark.parametrize("case", CASES | ONE_COPY)
 def test_no_copy_as_large_as_a_weight_is_made_for_a_token(case):
-    _, _, weights = parts(case)
+    *_, weights = parts(case)
     smallest = min(
         math.prod(leaf.sharding.shard_shape(leaf.shape))
         for path, leaf in weights.items()

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rlhf_jax.average import start_average
 from rlhf_jax.collectives import collectives, kinds
-from rlhf_jax.engine import Models, make_engine
+from rlhf_jax.engine import EngineState, FrozenParams, make_engine
 from rlhf_jax.host_memory import to_devices, to_host
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh, train_layout
 from rlhf_jax.models.architecture import Compute
@@ -53,11 +53,11 @@ def on_host(tree):
 def state_of(config, lora, layout, tx, seed):
     params = tiny.random_params(tiny.with_lora(config, lora), layout.mesh, seed)
     trainable, frozen = partition(params, lambda path: is_trainable(path, lora))
-    return init_state(trainable, frozen, tx, abstract_params(tiny.with_lora(config, lora)), layout)
+    return init_state(trainable, tx, abstract_params(tiny.with_lora(config, lora)), layout), frozen
 
 
 def engine_of(case, mesh, dtype=FLOAT32, num_score_micro=None, ema_decay=0.0):
-    """(engine, models) of an actor that has left its reference already, with a critic that is not the reward model."""
+    """(engine, state, frozen): an actor that has left its reference, a critic that is not the reward model."""
     family, lora, temperature, num_micro = CASES[case]
     config, layout, settings = tiny.FAMILIES[family], Layout(mesh, TRAIN), PPOConfig()
     critic, tx = tiny.scalar(config), make_optimizer(OPTIM, 10)
@@ -85,13 +85,16 @@ def engine_of(case, mesh, dtype=FLOAT32, num_score_micro=None, ema_decay=0.0):
         num_score_micro=num_score_micro or num_micro,
         ema_decay=ema_decay,
     )
-    models = Models(
-        actor=state_of(config, lora, layout, tx, seed=0),
-        critic=state_of(critic, NO_LORA, layout, tx, seed=1),
-        reference={} if lora.rank else tiny.random_params(config, mesh, seed=2),
-        reward=tiny.random_params(critic, mesh, seed=3),
-    )
-    return engine, models
+    actor_state, actor_frozen = state_of(config, lora, layout, tx, seed=0)
+    critic_state, critic_frozen = state_of(critic, NO_LORA, layout, tx, seed=1)
+    reference = {} if lora.rank else tiny.random_params(config, mesh, seed=2)
+    frozen = FrozenParams(actor_frozen, critic_frozen, reference, tiny.random_params(critic, mesh, seed=3))
+    return engine, EngineState(actor_state, critic_state), frozen
+
+
+def params_of(state, frozen):
+    """All parameters of actor and critic."""
+    return state.actor.params(frozen.actor), state.critic.params(frozen.critic)
 
 
 class Run:
@@ -100,29 +103,30 @@ class Run:
     def __init__(self, case, name):
         family, self.lora, self.temperature, _ = CASES[case]
         self.config, self.mesh = tiny.FAMILIES[family], tiny.mesh_of(name)
-        self.engine, self.models = engine_of(case, self.mesh)
+        self.engine, self.state, self.frozen = engine_of(case, self.mesh)
         self.key = jax.random.key(7)
         self.prompts = tiny.prompts(self.config, LENGTHS, WIDTH)
-        self.start = on_host((self.models.actor.params, self.models.critic.params, self.models.reference))
-        self.reward = on_host(self.models.reward)
+        self.start = on_host((*params_of(self.state, self.frozen), self.frozen.reference))
+        self.reward = on_host(self.frozen.reward)
         with tiny.compilations() as self.first_compiled:
-            self.weights = self.engine.publish(self.models.actor.params)
+            self.weights = self.engine.publish(params_of(self.state, self.frozen)[0])
             self.rollout_there = self.engine.generate(self.weights, *self.prompts, self.key)
-            self.experience = self.engine.score(self.models, self.rollout_there)
+            self.experience = self.engine.score(self.state, self.frozen, self.rollout_there)
         self.rollout = on_host(self.rollout_there)
-        self.shards = jax.tree.map(shard, self.models)
-        self.first_models = self.models
+        self.shards = jax.tree.map(shard, self.state)
+        self.first_state = self.state
         self.after, self.stats = [], []
         for _ in range(2):
             with tiny.compilations() as names:
-                self.models, stats = self.engine.update(self.models, self.experience)
+                self.state, stats = self.engine.update(self.state, self.frozen, self.experience)
             self.first_compiled += names
-            self.after.append(on_host((self.models.actor.params, self.models.critic.params)))
+            self.after.append(on_host(params_of(self.state, self.frozen)))
             self.stats.append(jax.device_get(stats))
         others, key = tiny.prompts(self.config, LENGTHS[3:] + LENGTHS[:3], WIDTH, seed=5), jax.random.key(8)
         with tiny.compilations() as self.later_compiled:
-            rollout = self.engine.generate(self.engine.publish(self.models.actor.params), *others, key)
-            self.models, _ = self.engine.update(self.models, self.engine.score(self.models, rollout))
+            weights = self.engine.publish(params_of(self.state, self.frozen)[0])
+            experience = self.engine.score(self.state, self.frozen, self.engine.generate(weights, *others, key))
+            self.state, _ = self.engine.update(self.state, self.frozen, experience)
 
 
 def shard(leaf):
@@ -262,12 +266,11 @@ def test_eight_devices_learn_what_one_learns_in_one_update_and_in_two(case, name
 @pytest.mark.parametrize(("case", "name"), EVERYWHERE)
 def test_what_trained_is_donated_and_reference_and_reward_live_on(case, name):
     trained = run(case, name)
-    before = trained.first_models
+    before = trained.first_state
     for state in (before.actor, before.critic):
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.trainable, state.opt_state)))
-    kept = (trained.models.reference, trained.models.reward)
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(kept))
-    again = trained.engine.score(trained.models, trained.rollout_there)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(trained.frozen))
+    again = trained.engine.score(trained.state, trained.frozen, trained.rollout_there)
     mask = trained.rollout.mask
     np.testing.assert_allclose(again.ref_logprobs[mask], trained.experience.ref_logprobs[mask], atol=1e-5)
     np.testing.assert_allclose(again.score, trained.experience.score, atol=1e-5)
@@ -283,7 +286,7 @@ def test_under_adapters_the_base_stays_bit_equal_through_two_updates():
 @pytest.mark.parametrize(("case", "name"), ON_EIGHT)
 def test_models_stay_in_their_shards_and_experience_is_split_by_rows(case, name):
     trained = run(case, name)
-    assert jax.tree.map(shard, trained.models) == trained.shards
+    assert jax.tree.map(shard, trained.state) == trained.shards
     for field in dataclasses.fields(trained.experience):
         leaf = getattr(trained.experience, field.name)
         assert {x.data.shape[0] for x in leaf.addressable_shards} == {2}, field.name
@@ -378,8 +381,8 @@ def test_other_prompts_another_key_and_trained_models_compile_nothing(case, name
 def test_scoring_by_parts_is_scoring_at_once():
     whole, parts = (engine_of("opt-lora", tiny.mesh_of("one"), num_score_micro=n) for n in (1, 4))
     prompts = tiny.prompts(tiny.OPT, LENGTHS, WIDTH)
-    rollout = whole[0].generate(whole[0].publish(whole[1].actor.params), *prompts, jax.random.key(7))
-    one, four = (engine.score(models, rollout) for engine, models in (whole, parts))
+    rollout = whole[0].generate(whole[0].publish(params_of(*whole[1:])[0]), *prompts, jax.random.key(7))
+    one, four = (engine.score(*models, rollout) for engine, *models in (whole, parts))
     for field in dataclasses.fields(one):
         got, want = (np.asarray(getattr(each, field.name)) for each in (four, one))
         assert got.shape == want.shape and got.dtype == want.dtype, field.name
@@ -389,29 +392,30 @@ def test_scoring_by_parts_is_scoring_at_once():
 @pytest.mark.parametrize(("case", "name"), [("llama", "one"), ("opt-lora", "one"), ("llama", "fsdp4-tensor2")])
 def test_reference_and_average_in_host_memory_change_no_bit_and_the_average_is_that_of_every_update(case, name):
     decay, trained = 0.75, run(case, name)
-    engine, there = engine_of(case, trained.mesh, ema_decay=decay)
-    _, away = engine_of(case, trained.mesh)
+    engine, there, frozen = engine_of(case, trained.mesh, ema_decay=decay)
+    _, away, frozen_away = engine_of(case, trained.mesh)
     there = dataclasses.replace(there, average=start_average(there.actor.trainable, offloaded=False))
-    average = start_average(away.actor.trainable, offloaded=True)
-    away = dataclasses.replace(away, reference=to_host(away.reference), average=average)
+    away = dataclasses.replace(away, average=start_average(away.actor.trainable, offloaded=True))
+    frozen_away = dataclasses.replace(frozen_away, reference=to_host(frozen_away.reference))
     expected = jax.tree.map(lambda leaf: leaf.astype(np.float64), on_host(there.average))
     assert expected.keys() == {path for path in trained.start[0] if is_trainable(path, trained.lora)}
     for _ in range(2):
         there, away = (
-            engine.update(models, engine.score(models, trained.rollout_there))[0] for models in (there, away)
+            engine.update(state, kept, engine.score(state, kept, trained.rollout_there))[0]
+            for state, kept in ((there, frozen), (away, frozen_away))
         )
         moved = on_host(there.actor.trainable)
         expected = {path: decay * leaf + (1 - decay) * moved[path] for path, leaf in expected.items()}
-    resting = jax.tree.leaves((away.reference, away.average))
+    resting = jax.tree.leaves((frozen_away.reference, away.average))
     assert {leaf.sharding.memory_kind for leaf in resting} == {"pinned_host"}
     for path, leaf in expected.items():
         np.testing.assert_allclose(there.average[path], leaf, atol=1e-6, err_msg=path)
-    jax.tree.map(np.testing.assert_array_equal, away, there)
+    jax.tree.map(np.testing.assert_array_equal, (away, frozen_away), (there, frozen))
 
 
 def test_a_reference_that_is_on_the_devices_is_not_copied_to_score_and_one_that_is_not_is_gone_afterwards():
     trained = run("llama")
-    engine, models = trained.engine, trained.models
+    engine, frozen = trained.engine, trained.frozen
 
     def held(kind):
         return sum(leaf.nbytes for leaf in jax.live_arrays() if leaf.sharding.memory_kind == kind)
@@ -419,10 +423,10 @@ def test_a_reference_that_is_on_the_devices_is_not_copied_to_score_and_one_that_
     def pointers(params):
         return [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)]
 
-    assert pointers(to_devices(models.reference)) == pointers(models.reference)
-    away = dataclasses.replace(models, reference=to_host(models.reference))
+    assert pointers(to_devices(frozen.reference)) == pointers(frozen.reference)
+    away = dataclasses.replace(frozen, reference=to_host(frozen.reference))
     before = held("device")
-    scored = jax.block_until_ready(engine.score(away, trained.rollout_there))
+    scored = jax.block_until_ready(engine.score(trained.state, away, trained.rollout_there))
     assert held("device") - before == sum(leaf.nbytes for leaf in jax.tree.leaves(scored))
 
 
@@ -502,7 +506,7 @@ def test_rollouts_that_micro_batches_and_devices_do_not_divide_are_refused_with_
     part = jax.tree.map(lambda leaf: leaf[:12], trained.experience)
     told = "rollouts of one update=12 does not divide over 16 micro-batches x devices; nearest that do: [16]"
     with pytest.raises(ValueError, match=re.escape(told)):
-        trained.engine.update(trained.models, part)
+        trained.engine.update(trained.state, trained.frozen, part)
 
 
 COMPILED = """
@@ -531,12 +535,12 @@ with tempfile.TemporaryDirectory() as folder:
     told["partitioned"] = open(glob.glob(f"{folder}/*after_spmd-partitioning*")[0]).read()
 
 for case, dtype in (("llama", "bfloat16"), ("opt-lora", "float32")):
-    engine, models = test_engine.engine_of(case, mesh, jnp.dtype(dtype))
+    engine, state, frozen = test_engine.engine_of(case, mesh, jnp.dtype(dtype))
     say(case)
     config = tiny.FAMILIES[test_engine.CASES[case][0]]
     prompts = tiny.prompts(config, test_engine.LENGTHS, test_engine.WIDTH)
-    rollout = engine.generate(engine.publish(models.actor.params), *prompts, jax.random.key(0))
-    jax.block_until_ready(engine.update(models, engine.score(models, rollout)))
+    rollout = engine.generate(engine.publish(state.actor.params(frozen.actor)), *prompts, jax.random.key(0))
+    jax.block_until_ready(engine.update(state, frozen, engine.score(state, frozen, rollout)))
 say("end")
 print(json.dumps(told))
 """

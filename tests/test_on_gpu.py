@@ -18,7 +18,7 @@ import optax
 import pytest
 import tiny
 
-from rlhf_jax.engine import Models, make_engine
+from rlhf_jax.engine import EngineState, FrozenParams, make_engine
 from rlhf_jax.mesh import TRAIN, Layout, single_device_mesh, train_layout
 from rlhf_jax.models import cached, decoder
 from rlhf_jax.models.architecture import Compute, Rope
@@ -84,7 +84,7 @@ def params_of(config, lora=NO_LORA, seed=0, kind="float32"):
 def state_of(config, lora, tx, **options):
     trainable, frozen = partition(params_of(config, lora, **options), lambda path: is_trainable(path, lora))
     layout = Layout(single_device_mesh(), TRAIN)
-    return init_state(trainable, frozen, tx, abstract_params(tiny.with_lora(config, lora)), layout)
+    return init_state(trainable, tx, abstract_params(tiny.with_lora(config, lora)), layout), frozen
 
 
 def rms(x, mask=None):
@@ -181,21 +181,23 @@ class Scored:
             num_micro=num_micro,
             num_score_micro=num_micro,
         )
-        self.models = Models(
-            actor=state_of(self.config, self.lora, tx, kind=kind),
-            critic=state_of(critic, NO_LORA, tx, seed=1),
-            reference={} if self.lora.rank else params_of(self.config, seed=2),
-            reward=params_of(critic, seed=3),
-        )
+        actor_state, actor_frozen = state_of(self.config, self.lora, tx, kind=kind)
+        critic_state, critic_frozen = state_of(critic, NO_LORA, tx, seed=1)
+        reference = {} if self.lora.rank else params_of(self.config, seed=2)
+        self.state = EngineState(actor_state, critic_state)
+        self.frozen = FrozenParams(actor_frozen, critic_frozen, reference, params_of(critic, seed=3))
+
+    def actor_params(self):
+        return self.state.actor.params(self.frozen.actor)
 
     def sampled(self):
-        prompts, weights = tiny.prompts(self.config, LENGTHS, WIDTH), self.engine.publish(self.models.actor.params)
+        prompts, weights = tiny.prompts(self.config, LENGTHS, WIDTH), self.engine.publish(self.actor_params())
         return self.engine.generate(weights, *prompts, jax.random.key(7))
 
     def updated(self, experience):
         """({path: change of the actor and critic}, stats)"""
-        before = [jax.device_get(jax.tree.map(jnp.copy, x.trainable)) for x in (self.models.actor, self.models.critic)]
-        after, stats = self.engine.update(self.models, experience)
+        before = [jax.device_get(jax.tree.map(jnp.copy, x.trainable)) for x in (self.state.actor, self.state.critic)]
+        after, stats = self.engine.update(self.state, self.frozen, experience)
         moved = zip((after.actor, after.critic), before, strict=True)
         changes = [{path: np.asarray(s.trainable[path]) - b[path] for path in b} for s, b in moved]
         return changes, jax.device_get(stats)
@@ -205,10 +207,10 @@ class Scored:
 def test_sampled_logprobs_are_the_scored_ones_and_the_first_ratio_is_one(family, kind):
     run = Scored(family, kind)
     rollout = run.sampled()
-    experience = run.engine.score(run.models, rollout)
+    experience = run.engine.score(run.state, run.frozen, rollout)
     host, mask = jax.tree.map(np.asarray, rollout), np.asarray(rollout.mask)
     assert len(set(mask.sum(1))) >= 4 and 0 < host.ended.mean() < 1, "answers of several lengths"
-    exact = logprobs_of(exact_logits(run.config, run.lora, run.models.actor.params, host), host.tokens)
+    exact = logprobs_of(exact_logits(run.config, run.lora, run.actor_params(), host), host.tokens)
     scored, sampled = np.asarray(experience.logprobs), host.logprobs
     error = max(rms(scored - exact, mask), rms(sampled - exact, mask))
     assert 0 < error < 0.03
@@ -222,7 +224,7 @@ def test_one_micro_batch_learns_what_four_learn_and_what_float32_learns():
     one, four = Scored("opt", "float32"), Scored("opt", "float32", num_micro=4)
     exact = Scored("opt", "float32", dtype=FLOAT32, attention="xla")
     with jax.default_matmul_precision("highest"):
-        experience = exact.engine.score(exact.models, exact.sampled())
+        experience = exact.engine.score(exact.state, exact.frozen, exact.sampled())
         truth, _ = exact.updated(experience)
     # Its own old log-probabilities would move the ratios of a program in bfloat16 about 1 by its roundings.
     (first, _), (second, _) = one.updated(experience), four.updated(experience)

@@ -182,8 +182,8 @@ class Program:
         there = self.layout.put_batch(batch)
         measured, _, count = jax.device_get(self.measure(params, there))
         trainable, frozen = partition(params, lambda path: is_trainable(path, self.config.lora))
-        state, stats = self.update(init_state(trainable, frozen, self.tx, self.leaves, self.layout), there)
-        return jax.device_get((state.params, stats["loss"])) + (measured, count)
+        state, stats = self.update(init_state(trainable, self.tx, self.leaves, self.layout), frozen, there)
+        return jax.device_get((state.params(frozen), stats["loss"])) + (measured, count)
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])

@@ -128,22 +128,22 @@ def test_the_arrays_really_held_are_those_of_the_plan_to_two_percent(setting, me
             params = shared_as_generated(decoder, params, Layout(mesh, GENERATE))
         loaded.append(relaid(Pretrained(decoder, params, None, HF, {}, Layout(mesh, TRAIN)), layout))
     txs = make_optimizer(recipe.ppo.actor, 1), make_optimizer(recipe.ppo.critic, 1)
-    models = ppo_models(*loaded, model, *txs, 0, average=recipe.ppo.ema_decay > 0)
+    state, frozen = ppo_models(*loaded, model, *txs, 0, average=recipe.ppo.ema_decay > 0)
     engine = ppo_engine(recipe.ppo, model, loaded[0].config, loaded[1].config, *txs, (0,), layout)
-    weights = engine.publish(models.actor.params)
+    weights = engine.publish(state.actor.params(frozen.actor))
 
     planned = {phase.name: phase for phase in phases(recipe, abstract_mesh(recipe.mesh, mesh.size), ("ppo",))}
-    np.testing.assert_allclose(sum(planned["publish"].live.values()), on_first_device(models), rtol=0.02)
-    assert {phase.host for phase in planned.values()} == {on_first_device(models, "pinned_host")}
+    np.testing.assert_allclose(sum(planned["publish"].live.values()), on_first_device((state, frozen)), rtol=0.02)
+    assert {phase.host for phase in planned.values()} == {on_first_device((state, frozen), "pinned_host")}
     np.testing.assert_allclose(device_bytes(planned["generate"].args[0]), on_first_device(weights), rtol=0.02)
     both = sum(planned["publish"].live.values()) + planned["generate"].live["generation weights"]
-    np.testing.assert_allclose(both, on_first_device((models, weights)), rtol=0.02)
-    scoring = dataclasses.replace(models, reference=to_devices(models.reference))
+    np.testing.assert_allclose(both, on_first_device((state, frozen, weights)), rtol=0.02)
+    scoring = state, dataclasses.replace(frozen, reference=to_devices(frozen.reference))
     planned_to_score = sum(size for what, size in planned["score"].live.items() if what != "rollout")
     np.testing.assert_allclose(planned_to_score, on_first_device(scoring), rtol=0.02)
     assert ("average" in planned) == (setting in AVERAGED)
     if setting in AVERAGED:
-        sizes = [on_first_device(to_devices(leaf)) for leaf in models.average.values()]
+        sizes = [on_first_device(to_devices(leaf)) for leaf in state.average.values()]
         largest = max(sizes) if model.offload_ema else sum(sizes)
         assert planned["average"].live["moving average"] == largest
         beside = sum(planned["critic"].live.values()) - planned["critic"].live["moving average"]
@@ -187,14 +187,14 @@ def test_the_compiler_counts_the_arguments_that_arithmetic_counts_and_aliases_th
             assert memory.arguments == given, "all of it is on the devices"
             np.testing.assert_allclose(memory.aliased, device_bytes((param, moments)), rtol=0.02)
         elif setting == "offload" and phase.name in ("update", "actor", "critic"):
-            state, batch = phase.args
+            state, _, batch = phase.args
             assert memory.arguments <= device_bytes((state.trainable, batch)) + 64, "no moments"
             gradients = device_bytes(state.trainable)
             assert memory.aliased == 0 and gradients <= memory.outputs <= gradients + 256
         elif phase.name in ("update", "actor", "critic"):
-            state, batch = phase.args
+            state, _, batch = phase.args
             assert given - device_bytes(batch) <= memory.arguments <= given
-            np.testing.assert_allclose(memory.aliased, device_bytes(dataclasses.replace(state, frozen={})), rtol=0.02)
+            np.testing.assert_allclose(memory.aliased, device_bytes(state), rtol=0.02)
         elif phase.name == "generate":
             assert memory.arguments == given and memory.temporaries >= phase.cache
         else:  # what a program does not use is not handed to it

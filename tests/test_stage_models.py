@@ -44,7 +44,8 @@ def test_an_export_ends_answers_at_the_templates_end_of_turn_as_well_as_at_eos(t
     settings = ModelConfig()
     pretrained = model()
     assert eos_ids(pretrained) == (1,)
-    export(pretrained, make_state(pretrained, settings, optax.sgd(0.1), 0), settings, tmp_path / "out")
+    state, frozen = make_state(pretrained, settings, optax.sgd(0.1), 0)
+    export(pretrained, state.params(frozen), settings, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [1, 3]
     assert eos_ids(from_pretrained(tmp_path / "out")) == (1, 3)
 
@@ -52,10 +53,10 @@ def test_an_export_ends_answers_at_the_templates_end_of_turn_as_well_as_at_eos(t
 def test_an_export_keeps_what_adapters_add_below_the_rounding_of_a_frozen_bfloat16_base(tmp_path):
     settings = ModelConfig(lora=LoraConfig(rank=2, alpha=2.0, targets=("up",)), frozen_dtype="bfloat16")
     pretrained = model("bfloat16")
-    state = make_state(pretrained, settings, optax.sgd(0.1), 0)
+    state, frozen = make_state(pretrained, settings, optax.sgd(0.1), 0)
     for path in state.trainable:
         state.trainable[path] = jnp.full_like(state.trainable[path], 1e-3)
-    export(pretrained, state, settings, tmp_path / "out")
+    export(pretrained, state.params(frozen), settings, tmp_path / "out")
     got = load_file(tmp_path / "out" / "model.safetensors")["model.decoder.layers.1.fc1.weight"].T
     base = np.asarray(pretrained.params["layers/mlp/up/kernel"][1].astype("float32"))
     np.testing.assert_allclose(got - base, 2e-6, rtol=0.2)  # 2 ranks of 1e-3 times 1e-3

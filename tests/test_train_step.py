@@ -62,7 +62,7 @@ def fresh_state(config, lora, layout, tx):
     params = tiny.random_params(tiny.with_lora(config, lora), layout.mesh)
     params = {path: jax.device_put(leaf, layout.sharding(leaves[path].axes)) for path, leaf in params.items()}
     trainable, frozen = partition(params, lambda path: is_trainable(path, lora))
-    return init_state(trainable, frozen, tx, abstract_params(tiny.with_lora(config, lora)), layout)
+    return init_state(trainable, tx, leaves, layout), frozen
 
 
 def shards_of(tree):
@@ -81,19 +81,20 @@ class Run:
         loss_fn = make_loss(self.config, lora, self.layout)
         self.update = make_update(loss_fn, tx, self.leaves, self.layout, num_micro)
         self.batch = self.layout.put_batch(batch_of(self.config))
-        state = fresh_state(self.config, lora, self.layout, tx)
+        state, self.frozen = fresh_state(self.config, lora, self.layout, tx)
         with tiny.compilations() as self.first_compiled:
-            self.compiled = self.update.lower(state, self.batch).compile()
-        self.start, self.start_shards, self.first_bytes = on_host(state.params), shards_of(state), bytes_by_kind(state)
-        self.bytes = bytes_held(dataclasses.replace(state, frozen={}))
+            self.compiled = self.update.lower(state, self.frozen, self.batch).compile()
+        self.start, self.start_shards = on_host(state.params(self.frozen)), shards_of(state)
+        self.bytes, self.first_bytes = bytes_held(state), bytes_by_kind(state, self.frozen)
         self.first_state = state
         with tiny.compilations() as self.later_compiled:
-            self.state, stats = self.update(state, self.batch)
-        self.one, self.stats = on_host(self.state.params), [jax.device_get(stats)]
+            self.state, stats = self.update(state, self.frozen, self.batch)
+        self.one, self.stats = on_host(self.state.params(self.frozen)), [jax.device_get(stats)]
         with tiny.compilations() as more:
-            self.state, stats = self.update(self.state, self.batch)
+            self.state, stats = self.update(self.state, self.frozen, self.batch)
         self.later_compiled += more
-        self.two, self.last_bytes = on_host(self.state.params), bytes_by_kind(self.state)
+        self.two = on_host(self.state.params(self.frozen))
+        self.last_bytes = bytes_by_kind(self.state, self.frozen)
         self.stats.append(jax.device_get(stats))
 
 
@@ -107,11 +108,11 @@ def bytes_held(tree):
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def bytes_by_kind(state):
+def bytes_by_kind(state, frozen):
     """Bytes on the first device; of the optimizer's state (there, in host memory)."""
     moments = jax.tree.leaves(state.opt_state)
     there, in_host = ([x for x in moments if x.sharding.memory_kind == kind] for kind in ("device", "pinned_host"))
-    held = {"trainable": bytes_held(state.trainable), "frozen": bytes_held(state.frozen)}
+    held = {"trainable": bytes_held(state.trainable), "frozen": bytes_held(frozen)}
     return held | {"optimizer": (bytes_held(there), bytes_held(in_host))}
 
 
@@ -180,7 +181,7 @@ def test_each_device_holds_what_the_stage_says_before_and_after_updates_counted_
 
     for state in (trained.first_bytes, trained.last_bytes):
         assert state["trainable"] == expected(trained.state.trainable, 3, 4)
-        assert state["frozen"] == expected(trained.state.frozen, 3, 4)
+        assert state["frozen"] == expected(trained.frozen, 3, 4)
         moments, counters = expected(trained.state.trainable, 1, 8), 8
         assert state["optimizer"] == ((counters, moments) if offload else (counters + moments, 0))
 
@@ -188,7 +189,7 @@ def test_each_device_holds_what_the_stage_says_before_and_after_updates_counted_
 def test_offloaded_moments_are_on_the_device_for_their_own_parameter_and_gone_before_the_next():
     trained = run("opt", "one", 1, 3, True)
     layout, tx, seen, before = trained.layout, make_optimizer(OPTIM, 10), [], []
-    update, state = trained.update, fresh_state(trained.config, trained.lora, layout, tx)
+    update, (state, frozen) = trained.update, fresh_state(trained.config, trained.lora, layout, tx)
 
     def step(param, grad, moments, counters):
         assert not any(is_alive() for is_alive in before), "the moments of the one before"
@@ -200,7 +201,7 @@ def test_offloaded_moments_are_on_the_device_for_their_own_parameter_and_gone_be
         before.extend(weakref.ref(leaf) for leaf in jax.tree.leaves(done[1]))
         return done
 
-    moved, _ = dataclasses.replace(update, step=step)(state, trained.batch)
+    moved, _ = dataclasses.replace(update, step=step)(state, frozen, trained.batch)
     sizes = [trained.leaves[path].shape for path in seen]
     assert sorted(seen) == sorted(state.trainable) and sizes == sorted(sizes, key=np.prod), "the smallest first"
     old = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
@@ -213,8 +214,8 @@ def test_offloaded_moments_are_on_the_device_for_their_own_parameter_and_gone_be
     [((3, False), (0, False)), ((0, False), (2, False)), ((1, False), (3, True)), ((2, True), (1, False))],
 )
 def test_what_is_saved_under_one_form_resumes_under_another(first, second, tmp_path):
-    wanted, state = resumed("llama-lora", first, second, tmp_path)
-    assert_same(wanted.two, on_host(state.params))
+    wanted, params, _ = resumed("llama-lora", first, second, tmp_path)
+    assert_same(wanted.two, params)
 
 
 @pytest.mark.parametrize(
@@ -227,8 +228,8 @@ def test_what_is_saved_under_one_form_resumes_under_another(first, second, tmp_p
     ],
 )
 def test_what_resumes_under_the_form_it_was_saved_under_is_equal_bit_for_bit(case, form, tmp_path):
-    wanted, state = resumed(case, form, form, tmp_path)
-    for path, leaf in on_host(state.params).items():
+    wanted, params, state = resumed(case, form, form, tmp_path)
+    for path, leaf in params.items():
         np.testing.assert_array_equal(leaf, wanted.two[path], err_msg=path)
     assert shards_of(state) == shards_of(wanted.state)
     kinds = jax.tree.map(lambda leaf: leaf.sharding.memory_kind, (state, wanted.state))
@@ -236,22 +237,20 @@ def test_what_resumes_under_the_form_it_was_saved_under_is_equal_bit_for_bit(cas
 
 
 def resumed(case, first, second, folder):
-    """(the run of the second form without a stop, the state that a checkpoint of the first form's step 1 led it to)."""
+    """The run of the second form without a stop, and parameters and state that it reaches from the first's step 1."""
     one, two = (run(case, "fsdp4-tensor2", 2, *form) for form in (first, second))
-    states = [fresh_state(each.config, each.lora, each.layout, make_optimizer(OPTIM, 10)) for each in (one, two)]
-    saved, _ = one.update(states[0], one.batch)
-    frozen = states[1].frozen
+    (first, base), (second, frozen) = (
+        fresh_state(each.config, each.lora, each.layout, make_optimizer(OPTIM, 10)) for each in (one, two)
+    )
+    saved, _ = one.update(first, base, one.batch)
     with Checkpoints(folder) as checkpoints:
-        checkpoints.save(1, dataclasses.replace(saved, frozen={}), {})
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-            dataclasses.replace(states[1], frozen={}),
-        )
+        checkpoints.save(1, saved, {})
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), second)
         restored, _ = checkpoints.restore(1, abstract)
     where = jax.tree.map(lambda x: x.sharding.memory_kind, (abstract, restored))
     assert where[0] == where[1], "restored where they rest"
-    state, _ = two.update(dataclasses.replace(restored, frozen=frozen), two.batch)
-    return two, state
+    state, _ = two.update(restored, frozen, two.batch)
+    return two, on_host(state.params(frozen)), state
 
 
 @pytest.mark.parametrize(("case", "name"), [("opt", "one"), ("llama-lora", "one")])
@@ -281,7 +280,7 @@ def toy(num_micro):
         return loss, (weight, {"x": (batch["count"] * batch["x"]).sum() / jnp.maximum(weight, 1)})
 
     tx, leaves = optax.sgd(1.0), {"w": Leaf((1,), (None,))}
-    state = init_state({"w": layout.put(np.array([10.0], np.float32), None)}, {}, tx, leaves, layout)
+    state = init_state({"w": layout.put(np.array([10.0], np.float32), None)}, tx, leaves, layout)
     return make_update(loss_fn, tx, leaves, layout, num_micro), state, layout
 
 
@@ -289,7 +288,7 @@ def toy(num_micro):
 def test_the_gradient_is_the_sum_over_all_rows_divided_by_the_count_of_all_by_hand(num_micro):
     update, state, layout = toy(num_micro)
     batch = {"x": np.array([1.0, 2.0, 3.0, 4.0], np.float32), "count": np.array([1.0, 0.0, 2.0, 5.0], np.float32)}
-    state, stats = update(state, layout.put_batch(batch))
+    state, stats = update(state, {}, layout.put_batch(batch))
     gradient = (1 * 1 + 2 * 3 + 5 * 4) / 8
     np.testing.assert_allclose(state.trainable["w"], [10 - gradient], rtol=1e-6)
     np.testing.assert_allclose(
@@ -301,7 +300,7 @@ def test_the_gradient_is_the_sum_over_all_rows_divided_by_the_count_of_all_by_ha
 def test_a_batch_that_learns_nothing_changes_nothing_and_is_not_a_nan():
     update, state, layout = toy(2)
     batch = {"x": np.ones(4, np.float32), "count": np.zeros(4, np.float32)}
-    state, stats = update(state, layout.put_batch(batch))
+    state, stats = update(state, {}, layout.put_batch(batch))
     assert float(state.trainable["w"][0]) == 10.0 and float(stats["loss"]) == 0.0
 
 
@@ -336,8 +335,7 @@ def test_the_state_is_donated_and_every_byte_of_it_aliased_but_what_is_frozen(ca
     assert trained.compiled.memory_analysis().alias_size_in_bytes >= trained.bytes - 64
     for leaf in jax.tree.leaves((trained.first_state.trainable, trained.first_state.opt_state)):
         assert leaf.is_deleted()
-    for path, leaf in trained.first_state.frozen.items():
-        assert trained.state.frozen[path] is leaf and not leaf.is_deleted()
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(trained.frozen))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -356,10 +354,9 @@ def test_the_second_update_compiles_nothing(case, name, zero):
     trained = run(case, name) if zero == 3 else run(case, name, 2, zero)
     assert trained.first_compiled == ["jit(update)"] and trained.later_compiled == []
     outputs = trained.compiled.output_shardings[0]
-    moved = dataclasses.replace(trained.state, frozen={})
-    wanted = state_shardings(moved, trained.leaves, trained.layout)
+    wanted = state_shardings(trained.state, trained.leaves, trained.layout)
     for (path, made), (_, meant), (_, leaf) in zip(
-        *(jax.tree_util.tree_leaves_with_path(tree) for tree in (outputs, wanted, moved)), strict=True
+        *(jax.tree_util.tree_leaves_with_path(tree) for tree in (outputs, wanted, trained.state)), strict=True
     ):
         assert made.is_equivalent_to(meant, leaf.ndim), path
 
@@ -410,10 +407,10 @@ def test_the_gradient_reaches_every_layer_of_every_trainable_parameter(family, l
 def test_a_state_is_laid_out_by_the_paths_in_it_and_scalars_are_everywhere():
     config, layout = tiny.LLAMA, Layout(tiny.mesh_of("fsdp4-tensor2"), TRAIN)
     tx = make_optimizer(OPTIM, 10)
-    state = fresh_state(config, NO_LORA, layout, tx)
+    state, frozen = fresh_state(config, NO_LORA, layout, tx)
     shardings = state_shardings(state, abstract_params(config), layout)
     assert jax.tree.structure(shardings) == jax.tree.structure(state)
     assert shardings.step.is_fully_replicated and state.step.sharding.is_fully_replicated
-    assert int(state.step) == 0 and state.frozen == {} and state.params == state.trainable
+    assert int(state.step) == 0 and frozen == {} and state.params(frozen) == state.trainable
     first, second = bytes_held(state.trainable), bytes_held(state.opt_state)
     assert abs(second - 2 * first) < 64, "Adam holds two moments of each shard, and counters"

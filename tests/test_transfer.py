@@ -48,12 +48,12 @@ def model(*, scalar_head: bool = False) -> Pretrained:
 
 
 def trained(base: Pretrained, settings: ModelConfig = SETTINGS):
-    """A training state with adapters that do something."""
-    state = make_state(base, settings, optax.sgd(0.1), 0)
+    """Parameters with adapters that do something."""
+    state, frozen = make_state(base, settings, optax.sgd(0.1), 0)
     rng = np.random.default_rng(0)
     for path, leaf in state.trainable.items():
         state.trainable[path] = jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32)
-    return state
+    return state.params(frozen)
 
 
 @pytest.fixture

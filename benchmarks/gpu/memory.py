@@ -36,7 +36,7 @@ def main(out: str, small: bool, name: str) -> None:
         found = phases(recipe, mesh, ("ppo",))
         result = {"model": name, "plan": {phase.name: measure(phase).peak(phase) for phase in found}, "phases": {}}
         keep(out, result)
-        engine, models = engine_of(recipe, mesh)
+        engine, state, frozen = engine_of(recipe, mesh)
         result["loading"] = peak()  # if this is above the plan, what follows tells nothing
         planned = 0
 
@@ -49,12 +49,12 @@ def main(out: str, small: bool, name: str) -> None:
             keep(out, result)
             return value
 
-        weights = told("publish", engine.publish(models.actor.params))
+        weights = told("publish", engine.publish(state.actor.params(frozen.actor)))
         rollout = told("generate", engine.generate(weights, *prompts_of(recipe), jax.random.key(0)))
         del weights
-        experience = told("score", engine.score(models, rollout))
-        told("actor", engine.programs["actor"](models.actor, experience))
-        told("critic", engine.programs["critic"](models.critic, experience))
+        experience = told("score", engine.score(state, frozen, rollout))
+        told("actor", engine.programs["actor"](state.actor, frozen.actor, experience))
+        told("critic", engine.programs["critic"](state.critic, frozen.critic, experience))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.config import load
-from rlhf_jax.engine import Engine, Models
+from rlhf_jax.engine import Engine, EngineState, FrozenParams
 from rlhf_jax.models.decoder import init_params
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.optim import make_optimizer
@@ -60,7 +60,7 @@ def recipe_of(folder: str | Path, actor: str, critic: str, *overrides: str, smal
     return load(CONFIG, [*paths, data, *(TOY if small else []), *overrides], Recipe)
 
 
-def engine_of(recipe: Recipe, mesh: Mesh) -> tuple[Engine, Models]:
+def engine_of(recipe: Recipe, mesh: Mesh) -> tuple[Engine, EngineState, FrozenParams]:
     """The engine that runs the recipe, and random models as `ppo` holds them."""
     layout, loaded = recipe.layout(mesh), []
     for seed, decoder in enumerate(architectures(recipe, layout.shards("vocab"))):
@@ -71,7 +71,7 @@ def engine_of(recipe: Recipe, mesh: Mesh) -> tuple[Engine, Models]:
     actor, critic = loaded
     txs = [make_optimizer(each, each.warmup_steps + 1) for each in (recipe.ppo.actor, recipe.ppo.critic)]
     engine = ppo_engine(recipe.ppo, recipe.model, actor.config, critic.config, *txs, NEVER, layout)
-    return engine, jax.block_until_ready(ppo_models(actor, critic, recipe.model, *txs, 0))
+    return engine, *jax.block_until_ready(ppo_models(actor, critic, recipe.model, *txs, 0))
 
 
 def prompts_of(recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:

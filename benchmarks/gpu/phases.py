@@ -29,7 +29,7 @@ def main(out: str, small: bool) -> None:
         recipe = recipe_of(folder, "opt-1.3b", "opt-350m", small=small)
         result = {"tokens": rows_and_tokens(recipe), "plan": plan_of(recipe, small), "first": {}, "seconds": {}}
         keep(out, result)
-        engine, models = engine_of(recipe, make_mesh(recipe.mesh))
+        engine, state, frozen = engine_of(recipe, make_mesh(recipe.mesh))
         prompts = prompts_of(recipe)
 
         def timed(phase: str, function, *args):
@@ -39,13 +39,13 @@ def main(out: str, small: bool) -> None:
             return value
 
         for trial in range(TRIALS + 1):
-            weights = timed("publish", engine.publish, models.actor.params)
+            weights = timed("publish", engine.publish, state.actor.params(frozen.actor))
             rollout = timed("generate", engine.generate, weights, *prompts, jax.random.key(trial))
             del weights
-            experience = timed("score", engine.score, models, rollout)
-            actor, _ = timed("actor", engine.programs["actor"], models.actor, experience)
-            critic, _ = timed("critic", engine.programs["critic"], models.critic, experience)
-            models = dataclasses.replace(models, actor=actor, critic=critic)
+            experience = timed("score", engine.score, state, frozen, rollout)
+            actor, _ = timed("actor", engine.programs["actor"], state.actor, frozen.actor, experience)
+            critic, _ = timed("critic", engine.programs["critic"], state.critic, frozen.critic, experience)
+            state = dataclasses.replace(state, actor=actor, critic=critic)
             if trial == 0:  # with the compilation
                 result["first"] = {phase: seconds.pop() for phase, seconds in result["seconds"].items()}
             keep(out, result)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from rlhf_jax.engine import Models
+from rlhf_jax.engine import EngineState, FrozenParams
 from rlhf_jax.host_memory import HOST, rests
 from rlhf_jax.mesh import AXES, GENERATE, Layout, MeshConfig, check_model_divides, mesh_sizes
 from rlhf_jax.models.architecture import DecoderConfig
@@ -29,7 +29,7 @@ from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.models.quantised import KINDS, abstract, is_quantisable
 from rlhf_jax.stages.models import ModelConfig, make_state
 from rlhf_jax.stages.ppo import ppo_models
-from rlhf_jax.train_step import TrainState, state_shardings
+from rlhf_jax.train_step import Params, TrainState, state_shardings
 
 
 def abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
@@ -92,17 +92,19 @@ def abstract_pretrained(
     return Pretrained(decoder, {path: param(path, leaf) for path, leaf in leaves.items()}, None, {}, {}, layout)
 
 
-def abstract_state(pretrained: Pretrained, model: ModelConfig, tx: optax.GradientTransformation) -> TrainState:
+def abstract_state(
+    pretrained: Pretrained, model: ModelConfig, tx: optax.GradientTransformation
+) -> tuple[TrainState, Params]:
     """What `make_state` makes of it."""
-    state = _silent(
+    state, frozen = _silent(
         lambda params: make_state(dataclasses.replace(pretrained, params=params), model, tx, 0), pretrained.params
     )
-    return _state_laid_out(state, pretrained, model)
+    return _state_laid_out(state, pretrained, model), _as_loaded(frozen, pretrained)
 
 
 def abstract_models(
     actor: DecoderConfig, critic: DecoderConfig, model: ModelConfig, layout, txs, *, average: bool
-) -> Models:
+) -> tuple[EngineState, FrozenParams]:
     """What `ppo_models` makes of two loaded models."""
     first, second = (
         abstract_pretrained(actor, model, layout, one_copy=model.one_copy),
@@ -115,7 +117,7 @@ def abstract_models(
         loaded = dataclasses.replace(first, params=a), dataclasses.replace(second, params=c)
         return ppo_models(*loaded, on_devices, *txs, 0, average=average)
 
-    models = _silent(build, first.params, second.params)
+    state, frozen = _silent(build, first.params, second.params)
 
     def laid_out(params, loaded, shared=()):
         leaves = abstract_params(loaded.config)
@@ -126,13 +128,13 @@ def abstract_models(
             for path, leaf in params.items()
         }
 
-    trained = _state_laid_out(models.actor, first, model)
-    return Models(
-        trained,
-        _state_laid_out(models.critic, second, model),
-        placed(laid_out(models.reference, first), HOST if model.offload_reference else None),
-        laid_out(models.reward, second, models.critic.frozen.keys()),
-        placed(trained.trainable, HOST if model.offload_ema else None) if average else {},
+    trained = _state_laid_out(state.actor, first, model)
+    averaged = placed(trained.trainable, HOST if model.offload_ema else None) if average else {}
+    return EngineState(trained, _state_laid_out(state.critic, second, model), averaged), FrozenParams(
+        _as_loaded(frozen.actor, first),
+        _as_loaded(frozen.critic, second),
+        placed(laid_out(frozen.reference, first), HOST if model.offload_reference else None),
+        laid_out(frozen.reward, second, frozen.critic.keys()),
     )
 
 
@@ -183,11 +185,13 @@ def _silent(build: Callable, *args: Any) -> Any:
 
 
 def _state_laid_out(state: TrainState, loaded: Pretrained, model: ModelConfig) -> TrainState:
-    """With its shardings; what is frozen is as it was loaded."""
-    moving = dataclasses.replace(state, frozen={})
-    shardings = state_shardings(moving, abstract_params(model.with_lora(loaded.config)), loaded.layout)
-    moving = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), moving, shardings)
-    return dataclasses.replace(moving, frozen={path: loaded.params[path] for path in state.frozen})
+    """With its shardings."""
+    shardings = state_shardings(state, abstract_params(model.with_lora(loaded.config)), loaded.layout)
+    return jax.tree.map(laid, state, shardings)
+
+
+def _as_loaded(frozen: Params, loaded: Pretrained) -> Params:
+    return {path: loaded.params[path] for path in frozen}
 
 
 def abstract_batch(tree: Any, layout: Layout) -> Any:

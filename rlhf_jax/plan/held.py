@@ -23,6 +23,7 @@ from rlhf_jax.generate import Rollout, bucket
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.cached import empty_cache, shared_for_decoding
+from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.families import decoder_config
 from rlhf_jax.models.folders import read_json
 from rlhf_jax.optim import OptimConfig, make_optimizer
@@ -48,7 +49,7 @@ from rlhf_jax.stages.ppo import ppo_engine, ppo_sizes
 from rlhf_jax.stages.reward import reward_programs
 from rlhf_jax.stages.sft import sft_programs
 from rlhf_jax.stages.sizes import micro_batches
-from rlhf_jax.train_step import OffloadedUpdate, TrainState, Update
+from rlhf_jax.train_step import OffloadedUpdate, Params, TrainState, Update
 
 STAGES = ("sft", "reward", "ppo")
 
@@ -154,13 +155,15 @@ def _supervised(
     num_micro = micro_batches(stage, config.batch_size, config.micro_batch_size, layout)
     programs = sft_programs if stage == "sft" else reward_programs
     update, measure = programs(model.with_lora(decoder), model.compute, layout, tx, num_micro)
-    state = abstract_state(abstract_pretrained(decoder, model, layout), model, tx)
+    state, frozen = abstract_state(abstract_pretrained(decoder, model, layout), model, tx)
     shape = (config.batch_size, length) if stage == "sft" else (config.batch_size, 2, length)
     packed = stage == "sft" and config.pack_length
     kinds = (jnp.int32, jnp.bool, jnp.bool, *[jnp.int32] * bool(packed))
     batch = abstract_batch(Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in kinds)), layout)
-    live = _state_bytes("", state) | {"batch": device_bytes(batch)}
-    found = _learning(stage, "update", update, state, batch, live)
+    live = _state_bytes("", state, frozen) | {"batch": device_bytes(batch)}
+    found = _learning(
+        stage, "update", update, (state, frozen, batch), live, _gradients(model.with_lora(decoder), state, layout)
+    )
     if config.eval_batches:  # by micro-batches
         few = [
             jax.ShapeDtypeStruct((config.batch_size // num_micro, *x.shape[1:]), x.dtype)
@@ -168,11 +171,24 @@ def _supervised(
         ]
         measured = abstract_batch(Batch(*few), layout)
         at_hand = live | {"batch": device_bytes(measured)}
-        found.append(Phase(stage, "evaluate", measure, (state.params, measured), at_hand))
+        found.append(Phase(stage, "evaluate", measure, (state.params(frozen), measured), at_hand))
     return [phase._replace(host=host_bytes(state)) for phase in found]
 
 
-def _learning(stage: str, name: str, update: Update | OffloadedUpdate, state: TrainState, batch, live) -> list[Phase]:
+def _gradients(decoder: DecoderConfig, state: TrainState, layout: Layout) -> Params:
+    """The sum of the gradients, abstract."""
+    leaves = abstract_params(decoder)
+    return {path: laid(leaf, layout.gradients.sharding(leaves[path].axes)) for path, leaf in state.trainable.items()}
+
+
+def _learning(
+    stage: str,
+    name: str,
+    update: Update,
+    args: tuple[TrainState, Params, Any],
+    live: Mapping[str, int],
+    gradients: Params,
+) -> list[Phase]:
     """One optimizer step: its one program, or with offloaded moments the two kinds of it, each at its largest.
 
     A step of one parameter runs beside all parameters, the gradients that still wait for theirs, its own among them,
@@ -181,11 +197,7 @@ def _learning(stage: str, name: str, update: Update | OffloadedUpdate, state: Tr
     Moments are its arguments on the devices; those in host memory are arguments of no program, so that the compiler
     has none to count: peak = live + temporaries + outputs - aliased for both, as for any other phase.
     """
-    where, sums = update.layout.gradients, []
-    for path, leaf in state.trainable.items():
-        sharding = where.sharding(update.leaves[path].axes)
-        sums.append(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding))
-    found = [Phase(stage, name, update, (state, batch), live, added=device_bytes(sums))]
+    found, state = [Phase(stage, name, update, args, dict(live), added=device_bytes(gradients))], args[0]
     if isinstance(update, OffloadedUpdate):
         arguments = [update.arguments(state, path) for path in update.order(state.trainable)]
         waiting = list(itertools.accumulate(device_bytes(grad) for _, grad, _, _ in reversed(arguments)))[::-1]
@@ -206,21 +218,23 @@ def _ppo(recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, layout: La
         check_positions(each, 1, config.sample.max_new_tokens)
     txs = _optimizer(config.actor), _optimizer(config.critic)
     engine: Engine = ppo_engine(config, model, actor, critic, *txs, eos_ids=(0,), layout=layout)
-    models = abstract_models(actor, critic, model, layout, txs, average=config.ema_decay > 0)
-    held = _state_bytes("actor ", models.actor) | _state_bytes("critic ", models.critic)
+    state, frozen = abstract_models(actor, critic, model, layout, txs, average=config.ema_decay > 0)
+    params = state.actor.params(frozen.actor)
+    held = _state_bytes("actor ", state.actor, frozen.actor) | _state_bytes("critic ", state.critic, frozen.critic)
     # A reward model shares with the critic what neither trains.
-    own = {path: leaf for path, leaf in models.reward.items() if path not in models.critic.frozen}
-    held |= {"reference": device_bytes(models.reference), "reward model": device_bytes(own)}
-    held |= {"moving average": device_bytes(models.average)} if models.average else {}
+    own = {path: leaf for path, leaf in frozen.reward.items() if path not in frozen.critic}
+    held |= {"reference": device_bytes(frozen.reference), "reward model": device_bytes(own)}
+    held |= {"moving average": device_bytes(state.average)} if state.average else {}
     # As the engine fetches them: the reference to score, of an average that rests in host memory one array at a time.
-    scoring = dataclasses.replace(models, reference=placed(models.reference, None), average={})
+    fetched = dataclasses.replace(frozen, reference=placed(frozen.reference, None))
+    scoring = dataclasses.replace(state, average={}), fetched
 
     rows, new = config.rollouts, config.sample.max_new_tokens
     prompt = prompt_positions(recipe, min(actor.max_positions, critic.max_positions))
     generating = Layout(mesh, GENERATE)
-    weights = pinned(engine.programs["publish"].program, models.actor.params)
-    added = device_bytes(weights) + moved_bytes(actor, models.actor.params, generating)
-    weights |= shared_for_decoding(actor, models.actor.params, generating, laid)
+    weights = pinned(engine.programs["publish"].program, params)
+    added = device_bytes(weights) + moved_bytes(actor, params, generating)
+    weights |= shared_for_decoding(actor, params, generating, laid)
     in_rows = 0 < config.generate_rows < rows
 
     def prompts_of(count: int):
@@ -239,7 +253,7 @@ def _ppo(recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, layout: La
     answers = [jax.ShapeDtypeStruct((rows, new), dtype) for dtype in (jnp.int32, jnp.bool, jnp.float32)]
     ended, ends = (jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.bool, jnp.int32))
     rollout = Rollout(*abstract_batch((*prompts_of(rows), *answers, ended, answers[-1], ends), generating))
-    experience = pinned(engine.programs["score"], scoring, rollout)
+    experience = pinned(engine.programs["score"], *scoring, rollout)
     part = abstract_batch(
         jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), experience), layout
     )
@@ -250,7 +264,7 @@ def _ppo(recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, layout: La
         learned |= {"part of the experience": device_bytes(part)}
     programs = engine.programs
     found = [
-        Phase("ppo", "publish", programs["publish"], (models.actor.params,), held, added=added),
+        Phase("ppo", "publish", programs["publish"], (params,), held, added=added),
         Phase(
             "ppo",
             "generate",
@@ -264,20 +278,22 @@ def _ppo(recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, layout: La
             "ppo",
             "score",
             programs["score"],
-            (scoring, rollout),
-            held | rolled | {"reference": device_bytes(scoring.reference)},
+            (*scoring, rollout),
+            held | rolled | {"reference": device_bytes(fetched.reference)},
         ),
-        *_learning("ppo", "actor", programs["actor"], models.actor, part, held | learned),
-        *_learning("ppo", "critic", programs["critic"], models.critic, part, held | learned),
     ]
-    if models.average:
-        there = placed(models.average, None)
+    for name, decoder in (("actor", actor), ("critic", critic)):
+        learner = getattr(state, name)
+        args, sums = (learner, getattr(frozen, name), part), _gradients(model.with_lora(decoder), learner, layout)
+        found += _learning("ppo", name, programs[name], args, held | learned, sums)
+    if state.average:
+        there = placed(state.average, None)
         largest = max(there, key=lambda path: device_bytes(there[path]))
-        pair, live = (there[largest], models.actor.trainable[largest]), held | learned
-        if host_bytes(models.average):
+        pair, live = (there[largest], state.actor.trainable[largest]), held | learned
+        if host_bytes(state.average):
             live |= {"moving average": device_bytes(there[largest])}
         found.append(Phase("ppo", "average", programs["average"], pair, live))
-    return [phase._replace(host=host_bytes(models)) for phase in found]
+    return [phase._replace(host=host_bytes((state, frozen))) for phase in found]
 
 
 def prompt_positions(recipe: Recipe, max_positions: int) -> int:
@@ -286,8 +302,8 @@ def prompt_positions(recipe: Recipe, max_positions: int) -> int:
     return min(_round8(longest), bucket(longest))
 
 
-def _state_bytes(name: str, state: TrainState) -> dict[str, int]:
-    parts = {"frozen": state.frozen, "trainable": state.trainable, "optimizer": (state.step, state.opt_state)}
+def _state_bytes(name: str, state: TrainState, frozen: Params) -> dict[str, int]:
+    parts = {"frozen": frozen, "trainable": state.trainable, "optimizer": (state.step, state.opt_state)}
     return {f"{name}{part}": device_bytes(tree) for part, tree in parts.items()}
 
 

@@ -32,14 +32,12 @@ def estimate(recipe: Recipe, phase: Phase, mesh) -> int:
     chunk = recipe.model.logprob_chunk
     if phase.stage != "ppo":
         decoder = actor if phase.stage == "sft" else critic
-        state_or_params, batch = phase.args
+        batch = phase.args[-1]
         rows, length = math.prod(batch.tokens.shape[:-1]), batch.tokens.shape[-1]
         if phase.name == "evaluate":
-            float32 = [leaf for leaf in state_or_params.values() if getattr(leaf, "dtype", None) == "float32"]
-            adapted, gathered = (
-                recipe.model.with_lora(decoder).lora.rank > 0,
-                _gathered(decoder, state_or_params, width),
-            )
+            params = phase.args[0]
+            float32 = [leaf for leaf in params.values() if getattr(leaf, "dtype", None) == "float32"]
+            adapted, gathered = recipe.model.with_lora(decoder).lora.rank > 0, _gathered(decoder, params, width)
             passing = _forward(decoder, rows // count, length, chunk, width, adapted)
             return device_bytes(float32) // 2 + gathered + passing
         config = getattr(recipe, phase.stage)
@@ -57,13 +55,16 @@ def estimate(recipe: Recipe, phase: Phase, mesh) -> int:
         # All at once: keys and values of the prompts beside the cache that they are put in, and what moves on the way.
         return hidden // 2 if config.generate_rows else phase.cache * 3 // 4 + hidden
     if phase.name == "score":
-        models = phase.args[0]
-        trained = [models.actor.trainable, models.critic.trainable]
+        state, frozen, _ = phase.args
+        trained = [state.actor.trainable, state.critic.trainable]
         casts = max(device_bytes(tree) // 2 for tree in trained)
         passes = (
-            _gathered(each, state.params, width)
+            _gathered(each, params, width)
             + _forward(each, rows, length, chunk, width, recipe.model.with_lora(each).lora.rank > 0)
-            for each, state in ((actor, models.actor), (critic, models.critic))
+            for each, params in (
+                (actor, state.actor.params(frozen.actor)),
+                (critic, state.critic.params(frozen.critic)),
+            )
         )
         return casts + max(passes)
     decoder = actor if phase.name == "actor" else critic
@@ -96,7 +97,7 @@ def _forward(decoder: DecoderConfig, rows: int, length: int, chunk: int, width: 
 
 
 def _update(recipe: Recipe, decoder: DecoderConfig, phase: Phase, rows: int, length: int, width: int) -> int:
-    state = phase.args[0]
+    params = phase.args[0].params(phase.args[1])
     tokens, wide = rows * length, decoder.mlp_size * (1 + decoder.gated_mlp)
     heads = (decoder.num_heads + 2 * decoder.num_kv_heads) * decoder.head_dim
     kept = decoder.hidden_size
@@ -112,11 +113,11 @@ def _update(recipe: Recipe, decoder: DecoderConfig, phase: Phase, rows: int, len
     chunk = recipe.model.logprob_chunk or length
     logits = 0 if decoder.scalar_head else 3 * 4 * rows * chunk * decoder.padded_vocab
     scattered = 0
-    if _is_split(state.params) and not recipe.model.with_lora(decoder).lora.rank:  # a layer's gradient, whole
+    if _is_split(params) and not recipe.model.with_lora(decoder).lora.rank:  # a layer's gradient, whole
         scattered = 4 * sum(math.prod(leaf.shape[1:]) for leaf in _layer(decoder).values())
     passes = tokens * width * (decoder.num_layers * kept + working)
     # Gradients of the micro-batch at hand are as large as their sum, which `phase.added` is.
-    return phase.added + passes + logits + scattered + _gathered(decoder, state.params, width)
+    return phase.added + passes + logits + scattered + _gathered(decoder, params, width)
 
 
 def _publish(actor: DecoderConfig, layout: Layout, recipe: Recipe, width: int) -> int:

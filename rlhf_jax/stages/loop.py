@@ -113,14 +113,6 @@ def _data(tables: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in tables["data"].items() if key != "cache_dir"}
 
 
-@dataclass(frozen=True)
-class Persistence:
-    """What of a stage's state goes to a checkpoint: everything that the next step depends on and that changes."""
-
-    take: Callable[[Any], Any]  # state -> pytree of arrays
-    put: Callable[[Any, Any], Any]  # (state, that pytree) -> state
-
-
 def say_rows(stage: str, rows: Rows, held_out: Rows | None) -> None:
     """Print what the data gave."""
     print(f"{stage}: training data: {rows.report}; held out: {held_out.report if held_out else 'unused'}", flush=True)
@@ -132,7 +124,6 @@ def train_loop(
     total_steps: int,
     state: State,
     step_fn: Callable[[State, int], tuple[State, Mapping[str, Any]]],
-    persistence: Persistence,
     *,
     rows: Rows,
     headline: tuple[str, ...],
@@ -142,7 +133,8 @@ def train_loop(
     """Run steps up to `total_steps` from the last checkpoint, or from `state` where there is none.
 
     Args:
-        state: its arrays that `persistence` takes are the loop's own: deleted where a checkpoint replaces them.
+        state: what a checkpoint keeps, a pytree of arrays. They are the loop's own: deleted where a checkpoint
+            replaces them.
         step_fn: (state, step counted from 0) -> (state, metrics of the step). It depends on nothing else, so a resumed
             run equals an uninterrupted one.
         rows: what the stage trains on; a run resumes only on the same.
@@ -167,17 +159,15 @@ def train_loop(
     with Checkpoints(run.folder(stage) / "checkpoints") as checkpoints:
         start = checkpoints.latest_step() or 0
         if start:
-            stale = persistence.take(state)
-            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), stale)
+            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
             # Freed before the saved ones come, as the caller may hold them too, and memory may have room for one state.
-            jax.tree.map(lambda x: x.delete(), stale)
-            saved, meta = checkpoints.restore(start, abstract)
+            jax.tree.map(lambda x: x.delete(), state)
+            state, meta = checkpoints.restore(start, abstract)
             if meta["data"] != rows.fingerprint:
                 raise ValueError(
                     f"{stage}: the training data is no longer what the first {start} steps saw: bring it back, choose "
                     f"another run.dir, or delete {run.folder(stage)} to begin the stage anew"
                 )
-            state = persistence.put(state, saved)
         with Metrics(Path(run.dir), stage, total_steps=total_steps, start_step=start) as metrics:
             if start:
                 metrics.say(f"{stage}: resumed at step {start} of {total_steps}")
@@ -200,5 +190,5 @@ def train_loop(
                 if is_measured:
                     measure(done)
                 if is_saved:
-                    checkpoints.save(done, persistence.take(state), {"data": rows.fingerprint})
+                    checkpoints.save(done, state, {"data": rows.fingerprint})
     return state

@@ -28,7 +28,6 @@ from rlhf_jax.models.pretrained import (
 )
 from rlhf_jax.models.quantised import KINDS, REST_DTYPE, Quantised, shardings
 from rlhf_jax.rollout import eos_ids
-from rlhf_jax.stages.loop import Persistence
 from rlhf_jax.train_step import Params, TrainState, init_state
 from rlhf_jax.trees import partition
 
@@ -182,8 +181,10 @@ def say_attention(
         print(f"{stage}: attention: {described(kernel, phases, decodes=decodes)}", flush=True)
 
 
-def make_state(model: Pretrained, settings: ModelConfig, tx: optax.GradientTransformation, seed: int) -> TrainState:
-    """The training state of a loaded model; adapters, where there are to be some, are fresh and change nothing yet."""
+def make_state(
+    model: Pretrained, settings: ModelConfig, tx: optax.GradientTransformation, seed: int
+) -> tuple[TrainState, Params]:
+    """The training state of a loaded model and what of it is frozen. New adapters change nothing yet."""
     config, layout = settings.with_lora(model.config), model.layout
     lora, adapters = config.lora, init_params(config, jax.random.key(seed), layout, only=is_adapter)
     if lora.rank and not adapters:
@@ -192,7 +193,7 @@ def make_state(model: Pretrained, settings: ModelConfig, tx: optax.GradientTrans
     if config.experts and lora.rank and {"gate", "up", "down"} & set(lora.targets):
         print("the experts have no adapters: only the attention of this sparse model is adapted", flush=True)
     trainable = {path: leaf.astype(jnp.float32) for path, leaf in trainable.items()}
-    return init_state(trainable, frozen, tx, abstract_params(config), layout)
+    return init_state(trainable, tx, abstract_params(config), layout), frozen
 
 
 def frozen_copy(params: Params, dtype: FrozenDtype) -> Params:
@@ -208,7 +209,7 @@ def frozen_copy(params: Params, dtype: FrozenDtype) -> Params:
     return {path: copy(leaf) for path, leaf in params.items()}
 
 
-def export(model: Pretrained, state: TrainState, settings: ModelConfig, folder: Path) -> None:
+def export(model: Pretrained, params: Params, settings: ModelConfig, folder: Path) -> None:
     """Write what was trained as a Hugging Face folder, adapters merged; and adapters alone to `folder`_adapter."""
     config, pad = settings.with_lora(model.config), {"pad_token_id": model.tokenizer.pad_token_id}
     ids = {key: model.hf_config[key] for key in ("bos_token_id",) if model.hf_config.get(key) is not None}
@@ -216,7 +217,7 @@ def export(model: Pretrained, state: TrainState, settings: ModelConfig, folder: 
     trained = dataclasses.replace(
         model,
         config=config,
-        params=state.params,
+        params=params,
         generation_config=ids | model.generation_config | pad | {"eos_token_id": ends},
         # Whoever scores with the model pads by its tokenizer, and transformers looks for the padding by this id.
         hf_config={**model.hf_config, **(pad if model.config.scalar_head else {})},
@@ -224,14 +225,3 @@ def export(model: Pretrained, state: TrainState, settings: ModelConfig, folder: 
     if config.lora.rank:  # before the whole model, whose folder says that the stage is finished
         save_adapter(trained, folder.with_name(f"{folder.name}_adapter"), base=model.source, overwrite=True)
     save_pretrained(trained, folder, dtype=settings.export_dtype, overwrite=True)
-
-
-def without_frozen(state: TrainState) -> TrainState:
-    return dataclasses.replace(state, frozen={})
-
-
-def with_frozen(state: TrainState, saved: TrainState) -> TrainState:
-    return dataclasses.replace(saved, frozen=state.frozen)
-
-
-PERSISTENCE = Persistence(without_frozen, with_frozen)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from rlhf_jax.data.config import DataConfig
 from rlhf_jax.data.example import RowSpec
 from rlhf_jax.data.selection import select_rows
 from rlhf_jax.data.template import prepare_tokenizer
-from rlhf_jax.engine import Engine, Experience, Models, make_engine
+from rlhf_jax.engine import Engine, EngineState, Experience, FrozenParams, make_engine
 from rlhf_jax.generate import Rollout, bucket
 from rlhf_jax.host_memory import to_devices, to_host
 from rlhf_jax.mesh import Layout, check_divides
@@ -29,7 +28,7 @@ from rlhf_jax.objectives import masked, ppo
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
 from rlhf_jax.rollout import Publish, check_positions, check_rows, eos_ids, publish_bytes
 from rlhf_jax.sampling import SampleConfig
-from rlhf_jax.stages.loop import Persistence, RunConfig, train_loop
+from rlhf_jax.stages.loop import RunConfig, train_loop
 from rlhf_jax.stages.models import (
     ModelConfig,
     export,
@@ -37,10 +36,9 @@ from rlhf_jax.stages.models import (
     load,
     make_state,
     say_attention,
-    with_frozen,
-    without_frozen,
 )
 from rlhf_jax.stages.sizes import drawn, micro_batches, total_steps
+from rlhf_jax.train_step import Params
 
 
 @dataclass(frozen=True)
@@ -127,8 +125,8 @@ def ppo_models(
     seed: int,
     *,
     average: bool = False,
-) -> Models:
-    """What PPO holds, from a loaded actor and a loaded reward model that the critic starts from.
+) -> tuple[EngineState, FrozenParams]:
+    """What PPO trains and what is frozen, from a loaded actor and a loaded reward model that the critic starts from.
 
     Reference and average lie where `model.offload_reference` and `model.offload_ema` say.
 
@@ -140,14 +138,15 @@ def ppo_models(
     reference = {} if model.lora.rank else frozen_copy(actor.params, model.frozen_dtype)
     if model.offload_reference:
         reference = to_host(reference)
-    critic_state = make_state(critic, model, critic_tx, seed)
-    reward = {path: leaf for path, leaf in critic.params.items() if path in critic_state.frozen}
+    critic_state, critic_frozen = make_state(critic, model, critic_tx, seed)
+    reward = {path: leaf for path, leaf in critic.params.items() if path in critic_frozen}
     reward |= frozen_copy(
         {path: leaf for path, leaf in critic.params.items() if path not in reward}, model.frozen_dtype
     )
-    actor_state = make_state(actor, model, actor_tx, seed)
+    actor_state, actor_frozen = make_state(actor, model, actor_tx, seed)
     averaged = start_average(actor_state.trainable, offloaded=model.offload_ema) if average else {}
-    return Models(actor_state, critic_state, reference, reward, averaged)
+    state = EngineState(actor_state, critic_state, averaged)
+    return state, FrozenParams(actor_frozen, critic_frozen, reference, reward)
 
 
 def say_offload(model: ModelConfig, config: PPOConfig) -> None:
@@ -160,10 +159,10 @@ def say_offload(model: ModelConfig, config: PPOConfig) -> None:
         print("ppo: offload_ema has nothing to do: there is no moving average (ppo.ema_decay = 0)", flush=True)
 
 
-def say_publish(publish: Publish, models: Models, model: ModelConfig) -> dict[str, float]:
+def say_publish(publish: Publish, params: Params, model: ModelConfig) -> dict[str, float]:
     """`publish_bytes` of a compiled publish; where they cannot be counted that is printed, and they are not logged."""
     try:
-        return publish_bytes(publish, models.actor.params, model.compute.dtype)
+        return publish_bytes(publish, params, model.compute.dtype)
     except ValueError as error:
         print(f"ppo: the bytes of publish are not counted: {error}", flush=True)
         return {}
@@ -196,68 +195,59 @@ def run_ppo(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig
     actor_tx, critic_tx = make_optimizer(config.actor, updates), make_optimizer(config.critic, updates)
 
     engine = ppo_engine(config, model, actor.config, critic.config, actor_tx, critic_tx, eos_ids(actor), layout)
-    models = ppo_models(actor, critic, model, actor_tx, critic_tx, run.seed, average=config.ema_decay > 0)
+    state, frozen = ppo_models(actor, critic, model, actor_tx, critic_tx, run.seed, average=config.ema_decay > 0)
     say_offload(model, config)
-    publish = engine.publish.compiled(models.actor.params)
-    moved, shapes = say_publish(publish, models, model), set()
+    params = state.actor.params(frozen.actor)
+    publish = engine.publish.compiled(params)
+    moved, shapes = say_publish(publish, params, model), set()
     summarise = jax.jit(lambda experience, rollout: summary(experience, rollout, config))
     pick = jax.jit(lambda experience, index: jax.tree.map(lambda leaf: leaf[index], experience))
     rates = learning_rate(config.actor, updates), learning_rate(config.critic, updates)
 
-    def step_fn(models: Models, step: int):
+    def step_fn(state: EngineState, step: int):
         """One iteration: publish, generate, score, then `ppo_epochs` passes of updates."""
         clock, batch = Clock(), ahead[step]
         key = jax.random.fold_in(jax.random.key(run.seed), step)
-        weights = clock.lap("publish", publish(models.actor.params))
+        weights = clock.lap("publish", publish(state.actor.params(frozen.actor)))
         rollout = clock.lap("generate", engine.generate(weights, batch.tokens, batch.mask, key))
         del weights  # the generation copy lives for one phase
         shapes.add(rollout.prompts.shape)
-        experience = clock.lap("score", engine.score(models, rollout))
+        experience = clock.lap("score", engine.score(state, frozen, rollout))
         clock.lap("keep", keep_rollouts(run, step + 1, tokenizer, rollout, experience, config))
         collected = []
         for epoch in range(config.ppo_epochs):
             order = np.random.RandomState([run.seed, step, epoch]).permutation(config.rollouts)
             for index in order.reshape(-1, batch_size):
                 part = experience if batch_size == config.rollouts else pick(experience, index)
-                models, stats = engine.update(models, part)
+                state, stats = engine.update(state, frozen, part)
                 collected.append(stats)
         collected = clock.lap("update", collected)
         stats = {**summarise(experience, rollout), "decode_steps": rollout.steps.max()}
         stats |= {name: float(np.mean([float(part[name]) for part in collected])) for name in collected[0]}
-        stats |= {"actor_learning_rate": rates[0](models.actor.step - 1)}
-        stats |= {"critic_learning_rate": rates[1](models.critic.step - 1)}
+        stats |= {"actor_learning_rate": rates[0](state.actor.step - 1)}
+        stats |= {"critic_learning_rate": rates[1](state.critic.step - 1)}
         tokens = int(experience.mask.sum())
         # Prompts and answers, over the whole iteration.
         stats |= drawn(prompts, step)
         stats |= moved | clock.seconds | {"tokens_per_second": tokens / sum(clock.seconds.values())}
-        return models, stats
+        return state, stats
 
-    models = train_loop(
+    state = train_loop(
         run,
         "ppo",
         steps,
-        models,
+        state,
         step_fn,
-        Persistence(
-            lambda models: (without_frozen(models.actor), without_frozen(models.critic), models.average),
-            lambda models, saved: dataclasses.replace(
-                models,
-                actor=with_frozen(models.actor, saved[0]),
-                critic=with_frozen(models.critic, saved[1]),
-                average=saved[2],
-            ),
-        ),
         rows=rows,
         headline=("score_mean", "kl", "response_length"),
     )
     lengths = len({bucket(n) for n in range(1, rows.longest + 1)})
     print(f"ppo: programs of generation: {len(shapes)}, of at most {lengths} for these prompts", flush=True)
-    export(critic, models.critic, model, run.folder("ppo") / "export_critic")
-    if models.average:
+    export(critic, state.critic.params(frozen.critic), model, run.folder("ppo") / "export_critic")
+    if state.average:
         # On the devices it takes the room that an update needs for the gradients.
-        averaged = dataclasses.replace(models.actor, trainable=to_devices(models.average))
-        export(actor, averaged, model, run.folder("ppo") / "export_ema")
-    export(actor, models.actor, model, run.export("ppo"))
+        export(actor, frozen.actor | to_devices(state.average), model, run.folder("ppo") / "export_ema")
+    export(actor, state.actor.params(frozen.actor), model, run.export("ppo"))
 
 
 def rewards(experience: Experience, config: PPOConfig) -> jax.Array:

@@ -23,7 +23,7 @@ from rlhf_jax.models.decoder import abstract_params, bind, last_hidden, scalar
 from rlhf_jax.objectives.preference import pairwise_loss
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
 from rlhf_jax.stages.loop import RunConfig, say_rows, train_loop
-from rlhf_jax.stages.models import PERSISTENCE, ModelConfig, export, load, make_state, say_attention
+from rlhf_jax.stages.models import ModelConfig, export, load, make_state, say_attention
 from rlhf_jax.stages.sizes import (
     check_rows,
     drawn,
@@ -49,7 +49,7 @@ class RewardConfig:
 def reward_programs(
     decoder: DecoderConfig, compute: Compute, layout: Layout, tx: optax.GradientTransformation, num_micro: int
 ) -> tuple[Callable, Callable]:
-    """The jitted update(state, batch) of `make_update`, and measure(params, batch) -> scores [B, 2]."""
+    """The jitted update(state, frozen, batch) of `make_update`, and measure(params, batch) -> scores [B, 2]."""
 
     def scores(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """[B, 2] of the chosen and the rejected answer, and the balance loss."""
@@ -96,16 +96,19 @@ def run_reward(run: RunConfig, layout: Layout, model: ModelConfig, data: DataCon
     tx, rate = make_optimizer(config.optim, steps), learning_rate(config.optim, steps)
     update, measure = reward_programs(model.with_lora(decoder), model.compute, layout, tx, num_micro)
 
+    state, frozen = make_state(pretrained, model, tx, run.seed)
     ahead = Ahead(batches, steps)
 
     def step_fn(state: TrainState, step: int):
-        state, stats = update(state, layout.put_batch(ahead[step]))
+        state, stats = update(state, frozen, layout.put_batch(ahead[step]))
         return state, {**stats, "learning_rate": rate(step), **drawn(batches, step)}
 
     def evaluate(state: TrainState):
         if not measured:
             return {}
-        scored = np.concatenate([np.asarray(measure(state.params, layout.put_batch(batch))) for batch in measured])
+        scored = np.concatenate(
+            [np.asarray(measure(state.params(frozen), layout.put_batch(batch))) for batch in measured]
+        )
         lengths = np.concatenate([batch.mask.sum(-1) for batch in measured])
         return {
             "held_out_accuracy": float((scored[:, 0] > scored[:, 1]).mean()),
@@ -120,12 +123,11 @@ def run_reward(run: RunConfig, layout: Layout, model: ModelConfig, data: DataCon
         run,
         "reward",
         steps,
-        make_state(pretrained, model, tx, run.seed),
+        state,
         step_fn,
-        PERSISTENCE,
         rows=rows,
         evaluate=evaluate,
         eval_every=config.eval_every,
         headline=("loss", "accuracy"),
     )
-    export(pretrained, state, model, run.export("reward"))
+    export(pretrained, state.params(frozen), model, run.export("reward"))

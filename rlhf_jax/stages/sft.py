@@ -24,7 +24,7 @@ from rlhf_jax.objectives.logprobs import token_logprobs
 from rlhf_jax.objectives.masked import mean
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
 from rlhf_jax.stages.loop import RunConfig, say_rows, train_loop
-from rlhf_jax.stages.models import PERSISTENCE, ModelConfig, export, load, make_state, say_attention
+from rlhf_jax.stages.models import ModelConfig, export, load, make_state, say_attention
 from rlhf_jax.stages.sizes import (
     check_rows,
     drawn,
@@ -52,7 +52,7 @@ class SFTConfig:
 def sft_programs(
     decoder: DecoderConfig, compute: Compute, layout: Layout, tx: optax.GradientTransformation, num_micro: int
 ) -> tuple[Callable, Callable]:
-    """The jitted update(state, batch) of `make_update`, and measure(params, batch) -> what `losses` gives."""
+    """The jitted update(state, frozen, batch) of `make_update`, and measure(params, batch) -> what `losses` gives."""
 
     def losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The mean over the learned tokens, the balance loss, and how many tokens are learned."""
@@ -109,16 +109,17 @@ def run_sft(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig
     tx, rate = make_optimizer(config.optim, steps), learning_rate(config.optim, steps)
     update, measure = sft_programs(model.with_lora(decoder), model.compute, layout, tx, num_micro)
 
+    state, frozen = make_state(pretrained, model, tx, run.seed)
     ahead = Ahead(batches, steps)
 
     def step_fn(state: TrainState, step: int):
-        state, stats = update(state, layout.put_batch(ahead[step]))
+        state, stats = update(state, frozen, layout.put_batch(ahead[step]))
         return state, {**stats, "learning_rate": rate(step), **drawn(batches, step)}
 
     def evaluate(state: TrainState):
         if not measured:
             return {}
-        each = [measure(state.params, layout.put_batch(batch)) for batch in measured]
+        each = [measure(state.params(frozen), layout.put_batch(batch)) for batch in measured]
         weights = [int(count) for _, _, count in each]
         return {"held_out_loss": float(np.average([float(loss) for loss, _, _ in each], weights=weights))}
 
@@ -126,12 +127,11 @@ def run_sft(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig
         run,
         "sft",
         steps,
-        make_state(pretrained, model, tx, run.seed),
+        state,
         step_fn,
-        PERSISTENCE,
         rows=rows,
         evaluate=evaluate,
         eval_every=config.eval_every,
         headline=("loss", "grad_norm"),
     )
-    export(pretrained, state, model, run.export("sft"))
+    export(pretrained, state.params(frozen), model, run.export("sft"))

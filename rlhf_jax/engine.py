@@ -1,8 +1,8 @@
 """The hybrid engine: one set of weights, laid out by `train_layout` to learn and by GENERATE to answer, on one mesh.
 
-`publish` reshards the actor for generation, `generate` samples answers, `score` runs actor, reference, critic and
-reward model over them, `update` takes one optimizer step of actor and critic. What to learn from an experience is the
-caller's: the engine is given the estimator of advantages and the two losses as functions.
+`publish` reshards the actor for generation, `generate` samples answers, `score` runs the models over them, `update`
+takes one optimizer step of actor and critic. What to learn from an experience is an `Algorithm`. Critic, reference and
+reward model are each optional: what is None has no parameters, no pass and no fields in the experience.
 
 B rollouts, P prompt positions, N answer tokens, S = P + N.
 """
@@ -10,7 +10,8 @@ B rollouts, P prompt positions, N answer tokens, S = P + N.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -18,26 +19,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhf_jax.average import make_average, step_of
 from rlhf_jax.generate import Rollout
 from rlhf_jax.gpus import RUN_OPTIONS
 from rlhf_jax.host_memory import to_devices
 from rlhf_jax.mesh import Layout, check_divides
 from rlhf_jax.models.architecture import Compute, DecoderConfig
 from rlhf_jax.models.cached import Weights
-from rlhf_jax.models.decoder import (
-    abstract_params,
-    bind,
-    head_kernel,
-    head_options,
-    last_hidden,
-    scalar,
-)
+from rlhf_jax.models.decoder import abstract_params, bind, head_kernel, head_options, last_hidden, scalar
 from rlhf_jax.models.layers import roll_rows
 from rlhf_jax.objectives.logprobs import token_logprobs, token_logprobs_and_entropy
-from rlhf_jax.rollout import generate_program, make_generate, make_publish
+from rlhf_jax.rollout import Publish, generate_program, make_generate, make_publish
 from rlhf_jax.sampling import SampleConfig, check_learnable
-from rlhf_jax.train_step import Params, TrainState, join_rows, make_update, split_rows
+from rlhf_jax.train_step import (
+    Params,
+    TrainState,
+    Update,
+    ema_update,
+    join_rows,
+    make_ema_step,
+    make_update,
+    split_rows,
+)
 from rlhf_jax.trees import record
 
 
@@ -47,12 +49,12 @@ class EngineState:
 
     Attributes:
         actor: with or without adapters.
-        critic: with a scalar head.
-        average: float32 moving average of what the actor trains, in host memory or not; {}: none is kept.
+        critic: with a scalar head; None: there is none.
+        average: float32 moving average of what the actor trains, in device or pinned host memory; {}: none is kept.
     """
 
     actor: TrainState
-    critic: TrainState
+    critic: TrainState | None = None
     average: Params = dataclasses.field(default_factory=dict)
 
 
@@ -68,24 +70,24 @@ class FrozenParams:
     """
 
     actor: Params
-    critic: Params
-    reference: Params
-    reward: Params
+    critic: Params = dataclasses.field(default_factory=dict)
+    reference: Params = dataclasses.field(default_factory=dict)
+    reward: Params = dataclasses.field(default_factory=dict)
 
 
 @record
-class Experience:
-    """Rollouts with all that the losses need. Sequences are right-padded; action n of row b is at starts[b] + n.
+class ScoredRollout:
+    """Rollouts with what the models say of them. Sequences are right-padded; action n of row b is at starts[b] + n.
 
     Attributes:
         tokens, mask: [B, S] int32, bool: prompt and answer.
         starts: [B] int32, tokens of the prompt.
         actions, action_mask: [B, N] int32, bool: the answer, up to and including EOS.
         ended: [B] bool, by EOS.
-        logprobs, ref_logprobs: [B, N] float32 by the actor before any update, and by the reference.
-        values: [B, N] float32, the critic's before each action.
-        score: [B] float32, the reward model's at the last token.
-        advantages, returns: [B, N] float32.
+        logprobs: [B, N] float32 by the actor before any update.
+        ref_logprobs: [B, N] float32 by the reference; None: there is none.
+        values: [B, N] float32, the critic's before each action; None: there is none.
+        score: [B] float32 of the whole answer: the reward model's at the last token, or the caller's.
     """
 
     tokens: jax.Array
@@ -95,34 +97,131 @@ class Experience:
     action_mask: jax.Array
     ended: jax.Array
     logprobs: jax.Array
-    ref_logprobs: jax.Array
-    values: jax.Array
+    ref_logprobs: jax.Array | None
+    values: jax.Array | None
     score: jax.Array
+
+
+@record
+class Experience(ScoredRollout):
+    """A scored rollout with all that the losses need, as an `Algorithm` estimates it.
+
+    Attributes:
+        rewards, advantages: [B, N] float32.
+        returns: [B, N] float32, the critic's targets; None: there is no critic.
+    """
+
+    rewards: jax.Array
     advantages: jax.Array
-    returns: jax.Array
+    returns: jax.Array | None
 
 
 Stats = dict[str, jax.Array]
-Estimator = Callable[[Experience], tuple[jax.Array, jax.Array]]  # -> (advantages, returns), [B, N]
-ActorLoss = Callable[[jax.Array, jax.Array, Experience], tuple[jax.Array, Stats]]  # (logprobs, entropy, experience)
-CriticLoss = Callable[[jax.Array, Experience], tuple[jax.Array, Stats]]  # (values, experience)
+Estimates = tuple[jax.Array, jax.Array, jax.Array | None]
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What is learned from rollouts.
+
+    Attributes:
+        estimate: scored rollouts of one iteration -> (rewards, advantages, returns), see `Experience`.
+        actor_loss: (logprobs, entropy, experience) -> (mean loss over the tokens of a micro-batch, {name: mean}).
+        critic_loss: (values, experience) -> the same; None: there is no critic.
+    """
+
+    estimate: Callable[[ScoredRollout], Estimates]
+    actor_loss: Callable[[jax.Array, jax.Array, Experience], tuple[jax.Array, Stats]]
+    critic_loss: Callable[[jax.Array, Experience], tuple[jax.Array, Stats]] | None = None
+
+
+@dataclass(frozen=True)
+class Architectures:
+    """The models that an engine runs; None: there is no such model."""
+
+    actor: DecoderConfig
+    critic: DecoderConfig | None = None
+    reference: DecoderConfig | None = None
+    reward: DecoderConfig | None = None
+
+
+@dataclass(frozen=True)
+class Optimizers:
+    """How the models of an engine are trained.
+
+    Attributes:
+        ema_decay: of the moving average that a state may hold: it follows the actor at every optimizer step.
+            (DeepSpeed-Chat's follows at every micro-batch, even those that only accumulate; where an update is one
+            micro-batch they are equal.)
+    """
+
+    actor: optax.GradientTransformation
+    critic: optax.GradientTransformation | None = None
+    ema_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an engine generates.
+
+    Attributes:
+        config: temperature, filters and lengths.
+        eos_ids: tokens that end an answer.
+        rows: answers decoded at a time, a row that ends taking the next prompt; 0: all at once.
+    """
+
+    config: SampleConfig
+    eos_ids: tuple[int, ...]
+    rows: int = 0
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where and how an engine computes.
+
+    Attributes:
+        layout: of all that is trained and scored, as `train_layout` gives it.
+        num_micro: micro-batches of one update.
+        num_score_micro: parts that a rollout is scored in, one after the other.
+    """
+
+    layout: Layout
+    compute: Compute
+    num_micro: int = 1
+    num_score_micro: int = 1
+
+
+class Programs(NamedTuple):
+    """The jitted functions inside an engine, to be lowered.
+
+    Attributes:
+        publish: (params) -> weights.
+        generate: (weights, prompts [B, P], mask, key) -> Rollout, on the devices.
+        score: (state, frozen, rollout, scores), of models on the devices, without an average.
+        actor, critic: (state, frozen, experience) -> (state, {name: scalar}); None: there is no critic.
+        average: (average, weights) -> average, of one array.
+    """
+
+    publish: Publish
+    generate: Any
+    score: Any
+    actor: Update
+    critic: Update | None
+    average: Any
 
 
 class Engine(NamedTuple):
     """publish(params) -> weights; generate(weights, prompts, prompt_mask, key) -> Rollout, on host arrays [B, P];
-    score(state, frozen, rollout) -> Experience; update(state, frozen, experience) -> (state, {name: scalar}), with the
-    state donated.
-
-    `programs` are the jitted functions inside, to be lowered: publish, generate(weights, prompts, mask, key), score (of
-    models on the devices, without an average), actor and critic(state, frozen, experience), and average(average,
-    weights) of one array.
+    score(state, frozen, rollout, scores=None) -> Experience, `scores` [B] in place of a reward model;
+    update(state, frozen, experience) -> (state, {name: scalar}), with the state donated.
     """
 
-    publish: Callable[[Params], Weights]
+    models: Architectures
+    publish: Publish
     generate: Callable[[Weights, np.ndarray, np.ndarray, jax.Array], Rollout]
-    score: Callable[[EngineState, FrozenParams, Rollout], Experience]
+    score: Callable[..., Experience]
     update: Callable[[EngineState, FrozenParams, Experience], tuple[EngineState, Stats]]
-    programs: Mapping[str, Any]
+    programs: Programs
 
 
 def answer_hidden(hidden: jax.Array, starts: jax.Array, num_actions: int) -> jax.Array:
@@ -131,47 +230,39 @@ def answer_hidden(hidden: jax.Array, starts: jax.Array, num_actions: int) -> jax
     return jnp.take_along_axis(hidden, index[..., None], axis=1)
 
 
-def make_score(
-    actor: DecoderConfig,
-    critic: DecoderConfig,
-    reward: DecoderConfig,
-    estimate: Estimator,
-    layout: Layout,
-    compute: Compute,
-    temperature: float,
-    num_micro: int,
-) -> Callable[[EngineState, FrozenParams, Rollout], Experience]:
-    """Compile (state, frozen, rollout) -> Experience: four forward passes in one program, everything by `layout`.
+def make_score(models: Architectures, estimate, execution: Execution, temperature: float):
+    """Compile (state, frozen, rollout, scores) -> Experience: up to four forward passes in one program.
 
-    The passes are over `num_micro` parts of the rollout, one after the other; advantages are of all of it.
+    The passes are over parts of the rollout, one after the other; advantages are of all of it.
     """
+    layout, compute = execution.layout, dataclasses.replace(execution.compute, remat="none")
 
-    compute = dataclasses.replace(compute, remat="none")
-
-    def forward(config: DecoderConfig, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        return bind(config, params)(tokens, mask, compute, layout)
-
-    def score_part(state: EngineState, frozen: FrozenParams, rollout: Rollout) -> Experience:
+    def score_part(state: EngineState, frozen: FrozenParams, rollout: Rollout, scores) -> ScoredRollout:
         starts = rollout.prompt_mask.sum(axis=1, dtype=jnp.int32)
         padding = rollout.prompts.shape[1] - starts
         tokens = roll_rows(jnp.concatenate([rollout.prompts, rollout.tokens], axis=1), padding)
         mask = roll_rows(jnp.concatenate([rollout.prompt_mask, rollout.mask], axis=1), padding)
         tokens, mask = (layout.constrain(x, "batch", None) for x in (tokens, mask))
-        length = rollout.tokens.shape[1]
+
+        def forward(config: DecoderConfig, params: Params) -> jax.Array:
+            return bind(config, params)(tokens, mask, compute, layout)
+
+        def answers(config: DecoderConfig, params: Params) -> jax.Array:
+            return answer_hidden(forward(config, params), starts, rollout.tokens.shape[1])
 
         def logprobs(config: DecoderConfig, params: Params) -> jax.Array:
-            hidden = answer_hidden(forward(config, params, tokens, mask), starts, length)
             options = dict(chunk=compute.chunk, temperature=temperature, **head_options(config, params))
-            return token_logprobs(hidden, head_kernel(config, params), rollout.tokens, **options)
+            return token_logprobs(answers(config, params), head_kernel(config, params), rollout.tokens, **options)
 
-        learned, reference = logprobs(actor, state.actor.params(frozen.actor)), frozen.reference
-        if not reference:
+        learned, reference = logprobs(models.actor, state.actor.params(frozen.actor)), frozen.reference
+        if models.reference and not reference:
             # Of one base the compiler would gather each kernel once for both passes, and where layers are unrolled hold
             # those of the whole model from the first to the second.
             learned, reference = jax.lax.optimization_barrier((learned, frozen.actor))
-        values = state.critic.params(frozen.critic)
-        blank = jnp.zeros(rollout.tokens.shape, jnp.float32)
-        return Experience(
+        critic = state.critic.params(frozen.critic) if models.critic else {}
+        if models.reward:
+            scores = scalar(frozen.reward, last_hidden(forward(models.reward, frozen.reward), mask))
+        return ScoredRollout(
             tokens=tokens,
             mask=mask,
             starts=starts,
@@ -179,51 +270,26 @@ def make_score(
             action_mask=rollout.mask,
             ended=rollout.ended,
             logprobs=learned,
-            ref_logprobs=logprobs(actor.without_lora(), reference),
-            values=scalar(values, answer_hidden(forward(critic, values, tokens, mask), starts, length)),
-            score=scalar(frozen.reward, last_hidden(forward(reward, frozen.reward, tokens, mask), mask)),
-            advantages=blank,
-            returns=blank,
+            ref_logprobs=logprobs(models.reference, reference) if models.reference else None,
+            values=scalar(critic, answers(models.critic, critic)) if models.critic else None,
+            score=scores,
         )
 
-    def score(state: EngineState, frozen: FrozenParams, rollout: Rollout) -> Experience:
-        parts = split_rows(rollout, num_micro, layout)
-        experience = join_rows(jax.lax.map(lambda part: score_part(state, frozen, part), parts), layout)
-        advantages, returns = estimate(experience)
-        experience = dataclasses.replace(experience, advantages=advantages, returns=returns)
+    def score(state: EngineState, frozen: FrozenParams, rollout: Rollout, scores: jax.Array | None) -> Experience:
+        parts = split_rows((rollout, scores), execution.num_score_micro, layout)
+        scored = join_rows(jax.lax.map(lambda part: score_part(state, frozen, *part), parts), layout)
+        rewards, advantages, returns = estimate(scored)
+        experience = Experience(**vars(scored), rewards=rewards, advantages=advantages, returns=returns)
         return jax.tree.map(lambda x: layout.constrain(x, "batch", *[None] * (x.ndim - 1)), experience)
 
     return jax.jit(score, compiler_options=RUN_OPTIONS)
 
 
-def make_engine(
-    *,
-    actor: DecoderConfig,
-    critic: DecoderConfig,
-    reward: DecoderConfig,
-    estimate: Estimator,
-    actor_loss: ActorLoss,
-    critic_loss: CriticLoss,
-    actor_tx: optax.GradientTransformation,
-    critic_tx: optax.GradientTransformation,
-    sample: SampleConfig,
-    eos_ids: tuple[int, ...],
-    layout: Layout,
-    compute: Compute,
-    num_micro: int,
-    num_score_micro: int,
-    generate_rows: int = 0,
-    ema_decay: float = 0.0,
-) -> Engine:
-    """Build the programs of one actor, critic and reward model; nothing is compiled before the first call.
-
-    A moving average that the models hold follows the actor at every optimizer step, by `ema_decay`. (DeepSpeed-Chat's
-    follows at every micro-batch, even those that only accumulate; where an update is one micro-batch they are equal.)
-
-    layout: of all that is trained and scored, as `train_layout` gives it.
-    """
-    check_learnable(sample)
-    mesh = layout.mesh
+def make_updates(
+    models: Architectures, algorithm: Algorithm, optimizers: Optimizers, execution: Execution, temperature: float
+) -> tuple[Update, Update | None]:
+    """One optimizer step of the actor, and one of the critic where there is one, each by `make_update`."""
+    layout, compute = execution.layout, execution.compute
 
     def answer_states(config: DecoderConfig, params: Params, experience: Experience) -> tuple[jax.Array, jax.Array]:
         """What the head reads at each answer token, and the balance loss."""
@@ -232,50 +298,60 @@ def make_engine(
         return answer_hidden(hidden, experience.starts, experience.actions.shape[1]), balance
 
     def actor_objective(params: Params, experience: Experience):
-        hidden, balance = answer_states(actor, params, experience)
-        head, options = head_kernel(actor, params), head_options(actor, params)
-        options |= dict(chunk=compute.chunk, temperature=sample.temperature)
+        hidden, balance = answer_states(models.actor, params, experience)
+        head, options = head_kernel(models.actor, params), head_options(models.actor, params)
+        options |= dict(chunk=compute.chunk, temperature=temperature)
         logprobs, entropy = token_logprobs_and_entropy(hidden, head, experience.actions, **options)
-        loss, stats = actor_loss(logprobs, entropy, experience)
+        loss, stats = algorithm.actor_loss(logprobs, entropy, experience)
         return loss + balance, (experience.action_mask.sum(), stats)
 
     def critic_objective(params: Params, experience: Experience):
-        hidden, balance = answer_states(critic, params, experience)
-        loss, stats = critic_loss(scalar(params, hidden), experience)
+        hidden, balance = answer_states(models.critic, params, experience)
+        loss, stats = algorithm.critic_loss(scalar(params, hidden), experience)
         return loss + balance, (experience.action_mask.sum(), stats)
 
-    update_actor = make_update(actor_objective, actor_tx, abstract_params(actor), layout, num_micro)
-    update_critic = make_update(critic_objective, critic_tx, abstract_params(critic), layout, num_micro)
+    def step(objective, tx: optax.GradientTransformation, config: DecoderConfig) -> Update:
+        return make_update(objective, tx, abstract_params(config), layout, execution.num_micro)
 
-    step_average = step_of(ema_decay)
-    follow = make_average(step_average)
+    actor = step(actor_objective, optimizers.actor, models.actor)
+    return actor, step(critic_objective, optimizers.critic, models.critic) if models.critic else None
+
+
+def make_engine(
+    models: Architectures, algorithm: Algorithm, optimizers: Optimizers, sampling: Sampling, execution: Execution
+) -> Engine:
+    """Build the programs of these models; nothing is compiled before the first call."""
+    check_learnable(sampling.config)
+    has_critic = models.critic is not None
+    assert has_critic == (algorithm.critic_loss is not None) == (optimizers.critic is not None), "all three or none"
+    layout, compute, temperature = execution.layout, execution.compute, sampling.config.temperature
+    generation = models.actor, sampling.config, sampling.eos_ids, layout.mesh, compute.dtype, sampling.rows
+    programs = Programs(
+        make_publish(models.actor, layout.mesh, compute.dtype, layout.table),
+        generate_program(*generation, compute.attention),
+        make_score(models, algorithm.estimate, execution, temperature),
+        *make_updates(models, algorithm, optimizers, execution, temperature),
+        make_ema_step(optimizers.ema_decay),
+    )
+
+    def score(state: EngineState, frozen: FrozenParams, rollout: Rollout, scores=None) -> Experience:
+        if (scores is None) == (models.reward is None):
+            raise ValueError("give the scores of the answers where the engine has no reward model, and only there")
+        # A reference in host memory is on the devices for this alone.
+        frozen = dataclasses.replace(frozen, reference=to_devices(frozen.reference))
+        scores = None if scores is None else np.asarray(scores, np.float32)
+        return programs.score(dataclasses.replace(state, average={}), frozen, rollout, scores)
 
     def update(state: EngineState, frozen: FrozenParams, experience: Experience) -> tuple[EngineState, Stats]:
-        rows = experience.tokens.shape[0]
-        check_divides("rollouts of one update", rows, num_micro * layout.shards("batch"), "micro-batches x devices")
-        actor_state, actor_stats = update_actor(state.actor, frozen.actor, experience)
-        critic_state, critic_stats = update_critic(state.critic, frozen.critic, experience)
-        stats = {f"actor_{name}": value for name, value in actor_stats.items()}
-        stats |= {f"critic_{name}": value for name, value in critic_stats.items()}
-        return EngineState(actor_state, critic_state, follow(state.average, actor_state.trainable)), stats
+        rows, parts = experience.tokens.shape[0], execution.num_micro * layout.shards("batch")
+        check_divides("rollouts of one update", rows, parts, "micro-batches x devices")
+        states, stats = {"critic": None}, {}
+        for name in ("actor", "critic") if has_critic else ("actor",):
+            step, args = getattr(programs, name), (getattr(state, name), getattr(frozen, name), experience)
+            states[name], each = step(*args)
+            stats |= {f"{name}_{key}": value for key, value in each.items()}
+        average = ema_update(programs.average, state.average, states["actor"].trainable)
+        return EngineState(**states, average=average), stats
 
-    def score(state: EngineState, frozen: FrozenParams, rollout: Rollout) -> Experience:
-        # A reference in host memory is on the devices for this alone.
-        fetched = dataclasses.replace(frozen, reference=to_devices(frozen.reference))
-        return programs["score"](dataclasses.replace(state, average={}), fetched, rollout)
-
-    programs = {
-        "publish": make_publish(actor, mesh, compute.dtype, layout.table),
-        "generate": generate_program(actor, sample, eos_ids, mesh, compute.dtype, generate_rows, compute.attention),
-        "score": make_score(actor, critic, reward, estimate, layout, compute, sample.temperature, num_score_micro),
-        "actor": update_actor,
-        "critic": update_critic,
-        "average": step_average,
-    }
-    return Engine(
-        publish=programs["publish"],
-        generate=make_generate(actor, sample, eos_ids, mesh, compute.dtype, generate_rows, compute.attention),
-        score=score,
-        update=update,
-        programs=programs,
-    )
+    generate = make_generate(*generation, compute.attention)
+    return Engine(models, programs.publish, generate, score, update, programs)

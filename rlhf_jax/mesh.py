@@ -14,13 +14,14 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
+HOST = "pinned_host"  # the memory kind of arrays that are fetched to the devices to be computed with
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def train_layout(mesh: Mesh, zero: int, *, offload_moments: bool = False) -> Lay
         offload_moments: whether they rest in pinned host memory.
     """
     assert zero in (0, 1, 2, 3) and offload_moments in (True, False), (zero, offload_moments)
-    moments_in = "pinned_host" if offload_moments else None
+    moments_in = HOST if offload_moments else None
     if zero == 3:
         return Layout(mesh, TRAIN, moments_in=moments_in)
     return Layout(mesh, WHOLE, TRAIN if zero == 2 else None, TRAIN if zero else None, moments_in)
@@ -170,6 +171,25 @@ def train_layout(mesh: Mesh, zero: int, *, offload_moments: bool = False) -> Lay
 def single_device_mesh() -> Mesh:
     """The first device alone: the library's default when no mesh is given."""
     return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def in_host_memory(leaf: Any) -> bool:
+    """Whether an array, or an abstract one with a sharding, is in host memory."""
+    return leaf.sharding.memory_kind == HOST
+
+
+def to_host(tree: Any) -> Any:
+    """The same arrays in host memory, split as on the devices."""
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding.with_memory_kind(HOST)), tree)
+
+
+def to_devices(tree: Any) -> Any:
+    """The same arrays on the devices; those that are there already are returned, where `jax.device_put` would copy."""
+
+    def fetch(leaf: jax.Array) -> jax.Array:
+        return jax.device_put(leaf, leaf.sharding.with_memory_kind(None)) if in_host_memory(leaf) else leaf
+
+    return jax.tree.map(fetch, tree)
 
 
 def nearest(size: int, legal: Sequence[int], count: int = 3) -> str:

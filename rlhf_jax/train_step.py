@@ -13,7 +13,7 @@ import optax
 from einops import rearrange
 
 from rlhf_jax.gpus import RUN_OPTIONS
-from rlhf_jax.mesh import Layout
+from rlhf_jax.mesh import Layout, in_host_memory, to_devices, to_host
 from rlhf_jax.models.decoder import Leaf
 from rlhf_jax.optim import Optimizer, by_nodes, joined, of_path, with_counters
 from rlhf_jax.trees import record
@@ -233,3 +233,30 @@ def make_update(
     assert isinstance(tx, Optimizer), "moments that come one by one are stepped one by one"
     all_gradients = jax.jit(gradients, compiler_options=RUN_OPTIONS)
     return OffloadedUpdate(all_gradients, jax.jit(step, donate_argnums=(0, 2)), leaves, layout)
+
+
+def start_ema(trainable: Params, *, offload: bool) -> Params:
+    """The moving average of step 0: copies of what trains, split as that is; `offload`: in pinned host memory."""
+    return to_host(trainable) if offload else jax.tree.map(jnp.copy, trainable)
+
+
+def make_ema_step(decay: float):
+    """The jitted (average, weights) -> average + (1 - decay) (weights - average) of one array; donates the average."""
+    return jax.jit(lambda average, weights: average + (1 - decay) * (weights - average), donate_argnums=0)
+
+
+def ema_update(step, average: Params, trainable: Params) -> Params:
+    """The average after a step of `trainable`, path by path by a `make_ema_step`; the old one is deleted.
+
+    An average in host memory comes to the devices one path at a time, and the next when that one is back, so no more
+    than the largest array of it is ever there.
+    """
+
+    def move(leaf: jax.Array, weights: jax.Array) -> jax.Array:
+        if not in_host_memory(leaf):
+            return step(leaf, weights)
+        back = jax.block_until_ready(jax.device_put(step(to_devices(leaf), weights), leaf.sharding))
+        leaf.delete()
+        return back
+
+    return {path: move(leaf, trainable[path]) for path, leaf in average.items()}

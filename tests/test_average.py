@@ -1,17 +1,27 @@
 """The moving average of what trains, against hand arithmetic, on the devices and in host memory."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from rlhf_jax.average import make_average, start_average, step_of
+from rlhf_jax.train_step import ema_update, make_ema_step, start_ema
+
+
+def follow_by(decay):
+    """(average, weights) -> average."""
+    return functools.partial(ema_update, make_ema_step(decay))
 
 
 def test_three_steps_are_those_of_hand_arithmetic():
-    follow, weights = make_average(step_of(0.75)), [{"w": jnp.array(w)} for w in ([4.0, 1.0], [8.0, 1.0], [0.0, 1.0])]
-    average = start_average({"w": jnp.array([0.0, 1.0])}, offloaded=False)
+    follow, weights = (
+        follow_by(0.75),
+        [{"w": jnp.array(w)} for w in ([4.0, 1.0], [8.0, 1.0], [0.0, 1.0])],
+    )
+    average = start_ema({"w": jnp.array([0.0, 1.0])}, offload=False)
     # A quarter of the way: 0 -> 1 -> 2.75 -> 2.0625; what does not move stays, to the last bit.
     for each, expected in zip(weights, ([1.0, 1.0], [2.75, 1.0], [2.0625, 1.0]), strict=True):
         average = follow(average, each)
@@ -20,7 +30,7 @@ def test_three_steps_are_those_of_hand_arithmetic():
 
 def test_weights_that_stay_as_they_are_have_themselves_as_average():
     weights = {"w": jax.random.normal(jax.random.key(0), (64,))}
-    average, follow = start_average(weights, offloaded=False), make_average(step_of(0.992))
+    average, follow = start_ema(weights, offload=False), follow_by(0.992)
     for _ in range(5):
         average = follow(average, weights)
     np.testing.assert_array_equal(average["w"], weights["w"])
@@ -28,9 +38,9 @@ def test_weights_that_stay_as_they_are_have_themselves_as_average():
 
 @pytest.mark.parametrize("name", ["one", "fsdp4-tensor2"])
 def test_an_average_in_host_memory_is_bit_for_bit_the_one_on_the_devices_and_stays_there(name):
-    mesh, follow = tiny.mesh_of(name), make_average(step_of(0.992))
+    mesh, follow = tiny.mesh_of(name), follow_by(0.992)
     start, *later = (tiny.random_params(tiny.LLAMA, mesh, seed=seed) for seed in range(4))
-    there, away = (start_average(start, offloaded=offloaded) for offloaded in (False, True))
+    there, away = (start_ema(start, offload=offloaded) for offloaded in (False, True))
     for weights in later:
         before = there, away
         there, away = follow(there, weights), follow(away, weights)
@@ -47,8 +57,12 @@ def test_an_average_in_host_memory_is_bit_for_bit_the_one_on_the_devices_and_sta
 
 def test_no_more_of_an_average_in_host_memory_is_on_the_devices_than_its_largest_array(monkeypatch):
     weights = tiny.random_params(tiny.LLAMA, tiny.mesh_of("one"))
-    average, follow, put = start_average(weights, offloaded=True), make_average(step_of(0.9)), jax.device_put
-    follow(start_average(weights, offloaded=True), weights)
+    average, follow, put = (
+        start_ema(weights, offload=True),
+        follow_by(0.9),
+        jax.device_put,
+    )
+    follow(start_ema(weights, offload=True), weights)
 
     def on_devices():
         live = (leaf for leaf in jax.live_arrays() if leaf.sharding.memory_kind != "pinned_host")
@@ -68,9 +82,12 @@ def test_no_more_of_an_average_in_host_memory_is_on_the_devices_than_its_largest
 
 
 def test_a_second_step_compiles_nothing():
-    weights, follow = tiny.random_params(tiny.OPT, tiny.mesh_of("fsdp4-tensor2")), make_average(step_of(0.5))
+    weights, follow = (
+        tiny.random_params(tiny.OPT, tiny.mesh_of("fsdp4-tensor2")),
+        follow_by(0.5),
+    )
     for offloaded in (False, True):
-        average = follow(start_average(weights, offloaded=offloaded), weights)
+        average = follow(start_ema(weights, offload=offloaded), weights)
         with tiny.compilations() as names:
             follow(average, weights)
         assert names == []

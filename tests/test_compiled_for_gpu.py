@@ -19,7 +19,15 @@ import pytest
 import tiny
 
 from rlhf_jax.collectives import instructions, kinds, moved, received, runs
-from rlhf_jax.engine import EngineState, FrozenParams, make_engine
+from rlhf_jax.engine import (
+    Architectures,
+    EngineState,
+    Execution,
+    FrozenParams,
+    Optimizers,
+    Sampling,
+    make_engine,
+)
 from rlhf_jax.generate import Rollout
 from rlhf_jax.gpus import COMPILE_OPTIONS, RUN_OPTIONS, devices_of
 from rlhf_jax.mesh import GENERATE, TRAIN, WHOLE, Layout, MeshConfig, make_mesh, train_layout
@@ -33,7 +41,7 @@ from rlhf_jax.models.quantised import is_quantisable
 from rlhf_jax.optim import OptimConfig, make_optimizer
 from rlhf_jax.rollout import make_publish
 from rlhf_jax.sampling import SampleConfig
-from rlhf_jax.stages.ppo import PPOConfig, actor_loss, advantages, critic_loss
+from rlhf_jax.stages.ppo import PPOConfig, ppo_algorithm
 from rlhf_jax.train_step import TrainState, state_shardings
 from rlhf_jax.trees import partition
 
@@ -136,23 +144,14 @@ def parts(case, zero=3, offload=False):
     """(engine, state, frozen, sharded weights for decoding), all abstract; ONE_COPY and DEEP share the base."""
     config, lora = ALL[case]
     critic = tiny.scalar(dataclasses.replace(config, num_layers=2))
-    settings, tx = PPOConfig(), make_optimizer(OptimConfig(1e-5), 10)
+    tx, num_micro = make_optimizer(OptimConfig(1e-5), 10), 1 if case in DEEP else MICRO
     train = train_layout(mesh(), zero, offload_moments=offload)
     engine = make_engine(
-        actor=tiny.with_lora(config, lora),
-        critic=critic,
-        reward=critic,
-        estimate=lambda experience: advantages(experience, settings),
-        actor_loss=lambda logprobs, entropy, experience: actor_loss(logprobs, entropy, experience, settings),
-        critic_loss=lambda values, experience: critic_loss(values, experience, settings),
-        actor_tx=tx,
-        critic_tx=tx,
-        sample=SampleConfig(NEW),
-        eos_ids=(2,),
-        layout=train,
-        compute=Compute(BFLOAT16, "layers", CHUNK),
-        num_micro=1 if case in DEEP else MICRO,
-        num_score_micro=1 if case in DEEP else MICRO,
+        Architectures(tiny.with_lora(config, lora), critic, config, critic),
+        ppo_algorithm(PPOConfig()),
+        Optimizers(tx, tx),
+        Sampling(SampleConfig(NEW), (2,)),
+        Execution(train, Compute(BFLOAT16, "layers", CHUNK), num_micro, num_micro),
     )
     actor_state, actor_frozen = state_of(config, lora, train, tx)
     critic_state, critic_frozen = state_of(critic, NO_LORA, train, tx)
@@ -183,15 +182,15 @@ def program(case, name, zero=3, offload=False) -> Program:
     if name == "generate":
         key = jax.eval_shape(lambda: jax.random.key(0))
         key = shaped(key.shape, key.dtype, serve.sharding(()))
-        return compiled(engine.programs["generate"].lower(weights, rollout.prompts, rollout.prompt_mask, key))
+        return compiled(engine.programs.generate.lower(weights, rollout.prompts, rollout.prompt_mask, key))
     if name == "score":
-        return compiled(engine.programs["score"].lower(state, frozen, rollout))
-    scored = jax.eval_shape(engine.programs["score"].__wrapped__, state, frozen, rollout)
+        return compiled(engine.programs.score.lower(state, frozen, rollout, None))
+    scored = jax.eval_shape(engine.programs.score.__wrapped__, state, frozen, rollout, None)
     experience = jax.tree.map(lambda x: rows(train, x.shape, x.dtype), scored)
     if name == "actor":
-        return compiled(engine.programs["actor"].lower(state.actor, frozen.actor, experience))
+        return compiled(engine.programs.actor.lower(state.actor, frozen.actor, experience))
     if name.startswith("step "):
-        update = engine.programs["actor"]
+        update = engine.programs.actor
         return compiled(update.step.lower(*update.arguments(state.actor, name.removeprefix("step "))))
     assert name == "update"
     return compiled(
@@ -205,7 +204,7 @@ def both_steps(engine):
     def run(state, frozen, experience):
         states, told = {}, {}
         for name in ("actor", "critic"):
-            step = engine.programs[name].__wrapped__
+            step = getattr(engine.programs, name).__wrapped__
             states[name], told[name] = step(getattr(state, name), getattr(frozen, name), experience)
         return dataclasses.replace(state, **states), told
 
@@ -337,7 +336,7 @@ def test_the_state_of_every_stage_is_donated_and_reused(zero):
 @pytest.mark.parametrize("zero", [1, 3])
 def test_offloaded_gradients_are_a_program_without_moments_and_a_step_reuses_its_parameter_and_moments(zero):
     (engine, state, _, _), path = parts("llama", zero, True), "layers/mlp/up/kernel"
-    update, fused = engine.programs["actor"], program("llama", "actor", zero).memory
+    update, fused = engine.programs.actor, program("llama", "actor", zero).memory
     param, grad, moments, _ = update.arguments(state.actor, path)
     assert state_bytes(moments) == 2 * state_bytes(grad)
     gradients = program("llama", "actor", zero, True).memory

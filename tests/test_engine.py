@@ -15,21 +15,28 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhf_jax.average import start_average
 from rlhf_jax.collectives import collectives, kinds
-from rlhf_jax.engine import EngineState, FrozenParams, make_engine
-from rlhf_jax.host_memory import to_devices, to_host
-from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh, train_layout
+from rlhf_jax.engine import (
+    Algorithm,
+    Architectures,
+    EngineState,
+    Execution,
+    FrozenParams,
+    Optimizers,
+    Sampling,
+    make_engine,
+)
+from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh, to_devices, to_host, train_layout
 from rlhf_jax.models.architecture import Compute
 from rlhf_jax.models.decoder import abstract_params, bind, head_kernel
 from rlhf_jax.models.lora import NO_LORA, is_adapter, is_trainable, merge
 from rlhf_jax.models.quantised import Quantised, block_axis, is_quantisable, quantise, shardings
-from rlhf_jax.objectives import ppo
+from rlhf_jax.objectives import masked, ppo
 from rlhf_jax.optim import OptimConfig, make_optimizer
 from rlhf_jax.rollout import make_publish, publish_bytes
 from rlhf_jax.sampling import SampleConfig
-from rlhf_jax.stages.ppo import PPOConfig, actor_loss, advantages, critic_loss
-from rlhf_jax.train_step import init_state
+from rlhf_jax.stages.ppo import PPOConfig, actor_loss, ppo_algorithm
+from rlhf_jax.train_step import init_state, start_ema
 from rlhf_jax.trees import partition
 
 EIGHT = [name for name in tiny.MESHES if name != "one"]
@@ -69,27 +76,21 @@ def engine_of(case, mesh, dtype=FLOAT32, num_score_micro=None, ema_decay=0.0):
         return loss, {**stats, "ratio_off": off}
 
     engine = make_engine(
-        actor=tiny.with_lora(config, lora),
-        critic=critic,
-        reward=critic,
-        estimate=lambda experience: advantages(experience, settings),
-        actor_loss=policy_objective,
-        critic_loss=lambda values, experience: critic_loss(values, experience, settings),
-        actor_tx=tx,
-        critic_tx=tx,
-        sample=SampleConfig(NEW, temperature),
-        eos_ids=EOS,
-        layout=layout,
-        compute=Compute(dtype, "layers", 4),
-        num_micro=num_micro,
-        num_score_micro=num_score_micro or num_micro,
-        ema_decay=ema_decay,
+        Architectures(tiny.with_lora(config, lora), critic, config, critic),
+        dataclasses.replace(ppo_algorithm(settings), actor_loss=policy_objective),
+        Optimizers(tx, tx, ema_decay),
+        Sampling(SampleConfig(NEW, temperature), EOS),
+        Execution(layout, Compute(dtype, "layers", 4), num_micro, num_score_micro or num_micro),
     )
     actor_state, actor_frozen = state_of(config, lora, layout, tx, seed=0)
     critic_state, critic_frozen = state_of(critic, NO_LORA, layout, tx, seed=1)
     reference = {} if lora.rank else tiny.random_params(config, mesh, seed=2)
     frozen = FrozenParams(actor_frozen, critic_frozen, reference, tiny.random_params(critic, mesh, seed=3))
     return engine, EngineState(actor_state, critic_state), frozen
+
+
+# Of actor and critic of the llama case: architecture, adapters, and the seed.
+START = [((tiny.LLAMA, NO_LORA), 0), ((tiny.scalar(tiny.LLAMA), NO_LORA), 1)]
 
 
 def params_of(state, frozen):
@@ -226,6 +227,7 @@ def test_advantages_come_from_the_estimator_over_the_whole_experience(case):
     trained = run(case)
     e, settings = trained.experience, PPOConfig()
     rewards = ppo.token_rewards(e.score, e.logprobs, e.ref_logprobs, e.action_mask, kl_coef=0.1, clip=5.0)
+    np.testing.assert_allclose(e.rewards, rewards, atol=1e-5)
     gains, returns = ppo.gae(rewards, e.values, e.action_mask, gamma=settings.gamma, lam=settings.lam)
     np.testing.assert_allclose(e.returns, returns, atol=1e-5)
     real = np.asarray(gains)[np.asarray(e.action_mask)]
@@ -241,7 +243,7 @@ def test_eight_devices_sample_and_score_as_one(case, name):
     np.testing.assert_array_equal(eight.rollout.mask, one.rollout.mask)
     np.testing.assert_allclose(eight.rollout.logprobs, one.rollout.logprobs, atol=1e-5)
     np.testing.assert_array_equal(eight.experience.mask, one.experience.mask)
-    for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns", "score"):
+    for name in ("logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns", "score"):
         ours, theirs = (np.asarray(getattr(trained.experience, name)) for trained in (one, eight))
         if ours.ndim == 2:
             ours, theirs = ours[one.rollout.mask], theirs[one.rollout.mask]
@@ -394,8 +396,8 @@ def test_reference_and_average_in_host_memory_change_no_bit_and_the_average_is_t
     decay, trained = 0.75, run(case, name)
     engine, there, frozen = engine_of(case, trained.mesh, ema_decay=decay)
     _, away, frozen_away = engine_of(case, trained.mesh)
-    there = dataclasses.replace(there, average=start_average(there.actor.trainable, offloaded=False))
-    away = dataclasses.replace(away, average=start_average(away.actor.trainable, offloaded=True))
+    there = dataclasses.replace(there, average=start_ema(there.actor.trainable, offload=False))
+    away = dataclasses.replace(away, average=start_ema(away.actor.trainable, offload=True))
     frozen_away = dataclasses.replace(frozen_away, reference=to_host(frozen_away.reference))
     expected = jax.tree.map(lambda leaf: leaf.astype(np.float64), on_host(there.average))
     assert expected.keys() == {path for path in trained.start[0] if is_trainable(path, trained.lora)}
@@ -484,21 +486,122 @@ def test_publishing_quantised_kernels_moves_what_a_device_lacks_of_codes_and_sca
 def test_a_greedy_actor_is_refused_as_it_has_no_ratios():
     with pytest.raises(ValueError, match="temperature=0: a greedy policy has no probability ratios .* set it above 0"):
         make_engine(
-            actor=tiny.LLAMA,
-            critic=tiny.scalar(tiny.LLAMA),
-            reward=tiny.scalar(tiny.LLAMA),
-            estimate=None,
-            actor_loss=None,
-            critic_loss=None,
-            actor_tx=None,
-            critic_tx=None,
-            sample=SampleConfig(NEW, 0.0),
-            eos_ids=EOS,
-            layout=Layout(single_device_mesh(), TRAIN),
-            compute=Compute(FLOAT32, "layers", 0),
-            num_micro=1,
-            num_score_micro=1,
+            Architectures(tiny.LLAMA),
+            Algorithm(None, None),
+            Optimizers(None),
+            Sampling(SampleConfig(NEW, 0.0), EOS),
+            Execution(Layout(single_device_mesh(), TRAIN), Compute(FLOAT32)),
         )
+
+
+# Two samples of each of eight prompts.
+PAIRS = SampleConfig(NEW, num_samples=2)
+
+
+def reinforce():
+    """REINFORCE, the mean score of a prompt's samples as its baseline."""
+
+    def estimate(scored):
+        gains = scored.score - scored.score.reshape(-1, 2).mean(axis=1).repeat(2)
+        return (*(jnp.where(scored.action_mask, x[:, None], 0) for x in (scored.score, gains)), None)
+
+    def actor_loss(logprobs, entropy, experience):
+        return -masked.mean(experience.advantages * logprobs, experience.action_mask), {}
+
+    return Algorithm(estimate, actor_loss)
+
+
+def actor_alone(mesh):
+    """(engine, state, frozen) without critic, reference and reward model."""
+    layout, tx = Layout(mesh, TRAIN), make_optimizer(OPTIM, 10)
+    execution = Execution(layout, Compute(FLOAT32, "layers", 4), num_micro=2, num_score_micro=2)
+    engine = make_engine(Architectures(tiny.LLAMA), reinforce(), Optimizers(tx), Sampling(PAIRS, EOS), execution)
+    actor, frozen = state_of(tiny.LLAMA, NO_LORA, layout, tx, seed=0)
+    return engine, EngineState(actor), FrozenParams(frozen)
+
+
+@functools.lru_cache
+def run_alone(name):
+    """Rollout, experience, parameters before and after an update, its metrics, and the logprobs after it."""
+    engine, state, frozen = actor_alone(tiny.mesh_of(name))
+    before = on_host(state.actor.trainable)
+    prompts = tiny.prompts(tiny.LLAMA, LENGTHS[::2], WIDTH)
+    rollout = engine.generate(engine.publish(state.actor.params(frozen.actor)), *prompts, jax.random.key(7))
+    scores = np.asarray(rollout.tokens[:, 0]) % 7
+    experience = engine.score(state, frozen, rollout, scores)
+    state, stats = engine.update(state, frozen, experience)
+    after = engine.score(state, frozen, rollout, scores).logprobs
+    return on_host((rollout, experience, before, state.actor.trainable, stats, after))
+
+
+@pytest.mark.parametrize("name", ["one", "fsdp4-tensor2"])
+def test_an_actor_alone_learns_from_the_scores_of_the_caller_what_group_baselines_say(name):
+    rollout, experience, _, _, stats, after = run_alone(name)
+    assert experience.values is experience.ref_logprobs is experience.returns is None
+    first = rollout.tokens[:, 0] % 7
+    np.testing.assert_array_equal(experience.score, first)
+    gains = (first - np.repeat((first[::2] + first[1::2]) / 2, 2))[:, None] * rollout.mask
+    np.testing.assert_allclose(experience.advantages, gains)
+    np.testing.assert_array_equal(experience.rewards, first[:, None] * rollout.mask)
+    moved = np.where(rollout.mask, gains * (after - experience.logprobs), 0)
+    assert moved.sum() > 0.1, "better answers are likelier than before"
+    assert stats.keys() == {"actor_loss", "actor_grad_norm"}
+
+
+def test_an_actor_alone_learns_on_eight_devices_what_it_learns_on_one():
+    one, eight = run_alone("one"), run_alone("fsdp4-tensor2")
+    assert max(np.abs(one[3][path] - one[2][path]).max() for path in one[2]) > 0.005
+    np.testing.assert_array_equal(eight[0].tokens, one[0].tokens)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=1e-5), one[1:], eight[1:])
+
+
+def test_an_engine_has_no_pass_and_no_program_of_a_model_that_it_lacks():
+    def products(engine, *args):
+        return engine.programs.score.lower(*args).as_text().count("dot_general")
+
+    trained = run("llama")
+    rollout = trained.rollout_there
+    engine, state, frozen = actor_alone(tiny.mesh_of("one"))
+    alone = products(engine, state, frozen, rollout, rollout.logprobs[:, 0])
+    assert alone > 4 and products(trained.engine, trained.state, trained.frozen, rollout, None) == 4 * alone
+    assert engine.programs.critic is None and len(jax.tree.leaves(frozen)) == 0
+
+
+@pytest.mark.parametrize("lacking", ["critic", "reference", "reward"])
+def test_what_the_other_models_say_does_not_depend_on_the_one_that_is_lacking(lacking):
+    trained = run("llama")
+    e, layout = trained.experience, Layout(trained.mesh, TRAIN)
+    models = dataclasses.replace(trained.engine.models, **{lacking: None})
+    frozen = dataclasses.replace(trained.frozen, **{lacking: {}})
+    state = EngineState(*(state_of(*each, layout, make_optimizer(OPTIM, 10), seed)[0] for each, seed in START))
+    if lacking == "critic":
+        state = dataclasses.replace(state, critic=None)
+    scores = e.score if lacking == "reward" else None
+    engine = make_engine(
+        models,
+        Algorithm(lambda scored: (scored.logprobs, scored.logprobs, None), None, models.critic and len),
+        Optimizers(None, models.critic and "none is called"),
+        Sampling(SampleConfig(NEW, trained.temperature), EOS),
+        Execution(layout, Compute(FLOAT32, "layers", 4)),
+    )
+    got = engine.score(state, frozen, trained.rollout_there, scores)
+    for name in ("logprobs", "ref_logprobs", "values", "score"):
+        if name == {"critic": "values", "reference": "ref_logprobs"}.get(lacking):
+            assert getattr(got, name) is None
+        else:
+            np.testing.assert_allclose(getattr(got, name), getattr(e, name), atol=1e-5, err_msg=name)
+
+
+def test_scores_are_given_where_there_is_no_reward_model_and_only_there():
+    trained = run("llama")
+    engine, state, frozen = actor_alone(tiny.mesh_of("one"))
+    rollout = trained.rollout_there
+    for refused in (
+        lambda: engine.score(state, frozen, rollout),
+        lambda: trained.engine.score(trained.state, trained.frozen, rollout, np.zeros(ROWS)),
+    ):
+        with pytest.raises(ValueError, match="give the scores of the answers where the engine has no reward model"):
+            refused()
 
 
 def test_rollouts_that_micro_batches_and_devices_do_not_divide_are_refused_with_the_nearest():

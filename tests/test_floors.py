@@ -8,10 +8,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "rlhf_jax"
 FLOORS = [
     ["config", "trees"],
-    ["mesh", "gpus", "collectives", "host_memory", "metrics", "objectives", "sampling"],
+    ["mesh", "gpus", "collectives", "metrics", "objectives", "sampling"],
     ["models", "data", "optim"],
     ["train_step", "generate", "checkpoint"],
-    ["rollout", "average"],
+    ["rollout"],
     ["engine"],
     ["stages", "evaluate"],
     ["recipe"],

@@ -18,7 +18,15 @@ import optax
 import pytest
 import tiny
 
-from rlhf_jax.engine import EngineState, FrozenParams, make_engine
+from rlhf_jax.engine import (
+    Architectures,
+    EngineState,
+    Execution,
+    FrozenParams,
+    Optimizers,
+    Sampling,
+    make_engine,
+)
 from rlhf_jax.mesh import TRAIN, Layout, single_device_mesh, train_layout
 from rlhf_jax.models import cached, decoder
 from rlhf_jax.models.architecture import Compute, Rope
@@ -29,7 +37,7 @@ from rlhf_jax.models.lora import NO_LORA, LoraConfig, is_trainable
 from rlhf_jax.models.quantised import block_axis, dequantise, is_quantisable, quantise
 from rlhf_jax.rollout import make_generate, make_publish
 from rlhf_jax.sampling import SampleConfig
-from rlhf_jax.stages.ppo import PPOConfig, advantages, critic_loss
+from rlhf_jax.stages.ppo import PPOConfig, ppo_algorithm
 from rlhf_jax.train_step import init_state
 from rlhf_jax.trees import partition
 
@@ -156,7 +164,7 @@ class Scored:
 
     def __init__(self, family, kind, num_micro=1, dtype=BFLOAT16, attention="cudnn"):
         self.config, self.lora = FAMILIES[family], NO_LORA if kind == "float32" else LORA
-        critic, tx, settings = tiny.scalar(self.config), optax.sgd(1.0), PPOConfig()
+        critic, tx = tiny.scalar(self.config), optax.sgd(1.0)
 
         def actor_objective(logprobs, entropy, experience):
             gains, mask = experience.advantages, experience.action_mask
@@ -166,20 +174,13 @@ class Scored:
             return -jnp.where(mask, ratio * gains, 0).sum() / count, stats
 
         self.engine = make_engine(
-            actor=tiny.with_lora(self.config, self.lora),
-            critic=critic,
-            reward=critic,
-            estimate=lambda experience: advantages(experience, settings),
-            actor_loss=actor_objective,
-            critic_loss=lambda values, experience: critic_loss(values, experience, settings),
-            actor_tx=tx,
-            critic_tx=tx,
-            sample=SampleConfig(NEW),
-            eos_ids=EOS,
-            layout=train_layout(single_device_mesh(), 3),
-            compute=Compute(dtype, "layers", 8, attention),
-            num_micro=num_micro,
-            num_score_micro=num_micro,
+            Architectures(tiny.with_lora(self.config, self.lora), critic, self.config, critic),
+            dataclasses.replace(ppo_algorithm(PPOConfig()), actor_loss=actor_objective),
+            Optimizers(tx, tx),
+            Sampling(SampleConfig(NEW), EOS),
+            Execution(
+                train_layout(single_device_mesh(), 3), Compute(dtype, "layers", 8, attention), num_micro, num_micro
+            ),
         )
         actor_state, actor_frozen = state_of(self.config, self.lora, tx, kind=kind)
         critic_state, critic_frozen = state_of(critic, NO_LORA, tx, seed=1)

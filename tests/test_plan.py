@@ -18,15 +18,13 @@ import rlhf_jax.plan.known
 from rlhf_jax.cli import main
 from rlhf_jax.config import parse
 from rlhf_jax.gpus import GPUS, devices_of, machine, plugin
-from rlhf_jax.host_memory import to_devices
-from rlhf_jax.mesh import GENERATE, TRAIN, Layout, make_mesh
+from rlhf_jax.mesh import GENERATE, TRAIN, Layout, make_mesh, to_devices
 from rlhf_jax.models.cached import shared_shardings
 from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.families import decoder_config
 from rlhf_jax.models.per_layer import PerLayer, is_shareable
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.models.quantised import is_quantisable
-from rlhf_jax.optim import make_optimizer
 from rlhf_jax.plan import _notes, check_fits, compiling, least_bytes
 from rlhf_jax.plan.abstract import abstract_mesh, device_bytes, host_bytes
 from rlhf_jax.plan.compiling import Memory, measure, measure_all, micro_sizes, with_micro
@@ -36,7 +34,7 @@ from rlhf_jax.plan.seconds import forward_flops, needs, weights_per_token
 from rlhf_jax.plan.table import render
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.models import relaid
-from rlhf_jax.stages.ppo import ppo_engine, ppo_models
+from rlhf_jax.stages.ppo import ppo_engine, ppo_models, ppo_optimizers
 
 V, D, F, L, H, P = 384, 32, 64, 2, 4, 64  # V is padded to itself by any of the meshes
 HF = {
@@ -127,9 +125,9 @@ def test_the_arrays_really_held_are_those_of_the_plan_to_two_percent(setting, me
         if model.one_copy and not decoder.scalar_head:
             params = shared_as_generated(decoder, params, Layout(mesh, GENERATE))
         loaded.append(relaid(Pretrained(decoder, params, None, HF, {}, Layout(mesh, TRAIN)), layout))
-    txs = make_optimizer(recipe.ppo.actor, 1), make_optimizer(recipe.ppo.critic, 1)
-    state, frozen = ppo_models(*loaded, model, *txs, 0, average=recipe.ppo.ema_decay > 0)
-    engine = ppo_engine(recipe.ppo, model, loaded[0].config, loaded[1].config, *txs, (0,), layout)
+    optimizers = ppo_optimizers(recipe.ppo, 1)
+    state, frozen = ppo_models(*loaded, model, optimizers, 0)
+    engine = ppo_engine(recipe.ppo, model, loaded[0].config, loaded[1].config, optimizers, (0,), layout)
     weights = engine.publish(state.actor.params(frozen.actor))
 
     planned = {phase.name: phase for phase in phases(recipe, abstract_mesh(recipe.mesh, mesh.size), ("ppo",))}

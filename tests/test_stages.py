@@ -23,7 +23,7 @@ from rlhf_jax.mesh import TRAIN, Layout, MeshConfig, make_mesh
 from rlhf_jax.objectives.sft import next_token_loss
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.sampling import SampleConfig
-from rlhf_jax.stages.ppo import PPOConfig, actor_loss, advantages, critic_loss, ppo_sizes, rewards, summary
+from rlhf_jax.stages.ppo import PPOConfig, actor_loss, critic_loss, estimate, ppo_sizes, rewards, summary
 from rlhf_jax.stages.sizes import check_rows, held_out_batches, micro_batches, total_steps
 
 
@@ -139,6 +139,7 @@ EXPERIENCE = Experience(
     ref_logprobs=jnp.array([[-1.5, -1.0, -JUNK], [-1.0, -2.0, -4.0]]),
     values=jnp.array([[0.5, 1.0, JUNK], [0.0, 0.25, 0.5]]),
     score=jnp.array([2.0, 7.0]),
+    rewards=jnp.zeros((2, 3)),
     advantages=jnp.zeros((2, 3)),
     returns=jnp.zeros((2, 3)),
 )
@@ -158,7 +159,8 @@ def test_an_answer_that_did_not_end_loses_the_penalty_before_the_clip():
 
 
 def test_advantages_and_returns_by_hand():
-    gains, returns = advantages(EXPERIENCE, PPO)
+    earned, gains, returns = estimate(EXPERIENCE, PPO)
+    np.testing.assert_array_equal(earned, rewards(EXPERIENCE, PPO))
     # d = r + V' - V: row 0: -0.05 + 1 - 0.5 = 0.45, 2.1 - 1 = 1.1; row 1: 0.25, -0.1 + 0.25 = 0.15, 4.7 - 0.5 = 4.2
     expected = [[0.45 + 0.5 * 1.1, 1.1, 0.0], [0.25 + 0.5 * 2.25, 0.15 + 0.5 * 4.2, 4.2]]
     np.testing.assert_allclose(gains, expected, atol=1e-6)
@@ -166,18 +168,18 @@ def test_advantages_and_returns_by_hand():
 
 
 def test_whitened_advantages_have_mean_0_and_variance_1_over_real_tokens_and_returns_are_untouched():
-    gains, returns = advantages(EXPERIENCE, dataclasses.replace(PPO, whiten_advantages=True))
+    _, gains, returns = estimate(EXPERIENCE, dataclasses.replace(PPO, whiten_advantages=True))
     assert gains[MASK].mean() == pytest.approx(0, abs=1e-6) and gains[MASK].var() == pytest.approx(1, abs=1e-5)
     assert gains[0, 2] == 0
-    np.testing.assert_array_equal(returns, advantages(EXPERIENCE, PPO)[1])
+    np.testing.assert_array_equal(returns, estimate(EXPERIENCE, PPO)[2])
 
 
 def test_the_summary_by_hand():
-    gains, returns = advantages(EXPERIENCE, PPO)
-    experience = dataclasses.replace(EXPERIENCE, advantages=gains, returns=returns)
+    earned, gains, returns = estimate(EXPERIENCE, PPO)
+    experience = dataclasses.replace(EXPERIENCE, rewards=earned, advantages=gains, returns=returns)
     sampled = jnp.array([[-1.0, -2.5, JUNK], [-1.0, -1.0, -1.0]])
     rollout = Rollout(None, None, None, None, sampled, None, None, None)
-    numbers = {name: float(value) for name, value in summary(experience, rollout, PPO).items()}
+    numbers = {name: float(value) for name, value in summary(experience, rollout).items()}
     values, aims = np.array([0.5, 1.0, 0.0, 0.25, 0.5]), np.asarray(returns[MASK])
     assert numbers == pytest.approx(
         {

@@ -53,8 +53,8 @@ def main(out: str, small: bool, name: str) -> None:
         rollout = told("generate", engine.generate(weights, *prompts_of(recipe), jax.random.key(0)))
         del weights
         experience = told("score", engine.score(state, frozen, rollout))
-        told("actor", engine.programs["actor"](state.actor, frozen.actor, experience))
-        told("critic", engine.programs["critic"](state.critic, frozen.critic, experience))
+        told("actor", engine.programs.actor(state.actor, frozen.actor, experience))
+        told("critic", engine.programs.critic(state.critic, frozen.critic, experience))
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ from rlhf_jax.config import load
 from rlhf_jax.engine import Engine, EngineState, FrozenParams
 from rlhf_jax.models.decoder import init_params
 from rlhf_jax.models.pretrained import Pretrained
-from rlhf_jax.optim import make_optimizer
 from rlhf_jax.plan.held import architectures, prompt_positions
 from rlhf_jax.recipe import Recipe
-from rlhf_jax.stages.ppo import ppo_engine, ppo_models
+from rlhf_jax.stages.ppo import ppo_engine, ppo_models, ppo_optimizers
 
 CONFIG = "configs/opt-1.3b-single_gpu.toml"
 NEVER = (-1,)  # no token ends an answer: every one has all its tokens
@@ -69,9 +68,9 @@ def engine_of(recipe: Recipe, mesh: Mesh) -> tuple[Engine, EngineState, FrozenPa
         params = {path: drawn.pop(path).astype(dtype) for path in list(drawn)}  # one float32 leaf less with each
         loaded.append(Pretrained(decoder, params, None, {}, {}, layout))
     actor, critic = loaded
-    txs = [make_optimizer(each, each.warmup_steps + 1) for each in (recipe.ppo.actor, recipe.ppo.critic)]
-    engine = ppo_engine(recipe.ppo, recipe.model, actor.config, critic.config, *txs, NEVER, layout)
-    return engine, *jax.block_until_ready(ppo_models(actor, critic, recipe.model, *txs, 0))
+    optimizers = ppo_optimizers(recipe.ppo, max(recipe.ppo.actor.warmup_steps, recipe.ppo.critic.warmup_steps) + 1)
+    engine = ppo_engine(recipe.ppo, recipe.model, actor.config, critic.config, optimizers, NEVER, layout)
+    return engine, *jax.block_until_ready(ppo_models(actor, critic, recipe.model, optimizers, 0))
 
 
 def prompts_of(recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:

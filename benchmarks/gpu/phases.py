@@ -43,8 +43,8 @@ def main(out: str, small: bool) -> None:
             rollout = timed("generate", engine.generate, weights, *prompts, jax.random.key(trial))
             del weights
             experience = timed("score", engine.score, state, frozen, rollout)
-            actor, _ = timed("actor", engine.programs["actor"], state.actor, frozen.actor, experience)
-            critic, _ = timed("critic", engine.programs["critic"], state.critic, frozen.critic, experience)
+            actor, _ = timed("actor", engine.programs.actor, state.actor, frozen.actor, experience)
+            critic, _ = timed("critic", engine.programs.critic, state.critic, frozen.critic, experience)
             state = dataclasses.replace(state, actor=actor, critic=critic)
             if trial == 0:  # with the compilation
                 result["first"] = {phase: seconds.pop() for phase, seconds in result["seconds"].items()}

@@ -18,9 +18,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from rlhf_jax.engine import EngineState, FrozenParams
-from rlhf_jax.host_memory import HOST, rests
-from rlhf_jax.mesh import AXES, GENERATE, Layout, MeshConfig, check_model_divides, mesh_sizes
+from rlhf_jax.engine import EngineState, FrozenParams, Optimizers
+from rlhf_jax.mesh import AXES, GENERATE, HOST, Layout, MeshConfig, check_model_divides, in_host_memory, mesh_sizes
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.cached import shared_for_decoding, shared_leaves
 from rlhf_jax.models.decoder import Leaf, abstract_params
@@ -39,12 +38,12 @@ def abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
 
 def device_bytes(tree: Any) -> int:
     """Bytes on one device of (abstract) arrays with shardings; what rests in host memory is not there."""
-    return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if not rests(leaf))
+    return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if not in_host_memory(leaf))
 
 
 def host_bytes(tree: Any) -> int:
     """Bytes of one device's shards that rest in host memory."""
-    return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if rests(leaf))
+    return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if in_host_memory(leaf))
 
 
 def _shard_bytes(leaf: Any) -> int:
@@ -103,7 +102,7 @@ def abstract_state(
 
 
 def abstract_models(
-    actor: DecoderConfig, critic: DecoderConfig, model: ModelConfig, layout, txs, *, average: bool
+    actor: DecoderConfig, critic: DecoderConfig, model: ModelConfig, layout: Layout, optimizers: Optimizers
 ) -> tuple[EngineState, FrozenParams]:
     """What `ppo_models` makes of two loaded models."""
     first, second = (
@@ -115,7 +114,7 @@ def abstract_models(
 
     def build(a, c):
         loaded = dataclasses.replace(first, params=a), dataclasses.replace(second, params=c)
-        return ppo_models(*loaded, on_devices, *txs, 0, average=average)
+        return ppo_models(*loaded, on_devices, optimizers, 0)
 
     state, frozen = _silent(build, first.params, second.params)
 
@@ -129,7 +128,7 @@ def abstract_models(
         }
 
     trained = _state_laid_out(state.actor, first, model)
-    averaged = placed(trained.trainable, HOST if model.offload_ema else None) if average else {}
+    averaged = placed(trained.trainable, HOST if model.offload_ema else None) if state.average else {}
     return EngineState(trained, _state_laid_out(state.critic, second, model), averaged), FrozenParams(
         _as_loaded(frozen.actor, first),
         _as_loaded(frozen.critic, second),

@@ -18,9 +18,9 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.data.batches import Batch
-from rlhf_jax.engine import Engine
+from rlhf_jax.engine import Engine, EngineState, FrozenParams
 from rlhf_jax.generate import Rollout, bucket
-from rlhf_jax.mesh import GENERATE, TRAIN, Layout
+from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.cached import empty_cache, shared_for_decoding
 from rlhf_jax.models.decoder import abstract_params
@@ -45,7 +45,7 @@ from rlhf_jax.rollout import check_positions
 from rlhf_jax.sampling import check_learnable
 from rlhf_jax.stages.base import new_hf_config
 from rlhf_jax.stages.models import ModelConfig
-from rlhf_jax.stages.ppo import ppo_engine, ppo_sizes
+from rlhf_jax.stages.ppo import PPOConfig, ppo_engine, ppo_optimizers, ppo_sizes
 from rlhf_jax.stages.reward import reward_programs
 from rlhf_jax.stages.sft import sft_programs
 from rlhf_jax.stages.sizes import micro_batches
@@ -211,89 +211,100 @@ def _learning(
 
 
 def _ppo(recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, layout: Layout) -> list[Phase]:
-    config, model, mesh = recipe.ppo, recipe.model, layout.mesh
+    config, model = recipe.ppo, recipe.model
     batch_size, _ = ppo_sizes(config, layout)
     check_learnable(config.sample)
     for each in (actor, critic):
         check_positions(each, 1, config.sample.max_new_tokens)
-    txs = _optimizer(config.actor), _optimizer(config.critic)
-    engine: Engine = ppo_engine(config, model, actor, critic, *txs, eos_ids=(0,), layout=layout)
-    state, frozen = abstract_models(actor, critic, model, layout, txs, average=config.ema_decay > 0)
-    params = state.actor.params(frozen.actor)
-    held = _state_bytes("actor ", state.actor, frozen.actor) | _state_bytes("critic ", state.critic, frozen.critic)
+    optimizers = ppo_optimizers(config, max(config.actor.warmup_steps, config.critic.warmup_steps) + 1)
+    engine = ppo_engine(config, model, actor, critic, optimizers, (0,), layout)
+    state, frozen = abstract_models(actor, critic, model, layout, optimizers)
+    prompt = prompt_positions(recipe, min(actor.max_positions, critic.max_positions))
+    held = _engine_bytes(state, frozen)
+    rollout = _abstract_rollout(config, prompt, engine.publish.layout)
+    found = _generation(engine, recipe, state.actor.params(frozen.actor), held, rollout)
+    found += _learning_from(engine, (state, frozen), held, rollout, batch_size, layout)
+    return [phase._replace(host=host_bytes((state, frozen))) for phase in found]
+
+
+def _engine_bytes(state: EngineState, frozen: FrozenParams) -> dict[str, int]:
+    """{what: bytes on one device} of the models of an engine between its programs."""
     # A reward model shares with the critic what neither trains.
     own = {path: leaf for path, leaf in frozen.reward.items() if path not in frozen.critic}
+    held = _state_bytes("actor ", state.actor, frozen.actor)
+    held |= _state_bytes("critic ", state.critic, frozen.critic) if state.critic else {}
     held |= {"reference": device_bytes(frozen.reference), "reward model": device_bytes(own)}
-    held |= {"moving average": device_bytes(state.average)} if state.average else {}
+    return held | ({"moving average": device_bytes(state.average)} if state.average else {})
+
+
+def _abstract_rollout(config: PPOConfig, prompt: int, layout: Layout) -> Rollout:
+    rows, new = config.rollouts, config.sample.max_new_tokens
+    prompts = [jax.ShapeDtypeStruct((rows, prompt), kind) for kind in (jnp.int32, jnp.bool)]
+    answers = [jax.ShapeDtypeStruct((rows, new), kind) for kind in (jnp.int32, jnp.bool, jnp.float32)]
+    ended, ends = (jax.ShapeDtypeStruct((rows,), kind) for kind in (jnp.bool, jnp.int32))
+    return Rollout(*abstract_batch((*prompts, *answers, ended, answers[-1], ends), layout))
+
+
+def _generation(
+    engine: Engine, recipe: Recipe, params: Params, held: Mapping[str, int], rollout: Rollout
+) -> list[Phase]:
+    """Publishing the weights, and decoding all answers, at once or in rows that are refilled."""
+    actor, layout, programs = engine.models.actor, engine.publish.layout, engine.programs
+    weights = pinned(programs.publish.program, params)
+    added = device_bytes(weights) + moved_bytes(actor, params, layout)
+    weights |= shared_for_decoding(actor, params, layout, laid)
+    everywhere = NamedSharding(layout.mesh, PartitionSpec())
+    prompts, generate = (rollout.prompts, rollout.prompt_mask), programs.generate
+    config, length = recipe.ppo, rollout.prompts.shape[1] + rollout.tokens.shape[1]
+    rows = config.rollouts
+    if 0 < config.generate_rows < rows:
+        rows, generate = config.generate_rows, InRows(generate)
+        prompts = tuple(laid(x, everywhere) for x in prompts)
+    key = laid(jax.eval_shape(lambda: jax.random.key(0)), everywhere)
+    dtype = recipe.model.compute.dtype
+    cache = device_bytes(pinned(jax.jit(lambda: empty_cache(actor, rows, length, dtype, layout))))
+    live = {**held, "generation weights": added, "prompts": device_bytes(prompts)}
+    return [
+        Phase("ppo", "publish", programs.publish, (params,), dict(held), added=added),
+        Phase("ppo", "generate", generate, (weights, *prompts, key), live, cache=cache, added=cache),
+    ]
+
+
+def _learning_from(
+    engine: Engine,
+    models: tuple[EngineState, FrozenParams],
+    held: Mapping[str, int],
+    rollout: Rollout,
+    batch_size: int,
+    layout: Layout,
+) -> list[Phase]:
+    """Scoring, one optimizer step of each model that trains, and one of the moving average."""
+    (state, frozen), programs = models, engine.programs
     # As the engine fetches them: the reference to score, of an average that rests in host memory one array at a time.
     fetched = dataclasses.replace(frozen, reference=placed(frozen.reference, None))
-    scoring = dataclasses.replace(state, average={}), fetched
-
-    rows, new = config.rollouts, config.sample.max_new_tokens
-    prompt = prompt_positions(recipe, min(actor.max_positions, critic.max_positions))
-    generating = Layout(mesh, GENERATE)
-    weights = pinned(engine.programs["publish"].program, params)
-    added = device_bytes(weights) + moved_bytes(actor, params, generating)
-    weights |= shared_for_decoding(actor, params, generating, laid)
-    in_rows = 0 < config.generate_rows < rows
-
-    def prompts_of(count: int):
-        return tuple(jax.ShapeDtypeStruct((count, prompt), dtype) for dtype in (jnp.int32, jnp.bool))
-
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    prompts = abstract_batch(prompts_of(rows), generating)  # each as often as it is answered
-    if in_rows:
-        prompts = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), prompts)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
-    dtype = model.compute.dtype
-    cache = pinned(
-        jax.jit(lambda: empty_cache(actor, config.generate_rows if in_rows else rows, prompt + new, dtype, generating))
-    )
-    answers = [jax.ShapeDtypeStruct((rows, new), dtype) for dtype in (jnp.int32, jnp.bool, jnp.float32)]
-    ended, ends = (jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.bool, jnp.int32))
-    rollout = Rollout(*abstract_batch((*prompts_of(rows), *answers, ended, answers[-1], ends), generating))
-    experience = pinned(engine.programs["score"], *scoring, rollout)
-    part = abstract_batch(
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), experience), layout
-    )
-
-    published, rolled = {"generation weights": added}, {"rollout": device_bytes(rollout)}
-    learned = rolled | {"experience": device_bytes(experience)}
-    if batch_size < rows:
-        learned |= {"part of the experience": device_bytes(part)}
-    programs = engine.programs
-    found = [
-        Phase("ppo", "publish", programs["publish"], (params,), held, added=added),
-        Phase(
-            "ppo",
-            "generate",
-            InRows(programs["generate"]) if in_rows else programs["generate"],
-            (weights, *prompts, key),
-            held | published | {"prompts": device_bytes(prompts)},
-            cache=device_bytes(cache),
-            added=device_bytes(cache),
-        ),
-        Phase(
-            "ppo",
-            "score",
-            programs["score"],
-            (*scoring, rollout),
-            held | rolled | {"reference": device_bytes(fetched.reference)},
-        ),
-    ]
-    for name, decoder in (("actor", actor), ("critic", critic)):
-        learner = getattr(state, name)
-        args, sums = (learner, getattr(frozen, name), part), _gradients(model.with_lora(decoder), learner, layout)
-        found += _learning("ppo", name, programs[name], args, held | learned, sums)
+    scored = dataclasses.replace(state, average={}), fetched, rollout, None
+    live = {**held, "rollout": device_bytes(rollout)}
+    reference = {"reference": device_bytes(fetched.reference)}
+    found = [Phase("ppo", "score", programs.score, scored, live | reference)]
+    experience = pinned(programs.score, *scored)
+    part = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), experience)
+    part = abstract_batch(part, layout)
+    live |= {"experience": device_bytes(experience)}
+    if batch_size < rollout.tokens.shape[0]:
+        live |= {"part of the experience": device_bytes(part)}
+    for name in ("actor", "critic"):
+        if learner := getattr(state, name):
+            sums = _gradients(getattr(engine.models, name), learner, layout)
+            args = learner, getattr(frozen, name), part
+            found += _learning("ppo", name, getattr(programs, name), args, live, sums)
     if state.average:
         there = placed(state.average, None)
         largest = max(there, key=lambda path: device_bytes(there[path]))
-        pair, live = (there[largest], state.actor.trainable[largest]), held | learned
         if host_bytes(state.average):
             live |= {"moving average": device_bytes(there[largest])}
-        found.append(Phase("ppo", "average", programs["average"], pair, live))
-    return [phase._replace(host=host_bytes((state, frozen))) for phase in found]
+        pair = there[largest], state.actor.trainable[largest]
+        found.append(Phase("ppo", "average", programs.average, pair, live))
+    return found
 
 
 def prompt_positions(recipe: Recipe, max_positions: int) -> int:

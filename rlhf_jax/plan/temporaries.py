@@ -55,16 +55,13 @@ def estimate(recipe: Recipe, phase: Phase, mesh) -> int:
         # All at once: keys and values of the prompts beside the cache that they are put in, and what moves on the way.
         return hidden // 2 if config.generate_rows else phase.cache * 3 // 4 + hidden
     if phase.name == "score":
-        state, frozen, _ = phase.args
-        trained = [state.actor.trainable, state.critic.trainable]
-        casts = max(device_bytes(tree) // 2 for tree in trained)
+        state, frozen, *_ = phase.args
+        trained = {"actor": actor, "critic": critic} if state.critic else {"actor": actor}
+        casts = max(device_bytes(getattr(state, name).trainable) // 2 for name in trained)
         passes = (
-            _gathered(each, params, width)
+            _gathered(each, getattr(state, name).params(getattr(frozen, name)), width)
             + _forward(each, rows, length, chunk, width, recipe.model.with_lora(each).lora.rank > 0)
-            for each, params in (
-                (actor, state.actor.params(frozen.actor)),
-                (critic, state.critic.params(frozen.critic)),
-            )
+            for name, each in trained.items()
         )
         return casts + max(passes)
     decoder = actor if phase.name == "actor" else critic

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 import time
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from rlhf_jax.average import start_average
 from rlhf_jax.data.ahead import Ahead
 from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.config import DataConfig
 from rlhf_jax.data.example import RowSpec
 from rlhf_jax.data.selection import select_rows
 from rlhf_jax.data.template import prepare_tokenizer
-from rlhf_jax.engine import Engine, EngineState, Experience, FrozenParams, make_engine
+from rlhf_jax.engine import (
+    Algorithm,
+    Architectures,
+    Engine,
+    EngineState,
+    Execution,
+    Experience,
+    FrozenParams,
+    Optimizers,
+    Sampling,
+    ScoredRollout,
+    make_engine,
+)
 from rlhf_jax.generate import Rollout, bucket
-from rlhf_jax.host_memory import to_devices, to_host
-from rlhf_jax.mesh import Layout, check_divides
+from rlhf_jax.mesh import Layout, check_divides, to_devices, to_host
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.objectives import masked, ppo
@@ -38,7 +49,9 @@ from rlhf_jax.stages.models import (
     say_attention,
 )
 from rlhf_jax.stages.sizes import drawn, micro_batches, total_steps
-from rlhf_jax.train_step import Params
+from rlhf_jax.train_step import Params, start_ema
+
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,11 +85,20 @@ class PPOConfig:
         """Answers of one iteration."""
         return self.rollout_batch_size * self.sample.num_samples
 
+    @property
+    def update_size(self) -> int:
+        """Rollouts of one optimizer step."""
+        return self.batch_size or self.rollouts
+
+    def updates(self, steps: int) -> int:
+        """Optimizer steps of so many iterations."""
+        return steps * self.ppo_epochs * self.rollouts // self.update_size
+
 
 def ppo_sizes(config: PPOConfig, layout: Layout) -> tuple[int, int]:
     """Rollouts and micro-batches of one optimizer step; ValueError where sizes do not divide."""
     check_divides("ppo.rollout_batch_size", config.rollout_batch_size, layout.shards("batch"), "devices of the mesh")
-    batch_size = config.batch_size or config.rollouts
+    batch_size = config.update_size
     num_micro = micro_batches("ppo", batch_size, config.micro_batch_size, layout)
     name = "ppo.rollout_batch_size" + (" x num_samples" if config.sample.num_samples > 1 else "")
     check_divides(name, config.rollouts, batch_size, "rollouts of ppo.batch_size")
@@ -84,87 +106,94 @@ def ppo_sizes(config: PPOConfig, layout: Layout) -> tuple[int, int]:
     return batch_size, num_micro
 
 
+def ppo_optimizers(config: PPOConfig, updates: int) -> Optimizers:
+    """Of a run of so many optimizer steps."""
+    return Optimizers(make_optimizer(config.actor, updates), make_optimizer(config.critic, updates), config.ema_decay)
+
+
+def ppo_algorithm(config: PPOConfig) -> Algorithm:
+    """Generalised advantages, clipped policy loss, clipped value loss."""
+    parts = (functools.partial(part, config=config) for part in (estimate, actor_loss, critic_loss))
+    return Algorithm(*parts)
+
+
 def ppo_engine(
     config: PPOConfig,
     model: ModelConfig,
     actor: DecoderConfig,
     critic: DecoderConfig,
-    actor_tx: optax.GradientTransformation,
-    critic_tx: optax.GradientTransformation,
+    optimizers: Optimizers,
     eos_ids: tuple[int, ...],
     layout: Layout,
 ) -> Engine:
     """The engine that runs these settings; the reward model has the critic's architecture."""
     batch_size, num_micro = ppo_sizes(config, layout)
     return make_engine(
-        actor=model.with_lora(actor),
-        critic=model.with_lora(critic),
-        reward=critic,
-        estimate=lambda experience: advantages(experience, config),
-        actor_loss=lambda logprobs, entropy, experience: actor_loss(logprobs, entropy, experience, config),
-        critic_loss=lambda values, experience: critic_loss(values, experience, config),
-        actor_tx=actor_tx,
-        critic_tx=critic_tx,
-        sample=config.sample,
-        eos_ids=eos_ids,
-        layout=layout,
-        compute=model.compute,
-        num_micro=num_micro,
-        num_score_micro=num_micro * config.rollouts // batch_size,
-        generate_rows=config.generate_rows,
-        ema_decay=config.ema_decay,
+        Architectures(model.with_lora(actor), model.with_lora(critic), actor.without_lora(), critic.without_lora()),
+        ppo_algorithm(config),
+        optimizers,
+        Sampling(config.sample, eos_ids, config.generate_rows),
+        Execution(layout, model.compute, num_micro, num_micro * config.rollouts // batch_size),
     )
 
 
 def ppo_models(
-    actor: Pretrained,
-    critic: Pretrained,
-    model: ModelConfig,
-    actor_tx: optax.GradientTransformation,
-    critic_tx: optax.GradientTransformation,
-    seed: int,
-    *,
-    average: bool = False,
+    actor: Pretrained, critic: Pretrained, model: ModelConfig, optimizers: Optimizers, seed: int
 ) -> tuple[EngineState, FrozenParams]:
     """What PPO trains and what is frozen, from a loaded actor and a loaded reward model that the critic starts from.
 
-    Reference and average lie where `model.offload_reference` and `model.offload_ema` say.
-
-    Args:
-        average: a moving average of the actor is kept.
+    Reference and moving average lie where `model.offload_reference` and `model.offload_ema` say.
     """
     assert "auto" not in (model.offload_reference, model.offload_ema), "the plan resolves this"
     # What training donates must not be what scores, so of that reference and reward model have copies of their own.
     reference = {} if model.lora.rank else frozen_copy(actor.params, model.frozen_dtype)
     if model.offload_reference:
         reference = to_host(reference)
-    critic_state, critic_frozen = make_state(critic, model, critic_tx, seed)
+    critic_state, critic_frozen = make_state(critic, model, optimizers.critic, seed)
     reward = {path: leaf for path, leaf in critic.params.items() if path in critic_frozen}
     reward |= frozen_copy(
         {path: leaf for path, leaf in critic.params.items() if path not in reward}, model.frozen_dtype
     )
-    actor_state, actor_frozen = make_state(actor, model, actor_tx, seed)
-    averaged = start_average(actor_state.trainable, offloaded=model.offload_ema) if average else {}
-    state = EngineState(actor_state, critic_state, averaged)
+    actor_state, actor_frozen = make_state(actor, model, optimizers.actor, seed)
+    average = start_ema(actor_state.trainable, offload=model.offload_ema) if optimizers.ema_decay else {}
+    state = EngineState(actor_state, critic_state, average)
     return state, FrozenParams(actor_frozen, critic_frozen, reference, reward)
 
 
-def say_offload(model: ModelConfig, config: PPOConfig) -> None:
-    """Print which switches of offload have nothing to do."""
+def load_models(run: RunConfig, layout: Layout, model: ModelConfig) -> tuple[Pretrained, Pretrained]:
+    """The actor, and the reward model that the critic starts from, of the same run."""
+    actor = load(run.export("sft"), model, layout, one_copy=model.one_copy)
+    critic = load(run.export("reward"), model, layout, scalar_head=True)
+    return actor, critic
+
+
+def log_lengths(actor: Pretrained, critic: Pretrained, model: ModelConfig, longest: int, new: int) -> None:
+    """Log the attention of both models on prompts of up to `longest` tokens and `new` ones.
+
+    Raises:
+        ValueError: a model has fewer positions.
+    """
+    for each in (actor, critic):
+        check_positions(each.config, longest, new)
+    length = bucket(longest) + new
+    say_attention("ppo, actor", actor, model, length, phases="training, scoring and prefill", decodes=True)
+    say_attention("ppo, critic and reward model", critic, model, length, phases="training and scoring")
+
+
+def log_offload(model: ModelConfig, config: PPOConfig) -> None:
+    """Log which switches of offload have nothing to do."""
     if model.offload_reference and model.lora.rank:
-        print(
-            "ppo: offload_reference has nothing to do: the reference is the actor's base without adapters", flush=True
-        )
+        LOGGER.info("ppo: offload_reference has nothing to do: the reference is the actor's base without adapters")
     if model.offload_ema and not config.ema_decay:
-        print("ppo: offload_ema has nothing to do: there is no moving average (ppo.ema_decay = 0)", flush=True)
+        LOGGER.info("ppo: offload_ema has nothing to do: there is no moving average (ppo.ema_decay = 0)")
 
 
-def say_publish(publish: Publish, params: Params, model: ModelConfig) -> dict[str, float]:
-    """`publish_bytes` of a compiled publish; where they cannot be counted that is printed, and they are not logged."""
+def log_publish(publish: Publish, params: Params, model: ModelConfig) -> dict[str, float]:
+    """`publish_bytes` of a compiled publish; where they cannot be counted the reason is logged, and {} returned."""
     try:
         return publish_bytes(publish, params, model.compute.dtype)
     except ValueError as error:
-        print(f"ppo: the bytes of publish are not counted: {error}", flush=True)
+        LOGGER.info(f"ppo: the bytes of publish are not counted: {error}")
         return {}
 
 
@@ -174,75 +203,54 @@ def run_ppo(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig
     Leaves RUN/ppo/export and export_critic, and with `ema_decay` export_ema: the moving average of the actor, which is
     of the adapters under LoRA, and then merged.
     """
-    actor = load(run.export("sft"), model, layout, one_copy=model.one_copy)
-    critic = load(run.export("reward"), model, layout, scalar_head=True)
+    actor, critic = load_models(run, layout, model)
     tokenizer = prepare_tokenizer(actor.tokenizer, data.template)
     if tokenizer.get_vocab() != critic.tokenizer.get_vocab():
         raise ValueError("actor and reward model have different vocabularies: PPO scores the actor's own tokens")
-    batch_size, _ = ppo_sizes(config, layout)
-
     rows = select_rows(data, tokenizer, RowSpec("prompt", "ppo"), held_out=False)
-    print(f"ppo: prompts: {rows.report}", flush=True)
+    LOGGER.info(f"ppo: prompts: {rows.report}")
+    log_lengths(actor, critic, model, rows.longest, config.sample.max_new_tokens)
     prompts = Batches(rows, batch_size=config.rollout_batch_size, seed=run.seed, side="left")
-    for each in (actor, critic):
-        check_positions(each.config, rows.longest, config.sample.max_new_tokens)
-    length, phases = bucket(rows.longest) + config.sample.max_new_tokens, "training and scoring"
-    say_attention("ppo, actor", actor, model, length, phases="training, scoring and prefill", decodes=True)
-    say_attention("ppo, critic and reward model", critic, model, length, phases=phases)
     steps = total_steps(config.steps, config.epochs, prompts.steps_per_epoch)
-    ahead = Ahead(prompts, steps)
-    updates = steps * config.ppo_epochs * config.rollouts // batch_size
-    actor_tx, critic_tx = make_optimizer(config.actor, updates), make_optimizer(config.critic, updates)
+    ahead, updates = Ahead(prompts, steps), config.updates(steps)
 
-    engine = ppo_engine(config, model, actor.config, critic.config, actor_tx, critic_tx, eos_ids(actor), layout)
-    state, frozen = ppo_models(actor, critic, model, actor_tx, critic_tx, run.seed, average=config.ema_decay > 0)
-    say_offload(model, config)
-    params = state.actor.params(frozen.actor)
-    publish = engine.publish.compiled(params)
-    moved, shapes = say_publish(publish, params, model), set()
-    summarise = jax.jit(lambda experience, rollout: summary(experience, rollout, config))
-    pick = jax.jit(lambda experience, index: jax.tree.map(lambda leaf: leaf[index], experience))
+    optimizers = ppo_optimizers(config, updates)
+    engine = ppo_engine(config, model, actor.config, critic.config, optimizers, eos_ids(actor), layout)
+    state, frozen = ppo_models(actor, critic, model, optimizers, run.seed)
+    log_offload(model, config)
+    publish = engine.publish.compiled(state.actor.params(frozen.actor))
+    constants, shapes = log_publish(publish, state.actor.params(frozen.actor), model), set()
     rates = learning_rate(config.actor, updates), learning_rate(config.critic, updates)
 
     def step_fn(state: EngineState, step: int):
-        """One iteration: publish, generate, score, then `ppo_epochs` passes of updates."""
+        """One iteration, by the steps of Ouyang et al. 2022, figure 2, step 3."""
+        # 1. New prompts are sampled from the data set.
         clock, batch = Clock(), ahead[step]
-        key = jax.random.fold_in(jax.random.key(run.seed), step)
+        # 2. The policy generates outputs.
         weights = clock.lap("publish", publish(state.actor.params(frozen.actor)))
+        key = jax.random.fold_in(jax.random.key(run.seed), step)
         rollout = clock.lap("generate", engine.generate(weights, batch.tokens, batch.mask, key))
         del weights  # the generation copy lives for one phase
         shapes.add(rollout.prompts.shape)
+        # 3. The reward model calculates a reward for each output; critic and reference add values and the KL penalty.
         experience = clock.lap("score", engine.score(state, frozen, rollout))
-        clock.lap("keep", keep_rollouts(run, step + 1, tokenizer, rollout, experience, config))
-        collected = []
-        for epoch in range(config.ppo_epochs):
-            order = np.random.RandomState([run.seed, step, epoch]).permutation(config.rollouts)
-            for index in order.reshape(-1, batch_size):
-                part = experience if batch_size == config.rollouts else pick(experience, index)
-                state, stats = engine.update(state, frozen, part)
-                collected.append(stats)
-        collected = clock.lap("update", collected)
-        stats = {**summarise(experience, rollout), "decode_steps": rollout.steps.max()}
+        clock.lap("keep", keep_rollouts(run, step + 1, tokenizer, rollout, experience))
+        # 4. The rewards are used to update the policy, and the critic, by PPO.
+        state, collected = update_passes(engine, state, frozen, experience, config, (run.seed, step))
+        clock.lap("update", collected)
+        stats = {**summary(experience, rollout), "decode_steps": rollout.steps.max()}
         stats |= {name: float(np.mean([float(part[name]) for part in collected])) for name in collected[0]}
         stats |= {"actor_learning_rate": rates[0](state.actor.step - 1)}
         stats |= {"critic_learning_rate": rates[1](state.critic.step - 1)}
-        tokens = int(experience.mask.sum())
-        # Prompts and answers, over the whole iteration.
+        tokens = int(experience.mask.sum())  # prompts and answers, over the whole iteration
         stats |= drawn(prompts, step)
-        stats |= moved | clock.seconds | {"tokens_per_second": tokens / sum(clock.seconds.values())}
+        stats |= constants | clock.seconds | {"tokens_per_second": tokens / sum(clock.seconds.values())}
         return state, stats
 
-    state = train_loop(
-        run,
-        "ppo",
-        steps,
-        state,
-        step_fn,
-        rows=rows,
-        headline=("score_mean", "kl", "response_length"),
-    )
+    headline = ("score_mean", "kl", "response_length")
+    state = train_loop(run, "ppo", steps, state, step_fn, rows=rows, headline=headline)
     lengths = len({bucket(n) for n in range(1, rows.longest + 1)})
-    print(f"ppo: programs of generation: {len(shapes)}, of at most {lengths} for these prompts", flush=True)
+    LOGGER.info(f"ppo: programs of generation: {len(shapes)}, of at most {lengths} for these prompts")
     export(critic, state.critic.params(frozen.critic), model, run.folder("ppo") / "export_critic")
     if state.average:
         # On the devices it takes the room that an update needs for the gradients.
@@ -250,18 +258,42 @@ def run_ppo(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig
     export(actor, state.actor.params(frozen.actor), model, run.export("ppo"))
 
 
-def rewards(experience: Experience, config: PPOConfig) -> jax.Array:
+@jax.jit
+def take_rows(experience: Experience, index: np.ndarray) -> Experience:
+    return jax.tree.map(lambda leaf: leaf[index], experience)
+
+
+def update_passes(
+    engine: Engine,
+    state: EngineState,
+    frozen: FrozenParams,
+    experience: Experience,
+    config: PPOConfig,
+    seed: tuple[int, ...],
+) -> tuple[EngineState, list[dict[str, jax.Array]]]:
+    """`ppo_epochs` passes over the rollouts, each in an order of its own; the metrics of each optimizer step."""
+    collected = []
+    for epoch in range(config.ppo_epochs):
+        order = np.random.RandomState([*seed, epoch]).permutation(config.rollouts)
+        for index in order.reshape(-1, config.update_size):
+            part = experience if len(index) == config.rollouts else take_rows(experience, index)
+            state, stats = engine.update(state, frozen, part)
+            collected.append(stats)
+    return state, collected
+
+
+def rewards(scored: ScoredRollout, config: PPOConfig) -> jax.Array:
     """[B, N]: the KL penalty of every token, and the score, less the penalty for no EOS, on the last."""
-    score = experience.score - config.missing_eos_penalty * ~experience.ended
-    logprobs, mask = (experience.logprobs, experience.ref_logprobs), experience.action_mask
+    score = scored.score - config.missing_eos_penalty * ~scored.ended
+    logprobs, mask = (scored.logprobs, scored.ref_logprobs), scored.action_mask
     return ppo.token_rewards(score, *logprobs, mask, kl_coef=config.kl_coef, clip=config.score_clip)
 
 
-def advantages(experience: Experience, config: PPOConfig) -> tuple[jax.Array, jax.Array]:
-    """Advantages and returns, [B, N] each."""
-    values, mask = experience.values, experience.action_mask
-    gains, returns = ppo.gae(rewards(experience, config), values, mask, gamma=config.gamma, lam=config.lam)
-    return masked.whiten(gains, mask) if config.whiten_advantages else gains, returns
+def estimate(scored: ScoredRollout, config: PPOConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rewards, advantages and returns, [B, N] each."""
+    gained, mask = rewards(scored, config), scored.action_mask
+    advantages, returns = ppo.gae(gained, scored.values, mask, gamma=config.gamma, lam=config.lam)
+    return gained, masked.whiten(advantages, mask) if config.whiten_advantages else advantages, returns
 
 
 def actor_loss(logprobs: jax.Array, entropy: jax.Array, experience: Experience, config: PPOConfig):
@@ -283,7 +315,8 @@ def critic_loss(values: jax.Array, experience: Experience, config: PPOConfig):
     return loss, {"clip_fraction": ppo.value_clip_fraction(values, old, returns, mask, clip=config.value_clip)}
 
 
-def summary(experience: Experience, rollout: Rollout, config: PPOConfig) -> dict[str, jax.Array]:
+@jax.jit
+def summary(experience: Experience, rollout: Rollout) -> dict[str, jax.Array]:
     """What an iteration's experience tells: score, KL, lengths, how good the critic was."""
     mask = experience.action_mask
     kl = ppo.sequence_kl(experience.logprobs, experience.ref_logprobs, mask)
@@ -291,7 +324,7 @@ def summary(experience: Experience, rollout: Rollout, config: PPOConfig) -> dict
         "score_mean": experience.score.mean(),
         "score_std": experience.score.std(),
         "kl": kl.mean(),
-        "reward_mean": rewards(experience, config).sum(axis=1).mean(),
+        "reward_mean": experience.rewards.sum(axis=1).mean(),
         "value_mean": masked.mean(experience.values, mask),
         "return_mean": masked.mean(experience.returns, mask),
         "explained_variance": ppo.explained_variance(experience.values, experience.returns, mask),
@@ -302,14 +335,12 @@ def summary(experience: Experience, rollout: Rollout, config: PPOConfig) -> dict
     }
 
 
-def keep_rollouts(
-    run: RunConfig, step: int, tokenizer, rollout: Rollout, experience: Experience, config: PPOConfig
-) -> None:
+def keep_rollouts(run: RunConfig, step: int, tokenizer, rollout: Rollout, experience: Experience) -> None:
     """Write every rollout of an iteration to RUN/ppo/rollouts/STEP.jsonl."""
     folder = run.folder("ppo") / "rollouts"
     folder.mkdir(parents=True, exist_ok=True)
     kl = ppo.sequence_kl(experience.logprobs, experience.ref_logprobs, experience.action_mask)
-    numbers = {"score": experience.score, "reward": rewards(experience, config).sum(axis=1), "kl": kl}
+    numbers = {"score": experience.score, "reward": experience.rewards.sum(axis=1), "kl": kl}
     rollout, numbers = jax.device_get((rollout, numbers))
     records = [
         {

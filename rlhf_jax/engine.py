@@ -21,8 +21,7 @@ import optax
 
 from rlhf_jax.generate import Rollout
 from rlhf_jax.gpus import RUN_OPTIONS
-from rlhf_jax.host_memory import to_devices
-from rlhf_jax.mesh import Layout, check_divides
+from rlhf_jax.mesh import Layout, check_divides, to_devices
 from rlhf_jax.models.architecture import Compute, DecoderConfig
 from rlhf_jax.models.cached import Weights
 from rlhf_jax.models.decoder import abstract_params, bind, head_kernel, head_options, last_hidden, scalar

@@ -6,9 +6,7 @@ arithmetic, or one of devices that are not there, for compilation.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -92,57 +90,51 @@ def abstract_pretrained(
 
 
 def abstract_state(
-    pretrained: Pretrained, model: ModelConfig, tx: optax.GradientTransformation
+    loaded: Pretrained, model: ModelConfig, tx: optax.GradientTransformation
 ) -> tuple[TrainState, Params]:
     """What `make_state` makes of it."""
-    state, frozen = _silent(
-        lambda params: make_state(dataclasses.replace(pretrained, params=params), model, tx, 0), pretrained.params
-    )
-    return _state_laid_out(state, pretrained, model), _as_loaded(frozen, pretrained)
+
+    def build(params):
+        return make_state(dataclasses.replace(loaded, params=params), model, tx, 0)
+
+    state, frozen = jax.eval_shape(build, loaded.params)
+    return _with_shardings(state, loaded, model), {path: loaded.params[path] for path in frozen}
 
 
 def abstract_models(
     actor: DecoderConfig, critic: DecoderConfig, model: ModelConfig, layout: Layout, optimizers: Optimizers
 ) -> tuple[EngineState, FrozenParams]:
     """What `ppo_models` makes of two loaded models."""
-    first, second = (
-        abstract_pretrained(actor, model, layout, one_copy=model.one_copy),
-        abstract_pretrained(critic, model, layout),
-    )
-
+    first = abstract_pretrained(actor, model, layout, one_copy=model.one_copy)
+    second = abstract_pretrained(critic, model, layout)
     on_devices = dataclasses.replace(model, offload_reference=False, offload_ema=False)
 
     def build(a, c):
         loaded = dataclasses.replace(first, params=a), dataclasses.replace(second, params=c)
         return ppo_models(*loaded, on_devices, optimizers, 0)
 
-    state, frozen = _silent(build, first.params, second.params)
-
-    def laid_out(params, loaded, shared=()):
-        leaves = abstract_params(loaded.config)
-        return {
-            path: loaded.params[path]
-            if path in shared
-            else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.sharding(leaves[path].axes))
-            for path, leaf in params.items()
-        }
-
-    trained = _state_laid_out(state.actor, first, model)
-    averaged = placed(trained.trainable, HOST if model.offload_ema else None) if state.average else {}
-    return EngineState(trained, _state_laid_out(state.critic, second, model), averaged), FrozenParams(
-        _as_loaded(frozen.actor, first),
-        _as_loaded(frozen.critic, second),
-        placed(laid_out(frozen.reference, first), HOST if model.offload_reference else None),
-        laid_out(frozen.reward, second, frozen.critic.keys()),
+    state, frozen = jax.eval_shape(build, first.params, second.params)
+    trained = _with_shardings(state.actor, first, model)
+    average = placed(trained.trainable, HOST if model.offload_ema else None) if state.average else {}
+    base, shared = (
+        {path: each.params[path] for path in part}
+        for each, part in zip((first, second), (frozen.actor, frozen.critic), strict=True)
     )
+    reference = placed(by_layout(frozen.reference, actor, layout), HOST if model.offload_reference else None)
+    own = {path: leaf for path, leaf in frozen.reward.items() if path not in shared}
+    state = EngineState(trained, _with_shardings(state.critic, second, model), average)
+    return state, FrozenParams(base, shared, reference, shared | by_layout(own, critic, layout))
+
+
+def by_layout(params: Params, decoder: DecoderConfig, layout: Layout) -> Params:
+    """Abstract parameters of a model, or some of them, in a layout."""
+    leaves = abstract_params(decoder)
+    return {path: laid(leaf, layout.sharding(leaves[path].axes)) for path, leaf in params.items()}
 
 
 def placed(params: Mapping[str, Any], memory: str | None) -> dict[str, Any]:
     """Abstract arrays in another memory; None: the devices' own."""
-    return {
-        path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding.with_memory_kind(memory))
-        for path, x in params.items()
-    }
+    return {path: laid(x, x.sharding.with_memory_kind(memory)) for path, x in params.items()}
 
 
 def pinned(program: Callable, *args: Any) -> Any:
@@ -153,11 +145,8 @@ def pinned(program: Callable, *args: Any) -> Any:
     mesh = next(iter(pins.values())).mesh
     free = NamedSharding(mesh, PartitionSpec())
     leaves, structure = jax.tree.flatten(shapes)
-    laid = [
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=pins.get(var, free))
-        for leaf, var in zip(leaves, jaxpr.outvars, strict=True)
-    ]
-    return jax.tree.unflatten(structure, laid)
+    found = [laid(leaf, pins.get(var, free)) for leaf, var in zip(leaves, jaxpr.outvars, strict=True)]
+    return jax.tree.unflatten(structure, found)
 
 
 def _pins(jaxpr: Any) -> dict[Any, NamedSharding]:
@@ -177,26 +166,11 @@ def _pins(jaxpr: Any) -> dict[Any, NamedSharding]:
     return pins
 
 
-def _silent(build: Callable, *args: Any) -> Any:
-    """`jax.eval_shape`, without what the real functions print on the way."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        return jax.eval_shape(build, *args)
-
-
-def _state_laid_out(state: TrainState, loaded: Pretrained, model: ModelConfig) -> TrainState:
-    """With its shardings."""
-    shardings = state_shardings(state, abstract_params(model.with_lora(loaded.config)), loaded.layout)
-    return jax.tree.map(laid, state, shardings)
-
-
-def _as_loaded(frozen: Params, loaded: Pretrained) -> Params:
-    return {path: loaded.params[path] for path in frozen}
+def _with_shardings(state: TrainState, loaded: Pretrained, model: ModelConfig) -> TrainState:
+    leaves = abstract_params(model.with_lora(loaded.config))
+    return jax.tree.map(laid, state, state_shardings(state, leaves, loaded.layout))
 
 
 def abstract_batch(tree: Any, layout: Layout) -> Any:
     """Abstract arrays split by their first dimension."""
-
-    def laid_out(leaf):
-        return layout.sharding(("batch", *[None] * (leaf.ndim - 1)))
-
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=laid_out(leaf)), tree)
+    return jax.tree.map(lambda leaf: laid(leaf, layout.sharding(("batch", *[None] * (leaf.ndim - 1)))), tree)

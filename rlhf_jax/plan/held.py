@@ -23,7 +23,6 @@ from rlhf_jax.generate import Rollout, bucket
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.cached import empty_cache, shared_for_decoding
-from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.families import decoder_config
 from rlhf_jax.models.folders import read_json
 from rlhf_jax.optim import OptimConfig, make_optimizer
@@ -32,6 +31,7 @@ from rlhf_jax.plan.abstract import (
     abstract_models,
     abstract_pretrained,
     abstract_state,
+    by_layout,
     device_bytes,
     host_bytes,
     laid,
@@ -162,7 +162,12 @@ def _supervised(
     batch = abstract_batch(Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in kinds)), layout)
     live = _state_bytes("", state, frozen) | {"batch": device_bytes(batch)}
     found = _learning(
-        stage, "update", update, (state, frozen, batch), live, _gradients(model.with_lora(decoder), state, layout)
+        stage,
+        "update",
+        update,
+        (state, frozen, batch),
+        live,
+        by_layout(state.trainable, model.with_lora(decoder), layout.gradients),
     )
     if config.eval_batches:  # by micro-batches
         few = [
@@ -173,12 +178,6 @@ def _supervised(
         at_hand = live | {"batch": device_bytes(measured)}
         found.append(Phase(stage, "evaluate", measure, (state.params(frozen), measured), at_hand))
     return [phase._replace(host=host_bytes(state)) for phase in found]
-
-
-def _gradients(decoder: DecoderConfig, state: TrainState, layout: Layout) -> Params:
-    """The sum of the gradients, abstract."""
-    leaves = abstract_params(decoder)
-    return {path: laid(leaf, layout.gradients.sharding(leaves[path].axes)) for path, leaf in state.trainable.items()}
 
 
 def _learning(
@@ -294,7 +293,7 @@ def _learning_from(
         live |= {"part of the experience": device_bytes(part)}
     for name in ("actor", "critic"):
         if learner := getattr(state, name):
-            sums = _gradients(getattr(engine.models, name), learner, layout)
+            sums = by_layout(learner.trainable, getattr(engine.models, name), layout.gradients)
             args = learner, getattr(frozen, name), part
             found += _learning("ppo", name, getattr(programs, name), args, live, sums)
     if state.average:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,6 +32,7 @@ from rlhf_jax.rollout import eos_ids
 from rlhf_jax.train_step import Params, TrainState, init_state
 from rlhf_jax.trees import partition
 
+LOGGER = logging.getLogger(__name__)
 Dtype = Literal["float32", "bfloat16"]
 Switch = Literal[True, False, "auto"]  # "auto": as the plan chooses
 FrozenDtype = Literal["float32", "bfloat16", "int8", "nf4"]
@@ -130,6 +132,9 @@ def load(
     if model.tokenizer is None:
         raise ValueError(f"{path} has no tokenizer: save one into the folder (tokenizer.save_pretrained)")
     check_model_divides({"attention heads": model.config.num_heads}, mesh)
+    lora = settings.with_lora(model.config).lora
+    if model.config.experts and lora.rank and {"gate", "up", "down"} & set(lora.targets):
+        LOGGER.info("the experts have no adapters: only the attention of this sparse model is adapted")
     return relaid(model, layout)
 
 
@@ -190,8 +195,6 @@ def make_state(
     if lora.rank and not adapters:
         raise ValueError(f"none of the adapters' targets {', '.join(lora.targets)} is a linear of this model")
     trainable, frozen = partition({**model.params, **adapters}, lambda path: is_trainable(path, lora))
-    if config.experts and lora.rank and {"gate", "up", "down"} & set(lora.targets):
-        print("the experts have no adapters: only the attention of this sparse model is adapted", flush=True)
     trainable = {path: leaf.astype(jnp.float32) for path, leaf in trainable.items()}
     return init_state(trainable, tx, abstract_params(config), layout), frozen
 

@@ -161,20 +161,10 @@ def _supervised(
     kinds = (jnp.int32, jnp.bool, jnp.bool, *[jnp.int32] * bool(packed))
     batch = abstract_batch(Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in kinds)), layout)
     live = _state_bytes("", state, frozen) | {"batch": device_bytes(batch)}
-    found = _learning(
-        stage,
-        "update",
-        update,
-        (state, frozen, batch),
-        live,
-        by_layout(state.trainable, model.with_lora(decoder), layout.gradients),
-    )
+    gradients = by_layout(state.trainable, model.with_lora(decoder), layout.gradients)
+    found = _learning(stage, "update", update, (state, frozen, batch), live, gradients)
     if config.eval_batches:  # by micro-batches
-        few = [
-            jax.ShapeDtypeStruct((config.batch_size // num_micro, *x.shape[1:]), x.dtype)
-            for x in jax.tree.leaves(batch)
-        ]
-        measured = abstract_batch(Batch(*few), layout)
+        measured = abstract_batch(_rows(batch, config.batch_size // num_micro), layout)
         at_hand = live | {"batch": device_bytes(measured)}
         found.append(Phase(stage, "evaluate", measure, (state.params(frozen), measured), at_hand))
     return [phase._replace(host=host_bytes(state)) for phase in found]
@@ -286,8 +276,7 @@ def _learning_from(
     reference = {"reference": device_bytes(fetched.reference)}
     found = [Phase("ppo", "score", programs.score, scored, live | reference)]
     experience = pinned(programs.score, *scored)
-    part = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), experience)
-    part = abstract_batch(part, layout)
+    part = abstract_batch(_rows(experience, batch_size), layout)
     live |= {"experience": device_bytes(experience)}
     if batch_size < rollout.tokens.shape[0]:
         live |= {"part of the experience": device_bytes(part)}
@@ -320,6 +309,11 @@ def _state_bytes(name: str, state: TrainState, frozen: Params) -> dict[str, int]
 def _optimizer(config: OptimConfig) -> optax.GradientTransformation:
     """Its state has the same shapes however long the run is."""
     return make_optimizer(config, config.warmup_steps + 1)
+
+
+def _rows(tree: Any, count: int) -> Any:
+    """The same arrays with so many rows, without a sharding."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), tree)
 
 
 def _round8(length: int) -> int:

@@ -21,7 +21,7 @@ from rlhf_jax.mesh import Layout
 from rlhf_jax.models.architecture import Compute, DecoderConfig
 from rlhf_jax.models.decoder import abstract_params, bind, head_kernel, head_options
 from rlhf_jax.objectives.logprobs import token_logprobs
-from rlhf_jax.objectives.masked import mean
+from rlhf_jax.objectives.sft import nll
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
 from rlhf_jax.stages.loop import RunConfig, say_rows, train_loop
 from rlhf_jax.stages.models import ModelConfig, export, load, make_state, say_attention
@@ -67,7 +67,7 @@ def sft_programs(
             **head_options(decoder, params),
         )
         learned = batch.loss_mask[:, 1:]
-        return -mean(logprobs, learned), balance, learned.sum()
+        return nll(logprobs, learned), balance, learned.sum()
 
     def loss_fn(params: Params, batch: Batch):
         loss, balance, count = losses(params, batch)

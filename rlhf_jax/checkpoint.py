@@ -1,4 +1,4 @@
-"""Exact resume: everything that the next step depends on, written beside the training and read back into any layout."""
+"""Exact resume: everything that the next step depends on, written while training goes on, read into any layout."""
 
 from __future__ import annotations
 
@@ -21,25 +21,21 @@ class Checkpoints:
     nothing that is taken for a checkpoint.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int = 2, writing: bool = True) -> None:
-        """Open, keeping the newest `keep` steps. One process at a time may open a folder for writing.
+    def __init__(self, folder: str | Path, *, keep: int = 2) -> None:
+        """Open, keeping the newest `keep` steps. One process at a time may have a folder open.
 
-        Opening for writing makes the folder and removes what killed saves left; opening with writing=False changes
-        nothing, so it is safe beside a run. Raises ValueError for keep below 1, or if there is no folder to read.
+        Opening makes the folder and removes what killed saves left. Raises ValueError for keep below 1.
         """
         if keep < 1:
             raise ValueError(f"keep is {keep}: keep at least 1 checkpoint, or a run cannot be resumed")
         self._folder = Path(folder).absolute()
-        self._writing = writing
-        if not writing and not self._folder.is_dir():
-            raise ValueError(f"no checkpoints at {self._folder}: give the folder of a run that has saved some")
         self._manager = ocp.CheckpointManager(
             self._folder,
             item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=LatestN(keep),
-                create=writing,
-                cleanup_tmp_directories=writing,
+                create=True,
+                cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
             ),
         )
@@ -50,7 +46,6 @@ class Checkpoints:
         step: above every step saved before. meta: what JSON can hold (tuples come back as lists).
         A save still under way is waited for first, and its failure raised here.
         """
-        assert self._writing, "opened for reading"
         latest = self.latest_step()
         assert latest is None or step > latest, f"step {step} is not above {latest}"
         flat = {path: _as_array(leaf) for path, leaf in _by_path(state).items()}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 
 T = TypeVar("T")
-Flat = dict[str, Any]
 
 
 def record(cls: type[T]) -> type[T]:

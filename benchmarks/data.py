@@ -195,7 +195,7 @@ def consumption(folder: Path) -> dict[str, float]:
     params = init_params(decoder, jax.random.key(0), layout)
     tx = make_optimizer(recipe.sft.optim, 100)
     state, frozen = make_state(Pretrained(decoder, params, tokenizer, hf, {}, layout), recipe.model, tx, 0)
-    update, _ = sft_programs(recipe.model.role(decoder), recipe.model.compute, layout, tx, 1)
+    update, _ = sft_programs(recipe.model.with_lora(decoder), recipe.model.compute, layout, tx, 1)
     seconds = []
     for step in range(4):
         batch = batches[step]

@@ -1,7 +1,7 @@
 """From a pretrained language model to an assistant by human feedback: SFT, reward model and PPO in JAX."""
 
 from rlhf_jax import objectives
-from rlhf_jax.generate import Rollout
+from rlhf_jax.decode import Rollout
 from rlhf_jax.models.pretrained import (
     Pretrained,
     apply,

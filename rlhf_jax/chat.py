@@ -14,11 +14,10 @@ import numpy as np
 
 from rlhf_jax.data.splits import Turns
 from rlhf_jax.data.template import encode_prompt, prepare_tokenizer
-from rlhf_jax.generate import bucket, prefill
+from rlhf_jax.decode import bucket, prefill
 from rlhf_jax.gpus import RUN_OPTIONS
 from rlhf_jax.mesh import GENERATE, Layout
-from rlhf_jax.models.architecture import DecoderConfig
-from rlhf_jax.models.cached import Cache, Weights, forward, logits_of
+from rlhf_jax.models.cached import Cache, Inference, Weights, forward, logits_of
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained
 from rlhf_jax.rollout import eos_ids, make_publish
 from rlhf_jax.sampling import SampleConfig, check_sample, draw, restrained_logits
@@ -93,19 +92,17 @@ class Speaker:
             raise ValueError("the folder has no tokenizer: save one into it (tokenizer.save_pretrained)")
         # At least half of the positions are for the dialogue.
         longest = max(1, min(sample.max_new_tokens, model.config.max_positions // 2))
-        self.config, self.sample = (
-            model.config,
-            dataclasses.replace(sample, max_new_tokens=longest, min_new_tokens=min(sample.min_new_tokens, longest)),
-        )
+        least = min(sample.min_new_tokens, longest)
+        self.sample = dataclasses.replace(sample, max_new_tokens=longest, min_new_tokens=least)
         self.tokenizer = prepare_tokenizer(model.tokenizer)
         self.eos = eos_ids(model)
-        self.dtype = model.params["embed/tokens"].dtype
-        self.layout = Layout(model.layout.mesh, GENERATE)
-        self.weights = make_publish(model.config, model.layout.mesh, self.dtype)(model.params)
+        dtype, mesh = model.params["embed/tokens"].dtype, model.layout.mesh
+        self.model = Inference(model.config, Layout(mesh, GENERATE), dtype)
+        self.weights = make_publish(model.config, mesh, dtype)(model.params)
 
     def fitting(self, turns: Turns) -> Turns:
         """The dialogue without its oldest exchanges, where all of it does not fit the model's positions; says so."""
-        room, dropped = self.config.max_positions - self.sample.max_new_tokens, 0
+        room, dropped = self.model.config.max_positions - self.sample.max_new_tokens, 0
         while len(encode_prompt(self.tokenizer, turns)) > room and len(turns) > 1:
             turns, dropped = turns[2:], dropped + 1
         size = len(encode_prompt(self.tokenizer, turns))
@@ -127,10 +124,8 @@ class Speaker:
         tokens = np.zeros((1, width), np.int32)
         tokens[0, width - len(ids) :] = ids
         mask = np.arange(width)[None] >= width - len(ids)
-        logits, cache = start(
-            self.config, self.sample.max_new_tokens, self.layout, self.dtype, self.weights, tokens, mask
-        )
-        seen = np.zeros((1, self.config.padded_vocab), bool)
+        logits, cache = start(self.model, self.sample.max_new_tokens, self.weights, tokens, mask)
+        seen = np.zeros((1, self.model.config.padded_vocab), bool)
         seen[0, ids] = True
         said: list[int] = []
         shown = ""
@@ -146,14 +141,14 @@ class Speaker:
                 yield text[len(shown) :]
                 shown = text
             where = jnp.int32(len(ids) + t), jnp.int32(width + t)
-            logits, cache = advance(self.config, self.layout, self.weights, token, cache, *where)
+            logits, cache = advance(self.model, self.weights, token, cache, *where)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), compiler_options=RUN_OPTIONS)
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=RUN_OPTIONS)
 def start(
-    config: DecoderConfig, new_tokens: int, layout: Layout, dtype, weights: Weights, tokens: jax.Array, mask: jax.Array
+    model: Inference, new_tokens: int, weights: Weights, tokens: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, Cache]:
-    return prefill(config, weights, tokens, mask, new_tokens, layout, dtype)
+    return prefill(model, weights, tokens, mask, new_tokens)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -163,17 +158,11 @@ def choose(
     return draw(restrained_logits(logits, sample, seen, drawn, eos), keys, sample)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="cache", compiler_options=RUN_OPTIONS)
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="cache", compiler_options=RUN_OPTIONS)
 def advance(
-    config: DecoderConfig,
-    layout: Layout,
-    weights: Weights,
-    token: jax.Array,
-    cache: Cache,
-    position: jax.Array,
-    index: jax.Array,
+    model: Inference, weights: Weights, token: jax.Array, cache: Cache, position: jax.Array, index: jax.Array
 ) -> tuple[jax.Array, Cache]:
     """Logits [1, V] after one more token [1], which stands at `position` of the text and `index` of the cache."""
     ones = jnp.ones((1, 1), bool)
-    hidden, cache = forward(config, weights, token[:, None], ones, position[None, None], cache, index, layout)
-    return logits_of(config, weights, hidden[:, -1]), cache
+    hidden, cache = forward(model, weights, token[:, None], ones, position[None, None], cache, index)
+    return logits_of(model.config, weights, hidden[:, -1]), cache

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhf_jax.generate import Rollout
+from rlhf_jax.decode import Rollout
 from rlhf_jax.gpus import RUN_OPTIONS
 from rlhf_jax.mesh import Layout, check_divides, to_devices
 from rlhf_jax.models.architecture import Compute, DecoderConfig

@@ -19,12 +19,12 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from rlhf_jax.collectives import received
-from rlhf_jax.generate import Rollout, bucket, generate, generate_in_rows
+from rlhf_jax.decode import Decoding, Rollout, bucket, generate, generate_slots
 from rlhf_jax.gpus import RUN_OPTIONS
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, Table, check_divides, check_model_divides
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.attention import Choice
-from rlhf_jax.models.cached import Weights, for_decoding, shared, shared_for_decoding
+from rlhf_jax.models.cached import Inference, Weights, for_decoding, shared, shared_for_decoding
 from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.sampling import SampleConfig, check_sample
@@ -121,14 +121,13 @@ def generate_program(
 
     in_rows, static: in `rows` rows that are refilled, in place of all at once.
     """
-    layout = Layout(mesh, GENERATE)
+    decoding = Decoding(Inference(config, Layout(mesh, GENERATE), dtype, attention), sample, eos_ids)
 
     @functools.partial(jax.jit, static_argnames="in_rows", compiler_options=RUN_OPTIONS)
     def program(weights, prompts, prompt_mask, key, in_rows=False):
-        options = config, weights, prompts, prompt_mask, key, sample, eos_ids, layout, dtype
         if in_rows:
-            return generate_in_rows(*options, rows, attention)
-        return generate(*options, attention)
+            return generate_slots(decoding, weights, prompts, prompt_mask, key, rows)
+        return generate(decoding, weights, prompts, prompt_mask, key)
 
     return program
 

@@ -1,4 +1,4 @@
-"""Fused attention: where it is chosen and why, and that what it is asked for is what `attend` computes."""
+"""Fused attention: where it is chosen and why, and that what it is asked for is what `attention` computes."""
 
 import dataclasses
 import functools
@@ -10,13 +10,13 @@ import pytest
 import tiny
 from einops import rearrange
 
-from rlhf_jax.generate import prefill
+from rlhf_jax.decode import prefill
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
-from rlhf_jax.models import cached, decoder, pretrained
+from rlhf_jax.models import cached, decoder, pretrained, transformer
 from rlhf_jax.models.architecture import Alibi, Compute
 from rlhf_jax.models.attention import Kernel, attention_kernel, described, kernel_on, uniform_window
 from rlhf_jax.models.decoder import bind
-from rlhf_jax.models.layers import attend, attend_fused, roll_rows
+from rlhf_jax.models.layers import attention, fused_attention, roll_rows
 
 BFLOAT16, FLOAT16, FLOAT32 = (jnp.dtype(name) for name in ("bfloat16", "float16", "float32"))
 WINDOWED = dataclasses.replace(tiny.LLAMA, windows=(5, 5))
@@ -99,10 +99,10 @@ def arrays(dtype, heads, kv_heads, batch=3, length=12, size=8):
 
 
 def attended(q, k, v, mask, window):
-    """By `attend`, with all that its mask says: real tokens, none after the query, and the window."""
+    """By `attention`, with all that its mask says: real tokens, none after the query, and the window."""
     back = np.arange(q.shape[1])[:, None] - np.arange(q.shape[1])
     visible = (back >= 0) & (back < (window or q.shape[1])) & mask[:, None, :]
-    return attend(q, *(rearrange(y, "b t k d -> b k t d") for y in (k, v)), visible, scale=0.3)
+    return attention(q, *(rearrange(y, "b t k d -> b k t d") for y in (k, v)), visible, scale=0.3)
 
 
 # float32: sums in another order. bfloat16: both round the weights of the values, and the result, to 8 bits.
@@ -124,7 +124,7 @@ def in_all_cases(test):
 def test_fused_attention_is_asked_for_the_same_function_on_right_padded_rows(heads, window, dtype):
     q, k, v = arrays(dtype, *heads)
     mask = np.arange(12) < np.array([12, 7, 1])[:, None]
-    fused = attend_fused(q, k, v, scale=0.3, window=window, implementation="xla")
+    fused = fused_attention(q, k, v, scale=0.3, window=window, implementation="xla")
     assert fused.dtype == dtype and fused.shape == q.shape
     expected = attended(q, k, v, mask, window)
     difference = np.abs(np.asarray(fused, np.float32) - np.asarray(expected, np.float32))
@@ -138,7 +138,7 @@ def test_fused_attention_of_left_padded_rows_is_that_of_the_rolled_ones(heads, w
     padding = np.array([0, 5, 11])
     mask = np.arange(12) >= padding[:, None]
     rolled = (roll_rows(y, padding) for y in (q, k, v))
-    fused = roll_rows(attend_fused(*rolled, scale=0.3, window=window, implementation="xla"), -padding)
+    fused = roll_rows(fused_attention(*rolled, scale=0.3, window=window, implementation="xla"), -padding)
     expected = attended(q, k, v, mask, window)
     difference = np.abs(np.asarray(fused, np.float32) - np.asarray(expected, np.float32))
     assert difference[mask].max() < TOLERANCE[dtype]
@@ -151,7 +151,7 @@ def test_padding_gets_no_gradient_and_gives_none_through_fused_attention():
     def loss(function):
         return jax.grad(lambda x: (jnp.square(function(*x)) * mask[..., None, None, None]).sum())((q, k, v))
 
-    fused = loss(lambda q, k, v: attend_fused(q, k, v, scale=0.3, window=0, implementation="xla"))
+    fused = loss(lambda q, k, v: fused_attention(q, k, v, scale=0.3, window=0, implementation="xla"))
     expected = loss(lambda q, k, v: attended(q, k, v, mask, 0))
     for got, wanted in zip(fused, expected, strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-5)
@@ -165,15 +165,14 @@ def pretended(monkeypatch):
 
     def call(q, k, v, *, scale, window):
         calls.append((q.shape[2] * q.shape[3], window))
-        return attend_fused(q, k, v, scale=scale, window=window, implementation="xla")
+        return fused_attention(q, k, v, scale=scale, window=window, implementation="xla")
 
     def choose(mesh, config, dtype, length, choice, packed=False):
         return Kernel("xla" if choice == "xla" or packed else "cudnn", "")
 
     for module in (decoder, cached, pretrained):
         monkeypatch.setattr(module, "kernel_on", choose)
-    for module in (decoder, cached):
-        monkeypatch.setattr(module, "attend_fused", call)
+    monkeypatch.setattr(transformer, "fused_attention", call)
     return calls
 
 
@@ -217,7 +216,7 @@ def test_a_fused_prefill_leaves_the_logits_and_the_cache_of_one_that_is_not(pret
 
     @functools.partial(jax.jit, static_argnums=1)
     def run(weights, attention):
-        return prefill(config, weights, tokens, mask, 4, layout, jnp.float32, attention)
+        return prefill(cached.Inference(config, layout, jnp.float32, attention), weights, tokens, mask, 4)
 
     (fused, fused_cache), (logits, cache) = run(weights, "cudnn"), run(weights, "xla")
     assert len(pretended) == config.num_layers
@@ -248,7 +247,7 @@ def test_cudnn_attends_as_xla_does_in_bfloat16(heads, window):
     @functools.partial(jax.jit, static_argnums=1)
     def run(arrays, implementation):
         def total(arrays):
-            y = attend_fused(*arrays, scale=0.125, window=window, implementation=implementation)
+            y = fused_attention(*arrays, scale=0.125, window=window, implementation=implementation)
             return (jnp.square(y.astype(jnp.float32)) * mask[..., None, None, None]).sum(), y
 
         (_, y), grads = jax.value_and_grad(total, has_aux=True)(arrays)

@@ -19,6 +19,7 @@ import pytest
 import tiny
 
 from rlhf_jax.collectives import instructions, kinds, moved, received, runs
+from rlhf_jax.decode import Rollout
 from rlhf_jax.engine import (
     Architectures,
     EngineState,
@@ -28,7 +29,6 @@ from rlhf_jax.engine import (
     Sampling,
     make_engine,
 )
-from rlhf_jax.generate import Rollout
 from rlhf_jax.gpus import COMPILE_OPTIONS, RUN_OPTIONS, devices_of
 from rlhf_jax.mesh import GENERATE, TRAIN, WHOLE, Layout, MeshConfig, make_mesh, train_layout
 from rlhf_jax.models import cached
@@ -473,11 +473,13 @@ def test_the_decode_loop_needs_little_beside_its_cache(family):
     shardings = cached.Cache(*((entries,) * config.num_layers,) * 2, flags)
     cache, token = with_shardings(cache, shardings), shaped((8 * ROWS, 1), jnp.int32, flags)
 
+    model = cached.Inference(config, layout, BFLOAT16)
+
     def decode(weights, cache, token):
         def step(state):
             t, token, cache = state
             real, positions = jnp.ones(token.shape, bool), jnp.full(token.shape, t)
-            hidden, cache = cached.forward(config, weights, token, real, positions, cache, t, layout)
+            hidden, cache = cached.forward(model, weights, token, real, positions, cache, t)
             token = jnp.argmax(cached.logits_of(config, weights, hidden[:, -1]), axis=-1)[:, None]
             return t + 1, token.astype(jnp.int32), cache
 

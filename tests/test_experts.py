@@ -41,7 +41,7 @@ def by_hand(x, experts, router, gate, up, down):
 
 
 def sparse(x, experts, router, gate, up, down, layout=None):
-    return apply_experts(x, route(experts, x, router), gate, up, down, activation="silu", layout=layout)
+    return apply_experts(x, route(experts, x, router), (gate, up, down), activation="silu", layout=layout)
 
 
 @pytest.mark.parametrize("renormalised", [True, False])

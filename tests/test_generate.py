@@ -9,11 +9,15 @@ import tiny
 from scipy.stats import chi2
 
 import rlhf_jax
-from rlhf_jax.generate import bucket
-from rlhf_jax.mesh import TRAIN, Layout, single_device_mesh
+from rlhf_jax.decode import Decoding, bucket, decode_step, empty_state
+from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
 from rlhf_jax.models.architecture import Compute
-from rlhf_jax.models.decoder import bind, head_kernel
+from rlhf_jax.models.cached import Inference, empty_cache
+from rlhf_jax.models.decoder import abstract_params, bind, head_kernel
+from rlhf_jax.models.lora import NO_LORA
+from rlhf_jax.models.per_layer import PerLayer
 from rlhf_jax.models.pretrained import Pretrained
+from rlhf_jax.models.quantised import block_axis, is_quantisable, quantise
 from rlhf_jax.rollout import check_positions, make_generate, make_publish
 from rlhf_jax.sampling import SampleConfig, check_sample, draw, truncated_logits
 
@@ -361,3 +365,26 @@ def test_a_model_with_a_scalar_head_cannot_generate():
     model = pretrained("llama", config=tiny.scalar(tiny.LLAMA))
     with pytest.raises(ValueError, match="scalar head and cannot generate: load it with from_pretrained"):
         rlhf_jax.generate(model, *tiny.prompts(tiny.LLAMA, [2], 2), SampleConfig(NEW), KEY)
+
+
+# Of the tiny LLaMA: in each of two layers query, key and value, scores, their average, output, gate and up, and down;
+# then the head. Where generation reads the training base, five linears in place of two, and two products per adapter.
+PRODUCTS = {"fused": 13, "one_copy": 19, "one_copy-lora": 47, "nf4": 19, "nf4-lora": 47}
+
+
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_a_decode_step_multiplies_by_every_weight_once_as_written_and_as_compiled(kind):
+    kept, _, lora = kind.partition("-")
+    config, mesh = tiny.with_lora(tiny.LLAMA, tiny.LORA if lora else NO_LORA), single_device_mesh()
+    params, leaves = tiny.random_params(config, mesh), abstract_params(config)
+    for path in filter(is_quantisable, leaves):
+        if kept == "one_copy":
+            params[path] = PerLayer(tuple(params[path]))
+        elif kept == "nf4":
+            params[path] = quantise(params[path], "nf4", block_axis(leaves[path].axes))
+    model = Inference(config, Layout(mesh, GENERATE), FLOAT32)
+    weights, cache = make_publish(config, mesh, FLOAT32)(params), empty_cache(config, 2, 8, FLOAT32, model.layout)
+    state = empty_state(Decoding(model, SampleConfig(NEW), NO_EOS), 2, 2)
+    lowered = jax.jit(decode_step, static_argnums=0).lower(model, weights, state, cache, 4)
+    assert lowered.as_text().count("stablehlo.dot_general ") == PRODUCTS[kind]
+    assert lowered.compile().as_text().count(" dot(") == PRODUCTS[kind]

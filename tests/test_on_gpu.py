@@ -28,11 +28,11 @@ from rlhf_jax.engine import (
     make_engine,
 )
 from rlhf_jax.mesh import TRAIN, Layout, single_device_mesh, train_layout
-from rlhf_jax.models import cached, decoder
+from rlhf_jax.models import cached, decoder, transformer
 from rlhf_jax.models.architecture import Compute, Rope
 from rlhf_jax.models.attention import Kernel
 from rlhf_jax.models.decoder import abstract_params, bind, init_params, logits
-from rlhf_jax.models.layers import attend_fused
+from rlhf_jax.models.layers import fused_attention
 from rlhf_jax.models.lora import NO_LORA, LoraConfig, is_trainable
 from rlhf_jax.models.quantised import block_axis, dequantise, is_quantisable, quantise
 from rlhf_jax.rollout import make_generate, make_publish
@@ -64,14 +64,14 @@ def kernel(request, monkeypatch):
     """cuDNN's attention; or, without a GPU, XLA's behind the choice of "cudnn"."""
     if request.param == "cudnn":
         return
-    fused = functools.partial(attend_fused, implementation="xla")
+    fused = functools.partial(fused_attention, implementation="xla")
 
     def choose(mesh, config, dtype, length, choice, packed=False):
         return Kernel("xla" if choice == "xla" or packed else "cudnn", "")
 
     for module in (decoder, cached):
         monkeypatch.setattr(module, "kernel_on", choose)
-        monkeypatch.setattr(module, "attend_fused", fused)
+    monkeypatch.setattr(transformer, "fused_attention", fused)
 
 
 def params_of(config, lora=NO_LORA, seed=0, kind="float32"):

@@ -17,14 +17,13 @@ from rlhf_jax.data.batches import Batch
 from rlhf_jax.data.packing import pack, segments_of
 from rlhf_jax.gpus import COMPILE_OPTIONS, devices_of
 from rlhf_jax.mesh import TRAIN, Layout, MeshConfig, make_mesh, single_device_mesh
-from rlhf_jax.models import decoder
+from rlhf_jax.models import decoder, transformer
 from rlhf_jax.models.architecture import Alibi, Compute, Rope
 from rlhf_jax.models.attention import Kernel
 from rlhf_jax.models.decoder import abstract_params, bind, logits
-from rlhf_jax.models.layers import positions_of
+from rlhf_jax.models.layers import positions_of, visible_of
 from rlhf_jax.models.lora import is_trainable
 from rlhf_jax.models.new_tokenizer import train_tokenizer
-from rlhf_jax.models.sight import visible_of
 from rlhf_jax.objectives.sft import next_token_loss
 from rlhf_jax.stages.models import ModelConfig, say_attention
 from rlhf_jax.stages.sft import sft_programs
@@ -243,7 +242,7 @@ def test_where_attention_would_be_fused_packed_rows_go_over_masked_attention(mon
         raise AssertionError("fused attention keeps no documents apart")
 
     monkeypatch.setattr(decoder, "kernel_on", choose)
-    monkeypatch.setattr(decoder, "attend_fused", fused)
+    monkeypatch.setattr(transformer, "fused_attention", fused)
     config, documents = tiny.LLAMA, documents_of(tiny.LLAMA)
     layout = Layout(single_device_mesh(), TRAIN)
     params = tiny.random_params(config, layout.mesh)

@@ -14,9 +14,10 @@ from safetensors.numpy import load_file
 from test_pipeline import stop_in
 from tiny_recipe import run, tensors, timeless, write_recipe
 
-from rlhf_jax.generate import SampleConfig, generate
+from rlhf_jax.decode import Decoding, SampleConfig, generate
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
 from rlhf_jax.models.architecture import Compute, Rope
+from rlhf_jax.models.cached import Inference
 from rlhf_jax.models.decoder import abstract_params, bind, head_kernel
 from rlhf_jax.models.families import decoder_config
 from rlhf_jax.models.lora import is_adapter, is_trainable
@@ -274,8 +275,8 @@ def test_the_answering_program_never_holds_the_dense_kernels_of_all_layers():
     weights = jax.eval_shape(make_publish(config, mesh, FLOAT32), params)
 
     def program(weights, prompts, mask, key):
-        options = SampleConfig(max_new_tokens=8), (-1,), Layout(mesh, GENERATE), FLOAT32
-        return generate(config, weights, prompts, mask, key, *options)
+        decoding = Decoding(Inference(config, Layout(mesh, GENERATE), FLOAT32), SampleConfig(max_new_tokens=8), (-1,))
+        return generate(decoding, weights, prompts, mask, key)
 
     rows = [jax.ShapeDtypeStruct((2, 8), dtype) for dtype in (jnp.int32, jnp.bool)]
     compiled = jax.jit(program).lower(weights, *rows, jax.eval_shape(lambda: jax.random.key(0))).compile()

@@ -20,7 +20,7 @@ from rlhf_jax.mesh import GENERATE, TRAIN, Layout, MeshConfig, make_mesh
 from rlhf_jax.models.decoder import Leaf
 from rlhf_jax.models.lora import NO_LORA
 from rlhf_jax.models.safetensors_io import pickle_refusal, read_params, reading, write_params, writing
-from rlhf_jax.models.tensors import HfTensor, Strip
+from rlhf_jax.models.tensors import Checkpoint, HfTensor, Strip
 
 LAYERS, EXPERTS, HEADS, KV_HEADS, HEAD, HIDDEN, WIDTH, VOCAB, PADDED = 3, 2, 8, 4, 4, 16, 24, 50, 64
 KV = KV_HEADS * HEAD
@@ -116,8 +116,8 @@ def checkpoint(tensors=TENSORS) -> dict[str, np.ndarray]:
     return named
 
 
-def read(folder, layout, *, layouts=(TENSORS,), leaves=LEAVES, dtype="float32", **options):
-    return read_params(folder, leaves, layouts, layout, dtype, prefix="model.", **options)
+def read(folder, layout, *, layouts=(TENSORS,), leaves=LEAVES, dtype="float32", **files):
+    return read_params(folder, leaves, Checkpoint(layouts, "model.", **files), layout, dtype)
 
 
 def files_of(folder: Path) -> dict[str, np.ndarray]:
@@ -454,7 +454,7 @@ from pathlib import Path
 from rlhf_jax.mesh import TRAIN, Layout, MeshConfig, make_mesh
 from rlhf_jax.models.decoder import Leaf
 from rlhf_jax.models.safetensors_io import read_params, write_params
-from rlhf_jax.models.tensors import HfTensor
+from rlhf_jax.models.tensors import Checkpoint, HfTensor
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
@@ -475,7 +475,7 @@ def watch():
 
 thread = threading.Thread(target=watch)
 thread.start()
-params = read_params(folder, leaves, [tensors], layout, "float32", prefix="")
+params = read_params(folder, leaves, Checkpoint([tensors], ""), layout, "float32")
 held = sum(param.nbytes for param in params.values())
 read_peak, peak = peak - start - held, 0
 (folder / "out").mkdir()

@@ -11,8 +11,9 @@ import pytest
 import tiny
 
 import rlhf_jax
-from rlhf_jax.generate import generate_in_rows
+from rlhf_jax.decode import Decoding, generate_slots
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
+from rlhf_jax.models.cached import Inference
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.rollout import make_generate, make_publish
 from rlhf_jax.sampling import SampleConfig
@@ -179,8 +180,10 @@ def test_no_key_or_value_moves_between_devices():
     layout = Layout(mesh, GENERATE)
     tokens, mask = (layout.put(x, None, None) for x in tiny.prompts(config, LENGTHS, 8))
 
+    decoding = Decoding(Inference(config, layout, FLOAT32), SAMPLE, EOS)
+
     def program(weights, tokens, mask, key):
-        return generate_in_rows(config, weights, tokens, mask, key, SAMPLE, EOS, layout, FLOAT32, 16)
+        return generate_slots(decoding, weights, tokens, mask, key, 16)
 
     text = jax.jit(program).lower(weights_of("llama", "fsdp4-tensor2"), tokens, mask, KEY).compile().as_text()
     moved = re.findall(r"= \(?(\w+\[[\d,]*\]\S*) (?:all-gather|all-to-all|collective-permute)\(", text)

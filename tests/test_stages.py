@@ -17,8 +17,8 @@ from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.example import Example
 from rlhf_jax.data.selection import rows_of, select_rows
 from rlhf_jax.data.template import encode_prompt, encode_response, prepare_tokenizer
+from rlhf_jax.decode import Rollout
 from rlhf_jax.engine import Experience
-from rlhf_jax.generate import Rollout
 from rlhf_jax.mesh import TRAIN, Layout, MeshConfig, make_mesh
 from rlhf_jax.objectives.sft import next_token_loss
 from rlhf_jax.recipe import Recipe

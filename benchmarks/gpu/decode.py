@@ -23,10 +23,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from benchmarks.gpu.models import arguments, hf_config, keep
-from rlhf_jax.generate import generate
+from rlhf_jax.decode import Decoding, generate
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
 from rlhf_jax.models.architecture import DecoderConfig
-from rlhf_jax.models.cached import Weights
+from rlhf_jax.models.cached import Inference, Weights
 from rlhf_jax.models.decoder import init_params
 from rlhf_jax.models.families import decoder_config
 from rlhf_jax.rollout import generate_program, make_publish
@@ -47,7 +47,8 @@ def published(config: DecoderConfig, mesh: Mesh, params: Params, sample: SampleC
 
 def stacked(config: DecoderConfig, mesh: Mesh, params: Params, sample: SampleConfig) -> tuple[Any, Weights]:
     """The same arrays, but of all layers in one as training has them, and a layer sliced where it is used."""
-    layout, weights = Layout(mesh, GENERATE), make_publish(config, mesh, DTYPE)(params)
+    decoding = Decoding(Inference(config, Layout(mesh, GENERATE), DTYPE), sample, (END,))
+    weights = make_publish(config, mesh, DTYPE)(params)
     names = [path.removeprefix("layers/0/") for path in weights if path.startswith("layers/0/")]
     whole = {path: leaf for path, leaf in weights.items() if not path.startswith("layers/")}
     for name in names:
@@ -55,7 +56,7 @@ def stacked(config: DecoderConfig, mesh: Mesh, params: Params, sample: SampleCon
         whole[f"layers/{name}"] = jnp.stack(layers)
 
     def program(weights, prompts, mask, key):
-        return generate(config, Sliced(weights), prompts, mask, key, sample, (END,), layout, DTYPE)
+        return generate(decoding, Sliced(weights), prompts, mask, key)
 
     return jax.jit(program), whole
 

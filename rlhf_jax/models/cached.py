@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -26,26 +27,22 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 
 from rlhf_jax.mesh import TRAIN, Layout, Table
-from rlhf_jax.models.architecture import DecoderConfig
-from rlhf_jax.models.attention import Choice, kernel_on, uniform_window
+from rlhf_jax.models.architecture import Choice, DecoderConfig
+from rlhf_jax.models.attention import kernel_on
 from rlhf_jax.models.decoder import Leaf, abstract_params, head_kernel
-from rlhf_jax.models.experts import apply_experts, route
 from rlhf_jax.models.layers import (
-    ACTIVATIONS,
-    alibi_bias,
-    attend,
-    attend_fused,
-    block,
+    AttentionContext,
+    attention_context,
     normalise,
     normalise_heads,
     positions_of,
     roll_rows,
-    rotate,
-    turns_of,
+    visible_of,
 )
 from rlhf_jax.models.lora import is_adapter, merge
 from rlhf_jax.models.per_layer import PerLayer, is_shareable
 from rlhf_jax.models.quantised import Quantised, dequantise, shardings
+from rlhf_jax.models.transformer import LayerCache, embed_tokens, tail, transformer_block, write
 from rlhf_jax.objectives.logprobs import head_logits
 from rlhf_jax.trees import record
 
@@ -227,16 +224,30 @@ def serving_axes(config: DecoderConfig, leaf: Leaf, layout: Layout) -> tuple[str
 _FUSED = ("attention/q", "attention/k", "attention/v", "mlp/gate", "mlp/up")
 
 
+@dataclass(frozen=True)
+class Inference:
+    """How a model generates.
+
+    Attributes:
+        layout: of weights and cache, by GENERATE.
+        dtype: of activations, matrix products and cache.
+        attention: the kernel of a prefill, see `attention_kernel`; one query is XLA's.
+    """
+
+    config: DecoderConfig
+    layout: Layout
+    dtype: jnp.dtype
+    attention: Choice = "auto"
+
+
 def forward(
-    config: DecoderConfig,
+    model: Inference,
     weights: Weights,
     tokens: jax.Array,
     mask: jax.Array,
     positions: jax.Array,
     cache: Cache,
     index: jax.Array | int,
-    layout: Layout,
-    attention: Choice = "auto",
 ) -> tuple[jax.Array, Cache]:
     """Hidden states of T new tokens, whose keys and values are written to the cache at `index` .. `index` + T - 1.
 
@@ -244,125 +255,109 @@ def forward(
         tokens, mask, positions: [B, T]; a token with a false mask is padding and is never looked at.
         index: where to write; 0 with T > 1 is a prefill, which looks at the new tokens only; its rows are left-padded.
             [B]: where to write in each row; one place for all rows costs less.
-        attention: the kernel of a prefill, see `attention_kernel`; one query is XLA's.
 
     Returns:
         ([B, T, E] in the cache's dtype, the cache with the new tokens in it)
     """
-    c, dtype = config, cache.keys[0].dtype
     chex.assert_equal_shape((tokens, mask, positions))
-    length = tokens.shape[1]
-    is_prefill = length > 1
-    by_row = jnp.ndim(index) == 1
-    assert not is_prefill or (not by_row and index == 0), "several tokens at once are a prefill, at the cache's head"
-
-    def written(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
-        if by_row:
-            return jax.vmap(lambda o, n, i: jax.lax.dynamic_update_slice_in_dim(o, n, i, axis - 1))(old, new, index)
-        return jax.lax.dynamic_update_slice_in_dim(old, new, index, axis)
-
-    visible = written(cache.visible, mask, 1)
-    queries = jnp.asarray(index)[..., None] + jnp.arange(length)
-    keys_at = jnp.arange(length if is_prefill else visible.shape[1])
-    back = queries[..., None] - keys_at  # [(B,) T, S], how many places before its query each key lies
-    looks_at = (back >= 0) & (mask if is_prefill else visible)[:, None, :]
-    fused = is_prefill and kernel_on(layout.mesh, c, dtype, length, attention).name == "cudnn"
-    if fused:  # which takes right-padded rows: all is computed so, and keys and values are rolled back as they are kept
-        padding = jnp.argmax(mask, axis=1)
+    c, layout, length = model.config, model.layout, tokens.shape[1]
+    assert length == 1 or (jnp.ndim(index) == 0 and index == 0), "several tokens at once are a prefill, at index 0"
+    stored, padding = write(cache.visible, mask, index, axis=1), None
+    if length > 1 and kernel_on(layout.mesh, c, model.dtype, length, model.attention).name == "cudnn":
+        padding = jnp.argmax(mask, axis=1)  # fused attention takes right-padded rows
         tokens, positions = roll_rows(tokens, padding), roll_rows(positions, padding)
-    all_turns = {rope: turns_of(rope, positions) for rope in (c.rope, c.local_rope) if rope}
-    bias = None
-    if c.alibi:
-        bias = alibi_bias(c.alibi, positions if is_prefill else positions_of(visible), cache.keys[0].shape[1])
-
-    def norm(name, x, *, over=""):
-        scale, shift, options = weights[f"{name}/scale"], weights.get(f"{name}/bias"), dict(kind=c.norm, eps=c.norm_eps)
-        return normalise_heads(x, scale, shift, over=over, **options) if over else normalise(x, scale, shift, **options)
-
-    def biased(name, x):
-        return x if f"{name}/bias" not in weights else x + weights[f"{name}/bias"].astype(dtype)
-
-    def kernel(i, name, x):
-        """One of a layer's, dense. Its index is made to depend on x, by a zero that the compiler cannot see: it would
-        move what depends on nothing before the layer, or out of the decoding loop, and all layers be dense at once."""
-        if f"layers/{i}/{name}/kernel" in weights:
-            return weights[f"layers/{i}/{name}/kernel"].astype(dtype)
-        zero = jnp.minimum(jnp.isinf(x[0, 0, 0]).astype(jnp.int32), 0)
-        return dequantise(weights[f"layers/{name}/kernel"][i + zero], dtype)
-
-    def linear(i, name, x):
-        y, adapter = x @ kernel(i, name, x), [weights.get(f"layers/{i}/{name}/{part}") for part in ("lora_a", "lora_b")]
-        return y if adapter[0] is None else y + (x @ adapter[0]) @ adapter[1]
-
-    def queries_keys_values(i, x):
-        """[B, T, K, G + 2, d]."""
-        if f"layers/{i}/qkv/kernel" in weights:
-            return jnp.einsum("btd,dkgh->btkgh", x, weights[f"layers/{i}/qkv/kernel"].astype(dtype))
-        heads = cache.keys[0].shape[1]
-        q, k, v = (linear(i, name, x) for name in "qkv")
-        q = rearrange(q, "b t (k g d) -> b t k g d", k=heads, d=c.head_dim)
-        repeats = heads // c.num_kv_heads
-        k, v = (repeat(y, "b t (k d) -> b t (k r) 1 d", r=repeats, d=c.head_dim) for y in (k, v))
-        return jnp.concatenate([q, k, v], axis=-2)
-
-    def gate_up(i, x):
-        """[B, T, 2, F], without a gate [B, T, 1, F]."""
-        if f"layers/{i}/gate_up/kernel" in weights:
-            return jnp.einsum("btd,dnf->btnf", x, weights[f"layers/{i}/gate_up/kernel"].astype(dtype))
-        return jnp.stack([linear(i, name, x) for name in (("gate", "up") if c.gated_mlp else ("up",))], axis=-2)
-
-    new_keys, new_values = [], []
-
-    def attend_layer(i, x):
-        name, rope, window = f"layers/{i}", c.layer_rope(i), c.window(i)
-        qkv = layout.constrain(biased(f"{name}/qkv", queries_keys_values(i, x)), "batch", None, "kv_heads", None, None)
-        q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
-        if c.qk_norm != "none":
-            q, k = norm(f"{name}/q_norm", q, over=c.qk_norm), norm(f"{name}/k_norm", k, over=c.qk_norm)
-        if rope:
-            q, k = (rotate(y, all_turns[rope], interleaved=rope.interleaved) for y in (q, k))
-        if fused:
-            y = attend_fused(q, k, v, scale=c.attention_scale, window=uniform_window(c, length))
-            k, v = (roll_rows(y, -padding) for y in (k, v))
-        k, v = (rearrange(y, "b t k d -> b k t d") for y in (k, v))
-        new_keys.append(written(cache.keys[i], k, 2))
-        new_values.append(written(cache.values[i], v, 2))
-        if not fused:
-            keys, values = (k, v) if is_prefill else (new_keys[i], new_values[i])
-            within = looks_at & (back < window) if window else looks_at
-            y = attend(q, keys, values, within, scale=c.attention_scale, cap=c.attention_softcap, bias=bias)
-        y = layout.constrain(rearrange(y, "b t k g d -> b t (k g d)"), "batch", None, "heads")
-        return biased(f"{name}/o", linear(i, "o", y))
-
-    def mlp(i, x):
-        name, act = f"layers/{i}", ACTIVATIONS[c.activation]
-        if c.experts:
-            routing = route(c.experts, x, weights[f"{name}/router/kernel"])
-            kernels = [kernel(i, f"experts/{kind}", x) for kind in ("gate", "up", "down")]
-            return apply_experts(x, routing, *kernels, activation=c.activation, layout=layout)
-        y = biased(f"{name}/gate_up", gate_up(i, x))
-        y = layout.constrain(y, "batch", None, None, "mlp")
-        y = act(y[:, :, 0]) * y[:, :, 1] if c.gated_mlp else act(y[:, :, 0])
-        return biased(f"{name}/down", linear(i, "down", y))
-
-    x = jnp.take(weights["embed/tokens"], tokens, axis=0).astype(dtype) * jnp.asarray(c.embed_scale, dtype)
-    if c.embed_size != c.hidden_size:
-        x = x @ weights["project_in/kernel"].astype(dtype)
-    if c.position_rows:
-        x = x + jnp.take(weights["embed/positions"], positions + c.position_offset, axis=0).astype(dtype)
-    if c.embed_norm:
-        x = norm("embed/norm", x)
+    if length > 1:
+        back, key_positions, visible = None, positions, None if padding is not None else visible_of(mask)
+    else:
+        back, key_positions = jnp.asarray(index)[..., None, None] - jnp.arange(stored.shape[1]), positions_of(stored)
+        visible = (back >= 0) & stored[:, None, :]
+    keys = dict(visible=visible, back=back, key_positions=key_positions, kv_heads=cache.keys[0].shape[1])
+    context, outside = attention_context(c, mask, positions, layout, **keys), _Parts(c, weights)
+    x, layers = embed_tokens(c, outside, tokens, positions, model.dtype), []
     for i in range(c.num_layers):
-        x = layout.constrain(x, "batch", None, None)
-        parts = (lambda x, i=i: attend_layer(i, x)), (lambda x, i=i: mlp(i, x))
-        x = block(c.residual, x, lambda name, x, i=i: norm(f"layers/{i}/{name}", x), *parts)
-    if c.final_norm:
-        x = norm("final_norm", x)
-    if fused:
+        layer = LayerCache(cache.keys[i], cache.values[i], index, padding)
+        x, parts = layout.constrain(x, "batch", None, None), _Parts(c, weights, f"layers/{i}/", i)
+        x, layer, _ = transformer_block(c, parts, x, context, c.window(i) or None, layer)
+        layers.append(layer)
+    x = tail(c, outside, x)
+    if padding is not None:
         x = roll_rows(x, -padding)
-    if c.embed_size != c.hidden_size:
-        x = x @ weights["project_out/kernel"].astype(dtype)
-    return layout.constrain(x, "batch", None, None), Cache(tuple(new_keys), tuple(new_values), visible)
+    new = Cache(tuple(layer.keys for layer in layers), tuple(layer.values for layer in layers), stored)
+    return layout.constrain(x, "batch", None, None), new
+
+
+class _Parts(NamedTuple):
+    """Weights as the parts of `transformer`: those of one layer, by its prefix and number, or those outside."""
+
+    config: DecoderConfig
+    weights: Weights
+    prefix: str = ""
+    layer: int = 0
+
+    def get(self, name: str) -> jax.Array | None:
+        return self.weights.get(self.prefix + name)
+
+    def rows(self, name: str, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return jnp.take(self.weights[f"embed/{name}"], ids, axis=0).astype(dtype)
+
+    def project(self, name: str, x: jax.Array) -> jax.Array:
+        return x @ self.weights[f"{name}/kernel"].astype(x.dtype)
+
+    def norm(self, name: str, x: jax.Array, over: str = "") -> jax.Array:
+        scale, bias = self.get(f"{name}/scale"), self.get(f"{name}/bias")
+        options = dict(kind=self.config.norm, eps=self.config.norm_eps)
+        return normalise_heads(x, scale, bias, over=over, **options) if over else normalise(x, scale, bias, **options)
+
+    def biased(self, name: str, x: jax.Array) -> jax.Array:
+        bias = self.get(f"{name}/bias")
+        return x if bias is None else x + bias.astype(x.dtype)
+
+    def kernel(self, name: str, x: jax.Array) -> jax.Array:
+        """Dense. Its index is made to depend on x, by a zero that the compiler cannot see: it would move what depends
+        on nothing before the layer, or out of the decoding loop, and all layers be dense at once."""
+        kernel = self.get(f"{name}/kernel")
+        if kernel is not None:
+            return kernel.astype(x.dtype)
+        zero = jnp.minimum(jnp.isinf(x[0, 0, 0]).astype(jnp.int32), 0)
+        return dequantise(self.weights[f"layers/{name}/kernel"][self.layer + zero], x.dtype)
+
+    def linear(self, name: str, x: jax.Array) -> jax.Array:
+        y, a = x @ self.kernel(name, x), self.get(f"{name}/lora_a")
+        return y if a is None else y + (x @ a) @ self.get(f"{name}/lora_b")
+
+    def qkv(self, x: jax.Array, context: AttentionContext) -> tuple[jax.Array, jax.Array, jax.Array]:
+        fused, layout = self.get("qkv/kernel"), context.layout
+        if fused is not None:
+            qkv = jnp.einsum("btd,dkgh->btkgh", x, fused.astype(x.dtype))
+        else:
+            head, repeats = self.config.head_dim, _repeats(self.config, layout)
+            q, k, v = (self.linear(name, x) for name in "qkv")
+            q = rearrange(q, "b t (k g d) -> b t k g d", k=self.config.num_kv_heads * repeats, d=head)
+            k, v = (repeat(y, "b t (k d) -> b t (k r) 1 d", r=repeats, d=head) for y in (k, v))
+            qkv = jnp.concatenate([q, k, v], axis=-2)
+        qkv = layout.constrain(self.biased("qkv", qkv), "batch", None, "kv_heads", None, None)
+        return qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
+
+    def out(self, y: jax.Array, context: AttentionContext) -> jax.Array:
+        return self.biased("o", self.linear("o", context.layout.constrain(y, "batch", None, "heads")))
+
+    def gate_up(self, x: jax.Array, context: AttentionContext) -> tuple[jax.Array | None, jax.Array]:
+        fused, gated = self.get("gate_up/kernel"), self.config.gated_mlp
+        if fused is not None:
+            y = jnp.einsum("btd,dnf->btnf", x, fused.astype(x.dtype))
+        else:
+            y = jnp.stack([self.linear(name, x) for name in (("gate", "up") if gated else ("up",))], axis=-2)
+        y = context.layout.constrain(self.biased("gate_up", y), "batch", None, None, "mlp")
+        return y[:, :, 0] if gated else None, y[:, :, -1]
+
+    def down(self, y: jax.Array, context: AttentionContext) -> jax.Array:
+        return self.biased("down", self.linear("down", y))
+
+    def router_kernel(self) -> jax.Array:
+        return self.get("router/kernel")
+
+    def expert_kernels(self, x: jax.Array) -> list[jax.Array]:
+        return [self.kernel(f"experts/{kind}", x) for kind in ("gate", "up", "down")]
 
 
 def logits_of(config: DecoderConfig, weights: Weights, hidden: jax.Array) -> jax.Array:

@@ -18,23 +18,21 @@ from flax import nnx
 
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.architecture import BLOCK_NORMS, Compute, DecoderConfig
-from rlhf_jax.models.attention import kernel_on, uniform_window
-from rlhf_jax.models.experts import Routing, apply_experts, balance_loss, load, route
+from rlhf_jax.models.attention import kernel_on
+from rlhf_jax.models.experts import balance_loss, load
 from rlhf_jax.models.layers import (
-    ACTIVATIONS,
-    attend,
-    attend_fused,
-    block,
-    look_up,
+    AttentionContext,
+    attention_context,
+    embed,
     normalise,
     normalise_heads,
     positions_of,
-    rotate,
+    visible_of,
 )
 from rlhf_jax.models.lora import NO_LORA
 from rlhf_jax.models.per_layer import PerLayer, has_per_layer, recomputed, scan_layers
-from rlhf_jax.models.quantised import Quantised, dequantise, matmul
-from rlhf_jax.models.sight import Sight, sight_of
+from rlhf_jax.models.quantised import Quantised, matmul
+from rlhf_jax.models.transformer import embed_tokens, tail, transformer_block
 from rlhf_jax.objectives.logprobs import head_logits
 
 
@@ -101,30 +99,6 @@ class Attention(nnx.Module):
             shape, bias = shapes[config.qk_norm], config.qk_norm == "head"
             self.q_norm, self.k_norm = (Norm(config, rngs, shape(n), bias=bias) for n in (heads, kv_heads))
 
-    def __call__(self, x: jax.Array, sight: Sight, window: jax.Array | None) -> jax.Array:
-        """x [B, T, D], window [] int32, 0 for none -> [B, T, D]."""
-        c, pin = self.config, sight.pin
-        q, k, v = pin(self.q(x)), pin(self.k(x)), pin(self.v(x))
-        q = rearrange(q, "b t (k g d) -> b t k g d", k=c.num_kv_heads, d=c.head_dim)
-        k, v = (rearrange(y, "b t (k d) -> b t k d", d=c.head_dim) for y in (k, v))
-        if c.qk_norm != "none":
-            q, k = self.q_norm(q, over=c.qk_norm), self.k_norm(k, over=c.qk_norm)
-        if c.rope:
-            turns = sight.turns
-            if c.local_rope:
-                turns = jax.tree.map(lambda local, all: jnp.where(window > 0, local, all), sight.local_turns, turns)
-            q, k = (rotate(y, turns, interleaved=c.rope.interleaved) for y in (q, k))
-        if sight.visible is None:
-            y = attend_fused(q, k, v, scale=c.attention_scale, window=uniform_window(c, x.shape[1]))
-        else:
-            visible = sight.visible
-            if c.windows:
-                back = jnp.arange(x.shape[1])[:, None] - jnp.arange(x.shape[1])
-                visible &= (back < window) | (window == 0)
-            k, v = (rearrange(y, "b t k d -> b k t d") for y in (k, v))
-            y = attend(q, k, v, visible, scale=c.attention_scale, cap=c.attention_softcap, bias=sight.bias)
-        return pin(self.o(pin(rearrange(y, "b t k g d -> b t (k g d)"))))
-
 
 class Mlp(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
@@ -133,11 +107,6 @@ class Mlp(nnx.Module):
         self.gate = linear(*up, name="gate") if config.gated_mlp else None
         self.up = linear(*up, name="up")
         self.down = linear((config.mlp_size, config.hidden_size), ("mlp", "embed"), name="down")
-        self.activation = config.activation
-
-    def __call__(self, x: jax.Array, sight: Sight) -> jax.Array:
-        act, pin, up = ACTIVATIONS[self.activation], sight.pin, sight.pin(self.up(x))
-        return pin(self.down(act(up) if self.gate is None else act(pin(self.gate(x))) * up))
 
 
 class ExpertKernels(nnx.Module):
@@ -148,6 +117,8 @@ class ExpertKernels(nnx.Module):
 
 
 class Block(nnx.Module):
+    """One layer, as the parts of `transformer`."""
+
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.config = config
         for name in BLOCK_NORMS[config.residual]:
@@ -159,33 +130,34 @@ class Block(nnx.Module):
         else:
             self.mlp = Mlp(config, rngs)
 
-    def __call__(self, x: jax.Array, sight: Sight, window: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        """x [B, T, D] -> ([B, T, D], the loads [2, X] of the experts; None where there are none)."""
-        c, loads = self.config, []
+    def __call__(self, x: jax.Array, context: AttentionContext, window: jax.Array | None):
+        """x [B, T, D], window [] int32 -> ([B, T, D], the loads [2, X] of the experts; None where there are none)."""
+        x, _, routing = transformer_block(self.config, self, x, context, window)
+        return x, None if routing is None else load(self.config.experts, routing, context.real)
 
-        def mlp(x: jax.Array) -> jax.Array:
-            if not c.experts:
-                return self.mlp(x, sight)
-            routing = route(c.experts, x, self.router.kernel[...])
-            loads.append(load(c.experts, routing, sight.real))
-            kernels = [linear.kernel[...] for linear in (self.experts.gate, self.experts.up, self.experts.down)]
+    def norm(self, name: str, x: jax.Array, over: str = "") -> jax.Array:
+        return getattr(self.attention if over else self, name)(x, over=over)
 
-            def apply(x: jax.Array, routing: Routing, kernels: list) -> jax.Array:
-                dense = (dequantise(kernel, x.dtype) if isinstance(kernel, Quantised) else kernel for kernel in kernels)
-                return apply_experts(x, routing, *dense, activation=c.activation, layout=sight.layout)
+    def qkv(self, x: jax.Array, context: AttentionContext) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, k, v = (context.constrain(project(x)) for project in (self.attention.q, self.attention.k, self.attention.v))
+        q = rearrange(q, "b t (k g d) -> b t k g d", k=self.config.num_kv_heads, d=self.config.head_dim)
+        return q, *(rearrange(y, "b t (k d) -> b t k d", d=self.config.head_dim) for y in (k, v))
 
-            # As in `matmul`: the backward pass dequantises anew, and here computes the experts anew for it.
-            again = isinstance(kernels[0], Quantised)
-            return (jax.checkpoint(apply, prevent_cse=False) if again else apply)(x, routing, kernels)
+    def out(self, y: jax.Array, context: AttentionContext) -> jax.Array:
+        return context.constrain(self.attention.o(context.constrain(y)))
 
-        x = block(
-            c.residual,
-            x,
-            lambda name, x: getattr(self, name)(x),
-            lambda x: self.attention(x, sight, window),
-            mlp,
-        )
-        return x, loads[0] if loads else None
+    def gate_up(self, x: jax.Array, context: AttentionContext) -> tuple[jax.Array | None, jax.Array]:
+        up = context.constrain(self.mlp.up(x))
+        return None if self.mlp.gate is None else context.constrain(self.mlp.gate(x)), up
+
+    def down(self, y: jax.Array, context: AttentionContext) -> jax.Array:
+        return context.constrain(self.mlp.down(y))
+
+    def router_kernel(self) -> jax.Array:
+        return self.router.kernel[...]
+
+    def expert_kernels(self, x: jax.Array) -> list[jax.Array | Quantised]:
+        return [linear.kernel[...] for linear in (self.experts.gate, self.experts.up, self.experts.down)]
 
 
 class Embedding(nnx.Module):
@@ -264,34 +236,34 @@ class Decoder(nnx.Module):
         c, dtype, remat, positions = self.config, compute.dtype, compute.remat, positions_of(mask, segments)
         length, choice = tokens.shape[1], compute.attention
         fused = layout and kernel_on(layout.mesh, c, dtype, length, choice, packed=packed).name == "cudnn"
-        x = look_up(self.embed.tokens[...], tokens, dtype) * jnp.asarray(c.embed_scale, dtype)
-        if c.embed_size != c.hidden_size:
-            x = self.project_in(x)
-        if c.position_rows:
-            x = x + look_up(self.embed.positions[...], positions + c.position_offset, dtype)
-        if c.embed_norm:
-            x = self.embed.norm(x)
-        sight = sight_of(c, mask, positions, segments, layout, causal=fused)
+        x = embed_tokens(c, self, tokens, positions, dtype)
+        visible = None if fused else visible_of(mask, segments)
+        context = attention_context(c, mask, positions, layout, visible=visible)
         graph, layers = nnx.split(self.layers)
 
-        def layer(x, weights_and_window, seen=sight):
+        def layer(x, weights_and_window, context=context):
             weights, window = weights_and_window
-            return nnx.merge(graph, weights)(x, seen._replace(layout=layout), window)
+            return nnx.merge(graph, weights)(x, context._replace(layout=layout), window)
 
         step, alone = layer, layout is None or layout.mesh.size == 1
         if remat == "layers" and has_per_layer(layers) and alone:
-            step = recomputed(layer, sight._replace(layout=None))
+            step = recomputed(layer, context._replace(layout=None))
         elif remat != "none":
             kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
             # A scan keeps what is computed twice apart by itself.
             step = jax.checkpoint(layer, prevent_cse=has_per_layer(layers), policy=kept)
         windows = jnp.asarray(c.windows, jnp.int32) if c.windows else None
-        x, loads = scan_layers(step, sight.pin(x), (layers, windows))
-        if c.final_norm:
-            x = self.final_norm(x)
-        if c.embed_size != c.hidden_size:
-            x = self.project_out(x)
-        return x, balance_loss(c.experts, loads) if c.experts else jnp.float32(0)
+        x, loads = scan_layers(step, context.constrain(x), (layers, windows))
+        return tail(c, self, x), balance_loss(c.experts, loads) if c.experts else jnp.float32(0)
+
+    def rows(self, name: str, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return embed(getattr(self.embed, name)[...], ids, dtype)
+
+    def project(self, name: str, x: jax.Array) -> jax.Array:
+        return getattr(self, name)(x)
+
+    def norm(self, name: str, x: jax.Array) -> jax.Array:
+        return (self.embed.norm if name == "embed/norm" else self.final_norm)(x)
 
 
 class Leaf(NamedTuple):

@@ -12,6 +12,7 @@ N tokens, D hidden, X experts, C experts a token, F width of one.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -62,51 +63,42 @@ def balance_loss(experts: Experts, loads: jax.Array) -> jax.Array:
 
 
 def apply_experts(
-    x: jax.Array,
-    routing: Routing,
-    gate: jax.Array,
-    up: jax.Array,
-    down: jax.Array,
-    *,
-    activation: str,
-    layout: Layout | None,
+    x: jax.Array, routing: Routing, kernels: Sequence[jax.Array], *, activation: str, layout: Layout | None
 ) -> jax.Array:
-    """x [B, T, D], gate and up [X, D, F], down [X, F, D] -> [B, T, D], by `routing`."""
-    arguments = x, routing.chosen, routing.weights, gate, up, down
+    """x [B, T, D] -> [B, T, D] by `routing`; kernels are gate and up [X, D, F], and down [X, F, D]."""
+    arguments = x, routing.chosen, routing.weights, tuple(kernels)
     local = functools.partial(_local_experts, activation=activation)
     if layout is None:
         return local(*arguments)
     # Sorting is of the tokens that a device has. Axes that split the batch cannot split the width: over those the
     # experts are gathered, over the others each device has a part of every expert, and what they give is summed.
     shared, width = layout.table.batch, layout.table.mlp
-    tokens = layout.spec(("batch", None, None))
-    specs = [tokens] * 3 + [PartitionSpec(None, None, width)] * 2 + [PartitionSpec(None, width, None)]
+    tokens, up = layout.spec(("batch", None, None)), PartitionSpec(None, None, width)
     program = functools.partial(
         local,
         gathered_over=tuple(axis for axis in width if axis in shared),
         summed_over=tuple(axis for axis in width if axis not in shared),
     )
-    return jax.shard_map(program, mesh=layout.mesh, in_specs=tuple(specs), out_specs=tokens)(*arguments)
+    specs = tokens, tokens, tokens, (up, up, PartitionSpec(None, width, None))
+    return jax.shard_map(program, mesh=layout.mesh, in_specs=specs, out_specs=tokens)(*arguments)
 
 
 def _local_experts(
-    x,
-    chosen,
-    weights,
-    gate,
-    up,
-    down,
+    x: jax.Array,
+    chosen: jax.Array,
+    weights: jax.Array,
+    kernels: Sequence[jax.Array],
     *,
     activation: str,
     gathered_over: tuple[str, ...] = (),
     summed_over: tuple[str, ...] = (),
-):
+) -> jax.Array:
     batch, length, hidden = x.shape
     per_token = chosen.shape[-1]
     order = jnp.argsort(chosen.reshape(-1), stable=True)  # of the N x C pairs of token and expert, by expert
-    sizes = jnp.bincount(chosen.reshape(-1), length=gate.shape[0])
+    sizes = jnp.bincount(chosen.reshape(-1), length=kernels[0].shape[0])
     rows = x.reshape(-1, hidden)[order // per_token]
-    gate, up, down = (kernel.astype(x.dtype) for kernel in (gate, up, down))
+    gate, up, down = (kernel.astype(x.dtype) for kernel in kernels)
     if gathered_over:  # here, behind the cast, and so that the gradients are reduce-scattered
         gate, up = (jax.lax.all_gather(kernel, gathered_over, axis=2, tiled=True) for kernel in (gate, up))
         down = jax.lax.all_gather(down, gathered_over, axis=1, tiled=True)

@@ -1,4 +1,4 @@
-"""The mathematics that training and cached decoding share.
+"""The operations of a layer, and what all layers read besides their input (`AttentionContext`).
 
 B batch, T query positions, S key positions, D hidden, H query heads, K key-value heads, G = H / K, d head size.
 """
@@ -6,13 +6,14 @@ B batch, T query positions, S key positions, D hidden, H query heads, K key-valu
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from rlhf_jax.models.architecture import Alibi, Rope
+from rlhf_jax.mesh import Layout
+from rlhf_jax.models.architecture import Alibi, DecoderConfig, Rope
 from rlhf_jax.objectives.logprobs import softcapped
 
 ACTIVATIONS = {
@@ -21,11 +22,11 @@ ACTIVATIONS = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "silu": jax.nn.silu,
 }
-Turns = tuple[jax.Array, jax.Array]  # cosine and sine, [B, T, pairs] float32
+RopeAngles = tuple[jax.Array, jax.Array]  # cosine and sine, [B, T, pairs] float32
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def look_up(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def embed(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows [..., D] in `dtype` of a table [V, D]; its gradient is summed in the dtype of the table.
 
     The table is cast first, which changes no value: where the compiler gathers a split table, or sums what each device
@@ -34,8 +35,8 @@ def look_up(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return jnp.take(table.astype(dtype), ids, axis=0)
 
 
-def _looked_up(table, ids, dtype):
-    return look_up(table, ids, dtype), (table, ids)
+def _embed_forward(table, ids, dtype):
+    return embed(table, ids, dtype), (table, ids)
 
 
 def _table_gradient(dtype, looked, gradient):
@@ -43,7 +44,7 @@ def _table_gradient(dtype, looked, gradient):
     return jnp.zeros_like(table).at[ids].add(gradient.astype(table.dtype)), None
 
 
-look_up.defvjp(_looked_up, _table_gradient)
+embed.defvjp(_embed_forward, _table_gradient)
 
 
 def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array | None, *, kind: str, eps: float) -> jax.Array:
@@ -92,19 +93,19 @@ def roll_rows(x: jax.Array, shift: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
-def turns_of(rope: Rope, positions: jax.Array) -> Turns:
-    """What `rotate` takes for tokens at positions [B, T]."""
+def rope_angles(rope: Rope, positions: jax.Array) -> RopeAngles:
+    """What `apply_rope` takes for tokens at positions [B, T]."""
     angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(rope.frequencies, jnp.float32)
     return jnp.cos(angles) * rope.factor, jnp.sin(angles) * rope.factor
 
 
-def rotate(x: jax.Array, turns: Turns, *, interleaved: bool) -> jax.Array:
+def apply_rope(x: jax.Array, angles: RopeAngles, *, interleaved: bool) -> jax.Array:
     """Rotary embedding (Su et al. 2021, eq. 34) of the first 2 x pairs dimensions of x [B, T, ..., d].
 
     A pair is dimension n and n + pairs, or, interleaved, 2n and 2n + 1.
     """
-    pairs = turns[0].shape[-1]
-    cos, sin = (y.reshape(*y.shape[:2], *[1] * (x.ndim - 3), pairs) for y in turns)
+    pairs = angles[0].shape[-1]
+    cos, sin = (y.reshape(*y.shape[:2], *[1] * (x.ndim - 3), pairs) for y in angles)
     turned, passed = x[..., : 2 * pairs].astype(jnp.float32), x[..., 2 * pairs :]
     if interleaved:
         first, second = turned[..., 0::2], turned[..., 1::2]
@@ -130,7 +131,7 @@ def alibi_bias(alibi: Alibi, key_positions: jax.Array, kv_heads: int) -> jax.Arr
     return rounded(rounded(slopes) * rounded(places)) * alibi.scale
 
 
-def attend(
+def attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -154,10 +155,10 @@ def attend(
     return jnp.einsum("bkgts,bksd->btkgd", weights, v)
 
 
-def attend_fused(
+def fused_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, window: int, implementation: str = "cudnn"
 ) -> jax.Array:
-    """What `attend` gives where a query may look at itself and all before it, or `window` keys back (0: all).
+    """What `attention` gives where a query may look at itself and all before it, or `window` keys back (0: all).
 
     q: [B, T, K, G, d]; k, v: [B, T, K, d] -> [B, T, K, G, d], in bfloat16 or float16. No length is given: behind the
     end of a right-padded row stands what nobody reads, and before it causality hides the padding.
@@ -174,25 +175,81 @@ def attend_fused(
     return y.reshape(q.shape)
 
 
-Half = Callable[[jax.Array], jax.Array]
+class AttentionContext(NamedTuple):
+    """What every layer reads besides its input.
+
+    Attributes:
+        real: [B, T] bool, of the tokens.
+        visible: [B, T, S] bool, see `visible_of`; None where fused attention needs no mask.
+        back: [(B,) T, S] int32, how many places before its query each key is; None without windows.
+        angles: of rotary embeddings, and `local_angles` of the layers with a window where theirs differ.
+        bias: [B, K, G, 1, S] float32 of ALiBi.
+        layout: of the activations; None leaves that to the compiler.
+    """
+
+    real: jax.Array
+    visible: jax.Array | None
+    back: jax.Array | None
+    angles: RopeAngles | None
+    local_angles: RopeAngles | None
+    bias: jax.Array | None
+    layout: Layout | None
+
+    def constrain(self, x: jax.Array) -> jax.Array:
+        """Keep [B, T, ...] split by its batch: left alone, XLA also tries heads, badly."""
+        return x if self.layout is None else self.layout.constrain(x, "batch", None, None)
+
+    def angles_within(self, window: jax.Array | int | None) -> RopeAngles | None:
+        """Of a layer with this window; 0 or None: without one."""
+        if window is None or self.local_angles is None:
+            return self.angles
+        return jax.tree.map(lambda local, all: jnp.where(window > 0, local, all), self.local_angles, self.angles)
+
+    def visible_within(self, window: jax.Array | int | None) -> jax.Array:
+        """[B, T, S] bool: what a layer with this window sees; 0 or None: everything visible."""
+        if window is None:
+            return self.visible
+        return self.visible & ((self.back < window) | (window == 0))
 
 
-def block(kind: str, x: jax.Array, norm: Callable[[str, jax.Array], jax.Array], attention: Half, mlp: Half):
-    """One layer: x [B, T, D] -> [B, T, D]. `norm(name, x)` applies the norm of that name; `kind` as in BLOCK_NORMS."""
-    if kind == "pre":
-        x = x + attention(norm("attention_norm", x))
-        return x + mlp(norm("mlp_norm", x))
-    if kind == "post":
-        x = norm("attention_norm", x + attention(x))
-        return norm("mlp_norm", x + mlp(x))
-    if kind == "output":
-        x = x + norm("attention_out_norm", attention(x))
-        return x + norm("mlp_out_norm", mlp(x))
-    if kind == "sandwich":
-        x = x + norm("attention_out_norm", attention(norm("attention_norm", x)))
-        return x + norm("mlp_out_norm", mlp(norm("mlp_norm", x)))
-    if kind == "parallel":
-        return x + attention(norm("attention_norm", x)) + mlp(norm("mlp_norm", x))
-    assert kind == "parallel_shared", kind
-    normed = norm("attention_norm", x)
-    return x + attention(normed) + mlp(normed)
+def attention_context(
+    config: DecoderConfig,
+    mask: jax.Array,
+    positions: jax.Array,
+    layout: Layout | None,
+    *,
+    visible: jax.Array | None,
+    back: jax.Array | None = None,
+    key_positions: jax.Array | None = None,
+    kv_heads: int = 0,
+) -> AttentionContext:
+    """For queries [B, T] at `positions`; `visible` and `back` as in AttentionContext.
+
+    Windows count places in the row, which within a document are positions: its tokens are adjacent.
+
+    Args:
+        back, key_positions: where keys are not the queries' own tokens; the latter [B, S].
+        kv_heads: as often as they are repeated; 0: as in the configuration.
+    """
+    if back is None:
+        places = jnp.arange(mask.shape[1])
+        back = places[:, None] - places
+    keys_at, heads = positions if key_positions is None else key_positions, kv_heads or config.num_kv_heads
+    return AttentionContext(
+        real=mask,
+        visible=visible,
+        back=back if config.windows else None,
+        angles=rope_angles(config.rope, positions) if config.rope else None,
+        local_angles=rope_angles(config.local_rope, positions) if config.local_rope else None,
+        bias=alibi_bias(config.alibi, keys_at, heads) if config.alibi else None,
+        layout=layout,
+    )
+
+
+def visible_of(mask: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+    """[B, T] bool, and [B, T] int32 of packed rows -> [B, T, T] bool: the keys that each query may look at.
+
+    Those are the real tokens up to the query itself, of its own document where there are several.
+    """
+    visible = jnp.tril(jnp.ones((mask.shape[1],) * 2, bool)) & mask[:, None, :]
+    return visible if segments is None else visible & (segments[:, :, None] == segments[:, None, :])

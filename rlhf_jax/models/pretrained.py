@@ -20,13 +20,10 @@ from rlhf_jax.models.attention import kernel_on
 from rlhf_jax.models.cached import shared_leaves
 from rlhf_jax.models.decoder import abstract_params, bind, last_hidden, logits, scalar
 from rlhf_jax.models.families import (
-    alternatives,
-    base_prefix,
+    checkpoint_of,
     decoder_config,
     hf_config,
     hf_tensors,
-    tied_names,
-    tolerated_surplus,
 )
 from rlhf_jax.models.folders import local_folder, read_json, read_tokenizer, replacing, write_json, write_tokenizer
 from rlhf_jax.models.per_layer import PerLayer
@@ -112,15 +109,11 @@ def _load(
     params = read_params(
         folder,
         abstract_params(config) if serving is None else shared_leaves(config, serving),
-        [hf_tensors(config), *alternatives(config)],
+        checkpoint_of(config, optional=(_SCORE,) if scalar_head and not is_scorer(hf) else ()),
         layout,
         dtype,
-        prefix=base_prefix(config),
         kind=kind,
         serving=serving,
-        optional=(_SCORE,) if scalar_head and not is_scorer(hf) else (),
-        tolerated=tolerated_surplus(config),
-        twins=tied_names(config),
     )
     if adapter is not None:
         # Adapters are small and their products large sums, so they are read in float32 whatever the base is.

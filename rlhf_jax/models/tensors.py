@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 
@@ -27,3 +30,23 @@ class HfTensor(NamedTuple):
     shape: tuple[int, ...]  # in the file, of one tensor, all of a fused one
     transpose: bool = False  # the file has [..., out, in], ours is [..., in, out]
     strip: Strip | None = None  # along the last dimension of ours; None: all of it
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the files of a folder hold.
+
+    Attributes:
+        layouts: {path: where it lies in the files}; those after the first are alternatives to it, which may leave out
+            what they have in common with it. Of them the one is used that the files lack the fewest tensors of.
+        prefix: of the base model's names, which the files may leave out.
+        optional: paths that the files may lack.
+        tolerated: names that the files may have and nothing reads.
+        twins: {such a name: one that is read}, which have to be the same where the files have both.
+    """
+
+    layouts: Sequence[Mapping[str, HfTensor]]
+    prefix: str
+    optional: Collection[str] = ()
+    tolerated: re.Pattern[str] | None = None
+    twins: Mapping[str, str] = MappingProxyType({})

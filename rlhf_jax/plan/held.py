@@ -18,8 +18,8 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.data.batches import Batch
+from rlhf_jax.decode import Rollout, bucket
 from rlhf_jax.engine import Engine, EngineState, FrozenParams
-from rlhf_jax.generate import Rollout, bucket
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.cached import empty_cache, shared_for_decoding

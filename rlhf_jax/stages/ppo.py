@@ -18,6 +18,7 @@ from rlhf_jax.data.config import DataConfig
 from rlhf_jax.data.example import RowSpec
 from rlhf_jax.data.selection import select_rows
 from rlhf_jax.data.template import prepare_tokenizer
+from rlhf_jax.decode import Rollout, bucket
 from rlhf_jax.engine import (
     Algorithm,
     Architectures,
@@ -31,7 +32,6 @@ from rlhf_jax.engine import (
     ScoredRollout,
     make_engine,
 )
-from rlhf_jax.generate import Rollout, bucket
 from rlhf_jax.mesh import Layout, check_divides, to_devices, to_host
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.pretrained import Pretrained

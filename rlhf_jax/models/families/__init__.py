@@ -15,6 +15,7 @@ from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.families import gemma, gpt, llama, multi, sparse
 from rlhf_jax.models.families.family import Family, Tensors
 from rlhf_jax.models.families.reading import refuse, size
+from rlhf_jax.models.tensors import Checkpoint
 
 # Embeddings and heads are padded to a multiple of this, so that any usual number of devices splits them evenly.
 VOCAB_MULTIPLE = 128
@@ -72,6 +73,12 @@ def alternatives(config: DecoderConfig) -> list[Tensors]:
     """The same in other layouts, where folders of this family may have them."""
     tables = FAMILIES[config.family].alternatives(config)
     return [{path: table[path] for path in abstract_params(config.without_lora())} for table in tables]
+
+
+def checkpoint_of(config: DecoderConfig, optional: tuple[str, ...] = ()) -> Checkpoint:
+    """What folders of this model hold, which may lack the parameters at the `optional` paths."""
+    layouts = [hf_tensors(config), *alternatives(config)]
+    return Checkpoint(layouts, base_prefix(config), optional, tolerated_surplus(config), tied_names(config))
 
 
 def base_prefix(config: DecoderConfig) -> str:

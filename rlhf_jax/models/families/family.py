@@ -21,3 +21,14 @@ class Family:
     prefix: str  # of the base model's tensors, which a base model is saved without
     buffers: str = "(?!)"  # regular expression of tensors, without the prefix, that old checkpoints have for nothing
     alternatives: Callable[[DecoderConfig], list[Tensors]] = lambda config: []  # other layouts, where folders have them
+
+
+def family(
+    read: Callable[[Mapping[str, Any]], dict[str, Any]],
+    tensors: Callable[[DecoderConfig], Tensors],
+    name: str,
+    prefix: str = "model.",
+    buffers: str = "(?!)",
+) -> Family:
+    """With architectures NAMEForCausalLM and NAMEForSequenceClassification."""
+    return Family(read, tensors, f"{name}ForCausalLM", f"{name}ForSequenceClassification", prefix, buffers)

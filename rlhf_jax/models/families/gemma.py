@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from rlhf_jax.models.families.family import Family
+from rlhf_jax.models.families.family import family
 from rlhf_jax.models.families.llama import biased, llama_fields, llama_tensors
 from rlhf_jax.models.families.reading import activation, given, refuse, size, windows
 from rlhf_jax.models.families.rope import rope
@@ -66,12 +67,9 @@ def _gemma3(hf: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _family(read: Callable[[Mapping[str, Any]], dict[str, Any]], name: str, scalar: str) -> Family:
-    return Family(read, llama_tensors, f"{name}ForCausalLM", f"{scalar}ForSequenceClassification", "model.")
-
-
+_GEMMA3 = "Gemma3TextForSequenceClassification"
 FAMILIES = {
-    "gemma": _family(_gemma, "Gemma", "Gemma"),
-    "gemma2": _family(_gemma2, "Gemma2", "Gemma2"),
-    "gemma3_text": _family(_gemma3, "Gemma3", "Gemma3Text"),
+    "gemma": family(_gemma, llama_tensors, "Gemma"),
+    "gemma2": family(_gemma2, llama_tensors, "Gemma2"),
+    "gemma3_text": dataclasses.replace(family(_gemma3, llama_tensors, "Gemma3"), scalar=_GEMMA3),
 }

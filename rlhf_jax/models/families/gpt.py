@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from rlhf_jax.models.architecture import DecoderConfig
-from rlhf_jax.models.families.family import Family, Tensors
-from rlhf_jax.models.families.reading import activation, given, plain_sizes, refuse, renamed, size
+from rlhf_jax.models.families.family import Family, Tensors, family
+from rlhf_jax.models.families.reading import (
+    activation,
+    biases,
+    common_fields,
+    given,
+    plain_sizes,
+    refuse,
+    renamed,
+    size,
+)
 from rlhf_jax.models.families.rope import rope, rotated
 from rlhf_jax.models.families.rows import ends, linear
-from rlhf_jax.models.families.tables import attention, conv1d, grouped_attention, mlp, norms, positions, striped
+from rlhf_jax.models.families.tables import attention, conv1d, grouped_attention, layer_norms, mlp, positions, striped
 
 _USUAL = dict(  # of GPT-2, GPT-J and CodeGen
     n_embd="hidden_size",
@@ -19,24 +29,27 @@ _USUAL = dict(  # of GPT-2, GPT-J and CodeGen
     n_positions="max_position_embeddings",
     n_inner="intermediate_size",
 )
+_GELU_NEW = ("activation_function", "gelu_new")
+_BUFFERS = r"(bias|masked_bias)"
 
 
 def _read_opt(hf: Mapping[str, Any]) -> dict[str, Any]:
     refuse(hf, layer_norm_elementwise_affine=True)
     sizes = plain_sizes(hf)
-    pre_norm, biased = given(hf, "do_layer_norm_before", True), given(hf, "enable_bias", True)
-    return sizes | dict(
-        embed_size=given(hf, "word_embed_proj_dim", sizes["hidden_size"]),
-        mlp_size=size(hf, "ffn_dim"),
-        position_rows=sizes["max_positions"] + 2,
-        position_offset=2,
-        residual="pre" if pre_norm else "post",
-        final_norm=pre_norm and not given(hf, "_remove_final_layer_norm", False),
-        qkv_bias=biased,
-        o_bias=biased,
-        activation=activation(hf, "activation_function", "relu"),
-        mlp_bias=biased,
-        tied=given(hf, "tie_word_embeddings", True),
+    pre_norm = given(hf, "do_layer_norm_before", True)
+    return (
+        sizes
+        | biases(given(hf, "enable_bias", True))
+        | dict(
+            embed_size=given(hf, "word_embed_proj_dim", sizes["hidden_size"]),
+            mlp_size=size(hf, "ffn_dim"),
+            position_rows=sizes["max_positions"] + 2,
+            position_offset=2,
+            residual="pre" if pre_norm else "post",
+            final_norm=pre_norm and not given(hf, "_remove_final_layer_norm", False),
+            activation=activation(hf, "activation_function", "relu"),
+            tied=given(hf, "tie_word_embeddings", True),
+        )
     )
 
 
@@ -48,13 +61,8 @@ def _opt(config: DecoderConfig) -> Tensors:
         | positions(config, "model.decoder.embed_positions")
         | linear("project_in", "model.decoder.project_in", config.embed_size, config.hidden_size)
         | linear("project_out", "model.decoder.project_out", config.hidden_size, config.embed_size)
-        | norms(
-            config.hidden_size,
-            {
-                "layers/attention_norm": f"{layer}.self_attn_layer_norm",
-                "layers/mlp_norm": f"{layer}.final_layer_norm",
-                "final_norm": "model.decoder.final_layer_norm",
-            },
+        | layer_norms(
+            config, f"{layer}.self_attn_layer_norm", f"{layer}.final_layer_norm", "model.decoder.final_layer_norm"
         )
         | attention(config, f"{heads}.q_proj", f"{heads}.k_proj", f"{heads}.v_proj", f"{heads}.out_proj")
         | mlp(config, up=f"{layer}.fc1", down=f"{layer}.fc2")
@@ -64,15 +72,14 @@ def _opt(config: DecoderConfig) -> Tensors:
 def _read_gpt2(hf: Mapping[str, Any]) -> dict[str, Any]:
     refuse(hf, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     sizes = plain_sizes(renamed(hf, **_USUAL))
-    return sizes | dict(
-        position_rows=sizes["max_positions"],
-        norm_eps=given(hf, "layer_norm_epsilon", 1e-5),
-        attention_scale=sizes["attention_scale"] if given(hf, "scale_attn_weights", True) else 1.0,
-        qkv_bias=True,
-        o_bias=True,
-        activation=activation(hf, "activation_function", "gelu_new"),
-        mlp_bias=True,
-        tied=given(hf, "tie_word_embeddings", True),
+    return (
+        sizes
+        | biases(True)
+        | common_fields(hf, _GELU_NEW, tied=True)
+        | dict(
+            position_rows=sizes["max_positions"],
+            attention_scale=sizes["attention_scale"] if given(hf, "scale_attn_weights", True) else 1.0,
+        )
     )
 
 
@@ -91,14 +98,7 @@ def _gpt2(config: DecoderConfig) -> Tensors:
 
 def _gpt_norms(config: DecoderConfig) -> Tensors:
     """Of GPT-2, and of GPT-Neo, GPT-J and CodeGen after it (the last two have no ln_2)."""
-    return norms(
-        config.hidden_size,
-        {
-            "layers/attention_norm": "transformer.h.{i}.ln_1",
-            "layers/mlp_norm": "transformer.h.{i}.ln_2",
-            "final_norm": "transformer.ln_f",
-        },
-    )
+    return layer_norms(config, "transformer.h.{i}.ln_1", "transformer.h.{i}.ln_2", "transformer.ln_f")
 
 
 def _read_gpt_neo(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,15 +110,16 @@ def _read_gpt_neo(hf: Mapping[str, Any]) -> dict[str, Any]:
             f"config.json: attention_types has to name {sizes['num_layers']} layers, each global or local, not {kinds}"
         )
     window = given(hf, "window_size", 256)
-    return sizes | dict(
-        position_rows=sizes["max_positions"],
-        norm_eps=given(hf, "layer_norm_epsilon", 1e-5),
-        windows=tuple(window if kind == "local" else 0 for kind in kinds) if "local" in kinds else (),
-        attention_scale=1.0,
-        o_bias=True,
-        activation=activation(hf, "activation_function", "gelu_new"),
-        mlp_bias=True,
-        tied=given(hf, "tie_word_embeddings", True),
+    return (
+        sizes
+        | common_fields(hf, _GELU_NEW, tied=True)
+        | dict(
+            position_rows=sizes["max_positions"],
+            windows=tuple(window if kind == "local" else 0 for kind in kinds) if "local" in kinds else (),
+            attention_scale=1.0,
+            o_bias=True,
+            mlp_bias=True,
+        )
     )
 
 
@@ -140,14 +141,15 @@ def _read_gptj(hf: Mapping[str, Any]) -> dict[str, Any]:
     turned = given(hf, "rotary_dim", 64)
     if turned > sizes["head_dim"]:
         raise ValueError(f"config.json: rotary_dim {turned} is more than the size of a head, {sizes['head_dim']}")
-    return sizes | dict(
-        norm_eps=given(hf, "layer_norm_epsilon", 1e-5),
-        residual="parallel_shared",
-        rope=rope({}, turned, positions=sizes["max_positions"], interleaved=True)[0],
-        activation=activation(hf, "activation_function", "gelu_new"),
-        mlp_bias=True,
-        tied=given(hf, "tie_word_embeddings", False),
-        head_bias=True,
+    return (
+        sizes
+        | common_fields(hf, _GELU_NEW, tied=False)
+        | dict(
+            residual="parallel_shared",
+            rope=rope({}, turned, positions=sizes["max_positions"], interleaved=True)[0],
+            mlp_bias=True,
+            head_bias=True,
+        )
     )
 
 
@@ -185,22 +187,21 @@ def _codegen(config: DecoderConfig) -> Tensors:
 
 
 def _read_gpt_neox(hf: Mapping[str, Any]) -> dict[str, Any]:
-    sizes, biased = plain_sizes(hf), given(hf, "attention_bias", True)
+    sizes = plain_sizes(hf) | common_fields(hf, ("hidden_act", "gelu"), tied=False, eps="layer_norm_eps")
     old = dict(rope_theta=given(hf, "rotary_emb_base", 10000), partial_rotary_factor=given(hf, "rotary_pct", 0.25))
     refuse(hf, **old)  # beside the old spelling, transformers 5 has these two in rope_parameters only
     turned = rotated({**hf, **old}, sizes["head_dim"])
     embedding, max_positions = rope({**hf, **old}, turned)
-    return sizes | dict(
-        mlp_size=size(hf, "intermediate_size"),
-        max_positions=max_positions,
-        norm_eps=given(hf, "layer_norm_eps", 1e-5),
-        residual="parallel" if given(hf, "use_parallel_residual", True) else "pre",
-        rope=embedding,
-        qkv_bias=biased,
-        o_bias=biased,
-        activation=activation(hf, "hidden_act", "gelu"),
-        mlp_bias=True,
-        tied=given(hf, "tie_word_embeddings", False),
+    return (
+        sizes
+        | biases(True)
+        | dict(
+            mlp_size=size(hf, "intermediate_size"),
+            max_positions=max_positions,
+            residual="parallel" if given(hf, "use_parallel_residual", True) else "pre",
+            rope=embedding,
+        )
+        | dict.fromkeys(("qkv_bias", "o_bias"), given(hf, "attention_bias", True))
     )
 
 
@@ -208,60 +209,25 @@ def _gpt_neox(config: DecoderConfig, head: str = "embed_out") -> Tensors:
     layer = "gpt_neox.layers.{i}"
     return (
         ends(config, "gpt_neox.embed_in", head)
-        | norms(
-            config.hidden_size,
-            {
-                "layers/attention_norm": f"{layer}.input_layernorm",
-                "layers/mlp_norm": f"{layer}.post_attention_layernorm",
-                "final_norm": "gpt_neox.final_layer_norm",
-            },
+        | layer_norms(
+            config, f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm", "gpt_neox.final_layer_norm"
         )
         | grouped_attention(config, f"{layer}.attention.query_key_value", f"{layer}.attention.dense")
         | mlp(config, up=f"{layer}.mlp.dense_h_to_4h", down=f"{layer}.mlp.dense_4h_to_h")
     )
 
 
+_NEOX = family(_read_gpt_neox, _gpt_neox, "GPTNeoX", "gpt_neox.", rf"layers\.\d+\.attention\.{_BUFFERS}")
 FAMILIES = {
-    "opt": Family(_read_opt, _opt, "OPTForCausalLM", "OPTForSequenceClassification", "model."),
-    "gpt2": Family(
-        _read_gpt2,
-        _gpt2,
-        "GPT2LMHeadModel",
-        "GPT2ForSequenceClassification",
-        "transformer.",
-        buffers=r"h\.\d+\.attn\.(bias|masked_bias)",
+    "opt": family(_read_opt, _opt, "OPT"),
+    "gpt2": dataclasses.replace(
+        family(_read_gpt2, _gpt2, "GPT2", "transformer.", rf"h\.\d+\.attn\.{_BUFFERS}"), causal="GPT2LMHeadModel"
     ),
-    "gpt_neo": Family(
-        _read_gpt_neo,
-        _gpt_neo,
-        "GPTNeoForCausalLM",
-        "GPTNeoForSequenceClassification",
-        "transformer.",
-        buffers=r"h\.\d+\.attn\.attention\.(bias|masked_bias)",
-    ),
-    "gptj": Family(
-        _read_gptj,
-        _gptj,
-        "GPTJForCausalLM",
-        "GPTJForSequenceClassification",
-        "transformer.",
-        buffers=r"h\.\d+\.attn\.(bias|masked_bias)",
-    ),
-    "gpt_neox": Family(
-        _read_gpt_neox,
-        _gpt_neox,
-        "GPTNeoXForCausalLM",
-        "GPTNeoXForSequenceClassification",
-        "gpt_neox.",
-        buffers=r"layers\.\d+\.attention\.(bias|masked_bias)",
-        alternatives=lambda config: [_gpt_neox(config, head="lm_head")],  # what transformers 5 calls it in memory
-    ),
+    "gpt_neo": family(_read_gpt_neo, _gpt_neo, "GPTNeo", "transformer.", rf"h\.\d+\.attn\.attention\.{_BUFFERS}"),
+    "gptj": family(_read_gptj, _gptj, "GPTJ", "transformer.", rf"h\.\d+\.attn\.{_BUFFERS}"),
+    # What transformers 5 calls the head in memory.
+    "gpt_neox": dataclasses.replace(_NEOX, alternatives=lambda config: [_gpt_neox(config, head="lm_head")]),
     "codegen": Family(
-        _read_codegen,
-        _codegen,
-        "CodeGenForCausalLM",
-        None,
-        "transformer.",
-        buffers=r"h\.\d+\.attn\.(causal_mask|bias|masked_bias)",
+        _read_codegen, _codegen, "CodeGenForCausalLM", None, "transformer.", rf"h\.\d+\.attn\.(causal_mask|{_BUFFERS})"
     ),
 }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rlhf_jax.models.architecture import DecoderConfig
-from rlhf_jax.models.families.family import Family, Tensors
+from rlhf_jax.models.families.family import Tensors, family
 from rlhf_jax.models.families.reading import (
     activation,
     given,
@@ -175,20 +175,12 @@ def _phi3_tensors(config: DecoderConfig) -> Tensors:
     )
 
 
-def _family(
-    read: Callable[[Mapping[str, Any]], dict[str, Any]],
-    name: str,
-    tensors: Callable[[DecoderConfig], Tensors] = llama_tensors,
-) -> Family:
-    return Family(read, tensors, f"{name}ForCausalLM", f"{name}ForSequenceClassification", "model.")
-
-
 FAMILIES = {
-    "llama": _family(_llama, "Llama"),
-    "mistral": _family(_mistral, "Mistral"),
-    "qwen2": _family(_qwen2, "Qwen2"),
-    "qwen3": _family(_qwen3, "Qwen3"),
-    "phi3": _family(_phi3, "Phi3", _phi3_tensors),
-    "olmo2": _family(_olmo2, "Olmo2"),
-    "stablelm": _family(_stablelm, "StableLm"),
+    "llama": family(_llama, llama_tensors, "Llama"),
+    "mistral": family(_mistral, llama_tensors, "Mistral"),
+    "qwen2": family(_qwen2, llama_tensors, "Qwen2"),
+    "qwen3": family(_qwen3, llama_tensors, "Qwen3"),
+    "phi3": family(_phi3, _phi3_tensors, "Phi3"),
+    "olmo2": family(_olmo2, llama_tensors, "Olmo2"),
+    "stablelm": family(_stablelm, llama_tensors, "StableLm"),
 }

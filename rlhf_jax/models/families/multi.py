@@ -9,11 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.models.architecture import Alibi, DecoderConfig
-from rlhf_jax.models.families.family import Family, Tensors
-from rlhf_jax.models.families.reading import activation, given, grouped, kv_heads, plain_sizes, refuse, renamed, size
+from rlhf_jax.models.families.family import Tensors, family
+from rlhf_jax.models.families.reading import (
+    biases,
+    common_fields,
+    given,
+    grouped,
+    kv_heads,
+    plain_sizes,
+    refuse,
+    renamed,
+    size,
+)
 from rlhf_jax.models.families.rope import rope, rope_parameters, rotated
 from rlhf_jax.models.families.rows import ends
-from rlhf_jax.models.families.tables import attention, grouped_attention, mlp, norms
+from rlhf_jax.models.families.tables import attention, grouped_attention, layer_norms, mlp, norms
 
 
 def _slopes(heads: int) -> tuple[float, ...]:
@@ -35,31 +45,27 @@ def _read_bloom(hf: Mapping[str, Any]) -> dict[str, Any]:
         seq_length="max_position_embeddings",
     )
     sizes = plain_sizes(usual, max_position_embeddings=2048)  # those of its training; the biases have no end
-    return sizes | dict(
-        embed_norm=True,
-        norm_eps=given(hf, "layer_norm_epsilon", 1e-5),
-        alibi=Alibi(_slopes(sizes["num_heads"])),
-        qkv_bias=True,
-        o_bias=True,
-        activation="gelu_tanh",
-        mlp_bias=True,
-        tied=given(hf, "tie_word_embeddings", True),
+    return (
+        sizes
+        | biases(True)
+        | dict(
+            embed_norm=True,
+            norm_eps=given(hf, "layer_norm_epsilon", 1e-5),
+            alibi=Alibi(_slopes(sizes["num_heads"])),
+            activation="gelu_tanh",
+            tied=given(hf, "tie_word_embeddings", True),
+        )
     )
 
 
-def _bloom(config: DecoderConfig) -> Tensors:
+def _bloom(
+    config: DecoderConfig, attention_norm: str = "input_layernorm", mlp_norm: str = "post_attention_layernorm"
+) -> Tensors:
     layer = "transformer.h.{i}"
     return (
         ends(config, "transformer.word_embeddings")
-        | norms(
-            config.hidden_size,
-            {
-                "embed/norm": "transformer.word_embeddings_layernorm",
-                "layers/attention_norm": f"{layer}.input_layernorm",
-                "layers/mlp_norm": f"{layer}.post_attention_layernorm",
-                "final_norm": "transformer.ln_f",
-            },
-        )
+        | norms(config.hidden_size, {"embed/norm": "transformer.word_embeddings_layernorm"})
+        | layer_norms(config, f"{layer}.{attention_norm}", f"{layer}.{mlp_norm}", "transformer.ln_f")
         | grouped_attention(config, f"{layer}.self_attention.query_key_value", f"{layer}.self_attention.dense")
         | mlp(config, up=f"{layer}.mlp.dense_h_to_4h", down=f"{layer}.mlp.dense_4h_to_h")
     )
@@ -90,53 +96,25 @@ def _read_falcon(hf: Mapping[str, Any]) -> dict[str, Any]:
     else:
         refuse({**rope_parameters(hf), "model_type": "falcon"}, partial_rotary_factor=1.0)
         fields["rope"], fields["max_positions"] = rope(hf, d, positions=fields["max_positions"])
-    biased = given(hf, "bias", False)
-    return fields | dict(
-        num_kv_heads=grouped(heads, keys),
-        norm_eps=given(hf, "layer_norm_epsilon", 1e-5),
-        residual=residual,
-        qkv_bias=biased,
-        o_bias=biased,
-        activation=activation(hf, "activation", "gelu"),
-        mlp_bias=biased,
-        tied=given(hf, "tie_word_embeddings", True),
-    )
+    fields |= dict(num_kv_heads=grouped(heads, keys), residual=residual)
+    return fields | biases(given(hf, "bias", False)) | common_fields(hf, ("activation", "gelu"), tied=True)
 
 
 def _falcon(config: DecoderConfig) -> Tensors:
-    layer = "transformer.h.{i}"
-    two = config.residual == "parallel"
-    return (
-        ends(config, "transformer.word_embeddings")
-        | norms(
-            config.hidden_size,
-            {
-                "layers/attention_norm": f"{layer}.{'ln_attn' if two else 'input_layernorm'}",
-                "layers/mlp_norm": f"{layer}.{'ln_mlp' if two else 'post_attention_layernorm'}",
-                "final_norm": "transformer.ln_f",
-            },
-        )
-        | grouped_attention(config, f"{layer}.self_attention.query_key_value", f"{layer}.self_attention.dense")
-        | mlp(config, up=f"{layer}.mlp.dense_h_to_4h", down=f"{layer}.mlp.dense_4h_to_h")
-    )
+    return _bloom(config, "ln_attn", "ln_mlp") if config.residual == "parallel" else _bloom(config)
 
 
 def _read_phi(hf: Mapping[str, Any]) -> dict[str, Any]:
     sizes = plain_sizes(hf) | dict(mlp_size=size(hf, "intermediate_size"))
+    sizes |= biases(True) | common_fields(hf, ("hidden_act", "gelu_new"), tied=False, eps="layer_norm_eps")
     refuse(hf, head_dim=sizes["head_dim"])
     embedding, max_positions = rope(hf, rotated(hf, sizes["head_dim"], default=0.5))
     return sizes | dict(
         num_kv_heads=kv_heads(hf),
         max_positions=max_positions,
-        norm_eps=given(hf, "layer_norm_eps", 1e-5),
         residual="parallel_shared",
         rope=embedding,
-        qkv_bias=True,
-        o_bias=True,
         qk_norm="head" if given(hf, "qk_layernorm", False) else "none",
-        activation=activation(hf, "hidden_act", "gelu_new"),
-        mlp_bias=True,
-        tied=given(hf, "tie_word_embeddings", False),
         head_bias=True,
     )
 
@@ -146,24 +124,16 @@ def _phi(config: DecoderConfig) -> Tensors:
     heads = f"{layer}.self_attn"
     return (
         ends(config, "model.embed_tokens")
-        | norms(
-            config.hidden_size,
-            {"layers/attention_norm": f"{layer}.input_layernorm", "final_norm": "model.final_layernorm"},
-        )
-        | norms(
-            config.head_dim,
-            {
-                "layers/attention/q_norm": f"{heads}.q_layernorm",
-                "layers/attention/k_norm": f"{heads}.k_layernorm",
-            },
-        )
+        | norms(config.hidden_size, {"layers/attention_norm": f"{layer}.input_layernorm"})
+        | norms(config.hidden_size, {"final_norm": "model.final_layernorm"})
+        | norms(config.head_dim, {f"layers/attention/{x}_norm": f"{heads}.{x}_layernorm" for x in "qk"})
         | attention(config, f"{heads}.q_proj", f"{heads}.k_proj", f"{heads}.v_proj", f"{heads}.dense")
         | mlp(config, up=f"{layer}.mlp.fc1", down=f"{layer}.mlp.fc2")
     )
 
 
 FAMILIES = {
-    "bloom": Family(_read_bloom, _bloom, "BloomForCausalLM", "BloomForSequenceClassification", "transformer."),
-    "falcon": Family(_read_falcon, _falcon, "FalconForCausalLM", "FalconForSequenceClassification", "transformer."),
-    "phi": Family(_read_phi, _phi, "PhiForCausalLM", "PhiForSequenceClassification", "model."),
+    "bloom": family(_read_bloom, _bloom, "Bloom", "transformer."),
+    "falcon": family(_read_falcon, _falcon, "Falcon", "transformer."),
+    "phi": family(_read_phi, _phi, "Phi"),
 }

@@ -114,6 +114,23 @@ def same_windows(hf: Mapping[str, Any], window: int | None) -> tuple[int, ...]:
     return same
 
 
+def biases(value: bool) -> dict[str, bool]:
+    """Of all linears of a layer."""
+    return dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), value)
+
+
+def common_fields(hf: Mapping[str, Any], act: tuple[str, str], tied: bool, eps: str = "layer_norm_epsilon"):
+    """Activation, head and norms.
+
+    Args:
+        act: key of the activation, and its default.
+        tied: what an absent tie_word_embeddings means.
+        eps: key of the norms' epsilon.
+    """
+    tied = given(hf, "tie_word_embeddings", tied)
+    return dict(activation=activation(hf, *act), tied=tied, norm_eps=given(hf, eps, 1e-5))
+
+
 def plain_sizes(hf: Mapping[str, Any], **defaults: int) -> dict[str, Any]:
     """Sizes of a decoder whose query heads all have keys of their own, and the usual scale of its scores.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlhf_jax.models.architecture import DecoderConfig, Experts
-from rlhf_jax.models.families.family import Family, Tensors
+from rlhf_jax.models.families.family import Family, Tensors, family
 from rlhf_jax.models.families.llama import biased, block, llama_fields
 from rlhf_jax.models.families.reading import given, refuse, renamed, same_windows
 from rlhf_jax.models.families.rows import linear
@@ -85,22 +86,13 @@ def _together(config: DecoderConfig) -> list[Tensors]:
     return [block(config) | _router(config, f"{mlp}.gate") | kernels | {"layers/experts/down/kernel": down}]
 
 
+def _family(read, name: str, tensors: Callable[[DecoderConfig], Tensors]) -> Family:
+    return dataclasses.replace(family(read, tensors, name), alternatives=_together)
+
+
 _MIXTRAL, _QWEN = "model.layers.{i}.block_sparse_moe", "model.layers.{i}.mlp"
+_QWEN_KERNELS = ("gate_proj", "up_proj", "down_proj")
 FAMILIES = {
-    "mixtral": Family(
-        _mixtral,
-        _each(f"{_MIXTRAL}.gate", f"{_MIXTRAL}.experts", "w1", "w3", "w2"),
-        "MixtralForCausalLM",
-        "MixtralForSequenceClassification",
-        "model.",
-        alternatives=_together,
-    ),
-    "qwen3_moe": Family(
-        _qwen3_moe,
-        _each(f"{_QWEN}.gate", f"{_QWEN}.experts", "gate_proj", "up_proj", "down_proj"),
-        "Qwen3MoeForCausalLM",
-        "Qwen3MoeForSequenceClassification",
-        "model.",
-        alternatives=_together,
-    ),
+    "mixtral": _family(_mixtral, "Mixtral", _each(f"{_MIXTRAL}.gate", f"{_MIXTRAL}.experts", "w1", "w3", "w2")),
+    "qwen3_moe": _family(_qwen3_moe, "Qwen3Moe", _each(f"{_QWEN}.gate", f"{_QWEN}.experts", *_QWEN_KERNELS)),
 }

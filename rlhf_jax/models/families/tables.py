@@ -18,6 +18,12 @@ def norms(width: int, ours_to_theirs: Mapping[str, str]) -> Tensors:
     return {path: row for ours, theirs in ours_to_theirs.items() for path, row in norm(ours, theirs, width).items()}
 
 
+def layer_norms(config: DecoderConfig, attention: str, mlp: str, final: str) -> Tensors:
+    """The norms before attention and MLP, and the last one."""
+    names = {"layers/attention_norm": attention, "layers/mlp_norm": mlp, "final_norm": final}
+    return norms(config.hidden_size, names)
+
+
 def positions(config: DecoderConfig, theirs: str) -> Tensors:
     return {"embed/positions": HfTensor(f"{theirs}.weight", (config.position_rows, config.hidden_size))}
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import functools
 import gc
 import math
-import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +19,7 @@ from rlhf_jax.models.per_layer import PerLayer, is_shareable
 from rlhf_jax.models.quantised import Quantised, is_quantisable, stacked
 from rlhf_jax.models.safetensors_io.blocks import Bounds, blocks, bounds_of, copy, members, oriented, spread
 from rlhf_jax.models.safetensors_io.files import DTYPES, Entry, listed, open_folder
-from rlhf_jax.models.tensors import HfTensor
+from rlhf_jax.models.tensors import Checkpoint, HfTensor
 
 _ALIGNMENT = 64
 _FOREIGN = "of an unsupported dtype"
@@ -30,47 +28,38 @@ _FOREIGN = "of an unsupported dtype"
 def read_params(
     folder: Path,
     leaves: Mapping[str, Leaf],
-    layouts: Sequence[Mapping[str, HfTensor]],
+    checkpoint: Checkpoint,
     layout: Layout,
     dtype: str,
     *,
-    prefix: str,
     kind: str | None = None,
     serving: Layout | None = None,
-    optional: Collection[str] = (),
-    tolerated: re.Pattern[str] | None = None,
-    twins: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, jax.Array | Quantised | PerLayer]:
     """Parameters from a folder's safetensors; beyond them, the host holds one shard of one of them at a time.
 
     Args:
         folder: holds model.safetensors, or model.safetensors.index.json and its files.
-        leaves: {path: shape and logical axes}; the result has these paths.
-        layouts: {path: where it lies in the files}; those behind the first are alternatives to it, which may leave out
-            what they have in common with it. Of them the one is used that the files lack the fewest tensors of.
+        leaves: {path: shape and logical axes}; the result has these paths, but for optional ones that the files lack.
+        checkpoint: what the files hold of them, and what else they may.
         layout: where each parameter lies on the devices.
         dtype: of the result; the files may be float32, float16 or bfloat16.
-        prefix: of the base model's names, which the files may leave out.
         serving: where what both phases share lies, kernels as an array for each layer; None: nothing is shared.
         kind: "int8" or "nf4": quantise the kernels of the layers' linears, each layer as soon as it is on the devices.
-        optional: paths that the result lacks if the files do.
-        tolerated: names that the files may have and nobody reads.
-        twins: {such a name: one that is read}, which have to be the same where the files have both.
     Raises:
         ValueError: no safetensors in the folder, a damaged file, a dimension that the layout does not split evenly or
             that cannot be quantised; or tensors that are missing, surplus, misshaped or of another dtype, all of them
             in one message.
     """
-    files = open_folder(folder)
+    files, layouts, tolerated = open_folder(folder), checkpoint.layouts, checkpoint.tolerated
 
     def find(name: str) -> str | None:
-        return next((n for n in (name, name.removeprefix(prefix)) if n in files), None)
+        return next((n for n in (name, name.removeprefix(checkpoint.prefix)) if n in files), None)
 
     def missing(tensors: Mapping[str, HfTensor], leaves: Mapping[str, Leaf]) -> set[str]:
         return {name for path, leaf in leaves.items() for name in _names(leaf, tensors[path]) if not find(name)}
 
     tensors = min(({**layouts[0], **other} for other in layouts), key=lambda tensors: len(missing(tensors, leaves)))
-    lacking = {path for path in optional if not any(map(find, _names(leaves[path], tensors[path])))}
+    lacking = {path for path in checkpoint.optional if not any(map(find, _names(leaves[path], tensors[path])))}
     leaves = {path: leaf for path, leaf in leaves.items() if path not in lacking}
     used, faults = set(), {"missing": missing(tensors, leaves), "surplus": set(), "misshaped": set(), _FOREIGN: set()}
     for path, leaf in leaves.items():
@@ -81,7 +70,7 @@ def read_params(
                 faults["misshaped"].add(f"{name} ({list(entry.shape)} in place of {list(shape)})")
             elif entry.dtype not in DTYPES:
                 faults[_FOREIGN].add(f"{name} ({entry.dtype} in place of {', '.join(DTYPES)})")
-    for name, other in twins.items():
+    for name, other in checkpoint.twins.items():
         if find(name) and find(other) and not _same(files[find(name)], files[find(other)]):
             raise ValueError(
                 f"{folder} is tied (tie_word_embeddings), but its {name} is not its {other}: set "

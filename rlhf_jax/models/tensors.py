@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
@@ -49,4 +48,4 @@ class Checkpoint:
     prefix: str
     optional: Collection[str] = ()
     tolerated: re.Pattern[str] | None = None
-    twins: Mapping[str, str] = MappingProxyType({})
+    twins: Mapping[str, str] = field(default_factory=dict)

@@ -37,7 +37,7 @@ def chat(folder: str, sample: SampleConfig, seed: int, dtype: str = "float32", a
     print(f"{folder}: {HELP}", flush=True)
     if speaker.sample != sample:
         print(
-            f"(the model has {speaker.config.max_positions} positions: answers are cut at "
+            f"(the model has {speaker.model.config.max_positions} positions: answers are cut at "
             f"{speaker.sample.max_new_tokens} tokens, the rest is for the dialogue)",
             flush=True,
         )

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
-from rlhf_jax.models.architecture import Experts
+from rlhf_jax.models.architecture import Compute, Experts
 from rlhf_jax.models.decoder import bind
 from rlhf_jax.models.experts import apply_experts, balance_loss, load, route
 
@@ -102,7 +102,7 @@ def test_the_balance_loss_counts_real_tokens_only_and_is_least_where_experts_are
 
 @functools.partial(jax.jit, static_argnames="config")
 def balance_of(config, params, tokens, mask):
-    return bind(config, params).with_balance_loss(tokens, mask, dtype=jnp.float32)[1]
+    return bind(config, params).with_balance_loss(tokens, mask, Compute(jnp.float32))[1]
 
 
 def test_the_decoder_charges_for_uneven_routing_and_the_router_learns_from_it():

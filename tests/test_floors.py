@@ -10,7 +10,7 @@ FLOORS = [
     ["config", "trees"],
     ["mesh", "gpus", "collectives", "metrics", "objectives", "sampling"],
     ["models", "data", "optim"],
-    ["train_step", "generate", "checkpoint"],
+    ["train_step", "decode", "checkpoint"],
     ["rollout"],
     ["engine"],
     ["stages", "evaluate"],
@@ -21,7 +21,7 @@ FLOORS = [
     ["__main__"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-LEARNERS = ["stages", "engine", "rollout", "train_step", "generate", "sampling", "objectives", "models", "optim"]
+LEARNERS = ["stages", "engine", "rollout", "train_step", "decode", "sampling", "objectives", "models", "optim"]
 JUDGE = "data.assistant_judge"
 
 

@@ -12,15 +12,15 @@ from typing import Any
 
 from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.decoder import abstract_params
-from rlhf_jax.models.families import gemma, gpt, llama, multi, sparse
-from rlhf_jax.models.families.family import Family, Tensors
-from rlhf_jax.models.families.reading import refuse, size
+from rlhf_jax.models.families import bloom_falcon_phi, gemma, gpt, llama, moe
+from rlhf_jax.models.families.hf_fields import refuse, size
+from rlhf_jax.models.families.tensors import Family, Tensors
 from rlhf_jax.models.tensors import Checkpoint
 
 # Embeddings and heads are padded to a multiple of this, so that any usual number of devices splits them evenly.
 VOCAB_MULTIPLE = 128
 
-FAMILIES: dict[str, Family] = gpt.FAMILIES | multi.FAMILIES | llama.FAMILIES | gemma.FAMILIES | sparse.FAMILIES
+FAMILIES: dict[str, Family] = gpt.FAMILIES | bloom_falcon_phi.FAMILIES | llama.FAMILIES | gemma.FAMILIES | moe.FAMILIES
 
 
 def decoder_config(hf: Mapping[str, Any], *, scalar_head: bool, vocab_parts: int = 1) -> DecoderConfig:

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_jax.models.families.family import family
+from rlhf_jax.models.families.hf_fields import activation, given, refuse, size, windows
 from rlhf_jax.models.families.llama import biased, llama_fields, llama_tensors
-from rlhf_jax.models.families.reading import activation, given, refuse, size, windows
 from rlhf_jax.models.families.rope import rope
+from rlhf_jax.models.families.tensors import family
 
 
 def _fields(hf: Mapping[str, Any], kv: int, theta: float = 10000.0) -> dict[str, Any]:

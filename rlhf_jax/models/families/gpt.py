@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf_jax.models.architecture import DecoderConfig
-from rlhf_jax.models.families.family import Family, Tensors, family
-from rlhf_jax.models.families.reading import (
+from rlhf_jax.models.families.hf_fields import (
     activation,
     biases,
     common_fields,
@@ -19,8 +18,20 @@ from rlhf_jax.models.families.reading import (
     size,
 )
 from rlhf_jax.models.families.rope import rope, rotated
-from rlhf_jax.models.families.rows import ends, linear
-from rlhf_jax.models.families.tables import attention, conv1d, grouped_attention, layer_norms, mlp, positions, striped
+from rlhf_jax.models.families.tensors import (
+    Family,
+    Tensors,
+    attention,
+    conv1d,
+    ends,
+    family,
+    grouped_attention,
+    layer_norms,
+    linear,
+    mlp,
+    positions,
+    striped,
+)
 
 _USUAL = dict(  # of GPT-2, GPT-J and CodeGen
     n_embd="hidden_size",

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf_jax.models.architecture import DecoderConfig
-from rlhf_jax.models.families.family import Tensors, family
-from rlhf_jax.models.families.reading import (
+from rlhf_jax.models.families.hf_fields import (
     activation,
     given,
     head_size,
@@ -18,8 +17,7 @@ from rlhf_jax.models.families.reading import (
     windows,
 )
 from rlhf_jax.models.families.rope import rope, rope_parameters, rotated
-from rlhf_jax.models.families.rows import ends, linear
-from rlhf_jax.models.families.tables import attention, norms, striped
+from rlhf_jax.models.families.tensors import Tensors, attention, ends, family, linear, norms, striped
 
 _NORMS = {  # of a block, by config.residual
     "pre": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_jax.models.architecture import Rope
-from rlhf_jax.models.families.reading import given, size
+from rlhf_jax.models.families.hf_fields import given, size
 
 _Scaled = tuple[np.ndarray, float, int]  # frequencies, factor of cosine and sine, number of positions
 

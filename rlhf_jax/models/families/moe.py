@@ -7,11 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlhf_jax.models.architecture import DecoderConfig, Experts
-from rlhf_jax.models.families.family import Family, Tensors, family
+from rlhf_jax.models.families.hf_fields import given, refuse, renamed, same_windows
 from rlhf_jax.models.families.llama import biased, block, llama_fields
-from rlhf_jax.models.families.reading import given, refuse, renamed, same_windows
-from rlhf_jax.models.families.rows import linear
-from rlhf_jax.models.families.tables import striped
+from rlhf_jax.models.families.tensors import Family, Tensors, family, linear, striped
 from rlhf_jax.models.tensors import HfTensor
 
 

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.models.architecture import Alibi, DecoderConfig
-from rlhf_jax.models.families.family import Tensors, family
-from rlhf_jax.models.families.reading import (
+from rlhf_jax.models.families.hf_fields import (
     biases,
     common_fields,
     given,
@@ -22,8 +21,16 @@ from rlhf_jax.models.families.reading import (
     size,
 )
 from rlhf_jax.models.families.rope import rope, rope_parameters, rotated
-from rlhf_jax.models.families.rows import ends
-from rlhf_jax.models.families.tables import attention, grouped_attention, layer_norms, mlp, norms
+from rlhf_jax.models.families.tensors import (
+    Tensors,
+    attention,
+    ends,
+    family,
+    grouped_attention,
+    layer_norms,
+    mlp,
+    norms,
+)
 
 
 def _slopes(heads: int) -> tuple[float, ...]:

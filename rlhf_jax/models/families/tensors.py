@@ -1,16 +1,66 @@
-"""Whole parts of a table of tensor names, of the families that lay them out alike: entries to be merged with |.
+"""What a family of checkpoints is, and the parts of its table of tensor names: entries to be merged with |.
 
 A table may list more than a model has (biases, say): `abstract_params` says which of it there is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from rlhf_jax.models.architecture import DecoderConfig
-from rlhf_jax.models.families.family import Tensors
-from rlhf_jax.models.families.rows import linear, norm
 from rlhf_jax.models.tensors import HfTensor, Strip
+
+Tensors = dict[str, HfTensor]  # by the path of our parameter
+
+
+@dataclass(frozen=True)
+class Family:
+    read: Callable[[Mapping[str, Any]], dict[str, Any]]  # config.json -> fields of DecoderConfig, but the common ones
+    tensors: Callable[[DecoderConfig], Tensors]  # all that this configuration may have; `abstract_params` says which
+    causal: str  # architecture of a language model
+    scalar: str | None  # of a reward model; None: transformers has no such class
+    prefix: str  # of the base model's tensors, which a base model is saved without
+    buffers: str = "(?!)"  # regular expression of tensors, without the prefix, that old checkpoints have for nothing
+    alternatives: Callable[[DecoderConfig], list[Tensors]] = lambda config: []  # other layouts, where folders have them
+
+
+def family(
+    read: Callable[[Mapping[str, Any]], dict[str, Any]],
+    tensors: Callable[[DecoderConfig], Tensors],
+    name: str,
+    prefix: str = "model.",
+    buffers: str = "(?!)",
+) -> Family:
+    """With architectures NAMEForCausalLM and NAMEForSequenceClassification."""
+    return Family(read, tensors, f"{name}ForCausalLM", f"{name}ForSequenceClassification", prefix, buffers)
+
+
+def linear(path: str, name: str, inputs: int, outputs: int) -> Tensors:
+    """Kernel [outputs, inputs] and bias of torch's Linear."""
+    return {
+        f"{path}/kernel": HfTensor(f"{name}.weight", (outputs, inputs), transpose=True),
+        f"{path}/bias": HfTensor(f"{name}.bias", (outputs,)),
+    }
+
+
+def norm(path: str, name: str, width: int) -> Tensors:
+    """Scale and bias of a norm."""
+    return {
+        f"{path}/scale": HfTensor(f"{name}.weight", (width,)),
+        f"{path}/bias": HfTensor(f"{name}.bias", (width,)),
+    }
+
+
+def ends(config: DecoderConfig, embedding: str, head: str = "lm_head") -> Tensors:
+    """The embedding of tokens, and the heads."""
+    return {
+        "embed/tokens": HfTensor(f"{embedding}.weight", (config.vocab_size, config.embed_size)),
+        "head/kernel": HfTensor(f"{head}.weight", (config.vocab_size, config.embed_size)),
+        "head/bias": HfTensor(f"{head}.bias", (config.vocab_size,)),
+        "score/kernel": HfTensor("score.weight", (1, config.embed_size), transpose=True),
+    }
 
 
 def norms(width: int, ours_to_theirs: Mapping[str, str]) -> Tensors:

@@ -182,7 +182,8 @@ def consumption(folder: Path) -> dict[str, float]:
     from rlhf_jax.recipe import Recipe
     from rlhf_jax.stages.base import new_hf_config
     from rlhf_jax.stages.models import make_state
-    from rlhf_jax.stages.sft import sft_programs
+    from rlhf_jax.stages.sft import sft_objective
+    from rlhf_jax.stages.supervised import make_programs
 
     recipe = load(Path(__file__).parent.parent / "configs" / "demo.toml", [], Recipe)
     tokenizer = tokenizer_in(folder)
@@ -195,7 +196,8 @@ def consumption(folder: Path) -> dict[str, float]:
     params = init_params(decoder, jax.random.key(0), layout)
     tx = make_optimizer(recipe.sft.optim, 100)
     state, frozen = make_state(Pretrained(decoder, params, tokenizer, hf, {}, layout), recipe.model, tx, 0)
-    update, _ = sft_programs(recipe.model.with_lora(decoder), recipe.model.compute, layout, tx, 1)
+    adapted = recipe.model.with_lora(decoder)
+    update, _ = make_programs(sft_objective(adapted, recipe.model.compute, layout), adapted, layout, tx, 1)
     seconds = []
     for step in range(4):
         batch = batches[step]

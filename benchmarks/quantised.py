@@ -57,7 +57,7 @@ def one_seed(seed: int, runs: Path, args: argparse.Namespace) -> dict:
     numbers, look_ups = write_kinds(load(CONFIG, options, Recipe).data, runs)
     # The tokenizer is of all questions, as a pretrained model's knows more than it was last trained on.
     recipe = load(CONFIG, [*options, f"run.dir={runs / 'new'}", "run.overwrite=true"], Recipe)
-    new = make_base(recipe.run, single_device_mesh(), recipe.model, recipe.data)
+    new = make_base(recipe.context("sft", single_device_mesh()))
     base = runs / "base"
     sft(base, f"model.actor={new}", source(numbers), f"sft.steps={BASE_STEPS}", *options)
     export, losses_of = base / "sft" / "export", {}

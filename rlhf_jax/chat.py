@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from rlhf_jax.models.pretrained import Pretrained, from_pretrained
 from rlhf_jax.rollout import eos_ids, make_publish
 from rlhf_jax.sampling import SampleConfig, check_sample, draw, restrained_logits
 
+LOGGER = logging.getLogger(__name__)
 HELP = "/clear forgets the dialogue, /quit leaves"
 
 
@@ -112,9 +114,7 @@ class Speaker:
                 f"model has room for {room}: shorten it, or lower --max-new-tokens"
             )
         if dropped:
-            print(
-                f"(the oldest {dropped} exchange(s) no longer fit the model's positions and are forgotten)", flush=True
-            )
+            LOGGER.info(f"(the oldest {dropped} exchange(s) no longer fit the model's positions and are forgotten)")
         return turns
 
     def answer(self, turns: Turns, key: jax.Array) -> Iterator[str]:

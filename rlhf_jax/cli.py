@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import logging
 import os
 import sys
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 
-STAGES = ("sft", "reward", "ppo")
-CONFIG_HELP = """CONFIG is a TOML file of configs/ or of your own. Every key can be changed behind it:
+from tqdm import tqdm
+
+from rlhf_jax.models.pretrained import DTYPES
+from rlhf_jax.stages.table import STAGES, export_folders, latest_export
+
+CONFIG_HELP = """CONFIG is a TOML file of configs/ or of your own. Every key can be changed after it:
   rlhf-jax train configs/demo.toml run.dir=runs/mine sft.steps=200 ppo.kl_coef=0.05
 """
 PLAN_HELP = """CONFIG is what `train` would be given; the models' config.json is all that is read of them. Examples:
@@ -32,110 +35,159 @@ IMPORT_HELP = """Examples:
   rlhf-jax export runs/mine assistant --dtype bfloat16
   rlhf-jax export runs/mine assistant-adapter --adapter
 """
+LOGGER = logging.getLogger(__name__)
 ADAPTER_HELP = "a PEFT folder, whose LoRA adapter is added to the model"
-DTYPES = ("float32", "bfloat16", "float16")
+
+
+Run = Callable[[argparse.Namespace], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0 on success, 2 after a one-line error for what a user can mend."""
+    """Run one command. Returns 0 on success, 2 after a one-line error for what a user can correct."""
+    args = parse_args(argv)
+    set_logging(args)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch: it is not needed
+    keep_compiled(os.environ)
+    give_threads(os.environ)
+    try:
+        args.run(args)
+    except (ValueError, FloatingPointError, OSError) as error:
+        LOGGER.error(f"rlhf-jax: {' '.join(str(error).split())}")
+        return 2
+    except KeyboardInterrupt:
+        hint = "; the same command goes on from the last checkpoint" if args.run is run_train else ""
+        LOGGER.warning(f"rlhf-jax: interrupted{hint}")
+        return 130
+    return 0
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; `run` of the result is the function of the command."""
     parser = argparse.ArgumentParser(
-        prog="rlhf-jax", description="Turn a pretrained language model into an assistant by human feedback."
+        prog="rlhf-jax",
+        description="Turn a pretrained language model into an assistant by human feedback.",
+        parents=[log_options()],
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name, help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    def add(name: str, run: Run, text: str, epilog: str = "", *, config: bool = False) -> argparse.ArgumentParser:
+        form = argparse.RawDescriptionHelpFormatter
+        command = commands.add_parser(
+            name, help=text, description=text, epilog=epilog, formatter_class=form, parents=[log_options()]
         )
+        command.set_defaults(run=run)
+        if config:
+            changes = "change a key of it, section.key=value"
+            command.add_argument("config", metavar="CONFIG", help="a TOML file")
+            command.add_argument("overrides", metavar="key=value", nargs="*", help=changes)
+        return command
 
-    with_config = {
-        "train": "all three stages in order, skipping what is finished, resuming what is not",
-        "sft": "supervised fine-tuning alone",
-        "reward": "the reward model alone",
-        "ppo": "PPO alone, after sft and reward in the same run folder",
-        "evaluate": "the finished run on held-out prompts: SFT beside PPO, and the reward model's accuracy",
-    }
-    for name, text in with_config.items():
-        command = add(name, text, CONFIG_HELP)
-        command.add_argument("config", metavar="CONFIG", help="a TOML file")
-        command.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of it, section.key=value")
-    command = add("data", "what each source gives: counts, drops, lengths, and rows as the model sees them", DATA_HELP)
-    command.add_argument("config", metavar="CONFIG", help="a TOML file")
-    command.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of it, section.key=value")
+    every = "all stages of the run in order, skipping what is finished, resuming what is not"
+    for name, text in {"train": every, **{name: stage.help for name, stage in STAGES.items()}}.items():
+        add(name, run_train, text, CONFIG_HELP, config=True)
+    text = "the finished run on held-out prompts: its policies side by side, and the reward model's accuracy"
+    add("evaluate", run_evaluate, text, CONFIG_HELP, config=True)
+    text = "what each source gives: counts, drops, lengths, and rows as the model sees them"
+    command = add("data", run_data, text, DATA_HELP, config=True)
     command.add_argument("--examples", type=int, default=1, metavar="N", help="rows of each source (default: 1)")
-    command = add("plan", "bytes, seconds and cost of every phase on GPUs that need not be there", PLAN_HELP)
-    command.add_argument("config", metavar="CONFIG", help="a TOML file")
-    command.add_argument("overrides", metavar="key=value", nargs="*", help="change a key of it, section.key=value")
+    text = "bytes, seconds and cost of every phase on GPUs that need not be there"
+    add_plan_options(add("plan", run_plan, text, PLAN_HELP, config=True))
+    text = "talk to an exported model in the terminal; /clear forgets the dialogue, /quit leaves"
+    add_chat_options(add("chat", run_chat, text))
+    add_folder_options(
+        add(
+            "import",
+            run_import,
+            "check a Hugging Face folder and write it again: merged, in another dtype",
+            IMPORT_HELP,
+        ),
+        add(
+            "export", run_export, "write what a run has trained as a Hugging Face folder or a PEFT adapter", IMPORT_HELP
+        ),
+    )
+
+    args, late = parser.parse_known_args(argv)
+    if late and ("overrides" not in args or any(text.startswith("-") for text in late)):
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
+    if late:  # key=value after an option, which argparse does not give to `overrides`
+        args.overrides += late
+    return args
+
+
+def log_options() -> argparse.ArgumentParser:
+    """The options that stand before or after the command."""
+    options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    options.add_argument("--quiet", action="store_true", help="no messages but warnings and errors")
+    options.add_argument(
+        "--json-logs", action="store_true", help="messages as JSON, one object per line: time, level, logger, message"
+    )
+    return options
+
+
+def add_plan_options(command: argparse.ArgumentParser) -> None:
     machine = "8xNAME, or nodes x GPUs as 4x8xNAME; an unknown NAME lists the known (default: this machine's GPUs, or "
     machine += "where it has none those that CONFIG's header names)"
     command.add_argument("--gpus", metavar="8xA100-80GB", help=machine)
-    command.add_argument("--price-per-gpu-hour", type=float, default=0.0, metavar="PRICE", help="to tell the cost")
+    command.add_argument("--price-per-gpu-hour", type=float, default=0.0, metavar="PRICE", help="for the cost")
     command.add_argument("--json", action="store_true", help="everything, in bytes and seconds, as one JSON object")
-    command = add("chat", "talk to an exported model in the terminal; /clear forgets the dialogue, /quit leaves")
+
+
+def add_chat_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", metavar="FOLDER", help="a Hugging Face folder, for example RUN/ppo/export")
     longest = "longest answer, in tokens (default: 256; never more than half of the model's positions)"
     command.add_argument("--max-new-tokens", type=int, default=256, help=longest)
     command.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1.0)")
     command.add_argument("--top-p", type=float, default=1.0, help="nucleus to draw from (default: 1.0, everything)")
-    widths = "of weights, activations and cache; int8, nf4: kernels in 8.25 or 4.13 bits a weight, all else bfloat16"
-    command.add_argument(
-        "--dtype",
-        default="float32",
-        choices=("float32", "bfloat16", "int8", "nf4"),
-        help=f"{widths} (default: %(default)s)",
-    )
+    widths = "of weights, activations and cache; int8, nf4: kernels in 8.25 or 4.13 bits per weight, the rest bfloat16"
+    kinds = ("float32", "bfloat16", "int8", "nf4")
+    command.add_argument("--dtype", default="float32", choices=kinds, help=f"{widths} (default: %(default)s)")
     command.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     command.add_argument("--adapter", metavar="FOLDER", help=ADAPTER_HELP)
-    command = add("import", "check a Hugging Face folder and write it anew: merged, in another dtype", IMPORT_HELP)
-    command.add_argument("source", metavar="SRC", help="a folder with safetensors, or a hub id")
-    command.add_argument("destination", metavar="DST", help="the folder to write, which is not there yet or empty")
-    command.add_argument("--adapter", metavar="FOLDER", help=ADAPTER_HELP)
-    command.add_argument("--dtype", choices=DTYPES, help="default: that of SRC")
-    command = add("export", "hand on what a run has trained, as a Hugging Face folder or a PEFT adapter", IMPORT_HELP)
-    command.add_argument("run", metavar="RUN", help="the run.dir of a training")
-    command.add_argument("destination", metavar="DST", help="the folder to write, which is not there yet or empty")
-    command.add_argument(
-        "--stage", choices=("ppo", "sft", "reward", "critic", "ema"), default="ppo", help="default: ppo"
-    )
-    command.add_argument("--adapter", action="store_true", help="the LoRA adapter alone, as PEFT loads it")
-    command.add_argument("--dtype", choices=DTYPES, help="of a whole model (default: that of the run's export)")
 
-    args, late = parser.parse_known_args(argv)
-    if late and (args.command not in ("plan", "data") or any(text.startswith("-") for text in late)):
-        parser.error(f"unrecognized arguments: {' '.join(late)}")
-    if late:  # key=value behind an option, which argparse does not give to `overrides`
-        args.overrides += late
-    logging.basicConfig(format="%(message)s")  # before anything imported configures it otherwise
-    logging.getLogger("rlhf_jax").setLevel(logging.INFO)
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch: it is not needed
-    keep_compiled(os.environ)
-    give_threads(os.environ)
-    try:
-        if args.command == "chat":
-            run_chat(args)
-        elif args.command == "plan":
-            run_plan(args)
-        elif args.command == "data":
-            run_data(args)
-        elif args.command == "import":
-            from rlhf_jax.transfer import import_model
 
-            import_model(args.source, args.destination, adapter=args.adapter, dtype=args.dtype)
-        elif args.command == "export":
-            from rlhf_jax.transfer import export_run
+def add_folder_options(reads: argparse.ArgumentParser, writes: argparse.ArgumentParser) -> None:
+    """The options of `import` and `export`."""
+    reads.add_argument("source", metavar="SRC", help="a folder with safetensors, or a hub id")
+    writes.add_argument("source", metavar="RUN", help="the run.dir of a training")
+    for command in (reads, writes):
+        command.add_argument("destination", metavar="DST", help="the folder to write, which is not there yet or empty")
+    reads.add_argument("--adapter", metavar="FOLDER", help=ADAPTER_HELP)
+    reads.add_argument("--dtype", choices=DTYPES, help="default: that of SRC")
+    writes.add_argument("--stage", choices=export_folders(), default="", help="default: the last policy of the run")
+    writes.add_argument("--adapter", action="store_true", help="the LoRA adapter alone, as PEFT loads it")
+    writes.add_argument("--dtype", choices=DTYPES, help="of a whole model (default: that of the run's export)")
 
-            export_run(args.run, args.destination, stage=args.stage, adapter=args.adapter, dtype=args.dtype)
-        else:
-            run_config(args.command, args.config, args.overrides)
-    except (ValueError, FloatingPointError, OSError) as error:
-        print(f"rlhf-jax: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        resumes = args.command == "train" or args.command in STAGES
-        hint = "; the same command goes on from the last checkpoint" if resumes else ""
-        print(f"rlhf-jax: interrupted{hint}", file=sys.stderr)
-        return 130
-    return 0
+
+class Terminal(logging.Handler):
+    """Writes messages to stderr, above a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+        sys.stderr.flush()
+
+
+class JsonFormatter(logging.Formatter):
+    """A message as one JSON object per line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z")
+        return json.dumps(
+            {"time": time, "level": record.levelname, "logger": record.name, "message": record.getMessage()},
+            ensure_ascii=False,
+        )
+
+
+def set_logging(args: argparse.Namespace) -> None:
+    """Send all messages to stderr, those of this package from INFO on, or with --quiet from WARNING on."""
+    is_quiet, is_json = "quiet" in args, "json_logs" in args
+    root, terminal = logging.getLogger(), Terminal()
+    terminal.setFormatter(JsonFormatter() if is_json else None)
+    # An imported library may have installed a handler of its own, and an earlier call did.
+    others = [each for each in root.handlers if type(each) not in (logging.StreamHandler, Terminal)]
+    root.handlers = [*others, terminal]
+    logging.captureWarnings(is_json)
+    logging.getLogger("rlhf_jax").setLevel(logging.WARNING if is_quiet else logging.INFO)
+    logging.getLogger("rlhf_jax.metrics.bar").disabled = is_quiet or is_json
 
 
 def keep_compiled(environ: Mapping[str, str]) -> None:
@@ -160,42 +212,30 @@ def give_threads(environ: MutableMapping[str, str]) -> None:
         environ.setdefault("PJRT_NPROC", "64")
 
 
-def run_config(command: str, path: str, overrides: Sequence[str]) -> None:
-    """A command that reads a configuration file."""
+def run_train(args: argparse.Namespace) -> None:
     # Imported here, so that --help answers at once.
+    from rlhf_jax.config import load
+    from rlhf_jax.mesh import make_mesh
+    from rlhf_jax.recipe import Recipe
+    from rlhf_jax.train import train
+
+    recipe = load(args.config, args.overrides, Recipe)
+    train(recipe, make_mesh(recipe.mesh), () if args.command == "train" else (args.command,))
+    LOGGER.info(f"{args.command}: everything lies in {recipe.run.dir}")
+    if policy := latest_export("policy", recipe.run):
+        LOGGER.info(f"talk to the result: rlhf-jax chat {policy}")
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
     from rlhf_jax.config import dump, load
     from rlhf_jax.evaluate import evaluate
     from rlhf_jax.mesh import make_mesh
-    from rlhf_jax.plan import check_fits, device_limit
-    from rlhf_jax.plan.choose import resolve
     from rlhf_jax.recipe import Recipe
-    from rlhf_jax.stages.loop import open_run, same_data
-    from rlhf_jax.stages.models import say_devices
-    from rlhf_jax.stages.pipeline import train
+    from rlhf_jax.stages.run_folder import check_same_data
 
-    recipe = load(path, overrides, Recipe)
-    mesh = make_mesh(recipe.mesh)
-    if command == "evaluate":
-        same_data(recipe.run, dump(recipe))
-        say_devices(mesh, recipe.model)
-        dtype, attention = recipe.model.dtype, recipe.model.attention
-        evaluate(Path(recipe.run.dir), mesh, recipe.data, recipe.evaluate, dtype, attention)
-        return
-    stages = STAGES if command == "train" else (command,)
-    # RUN/config.toml may be a CONFIG later, and must not ask for deletion once more; it keeps "auto" where that stands.
-    lasting = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, overwrite=False))
-    kept = () if recipe.run.overwrite else [stage for stage in stages if recipe.run.export(stage).exists()]
-    limit, waiting = device_limit(mesh), [stage for stage in stages if stage not in kept]
-    recipe, chosen = resolve(recipe, mesh, limit, waiting)
-    for text in chosen:
-        print(f"auto: {text}", flush=True)
-    if limit is not None:
-        check_fits(recipe, mesh, limit, waiting)
-    open_run(recipe.run, dump(lasting))
-    train(recipe.run, recipe.layout(mesh), recipe.model, recipe.data, recipe.sft, recipe.reward, recipe.ppo, stages)
-    print(f"{command}: everything lies in {recipe.run.dir}", flush=True)
-    if recipe.run.export("ppo").exists():
-        print(f"talk to the result: rlhf-jax chat {recipe.run.export('ppo')}", flush=True)
+    recipe = load(args.config, args.overrides, Recipe)
+    check_same_data(recipe.run, dump(recipe))
+    print(evaluate(recipe.run, make_mesh(recipe.mesh), recipe.data, recipe.evaluate, recipe.model), flush=True)
 
 
 def run_plan(args: argparse.Namespace) -> None:
@@ -227,3 +267,15 @@ def run_chat(args: argparse.Namespace) -> None:
 
     sample = SampleConfig(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
     chat(args.folder, sample, args.seed, args.dtype, args.adapter)
+
+
+def run_import(args: argparse.Namespace) -> None:
+    from rlhf_jax.transfer import import_model
+
+    import_model(args.source, args.destination, adapter=args.adapter, dtype=args.dtype)
+
+
+def run_export(args: argparse.Namespace) -> None:
+    from rlhf_jax.transfer import export_run
+
+    export_run(args.source, args.destination, stage=args.stage, adapter=args.adapter, dtype=args.dtype)

@@ -1,10 +1,11 @@
-"""A finished run, measured on prompts and pairs that no stage trained on: SFT beside PPO."""
+"""A finished run, measured on prompts and pairs that no stage trained on: its policies side by side."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +23,10 @@ from rlhf_jax.models.attention import Choice
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained, reward_from_pretrained, score
 from rlhf_jax.rollout import sample_answers
 from rlhf_jax.sampling import SampleConfig
+from rlhf_jax.stages.models import ModelConfig, log_devices
+from rlhf_jax.stages.run_folder import RunConfig
+from rlhf_jax.stages.table import exporters
 
-STAGES = ("sft", "ppo")
 READ_FOR_EACH = 32  # held-out rows read for each prompt that is asked
 
 
@@ -34,7 +37,7 @@ class EvaluateConfig:
     batch_size: int = 64  # prompts answered, and sequences scored, at once
     show: int = 6  # prompts whose answers are printed
     seed: int = 0  # of the answers' sampling
-    sample: SampleConfig = SampleConfig()  # how SFT and PPO model answer
+    sample: SampleConfig = SampleConfig()  # how the policies answer
 
     def __post_init__(self) -> None:
         if min(self.prompts, self.pairs, self.batch_size) < 1:
@@ -44,40 +47,46 @@ class EvaluateConfig:
 
 
 def evaluate(
-    run_dir: Path,
+    run: RunConfig,
     mesh: Mesh,
     data: DataConfig,
     config: EvaluateConfig,
-    dtype: str = "float32",
-    attention: Choice = "auto",
-) -> dict[str, float]:
-    """Answer held-out prompts by the SFT and the PPO model, score them by the reward model, print and return it.
+    model: ModelConfig,
+) -> str:
+    """Answer held-out prompts by every policy of the run, score the answers by its reward model, report on both.
 
     Writes RUN/evaluate.json (the numbers) and RUN/evaluate.jsonl (every answer). On `builtin:assistant` a program also
     judges whether each answer is good; nothing that trains sees that judge.
 
     Args:
-        dtype: of the weights and activations; two models are in memory at a time.
-        attention: the kernel of scoring and prefill, see `attention_kernel`.
+        model: of which dtype and attention count; two models are in memory at a time.
+    Returns:
+        The report, as text for a terminal.
     Raises:
         ValueError: a stage of the run is not finished, or there are no held-out rows.
     """
-    folders = {stage: run_dir / stage / "export" for stage in (*STAGES, "reward")}
-    missing = [stage for stage, folder in folders.items() if not folder.exists()]
+    dtype, attention = model.dtype, model.attention
+    policies, scorers = (exporters(kind, run.stages) for kind in ("policy", "scorer"))
+    if not policies or not scorers:
+        raise ValueError(
+            f"run.stages = {list(run.stages)}: evaluate needs a stage that leaves a policy and one that leaves a scorer"
+        )
+    missing = [stage for stage in (*policies, scorers[-1]) if not run.export(stage).exists()]
     if missing:
-        raise ValueError(f"{run_dir}: {', '.join(missing)} not finished (no export folder): run `rlhf-jax train` first")
-    scorer = reward_from_pretrained(folders["reward"], mesh=mesh, dtype=dtype)
-    numbers = {"reward_accuracy": reward_accuracy(scorer, data, config, attention)}
+        raise ValueError(f"{run.dir}: {', '.join(missing)} not finished (no export folder): run `rlhf-jax train` first")
+    log_devices(mesh, model)
+    scorer = reward_from_pretrained(run.export(scorers[-1]), mesh=mesh, dtype=dtype)
+    numbers = {"reward_accuracy": reward_accuracy(scorer, scorers[-1], data, config, attention)}
 
-    asked, prompts = held_out_prompts(scorer, data, config.prompts)
+    asked, prompts = held_out_prompts(scorer, policies[-1], data, config.prompts)
     count = len(asked)
     judged = all(example.source == BUILTIN for example in asked)
 
     said, scores, good = {}, {}, {}
-    for stage in STAGES:
-        model = from_pretrained(folders[stage], mesh=mesh, dtype=dtype, one_copy=True)
-        texts, ended, lengths, scores[stage] = answer(model, scorer, prompts, config, attention)
-        del model
+    for stage in policies:
+        policy = from_pretrained(run.export(stage), mesh=mesh, dtype=dtype, one_copy=True)
+        texts, ended, lengths, scores[stage] = answer(policy, scorer, prompts, config, attention)
+        del policy
         said[stage] = texts
         numbers |= {f"{stage}_score": float(scores[stage].mean()), f"{stage}_length": float(lengths.mean())}
         numbers[f"{stage}_ended"] = float(np.mean(ended))
@@ -85,27 +94,28 @@ def evaluate(
             verdicts = zip(asked, texts, ended, strict=True)
             good[stage] = [assistant_judge.judge(e.turns[-1][1], text, end).good for e, text, end in verdicts]
             numbers[f"{stage}_good"] = float(np.mean(good[stage]))
-    numbers["ppo_win_rate"] = float(
-        (scores["ppo"] > scores["sft"]).mean() + 0.5 * (scores["ppo"] == scores["sft"]).mean()
-    )
+    first = scores[policies[0]]
+    for stage in policies[1:]:
+        numbers[f"{stage}_win_rate"] = float((scores[stage] > first).mean() + 0.5 * (scores[stage] == first).mean())
 
     records = [
-        {"prompt": example.turns, **{f"{s}_answer": said[s][i] for s in STAGES}}
-        | {f"{s}_score": float(scores[s][i]) for s in STAGES}
+        {"prompt": example.turns, **{f"{s}_answer": said[s][i] for s in policies}}
+        | {f"{s}_score": float(scores[s][i]) for s in policies}
         | {f"{s}_good": good[s][i] for s in good}
         for i, example in enumerate(asked)
     ]
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    (run_dir / "evaluate.jsonl").write_text(lines, encoding="utf-8")
-    (run_dir / "evaluate.json").write_text(json.dumps({"prompts": count, **numbers}, indent=2) + "\n")
-    print(report(records[: config.show], numbers, count))
-    return numbers
+    (Path(run.dir) / "evaluate.jsonl").write_text(lines, encoding="utf-8")
+    (Path(run.dir) / "evaluate.json").write_text(json.dumps({"prompts": count, **numbers}, indent=2) + "\n")
+    return report(policies, records[: config.show], numbers, count)
 
 
-def reward_accuracy(scorer: Pretrained, data: DataConfig, config: EvaluateConfig, attention: Choice) -> float:
-    """Share of held-out pairs whose chosen answer has the higher score."""
+def reward_accuracy(
+    scorer: Pretrained, stage: str, data: DataConfig, config: EvaluateConfig, attention: Choice
+) -> float:
+    """Share of held-out pairs whose chosen answer has the higher score; `stage` trained the scorer."""
     tokenizer = prepare_tokenizer(scorer.tokenizer, data.template)
-    rows = select_rows(data, tokenizer, RowSpec("pair", "reward"), held_out=True)
+    rows = select_rows(data, tokenizer, RowSpec("pair", stage), held_out=True)
     count = min(config.pairs, len(rows))
     pairs = Batches(rows, batch_size=count, seed=0, shuffle=False)[0]
     tokens, mask = (x.reshape(2 * count, -1) for x in (pairs.tokens, pairs.mask))
@@ -114,17 +124,17 @@ def reward_accuracy(scorer: Pretrained, data: DataConfig, config: EvaluateConfig
     return float((chosen > rejected).mean())
 
 
-def held_out_prompts(scorer: Pretrained, data: DataConfig, limit: int) -> tuple[list[Example], Batch]:
+def held_out_prompts(scorer: Pretrained, stage: str, data: DataConfig, limit: int) -> tuple[list[Example], Batch]:
     """At most `limit` held-out examples whose prompts fit, no prompt twice, and the batch of those prompts.
 
     Raises:
         ValueError: there are none.
     """
-    tokenizer, spec = prepare_tokenizer(scorer.tokenizer, data.template), RowSpec("prompt", "ppo")
+    tokenizer, spec = prepare_tokenizer(scorer.tokenizer, data.template), RowSpec("prompt", stage)
     # Some are dropped, and rows of one prompt are many in preference data: enough are read that the rest suffice.
     examples = list(itertools.islice(read_examples(data, spec, held_out=True), READ_FOR_EACH * limit))
     if not examples:
-        raise ValueError("there are no held-out rows of the ppo stage: train with data.held_out or an eval_path")
+        raise ValueError("there are no held-out prompts: train with data.held_out or an eval_path")
     rows = rows_of(examples, data, tokenizer, spec)
     (part,) = rows.parts
     count = min(limit, len(rows))
@@ -168,24 +178,26 @@ def answer(
     return texts, rollout.ended.tolist(), rollout.mask.sum(axis=1), scores
 
 
-def report(records: list[dict], numbers: dict[str, float], count: int) -> str:
-    """The same prompts answered by both models, and the numbers over all of them, as text for a terminal."""
+def report(policies: Sequence[str], records: list[dict], numbers: dict[str, float], count: int) -> str:
+    """The same prompts answered by every policy, and the numbers over all of them, as text for a terminal."""
     lines = []
     for record in records:
         lines.append("\n" + record["prompt"][-1][1])
-        for stage in STAGES:
+        for stage in policies:
             verdict = {True: ", good", False: ", not good", None: ""}[record.get(f"{stage}_good")]
             head = f"  {stage.upper()} (score {record[f'{stage}_score']:+.2f}{verdict}): "
             lines.append(textwrap.fill(record[f"{stage}_answer"], 110, initial_indent=head, subsequent_indent="      "))
-    lines += ["", f"over {count} held-out prompts:                SFT      PPO"]
+    names = " ".join(f"{stage.upper():>8}" for stage in policies)
+    lines += ["", f"{f'over {count} held-out prompts:':<40}{names}"]
     for name, label, style in (
         ("good", "judged good", "{:8.1%}"),
         ("score", "mean reward-model score", "{:8.2f}"),
         ("length", "mean answer length, tokens", "{:8.1f}"),
         ("ended", "ended by EOS", "{:8.1%}"),
     ):
-        if f"sft_{name}" in numbers:
-            lines.append(f"  {label:<38}" + " ".join(style.format(numbers[f"{stage}_{name}"]) for stage in STAGES))
-    lines.append(f"  PPO's answer has the higher score       {numbers['ppo_win_rate']:.1%}")
+        if f"{policies[0]}_{name}" in numbers:
+            lines.append(f"  {label:<38}" + " ".join(style.format(numbers[f"{stage}_{name}"]) for stage in policies))
+    for stage in policies[1:]:
+        lines.append(f"  {stage.upper()}'s answer has the higher score       {numbers[f'{stage}_win_rate']:.1%}")
     lines.append(f"  reward model's accuracy on held-out pairs  {numbers['reward_accuracy']:.1%}")
     return "\n".join(lines)

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+GIB = 2**30
 PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 # XLA would merge products of one input, as a kernel's and its adapter's, by writing their weights side by side: anew
 # for every token, or of all layers at once.

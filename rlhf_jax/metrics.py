@@ -1,4 +1,4 @@
-"""One writer of a stage's numbers: to the terminal, to `metrics.jsonl` and to TensorBoard.
+"""One writer of a stage's numbers: to the log, to `metrics.jsonl` and to TensorBoard.
 
 with Metrics(run_dir, "sft", total_steps=100) as metrics:
     metrics.write(step, {"loss": loss})
@@ -6,6 +6,7 @@ with Metrics(run_dir, "sft", total_steps=100) as metrics:
 """
 
 import json
+import logging
 import math
 import sys
 import time
@@ -17,11 +18,13 @@ from typing import Any, Self
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+LOGGER = logging.getLogger(__name__)
+BAR = logging.getLogger(f"{__name__}.bar")  # writes nothing: where it is disabled no bar is drawn
 SECONDS_BETWEEN_LINES = 10.0  # where the output is a file, which a bar would fill with carriage returns
 
 
 class Metrics:
-    """A stage's metrics in RUN/<stage>/metrics.jsonl and RUN/tensorboard, and its progress on stderr.
+    """A stage's metrics in RUN/<stage>/metrics.jsonl and RUN/tensorboard, and its progress as a bar on stderr.
 
     A stage that resumes passes the last finished step as `start_step`: records of later steps, which an interrupted
     run left behind and the resumed one writes again, are dropped, so both end with the same file. A `start_step` of 0
@@ -41,7 +44,7 @@ class Metrics:
             initial=start_step,
             unit="step",
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=BAR.disabled or not sys.stderr.isatty(),
         )
         self._first_step, self._started, self._printed = start_step, time.monotonic(), -math.inf
 
@@ -73,7 +76,7 @@ class Metrics:
     def advance(self, step: int, headline: Mapping[str, Any] | None = None) -> None:
         """Moves the progress bar to `step`, with the few values of `headline` beside it.
 
-        Where stderr is no terminal it prints a line for the first and the last step and now and then between them.
+        Where no bar is drawn it logs a line for the first and the last step and now and then between them.
         """
         shown = {name: f"{_number(value):.4g}" for name, value in (headline or {}).items()}
         if shown:
@@ -85,12 +88,7 @@ class Metrics:
             self._printed = now
             left = (now - self._started) / max(step - self._first_step, 1) * (self.total_steps - step)
             where = f"{self.stage} {step}/{self.total_steps} eta {tqdm.format_interval(left)}"
-            self.say(" ".join([where, *map("=".join, shown.items())]))
-
-    def say(self, text: str) -> None:
-        """Prints `text` as a line of its own on stderr, above the progress bar."""
-        tqdm.write(text, file=sys.stderr)
-        sys.stderr.flush()
+            LOGGER.info(" ".join([where, *map("=".join, shown.items())]))
 
 
 def _number(value: Any) -> int | float:

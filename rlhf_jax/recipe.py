@@ -7,18 +7,17 @@ from dataclasses import dataclass, replace
 from jax.sharding import AbstractMesh, Mesh
 
 from rlhf_jax.data.config import DataConfig
-from rlhf_jax.data.example import RowKind, RowSpec
+from rlhf_jax.data.example import RowSpec
 from rlhf_jax.data.splits import named_shares
 from rlhf_jax.evaluate import EvaluateConfig
 from rlhf_jax.mesh import Layout, MeshConfig, train_layout
-from rlhf_jax.stages.loop import RunConfig
+from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.models import ModelConfig
 from rlhf_jax.stages.ppo import PPOConfig
 from rlhf_jax.stages.reward import RewardConfig
+from rlhf_jax.stages.run_folder import RunConfig
 from rlhf_jax.stages.sft import SFTConfig
-
-ROW_KINDS: dict[str, RowKind] = {"sft": "demonstration", "reward": "pair", "ppo": "prompt"}
-SHARES = {"sft": 2.0, "reward": 4.0, "ppo": 4.0}  # where `data.split` is empty
+from rlhf_jax.stages.table import STAGES, check_stages, sources
 
 
 @dataclass(frozen=True)
@@ -33,13 +32,22 @@ class Recipe:
     evaluate: EvaluateConfig = EvaluateConfig()
 
     def __post_init__(self) -> None:
-        split = named_shares(self.data.split, tuple(ROW_KINDS), SHARES)
+        stages = self.run.stages
+        check_stages(stages, self.model)
+        split = named_shares(self.data.split, tuple(STAGES), {name: STAGES[name].share for name in stages})
+        if missing := [name for name in stages if name not in split]:
+            raise ValueError(f"data.split has no share for {', '.join(missing)}: add it, or take it out of run.stages")
         object.__setattr__(self, "data", replace(self.data, split=split))
 
     def row_spec(self, stage: str) -> RowSpec:
         """The rows that a stage asks for."""
         config = getattr(self, stage)
-        return RowSpec(ROW_KINDS[stage], stage, getattr(config, "learn", "answer"), getattr(config, "pack_length", 0))
+        return RowSpec(STAGES[stage].rows, stage, getattr(config, "learn", "answer"), getattr(config, "pack_length", 0))
+
+    def context(self, stage: str, mesh: Mesh) -> StageContext:
+        """What the stage is given; what it starts from need not be there yet."""
+        start = {kind: self.run.export(name) for kind, name in sources(stage, self.run.stages, self.model).items()}
+        return StageContext(stage, self.row_spec(stage), self.run, self.layout(mesh), self.model, self.data, start)
 
     def layout(self, mesh: Mesh | AbstractMesh) -> Layout:
         """Where all that is trained lies on the mesh of these settings."""

@@ -21,7 +21,7 @@ from rlhf_jax.data.mapping.mapper import resolved, serves
 from rlhf_jax.data.rows import Rows
 from rlhf_jax.data.selection import NoRows, has_eval, select_rows, takes_part
 from rlhf_jax.data.template import Encoded, prepare_tokenizer
-from rlhf_jax.recipe import ROW_KINDS, Recipe
+from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.base import new_tokenizer
 
 GREEN, DIM, PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
@@ -48,10 +48,16 @@ def show_data(recipe: Recipe, examples: int, out: TextIO | None = None) -> None:
     tokenizer, data = tokenizer_of(recipe), recipe.data
     colours = out.isatty() and not os.environ.get("NO_COLOR")
     # All is read before anything is printed: what is bad stops the command, and how much was read is told once.
-    specs = {stage: replace(recipe.row_spec(stage), pack_length=0) for stage in ROW_KINDS}
+    specs = {stage: replace(recipe.row_spec(stage), pack_length=0) for stage in recipe.run.stages}
     found = {(s, side): _rows(data, tokenizer, spec, side) for s, spec in specs.items() for side in (False, True)}
     names = short_names([source.path for source in data.sources])
-    lines = [f"tokenizer: {recipe.model.actor}, {len(tokenizer):,} words", "", *sources(data, names, found), "", LEGEND]
+    lines = [
+        f"tokenizer: {recipe.model.actor}, {len(tokenizer):,} words",
+        "",
+        *sources(data, names, specs, found),
+        "",
+        LEGEND,
+    ]
     for stage, spec in specs.items():
         serving = [name for name, source in zip(names, data.sources, strict=True) if serves(source, spec.kind)]
         lines += ["", _columns(f"{stage}: a row is {USES[spec.kind]}", COLUMNS)]
@@ -67,14 +73,16 @@ def show_data(recipe: Recipe, examples: int, out: TextIO | None = None) -> None:
                     (document,) = part.documents(row)
                     lines += ["", f"  {name}, row {part.number(row)}"]
                     lines += example(document, tokenizer, colours)
-    print("\n".join(lines), file=out)
+    out.write("\n".join(lines) + "\n")
 
 
 def tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
     """That of model.actor; of a new model its run's, or what would be trained now. ValueError where it has none."""
     base = recipe.run.folder("base")
     if recipe.model.actor == "new" and not base.exists():
-        return new_tokenizer(recipe.model, recipe.data)
+        specs = map(recipe.row_spec, recipe.run.stages)
+        rows = min(specs, key=lambda spec: spec.kind != "demonstration")  # as `make_base` has them
+        return new_tokenizer(recipe.model, recipe.data, rows)
     place = base if recipe.model.actor == "new" else recipe.model.actor
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
@@ -105,14 +113,19 @@ def short_names(paths: Sequence[str]) -> list[str]:
     return names
 
 
-def sources(data: DataConfig, names: Sequence[str], found: Mapping[tuple[str, bool], Rows | NoRows]) -> list[str]:
+def sources(
+    data: DataConfig,
+    names: Sequence[str],
+    specs: Mapping[str, RowSpec],
+    found: Mapping[tuple[str, bool], Rows | NoRows],
+) -> list[str]:
     """Of each source its place and format, how many rows were read, and which were bad."""
     lines = ["sources"]
     for at, (source, name) in enumerate(zip(map(resolved, data.sources), names, strict=True)):
         tallies = {False: {}, True: {}}  # of the training rows and of the held-out rows, {stage: tally}
         for (stage, held_out), rows in found.items():
-            if isinstance(rows, Rows) and takes_part(source, ROW_KINDS[stage], held_out):
-                before = sum(takes_part(other, ROW_KINDS[stage], held_out) for other in data.sources[:at])
+            if isinstance(rows, Rows) and takes_part(source, specs[stage].kind, held_out):
+                before = sum(takes_part(other, specs[stage].kind, held_out) for other in data.sources[:at])
                 tallies[held_out][stage] = rows.parts[before].tally
         read = {side: next((tally.rows for tally in each.values()), None) for side, each in tallies.items()}
         counts = {side: "" if count is None else f", {count:,} rows" for side, count in read.items()}
@@ -124,7 +137,7 @@ def sources(data: DataConfig, names: Sequence[str], found: Mapping[tuple[str, bo
             held = f"{data.held_out:.1%} of its prompts" if data.held_out else "nothing"
             held += ", left out, as it is streamed" * (source.stream and data.held_out > 0)
         counts[False] += " in its first window, of which all below is told" * source.stream
-        unserved = [f", not for {stage}" for stage, kind in ROW_KINDS.items() if not serves(source, kind)]
+        unserved = [f", not for {stage}" for stage, spec in specs.items() if not serves(source, spec.kind)]
         told = f"{counts[False]}, format {source.format}{''.join(unserved)}; held out: {held}"
         lines.append(f"  {name.split()[0]} {source.path}{told}")
         for held_out in (False, True) if has_eval(source) else (False,):

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+import tomllib
 from pathlib import Path
 
 from rlhf_jax.mesh import MeshConfig, make_mesh
 from rlhf_jax.models.folders import check_free, local_folder, read_json, replacing
 from rlhf_jax.models.pretrained import from_pretrained, is_scorer, reward_from_pretrained, save_pretrained
 from rlhf_jax.models.safetensors_io import stored_dtype
+from rlhf_jax.stages.run_folder import RunConfig
+from rlhf_jax.stages.table import export_folders, exporters
 
-EXPORTS = {
-    "ppo": "ppo/export",
-    "sft": "sft/export",
-    "reward": "reward/export",
-    "critic": "ppo/export_critic",
-    "ema": "ppo/export_ema",  # the moving average of the PPO actor, where one was kept
-}
+LOGGER = logging.getLogger(__name__)
 
 
 def import_model(source: str, destination: str, *, adapter: str | None = None, dtype: str | None = None) -> None:
@@ -41,16 +39,14 @@ def import_model(source: str, destination: str, *, adapter: str | None = None, d
     save_pretrained(model, destination, dtype=dtype or stored)
     kind = "reward model" if model.config.scalar_head else "language model"
     count = sum(leaf.size for leaf in model.params.values())
-    print(
-        f"a {model.config.family} {kind} of {count:,} parameters, {dtype or stored}, lies in {destination}", flush=True
-    )
+    LOGGER.info(f"a {model.config.family} {kind} of {count:,} parameters, {dtype or stored}, lies in {destination}")
 
 
-def export_run(run: str, destination: str, *, stage: str, adapter: bool = False, dtype: str | None = None) -> None:
-    """Hand on what a run has trained.
+def export_run(run: str, destination: str, *, stage: str = "", adapter: bool = False, dtype: str | None = None) -> None:
+    """Write what a run has trained to a folder of its own.
 
     Args:
-        stage: a key of EXPORTS.
+        stage: a key of `export_folders`; "": the last stage of the run that exports a policy.
         adapter: the LoRA adapter alone, for PEFT, in place of the whole model.
         dtype: of the whole model; None: that of the run's export.
     Raises:
@@ -58,9 +54,11 @@ def export_run(run: str, destination: str, *, stage: str, adapter: bool = False,
     """
     if not (Path(run) / "config.toml").exists():
         raise ValueError(f"{run} is no run folder (it has no config.toml): give the run.dir of a training")
-    folder = Path(run) / EXPORTS[stage]
+    stages = tomllib.loads((Path(run) / "config.toml").read_text()).get("run", {}).get("stages", RunConfig.stages)
+    stage, folders = stage or exporters("policy", stages)[-1], export_folders()
+    folder = Path(run) / folders[stage]
     if not folder.exists():
-        done = ", ".join(name for name, place in EXPORTS.items() if (Path(run) / place).exists()) or "none"
+        done = ", ".join(name for name, place in folders.items() if (Path(run) / place).exists()) or "none"
         mend = ", or was trained without (ppo.ema_decay = 0)" if stage == "ema" else ""
         raise ValueError(f"{stage} of {run} is not finished ({folder} is not there){mend}; finished: {done}")
     if adapter and dtype:
@@ -74,4 +72,4 @@ def export_run(run: str, destination: str, *, stage: str, adapter: bool = False,
     with replacing(Path(destination)) as unfinished:
         shutil.copytree(folder, unfinished, dirs_exist_ok=True)
     base = read_json(folder / "adapter_config.json")["base_model_name_or_path"]
-    print(f"a LoRA adapter of {base} lies in {destination}", flush=True)
+    LOGGER.info(f"a LoRA adapter of {base} lies in {destination}")

@@ -14,10 +14,11 @@ from pathlib import Path
 from rlhf_jax.cli import main as rlhf_jax
 from rlhf_jax.gpus import machine
 from rlhf_jax.plan import hardware_of, local_gpus
+from rlhf_jax.stages.run_folder import RunConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DEPLOYMENTS = ("single_gpu", "single_node", "multi_node")
-STAGES = {1: "sft", 2: "reward", 3: "ppo"}
+STAGES = dict(enumerate(RunConfig.stages, 1))
 
 
 def main(argv: list[str] | None = None) -> int:

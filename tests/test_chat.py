@@ -186,7 +186,7 @@ def test_a_dialogue_that_is_too_long_loses_its_oldest_exchange_and_says_so(folde
     assert talk(monkeypatch, folder, f"{text}\n" * count) == 0
     assert [len(turns) for turns in asked] == [*range(1, 2 * count - 1, 2), 2 * count - 3]
     assert all(len(encode_prompt(model.tokenizer, turns)) <= 148 for turns in asked)
-    assert "(the oldest 1 exchange(s) no longer fit the model's positions and are forgotten)" in capsys.readouterr().out
+    assert "(the oldest 1 exchange(s) no longer fit the model's positions and are forgotten)" in capsys.readouterr().err
 
 
 def test_a_message_that_is_too_long_is_refused_and_the_conversation_goes_on(folder, monkeypatch, capsys):

@@ -133,7 +133,7 @@ def test_an_automatic_run_keeps_auto_in_its_folder_and_says_what_it_took(tmp_pat
     overrides = ["model.remat=auto", "mesh.zero=auto", "sft.steps=1", "sft.eval_batches=0"]
     for _ in range(2):  # the second finds its own configuration, and nothing left to do
         assert tiny_recipe.run("sft", path, f"run.dir={tmp_path / 'run'}", *overrides) == 0
-        assert "auto: remat = layers" in capsys.readouterr().out
+        assert "auto: remat = layers" in capsys.readouterr().err
     kept = (tmp_path / "run" / "config.toml").read_text()
     assert 'remat = "auto"' in kept and 'zero = "auto"' in kept
 

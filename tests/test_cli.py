@@ -1,23 +1,31 @@
 """The command line: help, exit codes, and one clear line for what a user can get wrong."""
 
+import io
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
+from argparse import Namespace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tiny_recipe
+import tomli_w
 from safetensors.numpy import load_file, save_file
 from tiny_recipe import RECIPE, records, tensors, tree, write_recipe
 
-from rlhf_jax.cli import give_threads, keep_compiled, main
+from rlhf_jax.cli import give_threads, keep_compiled, main, set_logging
 from rlhf_jax.config import dump, load
+from rlhf_jax.metrics import Metrics
 from rlhf_jax.recipe import Recipe
-from rlhf_jax.stages.loop import RunConfig, same_data
+from rlhf_jax.stages.models import ModelConfig
+from rlhf_jax.stages.run_folder import RunConfig, check_same_data
+from rlhf_jax.stages.table import check_stages, sources
 
 
 @pytest.fixture
@@ -308,10 +316,10 @@ def test_a_run_may_keep_its_tokenised_rows_elsewhere(recipe, finished, tmp_path,
     cache = f"data.cache_dir={tmp_path / 'cache'}"
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     assert tiny_recipe.run("sft", recipe, f"run.dir={folder}", cache) == 0
-    assert "sft: finished already" in capsys.readouterr().out
-    same_data(RunConfig(dir=str(folder)), dump(load(recipe, [cache], Recipe)))
+    assert "sft: finished already" in capsys.readouterr().err
+    check_same_data(RunConfig(dir=str(folder)), dump(load(recipe, [cache], Recipe)))
     with pytest.raises(ValueError, match="was trained on other data"):
-        same_data(RunConfig(dir=str(folder)), dump(load(recipe, [cache, "data.held_out=0.3"], Recipe)))
+        check_same_data(RunConfig(dir=str(folder)), dump(load(recipe, [cache, "data.held_out=0.3"], Recipe)))
 
 
 def test_overwrite_begins_anew_and_leaves_nothing_of_the_old_run(recipe, finished, tmp_path, capsys):
@@ -328,7 +336,7 @@ def test_overwrite_begins_anew_and_leaves_nothing_of_the_old_run(recipe, finishe
     # The same again: nothing differs any more, so nothing is deleted, with or without the key.
     for again in (options, options[:2]):
         assert tiny_recipe.run("sft", recipe, *again) == 0
-        assert "sft: finished already" in capsys.readouterr().out
+        assert "sft: finished already" in capsys.readouterr().err
 
 
 def test_a_configuration_that_was_refused_can_be_mended_in_the_same_run_folder(refused, recipe, tmp_path):
@@ -364,6 +372,98 @@ def test_another_seed_is_another_run(recipe, finished, tmp_path):
     assert tiny_recipe.run("sft", recipe, *options) == 0
     ours, theirs = (tensors(run / "base")["model.embed_tokens.weight"] for run in (tmp_path / "run", finished))
     assert np.abs(ours - theirs).max() > 0.01
+
+
+# Stages.
+
+
+@pytest.mark.parametrize(
+    ("stages", "told"),
+    [
+        ('["sft", "rm"]', "run.stages names rm; the stages are sft, reward, ppo"),
+        ('["sft", "sft"]', "run.stages = ['sft', 'sft']: name at least one stage, and each once"),
+        ("[]", "run.stages = []: name at least one stage, and each once"),
+        ('["sft", "ppo"]', "ppo starts from a scorer, which no stage before it leaves: put reward before ppo"),
+        ('["reward", "sft", "ppo"]', "reward starts from a policy, which no stage before it leaves: put sft or ppo"),
+    ],
+)
+def test_stages_that_cannot_follow_one_another_are_refused_with_the_fix(refused, stages, told):
+    assert told in refused(f"run.stages={stages}")
+
+
+def test_a_stage_that_the_run_does_not_have_is_refused_with_the_fix(refused):
+    error = refused('run.stages=["sft"]', command="reward")
+    assert error == "reward is not a stage of this run, run.stages = ['sft']: add it there"
+
+
+def test_a_reward_model_of_its_own_needs_no_policy_and_may_come_first():
+    model = ModelConfig(reward="facebook/opt-350m")
+    check_stages(["reward", "sft", "ppo"], model)
+    assert sources("reward", ["reward", "sft", "ppo"], model) == {}
+    assert sources("ppo", ["reward", "sft", "ppo"], model) == {"policy": "sft", "scorer": "reward"}
+
+
+def test_a_run_of_an_older_version_has_the_stages_of_the_default(recipe, finished, tmp_path, capsys):
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    tables = tomllib.loads((folder / "config.toml").read_text())
+    del tables["run"]["stages"]
+    tables["data"]["split"] = "2,4,4"
+    (folder / "config.toml").write_text(tomli_w.dumps(tables))
+    assert tiny_recipe.run("train", recipe, f"run.dir={folder}") == 0
+    assert "ppo: finished already" in capsys.readouterr().err
+    # One stage fewer is another run once that stage has begun, and one more is not.
+    fewer = (f"run.dir={folder}", 'run.stages=["sft", "reward"]', "data.split={sft=2, reward=4, ppo=4}")
+    assert tiny_recipe.run("train", recipe, *fewer) == 2
+    assert '(run.stages: ["sft", "reward", "ppo"] -> ["sft", "reward"])' in capsys.readouterr().err
+    shutil.rmtree(folder / "ppo")
+    assert tiny_recipe.run("train", recipe, *fewer) == 0
+    assert f"talk to the result: rlhf-jax chat {folder / 'sft/export'}" in capsys.readouterr().err
+
+
+# Messages.
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_messages_go_to_stderr_as_text_or_json_or_not_at_all(finished, capsys, before):
+    command = ["sft", str(finished.parent / "tiny.toml"), f"run.dir={finished}"]
+
+    def said(*options: str) -> list[str]:
+        assert main([*options, *command] if before else [*command, *options]) == 0
+        out, err = capsys.readouterr()
+        assert out == ""
+        return err.splitlines()
+
+    plain = said()
+    assert plain[0].startswith("devices: ") and plain[1].startswith("sft: finished already")
+    assert said("--quiet") == []
+    lines = [json.loads(line) for line in said("--json-logs")]
+    assert [line["message"] for line in lines] == plain
+    assert {tuple(line) for line in lines} == {("time", "level", "logger", "message")}
+    assert lines[1]["level"] == "INFO" and lines[1]["logger"] == "rlhf_jax.train"
+
+
+@pytest.mark.parametrize("options", [["--quiet"], ["--json-logs"]])
+def test_an_error_is_reported_whatever_the_messages_are(tmp_path, capsys, options):
+    assert main([*options, "train", str(tmp_path / "gone.toml")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    told = f"rlhf-jax: {tmp_path / 'gone.toml'}: no such file; give the path of a TOML file"
+    assert line == told if options == ["--quiet"] else json.loads(line)["message"] == told
+
+
+def test_a_message_stands_on_a_line_of_its_own_above_the_progress_bar(tmp_path, monkeypatch):
+    class Screen(io.StringIO):
+        def isatty(self):
+            return True
+
+    screen = Screen()
+    monkeypatch.setattr("sys.stderr", screen)
+    set_logging(Namespace())
+    with Metrics(tmp_path, "sft", total_steps=5) as writer:
+        writer.advance(1, {})
+        logging.getLogger("rlhf_jax").info("a sentence")
+        writer.advance(5, {})
+    assert "a sentence\n" in screen.getvalue().replace("\r", "\n").splitlines(keepends=True)
+    assert "5/5" in screen.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.plan import USABLE, hardware_of, known, least_bytes, make_plan
 from rlhf_jax.plan.abstract import abstract_mesh
 from rlhf_jax.plan.choose import settled
-from rlhf_jax.plan.held import STAGES
 from rlhf_jax.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +77,7 @@ def test_a_configuration_divides_its_devices_with_four_sequences_each_and_holds_
         assert config.micro_batch_size >= 4 * shards
     assert recipe.data.max_prompt_length == 256 and recipe.ppo.sample.max_new_tokens == 256
     usable = int(USABLE * where.gpu.memory)
-    needed, phase = least_bytes(settled(recipe, mesh, where, STAGES, usable)[0], mesh, STAGES)
+    needed, phase = least_bytes(settled(recipe, mesh, where, recipe.run.stages, usable)[0], mesh, recipe.run.stages)
     assert needed < usable, phase
 
 

@@ -113,7 +113,7 @@ def test_data_that_no_program_can_judge_has_no_share_of_good_answers():
     numbers = {"ppo_win_rate": 1.0, "reward_accuracy": 0.75}
     for stage, score in (("sft", -1.0), ("ppo", 2.0)):
         numbers |= {f"{stage}_score": score, f"{stage}_length": 1.0, f"{stage}_ended": 0.5}
-    told = report(records, numbers, 1)
+    told = report(("sft", "ppo"), records, numbers, 1)
     assert "good" not in told
     assert "  SFT (score -1.00): a\n  PPO (score +2.00): b" in told
     assert "75.0%" in told
@@ -127,6 +127,13 @@ def test_a_run_that_is_not_finished_is_not_evaluated(tmp_path, capsys):
         f"rlhf-jax: {tmp_path / 'run'}: sft, ppo, reward not finished (no export folder): run `rlhf-jax train` first\n"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_a_policy_or_a_scorer_is_not_evaluated(tmp_path, capsys):
+    recipe = tiny_recipe.write_recipe(tmp_path)
+    assert tiny_recipe.run("evaluate", recipe, f"run.dir={tmp_path / 'run'}", 'run.stages=["sft"]') == 2
+    told = "run.stages = ['sft']: evaluate needs a stage that leaves a policy and one that leaves a scorer"
+    assert capsys.readouterr().err == f"rlhf-jax: {told}\n"
 
 
 def test_a_run_is_not_evaluated_on_data_of_which_it_may_have_seen_the_held_out_part(finished, capsys):

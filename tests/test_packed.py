@@ -25,8 +25,9 @@ from rlhf_jax.models.layers import positions_of, visible_of
 from rlhf_jax.models.lora import is_trainable
 from rlhf_jax.models.new_tokenizer import train_tokenizer
 from rlhf_jax.objectives.sft import next_token_loss
-from rlhf_jax.stages.models import ModelConfig, say_attention
-from rlhf_jax.stages.sft import sft_programs
+from rlhf_jax.stages.models import ModelConfig, log_attention
+from rlhf_jax.stages.sft import sft_objective
+from rlhf_jax.stages.supervised import make_programs
 from rlhf_jax.train_step import init_state
 from rlhf_jax.trees import partition
 
@@ -173,7 +174,8 @@ class Program:
         self.config, self.layout = FAMILIES[family], Layout(tiny.mesh_of(mesh), TRAIN)
         self.leaves, self.tx = abstract_params(self.config), optax.sgd(0.1)
         compute = Compute(jnp.dtype("float32"), "layers", 16)
-        self.update, self.measure = sft_programs(self.config, compute, self.layout, self.tx, num_micro)
+        objective = sft_objective(self.config, compute, self.layout)
+        self.update, self.measure = make_programs(objective, self.config, self.layout, self.tx, num_micro)
 
     def run(self, batch: Batch):
         """(parameters after the update, its loss, the measured loss, the learned tokens)."""
@@ -254,24 +256,25 @@ def test_where_attention_would_be_fused_packed_rows_go_over_masked_attention(mon
 
 
 def on_gpus(attention: str):
-    """A model, as far as `say_attention` looks at it, on a GPU; and settings that compute in bfloat16."""
+    """A model, as far as `log_attention` looks at it, on a GPU; and settings that compute in bfloat16."""
     device = SimpleNamespace(platform="gpu", compute_capability="8.0", device_kind="A100")
     mesh = SimpleNamespace(devices=np.array([device]))
     return SimpleNamespace(layout=SimpleNamespace(mesh=mesh), config=tiny.LLAMA), ModelConfig(attention=attention)
 
 
-def test_a_run_on_gpus_says_that_xla_attends_because_rows_are_packed(capsys):
-    for rows_packed in (False, True):
-        say_attention("sft", *on_gpus("auto"), 1024, packed=rows_packed)
-    fused, not_fused = capsys.readouterr().out.splitlines()
+def test_a_run_on_gpus_says_that_xla_attends_because_rows_are_packed(caplog):
+    with caplog.at_level("INFO", "rlhf_jax"):
+        for rows_packed in (False, True):
+            log_attention("sft", *on_gpus("auto"), 1024, packed=rows_packed)
+    fused, not_fused = caplog.messages
     assert fused == "sft: attention: cuDNN for training (bfloat16, causal)"
     assert not_fused.startswith("sft: attention: XLA (rows are packed")
 
 
 def test_fused_attention_that_is_asked_for_with_packed_rows_is_refused_with_the_mend():
-    say_attention("sft", *on_gpus("cudnn"), 1024)
+    log_attention("sft", *on_gpus("cudnn"), 1024)
     with pytest.raises(ValueError, match="rows are packed") as error:
-        say_attention("sft", *on_gpus("cudnn"), 1024, packed=True)
+        log_attention("sft", *on_gpus("cudnn"), 1024, packed=True)
     assert 'set it to "auto" or "xla"' in str(error.value)
 
 
@@ -279,7 +282,8 @@ def test_fused_attention_that_is_asked_for_with_packed_rows_is_refused_with_the_
 def test_for_an_a100_rows_of_one_document_are_fused_and_packed_ones_are_not():
     layout = Layout(make_mesh(MeshConfig(1, 1, 1), devices_of("1xA100-80GB")), TRAIN)
     config = dataclasses.replace(tiny.LLAMA, head_dim=64, max_positions=256)
-    _, measure = sft_programs(config, Compute(jnp.dtype("bfloat16"), "layers", 64), layout, optax.sgd(0.1), 1)
+    objective = sft_objective(config, Compute(jnp.dtype("bfloat16"), "layers", 64), layout)
+    _, measure = make_programs(objective, config, layout, optax.sgd(0.1), 1)
     params = {
         path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=layout.sharding(leaf.axes))
         for path, leaf in abstract_params(config).items()

@@ -16,8 +16,7 @@ from tiny_recipe import records, tensors, timeless, tree, write_recipe
 import rlhf_jax.collectives
 import rlhf_jax.rollout
 import rlhf_jax.stages.ppo
-import rlhf_jax.stages.reward
-import rlhf_jax.stages.sft
+import rlhf_jax.stages.supervised
 from rlhf_jax.cli import main
 from rlhf_jax.config import dump, load
 from rlhf_jax.data import assistant
@@ -105,7 +104,7 @@ def test_every_rollout_is_kept_and_adds_up_to_the_metrics(finished):
 def test_a_second_train_skips_all_three_stages_and_changes_nothing(finished, capsys):
     before = tree(finished)
     assert tiny_recipe.run("train", finished.parent / "tiny.toml", f"run.dir={finished}") == 0
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert [f"{stage}: finished already" in said for stage in STAGES] == [True, True, True]
     after = tree(finished)
     assert {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)} <= {"config.toml"}
@@ -114,17 +113,17 @@ def test_a_second_train_skips_all_three_stages_and_changes_nothing(finished, cap
 
 def stop_in(patch: pytest.MonkeyPatch, stage: str, at: int) -> None:
     """Ctrl-C in the middle of step `at` (counted from 0) of the stage, when its state has been given away."""
-    module = getattr(rlhf_jax.stages, stage)
+    module = getattr(rlhf_jax.stages, stage if stage == "ppo" else "supervised")
     loop = module.train_loop
 
-    def stopping(run, name, total, state, step_fn, *rest, **options):
+    def stopping(context, total, state, step_fn, **options):
         def stopped(state, step):
             result = step_fn(state, step)
-            if step == at:
+            if step == at and context.name == stage:
                 raise KeyboardInterrupt
             return result
 
-        return loop(run, name, total, state, stopped, *rest, **options)
+        return loop(context, total, state, stopped, **options)
 
     patch.setattr(module, "train_loop", stopping)
 
@@ -236,7 +235,7 @@ def test_a_run_killed_between_the_last_checkpoint_and_the_export_only_exports(tm
         def killed(*args):
             raise KeyboardInterrupt
 
-        patch.setattr(rlhf_jax.stages.sft, "export", killed)
+        patch.setattr(rlhf_jax.stages.supervised, "export", killed)
         assert tiny_recipe.run("sft", recipe, f"run.dir={folder}", "sft.steps=2") == 130
     before = timeless(folder / "sft/metrics.jsonl")
     capsys.readouterr()
@@ -259,14 +258,14 @@ def keep_trained(patch, kept):
     """Append to `kept` what the actor trains, before PPO and after each of its steps."""
     loop = rlhf_jax.stages.ppo.train_loop
 
-    def keeping(run, name, total, state, step_fn, *rest, **options):
+    def keeping(context, total, state, step_fn, **options):
         def stepping(state, step):
             state, stats = step_fn(state, step)
             kept.append(jax.device_get(jax.tree.map(jnp.copy, state.actor.trainable)))
             return state, stats
 
         kept.append(jax.device_get(jax.tree.map(jnp.copy, state.actor.trainable)))
-        return loop(run, name, total, state, stepping, *rest, **options)
+        return loop(context, total, state, stepping, **options)
 
     patch.setattr(rlhf_jax.stages.ppo, "train_loop", keeping)
 
@@ -280,7 +279,7 @@ def test_the_exported_average_is_that_by_hand_and_bit_for_bit_the_same_stopped_r
     with monkeypatch.context() as patch:
         keep_trained(patch, kept)
         assert tiny_recipe.run(*before_ppo(whole, finished, *overrides)) == 0
-    assert re.search("programs of generation: [123], of at most 3 for these prompts", capsys.readouterr().out)
+    assert re.search("programs of generation: [123], of at most 3 for these prompts", capsys.readouterr().err)
     command = before_ppo(stopped, finished, *overrides, *AVERAGED[1:])
     with monkeypatch.context() as patch:
         stop_in(patch, "ppo", 2)
@@ -288,7 +287,7 @@ def test_the_exported_average_is_that_by_hand_and_bit_for_bit_the_same_stopped_r
     assert tiny_recipe.run(*command) == 0
     said = capsys.readouterr()
     assert "ppo: resumed at step 2 of 3" in said.err
-    assert ("offload_reference has nothing to do" in said.out) == lora and "offload_ema" not in said.out
+    assert ("offload_reference has nothing to do" in said.err) == lora and "offload_ema" not in said.err
 
     start, *after = kept
     average = {path: leaf.astype(np.float64) for path, leaf in start.items()}
@@ -353,7 +352,7 @@ def test_publish_is_logged_with_its_bytes_their_bound_and_the_ratio(tmp_path, fi
 
     monkeypatch.setattr(rlhf_jax.rollout, "received", lambda text: rlhf_jax.collectives.received(""))
     assert tiny_recipe.run(*before_ppo(tmp_path / "mute", finished, "ppo.steps=1")) == 0
-    assert "the bytes of publish are not counted: the compiled program comes without" in capsys.readouterr().out
+    assert "the bytes of publish are not counted: the compiled program comes without" in capsys.readouterr().err
     assert not {name for name in records(tmp_path / "mute/ppo/metrics.jsonl")[0] if name.startswith("publish")}
 
 

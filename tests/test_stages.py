@@ -24,7 +24,7 @@ from rlhf_jax.objectives.sft import next_token_loss
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.sampling import SampleConfig
 from rlhf_jax.stages.ppo import PPOConfig, actor_loss, critic_loss, estimate, ppo_sizes, rewards, summary
-from rlhf_jax.stages.sizes import check_rows, held_out_batches, micro_batches, total_steps
+from rlhf_jax.stages.sizes import check_row_lengths, held_out_batches, micro_batches, total_steps
 
 
 @pytest.fixture
@@ -272,6 +272,6 @@ def test_rows_as_long_as_the_positions_are_taken_and_longer_ones_refused(finishe
     tokenizer = prepare_tokenizer(rlhf_jax.from_pretrained(finished / "base").tokenizer)
     rows = rows_of([Example((("user", "a"),), "7" * 50, "", "", "", 1)], data, tokenizer, SPECS["sft"])
     size = rows.longest
-    check_rows("sft", rows, size)
+    check_row_lengths("sft", rows, size)
     with pytest.raises(ValueError, match=f"sft: the longest row has {size} tokens, and the model has {size - 1} pos"):
-        check_rows("sft", rows, size - 1)
+        check_row_lengths("sft", rows, size - 1)

@@ -62,7 +62,7 @@ def run(tmp_path):
     folder = tmp_path / "run"
     save_pretrained(model(), tmp_path / "base")
     folder.mkdir()
-    (folder / "config.toml").write_text("")
+    (folder / "config.toml").write_text("[run]\n")
     base = from_pretrained(tmp_path / "base")
     export(base, trained(base), SETTINGS, folder / "sft" / "export")
     scorer = reward_from_pretrained(tmp_path / "base")
@@ -119,7 +119,7 @@ def test_import_merges_an_adapter_casts_and_keeps_every_other_key_of_the_configu
     out = tmp_path / "out"
     adapter = ["--adapter", str(run / "sft" / "export_adapter")]
     assert main(["import", str(tmp_path / "base"), str(out), *adapter, "--dtype", "bfloat16"]) == 0
-    assert "a llama language model of" in capsys.readouterr().out
+    assert "a llama language model of" in capsys.readouterr().err
     assert {array.dtype for array in load_file(out / "model.safetensors").values()} == {jnp.dtype("bfloat16")}
     source, copy = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "base", out))
     assert {key for key in source.keys() | copy.keys() if source.get(key) != copy.get(key)} == {"dtype"}

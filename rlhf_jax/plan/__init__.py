@@ -2,44 +2,49 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from rlhf_jax.gpus import GPUS, Machine, machine
+from rlhf_jax.gpus import GIB, GPUS, Machine, machine
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.plan.abstract import abstract_mesh
-from rlhf_jax.plan.choose import choose
+from rlhf_jax.plan.choose import SWITCHES, choose, idle, value_of, with_values
 from rlhf_jax.plan.compiling import Memory, measure_elsewhere
-from rlhf_jax.plan.held import STAGES, Phase, phases
+from rlhf_jax.plan.held import Phase, phases
 from rlhf_jax.plan.known import is_from_table
 from rlhf_jax.plan.seconds import assumptions, timetable
 from rlhf_jax.recipe import Recipe
+from rlhf_jax.stages.context import ModelKind
+from rlhf_jax.stages.table import latest_export
 
 USABLE = 0.95  # of a GPU's memory, for JAX under XLA_CLIENT_MEM_FRACTION=0.95; the rest is CUDA's own
-GIB = 2**30
 MOST_DEVICES = 4096
+ADAPTERS = {
+    "model.lora": "LoRA for the actor (model.lora.rank=128)",
+    "model.reward_lora": "LoRA for reward model and critic (model.reward_lora.rank=128)",
+}
 
 
 def make_plan(
-    recipe: Recipe, gpus: str, price: float = 0.0, stages: tuple[str, ...] = STAGES, *, search: bool = True
+    recipe: Recipe, gpus: str, price: float = 0.0, stages: Sequence[str] | None = None, *, search: bool = True
 ) -> dict[str, Any]:
     """What each phase needs on one of these GPUs, whether it fits, how long it takes. Plain values, for JSON.
 
     Args:
         gpus: as `gpus.machine` reads it.
         price: of one GPU for an hour, in any currency.
+        stages: of the run; None: all.
         search: for the largest micro-batch of each stage, which takes some compilations more.
     Raises:
         ValueError: unknown GPUs, no config.json, sizes that do not divide the devices, too few positions.
         RuntimeError: the compiler failed.
     """
-    wanted = machine(gpus)
+    wanted, stages = machine(gpus), recipe.run.stages if stages is None else tuple(stages)
     mesh, usable = abstract_mesh(recipe.mesh, wanted.count), int(USABLE * wanted.gpu.memory)
     compiled: dict[Recipe, dict[str, Any]] = {}
 
@@ -124,9 +129,10 @@ def _notes(recipe: Recipe, wanted: Machine) -> list[str]:
         f"usable is {USABLE:.0%} of the memory: run with XLA_CLIENT_MEM_FRACTION={USABLE} (JAX's default takes 75%)",
         "lengths are the configuration's limits; shorter data needs less",
     ]
-    named = {"sft": recipe.model.actor, "reward": recipe.model.reward}
-    for stage, name in named.items():
-        if name not in ("new", "sft") and not recipe.run.export(stage).exists() and is_from_table(name):
+    named: dict[ModelKind, str] = {} if recipe.model.actor == "new" else {"policy": recipe.model.actor}
+    named |= {} if recipe.model.reward_from_policy else {"scorer": recipe.model.reward}
+    for kind, name in named.items():
+        if not latest_export(kind, recipe.run) and is_from_table(name):
             notes.append(f"config.json of {name} from the plan's own table: neither a folder nor the hub gave one")
     if wanted.nodes > 1:
         notes.append("this version trains in one process, so on one node: more nodes are a plan only")
@@ -188,49 +194,40 @@ def mends(
 
     if least(recipe) <= usable:
         yield "what is held fits and temporaries do not: try smaller batches, shorter lengths or model.remat=layers"
+        return
 
-    def that_do(changes: Sequence[dict[str, Any]], told: dict[str, str]) -> Iterator[str]:
+    def first(changes: Iterable[dict[str, Any]]) -> list[str]:
         """The first change that does."""
-        for change in changes:
+        for change in filter(None, changes):
             try:
-                changed = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **change))
-            except ValueError:  # a quantised base with nothing beside it that trains
+                is_enough = least(with_values(recipe, change)) <= usable
+            except ValueError:  # a quantised base without adapters, one copy without a base to share
                 continue
-            if change and least(recipe) > usable >= least(changed):
-                yield f"try {' and '.join(told[key] for key in change)}"
-                return
+            if is_enough:
+                return [f"try {' and '.join(ADAPTERS.get(key, f'{key}={str(change[key]).lower()}') for key in change)}"]
+        return []
 
-    has_use = {
-        "one_copy": recipe.model.lora.rank > 0,
-        "offload_ema": recipe.ppo.ema_decay > 0,
-        "offload_reference": recipe.model.lora.rank == 0,
-        "offload_optimizer": True,
-    }
-    free = [name for name, is_used in has_use.items() if is_used and not getattr(recipe.model, name)]
+    model, useless = recipe.model, idle(recipe, count)
+    free = [
+        key for key in SWITCHES if SWITCHES[key] == (False, True) and key not in useless and not value_of(recipe, key)
+    ]
     together = [free[:size] for size in range(2, len(free) + 1)]
-    switches = [dict.fromkeys(names, True) for names in [*([name] for name in free), *together]]
-    yield from that_do(switches, {name: f"model.{name}=true" for name in free})
+    yield from first(dict.fromkeys(keys, True) for keys in [*([key] for key in free), *together])
 
-    bf16 = {"frozen_dtype": "bfloat16"} if recipe.model.frozen_dtype == "float32" else {}
-    lora = {} if recipe.model.lora.rank else {"lora": LoraConfig(rank=128, alpha=128.0)}
-    both = lora | ({} if recipe.model.reward_lora.rank else {"reward_lora": LoraConfig(rank=128, alpha=128.0)})
-    told = {"lora": "LoRA for the actor (model.lora.rank=128)"}
-    told["reward_lora"] = "LoRA for reward model and critic (model.reward_lora.rank=128)"
-    told |= {name: f"model.{name}=true" for name in free}
-    smaller = list(
-        that_do([bf16, lora, bf16 | lora, bf16 | both], told | {"frozen_dtype": "model.frozen_dtype=bfloat16"})
-    )
-    if not smaller and recipe.model.frozen_dtype != "nf4":
-        nf4 = {"frozen_dtype": "nf4"}
-        told["frozen_dtype"] = "model.frozen_dtype=nf4"
-        every = both | nf4 | (dict.fromkeys(free, True) | {"one_copy": True})
-        smaller = list(that_do([nf4, lora | nf4, both | nf4, every], told | {"one_copy": "model.one_copy=true"}))
+    adapters = LoraConfig(rank=128, alpha=128.0)
+    lora = {} if model.lora.rank else {"model.lora": adapters}
+    both = lora | ({} if model.reward_lora.rank else {"model.reward_lora": adapters})
+    bf16 = {"model.frozen_dtype": "bfloat16"} if model.frozen_dtype == "float32" else {}
+    smaller = first([bf16, lora, bf16 | lora, bf16 | both])
+    if not smaller and model.frozen_dtype != "nf4":
+        nf4 = {"model.frozen_dtype": "nf4"}
+        every = both | nf4 | dict.fromkeys([*free, "model.one_copy"], True)
+        smaller = first([nf4, lora | nf4, both | nf4, every])
     yield from smaller
     more = count
     while more < MOST_DEVICES:
         more *= 2
-        if least(recipe, more) <= usable < least(recipe):
+        if least(recipe, more) <= usable:
             yield f"take {more} devices in place of {count}, with batches that they divide"
             return
-    if least(recipe) > usable:
-        yield "take a smaller model"
+    yield "take a smaller model"

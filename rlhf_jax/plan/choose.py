@@ -9,14 +9,13 @@ from typing import Any
 
 from jax.sharding import AbstractMesh, Mesh
 
-from rlhf_jax.gpus import GPUS, Machine
+from rlhf_jax.gpus import GIB, GPUS, Machine
 from rlhf_jax.plan.abstract import abstract_mesh
 from rlhf_jax.plan.held import phases
 from rlhf_jax.plan.seconds import iteration_seconds
 from rlhf_jax.plan.temporaries import estimate
 from rlhf_jax.recipe import Recipe
 
-GIB = 2**30
 # In the order in which they are tried where nothing else decides. ZeRO 0 holds more than 1 and is not faster.
 SWITCHES: dict[str, tuple[Any, ...]] = {
     "model.remat": ("none", "dots", "layers"),
@@ -39,11 +38,12 @@ def value_of(recipe: Recipe, key: str) -> Any:
 
 def with_values(recipe: Recipe, values: dict[str, Any]) -> Recipe:
     """The recipe with {"section.key": value} changed."""
+    changes: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         section, name = key.split(".")
-        part = dataclasses.replace(getattr(recipe, section), **{name: value})
-        recipe = dataclasses.replace(recipe, **{section: part})
-    return recipe
+        changes.setdefault(section, {})[name] = value
+    parts = {section: dataclasses.replace(getattr(recipe, section), **change) for section, change in changes.items()}
+    return dataclasses.replace(recipe, **parts)
 
 
 def automatic(recipe: Recipe) -> list[str]:
@@ -51,19 +51,28 @@ def automatic(recipe: Recipe) -> list[str]:
     return [key for key in SWITCHES if value_of(recipe, key) == "auto"]
 
 
+def idle(recipe: Recipe, fsdp: int) -> set[str]:
+    """The switches that change nothing in this recipe.
+
+    Args:
+        fsdp: size of that axis of the mesh.
+    """
+    useless = {
+        "mesh.zero": fsdp == 1,
+        "model.one_copy": not recipe.model.can_share,
+        "model.offload_reference": recipe.model.lora.rank > 0,
+        "model.offload_ema": not recipe.ppo.ema_decay,
+    }
+    return {key for key, is_useless in useless.items() if is_useless}
+
+
 def candidates(recipe: Recipe, mesh: Mesh | AbstractMesh, where: Machine, stages: Sequence[str]) -> list[Recipe]:
     """The recipe with every combination of values of its automatic switches, the fastest first.
 
     A switch that changes nothing here, as ZeRO without fsdp, has one value. Ties go to what is nearest to the plain.
     """
-    auto = automatic(recipe)
-    idle = {
-        "mesh.zero": mesh.shape["fsdp"] == 1,
-        "model.one_copy": not recipe.model.can_share,
-        "model.offload_reference": recipe.model.lora.rank > 0,
-        "model.offload_ema": not recipe.ppo.ema_decay,
-    }
-    choices = [(UNKNOWN[key],) if idle.get(key) else SWITCHES[key] for key in auto]
+    auto, useless = automatic(recipe), idle(recipe, mesh.shape["fsdp"])
+    choices = [(UNKNOWN[key],) if key in useless else SWITCHES[key] for key in auto]
     combinations = [dict(zip(auto, values, strict=True)) for values in itertools.product(*choices)]
     found = phases(with_values(recipe, {key: UNKNOWN[key] for key in auto}), mesh, tuple(stages))
 

@@ -21,7 +21,7 @@ import jax
 from rlhf_jax.config import dump, parse
 from rlhf_jax.gpus import COMPILE_OPTIONS, devices_of, machine, plugin
 from rlhf_jax.mesh import TRAIN, Layout, make_mesh
-from rlhf_jax.plan.held import STAGES, Phase, phases
+from rlhf_jax.plan.held import Phase, phases
 from rlhf_jax.recipe import Recipe
 
 
@@ -160,9 +160,8 @@ def main() -> None:
     request = json.load(sys.stdin)
     recipe = parse(Recipe, tomllib.loads(request["recipe"]), "the plan's request")
     devices = devices_of(request["gpus"]) if request["on_gpu"] else jax.devices()
-    stages = tuple(stage for stage in STAGES if stage in request["stages"])
     mesh = make_mesh(recipe.mesh, devices)
-    print(json.dumps(measure_all(recipe, mesh, stages, request["usable"], **request["options"])), flush=True)
+    print(json.dumps(measure_all(recipe, mesh, request["stages"], request["usable"], **request["options"])), flush=True)
 
 
 if __name__ == "__main__":

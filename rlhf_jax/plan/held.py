@@ -1,15 +1,15 @@
 """What a run holds and runs, without its weights: abstract models, and every program with what lies beside it.
 
-Built by the functions that build the real thing (`make_state`, `ppo_models`, `ppo_engine`, `sft_programs`,
-`reward_programs`) under `jax.eval_shape`, so that what they hold twice is counted twice. The mesh may be an
-`AbstractMesh`, for arithmetic, or one of devices that are not there, for compilation.
+Built by the functions that build the real thing (`make_state`, `ppo_models`, `ppo_engine`, `make_programs`)
+under `jax.eval_shape`, so that what they hold twice is counted twice. The mesh may be an `AbstractMesh`, for
+arithmetic, or one of devices that are not there, for compilation.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,14 +44,12 @@ from rlhf_jax.recipe import Recipe
 from rlhf_jax.rollout import check_positions
 from rlhf_jax.sampling import check_learnable
 from rlhf_jax.stages.base import new_hf_config
-from rlhf_jax.stages.models import ModelConfig
+from rlhf_jax.stages.context import ModelKind
 from rlhf_jax.stages.ppo import PPOConfig, ppo_engine, ppo_optimizers, ppo_sizes
-from rlhf_jax.stages.reward import reward_programs
-from rlhf_jax.stages.sft import sft_programs
 from rlhf_jax.stages.sizes import micro_batches
+from rlhf_jax.stages.supervised import make_programs
+from rlhf_jax.stages.table import STAGES, Stage, latest_export
 from rlhf_jax.train_step import OffloadedUpdate, Params, TrainState, Update
-
-STAGES = ("sft", "reward", "ppo")
 
 
 class Phase(NamedTuple):
@@ -93,17 +91,17 @@ def architectures(recipe: Recipe, parts: int) -> tuple[DecoderConfig, DecoderCon
         ValueError: a config.json that is not to be had, or of no supported architecture.
     """
 
-    def exported(stage: str) -> Mapping[str, Any] | None:
-        path = recipe.run.export(stage) / "config.json"
-        return read_json(path) if path.exists() else None
+    def exported(kind: ModelKind) -> Mapping[str, Any] | None:
+        folder = latest_export(kind, recipe.run)
+        return read_json(folder / "config.json") if folder else None
 
-    actor = exported("sft")
+    actor = exported("policy")
     if actor is None and recipe.model.actor == "new":
         base = recipe.run.folder("base") / "config.json"
         new = recipe.model.new
         actor = read_json(base) if base.exists() else new_hf_config(new, new.vocab_size)
     actor = actor or config_of(recipe.model.actor)
-    reward = exported("reward") or (actor if recipe.model.reward == "sft" else config_of(recipe.model.reward))
+    reward = exported("scorer") or (actor if recipe.model.reward_from_policy else config_of(recipe.model.reward))
     return (
         decoder_config(actor, scalar_head=False, vocab_parts=parts),
         decoder_config(reward, scalar_head=True, vocab_parts=parts),
@@ -119,12 +117,13 @@ class InRows(NamedTuple):
         return self.program.lower(*args, in_rows=True)
 
 
-def phases(recipe: Recipe, mesh: Mesh | AbstractMesh, stages: tuple[str, ...] = STAGES) -> list[Phase]:
-    """Every program of these stages in the order in which they run.
+def phases(recipe: Recipe, mesh: Mesh | AbstractMesh, stages: Sequence[str] | None = None) -> list[Phase]:
+    """Every program of these stages, or of all of the run, in the order in which they run.
 
     Raises:
         ValueError: no config.json, sizes that do not divide, or too few positions.
     """
+    stages = recipe.run.stages if stages is None else stages
     found = _phases(recipe, mesh, stages)
     if isinstance(mesh, AbstractMesh) or mesh.devices.flat[0].addressable_memories():
         return found
@@ -133,40 +132,36 @@ def phases(recipe: Recipe, mesh: Mesh | AbstractMesh, stages: tuple[str, ...] = 
     return [phase._replace(live=twin.live, host=twin.host) for phase, twin in zip(found, counted, strict=True)]
 
 
-def _phases(recipe: Recipe, mesh: Mesh | AbstractMesh, stages: tuple[str, ...]) -> list[Phase]:
+def _phases(recipe: Recipe, mesh: Mesh | AbstractMesh, stages: Sequence[str]) -> list[Phase]:
     actor, critic = architectures(recipe, Layout(mesh, TRAIN).shards("vocab"))
     found, layout = [], recipe.layout(mesh)
-    if "sft" in stages:
-        length = recipe.sft.pack_length or recipe.data.max_length
-        found += _supervised("sft", recipe.model, recipe.sft, length, actor, layout)
-    if "reward" in stages:
-        found += _supervised("reward", recipe.model, recipe.reward, recipe.data.max_length, critic, layout)
-    if "ppo" in stages:
-        found += _ppo(recipe, actor, critic, layout)
+    for stage in map(STAGES.__getitem__, stages):
+        if stage.objective:
+            found += _supervised(stage, recipe, critic if stage.exports == "scorer" else actor, layout)
+        else:
+            found += _ppo(stage.name, recipe, actor, critic, layout)
     return found
 
 
-def _supervised(
-    stage: str, model: ModelConfig, config, max_length: int, decoder: DecoderConfig, layout: Layout
-) -> list[Phase]:
-    """SFT or reward model: its update, and the measuring of held-out batches beside the whole training state."""
+def _supervised(stage: Stage, recipe: Recipe, decoder: DecoderConfig, layout: Layout) -> list[Phase]:
+    """The update of a supervised stage, and the measuring of held-out batches with the whole training state there."""
+    name, model, config, rows = stage.name, recipe.model, getattr(recipe, stage.name), recipe.row_spec(stage.name)
     tx = _optimizer(config.optim)
-    length = _round8(min(max_length, decoder.max_positions))
-    num_micro = micro_batches(stage, config.batch_size, config.micro_batch_size, layout)
-    programs = sft_programs if stage == "sft" else reward_programs
-    update, measure = programs(model.with_lora(decoder), model.compute, layout, tx, num_micro)
+    length = _round8(min(rows.pack_length or recipe.data.max_length, decoder.max_positions))
+    num_micro = micro_batches(name, config.batch_size, config.micro_batch_size, layout)
+    objective = stage.objective(model.with_lora(decoder), model.compute, layout)
+    update, measure = make_programs(objective, model.with_lora(decoder), layout, tx, num_micro)
     state, frozen = abstract_state(abstract_pretrained(decoder, model, layout), model, tx)
-    shape = (config.batch_size, length) if stage == "sft" else (config.batch_size, 2, length)
-    packed = stage == "sft" and config.pack_length
-    kinds = (jnp.int32, jnp.bool, jnp.bool, *[jnp.int32] * bool(packed))
+    shape = (config.batch_size, 2, length) if rows.per_row > 1 else (config.batch_size, length)
+    kinds = (jnp.int32, jnp.bool, jnp.bool, *[jnp.int32] * bool(rows.pack_length))
     batch = abstract_batch(Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in kinds)), layout)
     live = _state_bytes("", state, frozen) | {"batch": device_bytes(batch)}
     gradients = by_layout(state.trainable, model.with_lora(decoder), layout.gradients)
-    found = _learning(stage, "update", update, (state, frozen, batch), live, gradients)
+    found = _learning(name, "update", update, (state, frozen, batch), live, gradients)
     if config.eval_batches:  # by micro-batches
         measured = abstract_batch(_rows(batch, config.batch_size // num_micro), layout)
         at_hand = live | {"batch": device_bytes(measured)}
-        found.append(Phase(stage, "evaluate", measure, (state.params(frozen), measured), at_hand))
+        found.append(Phase(name, "evaluate", measure, (state.params(frozen), measured), at_hand))
     return [phase._replace(host=host_bytes(state)) for phase in found]
 
 
@@ -199,8 +194,8 @@ def _learning(
     return found
 
 
-def _ppo(recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, layout: Layout) -> list[Phase]:
-    config, model = recipe.ppo, recipe.model
+def _ppo(stage: str, recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, layout: Layout) -> list[Phase]:
+    config, model = getattr(recipe, stage), recipe.model
     batch_size, _ = ppo_sizes(config, layout)
     check_learnable(config.sample)
     for each in (actor, critic):
@@ -211,8 +206,8 @@ def _ppo(recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, layout: La
     prompt = prompt_positions(recipe, min(actor.max_positions, critic.max_positions))
     held = _engine_bytes(state, frozen)
     rollout = _abstract_rollout(config, prompt, engine.publish.layout)
-    found = _generation(engine, recipe, state.actor.params(frozen.actor), held, rollout)
-    found += _learning_from(engine, (state, frozen), held, rollout, batch_size, layout)
+    found = _generation(stage, engine, recipe, state.actor.params(frozen.actor), held, rollout)
+    found += _learning_from(stage, engine, (state, frozen), held, rollout, batch_size, layout)
     return [phase._replace(host=host_bytes((state, frozen))) for phase in found]
 
 
@@ -235,7 +230,7 @@ def _abstract_rollout(config: PPOConfig, prompt: int, layout: Layout) -> Rollout
 
 
 def _generation(
-    engine: Engine, recipe: Recipe, params: Params, held: Mapping[str, int], rollout: Rollout
+    stage: str, engine: Engine, recipe: Recipe, params: Params, held: Mapping[str, int], rollout: Rollout
 ) -> list[Phase]:
     """Publishing the weights, and decoding all answers, at once or in rows that are refilled."""
     actor, layout, programs = engine.models.actor, engine.publish.layout, engine.programs
@@ -244,7 +239,7 @@ def _generation(
     weights |= shared_for_decoding(actor, params, layout, laid)
     everywhere = NamedSharding(layout.mesh, PartitionSpec())
     prompts, generate = (rollout.prompts, rollout.prompt_mask), programs.generate
-    config, length = recipe.ppo, rollout.prompts.shape[1] + rollout.tokens.shape[1]
+    config, length = getattr(recipe, stage), rollout.prompts.shape[1] + rollout.tokens.shape[1]
     rows = config.rollouts
     if 0 < config.generate_rows < rows:
         rows, generate = config.generate_rows, InRows(generate)
@@ -254,12 +249,13 @@ def _generation(
     cache = device_bytes(pinned(jax.jit(lambda: empty_cache(actor, rows, length, dtype, layout))))
     live = {**held, "generation weights": added, "prompts": device_bytes(prompts)}
     return [
-        Phase("ppo", "publish", programs.publish, (params,), dict(held), added=added),
-        Phase("ppo", "generate", generate, (weights, *prompts, key), live, cache=cache, added=cache),
+        Phase(stage, "publish", programs.publish, (params,), dict(held), added=added),
+        Phase(stage, "generate", generate, (weights, *prompts, key), live, cache=cache, added=cache),
     ]
 
 
 def _learning_from(
+    stage: str,
     engine: Engine,
     models: tuple[EngineState, FrozenParams],
     held: Mapping[str, int],
@@ -274,7 +270,7 @@ def _learning_from(
     scored = dataclasses.replace(state, average={}), fetched, rollout, None
     live = {**held, "rollout": device_bytes(rollout)}
     reference = {"reference": device_bytes(fetched.reference)}
-    found = [Phase("ppo", "score", programs.score, scored, live | reference)]
+    found = [Phase(stage, "score", programs.score, scored, live | reference)]
     experience = pinned(programs.score, *scored)
     part = abstract_batch(_rows(experience, batch_size), layout)
     live |= {"experience": device_bytes(experience)}
@@ -284,14 +280,14 @@ def _learning_from(
         if learner := getattr(state, name):
             sums = by_layout(learner.trainable, getattr(engine.models, name), layout.gradients)
             args = learner, getattr(frozen, name), part
-            found += _learning("ppo", name, getattr(programs, name), args, live, sums)
+            found += _learning(stage, name, getattr(programs, name), args, live, sums)
     if state.average:
         there = placed(state.average, None)
         largest = max(there, key=lambda path: device_bytes(there[path]))
         if host_bytes(state.average):
             live |= {"moving average": device_bytes(there[largest])}
         pair = there[largest], state.actor.trainable[largest]
-        found.append(Phase("ppo", "average", programs.average, pair, live))
+        found.append(Phase(stage, "average", programs.average, pair, live))
     return found
 
 

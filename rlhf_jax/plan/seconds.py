@@ -27,6 +27,7 @@ from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.models import ModelConfig
 from rlhf_jax.stages.ppo import ppo_sizes
 from rlhf_jax.stages.sizes import micro_batches
+from rlhf_jax.stages.table import STAGES
 
 # How often an update gathers each weight in a micro-batch, by the compiled text: once forward and once backward,
 # where what is recomputed and its gradients share the gathered weights.
@@ -109,36 +110,46 @@ def training_factor(lora_rank: int, remat: Remat) -> int:
 def needs(recipe: Recipe, found: list[Phase], mesh) -> dict[str, Need]:
     """{"stage/name": Need} of one GPU, in one optimizer step (SFT, reward model) or one iteration (PPO)."""
     layout = Layout(mesh, TRAIN)
-    count = layout.shards("batch")
     actor, critic = architectures(recipe, layout.shards("vocab"))
-    by_name = {f"{phase.stage}/{phase.name}": phase for phase in found}
     result = {}
-    for stage, decoder in {"sft": actor, "reward": critic}.items():
-        if f"{stage}/update" in by_name:
-            state, batch = by_name[f"{stage}/update"].args
-            config, length = getattr(recipe, stage), batch.tokens.shape[-1]
+    for phase in found:
+        if phase.name == "update":
+            state, _, batch = phase.args
+            config, length = getattr(recipe, phase.stage), batch.tokens.shape[-1]
+            decoder = critic if STAGES[phase.stage].exports == "scorer" else actor
             rows = math.prod(batch.tokens.shape[:-1])
-            micro = micro_batches(stage, config.batch_size, config.micro_batch_size, layout)
-            flops = forward_flops(decoder, rows, length, length if stage == "sft" else 0)
-            again = attention_flops(decoder, rows, length)
-            result[f"{stage}/update"] = _update(recipe, decoder, state, flops, again, micro, layout)
-    if "ppo/generate" not in by_name:
-        return result
+            micro = micro_batches(phase.stage, config.batch_size, config.micro_batch_size, layout)
+            flops, again = forward_flops(decoder, rows, length, length), attention_flops(decoder, rows, length)
+            result[f"{phase.stage}/update"] = _update(recipe, decoder, state, flops, again, micro, layout)
+    for stage in sampling_stages(found):
+        by_name = {phase.name: phase for phase in found if phase.stage == stage}
+        result |= {f"{stage}/{name}": need for name, need in _sampling_needs(recipe, by_name, stage, layout).items()}
+    return result
 
-    config, model = recipe.ppo, recipe.model
+
+def sampling_stages(found: list[Phase]) -> list[str]:
+    """The stages that learn from their own samples."""
+    return [phase.stage for phase in found if phase.name == "generate"]
+
+
+def _sampling_needs(recipe: Recipe, by_name: dict[str, Phase], stage: str, layout: Layout) -> dict[str, Need]:
+    """{name: Need} of the phases of one iteration of PPO."""
+    mesh, count = layout.mesh, layout.shards("batch")
+    actor, critic = architectures(recipe, layout.shards("vocab"))
+    result, config, model = {}, getattr(recipe, stage), recipe.model
     rows, new = config.rollouts, config.sample.max_new_tokens
     prompt = prompt_positions(recipe, min(actor.max_positions, critic.max_positions))
     length = prompt + new
-    weights, cache = device_bytes(by_name["ppo/generate"].args[0]), by_name["ppo/generate"].cache
+    weights, cache = device_bytes(by_name["generate"].args[0]), by_name["generate"].cache
     tensor = mesh.shape["tensor"]
     local = rows / (mesh.shape["data"] * mesh.shape["fsdp"])  # rows of a tensor group
     width = model.compute.dtype.itemsize
     # (t - tg) / (t tg) of the model comes over the links, t and tg being the shards of training and generation; where
     # one copy serves both, and where training has every weight whole, nothing does.
     moved = weights * (1 - tensor / layout.shards("vocab")) if recipe.mesh.zero == 3 and not model.one_copy else 0.0
-    copied = device_bytes(by_name["ppo/publish"].args) + 2 * weights if not model.one_copy else 0.0
+    copied = device_bytes(by_name["publish"].args) + 2 * weights if not model.one_copy else 0.0
     average = 2 * 4 * _count(actor) / layout.shards("vocab") if config.ema_decay and model.offload_ema else 0.0
-    result["ppo/publish"] = Need(memory=copied, link=moved, host=average)
+    result["publish"] = Need(memory=copied, link=moved, host=average)
     decode = (
         forward_flops(actor, 1, 1, 1) + 4 * (prompt + new / 2) * actor.num_heads * actor.head_dim * actor.num_layers
     )
@@ -151,7 +162,7 @@ def needs(recipe: Recipe, found: list[Phase], mesh) -> dict[str, Need]:
         decode, reads = decode + 2.0 * beside, reads + new * beside * width / tensor
     prefill = forward_flops(actor, local, prompt, 1) / tensor
     reduced = 2 * 2 * (tensor - 1) / tensor * local * length * actor.hidden_size * width * actor.num_layers
-    result["ppo/generate"] = Need(prefill + new * local * decode / tensor, reads + weights, reduced)
+    result["generate"] = Need(prefill + new * local * decode / tensor, reads + weights, reduced)
     passes = 2 * forward_flops(actor, rows, length, new) + 2 * forward_flops(critic, rows, length, 0)
     batch_size, micro = ppo_sizes(config, layout)
     parts = micro * config.rollouts // batch_size
@@ -160,13 +171,13 @@ def needs(recipe: Recipe, found: list[Phase], mesh) -> dict[str, Need]:
     reference = 0.0
     if model.offload_reference and not model.lora.rank:
         reference = _count(actor) * (4 if model.frozen_dtype == "float32" else 2) / shards
-    result["ppo/score"] = Need(passes / count, link=gathered, host=reference)
+    result["score"] = Need(passes / count, link=gathered, host=reference)
     updates = config.ppo_epochs * rows // batch_size
     for name, decoder, head in (("actor", actor, new), ("critic", critic, 0)):
         flops = forward_flops(decoder, batch_size, length, head)
         again = attention_flops(decoder, batch_size, length)
-        once = _update(recipe, decoder, by_name[f"ppo/{name}"].args[0], flops, again, micro, layout)
-        result[f"ppo/{name}"] = Need(*(updates * part for part in dataclasses.astuple(once)))
+        once = _update(recipe, decoder, by_name[name].args[0], flops, again, micro, layout)
+        result[name] = Need(*(updates * part for part in dataclasses.astuple(once)))
     return result
 
 
@@ -218,8 +229,8 @@ def _update(recipe: Recipe, decoder: DecoderConfig, state, flops: float, again: 
 def iteration_seconds(recipe: Recipe, found: list[Phase], mesh, machine: Machine) -> float:
     """Expected seconds of an iteration of PPO; of a step of each stage that there is, where PPO is not one."""
     flops_rate, share, every = matmul_rate(machine.gpu, recipe.model.dtype), Efficiency(), needs(recipe, found, mesh)
-    ppo = {name: need for name, need in every.items() if name.startswith("ppo/")}
-    return sum(need.expected(flops_rate, machine, share) for need in (ppo or every).values())
+    sampled = [need for name, need in every.items() if name.split("/")[0] in sampling_stages(found)]
+    return sum(need.expected(flops_rate, machine, share) for need in sampled or every.values())
 
 
 def timetable(recipe: Recipe, found: list[Phase], mesh, machine: Machine, price: float) -> dict[str, dict]:
@@ -239,9 +250,9 @@ def timetable(recipe: Recipe, found: list[Phase], mesh, machine: Machine, price:
         entry["floor"] = sum(times["floor"] for times in entry["phases"].values())
         entry["expected"] = sum(times["expected"] for times in entry["phases"].values())
         config = getattr(recipe, stage)
-        is_packed = stage == "sft" and recipe.sft.pack_length > 0  # then rows are known when they are tokenised
+        is_packed = recipe.row_spec(stage).pack_length > 0  # then rows are known when they are tokenised
         rows = None if is_packed else training_rows(recipe.data, recipe.row_spec(stage))
-        size = config.rollout_batch_size if stage == "ppo" else config.batch_size
+        size = config.rollout_batch_size if STAGES[stage].rows == "prompt" else config.batch_size
         steps = rows // size if rows else None  # of one epoch
         entry |= {"rows": rows, "steps_per_epoch": steps, "steps": config.steps or (steps and config.epochs * steps)}
         for kind in ("floor", "expected"):

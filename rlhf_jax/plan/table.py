@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-GIB, MIB = 2**30, 2**20
+from rlhf_jax.gpus import GIB
+
+MIB = 2**20
 COLUMNS = ("resident", "arguments", "temporaries", "cache", "peak", "headroom")
 
 
@@ -59,7 +61,7 @@ def _micro(stage: str, found: dict[str, int]) -> str:
 
 
 def _whole(stage: str, entry: dict[str, Any]) -> str:
-    step = "iteration" if stage == "ppo" else "step"
+    step = "iteration" if "generate" in entry["phases"] else "step"
     text = f"  {stage}: {_time(entry['floor'])} to {_time(entry['expected'])} s for one {step}"
     if entry["steps_per_epoch"]:
         epoch = f"{entry['floor_epoch'] / 3600:.2f} to {entry['expected_epoch'] / 3600:.2f} h an epoch"

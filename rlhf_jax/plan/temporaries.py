@@ -20,6 +20,7 @@ from rlhf_jax.plan.abstract import device_bytes
 from rlhf_jax.plan.held import Phase, architectures, prompt_positions
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.ppo import ppo_sizes
+from rlhf_jax.stages.table import STAGES
 
 
 def estimate(recipe: Recipe, phase: Phase, mesh) -> int:
@@ -30,8 +31,8 @@ def estimate(recipe: Recipe, phase: Phase, mesh) -> int:
     actor, critic = architectures(recipe, layout.shards("vocab"))
     width, count = recipe.model.compute.dtype.itemsize, layout.shards("batch")
     chunk = recipe.model.logprob_chunk
-    if phase.stage != "ppo":
-        decoder = actor if phase.stage == "sft" else critic
+    if STAGES[phase.stage].objective:
+        decoder = critic if STAGES[phase.stage].exports == "scorer" else actor
         batch = phase.args[-1]
         rows, length = math.prod(batch.tokens.shape[:-1]), batch.tokens.shape[-1]
         if phase.name == "evaluate":
@@ -43,7 +44,7 @@ def estimate(recipe: Recipe, phase: Phase, mesh) -> int:
         config = getattr(recipe, phase.stage)
         rows = rows * (config.micro_batch_size or config.batch_size) // config.batch_size
         return _update(recipe, decoder, phase, rows // count, length, width)
-    config = recipe.ppo
+    config = getattr(recipe, phase.stage)
     batch_size, micros = ppo_sizes(config, layout)
     prompt = prompt_positions(recipe, min(actor.max_positions, critic.max_positions))
     length, rows = prompt + config.sample.max_new_tokens, batch_size // micros // count

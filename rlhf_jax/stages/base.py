@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data.config import DataConfig
@@ -18,8 +18,10 @@ from rlhf_jax.models.decoder import init_params
 from rlhf_jax.models.families import decoder_config
 from rlhf_jax.models.new_tokenizer import train_tokenizer
 from rlhf_jax.models.pretrained import Pretrained, save_pretrained
-from rlhf_jax.stages.loop import RunConfig
+from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.models import ModelConfig, NewModelConfig
+
+LOGGER = logging.getLogger(__name__)
 
 
 def new_hf_config(new: NewModelConfig, vocab_size: int) -> dict[str, Any]:
@@ -38,28 +40,29 @@ def new_hf_config(new: NewModelConfig, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def new_tokenizer(model: ModelConfig, data: DataConfig) -> PreTrainedTokenizerBase:
-    """A tokenizer of model.new.vocab_size words, trained on the rows that SFT trains on."""
-    examples = read_examples(data, RowSpec("demonstration", "sft"), held_out=False)
+def new_tokenizer(model: ModelConfig, data: DataConfig, rows: RowSpec) -> PreTrainedTokenizerBase:
+    """A tokenizer of model.new.vocab_size tokens, trained on these training rows."""
+    examples = read_examples(data, rows, held_out=False)
     texts = (text for e in examples for text in (*(said for _, said in e.turns), e.answer, e.text) if text)
     opened = itertools.chain([" Human:", " Assistant:"], texts)
     return prepare_tokenizer(train_tokenizer(opened, model.new.vocab_size), data.template)
 
 
-def make_base(run: RunConfig, mesh: Mesh, model: ModelConfig, data: DataConfig) -> str:
-    """The folder that SFT starts from: RUN/base, made where it is not there yet, or what model.actor names."""
+def make_base(context: StageContext) -> str:
+    """The folder that training starts from: RUN/base, made where it is not there yet, or what model.actor names."""
+    run, model = context.run, context.model
     if model.actor != "new":
         return model.actor
     folder = run.folder("base")
     if not folder.exists():
-        tokenizer = new_tokenizer(model, data)
+        tokenizer = new_tokenizer(model, context.data, context.rows)
         hf = new_hf_config(model.new, len(tokenizer)) | {
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }
-        config, layout = decoder_config(hf, scalar_head=False), Layout(mesh, TRAIN)
+        config, layout = decoder_config(hf, scalar_head=False), Layout(context.layout.mesh, TRAIN)
         params = init_params(config, jax.random.key(run.seed), layout)
         save_pretrained(Pretrained(config, params, tokenizer, hf, {}, layout), folder)
-        print(f"base: a new model in {folder}", flush=True)
+        LOGGER.info(f"base: a new model in {folder}")
     return str(folder)

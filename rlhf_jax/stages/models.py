@@ -93,6 +93,11 @@ class ModelConfig:
         return self.lora.rank > 0 and self.frozen_dtype in (self.dtype, *KINDS)
 
     @property
+    def reward_from_policy(self) -> bool:
+        """Whether the reward model starts from this run's policy."""
+        return self.reward == "sft"
+
+    @property
     def compute(self) -> Compute:
         return Compute(jnp.dtype(self.dtype), self.remat, self.logprob_chunk, self.attention)
 
@@ -152,18 +157,18 @@ def relaid(model: Pretrained, layout: Layout) -> Pretrained:
     return dataclasses.replace(model, params=params, layout=layout)
 
 
-def say_devices(mesh: Mesh, settings: ModelConfig) -> None:
-    """Print the devices, and the attention where the models have no say in it.
+def log_devices(mesh: Mesh, settings: ModelConfig) -> None:
+    """Log the devices, and the attention where the models have no say in it.
 
     Raises:
         ValueError: model.attention is "cudnn" and these devices cannot.
     """
     kernel, device = kernel_of_devices(mesh, jnp.dtype(settings.dtype), settings.attention), mesh.devices.flat[0]
     attention = f"; attention: XLA ({kernel.reason})" if kernel.name == "xla" else ""
-    print(f"devices: {mesh.size} x {device.device_kind}{attention}", flush=True)
+    LOGGER.info(f"devices: {mesh.size} x {device.device_kind}{attention}")
 
 
-def say_attention(
+def log_attention(
     stage: str,
     model: Pretrained,
     settings: ModelConfig,
@@ -173,7 +178,7 @@ def say_attention(
     decodes: bool = False,
     packed: bool = False,
 ) -> None:
-    """Print which kernel attends on rows of up to `length` tokens, and why, unless `say_devices` has.
+    """Log which kernel attends on rows of up to `length` tokens, and why, unless `log_devices` has.
 
     Args:
         packed: whether a row may hold several documents.
@@ -183,7 +188,7 @@ def say_attention(
     mesh, dtype = model.layout.mesh, jnp.dtype(settings.dtype)
     kernel = kernel_on(mesh, model.config, dtype, length, settings.attention, packed=packed)
     if kernel_of_devices(mesh, dtype, settings.attention).name == "cudnn":
-        print(f"{stage}: attention: {described(kernel, phases, decodes=decodes)}", flush=True)
+        LOGGER.info(f"{stage}: attention: {described(kernel, phases, decodes=decodes)}")
 
 
 def make_state(

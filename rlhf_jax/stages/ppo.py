@@ -14,8 +14,6 @@ import numpy as np
 
 from rlhf_jax.data.ahead import Ahead
 from rlhf_jax.data.batches import Batches
-from rlhf_jax.data.config import DataConfig
-from rlhf_jax.data.example import RowSpec
 from rlhf_jax.data.selection import select_rows
 from rlhf_jax.data.template import prepare_tokenizer
 from rlhf_jax.decode import Rollout, bucket
@@ -38,15 +36,16 @@ from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.objectives import masked, ppo
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
 from rlhf_jax.rollout import Publish, check_positions, check_rows, eos_ids, publish_bytes
-from rlhf_jax.sampling import SampleConfig
-from rlhf_jax.stages.loop import RunConfig, train_loop
+from rlhf_jax.sampling import SampleConfig, check_learnable
+from rlhf_jax.stages.context import StageContext
+from rlhf_jax.stages.loop import train_loop
 from rlhf_jax.stages.models import (
     ModelConfig,
     export,
     frozen_copy,
     load,
+    log_attention,
     make_state,
-    say_attention,
 )
 from rlhf_jax.stages.sizes import drawn, micro_batches, total_steps
 from rlhf_jax.train_step import Params, start_ema
@@ -79,6 +78,14 @@ class PPOConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay:g}: at least 0 (no average) and below 1, such as 0.992")
+
+    def check(self, name: str, layout: Layout) -> None:
+        """Raise ValueError for sizes that do not divide, a policy without ratios, and schedules that do not fit."""
+        ppo_sizes(self, layout)
+        check_learnable(self.sample)
+        if self.steps:
+            for optim in (self.actor, self.critic):
+                learning_rate(optim, self.updates(self.steps))
 
     @property
     def rollouts(self) -> int:
@@ -160,13 +167,6 @@ def ppo_models(
     return state, FrozenParams(actor_frozen, critic_frozen, reference, reward)
 
 
-def load_models(run: RunConfig, layout: Layout, model: ModelConfig) -> tuple[Pretrained, Pretrained]:
-    """The actor, and the reward model that the critic starts from, of the same run."""
-    actor = load(run.export("sft"), model, layout, one_copy=model.one_copy)
-    critic = load(run.export("reward"), model, layout, scalar_head=True)
-    return actor, critic
-
-
 def log_lengths(actor: Pretrained, critic: Pretrained, model: ModelConfig, longest: int, new: int) -> None:
     """Log the attention of both models on prompts of up to `longest` tokens and `new` ones.
 
@@ -176,8 +176,8 @@ def log_lengths(actor: Pretrained, critic: Pretrained, model: ModelConfig, longe
     for each in (actor, critic):
         check_positions(each.config, longest, new)
     length = bucket(longest) + new
-    say_attention("ppo, actor", actor, model, length, phases="training, scoring and prefill", decodes=True)
-    say_attention("ppo, critic and reward model", critic, model, length, phases="training and scoring")
+    log_attention("ppo, actor", actor, model, length, phases="training, scoring and prefill", decodes=True)
+    log_attention("ppo, critic and reward model", critic, model, length, phases="training and scoring")
 
 
 def log_offload(model: ModelConfig, config: PPOConfig) -> None:
@@ -197,17 +197,19 @@ def log_publish(publish: Publish, params: Params, model: ModelConfig) -> dict[st
         return {}
 
 
-def run_ppo(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig, config: PPOConfig) -> None:
-    """Train the SFT model against the reward model of the same run.
+def run_ppo(context: StageContext, config: PPOConfig) -> None:
+    """Train a policy against the reward model of the same run.
 
-    Leaves RUN/ppo/export and export_critic, and with `ema_decay` export_ema: the moving average of the actor, which is
+    Leaves RUN/NAME/export and export_critic, and with `ema_decay` export_ema: the moving average of the actor, which is
     of the adapters under LoRA, and then merged.
     """
-    actor, critic = load_models(run, layout, model)
-    tokenizer = prepare_tokenizer(actor.tokenizer, data.template)
+    run, layout, model = context.run, context.layout, context.model
+    actor = load(context.start["policy"], model, layout, one_copy=model.one_copy)
+    critic = load(context.start["scorer"], model, layout, scalar_head=True)
+    tokenizer = prepare_tokenizer(actor.tokenizer, context.data.template)
     if tokenizer.get_vocab() != critic.tokenizer.get_vocab():
         raise ValueError("actor and reward model have different vocabularies: PPO scores the actor's own tokens")
-    rows = select_rows(data, tokenizer, RowSpec("prompt", "ppo"), held_out=False)
+    rows = select_rows(context.data, tokenizer, context.rows, held_out=False)
     LOGGER.info(f"ppo: prompts: {rows.report}")
     log_lengths(actor, critic, model, rows.longest, config.sample.max_new_tokens)
     prompts = Batches(rows, batch_size=config.rollout_batch_size, seed=run.seed, side="left")
@@ -234,7 +236,7 @@ def run_ppo(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig
         shapes.add(rollout.prompts.shape)
         # 3. The reward model calculates a reward for each output; critic and reference add values and the KL penalty.
         experience = clock.lap("score", engine.score(state, frozen, rollout))
-        clock.lap("keep", keep_rollouts(run, step + 1, tokenizer, rollout, experience))
+        clock.lap("keep", keep_rollouts(context, step + 1, tokenizer, rollout, experience))
         # 4. The rewards are used to update the policy, and the critic, by PPO.
         state, collected = update_passes(engine, state, frozen, experience, config, (run.seed, step))
         clock.lap("update", collected)
@@ -248,14 +250,14 @@ def run_ppo(run: RunConfig, layout: Layout, model: ModelConfig, data: DataConfig
         return state, stats
 
     headline = ("score_mean", "kl", "response_length")
-    state = train_loop(run, "ppo", steps, state, step_fn, rows=rows, headline=headline)
+    state = train_loop(context, steps, state, step_fn, rows=rows, headline=headline)
     lengths = len({bucket(n) for n in range(1, rows.longest + 1)})
     LOGGER.info(f"ppo: programs of generation: {len(shapes)}, of at most {lengths} for these prompts")
-    export(critic, state.critic.params(frozen.critic), model, run.folder("ppo") / "export_critic")
+    export(critic, state.critic.params(frozen.critic), model, context.folder / "export_critic")
     if state.average:
         # On the devices it takes the room that an update needs for the gradients.
-        export(actor, frozen.actor | to_devices(state.average), model, run.folder("ppo") / "export_ema")
-    export(actor, state.actor.params(frozen.actor), model, run.export("ppo"))
+        export(actor, frozen.actor | to_devices(state.average), model, context.folder / "export_ema")
+    export(actor, state.actor.params(frozen.actor), model, context.export)
 
 
 @jax.jit
@@ -335,9 +337,9 @@ def summary(experience: Experience, rollout: Rollout) -> dict[str, jax.Array]:
     }
 
 
-def keep_rollouts(run: RunConfig, step: int, tokenizer, rollout: Rollout, experience: Experience) -> None:
-    """Write every rollout of an iteration to RUN/ppo/rollouts/STEP.jsonl."""
-    folder = run.folder("ppo") / "rollouts"
+def keep_rollouts(context: StageContext, step: int, tokenizer, rollout: Rollout, experience: Experience) -> None:
+    """Write every rollout of an iteration to RUN/NAME/rollouts/STEP.jsonl."""
+    folder = context.folder / "rollouts"
     folder.mkdir(parents=True, exist_ok=True)
     kl = ppo.sequence_kl(experience.logprobs, experience.ref_logprobs, experience.action_mask)
     numbers = {"score": experience.score, "reward": experience.rewards.sum(axis=1), "kl": kl}

@@ -24,7 +24,7 @@ def total_steps(steps: int, epochs: int, steps_per_epoch: int) -> int:
     return steps or epochs * steps_per_epoch
 
 
-def check_rows(stage: str, rows: Rows, max_positions: int) -> None:
+def check_row_lengths(stage: str, rows: Rows, max_positions: int) -> None:
     """Raise ValueError for a row that is longer than the model's positions."""
     longest = rows.longest
     if longest > max_positions:

@@ -1,0 +1,37 @@
+"""What a run gives to each of its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rlhf_jax.data.config import DataConfig
+from rlhf_jax.data.example import RowSpec
+from rlhf_jax.mesh import Layout
+from rlhf_jax.stages.models import ModelConfig
+from rlhf_jax.stages.run_folder import RunConfig
+
+ModelKind = Literal["policy", "scorer"]
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a stage is given in addition to its own section of the configuration."""
+
+    name: str  # of the stage: of its folder, and the first word of its messages
+    rows: RowSpec  # what it learns from
+    run: RunConfig
+    layout: Layout  # of everything that is trained
+    model: ModelConfig
+    data: DataConfig
+    start: Mapping[ModelKind, Path]  # the exports that it starts from, one for each kind that it needs
+
+    @property
+    def folder(self) -> Path:
+        return self.run.folder(self.name)
+
+    @property
+    def export(self) -> Path:
+        return self.run.export(self.name)

@@ -1,0 +1,118 @@
+"""The table of stages: the one place that lists them.
+
+A new stage is its own file, its objective, one row here, and its section in the recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.data.example import RowKind
+from rlhf_jax.stages.context import ModelKind, StageContext
+from rlhf_jax.stages.models import ModelConfig
+from rlhf_jax.stages.ppo import run_ppo
+from rlhf_jax.stages.reward import reward_objective, run_reward
+from rlhf_jax.stages.run_folder import RunConfig
+from rlhf_jax.stages.sft import run_sft, sft_objective
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table.
+
+    Attributes:
+        name: of its command, its section of the configuration and its folder in the run folder.
+        help: of its command.
+        rows: the kind of row that it learns from.
+        share: of the prompts, where `data.split` does not say.
+        exports: the kind of model in RUN/NAME/export.
+        run: (context, its section of the configuration) -> None; leaves the exports.
+        needs: the kinds of models that it starts from, each left by an earlier stage of the run.
+        objective: of a supervised stage, for the plan.
+        more_exports: {name for `rlhf-jax export --stage`: folder in RUN/NAME} of what else it leaves.
+    """
+
+    name: str
+    help: str
+    rows: RowKind
+    share: float
+    exports: ModelKind
+    run: Callable[[StageContext, Any], None]
+    needs: Callable[[ModelConfig], tuple[ModelKind, ...]] = lambda model: ()
+    objective: Callable | None = None
+    more_exports: Mapping[str, str] = field(default_factory=dict)
+
+
+_ROWS = (
+    Stage("sft", "supervised fine-tuning alone", "demonstration", 2.0, "policy", run_sft, objective=sft_objective),
+    Stage(
+        *("reward", "the reward model alone", "pair", 4.0, "scorer", run_reward),
+        needs=lambda model: ("policy",) if model.reward_from_policy else (),
+        objective=reward_objective,
+    ),
+    Stage(
+        *(
+            "ppo",
+            "PPO alone, after a policy and a reward model in the same run folder",
+            "prompt",
+            4.0,
+            "policy",
+            run_ppo,
+        ),
+        needs=lambda model: ("policy", "scorer"),
+        more_exports={"critic": "export_critic", "ema": "export_ema"},
+    ),
+)
+STAGES: Mapping[str, Stage] = {stage.name: stage for stage in _ROWS}
+
+
+def check_stages(names: Sequence[str], model: ModelConfig) -> None:
+    """Raise ValueError for `run.stages` with an unknown or repeated name, or a stage without what it starts from."""
+    if unknown := [name for name in names if name not in STAGES]:
+        raise ValueError(f"run.stages names {', '.join(unknown)}; the stages are {', '.join(STAGES)}")
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"run.stages = {list(names)}: name at least one stage, and each once")
+    for name in names:
+        start = sources(name, names, model)
+        for kind in STAGES[name].needs(model):
+            if kind not in start:
+                makers = " or ".join(stage.name for stage in STAGES.values() if stage.exports == kind)
+                raise ValueError(
+                    f"run.stages = {list(names)}: {name} starts from a {kind}, which no stage before it leaves: "
+                    f"put {makers} before {name}"
+                )
+
+
+def check_named(name: str, names: Sequence[str]) -> None:
+    """Raise ValueError for a stage that is not one of `run.stages`."""
+    if name not in names:
+        raise ValueError(f"{name} is not a stage of this run, run.stages = {list(names)}: add it there")
+
+
+def exporters(kind: ModelKind, names: Iterable[str]) -> list[str]:
+    """Of these stages the names of those that export such a model, in order."""
+    return [name for name in names if STAGES[name].exports == kind]
+
+
+def sources(name: str, names: Sequence[str], model: ModelConfig) -> dict[ModelKind, str]:
+    """{kind of model that the stage needs: the latest stage before it that exports one}."""
+    before = names[: names.index(name)]
+    latest = {kind: exporters(kind, before) for kind in STAGES[name].needs(model)}
+    return {kind: found[-1] for kind, found in latest.items() if found}
+
+
+def latest_export(kind: ModelKind, run: RunConfig) -> Path | None:
+    """The export of the last stage of the run that has left such a model; None where none has."""
+    folders = [run.export(name) for name in exporters(kind, run.stages)]
+    return next((folder for folder in reversed(folders) if folder.exists()), None)
+
+
+def export_folders() -> dict[str, str]:
+    """{name for `rlhf-jax export --stage`: folder in the run folder} of everything that any stage exports."""
+    folders = {name: f"{name}/export" for name in STAGES}
+    for name, stage in STAGES.items():
+        folders |= {other: f"{name}/{folder}" for other, folder in stage.more_exports.items()}
+    return folders

@@ -1,0 +1,70 @@
+"""The stages of a run in order, skipping what is finished and resuming what is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from jax.sharding import Mesh
+
+from rlhf_jax.config import dump
+from rlhf_jax.plan import check_fits, device_limit
+from rlhf_jax.plan.choose import resolve
+from rlhf_jax.recipe import Recipe
+from rlhf_jax.stages.models import log_devices
+from rlhf_jax.stages.run_folder import open_run
+from rlhf_jax.stages.table import STAGES, check_named
+
+LOGGER = logging.getLogger(__name__)
+
+
+def train(recipe: Recipe, mesh: Mesh, stages: Sequence[str] = ()) -> None:
+    """Run these stages of `run.stages`, or all of them, each unless its export is there already.
+
+    Raises:
+        ValueError: a stage that `run.stages` does not name or whose predecessors are not finished, a run that cannot
+            fit the devices, a run folder of another configuration, or what a stage says.
+    """
+    run, stages = recipe.run, tuple(stages or recipe.run.stages)
+    for name in stages:
+        check_named(name, run.stages)
+    # RUN/config.toml may be a CONFIG later, and must not ask for deletion once more; it keeps "auto" where that stands.
+    lasting = dump(dataclasses.replace(recipe, run=dataclasses.replace(run, overwrite=False)))
+    kept = () if run.overwrite else [name for name in stages if run.export(name).exists()]
+    limit, waiting = device_limit(mesh), [name for name in stages if name not in kept]
+    recipe, chosen = resolve(recipe, mesh, limit, waiting)
+    for text in chosen:
+        LOGGER.info(f"auto: {text}")
+    if limit is not None:
+        check_fits(recipe, mesh, limit, waiting)
+    open_run(run, lasting)
+    # What would stop a later stage is refused before the earlier ones have run.
+    for name in stages:
+        with prefix_errors(name):
+            getattr(recipe, name).check(name, recipe.layout(mesh))
+    log_devices(mesh, recipe.model)
+    for name in stages:
+        if run.export(name).exists():
+            LOGGER.info(f"{name}: finished already, {run.export(name)} is there")
+            continue
+        context = recipe.context(name, mesh)
+        if missing := [folder.parent.name for folder in context.start.values() if not folder.exists()]:
+            raise ValueError(
+                f"{name} starts from what {' and '.join(missing)} leaves in {run.dir}, which is not finished: "
+                "run it first, or `train`, which runs all in order"
+            )
+        with prefix_errors(name):
+            STAGES[name].run(context, getattr(recipe, name))
+
+
+@contextmanager
+def prefix_errors(stage: str) -> Iterator[None]:
+    """Let a ValueError of the body begin with the name of the stage."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith(stage):
+            raise
+        raise ValueError(f"{stage}: {error}") from error

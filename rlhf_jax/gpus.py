@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import tomllib
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 GIB = 2**30
@@ -19,7 +21,7 @@ COMPILE_OPTIONS = {"xla_gpu_autotune_level": 0}
 
 @dataclass(frozen=True)
 class Gpu:
-    """One model of card. Numbers are NVIDIA's data sheets', rates without sparsity, a second.
+    """One model of card, as `gpus.toml` describes it. Rates are per second and without sparsity.
 
     Attributes:
         memory: bytes that CUDA reports, a little under the card's name.
@@ -84,41 +86,12 @@ device_description_str: "{self.title}"
 """
 
 
-def _ampere(name: str, title: str, memory: int, bandwidth: float) -> Gpu:
-    return Gpu(
-        *(name, title, memory, bandwidth, 312e12, 300e9, 25e9),
-        *("8.0", 108, 64, 41943040, 167936, 166912, 2048, 1.41),
-    )
+def _read_gpus() -> dict[str, Gpu]:
+    tables = tomllib.loads(resources.files(__package__).joinpath("gpus.toml").read_text())
+    return {name: Gpu(name=name, **table) for name, table in tables.items()}
 
 
-def _hopper(name: str, title: str, memory: int, bandwidth: float) -> Gpu:
-    return Gpu(
-        *(name, title, memory, bandwidth, 989.4e12, 450e9, 50e9),
-        *("9.0", 132, 128, 52428800, 233472, 232448, 2048, 1.98),
-    )
-
-
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        _ampere("A100-40GB", "NVIDIA A100-SXM4-40GB", 42331013120, 1555.2e9),
-        _ampere("A100-80GB", "NVIDIA A100-SXM4-80GB", 85094236160, 2039e9),
-        Gpu(
-            *("A6000-48GB", "NVIDIA RTX A6000", 51041271808, 768.096e9, 154.8e12, 32e9, 3.1e9),
-            *("8.6", 84, 128, 6291456, 102400, 101376, 1536, 1.8, False),
-        ),
-        _hopper("H100-80GB", "NVIDIA H100 80GB HBM3", 84942979072, 3352.32e9),
-        _hopper("H200", "NVIDIA H200 141GB HBM3e", 151397597184, 4800e9),
-        Gpu(
-            *("L40S", "NVIDIA L40S", 47810936832, 864e9, 362.05e12, 32e9, 12.5e9),
-            *("8.9", 142, 128, 100663296, 102400, 101376, 1536, 2.52, False),
-        ),
-        Gpu(
-            *("V100-32GB", "Tesla V100-SXM2-32GB", 34089730048, 898.048e9, 125e12, 150e9, 3.1e9),
-            *("7.0", 80, 64, 6291456, 98304, 98304, 2048, 1.53),
-        ),
-    )
-}
+GPUS = _read_gpus()
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,9 @@ def answer_hidden(hidden: jax.Array, starts: jax.Array, num_actions: int) -> jax
     return jnp.take_along_axis(hidden, index[..., None], axis=1)
 
 
-def make_score(models: Architectures, estimate, execution: Execution, temperature: float):
+def make_score(
+    models: Architectures, estimate: Callable[[ScoredRollout], Estimates], execution: Execution, temperature: float
+) -> Callable[..., Experience]:
     """Compile (state, frozen, rollout, scores) -> Experience: up to four forward passes in one program.
 
     The passes are over parts of the rollout, one after the other; advantages are of all of it.

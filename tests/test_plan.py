@@ -17,6 +17,16 @@ import rlhf_jax.plan
 import rlhf_jax.plan.known
 from rlhf_jax.cli import main
 from rlhf_jax.config import parse
+from rlhf_jax.engine import (
+    Algorithm,
+    Architectures,
+    EngineState,
+    Execution,
+    FrozenParams,
+    Optimizers,
+    Sampling,
+    make_engine,
+)
 from rlhf_jax.gpus import GPUS, devices_of, machine, plugin
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, make_mesh, to_devices
 from rlhf_jax.models.cached import shared_shardings
@@ -25,10 +35,11 @@ from rlhf_jax.models.families import decoder_config
 from rlhf_jax.models.per_layer import PerLayer, is_shareable
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.models.quantised import is_quantisable
+from rlhf_jax.optim import make_optimizer
 from rlhf_jax.plan import _notes, check_fits, compiling, least_bytes
-from rlhf_jax.plan.abstract import abstract_mesh, device_bytes, host_bytes
+from rlhf_jax.plan.abstract import abstract_mesh, abstract_pretrained, abstract_state, device_bytes, host_bytes
 from rlhf_jax.plan.compiling import Memory, measure, measure_all, micro_sizes, with_micro
-from rlhf_jax.plan.held import Phase, architectures, phases
+from rlhf_jax.plan.held import Phase, architectures, engine_phases, phases
 from rlhf_jax.plan.known import known
 from rlhf_jax.plan.seconds import forward_flops, needs, weights_per_token
 from rlhf_jax.plan.table import render
@@ -222,6 +233,25 @@ def test_a_model_small_enough_for_hand_arithmetic_is_planned_as_by_hand(tmp_path
     tokens = 16 * 40
     assert planned["sft update"].live["batch"] == tokens * (4 + 1 + 1)
     assert planned["reward update"].live["batch"] == 2 * tokens * (4 + 1 + 1)
+
+
+def test_an_actor_alone_is_planned_without_a_phase_or_a_byte_of_the_models_that_it_lacks(tmp_path):
+    recipe = recipe_of(tmp_path)
+    layout, sample = recipe.layout(tiny.mesh_of("one")), recipe.ppo.sample
+    decoder, tx = architectures(recipe, 1)[0], make_optimizer(recipe.ppo.actor, 1)
+    engine = make_engine(
+        Architectures(decoder),
+        Algorithm(lambda scored: (scored.logprobs, scored.logprobs, None), lambda logprobs, *_: (logprobs.mean(), {})),
+        Optimizers(tx),
+        Sampling(sample, (0,)),
+        Execution(layout, recipe.model.compute),
+    )
+    state, base = abstract_state(abstract_pretrained(decoder, recipe.model, layout), recipe.model, tx)
+    found = engine_phases("ppo", engine, (EngineState(state), FrozenParams(base)), recipe, layout)
+    assert [phase.name for phase in found] == ["publish", "generate", "score", "actor"]
+    held = {"actor frozen": 0, "actor trainable": 4 * WEIGHTS, "actor optimizer": 8 * WEIGHTS + 3 * 4}
+    assert found[0].live == held | {"reference": 0, "reward model": 0}
+    assert all(phase.program.lower(*phase.args) for phase in found)
 
 
 def test_four_answers_to_each_prompt_are_planned_as_four_times_the_rows(tmp_path):

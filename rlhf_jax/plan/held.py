@@ -45,7 +45,7 @@ from rlhf_jax.rollout import check_positions
 from rlhf_jax.sampling import check_learnable
 from rlhf_jax.stages.base import new_hf_config
 from rlhf_jax.stages.context import ModelKind
-from rlhf_jax.stages.ppo import PPOConfig, ppo_engine, ppo_optimizers, ppo_sizes
+from rlhf_jax.stages.ppo import PPOConfig, ppo_engine, ppo_optimizers
 from rlhf_jax.stages.sizes import micro_batches
 from rlhf_jax.stages.supervised import make_programs
 from rlhf_jax.stages.table import STAGES, Stage, latest_export
@@ -196,19 +196,25 @@ def _learning(
 
 def _ppo(stage: str, recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, layout: Layout) -> list[Phase]:
     config, model = getattr(recipe, stage), recipe.model
-    batch_size, _ = ppo_sizes(config, layout)
     check_learnable(config.sample)
     for each in (actor, critic):
         check_positions(each, 1, config.sample.max_new_tokens)
     optimizers = ppo_optimizers(config, max(config.actor.warmup_steps, config.critic.warmup_steps) + 1)
     engine = ppo_engine(config, model, actor, critic, optimizers, (0,), layout)
-    state, frozen = abstract_models(actor, critic, model, layout, optimizers)
-    prompt = prompt_positions(recipe, min(actor.max_positions, critic.max_positions))
+    return engine_phases(stage, engine, abstract_models(actor, critic, model, layout, optimizers), recipe, layout)
+
+
+def engine_phases(
+    stage: str, engine: Engine, models: tuple[EngineState, FrozenParams], recipe: Recipe, layout: Layout
+) -> list[Phase]:
+    """The programs of an engine in a stage that generates and learns by the keys of PPO's section."""
+    (state, frozen), config = models, getattr(recipe, stage)
+    positions = min(each.max_positions for each in vars(engine.models).values() if each)
     held = _engine_bytes(state, frozen)
-    rollout = _abstract_rollout(config, prompt, engine.publish.layout)
+    rollout = _abstract_rollout(config, prompt_positions(recipe, positions), engine.publish.layout)
     found = _generation(stage, engine, recipe, state.actor.params(frozen.actor), held, rollout)
-    found += _learning_from(stage, engine, (state, frozen), held, rollout, batch_size, layout)
-    return [phase._replace(host=host_bytes((state, frozen))) for phase in found]
+    found += _learning_from(stage, engine, models, held, rollout, config.update_size, layout)
+    return [phase._replace(host=host_bytes(models)) for phase in found]
 
 
 def _engine_bytes(state: EngineState, frozen: FrozenParams) -> dict[str, int]:
@@ -267,7 +273,9 @@ def _learning_from(
     (state, frozen), programs = models, engine.programs
     # As the engine fetches them: the reference to score, of an average that rests in host memory one array at a time.
     fetched = dataclasses.replace(frozen, reference=placed(frozen.reference, None))
-    scored = dataclasses.replace(state, average={}), fetched, rollout, None
+    ended = rollout.ended
+    scores = None if engine.models.reward else jax.ShapeDtypeStruct(ended.shape, jnp.float32, sharding=ended.sharding)
+    scored = dataclasses.replace(state, average={}), fetched, rollout, scores
     live = {**held, "rollout": device_bytes(rollout)}
     reference = {"reference": device_bytes(fetched.reference)}
     found = [Phase(stage, "score", programs.score, scored, live | reference)]

@@ -15,6 +15,7 @@ import tiny_recipe
 
 import rlhf_jax.plan
 import rlhf_jax.plan.known
+import rlhf_jax.train
 from rlhf_jax.cli import main
 from rlhf_jax.config import parse
 from rlhf_jax.engine import (
@@ -385,7 +386,7 @@ def test_train_stops_before_anything_is_loaded_or_written_where_the_devices_are_
     tmp_path, capsys, monkeypatch
 ):
     path = tiny_recipe.write_recipe(tmp_path)
-    monkeypatch.setattr(rlhf_jax.plan, "device_limit", lambda mesh: 100_000)
+    monkeypatch.setattr(rlhf_jax.train, "device_limit", lambda mesh: 100_000)
     assert tiny_recipe.run("train", path, f"run.dir={tmp_path / 'run'}") == 2
     said = capsys.readouterr().err
     assert "holds at least" in said and "0.00 GiB may be used" in said

@@ -17,6 +17,9 @@ import pytest
 
 CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 LONG = tomllib.loads((Path(__file__).parent / "long.toml").read_text(encoding="utf-8"))
+# Begun first, so that at the end no process is left alone with one of them.
+LONGEST = ("parity/test_every_family", "test_train_step", "test_engine", "parity/test_peft", "test_pipeline")
+LONGEST += ("test_quantised", "test_plan", "test_slots", "test_generate", "test_packed", "test_per_layer", "test_configs")
 COLLECTED = pytest.StashKey[set[str]]()
 
 
@@ -66,6 +69,9 @@ def is_long(nodeid: str) -> bool:
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     config.stash[COLLECTED] = {item.nodeid for item in items}
+    order = [f"tests/{name}.py" for name in LONGEST]
+    place = {file: order.index(file) if file in order else len(order) for file in (item.location[0] for item in items)}
+    items.sort(key=lambda item: place[item.location[0]])
     for item in items:
         if is_long(item.nodeid):
             item.add_marker(pytest.mark.long)

@@ -17,9 +17,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.config import DataConfig
 from rlhf_jax.data.example import RowKind, RowSpec
-from rlhf_jax.data.mapping.mapper import resolved, serves
+from rlhf_jax.data.mapping.known import resolve
+from rlhf_jax.data.mapping.mapper import serves
+from rlhf_jax.data.reading.places import has_eval
 from rlhf_jax.data.rows import Rows
-from rlhf_jax.data.selection import NoRows, has_eval, select_rows, takes_part
+from rlhf_jax.data.selection import NoRows, select_rows, takes_part
 from rlhf_jax.data.template import Encoded, prepare_tokenizer
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.base import new_tokenizer
@@ -45,7 +47,7 @@ def show_data(recipe: Recipe, examples: int, out: TextIO | None = None) -> None:
         ValueError: as `select_rows`, but where a stage has no rows that is printed.
     """
     out = out or sys.stdout
-    tokenizer, data = tokenizer_of(recipe), recipe.data
+    tokenizer, data = tokenizer_of(recipe), resolve(recipe.data)
     colours = out.isatty() and not os.environ.get("NO_COLOR")
     # All is read before anything is printed: what is bad stops the command, and how much was read is told once.
     specs = {stage: replace(recipe.row_spec(stage), pack_length=0) for stage in recipe.run.stages}
@@ -121,7 +123,7 @@ def sources(
 ) -> list[str]:
     """Of each source its place and format, how many rows were read, and which were bad."""
     lines = ["sources"]
-    for at, (source, name) in enumerate(zip(map(resolved, data.sources), names, strict=True)):
+    for at, (source, name) in enumerate(zip(data.sources, names, strict=True)):
         tallies = {False: {}, True: {}}  # of the training rows and of the held-out rows, {stage: tally}
         for (stage, held_out), rows in found.items():
             if isinstance(rows, Rows) and takes_part(source, specs[stage].kind, held_out):

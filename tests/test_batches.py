@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from rlhf_jax.data.ahead import Ahead
 from rlhf_jax.data.batches import BUCKET_WINDOW, Batch, Batches, bucket_lengths
-from rlhf_jax.data.blend import Part
+from rlhf_jax.data.config import SourceConfig
 from rlhf_jax.data.rows import Rows, SourceRows, packed
 from rlhf_jax.data.store import in_memory, record_batch
 from rlhf_jax.data.template import Encoded
-from rlhf_jax.data.tokenise import Tally
+from rlhf_jax.data.tokenize import Tally
 
 NOTHING = Tally()
 
@@ -30,7 +30,7 @@ def source(lengths: list[int], per_row: int = 1, first: int = 1, name: str = "ma
     ]
     keys = np.arange(2 * num, dtype=np.uint64).reshape(num, 2)
     store = in_memory([record_batch(sequences, keys, range(num), [False] * num, per_row, 1000)], per_row, 1000)
-    return SourceRows(name, store, np.arange(num, dtype=np.int32), Part(num), NOTHING)
+    return SourceRows(SourceConfig(name), store, np.arange(num, dtype=np.int32), NOTHING)
 
 
 def made_rows(lengths: list[int], per_row: int = 1) -> Rows:

@@ -13,7 +13,7 @@ import pytest
 from row_specs import SPECS, split_of
 from tiny_tokenizer import chatml_like, gpt2_like
 
-from rlhf_jax.data import build, tokenise
+from rlhf_jax.data import build, tokenize
 from rlhf_jax.data.config import DataConfig, SourceConfig
 from rlhf_jax.data.rows import Rows
 from rlhf_jax.data.selection import select_rows
@@ -44,7 +44,7 @@ def kept(config: DataConfig) -> set[str]:
 
 def test_a_second_run_tokenises_nothing_and_has_the_same_rows(config, monkeypatch):
     first = rows_for(config)
-    monkeypatch.setattr(tokenise, "encode_block", lambda *args: pytest.fail("tokenised again"))
+    monkeypatch.setattr(tokenize, "encode_block", lambda *args: pytest.fail("tokenised again"))
     second = rows_for(config)
     assert second.fingerprint == first.fingerprint and second.report == first.report
     assert len(kept(config)) == 1
@@ -109,26 +109,26 @@ def test_other_code_makes_a_build_of_its_own(config, monkeypatch):
 
 
 def test_a_build_that_fails_leaves_nothing_and_the_next_one_is_whole(config, monkeypatch):
-    encode, calls = tokenise.encode_block, []
+    encode, calls = tokenize.encode_block, []
 
     def broken(*args):
         calls.append(args)
         raise RuntimeError("the power went off")
 
-    monkeypatch.setattr(tokenise, "encode_block", broken)
+    monkeypatch.setattr(tokenize, "encode_block", broken)
     with pytest.raises(RuntimeError, match="the power went off"):
         rows_for(config)
     assert calls and kept(config) == set()
-    monkeypatch.setattr(tokenise, "encode_block", encode)
+    monkeypatch.setattr(tokenize, "encode_block", encode)
     assert len(rows_for(config)) > 5
 
 
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
-from test_build import DataConfig, SourceConfig, TOKENIZER, rows_for, tokenise
-encode, calls = tokenise.encode_block, []
-tokenise.encode_block = lambda *args: calls.append(1) or encode(*args)
+from test_build import DataConfig, SourceConfig, TOKENIZER, rows_for, tokenize
+encode, calls = tokenize.encode_block, []
+tokenize.encode_block = lambda *args: calls.append(1) or encode(*args)
 config = DataConfig((SourceConfig({path!r}),), {{"sft": 1.0}}, 0.0, cache_dir={cache!r})
 print(len(rows_for(config)), rows_for(config).fingerprint, len(calls) > 0)
 """
@@ -146,7 +146,7 @@ def test_of_three_processes_at_once_one_builds_and_all_have_the_same(tmp_path):
 
 
 def test_blocks_come_in_their_order_whoever_is_done_first():
-    done = list(tokenise.in_order(lambda block: block, tokenise.blocks_of(range(1000), 7)))
+    done = list(tokenize.in_order(lambda block: block, tokenize.blocks_of(range(1000), 7)))
     assert done == [list(range(i, min(i + 7, 1000))) for i in range(0, 1000, 7)]
 
 
@@ -158,8 +158,8 @@ def test_few_blocks_wait_at_a_time_however_many_there_are():
             read.append(i)
             yield [i]
 
-    for taken, _ in enumerate(tokenise.in_order(lambda block: None, blocks())):
-        assert len(read) - taken <= tokenise.THREADS + 3
+    for taken, _ in enumerate(tokenize.in_order(lambda block: None, blocks())):
+        assert len(read) - taken <= tokenize.THREADS + 3
 
 
 def test_how_tokenizers_work_elsewhere_is_left_as_it_was(monkeypatch):
@@ -168,7 +168,7 @@ def test_how_tokenizers_work_elsewhere_is_left_as_it_was(monkeypatch):
             monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
         else:
             monkeypatch.setenv("TOKENIZERS_PARALLELISM", value)
-        list(tokenise.in_order(lambda block: None, [[1], [2]]))
+        list(tokenize.in_order(lambda block: None, [[1], [2]]))
         assert os.environ.get("TOKENIZERS_PARALLELISM") == value
 
 

@@ -202,7 +202,7 @@ CASES = {
 
 
 def examples(row: dict, kind: str, path: str) -> list[Example]:
-    return mapper(SourceConfig(path), kind)(Row(path, 1, row))
+    return mapper(resolved(SourceConfig(path)), kind)(Row(path, 1, row))
 
 
 @pytest.mark.parametrize("name", CASES)

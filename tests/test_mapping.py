@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from rlhf_jax.config import dump, parse
 from rlhf_jax.data.config import SourceConfig
 from rlhf_jax.data.example import KINDS, BadRow, Example, Row
-from rlhf_jax.data.mapping.mapper import mapper, parse_transcript, serves
+from rlhf_jax.data.mapping.dialogues import parse_transcript
+from rlhf_jax.data.mapping.known import resolved
+from rlhf_jax.data.mapping.mapper import mapper, serves
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data at {REAL}")
@@ -23,7 +25,7 @@ ASKED = (("user", "q"),)
 def examples(fields, kind="demonstration", **source) -> list[Example]:
     """What the row gives, as row 7 of rows.jsonl, with the key `format` as `form`."""
     source["format"] = source.pop("form", "")
-    return mapper(SourceConfig("rows.jsonl", **source), kind)(Row("rows.jsonl", 7, fields))
+    return mapper(resolved(SourceConfig("rows.jsonl", **source)), kind)(Row("rows.jsonl", 7, fields))
 
 
 def example(turns, answer="", chosen="", rejected="", text="") -> Example:
@@ -103,7 +105,7 @@ def test_a_pair_of_dialogues_with_another_prompt_is_refused_where_it_is_needed()
 
 def test_a_list_of_messages_alone_serves_ppo():
     source = {"prompt": "messages", "chosen": "", "rejected": ""}
-    assert [serves(SourceConfig("x", **source), kind) for kind in KINDS] == [False, False, True]
+    assert [serves(resolved(SourceConfig("x", **source)), kind) for kind in KINDS] == [False, False, True]
     assert examples({"messages": said("a", "b", "c")}, "prompt", **source) == [example(turns("a", "b", "c"))]
     with pytest.raises(BadRow, match="row 7: field 'messages' must end with a turn of the user"):
         examples({"messages": said("a", "b")}, "prompt", **source)
@@ -431,13 +433,13 @@ def test_a_document_serves_sft_alone():
 
 
 def test_a_source_serves_the_stages_that_its_format_and_fields_have_something_for():
-    of = {form: [serves(SourceConfig("x", format=form), kind) for kind in KINDS]
+    of = {form: [serves(resolved(SourceConfig("x", format=form)), kind) for kind in KINDS]
           for form in ("fields", "transcript", "messages", "sharegpt", "alpaca", "ranking", "text")}  # fmt: skip
     every, pairless, documents = [True, True, True], [True, False, True], [True, False, False]
     assert of == dict.fromkeys(("fields", "transcript", "ranking"), every) | {"text": documents} | dict.fromkeys(
         ("messages", "sharegpt", "alpaca"), pairless
     )
-    assert [serves(SourceConfig("x", answer="a", rejected=""), kind) for kind in KINDS] == pairless
+    assert [serves(resolved(SourceConfig("x", answer="a", rejected="")), kind) for kind in KINDS] == pairless
 
 
 IMPOSSIBLE = {
@@ -481,7 +483,7 @@ def test_every_row_of_hh_rlhf_is_a_pair():
 @needs_real_data
 def test_every_row_of_alpaca_eval_is_a_pair():
     path = REAL / "alpaca-eval-preferences" / "train.jsonl"
-    read = mapper(SourceConfig(str(path)), "pair")
+    read = mapper(resolved(SourceConfig(str(path))), "pair")
     lines = path.read_text(encoding="utf-8").split("\n")
     pairs = [pair for line in lines if line for pair in read(Row("", 1, json.loads(line)))]
     assert len(pairs) == 13_823 and len({pair.turns for pair in pairs}) == 636

@@ -15,6 +15,7 @@ from tiny_tokenizer import gpt2_like
 
 from rlhf_jax.data.config import BUILTIN, DataConfig, SourceConfig
 from rlhf_jax.data.example import Example
+from rlhf_jax.data.reading import places
 from rlhf_jax.data.rows import Rows
 from rlhf_jax.data.selection import read_examples, rows_of, select_rows, source_sizes
 from rlhf_jax.data.template import CHAT_TEMPLATE, prepare_tokenizer
@@ -154,6 +155,35 @@ def test_what_one_source_holds_out_no_other_source_trains(write_jsonl):
     assert by_part[1] == 50 and 20 < by_part[0] < 60
     assert len(prompts(trained) | prompts(evaluated)) == 400
     assert len(rows_for(config, "sft")) == len(trained)
+
+
+def test_no_source_is_read_again_because_another_has_held_out_rows_of_its_own(tmp_path, write_jsonl, monkeypatch):
+    files = {name: write_jsonl(pairs(60, start), f"{name}.jsonl") for name, start in (("one", 0), ("two", 40))}
+    files["held"] = write_jsonl(pairs(9, 50), "held.jsonl")
+    files["sums"] = write_jsonl([{"q": "s", "a": "1"}], "sums.jsonl")
+    one, two, sums = (SourceConfig(str(files[name])) for name in ("one", "two", "sums"))
+    sums = dataclasses.replace(sums, prompt="q", answer="a", chosen="", rejected="")
+    counts, read_file = Counter(), places.read_file
+    monkeypatch.setattr(places, "read_file", lambda path: counts.update([Path(path).stem]) or read_file(path))
+
+    def reads(*sources: SourceConfig) -> tuple[Counter, dict]:
+        """How often each file is read by all stages in their order, and what they train on and are measured on."""
+        counts.clear()
+        cache = str(tmp_path / f"cache-{sources[0].eval_path != ''}")
+        config = DataConfig(sources, split_of("1,1,1"), 0.2, cache_dir=cache)
+        found = {stage: [texts(rows_for(config, stage, side)) for side in (False, True)] for stage in STAGES}
+        return counts.copy(), found
+
+    alone, _ = reads(one, two, sums)
+    assert alone == {"one": 3, "two": 3, "sums": 2}  # once per stage; there are no pairs in sums
+    apart = dataclasses.replace(one, eval_path=str(files["held"]))
+    first, found = reads(apart, two, sums)
+    assert first == alone + Counter(held=4)  # its prompts once, and its rows once per stage
+    again, same = reads(apart, two, sums)
+    assert not again and same == found
+    for stage in STAGES:
+        trained, evaluated = ({re.search(r"q\d+|s", text)[0] for text in side} for side in found[stage])
+        assert evaluated >= {f"q{i}" for i in range(50, 59)} and not trained & evaluated
 
 
 def test_a_source_without_pairs_is_left_out_of_the_reward_stage_only(write_jsonl):

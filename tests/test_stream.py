@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from row_specs import SPECS, split_of
 from tiny_tokenizer import gpt2_like
 
-from rlhf_jax.data import stream, tokenise
+from rlhf_jax.data import stream, tokenize
 from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.config import DataConfig, SourceConfig
 from rlhf_jax.data.example import Row
@@ -29,7 +29,7 @@ TOKENIZER = prepare_tokenizer(gpt2_like())
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
     monkeypatch.setattr(stream, "WINDOW", 20)
-    for module in (stream, tokenise):
+    for module in (stream, tokenize):
         monkeypatch.setattr(module, "ROWS_PER_BLOCK", 7)
 
 
@@ -76,11 +76,11 @@ def test_any_window_may_be_asked_for_at_any_time_by_any_process(tmp_path_factory
 
 def test_two_readers_of_one_folder_make_each_window_once_and_agree(tmp_path):
     config = config_of(write(tmp_path / "rows.jsonl", 53), tmp_path / "cache")
-    one, two = rows_for(config).parts[0].windows, rows_for(config).parts[0].windows
-    found = {n: (one, two)[n % 2].store(n)[0].numbers().tolist() for n in range(10)}
+    one, two = rows_for(config).parts[0], rows_for(config).parts[0]
+    found = {n: (one, two)[n % 2].make_window(n)[0].numbers().tolist() for n in range(10)}
     assert sum(found.values(), []) == [1 + i % 53 for i in range(200)]
     # What is counted is counted once: ten windows of twenty rows, and the rest of the last block.
-    tally = one.store(9)[1]
+    tally = one.make_window(9)[1]
     assert tally.share == tally.rows and 200 <= tally.rows < 207
 
 

@@ -65,7 +65,7 @@ class Batches:
             raise ValueError(f"batch size {batch_size} is no multiple of the {process[1]} processes that share it")
         assert side == "right" or not rows.packed
         self.rows, self.batch_size, self.seed, self.side, self.shuffle = rows, batch_size, seed, side, shuffle
-        self.process, self._blend = process, rows.blend
+        self.process = process
         self.steps_per_epoch = len(rows) // batch_size
         longest = width or -(-max(part.longest_row for part in rows.parts if len(part)) // 8) * 8
         lengths = np.concatenate([part.lengths.max(axis=1) for part in rows.parts])
@@ -77,11 +77,11 @@ class Batches:
         epoch, position = divmod(step, self.steps_per_epoch)
         if len(self.lengths) == 1:
             positions = np.arange(position * self.batch_size, (position + 1) * self.batch_size)
-            return self._blend.draws(self.seed, epoch, positions, shuffle=self.shuffle)
+            return self.rows.draw(self.seed, epoch, positions, shuffle=self.shuffle)
         window, place = divmod(position, BUCKET_WINDOW)
         steps = min(BUCKET_WINDOW, self.steps_per_epoch - window * BUCKET_WINDOW)
         first = window * BUCKET_WINDOW * self.batch_size
-        part, row = self._blend.draws(
+        part, row = self.rows.draw(
             self.seed, epoch, np.arange(first, first + steps * self.batch_size), shuffle=self.shuffle
         )
         order = np.argsort(self._lengths_of(part, row), kind="stable")
@@ -102,7 +102,7 @@ class Batches:
         drawn = np.bincount(self.draws(step)[0], minlength=len(self.rows.parts))
         found: dict[str, int] = {}
         for part, count in zip(self.rows.parts, drawn, strict=True):
-            found[part.name] = found.get(part.name, 0) + int(count)
+            found[part.source.path] = found.get(part.source.path, 0) + int(count)
         return found
 
     def __getitem__(self, step: int) -> Batch:

@@ -7,39 +7,30 @@ the size of the data, so that a run resumes at any step and its memory does not 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
+
+from rlhf_jax.data.config import SourceConfig
 
 ROUNDS = 6  # of the Feistel network; four make it a good permutation in Luby and Rackoff's sense
 SMALL = 4096  # rows up to which a permutation is sorted out whole: of few rows the network reaches few permutations
 
 
-@dataclass(frozen=True)
-class Part:
-    """A source in the blend."""
+def quotas(sizes: Sequence[int], sources: Sequence[SourceConfig], temperature: float = 1.0) -> np.ndarray:
+    """[parts] int64: draws of each source, which has `sizes` rows, in one epoch of the blend.
 
-    size: int  # its rows
-    weight: float = 0.0  # share of the draws relative to others'; 0 of all: by their rows
-    epochs: float = 1.0  # times each row is drawn in one epoch, where there are no weights
-    max_rows: int = 0  # at most so many draws in one epoch; 0: no cap
-
-
-def quotas(parts: Sequence[Part], temperature: float = 1.0) -> np.ndarray:
-    """[parts] int64: draws of each in one epoch of the blend.
-
-    Without weights each part has size x epochs draws, at most max_rows. A `temperature` T other than 1 keeps their sum
-    and makes each part's share proportional to its draws to the power 1/T: above 1 small sources count for more, as in
+    Without weights each has size x epochs draws, at most max_rows. A `temperature` T other than 1 keeps their sum and
+    makes each source's share proportional to its draws to the power 1/T: above 1 small sources count for more, as in
     multilingual pretraining (Conneau and Lample 2019, section 3.1, alpha = 1/T). With weights the shares are those;
     their sum is what it would be without, or less where else a max_rows would be passed.
 
     Raises:
-        ValueError: weights for some parts and not for others, or both weights and a temperature.
+        ValueError: weights for some sources and not for others, or both weights and a temperature.
     """
-    wanted = np.array([part.size * part.epochs for part in parts], np.float64)
-    caps = np.array([part.max_rows or np.inf for part in parts], np.float64)
+    wanted = np.array([size * source.epochs for size, source in zip(sizes, sources, strict=True)], np.float64)
+    caps = np.array([source.max_rows or np.inf for source in sources], np.float64)
     base = np.minimum(np.maximum(np.round(wanted), np.sign(wanted)), caps)
-    weights = np.array([part.weight for part in parts], np.float64)
+    weights = np.array([source.weight for source in sources], np.float64)
     if weights.any() and not weights.all():
         raise ValueError("data.sources: give every source a weight, or none; max_rows and epochs bound single sources")
     if weights.any() and temperature != 1:
@@ -62,40 +53,40 @@ def _rounded(shares: np.ndarray, total: int) -> np.ndarray:
     return counts
 
 
-@dataclass(frozen=True)
-class Blend:
-    """An endless sequence of draws; draw p of epoch e is `draws(seed, e, p)`."""
+def draw(
+    sizes: Sequence[int],
+    quota: Sequence[int],
+    seed: int,
+    epoch: int,
+    positions: np.ndarray,
+    *,
+    endless: Sequence[bool] = (),
+    shuffle: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(part, row of that part), [n] int64 each, for positions [n] from 0 to sum(quota) - 1 of an epoch.
 
-    sizes: tuple[int, ...]  # rows of each part; of an endless one, the rows of a window
-    quota: tuple[int, ...]  # draws of each part in an epoch
-    endless: tuple[bool, ...] = ()  # parts that go on to new rows where others begin anew; (): none
+    Over the epochs the draws of a part go through its rows again and again, each time in another order: it has drawn
+    every row k times before it draws one k + 1 times. An endless part goes on from window to window, in random order
+    within each. Without `shuffle` the parts and rows come in order.
 
-    def __len__(self) -> int:
-        """Draws of an epoch."""
-        return sum(self.quota)
-
-    def draws(
-        self, seed: int, epoch: int, positions: np.ndarray, *, shuffle: bool = True
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """(part, row of that part), [n] int64 each, for positions [n] from 0 to len - 1.
-
-        Over the epochs the draws of a part go through its rows again and again, each time in another order: it has
-        drawn every row k times before it draws one k + 1 times. An endless part goes on from window to window, in
-        random order within each. Without `shuffle` the parts and rows come in order.
-        """
-        places = permuted(positions, len(self), seed, epoch) if shuffle else np.asarray(positions, np.int64)
-        ends = np.cumsum(self.quota)
-        part = np.searchsorted(ends, places, side="right")
-        # How many draws of its part come before this one, over all epochs.
-        number = places - (ends - self.quota)[part] + epoch * np.array(self.quota)[part]
-        turn, row = np.divmod(number, np.array(self.sizes)[part])
-        if shuffle:
-            for p, t in {*zip(part.tolist(), turn.tolist(), strict=True)}:
-                here = (part == p) & (turn == t)
-                row[here] = permuted(row[here], self.sizes[p], seed, p + 1, t)
-        if self.endless:
-            row = row + np.where(np.array(self.endless)[part], turn * np.array(self.sizes)[part], 0)
-        return part, row
+    Args:
+        sizes: rows of each part; of an endless one, the rows of a window.
+        quota: draws of each part in an epoch.
+        endless: which parts go on to new rows where others start again; (): none.
+    """
+    places = permuted(positions, sum(quota), seed, epoch) if shuffle else np.asarray(positions, np.int64)
+    ends = np.cumsum(quota)
+    part = np.searchsorted(ends, places, side="right")
+    # How many draws of its part come before this one, over all epochs.
+    number = places - (ends - quota)[part] + epoch * np.array(quota)[part]
+    turn, row = np.divmod(number, np.array(sizes)[part])
+    if shuffle:
+        for p, t in {*zip(part.tolist(), turn.tolist(), strict=True)}:
+            here = (part == p) & (turn == t)
+            row[here] = permuted(row[here], sizes[p], seed, p + 1, t)
+    if endless:
+        row = row + np.where(np.array(endless)[part], turn * np.array(sizes)[part], 0)
+    return part, row
 
 
 def permuted(positions: np.ndarray, size: int, *key: int) -> np.ndarray:

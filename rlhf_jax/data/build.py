@@ -10,64 +10,55 @@ import json
 import logging
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_jax.data import splits
 from rlhf_jax.data.config import DataConfig, SourceConfig
-from rlhf_jax.data.encode import Wanted
-from rlhf_jax.data.example import Row
+from rlhf_jax.data.example import KINDS, Row
+from rlhf_jax.data.mapping.mapper import mapper, serves
 from rlhf_jax.data.reading import places
-from rlhf_jax.data.reading.places import content_key, read
+from rlhf_jax.data.reading.places import content_key, has_eval, limit_of, place_of, read
 from rlhf_jax.data.store import Store, write
-from rlhf_jax.data.tokenise import EncodedBlock, Shares, Tally, check_bad, encoded_blocks, tally_of
+from rlhf_jax.data.tokenize import (
+    ROWS_PER_BLOCK,
+    Job,
+    Tally,
+    blocks_of,
+    check_bad,
+    encoded_blocks,
+    keys_of,
+    mapped,
+    tally_of,
+)
 
 LOGGER = logging.getLogger(__name__)
-# Of a source, what its tokens do not depend on: where it lies, and how often it is drawn. `Job.limit` is told apart.
+# Of a source, what its tokens do not depend on: where it lies, and how often it is drawn.
 NO_MAPPING = ("path", "name", "split", "eval_path", "eval_split", "stream", "limit", "weight", "epochs", "max_rows")
 
 
-@dataclass(frozen=True)
-class Job:
-    """What is to be tokenised, of what, and how."""
-
-    source: SourceConfig  # with its mapping resolved
-    place: dict[str, Any]  # the arguments of `places.read`
-    config: DataConfig
-    tokenizer: PreTrainedTokenizerBase
-    wanted: Wanted
-    shares: Shares
-    share: str  # whose rows they are, for messages
-
-    @property
-    def limit(self) -> int | None:
-        """Rows that are read of the place, at most; None, all, of a place of held-out rows."""
-        return limit_of(self.source, self.place)
-
-    def parts(self, content: Any) -> dict[str, Any]:
-        """All that the tokens depend on, as JSON holds it; `content` says what is in the place."""
-        mapping = {**dataclasses.asdict(self.source), **dict.fromkeys(NO_MAPPING)}
-        return {
-            "content": content,
-            "mapping": mapping,
-            "limit": self.limit,
-            "wanted": dataclasses.asdict(self.wanted),
-            "shares": dataclasses.asdict(self.shares),
-            "tokenizer": tokenizer_key(self.tokenizer),
-            "code": code_key(),
-        }
-
-    def blocks(self, rows: Iterable[Row]) -> Iterator[EncodedBlock]:
-        """The rows of the place, encoded; the path of the place is what its examples are said to come from."""
-        source = dataclasses.replace(self.source, path=self.place["path"])
-        return encoded_blocks(rows, source, self.tokenizer, self.wanted, self.shares)
+def key_parts(job: Job, content: Any) -> dict[str, Any]:
+    """All that the tokens depend on, as JSON holds it; `content` says what is in the place."""
+    config = job.config
+    prompts = [job.spec.share, *config.split.items(), config.held_out, job.is_streamed, has_eval(job.source)]
+    return {
+        "content": content,
+        "mapping": {**dataclasses.asdict(job.source), **dict.fromkeys(NO_MAPPING)},
+        "limit": job.limit,
+        "wanted": [job.spec.kind, job.spec.learn, config.max_prompt_length, config.max_length, config.long_rows],
+        "prompts": [config.split_seed, *([] if job.takes_all else prompts)],
+        "tokenizer": tokenizer_key(job.tokenizer),
+        "code": code_key(),
+    }
 
 
 def folder_of(cache: Path, parts: dict[str, Any]) -> Path:
@@ -86,8 +77,8 @@ def tokenised(job: Job) -> tuple[Store, tuple[Tally, Tally]]:
         ValueError: more than `data.max_bad_rows` rows are bad, with the first of them; the cache cannot be written;
             and as `places.read`.
     """
-    cache, per_row = cache_folder(job.config), job.wanted.per_row
-    parts = job.parts(content_key(**job.place, memo=cache / "contents.json"))
+    cache, per_row = cache_folder(job.config), job.spec.per_row
+    parts = key_parts(job, content_key(**job.place, memo=cache / "contents.json"))
     folder = folder_of(cache, parts)
     if (kept := _kept(folder, per_row)) is None:
         try:
@@ -141,17 +132,19 @@ def _build(folder: Path, parts: dict[str, Any], job: Job) -> None:
     unfinished.mkdir(parents=True)
     try:
         rows = itertools.islice(read(**job.place), job.limit)
-        bar_text = f"{job.share}: tokenising {job.place['path']}"
+        if any(map(has_eval, job.config.sources)) and (job.takes_all or not has_eval(job.source)):
+            rows = record_keys(rows, job.source, job.config)
+        bar_text = f"{job.spec.share}: tokenising {job.place['path']}"
         kept, tallies = 0, [Tally(), Tally()]
 
         def batches() -> Iterator[pa.RecordBatch]:
             nonlocal kept, tallies
             with tqdm(desc=bar_text, unit=" rows", delay=2, disable=None) as bar:
-                for batch, *sides in job.blocks(rows):
+                for batch, *sides in encoded_blocks(rows, job):
                     bar.update(sides[0].rows)
                     tallies = [before.plus(here) for before, here in zip(tallies, sides, strict=True)]
                     check_bad(tallies[0].bad, tallies[0].bad_shown, job.config.max_bad_rows)
-                    kept += len(batch) // job.wanted.per_row
+                    kept += len(batch) // job.spec.per_row
                     if len(batch):
                         yield batch
 
@@ -167,10 +160,74 @@ def _build(folder: Path, parts: dict[str, Any], job: Job) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def limit_of(source: SourceConfig, place: dict[str, Any]) -> int | None:
-    """How many rows are read of a place: all of a place of held-out rows."""
-    is_own = (place["path"], place["split"]) == (source.path, source.split)
-    return source.limit or None if is_own else None
+def withheld_keys(config: DataConfig) -> np.ndarray:
+    """[n] uint64, first words of the keys of prompts that some source holds out and another might train on.
+
+    What is held out by hash is so in all sources that have no eval_path, and needs no list where all are such.
+    """
+    is_needed = any(map(has_eval, config.sources))
+    listed = [each for each in config.sources if has_eval(each) or (is_needed and not each.stream)]
+    return np.unique(np.concatenate([np.zeros(0, np.uint64), *(held_keys(each, config) for each in listed)]))
+
+
+def held_keys(source: SourceConfig, config: DataConfig) -> np.ndarray:
+    """[n] uint64, first words of the keys of the prompts that a source holds out, from the cache if it has been read.
+
+    Raises:
+        ValueError: more than `data.max_bad_rows` rows have no prompt; and as `places.read`.
+    """
+    if (report := _json(keys_path(source, config))) is None:
+        place = place_of(source, config, held_out=True)
+        deque(record_keys(itertools.islice(read(**place), limit_of(source, place)), source, config), maxlen=0)
+        report = _json(keys_path(source, config))
+    check_bad(report["bad"], report["bad_shown"], config.max_bad_rows)
+    return np.array(report["keys"], np.uint64)
+
+
+def record_keys(rows: Iterable[Row], source: SourceConfig, config: DataConfig) -> Iterator[Row]:
+    """The rows of a source's held-out place, or of a source without one; after the last, `held_keys` are in the cache.
+
+    A prompt counts whatever kind of rows it is in. Prompts alone are the least that is asked of a row, so a row is bad
+    that has none; but one of those may still give a pair to be measured on.
+    """
+    here = dataclasses.replace(source, path=place_of(source, config, held_out=True)["path"])
+    mappers = [mapper(here, kind) for kind in reversed(KINDS) if serves(here, kind)]
+    found, tally = [np.zeros(0, np.uint64)], Tally()
+    for block in blocks_of(rows, ROWS_PER_BLOCK):
+        yield from block
+        for number, to_examples in enumerate(mappers):
+            examples, _, bad = mapped(block, to_examples)
+            keys = keys_of(examples, config.split_seed)
+            found.append(keys[has_eval(source) | splits.held_out(keys, config.held_out), 0])
+            if not number:
+                tally = tally.plus(Tally(bad=len(bad), bad_shown=tuple(bad)))
+    report = {"keys": np.unique(np.concatenate(found)).tolist(), "bad": tally.bad, "bad_shown": tally.bad_shown}
+    path = keys_path(source, config)
+    unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
+    unfinished.write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
+    unfinished.rename(path)
+
+
+def keys_path(source: SourceConfig, config: DataConfig) -> Path:
+    """Where the cache keeps the keys of the prompts that a source holds out."""
+    place, cache = place_of(source, config, held_out=True), cache_folder(config)
+    parts = {
+        "content": content_key(**place, memo=cache / "contents.json"),
+        "place": place,
+        "mapping": {**dataclasses.asdict(source), **dict.fromkeys(NO_MAPPING)},
+        "limit": limit_of(source, place),
+        "held_out": [config.split_seed, has_eval(source) or config.held_out],
+        "code": code_key(),
+    }
+    return folder_of(cache, parts).with_suffix(".keys")
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    """None where there is none, or it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def cache_folder(config: DataConfig) -> Path:

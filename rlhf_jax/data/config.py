@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from rlhf_jax.data.mapping.dialogues import SPEAKERS
-from rlhf_jax.data.splits import check_split
 
 Format = Literal["", "fields", "transcript", "messages", "sharegpt", "alpaca", "ranking", "text"]
 BUILTIN = "builtin:assistant"
@@ -103,7 +104,7 @@ class DataConfig:
     builtin_rows: int = 8192  # of builtin:assistant
 
     def __post_init__(self):
-        check_split(self.split)
+        _check_split(self.split)
         if not self.sources:
             raise ValueError("data.sources is empty: name at least one source")
         if not 0 <= self.split_seed < 2**32:
@@ -119,3 +120,17 @@ class DataConfig:
                 f"data.max_length ({self.max_length}) must be larger than data.max_prompt_length "
                 f"({self.max_prompt_length}), and both positive: an answer follows every prompt"
             )
+
+
+def _check_split(split: Mapping[str, float] | str) -> None:
+    """ValueError unless `data.split` has shares >= 0 with a positive sum; as text, three of them. {} is no choice."""
+    try:
+        shares = list(map(float, split.split(","))) if isinstance(split, str) else list(split.values())
+    except ValueError:
+        shares = []
+    is_wrong = isinstance(split, str) and len(shares) != 3
+    if is_wrong or (split and (min(shares) < 0 or not 0 < sum(shares) < math.inf)):
+        raise ValueError(
+            "data.split must be a table of shares by stage, as { sft = 2, ... }, none negative and one above 0, or "
+            f"three shares as in '2,4,4'; not {split!r}"
+        )

@@ -9,22 +9,22 @@ from functools import cached_property
 
 import numpy as np
 
-from rlhf_jax.data.blend import Blend, Part
+from rlhf_jax.data.blend import draw
+from rlhf_jax.data.config import SourceConfig
 from rlhf_jax.data.packing import Bins, pack
 from rlhf_jax.data.store import Store
 from rlhf_jax.data.stream import StreamRows
 from rlhf_jax.data.template import Encoded
-from rlhf_jax.data.tokenise import Tally
+from rlhf_jax.data.tokenize import Tally
 
 
 @dataclass(frozen=True)
 class SourceRows:
-    """The rows of one source that serve, and their part in the blend."""
+    """The rows of one source that are used."""
 
-    name: str
+    source: SourceConfig
     store: Store
     picked: np.ndarray  # [rows] int32, which rows of the store
-    blend: Part
     tally: Tally
     bins: Bins | None = None  # of packed rows: which of `picked` lie together
 
@@ -92,10 +92,13 @@ class Rows:
     def __len__(self) -> int:
         return sum(self.quota)
 
-    @property
-    def blend(self) -> Blend:
-        streams = tuple(isinstance(part, StreamRows) for part in self.parts)
-        return Blend(tuple(map(len, self.parts)), self.quota, streams if any(streams) else ())
+    def draw(
+        self, seed: int, epoch: int, positions: np.ndarray, *, shuffle: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(part, row of that part), [n] int64 each, for positions [n] of an epoch: `blend.draw`."""
+        streams = [isinstance(part, StreamRows) for part in self.parts]
+        sizes = list(map(len, self.parts))
+        return draw(sizes, self.quota, seed, epoch, positions, endless=streams, shuffle=shuffle)
 
     @property
     def endless(self) -> bool:
@@ -121,6 +124,5 @@ class Rows:
 
 
 def packed(part: SourceRows, length: int) -> SourceRows:
-    """With as many documents in a row as fit; the part's cap counts such rows."""
-    bins = pack(part.store.lengths[part.picked, 0], length)
-    return dataclasses.replace(part, bins=bins, blend=dataclasses.replace(part.blend, size=len(bins)))
+    """With as many documents in a row as fit; the cap of the source counts such rows."""
+    return dataclasses.replace(part, bins=pack(part.store.lengths[part.picked, 0], length))

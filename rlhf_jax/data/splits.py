@@ -7,7 +7,6 @@ splits are disjoint by construction and stay as they are when rows are added.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -45,20 +44,6 @@ def trains(keys: np.ndarray, name: str, shares: Mapping[str, float]) -> np.ndarr
     bounds = np.cumsum(list(shares.values()))
     # Other bytes than `held_out` reads: else the held-out share would come out of the first share alone.
     return np.searchsorted(bounds / bounds[-1], _uniform(keys[:, 1]), side="right") == list(shares).index(name)
-
-
-def check_split(split: Mapping[str, float] | str) -> None:
-    """ValueError unless `data.split` has shares >= 0 with a positive sum; as text, three of them. {} is no choice."""
-    try:
-        shares = list(map(float, split.split(","))) if isinstance(split, str) else list(split.values())
-    except ValueError:
-        shares = []
-    is_wrong = isinstance(split, str) and len(shares) != 3
-    if is_wrong or (split and (min(shares) < 0 or not 0 < sum(shares) < math.inf)):
-        raise ValueError(
-            "data.split must be a table of shares by stage, as { sft = 2, ... }, none negative and one above 0, or "
-            f"three shares as in '2,4,4'; not {split!r}"
-        )
 
 
 def named_shares(

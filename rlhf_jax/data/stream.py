@@ -15,118 +15,24 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
-from rlhf_jax.data.blend import Part
-from rlhf_jax.data.build import Job, cache_folder, folder_of
+from rlhf_jax.data.build import cache_folder, folder_of, key_parts
 from rlhf_jax.data.example import Row
 from rlhf_jax.data.reading.places import files_of, read, read_hub_stream
 from rlhf_jax.data.store import Store, write
 from rlhf_jax.data.template import Encoded
-from rlhf_jax.data.tokenise import ROWS_PER_BLOCK, Tally, check_bad, tally_of
+from rlhf_jax.data.tokenize import ROWS_PER_BLOCK, Job, Tally, check_bad, encoded_blocks, tally_of
 
 WINDOW = 8192  # rows
 
-
-class Position(NamedTuple):
-    """Where in the source a window begins."""
-
-    turn: int = 0  # how often the source has been read to its end
-    block: int = 0  # of ROWS_PER_BLOCK rows of the source
-    row: int = 0  # of those of the block that serve
-
-
-@dataclass
-class Windows:
-    """The windows of a stream, made in their order and kept in a folder. Of one thread: it holds the open source."""
-
-    job: Job
-    withheld: np.ndarray  # [n] uint64, first words of the keys of prompts that are not trained
-    folder: Path
-    _next: int = -1  # the window that `_blocks` goes on with
-    _blocks: Iterator[tuple[Position, pa.RecordBatch, Tally]] = iter(())
-    _ready: list[tuple[Position, pa.RecordBatch]] = field(default_factory=list)  # rows of no window yet, from where
-    _tally: Tally = Tally()
-
-    def store(self, number: int) -> tuple[Store, Tally]:
-        """A window, made if it is not there, with all before it; and what became of the rows up to it.
-
-        Raises:
-            ValueError: more bad rows than are allowed; the source has no row that serves; as `places.read`.
-        """
-        if not self._report(number).exists():
-            with FileLock(self.folder / "windows.lock"):
-                while not self._report(number).exists():
-                    self._make(next(n for n in range(number, -1, -1) if n == 0 or self._report(n - 1).exists()))
-        report = json.loads(self._report(number).read_text(encoding="utf-8"))
-        tally = tally_of(report["tally"])
-        check_bad(tally.bad, tally.bad_shown, self.job.config.max_bad_rows)
-        return Store(self._rows(number), self.job.wanted.per_row, report["digest"]), tally
-
-    def _report(self, number: int) -> Path:
-        return self.folder / f"{number:06}.json"
-
-    def _rows(self, number: int) -> Path:
-        return self.folder / f"{number:06}.arrow"
-
-    def _make(self, number: int) -> None:
-        if self._next != number:
-            self._begin(number)
-        self._next = -1  # until the window is there
-        while sum(len(batch) for _, batch in self._ready) < WINDOW:
-            at, batch, tally = next(self._blocks)
-            if at.turn:  # the same bad rows again
-                tally = dataclasses.replace(tally, bad=0, bad_shown=())
-            self._tally = self._tally.plus(tally)
-            check_bad(self._tally.bad, self._tally.bad_shown, self.job.config.max_bad_rows)
-            self._ready.append((at, batch))
-        last = self._ready[-1][0]
-        taken, self._ready = _cut(self._ready, WINDOW)
-        end = self._ready[0][0] if self._ready else Position(last.turn, last.block + 1)
-        unfinished = self.folder / f"{number:06}.{os.getpid()}.unfinished"
-        digest = write(map(copied, taken), unfinished, len(self.job.tokenizer))
-        unfinished.rename(self._rows(number))
-        report = {"digest": digest, "end": end, "tally": dataclasses.asdict(self._tally)}
-        unfinished.write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
-        unfinished.rename(self._report(number))
-        self._next = number + 1
-
-    def _begin(self, number: int) -> None:
-        """Open the source where the window before ended."""
-        start, self._tally, self._ready = Position(), Tally(), []
-        if number:
-            report = json.loads(self._report(number - 1).read_text(encoding="utf-8"))
-            start, self._tally = Position(*report["end"]), tally_of(report["tally"])
-        self._blocks = self._blocks_from(start)
-        if start.row:  # of a block that the window before has counted
-            at, batch, _ = next(self._blocks)
-            self._ready = [(start, batch.slice(start.row))]
-
-    def _blocks_from(self, start: Position) -> Iterator[tuple[Position, pa.RecordBatch, Tally]]:
-        """Blocks of the source from that of `start` on, again and again."""
-        skipped = start.block
-        for turn in itertools.count(start.turn):
-            rows, served = itertools.islice(self._read(), skipped * ROWS_PER_BLOCK, None), 0
-            for block, (batch, tally, _) in enumerate(self.job.blocks(rows), start=skipped):
-                batch = batch.filter(pa.array(~np.isin(batch["held_key"].to_numpy(), self.withheld)))
-                served += len(batch)
-                yield Position(turn, block), batch, tally
-            if not served and not skipped:
-                raise ValueError(f"{self.job.source.path}: none of its rows serves the stage {self.job.share}")
-            skipped = 0
-
-    def _read(self) -> Iterator[Row]:
-        place = self.job.place
-        path, split = place["path"], place["split"]
-        is_remote = not path.startswith("builtin:") and files_of(path, split) is None
-        rows = read_hub_stream(path, place["name"], split) if is_remote else read(**place)
-        return itertools.islice(rows, self.job.limit)
+# Where in the source a window begins: how often the source has been read to its end, which block of ROWS_PER_BLOCK
+# rows of it comes next, and from which of those rows of the block that are used.
+Position = tuple[int, int, int]
 
 
 def copied(rows: tuple[Position, pa.RecordBatch]) -> pa.RecordBatch:
@@ -137,20 +43,28 @@ def copied(rows: tuple[Position, pa.RecordBatch]) -> pa.RecordBatch:
 def _cut(ready: list[tuple[Position, pa.RecordBatch]], count: int) -> tuple[list, list]:
     """The first `count` rows, and the rest."""
     taken: list[tuple[Position, pa.RecordBatch]] = []
-    for i, (at, batch) in enumerate(ready):
+    for i, ((turn, block, row), batch) in enumerate(ready):
         if len(batch) >= count:
-            rest = [(at._replace(row=at.row + count), batch.slice(count)), *ready[i + 1 :]]
-            return [*taken, (at, batch.slice(0, count))], [each for each in rest if len(each[1])]
-        taken.append((at, batch))
+            rest = [((turn, block, row + count), batch.slice(count)), *ready[i + 1 :]]
+            return [*taken, (ready[i][0], batch.slice(0, count))], [each for each in rest if len(each[1])]
+        taken.append(ready[i])
         count -= len(batch)
     raise AssertionError("fewer rows than asked for")
 
 
 class StreamRows:
-    """A stream in the place of a `SourceRows`: rows w x WINDOW and on are those of window w."""
+    """A stream in the place of a `SourceRows`: rows w x WINDOW and on are those of window w.
 
-    def __init__(self, windows: Windows, blend: Part):
-        self.name, self.windows, self.blend, self.bins = windows.job.source.path, windows, blend, None
+    The windows are made in their order and kept in a folder, by one thread, which holds the open source.
+    """
+
+    def __init__(self, job: Job, withheld: np.ndarray, folder: Path):
+        """withheld: [n] uint64, first words of the keys of prompts that are not trained."""
+        self.job, self.source, self.withheld, self.folder, self.bins = job, job.source, withheld, folder, None
+        self._next = -1  # the window that `_blocks` goes on with
+        self._blocks: Iterator[tuple[Position, pa.RecordBatch, Tally]] = iter(())
+        self._ready: list[tuple[Position, pa.RecordBatch]] = []  # rows of no window yet, from where
+        self._tally = Tally()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="stream")
         self._held: dict[int, Future] = {}
         self._lock = threading.Lock()  # a step counts its rows while the thread of `Ahead` reads the next ones
@@ -162,14 +76,14 @@ class StreamRows:
     @property
     def longest(self) -> int:
         """Tokens that no document has more than."""
-        return self.windows.job.wanted.max_length
+        return self.job.config.max_length
 
     longest_row = longest
 
     @property
     def digest(self) -> str:
         """Stands for what is streamed, not for its tokens, which nobody has seen yet."""
-        return self.windows.folder.name
+        return self.folder.name
 
     @property
     def cut(self) -> int:
@@ -178,7 +92,7 @@ class StreamRows:
 
     @property
     def tally(self) -> Tally:
-        return self.windows.store(0)[1]
+        return self.make_window(0)[1]
 
     def row_lengths(self, rows: np.ndarray) -> np.ndarray:
         """[n] tokens of rows [n]."""
@@ -203,23 +117,96 @@ class StreamRows:
         with self._lock:
             for wanted in (number, number + 1):
                 if wanted not in self._held:
-                    self._held[wanted] = self._pool.submit(lambda n: self.windows.store(n)[0], wanted)
+                    self._held[wanted] = self._pool.submit(lambda n: self.make_window(n)[0], wanted)
             self._held = {n: future for n, future in self._held.items() if abs(n - number) <= 1}
             future = self._held[number]
         return future.result()
 
+    def make_window(self, number: int) -> tuple[Store, Tally]:
+        """A window, made if it is not there, with all before it; and what became of the rows up to it.
+
+        Raises:
+            ValueError: more bad rows than are allowed; the source has no row that serves; as `places.read`.
+        """
+        if not self._report(number).exists():
+            with FileLock(self.folder / "windows.lock"):
+                while not self._report(number).exists():
+                    self._make(next(n for n in range(number, -1, -1) if n == 0 or self._report(n - 1).exists()))
+        report = json.loads(self._report(number).read_text(encoding="utf-8"))
+        tally = tally_of(report["tally"])
+        check_bad(tally.bad, tally.bad_shown, self.job.config.max_bad_rows)
+        return Store(self._rows(number), self.job.spec.per_row, report["digest"]), tally
+
+    def _report(self, number: int) -> Path:
+        return self.folder / f"{number:06}.json"
+
+    def _rows(self, number: int) -> Path:
+        return self.folder / f"{number:06}.arrow"
+
+    def _make(self, number: int) -> None:
+        if self._next != number:
+            self._begin(number)
+        self._next = -1  # until the window is there
+        while sum(len(batch) for _, batch in self._ready) < WINDOW:
+            at, batch, tally = next(self._blocks)
+            if at[0]:  # the same bad rows again
+                tally = dataclasses.replace(tally, bad=0, bad_shown=())
+            self._tally = self._tally.plus(tally)
+            check_bad(self._tally.bad, self._tally.bad_shown, self.job.config.max_bad_rows)
+            self._ready.append((at, batch))
+        turn, block, _ = self._ready[-1][0]
+        taken, self._ready = _cut(self._ready, WINDOW)
+        end = self._ready[0][0] if self._ready else (turn, block + 1, 0)
+        unfinished = self.folder / f"{number:06}.{os.getpid()}.unfinished"
+        digest = write(map(copied, taken), unfinished, len(self.job.tokenizer))
+        unfinished.rename(self._rows(number))
+        report = {"digest": digest, "end": end, "tally": dataclasses.asdict(self._tally)}
+        unfinished.write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
+        unfinished.rename(self._report(number))
+        self._next = number + 1
+
+    def _begin(self, number: int) -> None:
+        """Open the source where the window before ended."""
+        start, self._tally, self._ready = (0, 0, 0), Tally(), []
+        if number:
+            report = json.loads(self._report(number - 1).read_text(encoding="utf-8"))
+            start, self._tally = tuple(report["end"]), tally_of(report["tally"])
+        self._blocks = self._blocks_from(start)
+        if row := start[2]:  # of a block that the window before has counted
+            self._ready = [(start, next(self._blocks)[1].slice(row))]
+
+    def _blocks_from(self, start: Position) -> Iterator[tuple[Position, pa.RecordBatch, Tally]]:
+        """Blocks of the source from that of `start` on, again and again."""
+        first, skipped, _ = start
+        for turn in itertools.count(first):
+            rows, served = itertools.islice(self._read(), skipped * ROWS_PER_BLOCK, None), 0
+            for block, (batch, tally, _) in enumerate(encoded_blocks(rows, self.job), start=skipped):
+                batch = batch.filter(pa.array(~np.isin(batch["held_key"].to_numpy(), self.withheld)))
+                served += len(batch)
+                yield (turn, block, 0), batch, tally
+            if not served and not skipped:
+                raise ValueError(f"{self.job.source.path}: none of its rows serves the stage {self.job.spec.share}")
+            skipped = 0
+
+    def _read(self) -> Iterator[Row]:
+        place = self.job.place
+        path, split = place["path"], place["split"]
+        is_remote = not path.startswith("builtin:") and files_of(path, split) is None
+        rows = read_hub_stream(path, place["name"], split) if is_remote else read(**place)
+        return itertools.islice(rows, self.job.limit)
+
 
 def stream_of(job: Job, withheld: np.ndarray) -> StreamRows:
-    """The stream of a source, with its first window made. ValueError as `Windows.store`.
+    """The stream of a source, with its first window made. ValueError as `StreamRows.make_window`.
 
-    withheld: [n] uint64, of `Windows`.
+    withheld: [n] uint64, as of `StreamRows`.
     """
-    place, source = job.place, job.source
+    place = job.place
     files = [_state(path) for path in files_of(place["path"], place["split"]) or []]
     content = [place, files, hashlib.blake2b(withheld.tobytes(), digest_size=16).hexdigest()]
-    folder = folder_of(cache_folder(job.config), job.parts(content)).with_suffix(".stream")
+    folder = folder_of(cache_folder(job.config), key_parts(job, content)).with_suffix(".stream")
     folder.mkdir(exist_ok=True)
-    return StreamRows(Windows(job, withheld, folder), Part(WINDOW, source.weight, source.epochs, source.max_rows))
+    return StreamRows(job, withheld, folder)
 
 
 def _state(path: str) -> list:

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_jax.data.blend import Part, quotas
+from rlhf_jax.data.blend import quotas
 from rlhf_jax.data.config import BUILTIN, DataConfig
 from rlhf_jax.data.example import RowSpec
 from rlhf_jax.data.selection import source_sizes
@@ -270,9 +270,8 @@ def training_rows(data: DataConfig, spec: RowSpec) -> int | None:
         return None
     if any(source.stream for source in data.sources):
         return None
-    sized = zip(data.sources, source_sizes(data, spec), strict=True)
-    parts = [Part(size, source.weight, source.epochs, source.max_rows) for source, size in sized if size]
-    return int(quotas(parts, data.temperature).sum())
+    sized = [each for each in zip(source_sizes(data, spec), data.sources, strict=True) if each[0]]
+    return int(quotas(*zip(*sized, strict=True), data.temperature).sum()) if sized else 0
 
 
 def assumptions(recipe: Recipe) -> list[str]:

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from rlhf_jax.config import parse
-from rlhf_jax.data.config import SourceConfig
+from rlhf_jax.data.config import DataConfig, SourceConfig
 
 SPLITS = ("name", "split", "eval_split")  # what only a place that has configurations and splits can be asked for
 
@@ -23,6 +23,11 @@ def known_sets() -> Mapping[str, SourceConfig]:
         name.casefold(): parse(SourceConfig, {"path": name} | table, f"known.toml, {name}")
         for name, table in tables.items()
     }
+
+
+def resolve(config: DataConfig) -> DataConfig:
+    """The configuration with the formats of all its sources settled."""
+    return dataclasses.replace(config, sources=tuple(map(resolved, config.sources)))
 
 
 def resolved(source: SourceConfig) -> SourceConfig:

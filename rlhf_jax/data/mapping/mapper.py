@@ -19,12 +19,8 @@ import re
 
 from rlhf_jax.data.config import SourceConfig
 from rlhf_jax.data.example import BadRow, Example, Row, RowKind
-from rlhf_jax.data.mapping.dialogues import parse_transcript
 from rlhf_jax.data.mapping.formats import READERS, Read
-from rlhf_jax.data.mapping.known import resolved
 from rlhf_jax.data.mapping.picking import Lacking, NoField
-
-__all__ = ["mapper", "parse_transcript", "resolved", "serves"]
 
 KEYS = {
     "fields": "prompt, answer, chosen, rejected; chosen = '' for a source without preference pairs",
@@ -39,7 +35,7 @@ KEYS = {
 
 def serves(source: SourceConfig, kind: RowKind) -> bool:
     """Whether the source has fields for what rows of this kind need."""
-    source = resolved(source)
+    assert source.format, source
     if source.stream and kind != "demonstration":  # rows of the other kinds are chosen among all of them
         return False
     if source.format == "text":
@@ -60,7 +56,6 @@ def mapper(source: SourceConfig, kind: RowKind) -> Read:
 
     It raises BadRow, naming file, row and field, for a malformed row, and `Row.fields` where that is one.
     """
-    source = resolved(source)
     if not serves(source, kind):
         return lambda row: []
     read, cut = READERS[source.format](source, kind), re.compile(source.strip).sub

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.data import assistant
-from rlhf_jax.data.config import BUILTIN
+from rlhf_jax.data.config import BUILTIN, DataConfig, SourceConfig
 from rlhf_jax.data.example import Row
 from rlhf_jax.data.reading.digests import file_digests
 from rlhf_jax.data.reading.files import ENDINGS, format_of, read_file, unreadable
@@ -68,6 +68,39 @@ def content_key(path: str, *, name: str, split: str, builtin_seed: int, builtin_
     else:
         parts = [path, name, split, _from_hub(path, name, split)._fingerprint]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def has_eval(source: SourceConfig) -> bool:
+    """Whether the source's held-out rows stand in a place of their own."""
+    return bool(source.eval_path or source.eval_split)
+
+
+def place_of(source: SourceConfig, config: DataConfig, held_out: bool) -> dict[str, Any]:
+    """The arguments of `read` for a source's rows, or for its held-out rows where they have a place.
+
+    ValueError for a split of files that have none: all of their rows would be taken for that split.
+    """
+    path, split = source.path, source.split
+    if source.eval_split and not has_splits(source.eval_path or path):
+        raise ValueError(
+            f"{source.eval_path or path}: has no splits, so data.sources.eval_split = {source.eval_split!r} cannot be "
+            "read of it: name the file of the held-out rows in data.sources.eval_path, and leave eval_split out"
+        )
+    if split != SourceConfig.split and not has_splits(path):
+        raise ValueError(
+            f"{path}: has no splits, so data.sources.split = {split!r} cannot be read of it: name the file of that "
+            "split in data.sources.path, and leave split out"
+        )
+    if held_out and has_eval(source):
+        path, split = source.eval_path or path, source.eval_split or split
+    seeds = {"builtin_seed": config.builtin_seed, "builtin_rows": config.builtin_rows}
+    return {"path": path, "name": source.name, "split": split, **seeds}
+
+
+def limit_of(source: SourceConfig, place: dict[str, Any]) -> int | None:
+    """How many rows are read of a place: all of a place of held-out rows."""
+    is_own = (place["path"], place["split"]) == (source.path, source.split)
+    return source.limit or None if is_own else None
 
 
 def has_splits(path: str) -> bool:

@@ -1,0 +1,314 @@
+"""Rows of a place to token sequences, a block at a time: mapped, split by prompt, and encoded by several threads.
+
+The threads share Python's lock, but the encoding itself, by far the most of the work, runs outside it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import os
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_jax.data import splits
+from rlhf_jax.data.config import DataConfig, SourceConfig
+from rlhf_jax.data.example import BadRow, Example, Row, RowKind, RowSpec, Turns
+from rlhf_jax.data.mapping.mapper import mapper
+from rlhf_jax.data.reading.places import has_eval, limit_of, place_of
+from rlhf_jax.data.store import record_batch
+from rlhf_jax.data.template import Encoded, encode_dialogues, encode_documents, encode_prompts
+
+ROWS_PER_BLOCK = 512  # measured: smaller ones cost calls, larger ones memory that is cold
+THREADS = 8  # at most: a third of a row's time is Python's, under its lock
+SHOWN = 3  # messages of bad rows that are kept
+T, R = TypeVar("T"), TypeVar("R")
+# Of an example: why it is dropped, what failed, or its rows, each with its sequences and whether one of them was cut.
+Outcome = str | ValueError | list[tuple[list[Encoded], bool]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be tokenised, and how."""
+
+    source: SourceConfig  # with its format settled
+    config: DataConfig
+    tokenizer: PreTrainedTokenizerBase
+    spec: RowSpec
+    held_out: bool  # whether the rows to be measured on are wanted, and not those to be trained on
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """The arguments of `places.read`."""
+        return place_of(self.source, self.config, self.held_out)
+
+    @property
+    def limit(self) -> int | None:
+        """Rows that are read of the place, at most; None, all, of a place of held-out rows."""
+        return limit_of(self.source, self.place)
+
+    @property
+    def is_streamed(self) -> bool:
+        return self.source.stream and not self.held_out
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether the place holds nothing but held-out rows."""
+        return self.held_out and has_eval(self.source)
+
+    def sides(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[n] bool each of keys [n, 2]: the prompts that are trained on, and those that are held out."""
+        if self.takes_all:
+            return np.zeros(len(keys), bool), np.ones(len(keys), bool)
+        held = splits.held_out(keys, 0.0 if has_eval(self.source) else self.config.held_out)
+        return splits.trains(keys, self.spec.share, self.config.split) & ~held, held
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What became of the rows of a place that are trained on, or of those that are held out."""
+
+    rows: int = 0  # read, for whatever they serve
+    share: int = 0  # examples whose prompts fall here; what is not dropped of them is kept
+    dropped: dict[str, int] = field(default_factory=dict)  # {why: examples}
+    bad: int = 0  # rows, wherever their prompts would fall
+    bad_shown: tuple[str, ...] = ()  # messages of the first of them
+
+    def plus(self, other: Tally) -> Tally:
+        return Tally(
+            self.rows + other.rows,
+            self.share + other.share,
+            dict(Counter(self.dropped) + Counter(other.dropped)),
+            self.bad + other.bad,
+            (*self.bad_shown, *other.bad_shown)[:SHOWN],
+        )
+
+
+def tally_of(report: dict[str, Any]) -> Tally:
+    """The tally that JSON holds."""
+    return Tally(**{**report, "bad_shown": tuple(report["bad_shown"])})
+
+
+def encoded_blocks(rows: Iterable[Row], job: Job) -> Iterator[tuple[pa.RecordBatch, Tally, Tally]]:
+    """The rows of the job's place by blocks of ROWS_PER_BLOCK, in their order, as `encode_rows` gives them."""
+    # The path of the place is what its examples are said to come from.
+    source = dataclasses.replace(job.source, path=job.place["path"])
+    to_examples, own = mapper(source, job.spec.kind), threading.local()
+
+    def work(block: list[Row]) -> tuple[pa.RecordBatch, Tally, Tally]:
+        if not hasattr(own, "tokenizer"):
+            own.tokenizer = copy.deepcopy(job.tokenizer)  # a tokenizer's settings are changed while it encodes
+        examples, wheres, bad = mapped(block, to_examples)
+        keys = keys_of(examples, job.config.split_seed)
+        trained, held = job.sides(keys)
+        (taken,) = (trained if job.is_streamed else trained | held).nonzero()
+        chosen, wheres = [examples[i] for i in taken], [wheres[i] for i in taken]
+        batch, *tallies = encode_rows(chosen, wheres, keys[taken], held[taken], own.tokenizer, job)
+        read = Tally(len(block), bad=len(bad), bad_shown=tuple(bad[:SHOWN]))
+        return batch, *(read.plus(tally) for tally in tallies)
+
+    return in_order(work, blocks_of(rows, ROWS_PER_BLOCK))
+
+
+def encode_rows(
+    examples: Sequence[Example],
+    wheres: Sequence[str],
+    keys: np.ndarray,
+    held: np.ndarray,
+    tokenizer: PreTrainedTokenizerBase,
+    job: Job,
+) -> tuple[pa.RecordBatch, Tally, Tally]:
+    """The rows of examples, and what became of those that are trained on and of those that are held out.
+
+    Args:
+        wheres: where each stands, for messages.
+        keys: [n, 2] uint64.
+        held: [n] bool, whether it is held out.
+    """
+    found = encode_block(examples, tokenizer, job.spec, job.config)
+    bad = [f"{wheres[i]}: {each}" for i, each in found.items() if isinstance(each, ValueError)]
+    tallies = []
+    for side in (False, True):
+        here = [each for i, each in found.items() if held[i] == side and not isinstance(each, ValueError)]
+        dropped = dict(Counter(each for each in here if isinstance(each, str)))
+        tallies.append(Tally(0, len(here), dropped, len(bad), tuple(bad[:SHOWN])))
+    kept = [(i, *row) for i, each in found.items() if isinstance(each, list) for row in each]
+    batch = record_batch(
+        [sequence for _, sequences, _ in kept for sequence in sequences],
+        keys[[i for i, *_ in kept]],
+        [examples[i].row for i, *_ in kept],
+        [cut for *_, cut in kept],
+        job.spec.per_row,
+        len(tokenizer),
+    )
+    return batch, *tallies
+
+
+def encode_block(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, spec: RowSpec, config: DataConfig
+) -> dict[int, Outcome]:
+    """{index of an example: its outcome}, first of those that are dropped unseen by the tokenizer.
+
+    A demonstration has prompt and answer, a pair the prompt with both answers, a prompt the opened prompt alone.
+    Rows are dropped for an empty prompt or answer, for a chosen answer that equals the rejected one, and for a prompt
+    over max_prompt_length; an answer is cut at max_length, its EOS with it, so that the model does not learn to stop
+    there. long_rows "left" cuts the beginning of the prompt instead, keeping a BOS, and "drop" drops what is too long
+    in either way. A document is cut into pieces of max_length; a last one of a single token, the EOS, teaches nothing
+    and is left out.
+    """
+    obstacles = ((i, _obstacle(example, spec.kind)) for i, example in enumerate(examples))
+    found: dict[int, Outcome] = {i: reason for i, reason in obstacles if reason}
+    whole = [i for i, example in enumerate(examples) if example.turns and i not in found]
+    for i, row in zip(whole, _rows([examples[i] for i in whole], tokenizer, spec), strict=True):
+        failure = next((each for each in row if isinstance(each, ValueError)), None)
+        found[i] = failure or _fit(row, tokenizer, spec, config)
+    documents = [i for i, example in enumerate(examples) if example.text]
+    for i, tokens in zip(documents, encode_documents(tokenizer, [examples[i].text for i in documents]), strict=True):
+        pieces = (tokens[start : start + config.max_length] for start in range(0, len(tokens), config.max_length))
+        found[i] = [([_learned_whole(piece)], False) for piece in pieces if len(piece) > 1]
+    return found
+
+
+def _obstacle(example: Example, kind: RowKind) -> str:
+    if not example.turns:
+        return "" if example.text else "empty document"
+    if not example.turns[-1][1]:
+        return "empty prompt"
+    answers = {"demonstration": example.answer, "pair": example.chosen and example.rejected, "prompt": True}
+    if not answers[kind]:
+        return "empty answer"
+    if kind == "pair" and example.chosen == example.rejected:
+        return "chosen and rejected equal"
+    return ""
+
+
+def _rows(examples: list[Example], tokenizer: PreTrainedTokenizerBase, spec: RowSpec) -> list[list]:
+    """For each example its sequences, whole, or what failed in their place."""
+    if spec.kind == "prompt":
+        nothing = np.zeros((0, 2), np.int32)
+        prompts = encode_prompts(tokenizer, [example.turns for example in examples])
+        return [[each if isinstance(each, ValueError) else Encoded(each, nothing)] for each in prompts]
+    answers = [[e.answer] if spec.kind == "demonstration" else [e.chosen, e.rejected] for e in examples]
+    dialogues = [
+        (*example.turns, ("assistant", text))
+        for example, texts in zip(examples, answers, strict=True)
+        for text in texts
+    ]
+    encoded = encode_dialogues(tokenizer, dialogues, all_turns=spec.learn == "assistant")
+    n = spec.per_row
+    return [encoded[i * n : (i + 1) * n] for i in range(len(examples))]
+
+
+def _fit(row: list[Encoded], tokenizer: PreTrainedTokenizerBase, spec: RowSpec, config: DataConfig) -> Outcome:
+    """The row within the lengths, or why it is dropped."""
+    prompt = len(row[0].tokens) if spec.kind == "prompt" else int(row[0].spans[-1, 0])
+    longest = max(len(each.tokens) for each in row)
+    if prompt > config.max_prompt_length and config.long_rows != "left":
+        return f"prompt over {config.max_prompt_length} tokens"
+    if longest > config.max_length and config.long_rows == "drop":
+        return f"over {config.max_length} tokens"
+    fitted = row
+    if config.long_rows == "left":
+        # At least one token of the prompt stays, for the answer to follow.
+        excess = max(prompt - config.max_prompt_length, min(longest - config.max_length, prompt - 1), 0)
+        fitted = [_without_beginning(each, excess, tokenizer) for each in row]
+    fitted = [_cut(each, config.max_length) for each in fitted]
+    if len(row) == 2 and np.array_equal(fitted[0].tokens, fitted[1].tokens):
+        return "chosen and rejected equal"
+    if spec.learn == "everything" and spec.kind == "demonstration":
+        fitted = [_learned_whole(each.tokens) for each in fitted]
+    return [(fitted, any(len(new.tokens) < len(old.tokens) for new, old in zip(fitted, row, strict=True)))]
+
+
+def _learned_whole(tokens: np.ndarray) -> Encoded:
+    return Encoded(tokens, np.array([[1, len(tokens)]], np.int32))
+
+
+def _cut(encoded: Encoded, length: int) -> Encoded:
+    if len(encoded.tokens) <= length:
+        return encoded
+    spans = np.minimum(encoded.spans, length)
+    return Encoded(encoded.tokens[:length], spans[spans[:, 0] < spans[:, 1]])
+
+
+def _without_beginning(encoded: Encoded, count: int, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """Less `count` tokens, taken off the front, after a BOS where one stands there."""
+    if not count:
+        return encoded
+    keep = int(tokenizer.bos_token_id is not None and int(encoded.tokens[0]) == tokenizer.bos_token_id)
+    tokens = np.concatenate([encoded.tokens[:keep], encoded.tokens[keep + count :]])
+    spans = np.maximum(encoded.spans - count, keep)
+    return Encoded(tokens, spans[spans[:, 0] < spans[:, 1]])
+
+
+def mapped(
+    rows: Iterable[Row], to_examples: Callable[[Row], list[Example]]
+) -> tuple[list[Example], list[str], list[str]]:
+    """(examples, where each stands, messages of the bad rows)."""
+    examples: list[Example] = []
+    wheres: list[str] = []
+    bad: list[str] = []
+    for row in rows:
+        try:
+            found = to_examples(row)
+        except BadRow as error:
+            bad.append(str(error))
+            continue
+        examples += found
+        wheres += [row.where] * len(found)
+    return examples, wheres, bad
+
+
+def keys_of(examples: Iterable[Example], seed: int) -> np.ndarray:
+    """[n, 2] uint64, the keys of the prompts, or of a document of its text."""
+    turns: Iterator[Turns] = (example.turns or (("", example.text),) for example in examples)
+    return splits.as_keys([splits.prompt_key(each) for each in turns], seed)
+
+
+def check_bad(count: int, shown: Sequence[str], limit: int) -> None:
+    """ValueError with the first bad rows where there are more than `limit`."""
+    if count > limit:
+        faults: dict[str, list[str]] = {}  # one that many rows have is named once, after their places
+        for message in shown:
+            place, _, fault = message.partition(": ")
+            faults.setdefault(fault, []).append(place)
+        told = "; ".join(f"{', '.join(places)}: {fault}" for fault, places in faults.items())
+        more = f" (data.max_bad_rows = {limit}, and there are more)" if limit else ""
+        raise ValueError(f"{told}{more}. Mend the data, or raise data.max_bad_rows to leave such rows out")
+
+
+def blocks_of(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    items = iter(items)
+    while block := list(itertools.islice(items, size)):
+        yield block
+
+
+def in_order(work: Callable[[list[T]], R], blocks: Iterable[list[T]]) -> Iterator[R]:
+    """work(block) of each block in order, with a few blocks under way at a time."""
+    threads = min(THREADS, (os.cpu_count() or 1) + 1)  # one more than cores, as one waits for the lock
+    waiting: deque = deque()
+    pool = ThreadPoolExecutor(threads)
+    set_before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each thread encodes alone, which keeps the cores busier
+    try:
+        for block in blocks:
+            waiting.append(pool.submit(work, block))
+            if len(waiting) > threads + 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        if set_before is None:
+            os.environ.pop("TOKENIZERS_PARALLELISM", None)
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = set_before

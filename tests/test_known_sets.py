@@ -209,9 +209,9 @@ def examples(row: dict, kind: str, path: str) -> list[Example]:
 def test_a_row_of_a_known_set_gives_each_stage_what_is_in_it(name):
     row, question, *by_stage = CASES[name]
     turns = (("user", question),) if isinstance(question, str) else question
-    source = SourceConfig(name)
+    source = resolved(SourceConfig(name))
     for kind, wanted in zip(KINDS, by_stage, strict=True):
-        assert examples(row, kind, name) == [Example(turns, *texts, resolved(source).path, 1) for texts in wanted]
+        assert examples(row, kind, name) == [Example(turns, *texts, source.path, 1) for texts in wanted]
         assert serves(source, kind) == bool(wanted)
 
 

@@ -307,7 +307,8 @@ def in_order(work: Callable[[list[T]], R], blocks: Iterable[list[T]]) -> Iterato
         while waiting:
             yield waiting.popleft().result()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        # Not waited for: a stream that is let go may be finalised in a thread of this very pool.
+        pool.shutdown(wait=False, cancel_futures=True)
         if set_before is None:
             os.environ.pop("TOKENIZERS_PARALLELISM", None)
         else:

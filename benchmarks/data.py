@@ -76,8 +76,8 @@ def make_rows(path: Path, count: int) -> None:
 def tokenizer_in(folder: Path):
     from transformers import AutoTokenizer
 
-    from rlhf_jax.data.template import prepare_tokenizer
-    from rlhf_jax.models.new_tokenizer import train_tokenizer
+    from rlhf_jax.data.chat_template import prepare_tokenizer
+    from rlhf_jax.stages.from_scratch import train_tokenizer
 
     if not (folder / "tokenizer").exists():
         with open(folder / "dialogues.jsonl", encoding="utf-8") as file:
@@ -89,7 +89,7 @@ def tokenizer_in(folder: Path):
 
 def rows_in(folder: Path, tokenizer):
     from rlhf_jax.data.config import DataConfig, SourceConfig
-    from rlhf_jax.data.example import RowSpec
+    from rlhf_jax.data.records import RowSpec
     from rlhf_jax.data.selection import select_rows
 
     source = SourceConfig(str(folder / "dialogues.jsonl"), answer="answer", chosen="", rejected="")
@@ -129,7 +129,7 @@ def first_run(folder: Path) -> dict[str, float]:
         seconds = time.perf_counter() - start
     tokens = sum(int(part.lengths.sum()) for part in rows.parts)
     return {
-        "rows_per_second": rows.parts[0].tally.rows / seconds,
+        "rows_per_second": rows.parts[0].stats.rows / seconds,
         "tokens": tokens,
         "build_seconds": seconds,
         "build_rss_bytes": memory.most,
@@ -141,21 +141,20 @@ def first_run(folder: Path) -> dict[str, float]:
 def second_run(folder: Path) -> dict[str, float]:
     """Imports and the tokenizer, then the first batch, then batches of 64 through one whole epoch."""
     begun = time.perf_counter()
-    from rlhf_jax.data.ahead import Ahead
-    from rlhf_jax.data.batches import Batches
+    from rlhf_jax.data.batches import Batches, Prefetch
 
     tokenizer = tokenizer_in(folder)
     imported = time.perf_counter()
     rows = rows_in(folder, tokenizer)
     batches = Batches(rows, batch_size=64, seed=0)
-    ahead = Ahead(batches, batches.steps_per_epoch)
-    ahead[0]
+    prefetch = Prefetch(batches, batches.steps_per_epoch)
+    prefetch[0]
     first = time.perf_counter()
     with Memory() as memory:
         steps = batches.steps_per_epoch
         start = time.perf_counter()
         for step in range(1, steps):
-            ahead[step]
+            prefetch[step]
         seconds = time.perf_counter() - start
     return {
         "imports_seconds": imported - begun,
@@ -172,7 +171,7 @@ def consumption(folder: Path) -> dict[str, float]:
 
     import jax
 
-    from rlhf_jax.config import load
+    from rlhf_jax.config import load_config
     from rlhf_jax.data.batches import Batches
     from rlhf_jax.mesh import make_mesh
     from rlhf_jax.models.decoder import init_params
@@ -180,17 +179,17 @@ def consumption(folder: Path) -> dict[str, float]:
     from rlhf_jax.models.pretrained import Pretrained
     from rlhf_jax.optim import make_optimizer
     from rlhf_jax.recipe import Recipe
-    from rlhf_jax.stages.base import new_hf_config
+    from rlhf_jax.stages.from_scratch import make_hf_config
     from rlhf_jax.stages.models import make_state
     from rlhf_jax.stages.sft import sft_objective
     from rlhf_jax.stages.supervised import make_programs
 
-    recipe = load(Path(__file__).parent.parent / "configs" / "demo.toml", [], Recipe)
+    recipe = load_config(Path(__file__).parent.parent / "configs" / "demo.toml", [], Recipe)
     tokenizer = tokenizer_in(folder)
     rows = rows_in(folder, tokenizer)
     batches = Batches(rows, batch_size=recipe.sft.batch_size, seed=0)
     new = dataclasses.replace(recipe.model.new, max_positions=batches.lengths[-1])
-    hf = new_hf_config(new, recipe.model.new.vocab_size)  # the demo's model has the demo's vocabulary
+    hf = make_hf_config(new, recipe.model.new.vocab_size)  # the demo's model has the demo's vocabulary
     layout = recipe.layout(make_mesh(recipe.mesh))
     decoder = decoder_config(hf, scalar_head=False)
     params = init_params(decoder, jax.random.key(0), layout)

@@ -4,8 +4,8 @@
     python -m benchmarks.fit --headers [NAME ...]  # writes each configuration's plan into its header
     python -m benchmarks.fit --check [NAME ...]    # says which headers are no longer what the plan says
 
-Needs JAX's CUDA plugin, no GPU, no network (rlhf_jax/plan/known.toml has what is needed of the models). NAME is a file
-of configs/ without its ending.
+Needs JAX's CUDA plugin, no GPU, no network (rlhf_jax/plan/known_models.toml has what is needed of the models). NAME is
+a file of configs/ without its ending.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import record
-from rlhf_jax.config import load
-from rlhf_jax.gpus import machine
-from rlhf_jax.plan import hardware_of, make_plan
+from rlhf_jax.config import load_config
+from rlhf_jax.hardware import parse_machine
+from rlhf_jax.plan import hardware_of_config, make_plan
 from rlhf_jax.recipe import Recipe
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -65,11 +65,11 @@ def main() -> int:
 
 def planned_configs() -> list[Path]:
     """Those that name their hardware."""
-    return [path for path in sorted(CONFIGS.glob("*.toml")) if hardware_of(path)]
+    return [path for path in sorted(CONFIGS.glob("*.toml")) if hardware_of_config(path)]
 
 
 def plan_of(path: Path) -> dict[str, Any]:
-    return make_plan(load(path, [], Recipe), hardware_of(path), search=False)
+    return make_plan(load_config(path, [], Recipe), hardware_of_config(path), search=False)
 
 
 def header(plan: dict[str, Any]) -> str:
@@ -90,8 +90,10 @@ def largest_models(names: list[str]) -> Iterator[dict[str, Any]]:
             if names and name not in names:
                 continue
             path = CONFIGS / f"{name}.toml"
-            assert machine(hardware_of(path)) == machine(gpus), f"{path} is of another machine than {gpus}"
-            recipe, plan = load(path, [], Recipe), plan_of(path)
+            assert parse_machine(hardware_of_config(path)) == parse_machine(gpus), (
+                f"{path} is of another machine than {gpus}"
+            )
+            recipe, plan = load_config(path, [], Recipe), plan_of(path)
             yield {
                 "card": gpus,
                 "deepspeed_chat": largest,

@@ -12,12 +12,12 @@ import json
 from pathlib import Path
 
 from benchmarks.provenance import record
+from rlhf_jax.data.chat_template import prepare_tokenizer
 from rlhf_jax.data.config import DataConfig, SourceConfig
-from rlhf_jax.data.example import RowSpec
 from rlhf_jax.data.packing import pack
+from rlhf_jax.data.records import RowSpec
 from rlhf_jax.data.selection import select_rows
-from rlhf_jax.data.template import prepare_tokenizer
-from rlhf_jax.models.new_tokenizer import train_tokenizer
+from rlhf_jax.stages.from_scratch import train_tokenizer
 
 
 def main(argv: list[str] | None = None) -> None:

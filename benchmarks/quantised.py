@@ -23,17 +23,17 @@ import numpy as np
 
 from benchmarks.provenance import record
 from rlhf_jax.cli import main as command
-from rlhf_jax.config import load
-from rlhf_jax.data import assistant
+from rlhf_jax.config import load_config
+from rlhf_jax.data import builtin
 from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.selection import select_rows
 from rlhf_jax.mesh import single_device_mesh
-from rlhf_jax.models.architecture import Compute
+from rlhf_jax.models.config import Compute
 from rlhf_jax.models.decoder import bind, logits
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained
-from rlhf_jax.models.quantised import KINDS, Quantised, dequantise
+from rlhf_jax.models.quantised import QUANTISED_KINDS, Quantised, dequantise
 from rlhf_jax.recipe import Recipe
-from rlhf_jax.stages.base import make_base
+from rlhf_jax.stages.from_scratch import make_base_model
 
 CONFIG, RUNS = "configs/demo.toml", Path("runs/quantised")
 BASE_STEPS = 150
@@ -45,7 +45,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=300, help="of LoRA")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="besides float32")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=QUANTISED_KINDS, default=list(QUANTISED_KINDS), help="besides float32"
+    )
     args = parser.parse_args()
     for seed in args.seeds:
         record("quantised", one_seed(seed, RUNS / str(seed), args), "seed", "steps")
@@ -54,10 +56,10 @@ def main() -> None:
 def one_seed(seed: int, runs: Path, args: argparse.Namespace) -> dict:
     shutil.rmtree(runs, ignore_errors=True)
     options = [f"run.seed={seed}", f"data.builtin_seed={seed}"]
-    numbers, look_ups = write_kinds(load(CONFIG, options, Recipe).data, runs)
+    numbers, look_ups = write_kinds(load_config(CONFIG, options, Recipe).data, runs)
     # The tokenizer is of all questions, as a pretrained model's knows more than it was last trained on.
-    recipe = load(CONFIG, [*options, f"run.dir={runs / 'new'}", "run.overwrite=true"], Recipe)
-    new = make_base(recipe.context("sft", single_device_mesh()))
+    recipe = load_config(CONFIG, [*options, f"run.dir={runs / 'new'}", "run.overwrite=true"], Recipe)
+    new = make_base_model(recipe.context("sft", single_device_mesh()))
     base = runs / "base"
     sft(base, f"model.actor={new}", source(numbers), f"sft.steps={BASE_STEPS}", *options)
     export, losses_of = base / "sft" / "export", {}
@@ -85,7 +87,7 @@ def one_seed(seed: int, runs: Path, args: argparse.Namespace) -> dict:
 def write_kinds(data, folder: Path) -> tuple[Path, Path]:
     """The built-in dialogues as two files: numbers, look-ups."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = list(assistant.generate(data.builtin_seed, data.builtin_rows))
+    rows = list(builtin.make_rows(data.builtin_seed, data.builtin_rows))
     paths = folder / "numbers.jsonl", folder / "look_ups.jsonl"
     for path, wanted in zip(paths, (False, True), strict=True):
         kept = [row for row in rows if bool(LOOK_UP.match(row["prompt"])) == wanted]
@@ -110,7 +112,7 @@ def losses(run: Path) -> list[float]:
 
 def errors(folder: Path, overrides: list[str]) -> dict[str, dict[str, float]]:
     """Relative (Frobenius) errors against float32; logits on held-out rows, activations in float32."""
-    recipe = load(CONFIG, overrides, Recipe)
+    recipe = load_config(CONFIG, overrides, Recipe)
     whole = from_pretrained(folder)
     rows = select_rows(recipe.data, whole.tokenizer, recipe.row_spec("sft"), held_out=True)
     batch = Batches(rows, batch_size=64, seed=0)[0]
@@ -120,7 +122,7 @@ def errors(folder: Path, overrides: list[str]) -> dict[str, dict[str, float]]:
         return np.asarray(logits(model.config, model.params, hidden))[batch.mask]
 
     want, result = logits_of(whole), {}
-    for kind in KINDS:
+    for kind in QUANTISED_KINDS:
         model = from_pretrained(folder, dtype=kind)
         paths = [path for path, leaf in model.params.items() if isinstance(leaf, Quantised)]
         pairs = [(np.asarray(dequantise(model.params[path], jnp.float32)), whole.params[path]) for path in paths]

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from benchmarks.provenance import record
-from rlhf_jax.models.new_tokenizer import train_tokenizer
+from rlhf_jax.stages.from_scratch import train_tokenizer
 
 CONFIG = "configs/real_data.toml"
 BASE, RUN = Path("runs/opt-10m"), Path("runs/real_data")

@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.data.chat_template import encode_prompt, prepare_tokenizer
 from rlhf_jax.data.splits import Turns
-from rlhf_jax.data.template import encode_prompt, prepare_tokenizer
-from rlhf_jax.decode import bucket, prefill
-from rlhf_jax.gpus import RUN_OPTIONS
+from rlhf_jax.decode import bucket_length, prefill
+from rlhf_jax.hardware import RUN_OPTIONS
 from rlhf_jax.mesh import GENERATE, Layout
-from rlhf_jax.models.cached import Cache, Inference, Weights, forward, logits_of
+from rlhf_jax.models.inference import Cache, Inference, Weights, forward, inference_logits
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained
 from rlhf_jax.rollout import eos_ids, make_publish
-from rlhf_jax.sampling import SampleConfig, check_sample, draw, restrained_logits
+from rlhf_jax.sampling import SampleConfig, check_sample, draw, penalise_logits
 
 LOGGER = logging.getLogger(__name__)
 HELP = "/clear forgets the dialogue, /quit leaves"
@@ -35,7 +35,7 @@ def chat(folder: str, sample: SampleConfig, seed: int, dtype: str = "float32", a
     check_sample(sample)
     if not (Path(folder) / "config.json").exists() and Path(folder).is_dir():
         raise ValueError(f"{folder} is no Hugging Face folder (no config.json): name RUN/ppo/export or RUN/sft/export")
-    speaker = Speaker(from_pretrained(folder, adapter, dtype=dtype, one_copy=True), sample)
+    speaker = ChatModel(from_pretrained(folder, adapter, dtype=dtype, one_copy=True), sample)
     print(f"{folder}: {HELP}", flush=True)
     if speaker.sample != sample:
         print(
@@ -45,7 +45,7 @@ def chat(folder: str, sample: SampleConfig, seed: int, dtype: str = "float32", a
         )
     turns: Turns = ()
     key = jax.random.key(seed)
-    for said in questions():
+    for said in read_questions():
         if said == "/clear":
             turns = ()
             print("(forgotten)", flush=True)
@@ -54,7 +54,7 @@ def chat(folder: str, sample: SampleConfig, seed: int, dtype: str = "float32", a
             print(f"unknown command {said}: {HELP}", flush=True)
             continue
         try:
-            turns = speaker.fitting((*turns, ("user", said)))
+            turns = speaker.trim_history((*turns, ("user", said)))
         except ValueError as error:  # this message is to blame, not the conversation
             print(f"({error})", flush=True)
             continue
@@ -70,7 +70,7 @@ def chat(folder: str, sample: SampleConfig, seed: int, dtype: str = "float32", a
         turns = (*turns, ("assistant", answer))
 
 
-def questions() -> Iterator[str]:
+def read_questions() -> Iterator[str]:
     """What the user types, line by line, until /quit or end of file."""
     while True:
         if sys.stdin.isatty():
@@ -83,7 +83,7 @@ def questions() -> Iterator[str]:
             yield line.strip().encode("utf-8", "replace").decode()
 
 
-class Speaker:
+class ChatModel:
     """A published model that answers one conversation at a time; lengths are bucketed, so few are compiled."""
 
     def __init__(self, model: Pretrained, sample: SampleConfig):
@@ -102,7 +102,7 @@ class Speaker:
         self.model = Inference(model.config, Layout(mesh, GENERATE), dtype)
         self.weights = make_publish(model.config, mesh, dtype)(model.params)
 
-    def fitting(self, turns: Turns) -> Turns:
+    def trim_history(self, turns: Turns) -> Turns:
         """The dialogue without its oldest exchanges, where all of it does not fit the model's positions; says so."""
         room, dropped = self.model.config.max_positions - self.sample.max_new_tokens, 0
         while len(encode_prompt(self.tokenizer, turns)) > room and len(turns) > 1:
@@ -120,18 +120,18 @@ class Speaker:
     def answer(self, turns: Turns, key: jax.Array) -> Iterator[str]:
         """The answer in pieces, as soon as each is decodable text."""
         ids = encode_prompt(self.tokenizer, turns)
-        width = bucket(len(ids))
+        width = bucket_length(len(ids))
         tokens = np.zeros((1, width), np.int32)
         tokens[0, width - len(ids) :] = ids
         mask = np.arange(width)[None] >= width - len(ids)
-        logits, cache = start(self.model, self.sample.max_new_tokens, self.weights, tokens, mask)
+        logits, cache = prefill_dialogue(self.model, self.sample.max_new_tokens, self.weights, tokens, mask)
         seen = np.zeros((1, self.model.config.padded_vocab), bool)
         seen[0, ids] = True
         said: list[int] = []
         shown = ""
         for t in range(self.sample.max_new_tokens):
             restraints = seen, np.array([t], np.int32)
-            token, _ = choose(self.sample, self.eos, logits, *restraints, jax.random.fold_in(key, t)[None])
+            token, _ = sample_next(self.sample, self.eos, logits, *restraints, jax.random.fold_in(key, t)[None])
             said.append(int(token[0]))
             seen[0, said[-1]] = True
             if said[-1] in self.eos:
@@ -141,28 +141,28 @@ class Speaker:
                 yield text[len(shown) :]
                 shown = text
             where = jnp.int32(len(ids) + t), jnp.int32(width + t)
-            logits, cache = advance(self.model, self.weights, token, cache, *where)
+            logits, cache = decode_token(self.model, self.weights, token, cache, *where)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=RUN_OPTIONS)
-def start(
+def prefill_dialogue(
     model: Inference, new_tokens: int, weights: Weights, tokens: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, Cache]:
     return prefill(model, weights, tokens, mask, new_tokens)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def choose(
+def sample_next(
     sample: SampleConfig, eos: tuple[int, ...], logits: jax.Array, seen: jax.Array, drawn: jax.Array, keys: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    return draw(restrained_logits(logits, sample, seen, drawn, eos), keys, sample)
+    return draw(penalise_logits(logits, sample, seen, drawn, eos), keys, sample)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache", compiler_options=RUN_OPTIONS)
-def advance(
+def decode_token(
     model: Inference, weights: Weights, token: jax.Array, cache: Cache, position: jax.Array, index: jax.Array
 ) -> tuple[jax.Array, Cache]:
     """Logits [1, V] after one more token [1], which stands at `position` of the text and `index` of the cache."""
     ones = jnp.ones((1, 1), bool)
     hidden, cache = forward(model, weights, token[:, None], ones, position[None, None], cache, index)
-    return logits_of(model.config, weights, hidden[:, -1]), cache
+    return inference_logits(model.config, weights, hidden[:, -1]), cache

@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     set_logging(args)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch: it is not needed
-    keep_compiled(os.environ)
-    give_threads(os.environ)
+    set_compile_cache(os.environ)
+    set_xla_threads(os.environ)
     try:
         args.run(args)
     except (ValueError, FloatingPointError, OSError) as error:
@@ -190,7 +190,7 @@ def set_logging(args: argparse.Namespace) -> None:
     logging.getLogger("rlhf_jax.metrics.bar").disabled = is_quiet or is_json
 
 
-def keep_compiled(environ: Mapping[str, str]) -> None:
+def set_compile_cache(environ: Mapping[str, str]) -> None:
     """Let JAX keep compiled programs in the user's cache folder, so that the next run need not compile them.
 
     JAX_COMPILATION_CACHE_DIR names another folder, and where it is empty none is kept: then JAX has read it already.
@@ -202,7 +202,7 @@ def keep_compiled(environ: Mapping[str, str]) -> None:
         jax.config.update("jax_compilation_cache_dir", str(caches / "rlhf_jax" / "compiled"))
 
 
-def give_threads(environ: MutableMapping[str, str]) -> None:
+def set_xla_threads(environ: MutableMapping[str, str]) -> None:
     """Let XLA have more threads than simulated CPU devices, so that devices which wait for one another never fill them.
 
     One that waits in a collective holds a thread, and two collectives of a program may begin in another order on each
@@ -214,12 +214,12 @@ def give_threads(environ: MutableMapping[str, str]) -> None:
 
 def run_train(args: argparse.Namespace) -> None:
     # Imported here, so that --help answers at once.
-    from rlhf_jax.config import load
+    from rlhf_jax.config import load_config
     from rlhf_jax.mesh import make_mesh
     from rlhf_jax.recipe import Recipe
     from rlhf_jax.train import train
 
-    recipe = load(args.config, args.overrides, Recipe)
+    recipe = load_config(args.config, args.overrides, Recipe)
     train(recipe, make_mesh(recipe.mesh), () if args.command == "train" else (args.command,))
     LOGGER.info(f"{args.command}: everything lies in {recipe.run.dir}")
     if policy := latest_export("policy", recipe.run):
@@ -227,38 +227,38 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    from rlhf_jax.config import dump, load
+    from rlhf_jax.config import dump_config, load_config
     from rlhf_jax.evaluate import evaluate
     from rlhf_jax.mesh import make_mesh
     from rlhf_jax.recipe import Recipe
     from rlhf_jax.stages.run_folder import check_same_data
 
-    recipe = load(args.config, args.overrides, Recipe)
-    check_same_data(recipe.run, dump(recipe))
+    recipe = load_config(args.config, args.overrides, Recipe)
+    check_same_data(recipe.run, dump_config(recipe))
     print(evaluate(recipe.run, make_mesh(recipe.mesh), recipe.data, recipe.evaluate, recipe.model), flush=True)
 
 
 def run_plan(args: argparse.Namespace) -> None:
-    from rlhf_jax.config import load
-    from rlhf_jax.plan import hardware_of, local_gpus, make_plan
-    from rlhf_jax.plan.table import render
+    from rlhf_jax.config import load_config
+    from rlhf_jax.plan import hardware_of_config, local_gpus, make_plan
+    from rlhf_jax.plan.report import format_plan
     from rlhf_jax.recipe import Recipe
 
-    recipe = load(args.config, args.overrides, Recipe)
+    recipe = load_config(args.config, args.overrides, Recipe)
     if args.price_per_gpu_hour < 0:
         raise ValueError(f"--price-per-gpu-hour {args.price_per_gpu_hour:g}: at least 0")
-    plan = make_plan(recipe, args.gpus or local_gpus(hardware_of(args.config)), args.price_per_gpu_hour)
-    print(json.dumps(plan) if args.json else render(plan), flush=True)
+    plan = make_plan(recipe, args.gpus or local_gpus(hardware_of_config(args.config)), args.price_per_gpu_hour)
+    print(json.dumps(plan) if args.json else format_plan(plan), flush=True)
 
 
 def run_data(args: argparse.Namespace) -> None:
-    from rlhf_jax.config import load
+    from rlhf_jax.config import load_config
     from rlhf_jax.recipe import Recipe
     from rlhf_jax.show_data import show_data
 
     if args.examples < 0:
         raise ValueError(f"--examples {args.examples}: at least 0")
-    show_data(load(args.config, args.overrides, Recipe), args.examples)
+    show_data(load_config(args.config, args.overrides, Recipe), args.examples)
 
 
 def run_chat(args: argparse.Namespace) -> None:
@@ -270,12 +270,12 @@ def run_chat(args: argparse.Namespace) -> None:
 
 
 def run_import(args: argparse.Namespace) -> None:
-    from rlhf_jax.transfer import import_model
+    from rlhf_jax.import_export import import_model
 
     import_model(args.source, args.destination, adapter=args.adapter, dtype=args.dtype)
 
 
 def run_export(args: argparse.Namespace) -> None:
-    from rlhf_jax.transfer import export_run
+    from rlhf_jax.import_export import export_run
 
     export_run(args.source, args.destination, stage=args.stage, adapter=args.adapter, dtype=args.dtype)

@@ -14,8 +14,15 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
-KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "reduce-scatter")
-KINDS += ("send", "recv")
+COLLECTIVE_KINDS = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "reduce-scatter",
+)
+COLLECTIVE_KINDS += ("send", "recv")
 _HEAD = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\(")
 _CALLED = re.compile(r"=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)")
@@ -47,7 +54,7 @@ class Collective(NamedTuple):
     runs: int
 
     @property
-    def received(self) -> int:
+    def received_bytes(self) -> int:
         """Bytes that reach one device over links, over all runs."""
         bits = 8 if self.dtype == "pred" else int(re.match(r"[a-z]+(\d+)", self.dtype)[1])
         result, n = self.runs * math.prod(self.shape) * bits // 8, self.group
@@ -72,7 +79,7 @@ def instructions(text: str) -> Iterator[Instruction]:
             yield Instruction(computation, found[2], found[1], line)
 
 
-def runs(text: str) -> dict[str, int]:
+def run_counts(text: str) -> dict[str, int]:
     """{computation: how often the program runs it}.
 
     A loop counts as often as XLA says that it turns, and once where it does not say; every branch of a condition counts
@@ -102,10 +109,10 @@ def collectives(text: str) -> list[Collective]:
     """
     if not text:
         raise ValueError("the compiled program comes without its text")
-    often, found = runs(text), []
+    often, found = run_counts(text), []
     for computation, operation, result, line in instructions(text):
         kind = operation.removesuffix("-start")
-        if kind not in KINDS:
+        if kind not in COLLECTIVE_KINDS:
             continue
         arrays = _arrays(result)
         if kind in ("send", "recv"):  # beside the array there is a context
@@ -142,16 +149,16 @@ def _group(line: str, text: str) -> int:
     raise ValueError(f"a collective whose groups of devices are not understood: {line.strip()[:200]}")
 
 
-def kinds(text: str) -> set[str]:
+def collective_kinds(text: str) -> set[str]:
     """The kinds of collectives that a program has."""
     return {collective.kind for collective in collectives(text)}
 
 
-def moved(text: str, kind: str) -> list[tuple[str, tuple[int, ...]]]:
+def collective_shapes(text: str, kind: str) -> list[tuple[str, tuple[int, ...]]]:
     """(dtype, shape) of every array that collectives of a kind give, however often each runs."""
     return [(collective.dtype, collective.shape) for collective in collectives(text) if collective.kind == kind]
 
 
-def received(text: str) -> int:
+def received_bytes(text: str) -> int:
     """Bytes that reach one device over links while the program runs once."""
-    return sum(collective.received for collective in collectives(text))
+    return sum(collective.received_bytes for collective in collectives(text))

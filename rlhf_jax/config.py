@@ -21,17 +21,17 @@ import tomli_w
 
 C = TypeVar("C")
 ABSENT = object()
-NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", tuple: "an array"}
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", tuple: "an array"}
 
 
-class Source(NamedTuple):
+class ConfigSource(NamedTuple):
     """What an error message needs: the whole schema, and the file or override that a dotted key came from."""
 
     schema: type
     of: Callable[[str], str]
 
 
-def load(path: str | Path, overrides: Sequence[str], schema: type[C]) -> C:
+def load_config(path: str | Path, overrides: Sequence[str], schema: type[C]) -> C:
     """The configuration in the TOML file `path`, changed by `overrides` such as "sft.batch_size=32" (later ones win).
 
     `a.b.0.c=v` reaches into an array. A value is TOML or, where that fails, the bare text; for a string field it is
@@ -39,7 +39,7 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[C]) -> C:
     mistyped or missing key, naming the file or the override and the full dotted key.
     """
     path = Path(path)
-    mapping = _read(path)
+    mapping = _read_toml(path)
     changed = {_override(schema, mapping, text, str(path)): f"override '{text}'" for text in overrides}
 
     def of(key: str) -> str:
@@ -47,16 +47,16 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[C]) -> C:
             key = key.rpartition(".")[0]
         return changed.get(key, str(path))
 
-    return _parse(schema, mapping, "", Source(schema, of), ABSENT)
+    return _parse(schema, mapping, "", ConfigSource(schema, of), ABSENT)
 
 
-def parse(schema: type[C], mapping: dict[str, Any], where: str) -> C:
+def parse_config(schema: type[C], mapping: dict[str, Any], where: str) -> C:
     """`mapping` (as read from TOML) as a `schema`; `where` names its origin in the ValueError of a bad key."""
-    return _parse(schema, mapping, "", Source(schema, lambda key: where), ABSENT)
+    return _parse(schema, mapping, "", ConfigSource(schema, lambda key: where), ABSENT)
 
 
-def dump(config: Any) -> str:
-    """The TOML text that `load` reads back as an equal configuration."""
+def dump_config(config: Any) -> str:
+    """The TOML text that `load_config` reads back as an equal configuration."""
     return tomli_w.dumps(dataclasses.asdict(config))
 
 
@@ -64,13 +64,13 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Dotted keys whose values differ between two nested dicts: ["sft.batch_size: 32 -> 64"], in the order of `new`."""
     before, after = dict(_leaves(old, "")), dict(_leaves(new, ""))
     return [
-        f"{key}: {_shown(before.get(key, ABSENT))} -> {_shown(after.get(key, ABSENT))}"
+        f"{key}: {_toml_value(before.get(key, ABSENT))} -> {_toml_value(after.get(key, ABSENT))}"
         for key in [*after, *(key for key in before if key not in after)]
         if key not in before or key not in after or before[key] != after[key]
     ]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
@@ -95,7 +95,7 @@ def _override(schema: type, mapping: dict[str, Any], override: str, path: str) -
     for depth, part in enumerate([*parents, last]):
         held = ".".join(parents[:depth])
         if not isinstance(node, dict | list) or isinstance(node, list) != part.isdecimal():
-            raise ValueError(f"{path}: '{held}' is {_shown(node)}, which '{key}' cannot be set in; mend the file")
+            raise ValueError(f"{path}: '{held}' is {_toml_value(node)}, which '{key}' cannot be set in; mend the file")
         if isinstance(node, list) and int(part) >= len(node):
             raise ValueError(
                 f"{where}: {path} has {len(node)} items in '{held}', so no item {part}; set '{held}=[...]'"
@@ -103,11 +103,11 @@ def _override(schema: type, mapping: dict[str, Any], override: str, path: str) -
         if depth < len(parents):
             below = [] if [*parents, last][depth + 1].isdecimal() else {}
             node = node[int(part)] if isinstance(node, list) else node.setdefault(part, below)
-    node[int(last) if isinstance(node, list) else last] = _value(text, wanted)
+    node[int(last) if isinstance(node, list) else last] = _parse_override_value(text, wanted)
     return key
 
 
-def _value(text: str, wanted: Any) -> Any:
+def _parse_override_value(text: str, wanted: Any) -> Any:
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
@@ -138,7 +138,7 @@ def _members(wanted: Any) -> tuple[Any, ...]:
     return get_args(wanted) if get_origin(wanted) is UnionType else (wanted,)
 
 
-def _parse(wanted: Any, value: Any, key: str, source: Source, default: Any) -> Any:
+def _parse(wanted: Any, value: Any, key: str, source: ConfigSource, default: Any) -> Any:
     """`value` as a `wanted`; where a table leaves fields out they come from `default`, the parent's default for it."""
     members = _members(wanted)
     if len(members) > 1:
@@ -157,17 +157,17 @@ def _parse(wanted: Any, value: Any, key: str, source: Source, default: Any) -> A
             return value
         near = difflib.get_close_matches(str(value), [str(choice) for choice in get_args(wanted)], 1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        choices = ", ".join(_shown(choice) for choice in get_args(wanted))
-        raise ValueError(f"{source.of(key)}: '{key}' is {_shown(value)}, but wants one of {choices}{hint}")
+        choices = ", ".join(_toml_value(choice) for choice in get_args(wanted))
+        raise ValueError(f"{source.of(key)}: '{key}' is {_toml_value(value)}, but wants one of {choices}{hint}")
     if wanted is float and type(value) in (int, float) and not math.isnan(value):
         return float(value)
     if wanted in (int, bool, str) and type(value) is wanted:
         return value
-    name = " or ".join(NAMES.get(get_origin(kind) or kind, "a table") for kind in members)
-    raise ValueError(f"{source.of(key)}: '{key}' is {_shown(value)}, but wants {name}")
+    name = " or ".join(TYPE_NAMES.get(get_origin(kind) or kind, "a table") for kind in members)
+    raise ValueError(f"{source.of(key)}: '{key}' is {_toml_value(value)}, but wants {name}")
 
 
-def _parse_table(wanted: type, table: dict[str, Any], key: str, source: Source, default: Any) -> Any:
+def _parse_table(wanted: type, table: dict[str, Any], key: str, source: ConfigSource, default: Any) -> Any:
     hints, values = get_type_hints(wanted), {}
     for name in table:
         if name not in hints:
@@ -232,5 +232,5 @@ def _join(key: str, name: str) -> str:
     return f"{key}.{name}" if key else name
 
 
-def _shown(value: Any) -> str:
+def _toml_value(value: Any) -> str:
     return "absent" if value is ABSENT else json.dumps(value, ensure_ascii=False, default=str)

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from rlhf_jax.mesh import Layout
-from rlhf_jax.models.cached import Cache, Inference, Weights, empty_cache, forward, logits_of
-from rlhf_jax.models.layers import positions_of
-from rlhf_jax.sampling import SampleConfig, draw, is_eos, is_models_own, logprob_of, restrained_logits, seen_in
+from rlhf_jax.models.inference import Cache, Inference, Weights, empty_cache, forward, inference_logits
+from rlhf_jax.models.layers import token_positions
+from rlhf_jax.sampling import SampleConfig, draw, is_eos, is_model_distribution, logprob_of, penalise_logits, seen_ids
 from rlhf_jax.trees import record
 
-SHORTEST_BUCKET = 32
+MIN_BUCKET = 32
 ROWS_PER_REFILL = 16  # rows per prompt of a refill: few rows wait, and weights are not read for one prompt alone
 
 
@@ -66,8 +66,8 @@ def prefill(
     """Logits [B, V] after each left-padded prompt [B, P], and a cache with room for `new_tokens` more."""
     batch, length = prompts.shape
     cache = empty_cache(model.config, batch, length + new_tokens, model.dtype, model.layout)
-    hidden, cache = forward(model, weights, prompts, prompt_mask, positions_of(prompt_mask), cache, 0)
-    return logits_of(model.config, weights, hidden[:, -1]), cache
+    hidden, cache = forward(model, weights, prompts, prompt_mask, token_positions(prompt_mask), cache, 0)
+    return inference_logits(model.config, weights, hidden[:, -1]), cache
 
 
 @record
@@ -112,8 +112,8 @@ def start_state(
         steps=zeros,
         tokens=jnp.zeros(shape, jnp.int32),
         logprobs=jnp.zeros(shape, jnp.float32),
-        model_logprobs=None if is_models_own(sample) else jnp.zeros(shape, jnp.float32),
-        seen=None if sample.repetition_penalty == 1 else seen_in(prompts, prompt_mask, vocab),
+        model_logprobs=None if is_model_distribution(sample) else jnp.zeros(shape, jnp.float32),
+        seen=None if sample.repetition_penalty == 1 else seen_ids(prompts, prompt_mask, vocab),
     )
 
 
@@ -132,7 +132,7 @@ def sample_step(
     """
     s, going, sample, eos_ids = state, ~state.done, decoding.sample, decoding.eos_ids
     keys = jax.vmap(lambda i, t: jax.random.fold_in(jax.random.fold_in(key, i), t))(s.index, s.drawn)
-    token, logprob = draw(restrained_logits(logits, sample, s.seen, s.drawn, eos_ids), keys, sample)
+    token, logprob = draw(penalise_logits(logits, sample, s.seen, s.drawn, eos_ids), keys, sample)
     here = going[:, None] & (jnp.arange(s.tokens.shape[1]) == s.drawn[:, None])
     drawn = s.drawn + going
     own, seen, vocab = s.model_logprobs, s.seen, jnp.arange(logits.shape[-1])
@@ -149,7 +149,7 @@ def sample_step(
     )
 
 
-def rollout_of(state: DecodeState, prompts: jax.Array, prompt_mask: jax.Array, eos_ids: tuple[int, ...]) -> Rollout:
+def to_rollout(state: DecodeState, prompts: jax.Array, prompt_mask: jax.Array, eos_ids: tuple[int, ...]) -> Rollout:
     """Answers that are done, in the order of their prompts, as a Rollout."""
     own = state.logprobs if state.model_logprobs is None else state.model_logprobs
     mask = jnp.arange(state.tokens.shape[1]) < state.drawn[:, None]
@@ -163,7 +163,7 @@ def decode_step(
     """Logits [B, V] after the newest token of every row, which goes to `index` (of all rows, or [B]) of the cache."""
     token, real, positions = state.last, ~state.done, state.sizes + state.drawn - 1
     hidden, cache = forward(model, weights, token[:, None], real[:, None], positions[:, None], cache, index)
-    return logits_of(model.config, weights, hidden[:, -1]), cache
+    return inference_logits(model.config, weights, hidden[:, -1]), cache
 
 
 def generate(
@@ -191,7 +191,7 @@ def generate(
         return ~carry[1].done.all()
 
     _, state, _ = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, cache))
-    return rollout_of(state, prompts, prompt_mask, decoding.eos_ids)
+    return to_rollout(state, prompts, prompt_mask, decoding.eos_ids)
 
 
 class Slots(NamedTuple):
@@ -262,7 +262,7 @@ def generate_slots(
         answers=dataclasses.replace(empty_state(decoding, total, total), seen=None),
     )
     answers = jax.lax.while_loop(unfinished, turn, loop).answers
-    rollout = rollout_of(answers, prompts, prompt_mask, decoding.eos_ids)
+    rollout = to_rollout(answers, prompts, prompt_mask, decoding.eos_ids)
     return jax.tree.map(lambda x: layout.constrain(x, "batch", *[None] * (x.ndim - 1)), rollout)
 
 
@@ -345,6 +345,6 @@ def collect(loop: SlotsState, layout: Layout) -> SlotsState:
     return dataclasses.replace(loop, answers=jax.tree.map(lambda x: layout.constrain(x, *[None] * x.ndim), answers))
 
 
-def bucket(length: int) -> int:
+def bucket_length(length: int) -> int:
     """The padded prompt length that is compiled for prompts of `length` tokens: a power of two, so that few are."""
-    return max(SHORTEST_BUCKET, 1 << (length - 1).bit_length())
+    return max(MIN_BUCKET, 1 << (length - 1).bit_length())

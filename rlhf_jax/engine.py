@@ -20,11 +20,11 @@ import numpy as np
 import optax
 
 from rlhf_jax.decode import Rollout
-from rlhf_jax.gpus import RUN_OPTIONS
+from rlhf_jax.hardware import RUN_OPTIONS
 from rlhf_jax.mesh import Layout, check_divides, to_devices
-from rlhf_jax.models.architecture import Compute, DecoderConfig
-from rlhf_jax.models.cached import Weights
-from rlhf_jax.models.decoder import abstract_params, bind, head_kernel, head_options, last_hidden, scalar
+from rlhf_jax.models.config import Compute, DecoderConfig
+from rlhf_jax.models.decoder import abstract_params, bind, head_kernel, head_options, last_hidden, scalar_scores
+from rlhf_jax.models.inference import Weights
 from rlhf_jax.models.layers import roll_rows
 from rlhf_jax.objectives.logprobs import token_logprobs, token_logprobs_and_entropy
 from rlhf_jax.rollout import Publish, generate_program, make_generate, make_publish
@@ -34,10 +34,10 @@ from rlhf_jax.train_step import (
     TrainState,
     Update,
     ema_update,
-    join_rows,
+    join_micro_batches,
     make_ema_step,
     make_update,
-    split_rows,
+    split_micro_batches,
 )
 from rlhf_jax.trees import record
 
@@ -262,7 +262,7 @@ def make_score(
             learned, reference = jax.lax.optimization_barrier((learned, frozen.actor))
         critic = state.critic.params(frozen.critic) if models.critic else {}
         if models.reward:
-            scores = scalar(frozen.reward, last_hidden(forward(models.reward, frozen.reward), mask))
+            scores = scalar_scores(frozen.reward, last_hidden(forward(models.reward, frozen.reward), mask))
         return ScoredRollout(
             tokens=tokens,
             mask=mask,
@@ -272,13 +272,13 @@ def make_score(
             ended=rollout.ended,
             logprobs=learned,
             ref_logprobs=logprobs(models.reference, reference) if models.reference else None,
-            values=scalar(critic, answers(models.critic, critic)) if models.critic else None,
+            values=scalar_scores(critic, answers(models.critic, critic)) if models.critic else None,
             score=scores,
         )
 
     def score(state: EngineState, frozen: FrozenParams, rollout: Rollout, scores: jax.Array | None) -> Experience:
-        parts = split_rows((rollout, scores), execution.num_score_micro, layout)
-        scored = join_rows(jax.lax.map(lambda part: score_part(state, frozen, *part), parts), layout)
+        parts = split_micro_batches((rollout, scores), execution.num_score_micro, layout)
+        scored = join_micro_batches(jax.lax.map(lambda part: score_part(state, frozen, *part), parts), layout)
         rewards, advantages, returns = estimate(scored)
         experience = Experience(**vars(scored), rewards=rewards, advantages=advantages, returns=returns)
         return jax.tree.map(lambda x: layout.constrain(x, "batch", *[None] * (x.ndim - 1)), experience)
@@ -308,7 +308,7 @@ def make_updates(
 
     def critic_objective(params: Params, experience: Experience):
         hidden, balance = answer_states(models.critic, params, experience)
-        loss, stats = algorithm.critic_loss(scalar(params, hidden), experience)
+        loss, stats = algorithm.critic_loss(scalar_scores(params, hidden), experience)
         return loss + balance, (experience.action_mask.sum(), stats)
 
     def step(objective, tx: optax.GradientTransformation, config: DecoderConfig) -> Update:

@@ -13,12 +13,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax.data import assistant_judge
+from rlhf_jax.data import builtin_judge
 from rlhf_jax.data.batches import Batch, Batches
+from rlhf_jax.data.chat_template import prepare_tokenizer
 from rlhf_jax.data.config import BUILTIN, DataConfig
-from rlhf_jax.data.example import Example, RowSpec
-from rlhf_jax.data.selection import read_examples, rows_of, select_rows
-from rlhf_jax.data.template import prepare_tokenizer
+from rlhf_jax.data.records import Example, RowSpec
+from rlhf_jax.data.selection import read_examples, rows_from_examples, select_rows
 from rlhf_jax.models.attention import Choice
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained, reward_from_pretrained, score
 from rlhf_jax.rollout import sample_answers
@@ -27,7 +27,7 @@ from rlhf_jax.stages.models import ModelConfig, log_devices
 from rlhf_jax.stages.run_folder import RunConfig
 from rlhf_jax.stages.table import exporters
 
-READ_FOR_EACH = 32  # held-out rows read for each prompt that is asked
+EXAMPLES_READ_PER_PROMPT = 32  # held-out rows read for each prompt that is asked
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,14 @@ def evaluate(
     said, scores, good = {}, {}, {}
     for stage in policies:
         policy = from_pretrained(run.export(stage), mesh=mesh, dtype=dtype, one_copy=True)
-        texts, ended, lengths, scores[stage] = answer(policy, scorer, prompts, config, attention)
+        texts, ended, lengths, scores[stage] = sample_and_score(policy, scorer, prompts, config, attention)
         del policy
         said[stage] = texts
         numbers |= {f"{stage}_score": float(scores[stage].mean()), f"{stage}_length": float(lengths.mean())}
         numbers[f"{stage}_ended"] = float(np.mean(ended))
         if judged:
             verdicts = zip(asked, texts, ended, strict=True)
-            good[stage] = [assistant_judge.judge(e.turns[-1][1], text, end).good for e, text, end in verdicts]
+            good[stage] = [builtin_judge.judge(e.turns[-1][1], text, end).good for e, text, end in verdicts]
             numbers[f"{stage}_good"] = float(np.mean(good[stage]))
     first = scores[policies[0]]
     for stage in policies[1:]:
@@ -107,7 +107,7 @@ def evaluate(
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     (Path(run.dir) / "evaluate.jsonl").write_text(lines, encoding="utf-8")
     (Path(run.dir) / "evaluate.json").write_text(json.dumps({"prompts": count, **numbers}, indent=2) + "\n")
-    return report(policies, records[: config.show], numbers, count)
+    return format_report(policies, records[: config.show], numbers, count)
 
 
 def reward_accuracy(
@@ -119,7 +119,7 @@ def reward_accuracy(
     count = min(config.pairs, len(rows))
     pairs = Batches(rows, batch_size=count, seed=0, shuffle=False)[0]
     tokens, mask = (x.reshape(2 * count, -1) for x in (pairs.tokens, pairs.mask))
-    scores = scored(scorer, tokens, mask, config.batch_size, attention)
+    scores = score_sequences(scorer, tokens, mask, config.batch_size, attention)
     chosen, rejected = scores.reshape(count, 2).T
     return float((chosen > rejected).mean())
 
@@ -132,17 +132,17 @@ def held_out_prompts(scorer: Pretrained, stage: str, data: DataConfig, limit: in
     """
     tokenizer, spec = prepare_tokenizer(scorer.tokenizer, data.template), RowSpec("prompt", stage)
     # Some are dropped, and rows of one prompt are many in preference data: enough are read that the rest suffice.
-    examples = list(itertools.islice(read_examples(data, spec, held_out=True), READ_FOR_EACH * limit))
+    examples = list(itertools.islice(read_examples(data, spec, held_out=True), EXAMPLES_READ_PER_PROMPT * limit))
     if not examples:
         raise ValueError("there are no held-out prompts: train with data.held_out or an eval_path")
-    rows = rows_of(examples, data, tokenizer, spec)
+    rows = rows_from_examples(examples, data, tokenizer, spec)
     (part,) = rows.parts
     count = min(limit, len(rows))
     prompts = Batches(rows, batch_size=count, seed=0, side="left", shuffle=False)[0]
-    return [examples[index] for index in part.store.numbers()[part.picked[:count]]], prompts
+    return [examples[index] for index in part.store.numbers()[part.selected[:count]]], prompts
 
 
-def scored(
+def score_sequences(
     scorer: Pretrained, tokens: np.ndarray, mask: np.ndarray, batch_size: int, attention: Choice = "auto"
 ) -> np.ndarray:
     """[B] scores of [B, T] sequences, `batch_size` at a time."""
@@ -158,7 +158,7 @@ def chunks(size: int, *arrays: np.ndarray) -> list[tuple[np.ndarray, ...]]:
     return [tuple(x[i : i + size] for x in filled) for i in range(0, rows, size)]
 
 
-def answer(
+def sample_and_score(
     model: Pretrained, scorer: Pretrained, prompts: Batch, config: EvaluateConfig, attention: Choice
 ) -> tuple[list[str], list[bool], np.ndarray, np.ndarray]:
     """Sampled answers to left-padded prompts: (texts, ended by EOS, lengths in tokens, scores)."""
@@ -174,11 +174,11 @@ def answer(
     ]
     tokens = np.concatenate([rollout.prompts, rollout.tokens], axis=1)
     mask = np.concatenate([rollout.prompt_mask, rollout.mask], axis=1)
-    scores = scored(scorer, tokens, mask, config.batch_size, attention)
+    scores = score_sequences(scorer, tokens, mask, config.batch_size, attention)
     return texts, rollout.ended.tolist(), rollout.mask.sum(axis=1), scores
 
 
-def report(policies: Sequence[str], records: list[dict], numbers: dict[str, float], count: int) -> str:
+def format_report(policies: Sequence[str], records: list[dict], numbers: dict[str, float], count: int) -> str:
     """The same prompts answered by every policy, and the numbers over all of them, as text for a terminal."""
     lines = []
     for record in records:

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
-HOST = "pinned_host"  # the memory kind of arrays that are fetched to the devices to be computed with
+HOST_MEMORY = "pinned_host"  # the memory kind of arrays that are fetched to the devices to be computed with
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class Table:
     rank: tuple[str, ...] = ()
 
 
-_EVERYWHERE = ("tensor", "fsdp")
+_ALL_SHARDS = ("tensor", "fsdp")
 TRAIN = Table(
-    batch=("data", *_EVERYWHERE),
-    vocab=_EVERYWHERE,
-    heads=_EVERYWHERE,
-    kv_heads=_EVERYWHERE,
-    mlp=_EVERYWHERE,
-    positions=_EVERYWHERE,
+    batch=("data", *_ALL_SHARDS),
+    vocab=_ALL_SHARDS,
+    heads=_ALL_SHARDS,
+    kv_heads=_ALL_SHARDS,
+    mlp=_ALL_SHARDS,
+    positions=_ALL_SHARDS,
 )
 GENERATE = Table(
     batch=("data", "fsdp"), vocab=("tensor",), heads=("tensor",), kv_heads=("tensor",), mlp=("tensor",), positions=()
@@ -133,19 +133,19 @@ def mesh_sizes(config: MeshConfig, count: int) -> dict[str, int]:
     free = [axis for axis, size in sizes.items() if size == -1]
     wrong = [f"mesh.{axis}={size}" for axis, size in sizes.items() if size < 1 and size != -1]
     if wrong or len(free) > 1:
-        told = ", ".join(wrong) or " and ".join(f"mesh.{axis}=-1" for axis in free)
-        raise ValueError(f"{told}: every size is at least 1, and at most one is -1 (all devices that are left)")
+        reported = ", ".join(wrong) or " and ".join(f"mesh.{axis}=-1" for axis in free)
+        raise ValueError(f"{reported}: every size is at least 1, and at most one is -1 (all devices that are left)")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if count % fixed or (not free and fixed != count):
         asked = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-        mend = (
-            f"one of {nearest(fixed, _divisors(count))}"
+        fix = (
+            f"one of {nearest_sizes(fixed, _divisors(count))}"
             if free
             else f"{count}, or set one of them to -1 to take what is left"
         )
         raise ValueError(
             f"mesh {asked} does not cover {count} device(s): the sizes that are not -1 multiply to {fixed}; "
-            f"make them multiply to {mend}"
+            f"make them multiply to {fix}"
         )
     for axis in free:
         sizes[axis] = count // fixed
@@ -162,7 +162,7 @@ def train_layout(mesh: Mesh, zero: int, *, offload_moments: bool = False) -> Lay
         offload_moments: whether they rest in pinned host memory.
     """
     assert zero in (0, 1, 2, 3) and offload_moments in (True, False), (zero, offload_moments)
-    moments_in = HOST if offload_moments else None
+    moments_in = HOST_MEMORY if offload_moments else None
     if zero == 3:
         return Layout(mesh, TRAIN, moments_in=moments_in)
     return Layout(mesh, WHOLE, TRAIN if zero == 2 else None, TRAIN if zero else None, moments_in)
@@ -175,12 +175,12 @@ def single_device_mesh() -> Mesh:
 
 def in_host_memory(leaf: Any) -> bool:
     """Whether an array, or an abstract one with a sharding, is in host memory."""
-    return leaf.sharding.memory_kind == HOST
+    return leaf.sharding.memory_kind == HOST_MEMORY
 
 
 def to_host(tree: Any) -> Any:
     """The same arrays in host memory, split as on the devices."""
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding.with_memory_kind(HOST)), tree)
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding.with_memory_kind(HOST_MEMORY)), tree)
 
 
 def to_devices(tree: Any) -> Any:
@@ -192,7 +192,7 @@ def to_devices(tree: Any) -> Any:
     return jax.tree.map(fetch, tree)
 
 
-def nearest(size: int, legal: Sequence[int], count: int = 3) -> str:
+def nearest_sizes(size: int, legal: Sequence[int], count: int = 3) -> str:
     """The `count` legal sizes nearest to `size`, as text."""
     return ", ".join(map(str, sorted(sorted(legal, key=lambda n: abs(n - size))[:count])))
 
@@ -214,10 +214,10 @@ def check_model_divides(sizes: dict[str, int], mesh: Mesh) -> None:
     wrong = {name: size for name, size in sizes.items() if size % tensor}
     if wrong:
         common = math.gcd(*sizes.values())
-        told = ", ".join(f"{size} {name}" for name, size in wrong.items())
+        reported = ", ".join(f"{size} {name}" for name, size in wrong.items())
         raise ValueError(
-            f"mesh.tensor={tensor} does not divide {told} of this model; "
-            f"sizes that divide: {nearest(tensor, _divisors(common))}"
+            f"mesh.tensor={tensor} does not divide {reported} of this model; "
+            f"sizes that divide: {nearest_sizes(tensor, _divisors(common))}"
         )
 
 

@@ -103,9 +103,9 @@ def _keep_until(path: Path, last_step: int) -> list[dict[str, Any]]:
     records = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
     kept = [(line, record) for line, record in records if record["step"] <= last_step]
     # Written beside and renamed, so that a kill in this very moment loses nothing.
-    beside = path.with_name(path.name + ".kept")
-    beside.write_text("".join(line for line, _ in kept), encoding="utf-8")
-    beside.replace(path)
+    extra = path.with_name(path.name + ".kept")
+    extra.write_text("".join(line for line, _ in kept), encoding="utf-8")
+    extra.replace(path)
     return [record for _, record in kept]
 
 

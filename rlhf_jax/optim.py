@@ -76,13 +76,13 @@ def learning_rate(config: OptimConfig, total_steps: int) -> Callable[[Any], jax.
     return rate
 
 
-def decays(params: Any) -> Any:
+def decay_mask(params: Any) -> Any:
     """The tree of `params` with False on every path that ends in bias or scale, True elsewhere."""
 
-    def decayed(path: tuple[Any, ...], _: Any) -> bool:
+    def is_decayed(path: tuple[Any, ...], _: Any) -> bool:
         return jax.tree_util.keystr(path, simple=True, separator="/").rsplit("/", 1)[-1] not in ("bias", "scale")
 
-    return jax.tree_util.tree_map_with_path(decayed, params)
+    return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
 class Optimizer(NamedTuple):
@@ -91,7 +91,8 @@ class Optimizer(NamedTuple):
     Attributes:
         init, update: as optax's, of all parameters together.
         clip: all gradients -> the same, clipped; what looks at all of them, and keeps no state.
-        update_each: as `update`, on gradients that are clipped already and on the state `of_path` of some parameters.
+        update_each: as `update`, on gradients that are clipped already and on the state `select_path` of some
+        parameters.
     """
 
     init: Callable
@@ -103,7 +104,7 @@ class Optimizer(NamedTuple):
 def make_optimizer(config: OptimConfig, total_steps: int) -> Optimizer:
     """Global-norm clip, then AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) at `learning_rate`.
 
-    Weight decay goes where `decays` says. Raises ValueError if the warmup is longer than the run.
+    Weight decay goes where `decay_mask` says. Raises ValueError if the warmup is longer than the run.
     """
     adamw = optax.adamw(
         learning_rate(config, total_steps),
@@ -111,7 +112,7 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> Optimizer:
         b2=config.beta2,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        mask=decays,
+        mask=decay_mask,
     )
     if not config.clip_norm:
         return Optimizer(adamw.init, adamw.update, lambda grads: grads, adamw.update)
@@ -120,19 +121,19 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> Optimizer:
     return Optimizer(whole.init, whole.update, lambda grads: clip.update(grads, clip.init(grads))[0], each.update)
 
 
-def by_nodes(function: Callable, opt_state: Any, *more: Any) -> Any:
+def map_nodes(function: Callable, opt_state: Any, *more: Any) -> Any:
     """Map over an optax state, of which a dictionary by paths (moments) is one node, and a counter is another."""
     return jax.tree.map(function, opt_state, *more, is_leaf=_is_moments)
 
 
-def of_path(opt_state: Any, path: str) -> tuple[Any, Any]:
+def select_path(opt_state: Any, path: str) -> tuple[Any, Any]:
     """(the moments of one parameter, the counters, which all share), in trees that `with_counters` puts together."""
-    moments = by_nodes(lambda node: {path: node[path]} if _is_moments(node) else None, opt_state)
-    return moments, by_nodes(lambda node: None if _is_moments(node) else node, opt_state)
+    moments = map_nodes(lambda node: {path: node[path]} if _is_moments(node) else None, opt_state)
+    return moments, map_nodes(lambda node: None if _is_moments(node) else node, opt_state)
 
 
 def with_counters(moments: Any, counters: Any) -> Any:
-    """The inverse of `of_path`: an optax state of the parameters that `moments` has."""
+    """The inverse of `select_path`: an optax state of the parameters that `moments` has."""
     return jax.tree.map(
         lambda node, counter: counter if node is None else node,
         moments,
@@ -141,9 +142,9 @@ def with_counters(moments: Any, counters: Any) -> Any:
     )
 
 
-def joined(opt_state: Any, other: Any) -> Any:
+def join_states(opt_state: Any, other: Any) -> Any:
     """One state of the parameters of both; counters are those of the second."""
-    return by_nodes(lambda one, two: {**one, **two} if _is_moments(one) else two, opt_state, other)
+    return map_nodes(lambda one, two: {**one, **two} if _is_moments(one) else two, opt_state, other)
 
 
 def _is_moments(node: Any) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from jax.sharding import AbstractMesh, Mesh
 
 from rlhf_jax.data.config import DataConfig
-from rlhf_jax.data.example import RowSpec
+from rlhf_jax.data.records import RowSpec
 from rlhf_jax.data.splits import named_shares
 from rlhf_jax.evaluate import EvaluateConfig
 from rlhf_jax.mesh import Layout, MeshConfig, train_layout

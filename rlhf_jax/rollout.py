@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
-from rlhf_jax.collectives import received
-from rlhf_jax.decode import Decoding, Rollout, bucket, generate, generate_slots
-from rlhf_jax.gpus import RUN_OPTIONS
+from rlhf_jax.collectives import received_bytes
+from rlhf_jax.decode import Decoding, Rollout, bucket_length, generate, generate_slots
+from rlhf_jax.hardware import RUN_OPTIONS
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, Table, check_divides, check_model_divides
-from rlhf_jax.models.architecture import DecoderConfig
 from rlhf_jax.models.attention import Choice
-from rlhf_jax.models.cached import Inference, Weights, for_decoding, shared, shared_for_decoding
+from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.decoder import abstract_params
+from rlhf_jax.models.inference import Inference, Weights, inference_weights, shared_inference_weights, shared_paths
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.sampling import SampleConfig, check_sample
 from rlhf_jax.train_step import Params
@@ -38,7 +38,7 @@ class Publish:
     """Parameters and adapters -> generation weights, by GENERATE: merge, cast, gather, lay out.
 
     A base that generation shares with training is not merged, and where it lies by GENERATE already not copied: its
-    weights are the arrays of the parameters, see `shared_for_decoding`.
+    weights are the arrays of the parameters, see `shared_inference_weights`.
     """
 
     config: DecoderConfig
@@ -46,13 +46,13 @@ class Publish:
     program: Any  # jitted: all but what is shared
 
     def __call__(self, params: Params) -> Weights:
-        return self.program(params) | shared_for_decoding(self.config, params, self.layout)
+        return self.program(params) | shared_inference_weights(self.config, params, self.layout)
 
     def lower(self, params: Params) -> jax.stages.Lowered:
         """Of the compiled part, from arrays or their abstract shapes."""
         return self.program.lower(params)
 
-    def compiled(self, params: Params) -> Publish:
+    def compile(self, params: Params) -> Publish:
         """The same, compiled now and for such parameters alone, so that its text can be read at no second price."""
         return dataclasses.replace(self, program=self.lower(params).compile())
 
@@ -68,7 +68,7 @@ def make_publish(config: DecoderConfig, mesh: Mesh, dtype: jnp.dtype, home: Tabl
     layout = Layout(mesh, GENERATE)
 
     def publish(params):
-        return for_decoding(config, params, layout, dtype, home)
+        return inference_weights(config, params, layout, dtype, home)
 
     return Publish(config, layout, jax.jit(publish))
 
@@ -85,23 +85,23 @@ def publish_bytes(publish: Publish, params: Params, dtype: jnp.dtype) -> dict[st
     Raises:
         ValueError: the program has no text, or one that is not understood.
     """
-    config, layout, kept = publish.config, publish.layout, shared(params)
-    total, least = received(publish.program.as_text()), 0
+    config, layout, kept = publish.config, publish.layout, shared_paths(params)
+    total, least = received_bytes(publish.program.as_text()), 0
     moving: list[tuple[jax.Array, Sharding]] = []
-    shared_for_decoding(config, params, layout, lambda array, there: moving.append((array, there)))
-    moving = [(array, there) for array, there in moving if _lacking(array, there)]
+    shared_inference_weights(config, params, layout, lambda array, there: moving.append((array, there)))
+    moving = [(array, there) for array, there in moving if _missing_elements(array, there)]
     if moving:  # which `jax.device_put` does, by a program as this one
         arrays, there = map(list, zip(*moving, strict=True))
-        total += received(jax.jit(lambda x: x, out_shardings=there).lower(arrays).compile().as_text())
-        least += sum(_lacking(array, at) * array.dtype.itemsize for array, at in moving)
+        total += received_bytes(jax.jit(lambda x: x, out_shardings=there).lower(arrays).compile().as_text())
+        least += sum(_missing_elements(array, at) * array.dtype.itemsize for array, at in moving)
     for path, leaf in abstract_params(config if kept else config.without_lora()).items():
         if path not in kept:
-            least += _lacking(params[path], layout.sharding(leaf.axes)) * dtype.itemsize
-    told = {"publish_bytes": total, "publish_bytes_least": least}
-    return told | ({"publish_bytes_ratio": total / least} if least else {})
+            least += _missing_elements(params[path], layout.sharding(leaf.axes)) * dtype.itemsize
+    reported = {"publish_bytes": total, "publish_bytes_least": least}
+    return reported | ({"publish_bytes_ratio": total / least} if least else {})
 
 
-def _lacking(array: jax.Array, there: Sharding) -> int:
+def _missing_elements(array: jax.Array, there: Sharding) -> int:
     """Elements of a device's shard by `there` that its present shard, a part of it, has not."""
     shards = (math.prod(each.shard_shape(array.shape)) for each in (there, array.sharding))
     return max(0, next(shards) - next(shards))
@@ -157,7 +157,7 @@ def make_generate(
     """
     check_sample(sample)
     layout = Layout(mesh, GENERATE)
-    check_rows(rows, layout)
+    check_slots(rows, layout)
     program = generate_program(config, sample, eos_ids, mesh, dtype, rows, attention)
     compiled: set[tuple[int, int]] = set()
 
@@ -166,7 +166,7 @@ def make_generate(
         if sizes.min() == 0:
             raise ValueError(f"row {int(sizes.argmin())} of the prompts is empty: give it at least one token")
         check_positions(config, int(sizes.max()), sample.max_new_tokens)
-        cut = tuple(x[:, -bucket(int(sizes.max())) :] for x in (prompts, prompt_mask))
+        cut = tuple(x[:, -bucket_length(int(sizes.max())) :] for x in (prompts, prompt_mask))
         each = tuple(np.repeat(x, sample.num_samples, axis=0) for x in cut)
         count = len(each[0])
         more = -count % layout.shards("batch")
@@ -181,7 +181,7 @@ def make_generate(
                 shape[0],
                 f" in {rows} rows" if in_rows else "",
                 shape[1],
-                len({bucket(n) for n in range(1, config.max_positions + 1)}),
+                len({bucket_length(n) for n in range(1, config.max_positions + 1)}),
             )
         # Whichever device has a free row takes the next prompt, so then every device has all of them.
         there = tuple(layout.put(x, None, None) for x in filled) if in_rows else layout.put_batch(filled)
@@ -191,7 +191,7 @@ def make_generate(
     return run
 
 
-def check_rows(rows: int, layout: Layout, name: str = "rows") -> None:
+def check_slots(rows: int, layout: Layout, name: str = "rows") -> None:
     """Raise ValueError unless the devices that share the batch in generation divide so many rows; 0 is all at once."""
     if rows:
         check_divides(name, rows, Layout(layout.mesh, GENERATE).shards("batch"), "devices of mesh.data x mesh.fsdp")
@@ -225,7 +225,7 @@ def sample_answers(
         raise ValueError("this model has a scalar head and cannot generate: load it with from_pretrained")
     tokens, mask = np.asarray(input_ids, np.int32), np.asarray(attention_mask, bool)
     order = np.argsort(mask, axis=1, kind="stable")  # padding to the left, real tokens in their order
-    more = ((0, 0), (bucket(mask.shape[1]) - mask.shape[1], 0))
+    more = ((0, 0), (bucket_length(mask.shape[1]) - mask.shape[1], 0))
     tokens, mask = (np.pad(np.take_along_axis(x, order, axis=1), more) for x in (tokens, mask))
     dtype, mesh = model.params["embed/tokens"].dtype, model.layout.mesh
     weights = make_publish(model.config, mesh, dtype)(model.params)

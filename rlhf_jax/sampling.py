@@ -69,7 +69,7 @@ def check_learnable(sample: SampleConfig) -> None:
         raise ValueError("sample.min_new_tokens: probability ratios are of all tokens, EOS too; set min_new_tokens=0")
 
 
-def is_models_own(sample: SampleConfig) -> bool:
+def is_model_distribution(sample: SampleConfig) -> bool:
     """Whether `logprobs` are of the model's own distribution already."""
     plain = SampleConfig(sample.max_new_tokens, 1.0, num_samples=sample.num_samples)
     return dataclasses.replace(sample, temperature=sample.temperature or 1.0) == plain
@@ -79,13 +79,13 @@ def is_eos(tokens: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
     return jnp.isin(tokens, jnp.asarray(eos_ids, jnp.int32))
 
 
-def seen_in(tokens: jax.Array, mask: jax.Array, vocab: int) -> jax.Array:
+def seen_ids(tokens: jax.Array, mask: jax.Array, vocab: int) -> jax.Array:
     """[B, V] bool: which ids stand in [B, T] tokens where the mask is true."""
     rows = jnp.arange(len(tokens))[:, None]
     return jnp.zeros((len(tokens), vocab), bool).at[rows, jnp.where(mask, tokens, vocab)].set(True, mode="drop")
 
 
-def restrained_logits(
+def penalise_logits(
     logits: jax.Array, sample: SampleConfig, seen: jax.Array | None, drawn: jax.Array, eos_ids: tuple[int, ...]
 ) -> jax.Array:
     """[B, V] -> [B, V]: repetition penalty (Keskar et al. 2019, eq. 1, negative logits multiplied), then no EOS early.
@@ -104,7 +104,7 @@ def restrained_logits(
     return logits
 
 
-def truncated_logits(logits: jax.Array, sample: SampleConfig) -> jax.Array:
+def truncate_logits(logits: jax.Array, sample: SampleConfig) -> jax.Array:
     """[B, V] -> [B, V]: tempered, then -inf outside the top k, outside the nucleus (Holtzman et al. 2020), and below
     min-p times the likeliest (Nguyen et al. 2024)."""
     logits = logits / sample.temperature
@@ -134,6 +134,6 @@ def draw(logits: jax.Array, keys: jax.Array, sample: SampleConfig) -> tuple[jax.
     if sample.temperature == 0:
         tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     else:
-        logits = truncated_logits(logits, sample)
+        logits = truncate_logits(logits, sample)
         tokens = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
     return tokens, logprob_of(logits, tokens)

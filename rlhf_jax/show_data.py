@@ -15,16 +15,15 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_jax.data.batches import Batches
+from rlhf_jax.data.chat_template import Encoding, prepare_tokenizer
 from rlhf_jax.data.config import DataConfig
-from rlhf_jax.data.example import RowKind, RowSpec
-from rlhf_jax.data.mapping.known import resolve
-from rlhf_jax.data.mapping.mapper import serves
-from rlhf_jax.data.reading.places import has_eval
+from rlhf_jax.data.mapping import provides, resolve
+from rlhf_jax.data.records import RowKind, RowSpec
 from rlhf_jax.data.rows import Rows
-from rlhf_jax.data.selection import NoRows, select_rows, takes_part
-from rlhf_jax.data.template import Encoded, prepare_tokenizer
+from rlhf_jax.data.selection import NoRows, select_rows, used_by
+from rlhf_jax.data.sources import has_eval
 from rlhf_jax.recipe import Recipe
-from rlhf_jax.stages.base import new_tokenizer
+from rlhf_jax.stages.from_scratch import make_tokenizer
 
 GREEN, DIM, PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 USES: dict[RowKind, str] = {"demonstration": "a dialogue", "pair": "a pair", "prompt": "a prompt"}
@@ -47,44 +46,44 @@ def show_data(recipe: Recipe, examples: int, out: TextIO | None = None) -> None:
         ValueError: as `select_rows`, but where a stage has no rows that is printed.
     """
     out = out or sys.stdout
-    tokenizer, data = tokenizer_of(recipe), resolve(recipe.data)
+    tokenizer, data = load_tokenizer(recipe), resolve(recipe.data)
     colours = out.isatty() and not os.environ.get("NO_COLOR")
     # All is read before anything is printed: what is bad stops the command, and how much was read is told once.
     specs = {stage: replace(recipe.row_spec(stage), pack_length=0) for stage in recipe.run.stages}
-    found = {(s, side): _rows(data, tokenizer, spec, side) for s, spec in specs.items() for side in (False, True)}
+    found = {(s, side): _load_rows(data, tokenizer, spec, side) for s, spec in specs.items() for side in (False, True)}
     names = short_names([source.path for source in data.sources])
     lines = [
         f"tokenizer: {recipe.model.actor}, {len(tokenizer):,} words",
         "",
-        *sources(data, names, specs, found),
+        *source_lines(data, names, specs, found),
         "",
         LEGEND,
     ]
     for stage, spec in specs.items():
-        serving = [name for name, source in zip(names, data.sources, strict=True) if serves(source, spec.kind)]
+        serving = [name for name, source in zip(names, data.sources, strict=True) if provides(source, spec.kind)]
         lines += ["", _columns(f"{stage}: a row is {USES[spec.kind]}", COLUMNS)]
         for held_out in (False, True):
             named = zip(names, data.sources, strict=True)
-            here = [name for name, source in named if takes_part(source, spec.kind, held_out)]
-            lines += table(here, found[stage, held_out], held_out)
+            here = [name for name, source in named if used_by(source, spec.kind, held_out)]
+            lines += stage_table(here, found[stage, held_out], held_out)
         rows = found[stage, False]
         if isinstance(rows, Rows):
-            lines += epoch(recipe, tokenizer, stage, rows, serving)
+            lines += epoch_lines(recipe, tokenizer, stage, rows, serving)
             for name, part in zip(serving, rows.parts, strict=True):
                 for row in range(min(examples, len(part))):
                     (document,) = part.documents(row)
                     lines += ["", f"  {name}, row {part.number(row)}"]
-                    lines += example(document, tokenizer, colours)
+                    lines += row_text(document, tokenizer, colours)
     out.write("\n".join(lines) + "\n")
 
 
-def tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """That of model.actor; of a new model its run's, or what would be trained now. ValueError where it has none."""
     base = recipe.run.folder("base")
     if recipe.model.actor == "new" and not base.exists():
         specs = map(recipe.row_spec, recipe.run.stages)
-        rows = min(specs, key=lambda spec: spec.kind != "demonstration")  # as `make_base` has them
-        return new_tokenizer(recipe.model, recipe.data, rows)
+        rows = min(specs, key=lambda spec: spec.kind != "demonstration")  # as `make_base_model` has them
+        return make_tokenizer(recipe.model, recipe.data, rows)
     place = base if recipe.model.actor == "new" else recipe.model.actor
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
@@ -97,7 +96,7 @@ def tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
     return prepare_tokenizer(tokenizer, recipe.data.template)
 
 
-def _rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase, spec: RowSpec, held_out: bool) -> Rows | NoRows:
+def _load_rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase, spec: RowSpec, held_out: bool) -> Rows | NoRows:
     try:
         return select_rows(data, tokenizer, spec, held_out=held_out)
     except NoRows as error:
@@ -115,7 +114,7 @@ def short_names(paths: Sequence[str]) -> list[str]:
     return names
 
 
-def sources(
+def source_lines(
     data: DataConfig,
     names: Sequence[str],
     specs: Mapping[str, RowSpec],
@@ -126,9 +125,9 @@ def sources(
     for at, (source, name) in enumerate(zip(data.sources, names, strict=True)):
         tallies = {False: {}, True: {}}  # of the training rows and of the held-out rows, {stage: tally}
         for (stage, held_out), rows in found.items():
-            if isinstance(rows, Rows) and takes_part(source, specs[stage].kind, held_out):
-                before = sum(takes_part(other, specs[stage].kind, held_out) for other in data.sources[:at])
-                tallies[held_out][stage] = rows.parts[before].tally
+            if isinstance(rows, Rows) and used_by(source, specs[stage].kind, held_out):
+                before = sum(used_by(other, specs[stage].kind, held_out) for other in data.sources[:at])
+                tallies[held_out][stage] = rows.parts[before].stats
         read = {side: next((tally.rows for tally in each.values()), None) for side, each in tallies.items()}
         counts = {side: "" if count is None else f", {count:,} rows" for side, count in read.items()}
         if source.eval_path:
@@ -139,9 +138,9 @@ def sources(
             held = f"{data.held_out:.1%} of its prompts" if data.held_out else "nothing"
             held += ", left out, as it is streamed" * (source.stream and data.held_out > 0)
         counts[False] += " in its first window, of which all below is told" * source.stream
-        unserved = [f", not for {stage}" for stage, spec in specs.items() if not serves(source, spec.kind)]
-        told = f"{counts[False]}, format {source.format}{''.join(unserved)}; held out: {held}"
-        lines.append(f"  {name.split()[0]} {source.path}{told}")
+        unserved = [f", not for {stage}" for stage, spec in specs.items() if not provides(source, spec.kind)]
+        reported = f"{counts[False]}, format {source.format}{''.join(unserved)}; held out: {held}"
+        lines.append(f"  {name.split()[0]} {source.path}{reported}")
         for held_out in (False, True) if has_eval(source) else (False,):
             bad = {stage: tally.bad for stage, tally in tallies[held_out].items() if tally.bad}
             if bad:
@@ -152,7 +151,7 @@ def sources(
     return lines
 
 
-def table(serving: Sequence[str], rows: Rows | NoRows, held_out: bool) -> list[str]:
+def stage_table(serving: Sequence[str], rows: Rows | NoRows, held_out: bool) -> list[str]:
     """A line for each source that serves the stage, one for all of several, and why rows were dropped."""
     title = "held out" if held_out else "training"
     if isinstance(rows, NoRows):
@@ -160,10 +159,10 @@ def table(serving: Sequence[str], rows: Rows | NoRows, held_out: bool) -> list[s
     lines, reasons = [f"  {title}"], dict[str, Counter[str]]()
     counts = np.zeros(4, int)
     for name, part in zip(serving, rows.parts, strict=True):
-        row = np.array([part.tally.share, sum(part.tally.dropped.values()), len(part), part.cut])
+        row = np.array([part.stats.share, sum(part.stats.dropped.values()), len(part), part.cut])
         lines.append(_line(name, row, part.lengths.reshape(-1)))
         counts += row
-        for why, count in sorted(part.tally.dropped.items()):
+        for why, count in sorted(part.stats.dropped.items()):
             reasons.setdefault(why, Counter())[name.split()[0]] = count
     if len(rows.parts) > 1:
         lines.append(_line("all", counts, np.concatenate([part.lengths.reshape(-1) for part in rows.parts])))
@@ -184,7 +183,7 @@ def _columns(name: str, values: Sequence[str]) -> str:
     return f"{name:{NAME + 2}}" + "".join(f" {value:>{WIDTH}}" for value in values[:-1]) + f" {values[-1]:>{WIDTH + 5}}"
 
 
-def epoch(
+def epoch_lines(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stage: str, rows: Rows, serving: Sequence[str]
 ) -> list[str]:
     """What an epoch draws of each source, if not each row once, its steps, and what share of its batches is padding."""
@@ -203,33 +202,33 @@ def epoch(
     real = np.mean([batches[step].mask.mean() for step in steps])
     shapes = ", ".join(map(str, batches.lengths))
     count = batches.steps_per_epoch
-    told = f"{count:,} step{'s' * (count != 1)} of {size} rows, padded to {shapes} tokens: {1 - real:.1%} padding"
-    return [*lines, f"  an epoch: {told}"]
+    reported = f"{count:,} step{'s' * (count != 1)} of {size} rows, padded to {shapes} tokens: {1 - real:.1%} padding"
+    return [*lines, f"  an epoch: {reported}"]
 
 
-def example(row: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, colours: bool) -> list[str]:
+def row_text(row: Sequence[Encoding], tokenizer: PreTrainedTokenizerBase, colours: bool) -> list[str]:
     """The text of a row, what is learned of it set off; of a pair the prompt once, and then both answers."""
     if len(row) == 1:
-        return _bordered(shown(row[0], 0, tokenizer, colours))
+        return _add_border(sequence_text(row[0], 0, tokenizer, colours))
     chosen, rejected = row
     first = int(chosen.spans[-1, 0]) if len(chosen.spans) else 0
     if not np.array_equal(chosen.tokens[:first], rejected.tokens[:first]):
         first = 0
-    prompt = Encoded(chosen.tokens[:first], chosen.spans[:0])
-    lines = _bordered(shown(prompt, 0, tokenizer, colours)) if first else []
+    prompt = Encoding(chosen.tokens[:first], chosen.spans[:0])
+    lines = _add_border(sequence_text(prompt, 0, tokenizer, colours)) if first else []
     for label, answer in (("chosen", chosen), ("rejected", rejected)):
-        lines += [f"    {label}:", *_bordered(shown(answer, first, tokenizer, colours))]
+        lines += [f"    {label}:", *_add_border(sequence_text(answer, first, tokenizer, colours))]
     return lines
 
 
-def shown(sequence: Encoded, first: int, tokenizer: PreTrainedTokenizerBase, colours: bool) -> str:
+def sequence_text(sequence: Encoding, first: int, tokenizer: PreTrainedTokenizerBase, colours: bool) -> str:
     """The text of a sequence behind its `first` tokens, what is learned of it set off."""
     bounds = [first, *(at for at in sequence.spans.reshape(-1).tolist() if at >= first), len(sequence.tokens)]
     text = ""
     for i, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         piece, learned = _text(sequence.tokens, begin, end, tokenizer), i % 2 == 1
         if colours:
-            text += _painted(piece, GREEN if learned else DIM)
+            text += _paint(piece, GREEN if learned else DIM)
         else:
             text += f"⟦{piece}⟧" if learned else piece
     return text
@@ -243,10 +242,10 @@ def _text(tokens: np.ndarray, begin: int, end: int, tokenizer: PreTrainedTokeniz
     return CONTROL.sub(lambda found: repr(found[0])[1:-1], upto.removeprefix(before))
 
 
-def _painted(text: str, colour: str) -> str:
+def _paint(text: str, colour: str) -> str:
     """Each line by itself, because pagers forget colours at the end of a line."""
     return "\n".join(f"{colour}{line}{PLAIN}" if line else "" for line in text.split("\n"))
 
 
-def _bordered(text: str) -> list[str]:
+def _add_border(text: str) -> list[str]:
     return [f"    | {line}".rstrip() for line in text.split("\n")]

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 from jax.sharding import Mesh
 
-from rlhf_jax.config import dump
+from rlhf_jax.config import dump_config
 from rlhf_jax.plan import check_fits, device_limit
-from rlhf_jax.plan.choose import resolve
+from rlhf_jax.plan.auto import resolve_auto
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.models import log_devices
 from rlhf_jax.stages.run_folder import open_run
@@ -31,10 +31,10 @@ def train(recipe: Recipe, mesh: Mesh, stages: Sequence[str] = ()) -> None:
     for name in stages:
         check_named(name, run.stages)
     # RUN/config.toml may be a CONFIG later, and must not ask for deletion once more; it keeps "auto" where that stands.
-    lasting = dump(dataclasses.replace(recipe, run=dataclasses.replace(run, overwrite=False)))
+    lasting = dump_config(dataclasses.replace(recipe, run=dataclasses.replace(run, overwrite=False)))
     kept = () if run.overwrite else [name for name in stages if run.export(name).exists()]
     limit, waiting = device_limit(mesh), [name for name in stages if name not in kept]
-    recipe, chosen = resolve(recipe, mesh, limit, waiting)
+    recipe, chosen = resolve_auto(recipe, mesh, limit, waiting)
     for text in chosen:
         LOGGER.info(f"auto: {text}")
     if limit is not None:

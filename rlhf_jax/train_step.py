@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import optax
 from einops import rearrange
 
-from rlhf_jax.gpus import RUN_OPTIONS
+from rlhf_jax.hardware import RUN_OPTIONS
 from rlhf_jax.mesh import Layout, in_host_memory, to_devices, to_host
 from rlhf_jax.models.decoder import Leaf
-from rlhf_jax.optim import Optimizer, by_nodes, joined, of_path, with_counters
+from rlhf_jax.optim import Optimizer, join_states, map_nodes, select_path, with_counters
 from rlhf_jax.trees import record
 
 Params = dict[str, jax.Array]
@@ -97,7 +97,7 @@ def init_state(
         state = fresh({path: leaf}, on_device)
         resting = jax.device_put(state, state_shardings(state, leaves, layout))
         opt_states.append(jax.block_until_ready(resting).opt_state)
-    return TrainState(state.step, trainable, functools.reduce(joined, opt_states))
+    return TrainState(state.step, trainable, functools.reduce(join_states, opt_states))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,14 +118,14 @@ class OffloadedUpdate:
         taken, grads, stats = self.gradients(state.step, state.trainable, frozen, batch)
         trainable, opt_states = dict(state.trainable), []
         for path in self.order(trainable):
-            resting, counters = of_path(state.opt_state, path)
+            resting, counters = select_path(state.opt_state, path)
             moments = jax.device_put(resting, self.layout.moments.sharding(self.leaves[path].axes))
             param, moments, counters = self.step({path: trainable[path]}, {path: grads.pop(path)}, moments, counters)
             moments = jax.block_until_ready(jax.device_put(moments, jax.tree.map(lambda x: x.sharding, resting)))
             jax.tree.map(lambda x: x.delete(), resting)
             trainable |= param
             opt_states.append(with_counters(moments, counters))
-        return TrainState(taken, trainable, functools.reduce(joined, opt_states)), stats
+        return TrainState(taken, trainable, functools.reduce(join_states, opt_states)), stats
 
     @staticmethod
     def order(trainable: Params) -> list[str]:
@@ -143,12 +143,12 @@ class OffloadedUpdate:
             where = layout.sharding(self.leaves[path].axes)
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
-        moments, counters = of_path(state.opt_state, path)
+        moments, counters = select_path(state.opt_state, path)
         param = {path: state.trainable[path]}
         return on_device(self.layout, param), *(on_device(self.layout.moments, x) for x in (param, moments)), counters
 
 
-def split_rows(tree, parts: int, layout: Layout):
+def split_micro_batches(tree, parts: int, layout: Layout):
     """[B, ...] -> [parts, B / parts, ...] of every leaf; strided, so that every device keeps the rows it holds."""
 
     def split(leaf: jax.Array) -> jax.Array:
@@ -158,8 +158,8 @@ def split_rows(tree, parts: int, layout: Layout):
     return jax.tree.map(split, tree)
 
 
-def join_rows(tree, layout: Layout):
-    """The inverse of `split_rows`."""
+def join_micro_batches(tree, layout: Layout):
+    """The inverse of `split_micro_batches`."""
 
     def join(leaf: jax.Array) -> jax.Array:
         return layout.constrain(rearrange(leaf, "n b ... -> (b n) ..."), "batch", *[None] * (leaf.ndim - 2))
@@ -193,7 +193,7 @@ def make_update(
 
     def mean_gradients(trainable: Params, frozen: Params, batch) -> tuple[Params, dict]:
         """By `layout.moments`, and the metrics."""
-        micros = split_rows(batch, num_micro, layout)
+        micros = split_micro_batches(batch, num_micro, layout)
         first = jax.tree.map(lambda leaf: leaf[0], micros)
 
         def add(total, micro):
@@ -211,7 +211,7 @@ def make_update(
         parts = laid_out(trainable, layout.moments)
         updates, opt_state = tx_update(grads, opt_state, parts)
         parts = laid_out(optax.apply_updates(parts, updates), layout.moments)
-        opt_state = by_nodes(lambda x: laid_out(x, layout.moments) if isinstance(x, dict) else x, opt_state)
+        opt_state = map_nodes(lambda x: laid_out(x, layout.moments) if isinstance(x, dict) else x, opt_state)
         return laid_out(parts, layout), opt_state
 
     def update(state: TrainState, frozen: Params, batch) -> tuple[TrainState, dict]:
@@ -226,7 +226,7 @@ def make_update(
     def step(param: Params, grad: Params, moments, counters) -> tuple[Params, Any, Any]:
         param, opt_state = stepped(tx.update_each, param, grad, with_counters(moments, counters))
         (path,) = param
-        return param, *of_path(opt_state, path)
+        return param, *select_path(opt_state, path)
 
     if not layout.moments_in:
         return jax.jit(update, donate_argnums=0, compiler_options=RUN_OPTIONS)

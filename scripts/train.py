@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from rlhf_jax.cli import main as rlhf_jax
-from rlhf_jax.gpus import machine
-from rlhf_jax.plan import hardware_of, local_gpus
+from rlhf_jax.hardware import parse_machine
+from rlhf_jax.plan import hardware_of_config, local_gpus
 from rlhf_jax.stages.run_folder import RunConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -35,10 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     config = choose(name, args.deployment_type, memory_here())
     if config is None:
         known = sorted(path.stem for kind in DEPLOYMENTS for path in CONFIGS.glob(f"*-{kind}.toml"))
-        told = f"{name}-{args.deployment_type}.toml; there are {', '.join(known)}"
-        print(f"train.py: there is no recipe {told}", file=sys.stderr)
+        reported = f"{name}-{args.deployment_type}.toml; there are {', '.join(known)}"
+        print(f"train.py: there is no recipe {reported}", file=sys.stderr)
         return 2
-    print(f"train.py: {config}, made for {hardware_of(config)}", flush=True)
+    print(f"train.py: {config}, made for {hardware_of_config(config)}", flush=True)
     overrides = [f"model.actor={args.actor_model}", *args.overrides]
     if args.reward_model:
         overrides.insert(1, f"model.reward={args.reward_model}")
@@ -60,7 +60,7 @@ def choose(name: str, deployment: str, memory: int) -> Path | None:
     """
     stem = glob.escape(name)
     files = [*CONFIGS.glob(f"{stem}-{deployment}.toml"), *sorted(CONFIGS.glob(f"{stem}-*-{deployment}.toml"))]
-    wanted = {path: machine(hardware_of(path)).gpu.memory for path in files}
+    wanted = {path: parse_machine(hardware_of_config(path)).gpu.memory for path in files}
     suitable = [path for path in files if wanted[path] <= memory]
     return max(suitable, key=wanted.get) if suitable else next(iter(files), None)
 
@@ -68,7 +68,7 @@ def choose(name: str, deployment: str, memory: int) -> Path | None:
 def memory_here() -> int:
     """Bytes that a card of this machine has; 0 where none is known."""
     try:
-        return machine(local_gpus()).gpu.memory
+        return parse_machine(local_gpus()).gpu.memory
     except ValueError:
         return 0
 

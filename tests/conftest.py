@@ -18,8 +18,8 @@ import pytest
 CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 LONG = tomllib.loads((Path(__file__).parent / "long.toml").read_text(encoding="utf-8"))
 # Begun first, so that at the end no process is left alone with one of them.
-LONGEST = ("parity/test_every_family", "test_train_step", "test_engine", "parity/test_peft", "test_pipeline")
-LONGEST += ("test_plan", "test_quantised", "test_slots", "test_generate", "test_per_layer", "test_configs")
+LONGEST = ("parity/test_family_parity", "test_train_step", "test_engine", "parity/test_peft", "test_train")
+LONGEST += ("test_plan", "test_quantised", "test_slots", "test_decode", "test_unstacked", "test_configs")
 COLLECTED = pytest.StashKey[set[str]]()
 
 

@@ -1,6 +1,6 @@
 """The rows that the three stages of a recipe ask for, and `data.split` as a recipe hands it down."""
 
-from rlhf_jax.data.example import RowSpec
+from rlhf_jax.data.records import RowSpec
 from rlhf_jax.data.splits import named_shares
 
 SPECS = {"sft": RowSpec("demonstration", "sft"), "reward": RowSpec("pair", "reward"), "ppo": RowSpec("prompt", "ppo")}

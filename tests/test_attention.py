@@ -12,9 +12,15 @@ from einops import rearrange
 
 from rlhf_jax.decode import prefill
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
-from rlhf_jax.models import cached, decoder, pretrained, transformer
-from rlhf_jax.models.architecture import Alibi, Compute
-from rlhf_jax.models.attention import Kernel, attention_kernel, described, kernel_on, uniform_window
+from rlhf_jax.models import decoder, inference, pretrained, transformer
+from rlhf_jax.models.attention import (
+    AttentionKernel,
+    attention_kernel,
+    describe_kernel,
+    kernel_for_mesh,
+    uniform_window,
+)
+from rlhf_jax.models.config import Alibi, Compute
 from rlhf_jax.models.decoder import bind
 from rlhf_jax.models.layers import attention, fused_attention, roll_rows
 
@@ -77,13 +83,15 @@ def test_fused_attention_that_is_asked_for_and_impossible_is_an_error_with_the_m
 
 
 def test_on_these_devices_attention_is_left_to_xla():
-    assert kernel_on(single_device_mesh(), tiny.LLAMA, BFLOAT16, 16, "auto").name == "xla"
+    assert kernel_for_mesh(single_device_mesh(), tiny.LLAMA, BFLOAT16, 16, "auto").name == "xla"
 
 
 def test_what_a_run_says_names_the_phases():
-    said = described(kernel(), "scoring and prefill", decodes=True)
+    said = describe_kernel(kernel(), "scoring and prefill", decodes=True)
     assert said == "cuDNN for scoring and prefill (bfloat16, causal), XLA for decoding (one query)"
-    assert described(kernel(dtype=FLOAT32), "training", decodes=True).startswith("XLA (fused attention computes in")
+    assert describe_kernel(kernel(dtype=FLOAT32), "training", decodes=True).startswith(
+        "XLA (fused attention computes in"
+    )
 
 
 def test_windows_that_no_row_fills_are_none():
@@ -98,7 +106,7 @@ def arrays(dtype, heads, kv_heads, batch=3, length=12, size=8):
     return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
 
 
-def attended(q, k, v, mask, window):
+def attention_output(q, k, v, mask, window):
     """By `attention`, with all that its mask says: real tokens, none after the query, and the window."""
     back = np.arange(q.shape[1])[:, None] - np.arange(q.shape[1])
     visible = (back >= 0) & (back < (window or q.shape[1])) & mask[:, None, :]
@@ -126,7 +134,7 @@ def test_fused_attention_is_asked_for_the_same_function_on_right_padded_rows(hea
     mask = np.arange(12) < np.array([12, 7, 1])[:, None]
     fused = fused_attention(q, k, v, scale=0.3, window=window, implementation="xla")
     assert fused.dtype == dtype and fused.shape == q.shape
-    expected = attended(q, k, v, mask, window)
+    expected = attention_output(q, k, v, mask, window)
     difference = np.abs(np.asarray(fused, np.float32) - np.asarray(expected, np.float32))
     assert difference[mask].max() < TOLERANCE[dtype]
 
@@ -139,7 +147,7 @@ def test_fused_attention_of_left_padded_rows_is_that_of_the_rolled_ones(heads, w
     mask = np.arange(12) >= padding[:, None]
     rolled = (roll_rows(y, padding) for y in (q, k, v))
     fused = roll_rows(fused_attention(*rolled, scale=0.3, window=window, implementation="xla"), -padding)
-    expected = attended(q, k, v, mask, window)
+    expected = attention_output(q, k, v, mask, window)
     difference = np.abs(np.asarray(fused, np.float32) - np.asarray(expected, np.float32))
     assert difference[mask].max() < TOLERANCE[dtype]
 
@@ -152,14 +160,14 @@ def test_padding_gets_no_gradient_and_gives_none_through_fused_attention():
         return jax.grad(lambda x: (jnp.square(function(*x)) * mask[..., None, None, None]).sum())((q, k, v))
 
     fused = loss(lambda q, k, v: fused_attention(q, k, v, scale=0.3, window=0, implementation="xla"))
-    expected = loss(lambda q, k, v: attended(q, k, v, mask, 0))
+    expected = loss(lambda q, k, v: attention_output(q, k, v, mask, 0))
     for got, wanted in zip(fused, expected, strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-5)
         assert not np.asarray(got)[~mask].any()
 
 
 @pytest.fixture
-def pretended(monkeypatch):
+def fused_calls(monkeypatch):
     """As on a GPU, with XLA in cuDNN's place; yields the (query heads, window) of every call of fused attention."""
     calls = []
 
@@ -168,10 +176,10 @@ def pretended(monkeypatch):
         return fused_attention(q, k, v, scale=scale, window=window, implementation="xla")
 
     def choose(mesh, config, dtype, length, choice, packed=False):
-        return Kernel("xla" if choice == "xla" or packed else "cudnn", "")
+        return AttentionKernel("xla" if choice == "xla" or packed else "cudnn", "")
 
-    for module in (decoder, cached, pretrained):
-        monkeypatch.setattr(module, "kernel_on", choose)
+    for module in (decoder, inference, pretrained):
+        monkeypatch.setattr(module, "kernel_for_mesh", choose)
     monkeypatch.setattr(transformer, "fused_attention", call)
     return calls
 
@@ -181,7 +189,7 @@ FUSED = {"opt": tiny.OPT, "llama": tiny.LLAMA, "sparse": tiny.SPARSE, "windowed"
 
 @pytest.mark.parametrize("remat", ["none", "layers"])
 @pytest.mark.parametrize("family", FUSED)
-def test_states_and_gradients_of_right_padded_rows_are_those_without_fusing(pretended, family, remat):
+def test_states_and_gradients_of_right_padded_rows_are_those_without_fusing(fused_calls, family, remat):
     config, layout = FUSED[family], Layout(single_device_mesh(), TRAIN)
     params = tiny.random_params(config, layout.mesh)
     tokens, mask = tiny.prompts(config, [12, 7, 1], 12, side="right")
@@ -197,7 +205,7 @@ def test_states_and_gradients_of_right_padded_rows_are_those_without_fusing(pret
         return states, grads
 
     (fused, fused_grads), (states, grads) = run(params, "cudnn"), run(params, "xla")
-    assert set(pretended) == {(config.num_heads, 5 if family == "windowed" else 0)}
+    assert set(fused_calls) == {(config.num_heads, 5 if family == "windowed" else 0)}
     np.testing.assert_allclose(fused[mask], states[mask], atol=2e-5)
     for path, grad in grads.items():
         np.testing.assert_allclose(
@@ -207,19 +215,19 @@ def test_states_and_gradients_of_right_padded_rows_are_those_without_fusing(pret
 
 @pytest.mark.parametrize("mesh_name", ["one", "data2-fsdp2-tensor2"])
 @pytest.mark.parametrize("family", FUSED)
-def test_a_fused_prefill_leaves_the_logits_and_the_cache_of_one_that_is_not(pretended, family, mesh_name):
+def test_a_fused_prefill_leaves_the_logits_and_the_cache_of_one_that_is_not(fused_calls, family, mesh_name):
     config, mesh = FUSED[family], tiny.mesh_of(mesh_name)
     layout = Layout(mesh, GENERATE)
     params = tiny.random_params(config, mesh)
-    weights = jax.jit(lambda params: cached.for_decoding(config, params, layout, jnp.float32))(params)
+    weights = jax.jit(lambda params: inference.inference_weights(config, params, layout, jnp.float32))(params)
     tokens, mask = tiny.prompts(config, [12, 7, 1, 3], 12)
 
     @functools.partial(jax.jit, static_argnums=1)
     def run(weights, attention):
-        return prefill(cached.Inference(config, layout, jnp.float32, attention), weights, tokens, mask, 4)
+        return prefill(inference.Inference(config, layout, jnp.float32, attention), weights, tokens, mask, 4)
 
     (fused, fused_cache), (logits, cache) = run(weights, "cudnn"), run(weights, "xla")
-    assert len(pretended) == config.num_layers
+    assert len(fused_calls) == config.num_layers
     np.testing.assert_allclose(fused, logits, atol=2e-5)
     np.testing.assert_array_equal(fused_cache.visible, cache.visible)
     for got, expected in zip(fused_cache.keys + fused_cache.values, cache.keys + cache.values, strict=True):
@@ -228,12 +236,12 @@ def test_a_fused_prefill_leaves_the_logits_and_the_cache_of_one_that_is_not(pret
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_states_of_either_padding_side_are_the_same_fused(pretended, side):
+def test_states_of_either_padding_side_are_the_same_fused(fused_calls, side):
     config, layout = tiny.LLAMA, Layout(single_device_mesh(), TRAIN)
     params = tiny.random_params(config, layout.mesh)
     tokens, mask = tiny.prompts(config, [12, 7, 1], 12, side=side)
     fused = pretrained._hidden(config, layout, "cudnn", params, tokens, mask)
-    assert pretended
+    assert fused_calls
     states = pretrained._hidden(config, layout, "xla", params, tokens, mask)
     np.testing.assert_allclose(fused[mask], states[mask], atol=2e-5)
 

@@ -68,17 +68,17 @@ def test_no_more_of_an_average_in_host_memory_is_on_the_devices_than_its_largest
         live = (leaf for leaf in jax.live_arrays() if leaf.sharding.memory_kind != "pinned_host")
         return sum(leaf.nbytes for leaf in live)
 
-    beside, seen = on_devices(), []
+    extra, seen = on_devices(), []
 
     def putting(leaf, where):
-        seen.append(on_devices() - beside)
+        seen.append(on_devices() - extra)
         return put(leaf, where)
 
     monkeypatch.setattr(jax, "device_put", putting)
     follow(average, weights)
     # Each comes when none is there, and goes as the only one.
     assert seen == [size for leaf in weights.values() for size in (0, leaf.nbytes)]
-    assert on_devices() == beside
+    assert on_devices() == extra
 
 
 def test_a_second_step_compiles_nothing():

@@ -10,30 +10,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_jax.data.ahead import Ahead
-from rlhf_jax.data.batches import BUCKET_WINDOW, Batch, Batches, bucket_lengths
+from rlhf_jax.data.batches import BUCKET_WINDOW, Batch, Batches, Prefetch, bucket_lengths
+from rlhf_jax.data.chat_template import Encoding
 from rlhf_jax.data.config import SourceConfig
-from rlhf_jax.data.rows import Rows, SourceRows, packed
-from rlhf_jax.data.store import in_memory, record_batch
-from rlhf_jax.data.template import Encoded
-from rlhf_jax.data.tokenize import Tally
+from rlhf_jax.data.rows import Rows, SourceRows, pack_rows
+from rlhf_jax.data.store import memory_store, record_batch
+from rlhf_jax.data.tokenize import RowStats
 
-NOTHING = Tally()
+NOTHING = RowStats()
 
 
 def source(lengths: list[int], per_row: int = 1, first: int = 1, name: str = "made") -> SourceRows:
     """Sequence s holds first + s, first + s + 1, ...; learned is all but its first token, but the second of three."""
     num = len(lengths) // per_row
     sequences = [
-        Encoded(np.arange(first + s, first + s + length, dtype=np.int32), np.array([[1, length]], np.int32))
+        Encoding(np.arange(first + s, first + s + length, dtype=np.int32), np.array([[1, length]], np.int32))
         for s, length in enumerate(lengths[: num * per_row])
     ]
     keys = np.arange(2 * num, dtype=np.uint64).reshape(num, 2)
-    store = in_memory([record_batch(sequences, keys, range(num), [False] * num, per_row, 1000)], per_row, 1000)
+    store = memory_store([record_batch(sequences, keys, range(num), [False] * num, per_row, 1000)], per_row, 1000)
     return SourceRows(SourceConfig(name), store, np.arange(num, dtype=np.int32), NOTHING)
 
 
-def made_rows(lengths: list[int], per_row: int = 1) -> Rows:
+def make_rows(lengths: list[int], per_row: int = 1) -> Rows:
     part = source(lengths, per_row)
     return Rows((part,), per_row, (len(part),), "")
 
@@ -51,7 +50,7 @@ BUCKETS = st.sampled_from([1, 3])
 @given(lengths=LENGTHS, seed=SEEDS, buckets=BUCKETS, data=st.data())
 def test_every_row_comes_once_an_epoch_but_for_the_incomplete_batch(lengths, seed, buckets, data):
     batch_size = data.draw(st.integers(1, len(lengths)))
-    batches = Batches(made_rows(lengths), batch_size=batch_size, seed=seed, buckets=buckets)
+    batches = Batches(make_rows(lengths), batch_size=batch_size, seed=seed, buckets=buckets)
     steps = batches.steps_per_epoch
     assert steps == len(lengths) // batch_size
     for epoch in range(3):
@@ -63,32 +62,32 @@ def test_every_row_comes_once_an_epoch_but_for_the_incomplete_batch(lengths, see
 @settings(deadline=None)
 @given(lengths=LENGTHS, seed=SEEDS, buckets=BUCKETS, start=st.integers(0, 200))
 def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(lengths, seed, buckets, start):
-    rows = made_rows(lengths)
+    rows = make_rows(lengths)
     uninterrupted = Batches(rows, batch_size=2, seed=seed, buckets=buckets)
     for step in range(start):
         uninterrupted.draws(step)
-    resumed = Batches(made_rows(lengths), batch_size=2, seed=seed, buckets=buckets)
+    resumed = Batches(make_rows(lengths), batch_size=2, seed=seed, buckets=buckets)
     for step in range(start, start + 3):
         for old, new in zip(fields(uninterrupted[step]), fields(resumed[step]), strict=True):
             np.testing.assert_array_equal(old, new)
 
 
 def test_epochs_and_seeds_have_different_orders_and_no_shuffle_has_that_of_the_rows():
-    rows = made_rows([1] * 50)
+    rows = make_rows([1] * 50)
     orders = [Batches(rows, batch_size=50, seed=seed).draws(epoch)[1].tolist() for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
     assert Batches(rows, batch_size=10, seed=0, shuffle=False).draws(7)[1].tolist() == list(range(20, 30))
 
 
 def test_the_order_is_the_same_under_every_numpy():
-    assert Batches(made_rows([1] * 8), batch_size=8, seed=3).draws(2)[1].tolist() == [0, 5, 1, 3, 6, 7, 2, 4]
-    assert Batches(made_rows([1] * 5000), batch_size=4, seed=3).draws(2)[1].tolist() == [2865, 517, 3600, 1331]
+    assert Batches(make_rows([1] * 8), batch_size=8, seed=3).draws(2)[1].tolist() == [0, 5, 1, 3, 6, 7, 2, 4]
+    assert Batches(make_rows([1] * 5000), batch_size=4, seed=3).draws(2)[1].tolist() == [2865, 517, 3600, 1331]
 
 
 @given(lengths=LENGTHS, side=st.sampled_from(["left", "right"]), per_row=st.sampled_from([1, 2]))
 @settings(max_examples=50, deadline=None)
 def test_padding_on_either_side_gives_the_sequences_back(lengths, side, per_row):
-    rows = made_rows(lengths, per_row)
+    rows = make_rows(lengths, per_row)
     batches = Batches(rows, batch_size=len(rows), seed=0, side=side, shuffle=False)
     batch, (part,) = batches[0], rows.parts
     longest, (width,) = int(part.lengths.max()), batches.lengths
@@ -110,7 +109,7 @@ def test_buckets_give_few_shapes_and_take_away_most_of_the_padding():
     lengths = np.minimum(rng.lognormal(4, 0.8, 40 * BUCKET_WINDOW), 500).astype(int) + 1
     shares = []
     for buckets in (1, 4):
-        batches = Batches(made_rows(lengths.tolist()), batch_size=8, seed=0, buckets=buckets)
+        batches = Batches(make_rows(lengths.tolist()), batch_size=8, seed=0, buckets=buckets)
         made = [batches[step] for step in range(batches.steps_per_epoch)]
         assert {batch.tokens.shape[1] for batch in made} == set(batches.lengths)
         assert len(batches.lengths) == buckets and all(length % 8 == 0 for length in batches.lengths)
@@ -140,7 +139,7 @@ DOCUMENTS = st.lists(st.integers(2, 30), min_size=1, max_size=60)
 @settings(deadline=None)
 @given(lengths=DOCUMENTS, seed=SEEDS)
 def test_packing_loses_and_doubles_no_token_and_tells_the_documents_apart(lengths, seed):
-    part = packed(source(lengths), 32)
+    part = pack_rows(source(lengths), 32)
     rows = Rows((part,), 1, (len(part),), "")
     batch = Batches(rows, batch_size=len(part), seed=seed, width=32)[0]
     assert batch.tokens.shape == (len(part), 32)
@@ -156,7 +155,7 @@ def test_packing_loses_and_doubles_no_token_and_tells_the_documents_apart(length
 
 
 def test_a_packed_row_is_named_by_its_first_document():
-    part = packed(source([20, 9, 20, 9, 9]), 32)
+    part = pack_rows(source([20, 9, 20, 9, 9]), 32)
     for row in range(len(part)):
         first = part.documents(row)[0][0].tokens[0]  # sequence s begins with s + 1, and is example s
         assert part.number(row) == first - 1
@@ -170,11 +169,11 @@ def test_the_rows_of_a_step_are_counted_by_source():
     assert sum(each["one"] for each in counts) == 90 and sum(each["two"] for each in counts) == 30
     for step, each in enumerate(counts):
         assert (batches[step].tokens[:, 0] < 500).sum() == each["one"]
-    assert Batches(made_rows([2, 2]), batch_size=1, seed=0).counts(0) == {}
+    assert Batches(make_rows([2, 2]), batch_size=1, seed=0).counts(0) == {}
 
 
 def test_each_process_reads_its_own_rows_of_a_batch_and_together_they_have_all():
-    rows = made_rows([3] * 24)
+    rows = make_rows([3] * 24)
     whole = Batches(rows, batch_size=12, seed=1)[1]
     parts = [Batches(rows, batch_size=12, seed=1, process=(i, 3))[1] for i in range(3)]
     assert [len(part.tokens) for part in parts] == [4, 4, 4]
@@ -186,12 +185,12 @@ def test_each_process_reads_its_own_rows_of_a_batch_and_together_they_have_all()
 @pytest.mark.parametrize("batch_size", [0, -1, 4])
 def test_a_batch_that_the_rows_cannot_fill_is_refused_with_the_largest_that_they_can(batch_size):
     with pytest.raises(ValueError, match=f"batch size {batch_size} does not fit 3 rows: from 1 to 3 is possible"):
-        Batches(made_rows([1, 2, 3]), batch_size=batch_size, seed=0)
+        Batches(make_rows([1, 2, 3]), batch_size=batch_size, seed=0)
 
 
 def test_batches_cannot_be_iterated_because_they_have_no_end():
     with pytest.raises(TypeError):
-        iter(Batches(made_rows([1, 2, 3]), batch_size=1, seed=0))
+        iter(Batches(make_rows([1, 2, 3]), batch_size=1, seed=0))
 
 
 class Slow:
@@ -210,39 +209,39 @@ class Slow:
 
 def test_batches_are_made_ahead_once_each_and_not_beyond_the_last_step():
     slow = Slow()
-    ahead = Ahead(slow, stop=5)
+    prefetch = Prefetch(slow, stop=5)
     for step in range(5):
-        assert ahead[step] == step * step
+        assert prefetch[step] == step * step
     assert [step for step, _ in slow.asked] == [0, 1, 2, 3, 4]
     assert all(name.startswith("batches") for _, name in slow.asked)
 
 
 def test_the_next_batch_is_ready_when_a_step_took_as_long_as_making_it():
-    ahead, waited = Ahead(Slow(), stop=6), []
+    prefetch, waited = Prefetch(Slow(), stop=6), []
     for step in range(6):
         start = time.perf_counter()
-        ahead[step]
+        prefetch[step]
         waited.append(time.perf_counter() - start)
         time.sleep(0.06)
     assert waited[0] > 0.019 and max(waited[1:]) < 0.015
 
 
 def test_what_goes_wrong_ahead_is_raised_by_the_step_that_needs_it_and_any_step_may_be_asked_for():
-    ahead = Ahead(Slow(), stop=10)
-    assert ahead[5] == 25  # 6 and 7 are being made
+    prefetch = Prefetch(Slow(), stop=10)
+    assert prefetch[5] == 25  # 6 and 7 are being made
     with pytest.raises(ValueError, match="row 7 is broken"):
-        ahead[7]
-    assert ahead[2] == 4 and ahead[9] == 81
+        prefetch[7]
+    assert prefetch[2] == 4 and prefetch[9] == 81
 
 
 def test_rows_of_two_bytes_and_of_four_are_the_same():
     part = source([5, 9])
     wide = [
-        Encoded(sequence.tokens.astype(np.int32), sequence.spans)
+        Encoding(sequence.tokens.astype(np.int32), sequence.spans)
         for row in range(2)
         for sequence in part.store.row(row)
     ]
-    store = in_memory([record_batch(wide, part.store.keys(), range(2), [False] * 2, 1, 200_000)], 1, 200_000)
+    store = memory_store([record_batch(wide, part.store.keys(), range(2), [False] * 2, 1, 200_000)], 1, 200_000)
     assert part.store.row(0)[0].tokens.dtype == np.uint16 and store.row(0)[0].tokens.dtype == np.int32
     other = dataclasses.replace(part, store=store)
     one, two = (Batches(Rows((each,), 1, (2,), ""), batch_size=2, seed=0)[0] for each in (part, other))

@@ -14,9 +14,9 @@ import tiny_recipe
 
 import rlhf_jax
 import rlhf_jax.chat
-from rlhf_jax.chat import Speaker, chat
+from rlhf_jax.chat import ChatModel, chat
 from rlhf_jax.cli import main
-from rlhf_jax.data.template import encode_prompt
+from rlhf_jax.data.chat_template import encode_prompt
 from rlhf_jax.sampling import SampleConfig
 
 GREEDY = SampleConfig(max_new_tokens=12, temperature=0.0)
@@ -38,7 +38,7 @@ def talk(patch, folder, text: str, *options: str) -> int:
     return main(["chat", str(folder), "--max-new-tokens", "12", "--temperature", "0", *options])
 
 
-def answering(patch, *answers: str) -> list:
+def patch_answers(patch, *answers: str) -> list:
     """Let the speaker say these answers, in pieces of three letters; returns the dialogues that it was asked with."""
     asked, left = [], iter(answers)
 
@@ -47,18 +47,18 @@ def answering(patch, *answers: str) -> list:
         text = next(left)
         yield from (text[i : i + 3] for i in range(0, len(text), 3))
 
-    patch.setattr(Speaker, "answer", answer)
+    patch.setattr(ChatModel, "answer", answer)
     return asked
 
 
-def saying(patch, ids: list[int]) -> None:
+def patch_tokens(patch, ids: list[int]) -> None:
     """Let the model choose these tokens, one after the other."""
     left = iter(ids)
-    patch.setattr(rlhf_jax.chat, "choose", lambda *args: (jnp.array([next(left)], jnp.int32), None))
+    patch.setattr(rlhf_jax.chat, "sample_next", lambda *args: (jnp.array([next(left)], jnp.int32), None))
 
 
 def test_the_second_question_is_asked_with_the_first_exchange(folder, monkeypatch, capsys):
-    asked = answering(monkeypatch, "Paris it is.", "So did I.")
+    asked = patch_answers(monkeypatch, "Paris it is.", "So did I.")
     assert talk(monkeypatch, folder, "Where?\n\n  I thought so. \n") == 0
     assert asked == [
         (("user", "Where?"),),
@@ -68,14 +68,14 @@ def test_the_second_question_is_asked_with_the_first_exchange(folder, monkeypatc
 
 
 def test_clear_forgets_and_quit_leaves(folder, monkeypatch, capsys):
-    asked = answering(monkeypatch, "A.", "B.")
+    asked = patch_answers(monkeypatch, "A.", "B.")
     assert talk(monkeypatch, folder, "one\n/clear\ntwo\n/quit\nthree\n") == 0
     assert asked == [(("user", "one"),), (("user", "two"),)]
     assert capsys.readouterr().out.splitlines()[1:] == ["A.", "(forgotten)", "B."]
 
 
 def test_an_unknown_command_says_what_there_is_and_is_not_asked(folder, monkeypatch, capsys):
-    asked = answering(monkeypatch)
+    asked = patch_answers(monkeypatch)
     assert talk(monkeypatch, folder, "/help\n") == 0  # and the end of the file leaves
     assert asked == []
     assert "unknown command /help: /clear forgets the dialogue, /quit leaves" in capsys.readouterr().out
@@ -90,7 +90,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(folder, monkeypatch, c
         if len(asked) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Speaker, "answer", answer)
+    monkeypatch.setattr(ChatModel, "answer", answer)
     assert talk(monkeypatch, folder, "one\ntwo\n") == 0
     assert asked[1] == (("user", "one"), ("assistant", "I was"), ("user", "two"))
     assert "I was (stopped)\nI was\n" in capsys.readouterr().out
@@ -101,7 +101,7 @@ def test_ctrl_c_at_the_prompt_leaves_without_a_word_of_checkpoints(folder, monke
         raise KeyboardInterrupt
         yield
 
-    monkeypatch.setattr(rlhf_jax.chat, "questions", interrupted)
+    monkeypatch.setattr(rlhf_jax.chat, "read_questions", interrupted)
     assert main(["chat", str(folder)]) == 130
     assert capsys.readouterr().err == "rlhf-jax: interrupted\n"
 
@@ -119,15 +119,15 @@ def test_the_greedy_answer_is_that_of_generate(model, tmp_path, monkeypatch, cap
     whole = model.tokenizer.decode(ours, skip_special_tokens=True)
     assert len(set(ours)) > 1 and whole.strip()
     chosen = []
-    choose = rlhf_jax.chat.choose
+    choose = rlhf_jax.chat.sample_next
 
     def watched(*args):
         result = choose(*args)
         chosen.append(int(result[0][0]))
         return result
 
-    monkeypatch.setattr(rlhf_jax.chat, "choose", watched)
-    pieces = list(Speaker(model, GREEDY).answer(QUESTION, jax.random.key(7)))
+    monkeypatch.setattr(rlhf_jax.chat, "sample_next", watched)
+    pieces = list(ChatModel(model, GREEDY).answer(QUESTION, jax.random.key(7)))
     assert chosen == ours.tolist()
     assert "".join(pieces) == whole.rstrip("\N{REPLACEMENT CHARACTER}").lstrip()
     assert talk(monkeypatch, folder, QUESTION[0][1] + "\n") == 0
@@ -136,14 +136,14 @@ def test_the_greedy_answer_is_that_of_generate(model, tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "nf4"])
 def test_the_speaker_reads_the_kernels_as_they_were_loaded_and_holds_no_copy(folder, monkeypatch, capsys, dtype):
-    speakers, Original = [], rlhf_jax.chat.Speaker
+    speakers, Original = [], rlhf_jax.chat.ChatModel
 
     class Watched(Original):
         def __init__(self, model, sample):
             super().__init__(model, sample)
             speakers.append((model, self))
 
-    monkeypatch.setattr(rlhf_jax.chat, "Speaker", Watched)
+    monkeypatch.setattr(rlhf_jax.chat, "ChatModel", Watched)
     assert talk(monkeypatch, folder, QUESTION[0][1] + "\n", "--dtype", dtype) == 0
     ((model, speaker),) = speakers
     here = {x.unsafe_buffer_pointer() for path, leaf in model.params.items() for x in jax.tree.leaves(leaf)}
@@ -151,11 +151,11 @@ def test_the_speaker_reads_the_kernels_as_they_were_loaded_and_holds_no_copy(fol
     assert len(kernels) >= 7 and all(x.unsafe_buffer_pointer() in here for x in jax.tree.leaves(kernels))
     said = capsys.readouterr().out.split("\n", 1)[1]
     same = rlhf_jax.from_pretrained(folder, dtype=dtype)
-    assert said == "".join(Speaker(same, GREEDY).answer(QUESTION, jax.random.key(0))) + "\n"
+    assert said == "".join(ChatModel(same, GREEDY).answer(QUESTION, jax.random.key(0))) + "\n"
 
 
 def test_a_seed_gives_the_same_sampled_answer_and_another_seed_another(model):
-    speaker = Speaker(model, SampleConfig(max_new_tokens=12))
+    speaker = ChatModel(model, SampleConfig(max_new_tokens=12))
     one, again, other = ("".join(speaker.answer(QUESTION, jax.random.key(seed))) for seed in (1, 1, 2))
     assert one == again != other
 
@@ -163,8 +163,8 @@ def test_a_seed_gives_the_same_sampled_answer_and_another_seed_another(model):
 @pytest.mark.parametrize("text", ["Sure! 3 + 4 = 7.", "  naïve 😀 Straße\n\n東京 ", "e\N{COMBINING ACUTE ACCENT}"])
 def test_pieces_are_whole_characters_and_joined_they_are_the_text(model, monkeypatch, text):
     ids = model.tokenizer(text, add_special_tokens=False).input_ids
-    saying(monkeypatch, [*ids, model.tokenizer.eos_token_id])
-    speaker = Speaker(model, SampleConfig(max_new_tokens=64))
+    patch_tokens(monkeypatch, [*ids, model.tokenizer.eos_token_id])
+    speaker = ChatModel(model, SampleConfig(max_new_tokens=64))
     pieces = list(speaker.answer(QUESTION, jax.random.key(0)))
     assert "".join(pieces) == text.lstrip()
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
@@ -173,8 +173,8 @@ def test_pieces_are_whole_characters_and_joined_they_are_the_text(model, monkeyp
 
 def test_half_a_character_at_the_end_is_never_shown(model, monkeypatch):
     ids = model.tokenizer("ab😀", add_special_tokens=False).input_ids
-    saying(monkeypatch, [*ids[:-1], model.tokenizer.eos_token_id])
-    assert "".join(Speaker(model, SampleConfig(max_new_tokens=64)).answer(QUESTION, jax.random.key(0))) == "ab"
+    patch_tokens(monkeypatch, [*ids[:-1], model.tokenizer.eos_token_id])
+    assert "".join(ChatModel(model, SampleConfig(max_new_tokens=64)).answer(QUESTION, jax.random.key(0))) == "ab"
 
 
 def test_a_dialogue_that_is_too_long_loses_its_oldest_exchange_and_says_so(folder, model, monkeypatch, capsys):
@@ -182,7 +182,7 @@ def test_a_dialogue_that_is_too_long_loses_its_oldest_exchange_and_says_so(folde
     exchange = (("user", text), ("assistant", text))
     while len(encode_prompt(model.tokenizer, exchange * (count - 1) + exchange[:1])) <= 148:
         count += 1
-    asked = answering(monkeypatch, *[text] * count)
+    asked = patch_answers(monkeypatch, *[text] * count)
     assert talk(monkeypatch, folder, f"{text}\n" * count) == 0
     assert [len(turns) for turns in asked] == [*range(1, 2 * count - 1, 2), 2 * count - 3]
     assert all(len(encode_prompt(model.tokenizer, turns)) <= 148 for turns in asked)
@@ -190,16 +190,16 @@ def test_a_dialogue_that_is_too_long_loses_its_oldest_exchange_and_says_so(folde
 
 
 def test_a_message_that_is_too_long_is_refused_and_the_conversation_goes_on(folder, monkeypatch, capsys):
-    asked = answering(monkeypatch, "A.", "B.")
+    asked = patch_answers(monkeypatch, "A.", "B.")
     assert talk(monkeypatch, folder, "one\n" + "7 " * 160 + "\ntwo\n") == 0
     assert asked == [(("user", "one"),), (("user", "one"), ("assistant", "A."), ("user", "two"))]
-    told = capsys.readouterr().out
-    assert "the model has room for 148: shorten it, or lower --max-new-tokens)" in told
-    assert told.endswith("B.\n")
+    reported = capsys.readouterr().out
+    assert "the model has room for 148: shorten it, or lower --max-new-tokens)" in reported
+    assert reported.endswith("B.\n")
 
 
 def test_answers_take_at_most_half_of_the_positions_and_chat_says_so(folder, monkeypatch, capsys):
-    asked = answering(monkeypatch, "A.")
+    asked = patch_answers(monkeypatch, "A.")
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n"))
     assert main(["chat", str(folder)]) == 0  # 256 tokens by default, of a model of 160 positions
     assert asked == [(("user", "one"),)]
@@ -207,7 +207,7 @@ def test_answers_take_at_most_half_of_the_positions_and_chat_says_so(folder, mon
 
 
 def test_bytes_that_are_no_text_become_question_marks(folder, monkeypatch):
-    asked = answering(monkeypatch, "A.")
+    asked = patch_answers(monkeypatch, "A.")
     assert talk(monkeypatch, folder, "caf\udce9\n") == 0
     assert asked == [(("user", "caf?"),)]
 
@@ -221,16 +221,16 @@ def test_an_answer_that_fills_all_positions_is_finished(folder, model, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "reported"),
     [
         (["--temperature", "-1"], "temperature=-1.0: at least 0, and 0 is greedy"),
         (["--top-p", "0"], "top_p=0.0: above 0 and at most 1"),
         (["--max-new-tokens", "0"], "max_new_tokens=0: at least 1"),
     ],
 )
-def test_options_that_name_no_distribution_are_refused(folder, capsys, options, told):
+def test_options_that_name_no_distribution_are_refused(folder, capsys, options, reported):
     assert main(["chat", str(folder), *options]) == 2
-    assert told in capsys.readouterr().err
+    assert reported in capsys.readouterr().err
 
 
 def test_a_folder_without_tokenizer_or_eos_is_refused(folder, tmp_path, capsys):

@@ -41,7 +41,7 @@ def make_state(seed=0):
     return State(step=7, params=params, opt_state=moments, key=jax.random.key(11))
 
 
-def laid_out(state, mesh):
+def shard_state(state, mesh):
     """Kernels over both axes, the rest on every device."""
 
     def sharding(leaf):
@@ -74,10 +74,10 @@ def assert_bit_equal(ours, theirs):
 
 @pytest.mark.parametrize("shape", [(1, 1), (8, 1), (2, 4)])
 def test_a_state_saved_on_four_by_two_devices_comes_back_bit_equal_on_another_mesh(tmp_path, shape):
-    state = laid_out(make_state(), mesh_of(4, 2))
+    state = shard_state(make_state(), mesh_of(4, 2))
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(7, state, {"epoch": 3, "name": "sft"})
-    wanted = abstract_of(laid_out(make_state(seed=1), mesh_of(*shape)))
+    wanted = abstract_of(shard_state(make_state(seed=1), mesh_of(*shape)))
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest_step() == 7
         restored, meta = checkpoints.restore(7, wanted)

@@ -19,8 +19,8 @@ import tomli_w
 from safetensors.numpy import load_file, save_file
 from tiny_recipe import RECIPE, records, tensors, tree, write_recipe
 
-from rlhf_jax.cli import give_threads, keep_compiled, main, set_logging
-from rlhf_jax.config import dump, load
+from rlhf_jax.cli import main, set_compile_cache, set_logging, set_xla_threads
+from rlhf_jax.config import dump_config, load_config
 from rlhf_jax.metrics import Metrics
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.models import ModelConfig
@@ -29,7 +29,7 @@ from rlhf_jax.stages.table import check_stages, sources
 
 
 @pytest.fixture
-def finished(tmp_path_factory):
+def finished_folder(tmp_path_factory):
     return tiny_recipe.finished_run(tmp_path_factory)
 
 
@@ -39,8 +39,8 @@ def recipe(tmp_path):
 
 
 @pytest.fixture
-def refused(tmp_path, recipe, capsys):
-    """`refused("key=value", ...)` runs `train` and returns the one line on stderr that it ends with."""
+def error_line(tmp_path, recipe, capsys):
+    """`error_line("key=value", ...)` runs `train` and returns the one line on stderr that it ends with."""
 
     def run(*overrides: str, command: str = "train", devices: int = 1, text: str = "") -> str:
         if text:
@@ -86,9 +86,9 @@ def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as left:
         main([command, "--help"])
     assert left.value.code == 0
-    told = capsys.readouterr().out
+    reported = capsys.readouterr().out
     shown = {"chat": "FOLDER", "import": "rlhf-jax import meta-llama", "export": "rlhf-jax export runs/mine"}
-    assert shown.get(command, "rlhf-jax train configs/demo.toml run.dir=runs/mine") in " ".join(told.split())
+    assert shown.get(command, "rlhf-jax train configs/demo.toml run.dir=runs/mine") in " ".join(reported.split())
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_missing_or_malformed_configuration_file_is_named(tmp_path, capsys, re
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "reported"),
     [
         ("sft.batchsize=4", "unknown key 'sft.batchsize'; did you mean 'sft.batch_size'?"),
         ("ppo.actor.learning_rat=1.0", "did you mean 'ppo.actor.learning_rate'?"),
@@ -137,13 +137,13 @@ def test_a_missing_or_malformed_configuration_file_is_named(tmp_path, capsys, re
         ('run.dir=""', "[run] dir is empty: name the folder of the run"),
     ],
 )
-def test_a_wrong_key_or_value_is_named_with_the_right_one(refused, override, told):
-    error = refused(override)
-    assert told in error
+def test_a_wrong_key_or_value_is_named_with_the_right_one(error_line, override, reported):
+    error = error_line(override)
+    assert reported in error
 
 
-def test_an_unknown_key_in_the_file_names_the_file(refused, recipe):
-    error = refused(text=RECIPE.replace("eval_every = 2", "eval_evry = 2"))
+def test_an_unknown_key_in_the_file_names_the_file(error_line, recipe):
+    error = error_line(text=RECIPE.replace("eval_every = 2", "eval_evry = 2"))
     assert error == f"{recipe}: unknown key 'sft.eval_evry'; did you mean 'sft.eval_every'?"
 
 
@@ -151,7 +151,7 @@ def test_an_unknown_key_in_the_file_names_the_file(refused, recipe):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "reported"),
     [
         (
             ["sft.batch_size=12"],
@@ -177,41 +177,43 @@ def test_an_unknown_key_in_the_file_names_the_file(refused, recipe):
         (["ppo.critic.warmup_steps=6"], "ppo: warmup_steps is 6, longer than the run of 5 steps"),
     ],
 )
-def test_sizes_that_do_not_divide_are_refused_before_anything_runs(refused, tmp_path, overrides, told):
-    assert told in refused(*overrides, devices=8)
+def test_sizes_that_do_not_divide_are_refused_before_anything_runs(error_line, tmp_path, overrides, reported):
+    assert reported in error_line(*overrides, devices=8)
     assert {path.name for path in (tmp_path / "run").glob("*")} <= {"config.toml"}
 
 
-def test_a_tensor_axis_that_does_not_divide_the_heads_names_those_that_do(refused):
-    error = refused("mesh.tensor=8", devices=8)
+def test_a_tensor_axis_that_does_not_divide_the_heads_names_those_that_do(error_line):
+    error = error_line("mesh.tensor=8", devices=8)
     assert "mesh.tensor=8 does not divide 2 attention heads" in error and "sizes that divide: 1, 2" in error
 
 
-def test_rows_longer_than_the_positions_of_the_model_are_refused(refused):
-    error = refused("model.new.max_positions=64")
+def test_rows_longer_than_the_positions_of_the_model_are_refused(error_line):
+    error = error_line("model.new.max_positions=64")
     assert "tokens, and the model has 64 positions: set data.max_length to at most 64" in error
 
 
-def test_prompt_and_answer_longer_than_the_positions_are_refused_with_the_longest_that_fit(refused, finished):
-    error = refused(f"run.dir={finished}", "evaluate.sample.max_new_tokens=150", command="evaluate")
+def test_prompt_and_answer_longer_than_the_positions_are_refused_with_the_longest_that_fit(error_line, finished_folder):
+    error = error_line(f"run.dir={finished_folder}", "evaluate.sample.max_new_tokens=150", command="evaluate")
     assert "positions, and the model has 160: shorten the prompt to 10 tokens or set max_new_tokens to at most" in error
 
 
-def test_ppo_refuses_answers_that_do_not_fit(refused, finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("ppo", "config.toml"))
-    config = (finished / "config.toml").read_text().replace(str(finished), str(tmp_path / "run"))
+def test_ppo_refuses_answers_that_do_not_fit(error_line, finished_folder, tmp_path):
+    shutil.copytree(finished_folder, tmp_path / "run", ignore=shutil.ignore_patterns("ppo", "config.toml"))
+    config = (finished_folder / "config.toml").read_text().replace(str(finished_folder), str(tmp_path / "run"))
     (tmp_path / "run/config.toml").write_text(config.replace("max_new_tokens = 12", "max_new_tokens = 150"))
-    error = refused("ppo.sample.max_new_tokens=150", "evaluate.sample.max_new_tokens=150", command="ppo")
+    error = error_line("ppo.sample.max_new_tokens=150", "evaluate.sample.max_new_tokens=150", command="ppo")
     assert "positions, and the model has 160: shorten the prompt to 10 tokens or set max_new_tokens to at most" in error
 
 
-def test_a_batch_larger_than_the_data_names_the_largest(refused):
-    error = refused("sft.batch_size=4096")
+def test_a_batch_larger_than_the_data_names_the_largest(error_line):
+    error = error_line("sft.batch_size=4096")
     assert error.startswith("sft: batch size 4096 does not fit") and "from 1 to" in error
 
 
-def test_no_held_out_rows_are_refused_or_done_without(refused, recipe, tmp_path):
-    assert "sft: there are no held-out rows to measure on (0 rows): raise data.held_out" in refused("data.held_out=0.0")
+def test_no_held_out_rows_are_refused_or_done_without(error_line, recipe, tmp_path):
+    assert "sft: there are no held-out rows to measure on (0 rows): raise data.held_out" in error_line(
+        "data.held_out=0.0"
+    )
     options = ("data.held_out=0.0", "sft.eval_batches=0", "sft.steps=1", f"run.dir={tmp_path / 'run'}")
     assert tiny_recipe.run("sft", recipe, *options) == 0
     assert [line["step"] for line in records(tmp_path / "run/sft/metrics.jsonl")] == [1]
@@ -220,64 +222,64 @@ def test_no_held_out_rows_are_refused_or_done_without(refused, recipe, tmp_path)
 # The data.
 
 
-def test_faults_of_a_data_file_are_told_with_file_and_line(refused, write_jsonl, tmp_path):
-    assert "gone.jsonl: no such file" in refused('data.sources=[{path="gone.jsonl"}]')
+def test_faults_of_a_data_file_are_told_with_file_and_line(error_line, write_jsonl, tmp_path):
+    assert "gone.jsonl: no such file" in error_line('data.sources=[{path="gone.jsonl"}]')
     good = {"prompt": "a", "chosen": "b", "rejected": "c"}
     path = write_jsonl([good, good])
     path.write_text(path.read_text() + '{"prompt": "a", \n')
-    assert f"{path}, line 3: malformed JSON" in refused(f'data.sources=[{{path="{path}"}}]')
+    assert f"{path}, line 3: malformed JSON" in error_line(f'data.sources=[{{path="{path}"}}]')
     path = write_jsonl([good, {"prompt": "a", "picked": "b"}])
-    assert f"{path}, line 2: no field 'chosen'; the fields are prompt, picked." in refused(
+    assert f"{path}, line 2: no field 'chosen'; the fields are prompt, picked." in error_line(
         f'data.sources=[{{path="{path}"}}]'
     )
 
 
-def test_a_data_set_of_the_hub_without_network_is_told_in_one_line(refused):
-    assert "nobody/nothing" in refused('data.sources=[{path="nobody/nothing"}]')
+def test_a_data_set_of_the_hub_without_network_is_told_in_one_line(error_line):
+    assert "nobody/nothing" in error_line('data.sources=[{path="nobody/nothing"}]')
 
 
 # Models.
 
 
 @pytest.fixture
-def checkpoint(finished, tmp_path):
+def checkpoint(finished_folder, tmp_path):
     """A copy of a good folder, to be spoiled."""
-    return Path(shutil.copytree(finished / "base", tmp_path / "checkpoint"))
+    return Path(shutil.copytree(finished_folder / "base", tmp_path / "checkpoint"))
 
 
-def test_an_unknown_architecture_is_refused_with_those_that_are_known(refused, checkpoint):
+def test_an_unknown_architecture_is_refused_with_those_that_are_known(error_line, checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "model_type": "foo"}))
-    assert 'model_type "foo" is not supported; supported: bloom, codegen, falcon, gemma, gemma2,' in refused(
+    assert 'model_type "foo" is not supported; supported: bloom, codegen, falcon, gemma, gemma2,' in error_line(
         f"model.actor={checkpoint}"
     )
 
 
-def test_missing_surplus_and_misshaped_tensors_are_all_listed(refused, checkpoint):
+def test_missing_surplus_and_misshaped_tensors_are_all_listed(error_line, checkpoint):
     weights = load_file(checkpoint / "model.safetensors")
     gone = ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"]
     kept = {name: array for name, array in weights.items() if name not in gone}
     kept |= {"model.extra.weight": np.zeros(3, np.float32), "another.bias": np.zeros(2, np.float32)}
     kept["model.layers.0.mlp.up_proj.weight"] = np.zeros((5, 16), np.float32)
     save_file(kept, checkpoint / "model.safetensors")
-    error = refused(f"model.actor={checkpoint}")
+    error = error_line(f"model.actor={checkpoint}")
     assert f"missing: {', '.join(gone)}; surplus: another.bias, model.extra.weight; misshaped: " in error
     assert "model.layers.0.mlp.up_proj.weight ([5, 16] in place of [32, 16])" in error
 
 
-def test_a_pickle_is_refused_with_the_way_to_convert_it(refused, checkpoint):
+def test_a_pickle_is_refused_with_the_way_to_convert_it(error_line, checkpoint):
     (checkpoint / "model.safetensors").unlink()
     (checkpoint / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    error = refused(f"model.actor={checkpoint}")
+    error = error_line(f"model.actor={checkpoint}")
     assert "has pytorch_model.bin but no safetensors: a pickle can run any code, so it is not read" in error
     assert "M.from_pretrained(s).save_pretrained(d)" in error and "python -c" in error
 
 
-def test_a_folder_that_is_no_model_and_a_hub_id_without_network_are_refused(refused, tmp_path, capsys):
+def test_a_folder_that_is_no_model_and_a_hub_id_without_network_are_refused(error_line, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    assert "config.json: is" in refused(f"model.actor={tmp_path / 'empty'}")
-    assert f"there is no folder {tmp_path / 'gone'}" in refused(f"model.actor={tmp_path / 'gone'}")
-    error = refused("model.actor=nobody/nothing")
+    assert "config.json: is" in error_line(f"model.actor={tmp_path / 'empty'}")
+    assert f"there is no folder {tmp_path / 'gone'}" in error_line(f"model.actor={tmp_path / 'gone'}")
+    error = error_line("model.actor=nobody/nothing")
     assert "nobody/nothing is neither a folder here nor to be had from the Hugging Face hub" in error
     assert main(["chat", str(tmp_path / "empty")]) == 2
     assert one_line_error(capsys).endswith(
@@ -287,44 +289,47 @@ def test_a_folder_that_is_no_model_and_a_hub_id_without_network_are_refused(refu
     assert one_line_error(capsys) == f"there is no folder {tmp_path / 'gone'}"
 
 
-def test_a_model_without_a_tokenizer_cannot_be_trained(refused, checkpoint):
+def test_a_model_without_a_tokenizer_cannot_be_trained(error_line, checkpoint):
     for path in checkpoint.glob("tokenizer*"):
         path.unlink()
-    assert f"{checkpoint} has no tokenizer: save one into the folder" in refused(f"model.actor={checkpoint}")
+    assert f"{checkpoint} has no tokenizer: save one into the folder" in error_line(f"model.actor={checkpoint}")
 
 
 # Run folders.
 
 
-def test_a_stage_before_what_it_starts_from_names_what_is_missing(refused, tmp_path):
-    error = refused(command="ppo")
+def test_a_stage_before_what_it_starts_from_names_what_is_missing(error_line, tmp_path):
+    error = error_line(command="ppo")
     assert error.startswith(f"ppo starts from what sft and reward leaves in {tmp_path / 'run'}, which is not finished")
-    assert "reward starts from what sft leaves" in refused(command="reward")
+    assert "reward starts from what sft leaves" in error_line(command="reward")
 
 
-def test_a_run_of_another_configuration_is_never_overwritten_without_being_told_to(refused, finished):
-    before = tree(finished)
-    error = refused(f"run.dir={finished}", "sft.steps=7", "ppo.kl_coef=0.2")
+def test_a_run_of_another_configuration_is_never_overwritten_without_being_told_to(error_line, finished_folder):
+    before = tree(finished_folder)
+    error = error_line(f"run.dir={finished_folder}", "sft.steps=7", "ppo.kl_coef=0.2")
     assert error == (
-        f"{finished} holds a run of another configuration (sft.steps: 5 -> 7; ppo.kl_coef: 0.1 -> 0.2): choose another "
+        f"{finished_folder} holds a run of another configuration (sft.steps: 5 -> 7; ppo.kl_coef: 0.1 -> 0.2): "
+        "choose another "
         "run.dir, or set run.overwrite=true to delete that run and begin anew"
     )
-    assert tree(finished) == before
+    assert tree(finished_folder) == before
 
 
-def test_a_run_may_keep_its_tokenised_rows_elsewhere(recipe, finished, tmp_path, capsys):
+def test_a_run_may_keep_its_tokenised_rows_elsewhere(recipe, finished_folder, tmp_path, capsys):
     cache = f"data.cache_dir={tmp_path / 'cache'}"
-    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    folder = Path(shutil.copytree(finished_folder, tmp_path / "run"))
     assert tiny_recipe.run("sft", recipe, f"run.dir={folder}", cache) == 0
     assert "sft: finished already" in capsys.readouterr().err
-    check_same_data(RunConfig(dir=str(folder)), dump(load(recipe, [cache], Recipe)))
+    check_same_data(RunConfig(dir=str(folder)), dump_config(load_config(recipe, [cache], Recipe)))
     with pytest.raises(ValueError, match="was trained on other data"):
-        check_same_data(RunConfig(dir=str(folder)), dump(load(recipe, [cache, "data.held_out=0.3"], Recipe)))
+        check_same_data(
+            RunConfig(dir=str(folder)), dump_config(load_config(recipe, [cache, "data.held_out=0.3"], Recipe))
+        )
 
 
-def test_overwrite_begins_anew_and_leaves_nothing_of_the_old_run(recipe, finished, tmp_path, capsys):
-    folder = Path(shutil.copytree(finished, tmp_path / "run"))
-    config = (finished / "config.toml").read_text().replace(str(finished), str(folder))
+def test_overwrite_begins_anew_and_leaves_nothing_of_the_old_run(recipe, finished_folder, tmp_path, capsys):
+    folder = Path(shutil.copytree(finished_folder, tmp_path / "run"))
+    config = (finished_folder / "config.toml").read_text().replace(str(finished_folder), str(folder))
     (folder / "config.toml").write_text(config)
     (folder / "evaluate.json").write_text("{}")
     (folder / "mine.txt").write_text("not of the run")
@@ -339,38 +344,38 @@ def test_overwrite_begins_anew_and_leaves_nothing_of_the_old_run(recipe, finishe
         assert "sft: finished already" in capsys.readouterr().err
 
 
-def test_a_configuration_that_was_refused_can_be_mended_in_the_same_run_folder(refused, recipe, tmp_path):
-    refused("sft.batch_size=4096")
+def test_a_configuration_that_was_refused_can_be_mended_in_the_same_run_folder(error_line, recipe, tmp_path):
+    error_line("sft.batch_size=4096")
     assert (tmp_path / "run/config.toml").exists()
     assert tiny_recipe.run("sft", recipe, f"run.dir={tmp_path / 'run'}", "sft.steps=1") == 0
 
 
-def test_a_folder_of_something_else_is_not_taken_for_a_run(refused, tmp_path):
+def test_a_folder_of_something_else_is_not_taken_for_a_run(error_line, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("x")
-    told = "is not empty and holds no run (no config.toml): choose another run.dir"
-    assert told in refused(f"run.dir={tmp_path / 'mine'}")
-    assert told in refused(f"run.dir={tmp_path / 'mine/thesis.tex'}")
+    reported = "is not empty and holds no run (no config.toml): choose another run.dir"
+    assert reported in error_line(f"run.dir={tmp_path / 'mine'}")
+    assert reported in error_line(f"run.dir={tmp_path / 'mine/thesis.tex'}")
     assert (tmp_path / "mine/thesis.tex").read_text() == "x"
 
 
-def test_a_folder_that_cannot_be_made_is_told_in_one_line(refused, tmp_path):
+def test_a_folder_that_cannot_be_made_is_told_in_one_line(error_line, tmp_path):
     (tmp_path / "file").write_text("x")
-    assert f"{tmp_path / 'file'}" in refused(f"run.dir={tmp_path / 'file' / 'run'}")
+    assert f"{tmp_path / 'file'}" in error_line(f"run.dir={tmp_path / 'file' / 'run'}")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint_keeps_it(refused, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint_keeps_it(error_line, tmp_path):
     # The first step is sound and leaves absurd weights; no step but the last would be logged.
-    error = refused("sft.optim.learning_rate=1e30", "run.log_every=100", "run.save_every=1", command="sft")
+    error = error_line("sft.optim.learning_rate=1e30", "run.log_every=100", "run.save_every=1", command="sft")
     assert error.startswith("sft step 2: 'grad_norm' is nan") and error.endswith("; lower the learning rate")
     assert [path.name for path in (tmp_path / "run/sft/checkpoints").iterdir()] == ["1"]
     assert not (tmp_path / "run/sft/export").exists()
 
 
-def test_another_seed_is_another_run(recipe, finished, tmp_path):
+def test_another_seed_is_another_run(recipe, finished_folder, tmp_path):
     options = ("run.seed=1", "sft.steps=1", f"run.dir={tmp_path / 'run'}")
     assert tiny_recipe.run("sft", recipe, *options) == 0
-    ours, theirs = (tensors(run / "base")["model.embed_tokens.weight"] for run in (tmp_path / "run", finished))
+    ours, theirs = (tensors(run / "base")["model.embed_tokens.weight"] for run in (tmp_path / "run", finished_folder))
     assert np.abs(ours - theirs).max() > 0.01
 
 
@@ -378,7 +383,7 @@ def test_another_seed_is_another_run(recipe, finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stages", "told"),
+    ("stages", "reported"),
     [
         ('["sft", "rm"]', "run.stages names rm; the stages are sft, reward, ppo"),
         ('["sft", "sft"]', "run.stages = ['sft', 'sft']: name at least one stage, and each once"),
@@ -387,12 +392,12 @@ def test_another_seed_is_another_run(recipe, finished, tmp_path):
         ('["reward", "sft", "ppo"]', "reward starts from a policy, which no stage before it leaves: put sft or ppo"),
     ],
 )
-def test_stages_that_cannot_follow_one_another_are_refused_with_the_fix(refused, stages, told):
-    assert told in refused(f"run.stages={stages}")
+def test_stages_that_cannot_follow_one_another_are_refused_with_the_fix(error_line, stages, reported):
+    assert reported in error_line(f"run.stages={stages}")
 
 
-def test_a_stage_that_the_run_does_not_have_is_refused_with_the_fix(refused):
-    error = refused('run.stages=["sft"]', command="reward")
+def test_a_stage_that_the_run_does_not_have_is_refused_with_the_fix(error_line):
+    error = error_line('run.stages=["sft"]', command="reward")
     assert error == "reward is not a stage of this run, run.stages = ['sft']: add it there"
 
 
@@ -403,8 +408,8 @@ def test_a_reward_model_of_its_own_needs_no_policy_and_may_come_first():
     assert sources("ppo", ["reward", "sft", "ppo"], model) == {"policy": "sft", "scorer": "reward"}
 
 
-def test_a_run_of_an_older_version_has_the_stages_of_the_default(recipe, finished, tmp_path, capsys):
-    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+def test_a_run_of_an_older_version_has_the_stages_of_the_default(recipe, finished_folder, tmp_path, capsys):
+    folder = Path(shutil.copytree(finished_folder, tmp_path / "run"))
     tables = tomllib.loads((folder / "config.toml").read_text())
     del tables["run"]["stages"]
     tables["data"]["split"] = "2,4,4"
@@ -424,8 +429,8 @@ def test_a_run_of_an_older_version_has_the_stages_of_the_default(recipe, finishe
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_messages_go_to_stderr_as_text_or_json_or_not_at_all(finished, capsys, before):
-    command = ["sft", str(finished.parent / "tiny.toml"), f"run.dir={finished}"]
+def test_messages_go_to_stderr_as_text_or_json_or_not_at_all(finished_folder, capsys, before):
+    command = ["sft", str(finished_folder.parent / "tiny.toml"), f"run.dir={finished_folder}"]
 
     def said(*options: str) -> list[str]:
         assert main([*options, *command] if before else [*command, *options]) == 0
@@ -446,8 +451,8 @@ def test_messages_go_to_stderr_as_text_or_json_or_not_at_all(finished, capsys, b
 def test_an_error_is_reported_whatever_the_messages_are(tmp_path, capsys, options):
     assert main([*options, "train", str(tmp_path / "gone.toml")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    told = f"rlhf-jax: {tmp_path / 'gone.toml'}: no such file; give the path of a TOML file"
-    assert line == told if options == ["--quiet"] else json.loads(line)["message"] == told
+    reported = f"rlhf-jax: {tmp_path / 'gone.toml'}: no such file; give the path of a TOML file"
+    assert line == reported if options == ["--quiet"] else json.loads(line)["message"] == reported
 
 
 def test_a_message_stands_on_a_line_of_its_own_above_the_progress_bar(tmp_path, monkeypatch):
@@ -476,10 +481,10 @@ def test_a_message_stands_on_a_line_of_its_own_above_the_progress_bar(tmp_path, 
     ],
 )
 def test_compiled_programs_are_kept_in_the_users_cache_unless_the_environment_says_where(environ, folder, monkeypatch):
-    told = {}
-    monkeypatch.setattr(jax.config, "update", told.__setitem__)
-    keep_compiled(environ)
-    assert told == ({"jax_compilation_cache_dir": folder} if folder else {})
+    reported = {}
+    monkeypatch.setattr(jax.config, "update", reported.__setitem__)
+    set_compile_cache(environ)
+    assert reported == ({"jax_compilation_cache_dir": folder} if folder else {})
 
 
 def test_a_run_leaves_its_compiled_programs_for_the_next_and_none_where_the_environment_says_nowhere(tmp_path):
@@ -497,7 +502,7 @@ def test_simulated_devices_have_threads_to_spare_and_a_wish_of_the_user_stands()
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     for given, wanted in (({}, None), (flags, "64"), (flags | {"PJRT_NPROC": "9"}, "9")):
         environ = dict(given)
-        give_threads(environ)
+        set_xla_threads(environ)
         assert environ.get("PJRT_NPROC") == wanted
     script = (
         "import os, jax; from rlhf_jax.cli import give_threads; give_threads(os.environ); jax.devices()\n"

@@ -7,7 +7,14 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhf_jax.collectives import Collective, collectives, kinds, moved, received, runs
+from rlhf_jax.collectives import (
+    Collective,
+    collective_kinds,
+    collective_shapes,
+    collectives,
+    received_bytes,
+    run_counts,
+)
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout
 
 # As XLA writes for GPUs: started apart from done, many arrays in one, with layouts and remarks in between.
@@ -53,15 +60,15 @@ def test_collectives_are_read_with_their_shapes_groups_and_runs():
         Collective("reduce-scatter", "bf16", (4,), 4, 1),
         Collective("collective-permute", "f32", (3,), 2, 1),
     ]
-    assert kinds(TEXT) == {"all-gather", "all-to-all", "all-reduce", "reduce-scatter", "collective-permute"}
-    assert moved(TEXT, "all-gather") == [("bf16", (8, 32)), ("f32", (8,))]
-    assert runs(TEXT) == {"add": 2, "body": 5, "wrapped": 1, "main": 1}
+    assert collective_kinds(TEXT) == {"all-gather", "all-to-all", "all-reduce", "reduce-scatter", "collective-permute"}
+    assert collective_shapes(TEXT, "all-gather") == [("bf16", (8, 32)), ("f32", (8,))]
+    assert run_counts(TEXT) == {"add": 2, "body": 5, "wrapped": 1, "main": 1}
 
 
 def test_received_bytes_are_those_of_a_ring():
     by_hand = [5 * 512 * 3 // 4, 5 * 32 * 3 // 4, 64 // 2, 2 * 40 * 7 // 8, 2 * 7 // 8, 3 * 8, 12]
-    assert [collective.received for collective in collectives(TEXT)] == by_hand
-    assert received(TEXT) == sum(by_hand)
+    assert [collective.received_bytes for collective in collectives(TEXT)] == by_hand
+    assert received_bytes(TEXT) == sum(by_hand)
 
 
 @pytest.mark.parametrize(
@@ -81,9 +88,9 @@ def test_groups_of_devices_are_understood_in_every_notation(groups, size):
 
 def test_no_text_and_groups_in_an_unknown_notation_are_told():
     with pytest.raises(ValueError, match="without its text"):
-        received("")
+        received_bytes("")
     with pytest.raises(ValueError, match="not understood: %rs = .*replica_groups=strange"):
-        received(TEXT.replace("{{0,1,2,3},{4,5,6,7}}", "strange"))
+        received_bytes(TEXT.replace("{{0,1,2,3},{4,5,6,7}}", "strange"))
 
 
 def test_a_gather_in_a_loop_of_five_turns_moves_five_times_the_bytes():
@@ -97,11 +104,11 @@ def test_a_gather_in_a_loop_of_five_turns_moves_five_times_the_bytes():
 
     text = jax.jit(lambda x: jax.lax.scan(turn, x, None, length=5)[0]).lower(x).compile().as_text()
     # Of its half of the array a device has a quarter, and receives three.
-    assert received(text) == 5 * (8 * 64 * 4) // 2 * 3 // 4
+    assert received_bytes(text) == 5 * (8 * 64 * 4) // 2 * 3 // 4
 
 
 def test_an_all_reduce_of_eight_devices_moves_seven_quarters_of_its_result():
     mesh = tiny.mesh_of("fsdp4-tensor2")
     x = Layout(mesh, TRAIN).put(np.ones((16, 32), np.float32), "batch", None)
     text = jax.jit(lambda x: Layout(mesh, GENERATE).constrain(jnp.sum(x, axis=0), None)).lower(x).compile().as_text()
-    assert kinds(text) == {"all-reduce"} and received(text) == 32 * 4 * 7 // 4
+    assert collective_kinds(text) == {"all-reduce"} and received_bytes(text) == 32 * 4 * 7 // 4

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from rlhf_jax.collectives import instructions, kinds, moved, received, runs
+from rlhf_jax.collectives import collective_kinds, collective_shapes, instructions, received_bytes, run_counts
 from rlhf_jax.decode import Rollout
 from rlhf_jax.engine import (
     Architectures,
@@ -29,15 +29,15 @@ from rlhf_jax.engine import (
     Sampling,
     make_engine,
 )
-from rlhf_jax.gpus import COMPILE_OPTIONS, RUN_OPTIONS, devices_of
+from rlhf_jax.hardware import COMPILE_OPTIONS, RUN_OPTIONS, compile_only_devices
 from rlhf_jax.mesh import GENERATE, TRAIN, WHOLE, Layout, MeshConfig, make_mesh, train_layout
-from rlhf_jax.models import cached
-from rlhf_jax.models.architecture import Compute, Experts, Rope
-from rlhf_jax.models.cached import shared_shardings
+from rlhf_jax.models import inference
+from rlhf_jax.models.config import Compute, Experts, Rope
 from rlhf_jax.models.decoder import abstract_params
+from rlhf_jax.models.inference import shared_shardings
 from rlhf_jax.models.lora import NO_LORA, LoraConfig, is_adapter, is_trainable
-from rlhf_jax.models.per_layer import PerLayer, is_shareable
 from rlhf_jax.models.quantised import is_quantisable
+from rlhf_jax.models.unstacked import Unstacked, is_shareable
 from rlhf_jax.optim import OptimConfig, make_optimizer
 from rlhf_jax.rollout import make_publish
 from rlhf_jax.sampling import SampleConfig
@@ -69,7 +69,7 @@ ALL = CASES | ONE_COPY | DEEP
 ROWS, PROMPT, NEW, CHUNK, MICRO = 32, 128, 128, 64, 2
 
 
-def shaped(shape, dtype, sharding):
+def shape_dtype(shape, dtype, sharding):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
@@ -79,22 +79,22 @@ def one_copy(config, frozen, layout):
     for path in filter(is_shareable, frozen):
         leaf = frozen[path]
         if is_quantisable(path):
-            leaf = PerLayer((jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),) * leaf.shape[0])
+            leaf = Unstacked((jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),) * leaf.shape[0])
         shared[path] = with_shardings(leaf, shared_shardings(config, path, leaf, layout))
     return shared
 
 
 def with_shardings(tree, shardings):
-    return jax.tree.map(lambda leaf, sharding: shaped(leaf.shape, leaf.dtype, sharding), tree, shardings)
+    return jax.tree.map(lambda leaf, sharding: shape_dtype(leaf.shape, leaf.dtype, sharding), tree, shardings)
 
 
 def rows(layout, shape, dtype):
-    return shaped(shape, dtype, layout.sharding(("batch", *[None] * (len(shape) - 1))))
+    return shape_dtype(shape, dtype, layout.sharding(("batch", *[None] * (len(shape) - 1))))
 
 
 def params_of(config, lora, layout, dtype):
     return {
-        path: shaped(x.shape, dtype, layout.sharding(x.axes))
+        path: shape_dtype(x.shape, dtype, layout.sharding(x.axes))
         for path, x in abstract_params(tiny.with_lora(config, lora)).items()
     }
 
@@ -102,41 +102,41 @@ def params_of(config, lora, layout, dtype):
 def state_of(config, lora, layout, tx):
     params = params_of(config, lora, layout, jnp.float32)
     trainable, frozen = partition(params, lambda path: is_trainable(path, lora))
-    frozen = {path: shaped(x.shape, BFLOAT16, x.sharding) for path, x in frozen.items()}
+    frozen = {path: shape_dtype(x.shape, BFLOAT16, x.sharding) for path, x in frozen.items()}
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, jax.eval_shape(tx.init, trainable))
     return with_shardings(state, state_shardings(state, abstract_params(tiny.with_lora(config, lora)), layout)), frozen
 
 
 @contextlib.contextmanager
-def told_on_stderr():
+def capture_stderr():
     """A list that receives what the compiler writes meanwhile."""
-    told, before = [], os.dup(2)
+    reported, before = [], os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
         try:
-            yield told
+            yield reported
         finally:
             os.dup2(before, 2)
             os.close(before)
             file.seek(0)
-            told.append(file.read().decode(errors="replace"))
+            reported.append(file.read().decode(errors="replace"))
 
 
 class Program(NamedTuple):
     text: str
     memory: Any
-    told: str
+    reported: str
 
 
-def compiled(lowered) -> Program:
-    with told_on_stderr() as told:
+def compile_program(lowered) -> Program:
+    with capture_stderr() as reported:
         done = lowered.compile(COMPILE_OPTIONS)
-    return Program(done.as_text(), done.memory_analysis(), told[0])
+    return Program(done.as_text(), done.memory_analysis(), reported[0])
 
 
 @functools.lru_cache
 def mesh():
-    return make_mesh(MeshConfig(1, 4, 2), devices_of("8xA100-80GB"))
+    return make_mesh(MeshConfig(1, 4, 2), compile_only_devices("8xA100-80GB"))
 
 
 @functools.lru_cache
@@ -165,7 +165,7 @@ def parts(case, zero=3, offload=False):
     weights = jax.eval_shape(engine.publish.program, params)
     shardings = engine.publish.lower(params).compile(COMPILE_OPTIONS).output_shardings
     weights = with_shardings(weights, shardings)
-    weights |= cached.shared_for_decoding(config, params, serve, lambda leaf, where: leaf)
+    weights |= inference.shared_inference_weights(config, params, serve, lambda leaf, where: leaf)
     return engine, state, frozen, weights
 
 
@@ -178,22 +178,22 @@ def program(case, name, zero=3, offload=False) -> Program:
     numbers, ended, ends = ((ROWS, NEW), jnp.float32), ((ROWS,), bool), ((ROWS,), jnp.int32)
     rollout = Rollout(*(rows(serve, *x) for x in [*wide, numbers, ended, numbers, ends]))
     if name == "publish":
-        return compiled(engine.publish.lower(state.actor.params(frozen.actor)))
+        return compile_program(engine.publish.lower(state.actor.params(frozen.actor)))
     if name == "generate":
         key = jax.eval_shape(lambda: jax.random.key(0))
-        key = shaped(key.shape, key.dtype, serve.sharding(()))
-        return compiled(engine.programs.generate.lower(weights, rollout.prompts, rollout.prompt_mask, key))
+        key = shape_dtype(key.shape, key.dtype, serve.sharding(()))
+        return compile_program(engine.programs.generate.lower(weights, rollout.prompts, rollout.prompt_mask, key))
     if name == "score":
-        return compiled(engine.programs.score.lower(state, frozen, rollout, None))
+        return compile_program(engine.programs.score.lower(state, frozen, rollout, None))
     scored = jax.eval_shape(engine.programs.score.__wrapped__, state, frozen, rollout, None)
     experience = jax.tree.map(lambda x: rows(train, x.shape, x.dtype), scored)
     if name == "actor":
-        return compiled(engine.programs.actor.lower(state.actor, frozen.actor, experience))
+        return compile_program(engine.programs.actor.lower(state.actor, frozen.actor, experience))
     if name.startswith("step "):
         update = engine.programs.actor
-        return compiled(update.step.lower(*update.arguments(state.actor, name.removeprefix("step "))))
+        return compile_program(update.step.lower(*update.arguments(state.actor, name.removeprefix("step "))))
     assert name == "update"
-    return compiled(
+    return compile_program(
         jax.jit(both_steps(engine), donate_argnums=0, compiler_options=RUN_OPTIONS).lower(state, frozen, experience)
     )
 
@@ -202,11 +202,11 @@ def both_steps(engine):
     """The steps of actor and critic as one function, which a program with options of its own cannot be inside of."""
 
     def run(state, frozen, experience):
-        states, told = {}, {}
+        states, reported = {}, {}
         for name in ("actor", "critic"):
             step = getattr(engine.programs, name).__wrapped__
-            states[name], told[name] = step(getattr(state, name), getattr(frozen, name), experience)
-        return dataclasses.replace(state, **states), told
+            states[name], reported[name] = step(getattr(state, name), getattr(frozen, name), experience)
+        return dataclasses.replace(state, **states), reported
 
     return run
 
@@ -223,14 +223,14 @@ def split_leaves(config, lora=NO_LORA):
 @pytest.mark.parametrize("case", CASES)
 def test_publish_is_one_bfloat16_all_gather_of_each_split_weight_and_nothing_else(case):
     text = program(case, "publish").text
-    assert kinds(text) == {"all-gather"}
+    assert collective_kinds(text) == {"all-gather"}
     split, layouts = split_leaves(CASES[case][0]), [Layout(mesh(), table) for table in (TRAIN, GENERATE)]
-    assert [dtype for dtype, _ in moved(text, "all-gather")] == ["bf16"] * len(split)
+    assert [dtype for dtype, _ in collective_shapes(text, "all-gather")] == ["bf16"] * len(split)
     lacking = 0  # (t - tg) / (t tg) of each weight
     for leaf in split.values():
         t, tg = (math.prod(layout.shards(axis) for axis in leaf.axes if axis) for layout in layouts)
         lacking += 2 * math.prod(leaf.shape) * (t - tg) // (t * tg)
-    assert received(text) == lacking
+    assert received_bytes(text) == lacking
 
 
 @pytest.mark.parametrize("case", ONE_COPY)
@@ -243,15 +243,15 @@ def test_publish_of_one_copy_gathers_adapters_alone(case):
         if any(layout.spec(leaf.axes))
     }
     wanted = [path for path in split if is_adapter(path) or not is_shareable(path)]
-    assert kinds(text) == {"all-gather"}
-    assert [dtype for dtype, _ in moved(text, "all-gather")] == ["bf16"] * len(wanted)
-    assert received(text) < 2 * sum(math.prod(split[path].shape) for path in wanted)
+    assert collective_kinds(text) == {"all-gather"}
+    assert [dtype for dtype, _ in collective_shapes(text, "all-gather")] == ["bf16"] * len(wanted)
+    assert received_bytes(text) < 2 * sum(math.prod(split[path].shape) for path in wanted)
 
 
 @pytest.mark.parametrize("name", ["score", "update"])
 @pytest.mark.parametrize("case", CASES | ONE_COPY)
 def test_no_weight_is_gathered_in_float32(case, name):
-    gathered = moved(program(case, name).text, "all-gather")
+    gathered = collective_shapes(program(case, name).text, "all-gather")
     assert sum(dtype == "bf16" for dtype, _ in gathered) >= 7, "the weights of a layer, at least"
     # What else is gathered in float32 is at most one number for each action.
     assert [shape for dtype, shape in gathered if dtype == "f32" and math.prod(shape) > ROWS * NEW] == []
@@ -268,10 +268,12 @@ def test_gradients_of_split_weights_are_reduce_scattered_and_of_no_matrix_all_re
             if path.startswith("layers/") and is_trainable(path, adapters):
                 shard = layout.sharding(leaf.axes).shard_shape(leaf.shape)[1:]
                 expected[tuple(sorted(size for size in shard if size > 1))] += 1
-    scattered = Counter(tuple(sorted(n for n in shape if n > 1)) for _, shape in moved(text, "reduce-scatter"))
+    scattered = Counter(
+        tuple(sorted(n for n in shape if n > 1)) for _, shape in collective_shapes(text, "reduce-scatter")
+    )
     assert expected and not expected - scattered
     smallest = min(math.prod(leaf.shape[1:]) for path, leaf in abstract_params(config).items() if "q/kernel" in path)
-    assert [shape for _, shape in moved(text, "all-reduce") if math.prod(shape) >= smallest // 2] == []
+    assert [shape for _, shape in collective_shapes(text, "all-reduce") if math.prod(shape) >= smallest // 2] == []
 
 
 def layer_shapes(layout):
@@ -285,16 +287,20 @@ def layer_shapes(layout):
 
 
 def shapes_moved(text, kind):
-    return Counter(tuple(sorted(n for n in shape if n > 1)) for _, shape in moved(text, kind))
+    return Counter(tuple(sorted(n for n in shape if n > 1)) for _, shape in collective_shapes(text, kind))
 
 
 def test_at_stage_2_of_zero_gradients_are_reduce_scattered_and_new_parameters_gathered_once():
     text, train, whole = program("llama", "actor", 2).text, Layout(mesh(), TRAIN), Layout(mesh(), WHOLE)
     assert not layer_shapes(train) - shapes_moved(text, "reduce-scatter")
     smallest = math.prod(min(layer_shapes(train), key=math.prod))
-    assert [shape for _, shape in moved(text, "all-reduce") if math.prod(shape) >= smallest] == []
+    assert [shape for _, shape in collective_shapes(text, "all-reduce") if math.prod(shape) >= smallest] == []
     # The compiler may turn what it moves.
-    gathered = [shape for dtype, shape in moved(text, "all-gather") if dtype == "f32" and math.prod(shape) > ROWS * NEW]
+    gathered = [
+        shape
+        for dtype, shape in collective_shapes(text, "all-gather")
+        if dtype == "f32" and math.prod(shape) > ROWS * NEW
+    ]
     wanted = [whole.sharding(leaf.axes).shard_shape(leaf.shape) for leaf in split_leaves(LLAMA).values()]
     assert Counter(map(tuple, map(sorted, gathered))) == Counter(map(tuple, map(sorted, wanted)))
 
@@ -303,7 +309,9 @@ def test_at_stages_0_and_1_of_zero_gradients_are_all_reduced():
     # In one piece, or many: those of one layer, whose backward pass makes them.
     wanted = sum(count * math.prod(shape) for shape, count in layer_shapes(Layout(mesh(), WHOLE)).items())
     for zero in (0, 1):
-        reduced = [math.prod(shape) for _, shape in moved(program("llama", "actor", zero).text, "all-reduce")]
+        reduced = [
+            math.prod(shape) for _, shape in collective_shapes(program("llama", "actor", zero).text, "all-reduce")
+        ]
         assert sum(reduced) >= wanted, zero
 
 
@@ -318,7 +326,7 @@ def test_the_lower_the_stage_of_zero_the_more_memory_a_device_needs():
 @pytest.mark.parametrize("zero", [0, 1, 2])
 @pytest.mark.parametrize("case", ["llama", "opt-lora"])
 def test_publish_moves_nothing_where_parameters_are_not_split_over_fsdp(case, zero):
-    assert kinds(program(case, "publish", zero).text) == set()
+    assert collective_kinds(program(case, "publish", zero).text) == set()
 
 
 def state_bytes(*trees):
@@ -352,13 +360,13 @@ def test_offloaded_gradients_are_a_program_without_moments_and_a_step_reuses_its
 
 @pytest.mark.parametrize("case", ONE_COPY)
 def test_training_over_one_copy_gathers_the_part_of_each_kernel_that_tensor_splits_and_keeps_no_gradient_of_it(case):
-    (_, state, frozen, _), told = parts(case), program(case, "actor")
-    gathered = [shape for dtype, shape in moved(told.text, "all-gather") if dtype == "bf16"]
+    (_, state, frozen, _), reported = parts(case), program(case, "actor")
+    gathered = [shape for dtype, shape in collective_shapes(reported.text, "all-gather") if dtype == "bf16"]
     widest = max(math.prod(leaf.shape[1:]) for path, leaf in frozen.actor.items() if is_quantisable(path))
     assert any(math.prod(shape) == widest for shape in gathered)
     base = state_bytes([leaf for path, leaf in frozen.actor.items() if is_quantisable(path)])
-    assert told.memory.alias_size_in_bytes >= state_bytes(state.actor)
-    assert told.memory.temp_size_in_bytes < 60 * base, "see the number"
+    assert reported.memory.alias_size_in_bytes >= state_bytes(state.actor)
+    assert reported.memory.temp_size_in_bytes < 60 * base, "see the number"
 
 
 def added_by_a_layer(family, name):
@@ -389,19 +397,19 @@ def test_the_train_state_is_donated_and_every_byte_of_it_reused(case):
 @pytest.mark.parametrize("name", ["publish", "generate", "score", "update"])
 @pytest.mark.parametrize("case", CASES | ONE_COPY)
 def test_nothing_is_rematerialised_whole_for_want_of_a_better_way(case, name):
-    assert "nvoluntary full rematerialization" not in program(case, name).told
+    assert "nvoluntary full rematerialization" not in program(case, name).reported
 
 
 def test_what_is_rematerialised_whole_would_be_seen():
     layout = Layout(mesh(), TRAIN)
-    x = shaped((1024, 1024), BFLOAT16, layout.sharding(("mlp", None)))
+    x = shape_dtype((1024, 1024), BFLOAT16, layout.sharding(("mlp", None)))
     moving = jax.jit(lambda x: Layout(mesh(), GENERATE).constrain(x * 2, None, "mlp"))
-    assert "nvoluntary full rematerialization" in compiled(moving.lower(x)).told
+    assert "nvoluntary full rematerialization" in compile_program(moving.lower(x)).reported
 
 
 def runs_of_fused_attention(text: str) -> Counter:
     """How often cuDNN's calls are run, by their kind; XLA may take a turn of a loop out of it and write calls twice."""
-    often, calls = runs(text), Counter()
+    often, calls = run_counts(text), Counter()
     for computation, _, _, line in instructions(text):
         if found := re.search(r'custom_call_target="__cudnn\$fmha(\w+)"', line):
             calls[found[1]] += often[computation]
@@ -469,23 +477,23 @@ def test_the_decode_loop_needs_little_beside_its_cache(family):
     weights = with_shardings(jax.eval_shape(publish, params), shardings)
     layout, length = Layout(mesh(), GENERATE), PROMPT + NEW
     entries, flags = layout.sharding(("batch", "kv_heads", None, None)), layout.sharding(("batch", None))
-    cache = jax.eval_shape(lambda: cached.empty_cache(config, 8 * ROWS, length, BFLOAT16, layout))
-    shardings = cached.Cache(*((entries,) * config.num_layers,) * 2, flags)
-    cache, token = with_shardings(cache, shardings), shaped((8 * ROWS, 1), jnp.int32, flags)
+    cache = jax.eval_shape(lambda: inference.empty_cache(config, 8 * ROWS, length, BFLOAT16, layout))
+    shardings = inference.Cache(*((entries,) * config.num_layers,) * 2, flags)
+    cache, token = with_shardings(cache, shardings), shape_dtype((8 * ROWS, 1), jnp.int32, flags)
 
-    model = cached.Inference(config, layout, BFLOAT16)
+    model = inference.Inference(config, layout, BFLOAT16)
 
     def decode(weights, cache, token):
         def step(state):
             t, token, cache = state
             real, positions = jnp.ones(token.shape, bool), jnp.full(token.shape, t)
-            hidden, cache = cached.forward(model, weights, token, real, positions, cache, t)
-            token = jnp.argmax(cached.logits_of(config, weights, hidden[:, -1]), axis=-1)[:, None]
+            hidden, cache = inference.forward(model, weights, token, real, positions, cache, t)
+            token = jnp.argmax(inference.inference_logits(config, weights, hidden[:, -1]), axis=-1)[:, None]
             return t + 1, token.astype(jnp.int32), cache
 
         return jax.lax.while_loop(lambda state: state[0] < length, step, (jnp.int32(PROMPT), token, cache))
 
-    memory = compiled(jax.jit(decode, donate_argnums=1).lower(weights, cache, token)).memory
+    memory = compile_program(jax.jit(decode, donate_argnums=1).lower(weights, cache, token)).memory
     size = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(cache))
     assert memory.alias_size_in_bytes >= size
     assert memory.temp_size_in_bytes < 0.05 * size

@@ -72,7 +72,7 @@ def path(tmp_path) -> Path:
 
 
 def load(path, *overrides):
-    return config.load(path, overrides, Schema)
+    return config.load_config(path, overrides, Schema)
 
 
 def test_a_file_gives_the_values_it_names_and_the_defaults_of_the_rest(path):
@@ -228,9 +228,9 @@ def test_a_file_that_cannot_be_read_is_refused_with_a_near_name(path):
 
 
 def test_parse_names_where_a_mapping_came_from():
-    assert config.parse(Optimizer, {"learning_rate": 2}, "here") == Optimizer(2.0)
+    assert config.parse_config(Optimizer, {"learning_rate": 2}, "here") == Optimizer(2.0)
     with pytest.raises(ValueError, match=r"^here: unknown key 'rate'"):
-        config.parse(Optimizer, {"rate": 2}, "here")
+        config.parse_config(Optimizer, {"rate": 2}, "here")
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -257,9 +257,9 @@ schemas = st.builds(
 @given(schemas)
 def test_load_reads_back_what_dump_wrote(tmp_path_factory, value):
     path = tmp_path_factory.getbasetemp() / "round.toml"
-    path.write_text(config.dump(value), encoding="utf-8", newline="")
-    assert config.load(path, [], Schema) == value
-    assert config.differences(tomllib.loads(config.dump(value)), dataclasses.asdict(value)) == []
+    path.write_text(config.dump_config(value), encoding="utf-8", newline="")
+    assert config.load_config(path, [], Schema) == value
+    assert config.differences(tomllib.loads(config.dump_config(value)), dataclasses.asdict(value)) == []
 
 
 def test_differences_names_changed_added_and_absent_keys():

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.config import load
-from rlhf_jax.gpus import GPUS, machine
+from rlhf_jax.config import load_config
+from rlhf_jax.hardware import GPUS, parse_machine
 from rlhf_jax.mesh import TRAIN, Layout
-from rlhf_jax.plan import USABLE, hardware_of, known, least_bytes, make_plan
+from rlhf_jax.plan import USABLE_SHARE, abstract, hardware_of_config, lower_bound_bytes, make_plan
 from rlhf_jax.plan.abstract import abstract_mesh
-from rlhf_jax.plan.choose import settled
+from rlhf_jax.plan.auto import choose_by_arithmetic
 from rlhf_jax.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 ALL = sorted((ROOT / "configs").glob("*.toml"))
-PLANNED = [path for path in ALL if hardware_of(path)]
+PLANNED = [path for path in ALL if hardware_of_config(path)]
 DEPLOYMENTS = {"single_gpu": (1, 1), "single_node": (1, 8), "multi_node": (8, 8)}
 
 
@@ -37,10 +37,10 @@ def no_hub(monkeypatch):
     def nothing(name):
         raise ValueError(f"{name}: no network here")
 
-    monkeypatch.setattr(known, "config_json", nothing)
-    known._of_hub.cache_clear()
+    monkeypatch.setattr(abstract, "config_json", nothing)
+    abstract._hub_config.cache_clear()
     yield
-    known._of_hub.cache_clear()
+    abstract._hub_config.cache_clear()
 
 
 def test_there_are_configurations_for_every_size_and_machine():
@@ -60,30 +60,32 @@ def test_a_header_begins_with_what_it_is_and_the_command_that_trains_it(path):
 def test_the_hardware_of_a_header_is_what_the_name_says_and_a_plan_follows_it(path):
     lines = path.read_text().splitlines()
     assert all(len(line) <= 150 for line in lines), "the plan is the longest line"
-    where = machine(hardware_of(path))
+    where = parse_machine(hardware_of_config(path))
     deployment = path.stem.rsplit("-", 1)[1]
     assert (where.nodes, where.per_node) == DEPLOYMENTS[deployment]
     assert lines[2].startswith("# Hardware: ") and lines[3].startswith("# Plan: ")
-    recipe = load(path, [], Recipe)
+    recipe = load_config(path, [], Recipe)
     assert path.stem.startswith(recipe.model.actor.split("/")[-1])
 
 
 @pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
 def test_a_configuration_divides_its_devices_with_four_sequences_each_and_holds_less_than_its_card(path):
-    recipe, where = load(path, [], Recipe), machine(hardware_of(path))
+    recipe, where = load_config(path, [], Recipe), parse_machine(hardware_of_config(path))
     mesh = abstract_mesh(recipe.mesh, where.count)
     shards = Layout(mesh, TRAIN).shards("batch")
     for config in (recipe.sft, recipe.reward, recipe.ppo):
         assert config.micro_batch_size >= 4 * shards
     assert recipe.data.max_prompt_length == 256 and recipe.ppo.sample.max_new_tokens == 256
-    usable = int(USABLE * where.gpu.memory)
-    needed, phase = least_bytes(settled(recipe, mesh, where, recipe.run.stages, usable)[0], mesh, recipe.run.stages)
+    usable = int(USABLE_SHARE * where.gpu.memory)
+    needed, phase = lower_bound_bytes(
+        choose_by_arithmetic(recipe, mesh, where, recipe.run.stages, usable)[0], mesh, recipe.run.stages
+    )
     assert needed < usable, phase
 
 
 @pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
 def test_actor_and_reward_model_share_a_vocabulary(path):
-    recipe = load(path, [], Recipe)
+    recipe = load_config(path, [], Recipe)
     families = ("facebook/opt", "Llama-2|TinyLlama", "Llama-3", "Qwen2.5")
     if recipe.model.reward != "sft":
         assert any(re.search(each, recipe.model.actor) and re.search(each, recipe.model.reward) for each in families)
@@ -92,8 +94,8 @@ def test_actor_and_reward_model_share_a_vocabulary(path):
 @pytest.mark.cuda
 @pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
 def test_a_configuration_compiled_for_its_hardware_fits_95_percent_of_the_card(path):
-    plan = make_plan(load(path, [], Recipe), hardware_of(path), search=False)
-    assert plan["compiled_for"] == machine(hardware_of(path)).gpu.name
+    plan = make_plan(load_config(path, [], Recipe), hardware_of_config(path), search=False)
+    assert plan["compiled_for"] == parse_machine(hardware_of_config(path)).gpu.name
     assert plan["fits"], {(row["stage"], row["phase"]): row["headroom"] for row in plan["phases"]}
 
 
@@ -154,6 +156,6 @@ def test_a_header_is_rewritten_from_the_plans_numbers_and_from_nothing_else(tmp_
         "# Plan: peak 3.0 GiB a GPU (sft update), headroom 1.0 of 4.0; a PPO iteration 1.5 s at least, 4.25 "
         "expected; compiled for A100-80GB, not run"
     )
-    assert path.read_text().splitlines()[3] == line and load(path, [], Recipe)
+    assert path.read_text().splitlines()[3] == line and load_config(path, [], Recipe)
     monkeypatch.setattr(sys, "argv", ["fit.py", "--check"])
     assert fit.main() == 0

@@ -9,7 +9,7 @@ import tiny
 from scipy.special import erf
 
 from rlhf_jax.mesh import TRAIN, Layout, MeshConfig, make_mesh, single_device_mesh
-from rlhf_jax.models.architecture import Compute
+from rlhf_jax.models.config import Compute
 from rlhf_jax.models.decoder import abstract_params, bind, head_kernel, init_params
 from rlhf_jax.models.lora import NO_LORA
 
@@ -175,7 +175,7 @@ WHOLE = re.compile(r"norm/|(o|down)/bias$|(q|k|v|gate|up)/lora_a$|(o|down)/lora_
 
 
 @pytest.fixture(scope="module")
-def born():
+def initial_params():
     """({mesh: parameters and adapters of one key}, {mesh: text of the compiled program})."""
     params, text = {}, {}
     for name in tiny.MESHES:
@@ -187,8 +187,8 @@ def born():
 
 
 @pytest.mark.parametrize("name", EIGHT)
-def test_parameters_and_adapters_are_born_in_their_shards(born, name):
-    params = born[0][name]
+def test_parameters_and_adapters_are_born_in_their_shards(initial_params, name):
+    params = initial_params[0][name]
     assert params.keys() == abstract_params(tiny.with_lora(tiny.LLAMA, tiny.LORA)).keys()
     for path, leaf in params.items():
         parts = 1 if WHOLE.search(path) else Layout(tiny.mesh_of(name), TRAIN).shards("mlp")
@@ -205,19 +205,22 @@ def test_only_vectors_and_thin_sides_of_adapters_are_whole_on_every_device(famil
     assert whole == {path for path in leaves if WHOLE.search(path)}
 
 
-def test_the_program_that_initialises_never_holds_a_whole_weight(born):
+def test_the_program_that_initialises_never_holds_a_whole_weight(initial_params):
     leaves = abstract_params(tiny.with_lora(tiny.LLAMA, tiny.LORA))
     split = {leaf.shape for path, leaf in leaves.items() if not WHOLE.search(path)}
     split -= {leaf.shape for path, leaf in leaves.items() if WHOLE.search(path)}
-    found = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\b\w\d+\[([\d,]+)\]", born[1]["fsdp4-tensor2"])}
+    found = {
+        tuple(map(int, dims.split(",")))
+        for dims in re.findall(r"\b\w\d+\[([\d,]+)\]", initial_params[1]["fsdp4-tensor2"])
+    }
     assert len(split) == 11 and split & found == set(), "the compiled text has an array of a whole weight's shape"
     assert (2, 32, 8) in found, "the shard of a query kernel, [2, 32, 64] over eight devices, is what it does have"
 
 
 @pytest.mark.parametrize("name", EIGHT)
-def test_the_same_key_gives_the_same_parameters_on_one_device_and_eight(born, name):
-    for path, leaf in born[0]["one"].items():
-        np.testing.assert_allclose(born[0][name][path], leaf, atol=1e-6, err_msg=path)
+def test_the_same_key_gives_the_same_parameters_on_one_device_and_eight(initial_params, name):
+    for path, leaf in initial_params[0]["one"].items():
+        np.testing.assert_allclose(initial_params[0][name][path], leaf, atol=1e-6, err_msg=path)
 
 
 @pytest.mark.parametrize("config", [tiny.OPT, tiny.LLAMA])

@@ -15,7 +15,7 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhf_jax.collectives import collectives, kinds
+from rlhf_jax.collectives import collective_kinds, collectives
 from rlhf_jax.engine import (
     Algorithm,
     Architectures,
@@ -27,10 +27,10 @@ from rlhf_jax.engine import (
     make_engine,
 )
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh, to_devices, to_host, train_layout
-from rlhf_jax.models.architecture import Compute
+from rlhf_jax.models.config import Compute
 from rlhf_jax.models.decoder import abstract_params, bind, head_kernel
-from rlhf_jax.models.lora import NO_LORA, is_adapter, is_trainable, merge
-from rlhf_jax.models.quantised import Quantised, block_axis, is_quantisable, quantise, shardings
+from rlhf_jax.models.lora import NO_LORA, is_adapter, is_trainable, merge_adapters
+from rlhf_jax.models.quantised import Quantised, block_axis, is_quantisable, quantise, quantised_shardings
 from rlhf_jax.objectives import masked, ppo
 from rlhf_jax.optim import OptimConfig, make_optimizer
 from rlhf_jax.rollout import make_publish, publish_bytes
@@ -139,7 +139,7 @@ def run(case, name="one"):
     return Run(case, name)
 
 
-def flattened(run):
+def right_padded_rows(run):
     """(tokens [B, S], mask, lengths of prompts) right-padded by loops, as the score has to see them."""
     rollout, length = run.rollout, WIDTH + NEW
     tokens, mask = np.zeros((ROWS, length), np.int32), np.zeros((ROWS, length), bool)
@@ -157,7 +157,7 @@ def hidden_of(config, lora, params, tokens, mask):
 
 def logprobs_of(run, params, lora, temperature):
     """[B, N] of the sampled answers by whole forward passes on one device and a float64 softmax; 0 off the mask."""
-    tokens, mask, starts = flattened(run)
+    tokens, mask, starts = right_padded_rows(run)
     hidden = hidden_of(run.config, lora, params, tokens, mask)
     logits = np.asarray(hidden @ head_kernel(run.config, params)[:, : run.config.vocab_size], np.float64) / temperature
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -205,7 +205,7 @@ def test_the_reference_is_its_own_model_or_the_base_without_its_adapters(case):
 @pytest.mark.parametrize("case", CASES)
 def test_values_stand_before_each_action_and_the_score_at_the_last_token(case):
     trained = run(case)
-    tokens, mask, starts = flattened(trained)
+    tokens, mask, starts = right_padded_rows(trained)
     config, experience = tiny.scalar(trained.config), trained.experience
     by_role = {"critic": trained.start[1], "reward": trained.reward}
     said = {
@@ -309,7 +309,7 @@ def test_published_weights_are_the_trained_ones_laid_out_anew(family):
     config = tiny.FAMILIES[family]
     params = tiny.random_arrays(tiny.with_lora(config, tiny.LORA))
     weights = make_publish(tiny.with_lora(config, tiny.LORA), single_device_mesh(), FLOAT32)(params)
-    merged = merge(params, tiny.LORA)
+    merged = merge_adapters(params, tiny.LORA)
     heads = config.num_kv_heads
     for i in range(2):
         q, k, v = (
@@ -360,7 +360,7 @@ def test_the_other_order_of_axes_would_need_more_than_all_gathers_and_is_seen_to
     mesh = tiny.mesh_of("fsdp4-tensor2")
     minor = jax.device_put(np.zeros((64, 64), np.float32), NamedSharding(mesh, PartitionSpec(None, ("fsdp", "tensor"))))
     text = jax.jit(lambda x: Layout(mesh, GENERATE).constrain(x, None, "mlp")).lower(minor).compile().as_text()
-    assert kinds(text) == {"all-gather", "collective-permute"}
+    assert collective_kinds(text) == {"all-gather", "collective-permute"}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -446,17 +446,17 @@ def test_a_reference_that_is_on_the_devices_is_not_copied_to_score_and_one_that_
 def test_publish_moves_what_a_device_lacks_of_the_split_weights_and_not_a_byte_more(family, lora, name, dtype):
     config, mesh, dtype = tiny.FAMILIES[family], tiny.mesh_of(name), jnp.dtype(dtype)
     params = tiny.random_params(tiny.with_lora(config, lora), mesh)
-    publish = make_publish(tiny.with_lora(config, lora), mesh, dtype).compiled(params)
-    told, layouts = publish_bytes(publish, params, dtype), [Layout(mesh, table) for table in (TRAIN, GENERATE)]
+    publish = make_publish(tiny.with_lora(config, lora), mesh, dtype).compile(params)
+    reported, layouts = publish_bytes(publish, params, dtype), [Layout(mesh, table) for table in (TRAIN, GENERATE)]
     by_hand = 0
     for leaf in abstract_params(config).values():
         t, tg = (np.prod([layout.shards(axis) for axis in leaf.axes if axis]) for layout in layouts)
         by_hand += int(np.prod(leaf.shape) * dtype.itemsize * (t - tg) / (t * tg))
     if name == "one":
-        assert told == {"publish_bytes": 0, "publish_bytes_least": 0} and by_hand == 0
+        assert reported == {"publish_bytes": 0, "publish_bytes_least": 0} and by_hand == 0
         return
     wider = 4 // dtype.itemsize  # a CPU's collectives are of float32
-    assert told == {"publish_bytes": wider * by_hand, "publish_bytes_least": by_hand, "publish_bytes_ratio": wider}
+    assert reported == {"publish_bytes": wider * by_hand, "publish_bytes_least": by_hand, "publish_bytes_ratio": wider}
     split = [leaf for leaf in abstract_params(config).values() if any(layouts[0].spec(leaf.axes))]
     # Of a model that generation splits in two and training in eight, every device receives 3/8 (a half is split by
     # fsdp alone: 1/4); of position tables, which it has whole, 7/8.
@@ -475,12 +475,12 @@ def test_publishing_quantised_kernels_moves_what_a_device_lacks_of_codes_and_sca
     params, leaves = tiny.random_params(tiny.with_lora(config, tiny.LORA), mesh), abstract_params(config)
     for path in filter(is_quantisable, leaves):
         codes = quantise(params[path], kind, block_axis(leaves[path].axes))
-        params[path] = jax.device_put(codes, shardings(leaves[path].axes, kind, Layout(mesh, TRAIN)))
-    publish = make_publish(tiny.with_lora(config, tiny.LORA), mesh, FLOAT32).compiled(params)
-    told = publish_bytes(publish, params, FLOAT32)
-    assert told["publish_bytes"] == told["publish_bytes_least"]
+        params[path] = jax.device_put(codes, quantised_shardings(leaves[path].axes, kind, Layout(mesh, TRAIN)))
+    publish = make_publish(tiny.with_lora(config, tiny.LORA), mesh, FLOAT32).compile(params)
+    reported = publish_bytes(publish, params, FLOAT32)
+    assert reported["publish_bytes"] == reported["publish_bytes_least"]
     kernels = [each for each in params.values() if isinstance(each, Quantised)]
-    assert told["publish_bytes"] > 3 / 8 * sum(each.codes.nbytes + each.scales.nbytes for each in kernels)
+    assert reported["publish_bytes"] > 3 / 8 * sum(each.codes.nbytes + each.scales.nbytes for each in kernels)
 
 
 def test_a_greedy_actor_is_refused_as_it_has_no_ratios():
@@ -607,8 +607,8 @@ def test_scores_are_given_where_there_is_no_reward_model_and_only_there():
 def test_rollouts_that_micro_batches_and_devices_do_not_divide_are_refused_with_the_nearest():
     trained = run("opt-lora", "fsdp4-tensor2")
     part = jax.tree.map(lambda leaf: leaf[:12], trained.experience)
-    told = "rollouts of one update=12 does not divide over 16 micro-batches x devices; nearest that do: [16]"
-    with pytest.raises(ValueError, match=re.escape(told)):
+    reported = "rollouts of one update=12 does not divide over 16 micro-batches x devices; nearest that do: [16]"
+    with pytest.raises(ValueError, match=re.escape(reported)):
         trained.engine.update(trained.state, trained.frozen, part)
 
 
@@ -650,7 +650,7 @@ print(json.dumps(told))
 
 
 @pytest.fixture(scope="module")
-def compiled():
+def compile_logs():
     """(what was said while each program was compiled, what the script told), in a process that keeps no programs."""
     tests = Path(__file__).parent
     env = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_COMPILATION_CACHE", "TF_CPP"))}
@@ -664,14 +664,14 @@ def compiled():
 REMAT = "Involuntary full rematerialization"
 
 
-def test_no_program_of_the_engine_makes_the_compiler_copy_a_whole_array_to_every_device(compiled):
-    said = compiled[0]
+def test_no_program_of_the_engine_makes_the_compiler_copy_a_whole_array_to_every_device(compile_logs):
+    said = compile_logs[0]
     assert REMAT in said["control"], "the compiler no longer says so where it does: find how it does now"
     assert [name for name, text in said.items() if REMAT in text] == ["control"]
     assert said.keys() == {"control", "publish", "llama", "opt-lora", "end"}
 
 
-def test_weights_are_bfloat16_before_they_are_gathered(compiled):
+def test_weights_are_bfloat16_before_they_are_gathered(compile_logs):
     # After partitioning, before the CPU's compiler makes float32 of every bfloat16 collective.
-    gathered = re.findall(r"= (\w+)\[[\d,]*\]\S* all-gather\(", compiled[1]["partitioned"])
+    gathered = re.findall(r"= (\w+)\[[\d,]*\]\S* all-gather\(", compile_logs[1]["partitioned"])
     assert gathered == ["bf16"] * 9

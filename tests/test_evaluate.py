@@ -10,20 +10,20 @@ from row_specs import SPECS
 from tiny_recipe import records
 
 import rlhf_jax
-from rlhf_jax.config import load
+from rlhf_jax.config import load_config
 from rlhf_jax.data.selection import read_examples
 from rlhf_jax.data.splits import prompt_key
-from rlhf_jax.evaluate import report, scored
+from rlhf_jax.evaluate import format_report, score_sequences
 from rlhf_jax.recipe import Recipe
 
 
 @pytest.fixture
-def finished(tmp_path_factory):
+def finished_folder(tmp_path_factory):
     return tiny_recipe.finished_run(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory):
+def evaluation(tmp_path_factory):
     """(run folder, what was printed)"""
     folder = tiny_recipe.finished_run(tmp_path_factory)
     with pytest.MonkeyPatch.context() as patch:
@@ -33,8 +33,8 @@ def evaluated(tmp_path_factory):
     return folder, "\n".join(said)
 
 
-def test_the_numbers_and_all_answers_are_written(evaluated):
-    folder, _ = evaluated
+def test_the_numbers_and_all_answers_are_written(evaluation):
+    folder, _ = evaluation
     numbers, rows = json.loads((folder / "evaluate.json").read_text()), records(folder / "evaluate.jsonl")
     assert numbers["prompts"] == len(rows) == 8
     for stage in ("sft", "ppo"):
@@ -48,8 +48,8 @@ def test_the_numbers_and_all_answers_are_written(evaluated):
     assert numbers["reward_accuracy"] * 12 == pytest.approx(round(numbers["reward_accuracy"] * 12))
 
 
-def test_the_same_prompts_are_printed_with_both_answers_and_their_scores(evaluated):
-    folder, said = evaluated
+def test_the_same_prompts_are_printed_with_both_answers_and_their_scores(evaluation):
+    folder, said = evaluation
     for row in records(folder / "evaluate.jsonl")[:2]:
         assert row["prompt"][-1][1] in said
         for stage in ("sft", "ppo"):
@@ -59,17 +59,17 @@ def test_the_same_prompts_are_printed_with_both_answers_and_their_scores(evaluat
     assert "reward model's accuracy on held-out pairs" in said
 
 
-def test_no_prompt_of_the_evaluation_trains_any_stage(evaluated):
-    folder, _ = evaluated
-    data = load(folder / "config.toml", [], Recipe).data
+def test_no_prompt_of_the_evaluation_trains_any_stage(evaluation):
+    folder, _ = evaluation
+    data = load_config(folder / "config.toml", [], Recipe).data
     asked = {prompt_key(tuple(map(tuple, row["prompt"]))) for row in records(folder / "evaluate.jsonl")}
     for stage in ("sft", "reward", "ppo"):
         trained = {prompt_key(example.turns) for example in read_examples(data, SPECS[stage], held_out=False)}
         assert asked & trained == set()
 
 
-def test_a_second_evaluation_and_one_on_eight_devices_give_the_same_answers(evaluated):
-    folder, _ = evaluated
+def test_a_second_evaluation_and_one_on_eight_devices_give_the_same_answers(evaluation):
+    folder, _ = evaluation
     before = (folder / "evaluate.jsonl").read_bytes()
     recipe = folder.parent / "tiny.toml"
     assert tiny_recipe.run("evaluate", recipe, f"run.dir={folder}") == 0
@@ -79,20 +79,20 @@ def test_a_second_evaluation_and_one_on_eight_devices_give_the_same_answers(eval
         assert line["ppo_answer"] == json.loads(old)["ppo_answer"]
 
 
-def test_an_evaluation_attends_as_model_attention_says(finished, capsys):
-    recipe = finished.parent / "tiny.toml"
-    assert tiny_recipe.run("evaluate", recipe, f"run.dir={finished}", "model.attention=cudnn") == 2
+def test_an_evaluation_attends_as_model_attention_says(finished_folder, capsys):
+    recipe = finished_folder.parent / "tiny.toml"
+    assert tiny_recipe.run("evaluate", recipe, f"run.dir={finished_folder}", "model.attention=cudnn") == 2
     assert 'model.attention="cudnn" is impossible: fused attention runs on GPUs' in capsys.readouterr().err
 
 
-def test_fused_attention_that_was_asked_for_is_never_left_out_for_rows_that_do_not_divide(finished):
-    scorer = rlhf_jax.reward_from_pretrained(finished / "reward/export", mesh=tiny.mesh_of("fsdp4-tensor2"))
+def test_fused_attention_that_was_asked_for_is_never_left_out_for_rows_that_do_not_divide(finished_folder):
+    scorer = rlhf_jax.reward_from_pretrained(finished_folder / "reward/export", mesh=tiny.mesh_of("fsdp4-tensor2"))
     with pytest.raises(ValueError, match='wants rows that 8 devices divide, and there are 3: pad them, or set "auto"'):
         rlhf_jax.score(scorer, np.ones((3, 4), np.int32), np.ones((3, 4), bool), attention="cudnn")
 
 
-def test_a_score_does_not_depend_on_padding_or_on_who_else_is_in_the_batch(finished):
-    scorer = rlhf_jax.reward_from_pretrained(finished / "reward/export")
+def test_a_score_does_not_depend_on_padding_or_on_who_else_is_in_the_batch(finished_folder):
+    scorer = rlhf_jax.reward_from_pretrained(finished_folder / "reward/export")
     rng = np.random.default_rng(0)
     tokens, mask = rng.integers(3, 300, (5, 12)).astype(np.int32), np.zeros((5, 12), bool)
     for row, size in enumerate((3, 12, 7, 5, 9)):
@@ -100,10 +100,10 @@ def test_a_score_does_not_depend_on_padding_or_on_who_else_is_in_the_batch(finis
     alone = [
         float(rlhf_jax.score(scorer, tokens[i : i + 1, : mask[i].sum()], mask[i : i + 1, mask[i]])[0]) for i in range(5)
     ]
-    np.testing.assert_allclose(scored(scorer, tokens, mask, 2), alone, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(score_sequences(scorer, tokens, mask, 2), alone, rtol=1e-5, atol=1e-6)
     # 200 columns are more than the model's 160 positions, but no row has so many tokens.
     wide = [np.pad(x, ((0, 0), (150, 38))) for x in (tokens, mask)]
-    np.testing.assert_allclose(scored(scorer, *wide, 4), alone, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(score_sequences(scorer, *wide, 4), alone, rtol=1e-5, atol=1e-6)
 
 
 def test_data_that_no_program_can_judge_has_no_share_of_good_answers():
@@ -113,10 +113,10 @@ def test_data_that_no_program_can_judge_has_no_share_of_good_answers():
     numbers = {"ppo_win_rate": 1.0, "reward_accuracy": 0.75}
     for stage, score in (("sft", -1.0), ("ppo", 2.0)):
         numbers |= {f"{stage}_score": score, f"{stage}_length": 1.0, f"{stage}_ended": 0.5}
-    told = report(("sft", "ppo"), records, numbers, 1)
-    assert "good" not in told
-    assert "  SFT (score -1.00): a\n  PPO (score +2.00): b" in told
-    assert "75.0%" in told
+    reported = format_report(("sft", "ppo"), records, numbers, 1)
+    assert "good" not in reported
+    assert "  SFT (score -1.00): a\n  PPO (score +2.00): b" in reported
+    assert "75.0%" in reported
 
 
 def test_a_run_that_is_not_finished_is_not_evaluated(tmp_path, capsys):
@@ -132,13 +132,13 @@ def test_a_run_that_is_not_finished_is_not_evaluated(tmp_path, capsys):
 def test_a_run_without_a_policy_or_a_scorer_is_not_evaluated(tmp_path, capsys):
     recipe = tiny_recipe.write_recipe(tmp_path)
     assert tiny_recipe.run("evaluate", recipe, f"run.dir={tmp_path / 'run'}", 'run.stages=["sft"]') == 2
-    told = "run.stages = ['sft']: evaluate needs a stage that leaves a policy and one that leaves a scorer"
-    assert capsys.readouterr().err == f"rlhf-jax: {told}\n"
+    reported = "run.stages = ['sft']: evaluate needs a stage that leaves a policy and one that leaves a scorer"
+    assert capsys.readouterr().err == f"rlhf-jax: {reported}\n"
 
 
-def test_a_run_is_not_evaluated_on_data_of_which_it_may_have_seen_the_held_out_part(finished, capsys):
-    recipe = finished.parent / "tiny.toml"
-    assert tiny_recipe.run("evaluate", recipe, f"run.dir={finished}", "data.held_out=0.5") == 2
+def test_a_run_is_not_evaluated_on_data_of_which_it_may_have_seen_the_held_out_part(finished_folder, capsys):
+    recipe = finished_folder.parent / "tiny.toml"
+    assert tiny_recipe.run("evaluate", recipe, f"run.dir={finished_folder}", "data.held_out=0.5") == 2
     error = capsys.readouterr().err
     assert "was trained on other data (data.held_out: 0.15 -> 0.5)" in error
     assert error.count("\n") == 1

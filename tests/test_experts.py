@@ -8,9 +8,9 @@ import pytest
 import tiny
 
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
-from rlhf_jax.models.architecture import Compute, Experts
+from rlhf_jax.models.config import Compute, Experts
 from rlhf_jax.models.decoder import bind
-from rlhf_jax.models.experts import apply_experts, balance_loss, load, route
+from rlhf_jax.models.experts import apply_experts, balance_loss, route, router_load
 
 EXPERTS = Experts(count=4, per_token=2, renormalised=True, aux_coef=0.02)
 
@@ -92,12 +92,12 @@ def test_the_balance_loss_counts_real_tokens_only_and_is_least_where_experts_are
     routing = route(EXPERTS, np.zeros((1, 4, 8), np.float32), np.zeros((8, 4), np.float32))
     np.testing.assert_array_equal(routing.probabilities, even)
     routing = routing._replace(chosen=chosen)
-    loads = load(EXPERTS, routing, np.ones((1, 4), bool))
+    loads = router_load(EXPERTS, routing, np.ones((1, 4), bool))
     np.testing.assert_allclose(loads, [[0.5] * 4, [0.25] * 4])
     # 0.02 x 4 experts x sum of 4 x (0.5 x 0.25): the number of experts a token, times the coefficient.
     np.testing.assert_allclose(balance_loss(EXPERTS, loads[None]), 0.04, rtol=1e-6)
     first = np.array([[True, False, False, False]])
-    np.testing.assert_allclose(load(EXPERTS, routing, first), [[1, 1, 0, 0], [0.25] * 4])
+    np.testing.assert_allclose(router_load(EXPERTS, routing, first), [[1, 1, 0, 0], [0.25] * 4])
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -127,5 +127,7 @@ def test_the_balance_loss_equals_that_of_transformers_over_layers_and_padding():
     flat = tuple(torch.tensor(layer.reshape(-1, 4)) for layer in logits)
     theirs = load_balancing_loss_func(flat, num_experts=4, top_k=2, attention_mask=torch.tensor(mask))
     # The identity as router: the input is the logits.
-    loads = [load(EXPERTS, route(EXPERTS, jnp.asarray(layer), jnp.eye(4)), mask.astype(bool)) for layer in logits]
+    loads = [
+        router_load(EXPERTS, route(EXPERTS, jnp.asarray(layer), jnp.eye(4)), mask.astype(bool)) for layer in logits
+    ]
     np.testing.assert_allclose(balance_loss(EXPERTS, jnp.stack(loads)), 0.02 * float(theirs), rtol=1e-5)

@@ -10,14 +10,14 @@ from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.families import (
     FAMILIES,
     VOCAB_MULTIPLE,
-    alternatives,
+    alternative_tensors,
     base_prefix,
     decoder_config,
     hf_config,
     hf_tensors,
-    tolerated_surplus,
+    ignored_names,
 )
-from rlhf_jax.models.tensors import HfTensor
+from rlhf_jax.models.families.tensors import HfTensor
 
 VARIANTS = GPTS | LLAMAS
 OPT_350M = {
@@ -82,7 +82,7 @@ def test_other_opt_sizes_are_pre_norm_and_may_lack_the_final_norm_or_the_biases(
 
 
 @pytest.mark.parametrize(
-    ("hf", "told"),
+    ("hf", "reported"),
     [
         ({"model_type": "mamba"}, '"mamba" is not supported; supported: bloom, codegen, falcon, gemma, gemma2'),
         ({}, '"None" is not supported; supported: bloom'),
@@ -96,8 +96,8 @@ def test_other_opt_sizes_are_pre_norm_and_may_lack_the_final_norm_or_the_biases(
         ({k: v for k, v in LLAMA_2_7B.items() if k != "vocab_size"}, "vocab_size has to be a whole number"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(hf, told):
-    with pytest.raises(ValueError, match=told):
+def test_what_is_not_supported_is_refused_by_name(hf, reported):
+    with pytest.raises(ValueError, match=reported):
         decoder_config(hf, scalar_head=False)
 
 
@@ -106,7 +106,7 @@ def test_what_is_not_supported_is_refused_by_name(hf, told):
 def test_every_parameter_has_a_name_in_every_layout_and_none_is_named_twice(name, scalar_head):
     config = decoder_config(VARIANTS[name], scalar_head=scalar_head)
     assert config.padded_vocab % VOCAB_MULTIPLE == 0 <= config.padded_vocab - config.vocab_size < VOCAB_MULTIPLE
-    for tensors in (hf_tensors(config), *alternatives(config)):
+    for tensors in (hf_tensors(config), *alternative_tensors(config)):
         assert tensors.keys() == abstract_params(config).keys()
         assert ("score/kernel" in tensors) == scalar_head
         assert ("head/kernel" in tensors) == (not scalar_head and not config.tied)
@@ -123,7 +123,7 @@ def test_every_parameter_has_a_name_in_every_layout_and_none_is_named_twice(name
 def test_what_lies_fused_is_divided_among_its_parts_without_rest(name):
     config = decoder_config(VARIANTS[name], scalar_head=False)
     leaves = abstract_params(config)
-    for tensors in (hf_tensors(config), *alternatives(config)):
+    for tensors in (hf_tensors(config), *alternative_tensors(config)):
         parts = {}
         for path, tensor in tensors.items():
             if tensor.strip is not None:
@@ -138,23 +138,23 @@ def test_what_lies_fused_is_divided_among_its_parts_without_rest(name):
 
 def test_only_an_unused_head_and_buffers_are_tolerated():
     untied = decoder_config(LLAMA_2_7B, scalar_head=False)
-    assert tolerated_surplus(untied).fullmatch("model.layers.3.self_attn.rotary_emb.inv_freq")
-    assert not tolerated_surplus(untied).fullmatch("lm_head.weight")
+    assert ignored_names(untied).fullmatch("model.layers.3.self_attn.rotary_emb.inv_freq")
+    assert not ignored_names(untied).fullmatch("lm_head.weight")
     for other in (dataclasses.replace(untied, tied=True), dataclasses.replace(untied, scalar_head=True)):
-        assert tolerated_surplus(other).fullmatch("lm_head.weight")
+        assert ignored_names(other).fullmatch("lm_head.weight")
         for name in ("lm_head.weight2", "lm_headxweight", "", "model.", "model.layers.3.self_attn.q_proj.weight"):
-            assert not tolerated_surplus(other).fullmatch(name)
+            assert not ignored_names(other).fullmatch(name)
 
 
 def test_a_familys_own_buffers_and_head_are_tolerated_with_the_prefix_and_without():
-    gpt2 = tolerated_surplus(decoder_config(GPTS["gpt2"], scalar_head=False))
+    gpt2 = ignored_names(decoder_config(GPTS["gpt2"], scalar_head=False))
     for buffer in ("h.0.attn.bias", "h.11.attn.masked_bias"):
         assert gpt2.fullmatch(buffer) and gpt2.fullmatch(f"transformer.{buffer}")
         assert not gpt2.fullmatch(f"model.{buffer}") and not gpt2.fullmatch(f"{buffer}.weight")
     for name, head in (("gpt_neox", "embed_out.weight"), ("gptj", "lm_head.bias")):
         scorer = decoder_config(GPTS[name], scalar_head=True)
-        assert tolerated_surplus(scorer).fullmatch(head)
-        assert not tolerated_surplus(dataclasses.replace(scorer, scalar_head=False)).fullmatch(head)
+        assert ignored_names(scorer).fullmatch(head)
+        assert not ignored_names(dataclasses.replace(scorer, scalar_head=False)).fullmatch(head)
 
 
 def test_base_models_lack_the_prefix_of_their_family():

@@ -8,13 +8,13 @@ from parity.variants_gpt import VARIANTS
 
 from rlhf_jax.models.families import (
     FAMILIES,
-    alternatives,
+    alternative_tensors,
     base_prefix,
     decoder_config,
     hf_tensors,
-    tolerated_surplus,
+    ignored_names,
 )
-from rlhf_jax.models.tensors import HfTensor, Strip
+from rlhf_jax.models.families.tensors import HfTensor, Stripe
 
 # As they lie on the hub, but for keys of generation and of classifiers.
 GPT2_XL = {
@@ -289,14 +289,14 @@ def test_gpt2_xl_has_a_table_of_positions_and_fused_kernels_that_are_not_transpo
     )
     tensors = hf_tensors(config)
     attn = "transformer.h.{i}.attn"
-    strip = Strip(1600, 1600, 4800)
+    strip = Stripe(1600, 1600, 4800)
     assert tensors["layers/attention/k/kernel"] == HfTensor(f"{attn}.c_attn.weight", (1600, 4800), strip=strip)
     assert tensors["layers/attention/k/bias"] == HfTensor(f"{attn}.c_attn.bias", (4800,), strip=strip)
     assert tensors["layers/mlp/up/kernel"] == HfTensor("transformer.h.{i}.mlp.c_fc.weight", (1600, 6400))
     assert "head/kernel" not in tensors and base_prefix(config) == "transformer."
     for name in ("h.0.attn.bias", "transformer.h.11.attn.masked_bias", "lm_head.weight"):
-        assert tolerated_surplus(config).fullmatch(name), name
-    assert not tolerated_surplus(config).fullmatch("h.0.attn.c_attn.bias")
+        assert ignored_names(config).fullmatch(name), name
+    assert not ignored_names(config).fullmatch("h.0.attn.c_attn.bias")
 
 
 def test_gpt2_may_leave_its_scores_unscaled_and_have_an_mlp_of_any_width():
@@ -315,7 +315,7 @@ def test_gpt_neo_sees_all_and_the_last_256_keys_in_turn_and_scales_no_score():
         read(GPT_NEO_1_3B, attention_layers=None, attention_types=[[["global"], 3]])
     with pytest.raises(ValueError, match="sliding"):
         read(GPT_NEO_1_3B, attention_layers=["sliding"] * 24)
-    assert tolerated_surplus(config).fullmatch("transformer.h.3.attn.attention.masked_bias")
+    assert ignored_names(config).fullmatch("transformer.h.3.attn.attention.masked_bias")
 
 
 def test_gpt_j_rotates_pairs_of_64_dimensions_and_has_a_head_with_a_bias():
@@ -338,8 +338,8 @@ def test_codegen_has_queries_values_and_keys_in_four_groups():
     offsets = {name: tensors[f"layers/attention/{name}/kernel"].strip.offset for name in "qkv"}
     assert offsets == {"q": 0, "v": 256, "k": 512}
     name = "transformer.h.{i}.attn.qkv_proj.weight"
-    assert tensors["layers/attention/v/kernel"] == HfTensor(name, (3072, 1024), True, Strip(256, 256, 768))
-    assert tolerated_surplus(config).fullmatch("transformer.h.0.attn.causal_mask")
+    assert tensors["layers/attention/v/kernel"] == HfTensor(name, (3072, 1024), True, Stripe(256, 256, 768))
+    assert ignored_names(config).fullmatch("transformer.h.0.attn.causal_mask")
     with pytest.raises(ValueError, match="n_head has to be a multiple of 4, not 2"):
         read(CODEGEN_350M, n_head=2)
 
@@ -358,7 +358,7 @@ def test_gpt_neox_halves_are_parallel_and_a_quarter_of_each_head_rotates(hf, exp
     assert not config.rope.interleaved and 2 * len(config.rope.frequencies) == rotated
     d = config.head_dim
     value = hf_tensors(config)["layers/attention/v/kernel"]
-    assert value.shape == (3 * config.hidden_size, config.hidden_size) and value.strip == Strip(2 * d, d, 3 * d)
+    assert value.shape == (3 * config.hidden_size, config.hidden_size) and value.strip == Stripe(2 * d, d, 3 * d)
 
 
 def test_gpt_neox_spells_its_rotation_in_two_ways_and_its_head_too():
@@ -374,7 +374,7 @@ def test_gpt_neox_spells_its_rotation_in_two_ways_and_its_head_too():
     config = read(PYTHIA_1_4B, use_parallel_residual=False, attention_bias=False)
     assert (config.residual, config.qkv_bias, config.o_bias, config.mlp_bias) == ("pre", False, False, True)
     assert hf_tensors(config)["head/kernel"].name == "embed_out.weight"
-    assert [table["head/kernel"].name for table in alternatives(config)] == ["lm_head.weight"]
+    assert [table["head/kernel"].name for table in alternative_tensors(config)] == ["lm_head.weight"]
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,7 @@ def test_bloom_has_linear_biases_and_a_norm_behind_its_embedding(hf, expected):
     assert (config.embed_norm, config.tied, config.activation, config.rope) == (True, True, "gelu_tanh", None)
     assert len(config.alibi.slopes) == config.num_heads and (config.alibi.scale, config.alibi.rounded) == (1.0, False)
     d = config.head_dim
-    assert hf_tensors(config)["layers/attention/k/kernel"].strip == Strip(d, d, 3 * d)
+    assert hf_tensors(config)["layers/attention/k/kernel"].strip == Stripe(d, d, 3 * d)
     assert read(hf, seq_length=512).max_positions == 512
 
 
@@ -407,7 +407,7 @@ def test_falcon_7b_has_one_key_head_behind_its_71_query_heads():
     tensors = hf_tensors(config)
     query, key = (tensors[f"layers/attention/{name}/kernel"] for name in "qk")
     assert query.shape == key.shape == (4672, 4544)
-    assert query.strip == Strip(0, 4544, 4672) and key.strip == Strip(4544, 64, 4672)
+    assert query.strip == Stripe(0, 4544, 4672) and key.strip == Stripe(4544, 64, 4672)
     assert tensors["layers/attention_norm/scale"].name == "transformer.h.{i}.input_layernorm.weight"
     assert read(FALCON_7B, num_kv_heads=71) == config  # as newer folders have it, for nothing
 
@@ -417,8 +417,8 @@ def test_falcon_40b_has_eight_groups_of_heads_and_two_norms_or_one():
     assert sizes(config) == (8192, 60, 128, 8, 64, 32768, 2048)
     tensors = hf_tensors(config)
     assert config.residual == "parallel" and tensors["layers/mlp_norm/bias"].name == "transformer.h.{i}.ln_mlp.bias"
-    assert tensors["layers/attention/q/kernel"].strip == Strip(0, 1024, 1152)
-    assert tensors["layers/attention/v/kernel"].strip == Strip(1088, 64, 1152)
+    assert tensors["layers/attention/q/kernel"].strip == Stripe(0, 1024, 1152)
+    assert tensors["layers/attention/v/kernel"].strip == Stripe(1088, 64, 1152)
     shared = read(FALCON_40B, num_ln_in_parallel_attn=1)
     assert shared.residual == "parallel_shared"
     assert hf_tensors(shared)["layers/attention_norm/bias"].name == "transformer.h.{i}.input_layernorm.bias"
@@ -435,7 +435,7 @@ def test_falcon_rw_is_serial_and_its_biases_are_rounded_and_scaled():
     assert (config.rope, config.alibi.scale, config.alibi.rounded) == (None, 0.125, True)
     np.testing.assert_allclose(config.alibi.slopes, 2.0 ** (-np.arange(1, 33) / 4), rtol=2**-8)
     assert not any(np.float32(slope).view(np.uint32) & 0xFFFF for slope in config.alibi.slopes), "not bfloat16"
-    assert hf_tensors(config)["layers/attention/v/bias"].strip == Strip(128, 64, 192)
+    assert hf_tensors(config)["layers/attention/v/bias"].strip == Stripe(128, 64, 192)
 
 
 def test_phi_2_rotates_32_of_80_dimensions_and_half_where_nothing_is_said():

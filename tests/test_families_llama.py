@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from parity.variants_llama import VARIANTS
 
-from rlhf_jax.models.architecture import Experts
-from rlhf_jax.models.families import FAMILIES, alternatives, base_prefix, decoder_config, hf_tensors
-from rlhf_jax.models.tensors import HfTensor, Strip
+from rlhf_jax.models.config import Experts
+from rlhf_jax.models.families import FAMILIES, alternative_tensors, base_prefix, decoder_config, hf_tensors
+from rlhf_jax.models.families.tensors import HfTensor, Stripe
 
 # As they lie on the hub, but for keys of training, generation and remote code.
 LLAMA_2_70B = {
@@ -323,11 +323,11 @@ def test_mixtral_sends_each_token_to_two_of_eight_experts():
 
 
 def test_experts_that_lie_as_one_are_an_alternative():
-    (together,) = alternatives(read(MIXTRAL_8X7B))
-    name, strip = "model.layers.{i}.mlp.experts.gate_up_proj", Strip(14336, 14336, 28672)
+    (together,) = alternative_tensors(read(MIXTRAL_8X7B))
+    name, strip = "model.layers.{i}.mlp.experts.gate_up_proj", Stripe(14336, 14336, 28672)
     assert together["layers/experts/up/kernel"] == HfTensor(name, (8, 28672, 4096), transpose=True, strip=strip)
     assert together.keys() == hf_tensors(read(MIXTRAL_8X7B)).keys()
-    assert alternatives(read(MISTRAL_7B)) == []
+    assert alternative_tensors(read(MISTRAL_7B)) == []
 
 
 def test_qwen_2_has_biases_of_queries_keys_and_values_and_windows_only_where_told():
@@ -336,8 +336,10 @@ def test_qwen_2_has_biases_of_queries_keys_and_values_and_windows_only_where_tol
     assert (config.qkv_bias, config.o_bias, config.windows, config.padded_vocab) == (True, False, (), 152064)
     late = read(QWEN_2_5_7B, use_sliding_window=True, sliding_window=64, max_window_layers=26)
     assert late.windows == (0,) * 26 + (64, 64)
-    told = ["sliding_attention"] + ["full_attention"] * 27
-    assert read(QWEN_2_5_7B, use_sliding_window=True, sliding_window=64, layer_types=told).windows == (64,) + (0,) * 27
+    reported = ["sliding_attention"] + ["full_attention"] * 27
+    assert (
+        read(QWEN_2_5_7B, use_sliding_window=True, sliding_window=64, layer_types=reported).windows == (64,) + (0,) * 27
+    )
     assert read(QWEN_2_5_7B, layer_types=["full_attention"] * 28, sliding_window=None) == config
     assert read(QWEN_2_5_7B, use_sliding_window=True, sliding_window=None).windows == ()
     yarn = {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}
@@ -372,8 +374,8 @@ def test_phi_3_lies_fused_and_serves_the_positions_of_its_short_factors():
     assert sizes(config) == (3072, 32, 32, 32, 96, 8192, 4096)
     assert config.windows == (2047,) * 32
     tensors, layer = hf_tensors(config), "model.layers.{i}"
-    qkv = HfTensor(f"{layer}.self_attn.qkv_proj.weight", (9216, 3072), True, Strip(6144, 3072, 9216))
-    gate_up = HfTensor(f"{layer}.mlp.gate_up_proj.weight", (16384, 3072), True, Strip(8192, 8192, 16384))
+    qkv = HfTensor(f"{layer}.self_attn.qkv_proj.weight", (9216, 3072), True, Stripe(6144, 3072, 9216))
+    gate_up = HfTensor(f"{layer}.mlp.gate_up_proj.weight", (16384, 3072), True, Stripe(8192, 8192, 16384))
     assert (tensors["layers/attention/v/kernel"], tensors["layers/mlp/up/kernel"]) == (qkv, gate_up)
     long = read(PHI_3_MINI_128K)
     assert long.max_positions == 4096 and long.rope.factor == pytest.approx(math.sqrt(1 + 5 / 12))
@@ -521,5 +523,5 @@ def test_the_table_names_every_tensor_that_transformers_saves_with_its_shape(nam
     assert config == decoder_config(settings, scalar_head=scalar_head)
     assert theirs.base_model_prefix + "." == base_prefix(config)
     assert tensor_names(config, hf_tensors(config)) == names
-    for layout in alternatives(config):
+    for layout in alternative_tensors(config):
         assert tensor_names(config, layout) == saved(save_original_format=False)

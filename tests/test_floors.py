@@ -10,7 +10,7 @@ from rlhf_jax.stages.table import STAGES
 PACKAGE = Path(__file__).parents[1] / "rlhf_jax"
 FLOORS = [
     ["config", "trees"],
-    ["mesh", "gpus", "collectives", "metrics", "objectives", "sampling"],
+    ["mesh", "hardware", "collectives", "metrics", "objectives", "sampling"],
     ["models", "data", "optim"],
     ["train_step", "decode", "checkpoint"],
     ["rollout"],
@@ -18,7 +18,7 @@ FLOORS = [
     ["stages"],
     ["evaluate"],
     ["recipe"],
-    ["plan", "show_data", "chat", "transfer", "serve", "report"],
+    ["plan", "show_data", "chat", "import_export", "serve", "report"],
     ["train"],
     [""],  # the package's own __init__, its public face
     ["cli"],
@@ -26,7 +26,7 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LEARNERS = ["stages", "engine", "rollout", "train_step", "decode", "sampling", "objectives", "models", "optim"]
-JUDGE = "data.assistant_judge"
+JUDGE = "data.builtin_judge"
 
 
 def name_of(path: Path, package: Path) -> str:
@@ -154,5 +154,5 @@ def test_an_import_is_judged_however_it_is_written(tmp_path, file, text, expecte
 
 
 def test_the_judge_is_found_through_a_chain_of_imports():
-    graph = {"stages.sft": {"data.batches"}, "data.batches": {"data.assistant"}, "data.assistant": {JUDGE}}
+    graph = {"stages.sft": {"data.batches"}, "data.batches": {"data.builtin"}, "data.builtin": {JUDGE}}
     assert JUDGE in reach(graph | {JUDGE: set(), "data": set(), "stages": set()}, "stages.sft")

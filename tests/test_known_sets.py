@@ -2,7 +2,7 @@
 
 Rows have all fields of the set, as its public description or its readers name them; the texts are made up. No set was
 at hand to look into but hh-rlhf and gsm8k. Where the description leaves open how a text looks (yitingxie, pvduy), the
-row is what DeepSpeed-Chat's reader makes sense of, and known.toml says so.
+row is what DeepSpeed-Chat's reader makes sense of, and known_sets.toml says so.
 """
 
 import tomllib
@@ -11,11 +11,10 @@ from typing import NamedTuple
 
 import pytest
 
+from rlhf_jax.data import mapping as module
 from rlhf_jax.data.config import SourceConfig
-from rlhf_jax.data.example import KINDS, BadRow, Example, Row
-from rlhf_jax.data.mapping import known as module
-from rlhf_jax.data.mapping.known import known_sets, resolved
-from rlhf_jax.data.mapping.mapper import mapper, serves
+from rlhf_jax.data.mapping import known_sets, make_mapper, provides, resolve_format
+from rlhf_jax.data.records import KINDS, BadRow, Example, Row
 
 
 def fill(answer: str) -> tuple[str, str, str]:
@@ -202,21 +201,21 @@ CASES = {
 
 
 def examples(row: dict, kind: str, path: str) -> list[Example]:
-    return mapper(resolved(SourceConfig(path)), kind)(Row(path, 1, row))
+    return make_mapper(resolve_format(SourceConfig(path)), kind)(Row(path, 1, row))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_row_of_a_known_set_gives_each_stage_what_is_in_it(name):
     row, question, *by_stage = CASES[name]
     turns = (("user", question),) if isinstance(question, str) else question
-    source = resolved(SourceConfig(name))
+    source = resolve_format(SourceConfig(name))
     for kind, wanted in zip(KINDS, by_stage, strict=True):
         assert examples(row, kind, name) == [Example(turns, *texts, source.path, 1) for texts in wanted]
-        assert serves(source, kind) == bool(wanted)
+        assert provides(source, kind) == bool(wanted)
 
 
 def test_every_known_set_has_a_case_here_and_sets_no_key_in_vain():
-    tables = tomllib.loads(resources.files(module.__package__).joinpath("known.toml").read_text(encoding="utf-8"))
+    tables = tomllib.loads(resources.files(module.__package__).joinpath("known_sets.toml").read_text(encoding="utf-8"))
     assert list(CASES) == sorted(tables, key=list(CASES).index) and set(known_sets()) == {n.casefold() for n in CASES}
     for name, table in tables.items():
         default = SourceConfig(name)
@@ -285,25 +284,25 @@ SPLITS = {
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_a_known_set_has_its_own_splits(name):
-    source = resolved(SourceConfig(name))
+    source = resolve_format(SourceConfig(name))
     assert (source.name, source.split, source.eval_split) == SPLITS[name]
 
 
 def test_letters_of_either_case_and_a_folder_before_the_name_are_the_same_set(tmp_path):
-    assert resolved(SourceConfig("STANFORDNLP/shp")) == resolved(SourceConfig("stanfordnlp/SHP"))
-    copy = resolved(SourceConfig("/data/stanfordnlp/SHP/"))
+    assert resolve_format(SourceConfig("STANFORDNLP/shp")) == resolve_format(SourceConfig("stanfordnlp/SHP"))
+    copy = resolve_format(SourceConfig("/data/stanfordnlp/SHP/"))
     assert (copy.path, copy.format, copy.eval_split) == ("/data/stanfordnlp/SHP/", "ranking", "validation")
-    assert resolved(SourceConfig("notstanfordnlp/SHP")).format == "fields"
-    assert resolved(SourceConfig("stanfordnlp/SHP2")).format == "fields"
+    assert resolve_format(SourceConfig("notstanfordnlp/SHP")).format == "fields"
+    assert resolve_format(SourceConfig("stanfordnlp/SHP2")).format == "fields"
 
 
 def test_a_local_copy_has_the_splits_of_the_set_only_where_it_was_saved_with_them(tmp_path):
     copy = tmp_path / "HuggingFaceH4" / "ultrachat_200k"
     copy.mkdir(parents=True)
-    files = resolved(SourceConfig(str(copy)))
+    files = resolve_format(SourceConfig(str(copy)))
     assert (files.path, files.format, files.split, files.eval_split) == (str(copy), "messages", "train", "")
     (copy / "dataset_dict.json").write_text('{"splits": ["train_sft", "test_sft"]}')
-    saved = resolved(SourceConfig(str(copy)))
+    saved = resolve_format(SourceConfig(str(copy)))
     assert (saved.path, saved.format, saved.split, saved.eval_split) == (
         str(copy),
         "messages",
@@ -313,10 +312,12 @@ def test_a_local_copy_has_the_splits_of_the_set_only_where_it_was_saved_with_the
 
 
 def test_a_name_of_deepspeed_chat_gives_way_to_the_name_on_the_hub_unless_it_is_a_folder_here(tmp_path, monkeypatch):
-    assert resolved(SourceConfig("mkqa-japanese")).path == resolved(SourceConfig("mkqa")).path == "apple/mkqa"
+    assert (
+        resolve_format(SourceConfig("mkqa-japanese")).path == resolve_format(SourceConfig("mkqa")).path == "apple/mkqa"
+    )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mkqa-Japanese").mkdir()
-    here = resolved(SourceConfig("mkqa-Japanese"))
+    here = resolve_format(SourceConfig("mkqa-Japanese"))
     assert (here.path, here.prompt) == ("mkqa-Japanese", "queries.ja")
 
 
@@ -324,7 +325,7 @@ def test_what_a_user_sets_stands_and_the_rest_is_what_is_known():
     source = SourceConfig(
         "apple/mkqa", prompt="queries.ko", answer="answers.ko.0.text", split="train[:10%]", weight=2.0
     )
-    full = resolved(source)
+    full = resolve_format(source)
     assert (full.prompt, full.answer, full.split, full.weight) == (
         "queries.ko",
         "answers.ko.0.text",
@@ -332,15 +333,18 @@ def test_what_a_user_sets_stands_and_the_rest_is_what_is_known():
         2.0,
     )
     assert (full.chosen, full.rejected, full.sparse, full.format) == ("", "", True, "fields")
-    assert resolved(SourceConfig("stanfordnlp/SHP", chosen="", scores=("labels", "labels"))).scores == ("labels",) * 2
+    assert (
+        resolve_format(SourceConfig("stanfordnlp/SHP", chosen="", scores=("labels", "labels"))).scores
+        == ("labels",) * 2
+    )
 
 
 def test_a_named_format_takes_nothing_of_what_is_known():
     source = SourceConfig("Dahoas/rm-static", format="fields")
-    assert resolved(source) == source
-    assert resolved(SourceConfig("Dahoas/rm-static", eval_path="held.jsonl")).eval_split == ""
+    assert resolve_format(source) == source
+    assert resolve_format(SourceConfig("Dahoas/rm-static", eval_path="held.jsonl")).eval_split == ""
 
 
 def test_resolving_twice_is_resolving_once():
     for name in [*CASES, "mine.jsonl"]:
-        assert resolved(resolved(SourceConfig(name))) == resolved(SourceConfig(name))
+        assert resolve_format(resolve_format(SourceConfig(name))) == resolve_format(SourceConfig(name))

@@ -7,9 +7,9 @@ import pytest
 import tiny
 
 from rlhf_jax.mesh import TRAIN, Layout, single_device_mesh
-from rlhf_jax.models.architecture import Compute
+from rlhf_jax.models.config import Compute
 from rlhf_jax.models.decoder import abstract_params, bind, init_params
-from rlhf_jax.models.lora import NO_LORA, LoraConfig, is_adapter, is_trainable, merge
+from rlhf_jax.models.lora import NO_LORA, LoraConfig, is_adapter, is_trainable, merge_adapters
 from rlhf_jax.trees import partition
 
 LINEARS = {
@@ -29,7 +29,7 @@ def hidden(config, params, lora=NO_LORA):
 def test_merge_by_hand_adds_twice_the_product_when_alpha_is_twice_the_rank():
     kernel, a, b = jnp.ones((1, 2, 2)), jnp.array([[[1.0], [2.0]]]), jnp.array([[[3.0, 4.0]]])
     params = {"layers/mlp/up/kernel": kernel, "layers/mlp/up/lora_a": a, "layers/mlp/up/lora_b": b, "score/kernel": a}
-    merged = merge(params, LoraConfig(rank=1, alpha=2.0))
+    merged = merge_adapters(params, LoraConfig(rank=1, alpha=2.0))
     assert merged.keys() == {"layers/mlp/up/kernel", "score/kernel"}
     np.testing.assert_array_equal(merged["layers/mlp/up/kernel"], [[[7.0, 9.0], [13.0, 17.0]]])
 
@@ -38,10 +38,10 @@ def test_merge_by_hand_adds_twice_the_product_when_alpha_is_twice_the_rank():
 def test_merged_adapters_equal_adapters_beside_the_base(family):
     config = tiny.FAMILIES[family]
     params = tiny.random_params(tiny.with_lora(config, tiny.LORA), single_device_mesh())
-    beside, merged = hidden(config, params, tiny.LORA), hidden(config, merge(params, tiny.LORA))
+    extra, merged = hidden(config, params, tiny.LORA), hidden(config, merge_adapters(params, tiny.LORA))
     base = hidden(config, {path: leaf for path, leaf in params.items() if not is_adapter(path)})
-    assert np.abs(beside - base).max() > 0.1, "adapters that do nothing show nothing"
-    np.testing.assert_allclose(merged, beside, atol=1e-5)
+    assert np.abs(extra - base).max() > 0.1, "adapters that do nothing show nothing"
+    np.testing.assert_allclose(merged, extra, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -51,7 +51,7 @@ def test_fresh_adapters_are_the_identity_and_merged_change_not_one_bit(family):
     adapters = init_params(tiny.with_lora(config, tiny.LORA), jax.random.key(3), layout, only=is_adapter)
     assert {path.split("/")[-1] for path in adapters} == {"lora_a", "lora_b"}
     np.testing.assert_allclose(hidden(config, base | adapters, tiny.LORA), hidden(config, base), atol=1e-5)
-    merged = merge(base | adapters, tiny.LORA)
+    merged = merge_adapters(base | adapters, tiny.LORA)
     for path in base:
         np.testing.assert_array_equal(merged[path], base[path], err_msg=path)
 
@@ -88,7 +88,7 @@ def test_two_targets_give_adapters_to_those_two_and_merge_leaves_the_others_alon
     assert {p for p in params if is_adapter(p)} == {
         f"layers/attention/{name}/lora_{side}" for name in "qv" for side in "ab"
     }
-    merged = merge(params, lora)
+    merged = merge_adapters(params, lora)
     changed = {path for path in merged if np.any(np.asarray(merged[path]) != np.asarray(params[path]))}
     assert changed == {"layers/attention/q/kernel", "layers/attention/v/kernel"}
 
@@ -98,7 +98,7 @@ def test_a_bfloat16_base_stays_bfloat16_and_is_rounded_once():
     arrays = tiny.random_arrays(tiny.with_lora(tiny.LLAMA, lora))
     kernel = arrays["layers/mlp/up/kernel"].astype(jnp.bfloat16)
     params = {path: jnp.asarray(array) for path, array in arrays.items()} | {"layers/mlp/up/kernel": kernel}
-    merged = merge(params, lora)["layers/mlp/up/kernel"]
+    merged = merge_adapters(params, lora)["layers/mlp/up/kernel"]
     product = arrays["layers/mlp/up/lora_a"].astype(np.float64) @ arrays["layers/mlp/up/lora_b"]
     exact = kernel.astype(np.float64) + 2.0 * product
     assert merged.dtype == jnp.bfloat16
@@ -115,13 +115,13 @@ def test_with_adapters_only_they_and_the_scalar_head_train_and_without_everythin
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "reported"),
     [
         ({"rank": 2, "targets": ("q_proj",)}, "no linear is called q_proj; choose among q, k, v, o, gate, up, down"),
         ({"rank": 2, "targets": ()}, "empty, so nothing would train"),
         ({"rank": -1}, "rank=-1: at least 0"),
     ],
 )
-def test_adapters_that_would_train_nothing_are_refused(settings, told):
-    with pytest.raises(ValueError, match=told):
+def test_adapters_that_would_train_nothing_are_refused(settings, reported):
+    with pytest.raises(ValueError, match=reported):
         LoraConfig(**settings)

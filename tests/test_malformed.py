@@ -22,12 +22,12 @@ from row_specs import SPECS, split_of
 from tiny_tokenizer import chatml_like, gpt2_like
 
 from rlhf_jax.cli import main
-from rlhf_jax.data import build
+from rlhf_jax.data import cache
+from rlhf_jax.data.chat_template import prepare_tokenizer
 from rlhf_jax.data.config import BUILTIN, DataConfig, SourceConfig
-from rlhf_jax.data.reading.lines import MAX_ROW
+from rlhf_jax.data.json_rows import MAX_ROW
 from rlhf_jax.data.rows import Rows
 from rlhf_jax.data.selection import NoRows, select_rows
-from rlhf_jax.data.template import prepare_tokenizer
 
 TOKENIZER = prepare_tokenizer(gpt2_like())
 MANY_BAD = 10  # bad rows that are allowed, where any are
@@ -43,12 +43,12 @@ def transcripts(i: int) -> dict:
     return {name: f"\n\nHuman: q{i}\n\nAssistant: {name} {i}" for name in ("chosen", "rejected")}
 
 
-def said(role: str, content: object) -> dict:
+def message(role: str, content: object) -> dict:
     return {"role": role, "content": content}
 
 
 def messages(i: int) -> dict:
-    return {"messages": [said("user", f"q{i}"), said("assistant", f"a{i}")]}
+    return {"messages": [message("user", f"q{i}"), message("assistant", f"a{i}")]}
 
 
 def conversations(i: int) -> dict:
@@ -79,7 +79,7 @@ MAPPINGS = {
 @dataclass(frozen=True)
 class Case:
     content: bytes
-    told: str  # of the strict run, {path} being the file; of what is no bad row, why it is dropped
+    reported: str  # of the strict run, {path} being the file; of what is no bad row, why it is dropped
     kept: int | None  # rows of the run that allows bad rows; None: no such run is possible
     bad: int = 1  # bad rows, 0: those that are left out are dropped with a reason
     stage: str = "sft"
@@ -95,26 +95,26 @@ def lines(*rows: dict | str | bytes) -> bytes:
     return b"".join(part + b"\n" for part in parts)
 
 
-def amid(row: dict | str | bytes, told: str, stage: str = "sft", good=pair, **options) -> Case:
+def middle_case(row: dict | str | bytes, reported: str, stage: str = "sft", good=pair, **options) -> Case:
     """The row as the third of five lines, the others being good."""
     content = lines(good(1), good(2), row, good(4), good(5))
     options["source"] = MAPPINGS[good] | options.get("source", {})
-    return Case(content, f"{{path}}, line 3: {told}", 4, stage=stage, **options)
+    return Case(content, f"{{path}}, line 3: {reported}", 4, stage=stage, **options)
 
 
-def dropped(row: dict, why: str, stage: str = "sft", good=pair, **options) -> Case:
-    return dataclasses.replace(amid(row, "", stage, good, **options), told=why, bad=0)
+def drop_case(row: dict, why: str, stage: str = "sft", good=pair, **options) -> Case:
+    return dataclasses.replace(middle_case(row, "", stage, good, **options), reported=why, bad=0)
 
 
-def but(row: dict, **fields: object) -> dict:
+def with_fields(row: dict, **fields: object) -> dict:
     return row | fields
 
 
-def damaged(name: str, content: bytes, told: str, kept: int | None, bad: int = 1) -> Case:
-    return Case(content, f"{{path}}{told}", kept, bad, name=name)
+def damaged_case(name: str, content: bytes, reported: str, kept: int | None, bad: int = 1) -> Case:
+    return Case(content, f"{{path}}{reported}", kept, bad, name=name)
 
 
-def written_parquet(names: list[str], columns: list[list]) -> bytes:
+def parquet_bytes(names: list[str], columns: list[list]) -> bytes:
     """In groups of two rows."""
     sink = io.BytesIO()
     pa.parquet.write_table(pa.Table.from_arrays([pa.array(each) for each in columns], names), sink, row_group_size=2)
@@ -124,7 +124,7 @@ def written_parquet(names: list[str], columns: list[list]) -> bytes:
 def parquet(**columns: list) -> bytes:
     """Four pairs, with other columns for some of theirs."""
     fields = {name: [pair(i)[name] for i in range(4)] for name in pair(0)} | columns
-    return written_parquet(list(fields), list(fields.values()))
+    return parquet_bytes(list(fields), list(fields.values()))
 
 
 PARQUET = parquet()
@@ -142,27 +142,27 @@ CHOSEN = f": field 'chosen' {TEXT}"
 ENDS, CANNOT = ", after row", "cannot be read any further"
 ROLES = {
     "an unknown role": (
-        [said("user", "q"), said("narrator", "a")],
+        [message("user", "q"), message("narrator", "a")],
         "has in message 2 what is none: its role 'narrator'",
     ),
     "a tool's answer": (
-        [said("user", "q"), said("tool", "4"), said("assistant", "a")],
+        [message("user", "q"), message("tool", "4"), message("assistant", "a")],
         "has in message 2 what is none",
     ),
     "a call of a tool": (
-        [said("user", "q"), said("assistant", "") | {"tool_calls": [{"id": 1}]}],
+        [message("user", "q"), message("assistant", "") | {"tool_calls": [{"id": 1}]}],
         "has in message 2 what is none: it calls a tool",
     ),
-    "no content": ([said("user", "q"), said("assistant", None)], "its content must be text, not NoneType"),
+    "no content": ([message("user", "q"), message("assistant", None)], "its content must be text, not NoneType"),
     "an image": (
-        [said("user", [{"type": "image_url", "image_url": {}}]), said("assistant", "a")],
+        [message("user", [{"type": "image_url", "image_url": {}}]), message("assistant", "a")],
         "of type 'image_url'",
     ),
     "no messages": ([], "has no assistant turn that answers a user turn"),
-    "no answer": ([said("user", "q")], "has no assistant turn that answers a user turn"),
-    "an answer before the question": ([said("assistant", "a"), said("user", "q")], "the assistant speaks first"),
+    "no answer": ([message("user", "q")], "has no assistant turn that answers a user turn"),
+    "an answer before the question": ([message("assistant", "a"), message("user", "q")], "the assistant speaks first"),
     "a system turn amid": (
-        [said("user", "q"), said("system", "s"), said("assistant", "a")],
+        [message("user", "q"), message("system", "s"), message("assistant", "a")],
         "a system turn comes after other turns; it must come first",
     ),
     "a message of a text": (["q", "a"], "has in message 1 what is none: it must be an object, not str"),
@@ -174,20 +174,22 @@ WRONG = {"number": (3, "int"), "null": (None, "NoneType"), "bool": (True, "bool"
 
 CASES: dict[str, Case] = {
     # JSON
-    "JSON that is cut": amid('{"prompt": "q", "chosen": "a"', "malformed JSON (Expecting ',' delimiter"),
-    "a comma too many": amid('{"prompt": "q", "chosen": "a",}', "malformed JSON ("),
-    "single quotes": amid("{'prompt': 'q', 'chosen': 'a'}", "malformed JSON (Expecting property name"),
-    "two objects in a line": amid(json.dumps(pair(3)) * 2, "malformed JSON (Extra data"),
-    "a word": amid("prompt", "malformed JSON (Expecting value"),
-    "a number": amid("3", "holds a int; there must be one object on every line"),
-    "a text": amid('"q"', "holds a str; there must be one object on every line"),
-    "a null": amid("null", "holds a NoneType; there must be one object on every line"),
-    "an array in a line": amid('["q", "a"]', "holds a list; there must be one object on every line"),
-    "JSON that is too deep": amid("[" * 100_000, "malformed JSON ("),
-    "a NUL byte": amid(b'{"prompt": "q\0", "chosen": "a"}', "malformed JSON (Invalid control character"),
-    "a surrogate in an escape": amid(r'{"prompt": "q", "chosen": "a \ud83d"}', f"field 'chosen' holds {HALF}"),
-    "bytes that are no UTF-8": amid(b'{"prompt": "q", "chosen": "a \xed\xa0\xbd"}', "malformed JSON ('utf-8' codec"),
-    "a line of 16 MiB": amid(json.dumps(pair(3) | {"note": "x" * MAX_ROW}), "longer than 16 MiB"),
+    "JSON that is cut": middle_case('{"prompt": "q", "chosen": "a"', "malformed JSON (Expecting ',' delimiter"),
+    "a comma too many": middle_case('{"prompt": "q", "chosen": "a",}', "malformed JSON ("),
+    "single quotes": middle_case("{'prompt': 'q', 'chosen': 'a'}", "malformed JSON (Expecting property name"),
+    "two objects in a line": middle_case(json.dumps(pair(3)) * 2, "malformed JSON (Extra data"),
+    "a word": middle_case("prompt", "malformed JSON (Expecting value"),
+    "a number": middle_case("3", "holds a int; there must be one object on every line"),
+    "a text": middle_case('"q"', "holds a str; there must be one object on every line"),
+    "a null": middle_case("null", "holds a NoneType; there must be one object on every line"),
+    "an array in a line": middle_case('["q", "a"]', "holds a list; there must be one object on every line"),
+    "JSON that is too deep": middle_case("[" * 100_000, "malformed JSON ("),
+    "a NUL byte": middle_case(b'{"prompt": "q\0", "chosen": "a"}', "malformed JSON (Invalid control character"),
+    "a surrogate in an escape": middle_case(r'{"prompt": "q", "chosen": "a \ud83d"}', f"field 'chosen' holds {HALF}"),
+    "bytes that are no UTF-8": middle_case(
+        b'{"prompt": "q", "chosen": "a \xed\xa0\xbd"}', "malformed JSON ('utf-8' codec"
+    ),
+    "a line of 16 MiB": middle_case(json.dumps(pair(3) | {"note": "x" * MAX_ROW}), "longer than 16 MiB"),
     "an array that breaks off": Case(
         ARRAY[: ARRAY.index(b'"q2"')], "{path}, row 3: malformed JSON (", 2, name="rows.json"
     ),
@@ -201,12 +203,18 @@ CASES: dict[str, Case] = {
         b'["a", "b"]', "{path}, row 1|: holds a str; the rows must be objects", 0, bad=2, name="rows.json"
     ),
     # Fields
-    "no field chosen": amid({"prompt": "q", "picked": "a"}, "no field 'chosen'; the fields are prompt, picked. Name"),
-    "no field prompt": amid({"question": "q", "chosen": "a"}, "no field 'prompt'; the fields are question, chosen."),
-    "no field rejected": amid({"prompt": "q", "chosen": "a"}, "no field 'rejected'; the fields are", "reward"),
-    "no fields": amid({}, "no field 'chosen'; the fields are none"),
+    "no field chosen": middle_case(
+        {"prompt": "q", "picked": "a"}, "no field 'chosen'; the fields are prompt, picked. Name"
+    ),
+    "no field prompt": middle_case(
+        {"question": "q", "chosen": "a"}, "no field 'prompt'; the fields are question, chosen."
+    ),
+    "no field rejected": middle_case({"prompt": "q", "chosen": "a"}, "no field 'rejected'; the fields are", "reward"),
+    "no fields": middle_case({}, "no field 'chosen'; the fields are none"),
     **{
-        f"a {kind} in {name}": amid(but(pair(3), **{name: value}), f"field '{name}' {TEXT} {type_name}", stage)
+        f"a {kind} in {name}": middle_case(
+            with_fields(pair(3), **{name: value}), f"field '{name}' {TEXT} {type_name}", stage
+        )
         for kind, (value, type_name) in WRONG.items()
         for name, stage in (("prompt", "ppo"), ("chosen", "sft"), ("rejected", "reward"))
     },
@@ -219,131 +227,143 @@ CASES: dict[str, Case] = {
         )
         for kind, (value, type_name) in WRONG.items()
     },
-    "texts in prompt": amid(but(pair(3), prompt=["q"]), "field 'prompt' has in message 1 what is none", "ppo"),
-    "texts in chosen": amid(but(pair(3), chosen=["a"]), "field 'chosen' has in message 1 what is none"),
-    "texts in rejected": amid(but(pair(3), rejected=["b"]), "field 'rejected' has in message 1 what is none", "reward"),
-    "empty prompt": dropped(but(pair(3), prompt=""), "empty prompt"),
-    "blank prompt": dropped(but(pair(3), prompt=" \n\t"), "empty prompt", "ppo"),
-    "empty answer": dropped(but(pair(3), chosen=""), "empty answer"),
-    "blank answer": dropped(but(pair(3), chosen=" \n"), "empty answer", "reward"),
-    "blank rejected": dropped(but(pair(3), rejected="  "), "empty answer", "reward"),
-    "an equal pair": dropped(but(pair(3), rejected="good 3 "), "chosen and rejected equal", "reward"),
-    "a pair that is equal once cut": dropped(
-        but(pair(3), chosen="x" * 99 + "y", rejected="x" * 99 + "z"),
+    "texts in prompt": middle_case(
+        with_fields(pair(3), prompt=["q"]), "field 'prompt' has in message 1 what is none", "ppo"
+    ),
+    "texts in chosen": middle_case(with_fields(pair(3), chosen=["a"]), "field 'chosen' has in message 1 what is none"),
+    "texts in rejected": middle_case(
+        with_fields(pair(3), rejected=["b"]), "field 'rejected' has in message 1 what is none", "reward"
+    ),
+    "empty prompt": drop_case(with_fields(pair(3), prompt=""), "empty prompt"),
+    "blank prompt": drop_case(with_fields(pair(3), prompt=" \n\t"), "empty prompt", "ppo"),
+    "empty answer": drop_case(with_fields(pair(3), chosen=""), "empty answer"),
+    "blank answer": drop_case(with_fields(pair(3), chosen=" \n"), "empty answer", "reward"),
+    "blank rejected": drop_case(with_fields(pair(3), rejected="  "), "empty answer", "reward"),
+    "an equal pair": drop_case(with_fields(pair(3), rejected="good 3 "), "chosen and rejected equal", "reward"),
+    "a pair that is equal once cut": drop_case(
+        with_fields(pair(3), chosen="x" * 99 + "y", rejected="x" * 99 + "z"),
         "chosen and rejected equal",
         "reward",
         config={"max_prompt_length": 40, "max_length": 60},
     ),
-    "a long prompt": dropped(but(pair(3), prompt="x" * 300), "prompt over 256 tokens"),
+    "a long prompt": drop_case(with_fields(pair(3), prompt="x" * 300), "prompt over 256 tokens"),
     # Transcripts
-    "another prompt": amid(
-        but(transcripts(3), rejected="\n\nHuman: p\n\nAssistant: b"),
+    "another prompt": middle_case(
+        with_fields(transcripts(3), rejected="\n\nHuman: p\n\nAssistant: b"),
         "chosen and rejected answer different prompts; only the last turn may differ",
         "reward",
         transcripts,
     ),
-    "nobody answers": amid(
-        but(transcripts(3), chosen="\n\nHuman: q"), "field 'chosen': no transcript", good=transcripts
+    "nobody answers": middle_case(
+        with_fields(transcripts(3), chosen="\n\nHuman: q"), "field 'chosen': no transcript", good=transcripts
     ),
-    "nobody asks": amid(
-        but(transcripts(3), chosen="\n\nAssistant: a"), "field 'chosen': no transcript", "reward", transcripts
+    "nobody asks": middle_case(
+        with_fields(transcripts(3), chosen="\n\nAssistant: a"), "field 'chosen': no transcript", "reward", transcripts
     ),
-    "words before the first speaker": amid(
-        but(transcripts(3), chosen="Well.\n\nHuman: q\n\nAssistant: a"),
+    "words before the first speaker": middle_case(
+        with_fields(transcripts(3), chosen="Well.\n\nHuman: q\n\nAssistant: a"),
         "field 'chosen': no transcript: a turn 'Human: ...' must come first",
         "sft",
         transcripts,
     ),
-    "a transcript that is null": amid(
-        but(transcripts(3), chosen=None), "field 'chosen' must be text, not NoneType", "sft", transcripts
+    "a transcript that is null": middle_case(
+        with_fields(transcripts(3), chosen=None), "field 'chosen' must be text, not NoneType", "sft", transcripts
     ),
-    "a transcript whose answer is empty": dropped(
-        but(transcripts(3), chosen="\n\nHuman: q\n\nAssistant:"), "empty answer", "sft", transcripts
+    "a transcript whose answer is empty": drop_case(
+        with_fields(transcripts(3), chosen="\n\nHuman: q\n\nAssistant:"), "empty answer", "sft", transcripts
     ),
     # Messages, ShareGPT, Alpaca, rankings
     **{
-        f"messages with {fault}": amid({"messages": value}, f"field 'messages' |{told}", good=messages)
-        for fault, (value, told) in ROLES.items()
+        f"messages with {fault}": middle_case({"messages": value}, f"field 'messages' |{reported}", good=messages)
+        for fault, (value, reported) in ROLES.items()
     },
-    "messages without the field": amid({"turns": []}, "no field 'messages'; the fields are turns", good=messages),
-    "an unknown speaker": amid(
+    "messages without the field": middle_case(
+        {"turns": []}, "no field 'messages'; the fields are turns", good=messages
+    ),
+    "an unknown speaker": middle_case(
         {"conversations": [{"from": "human", "value": "q"}, {"from": "moon", "value": "a"}]},
         "field 'conversations' has in message 2 what is none: its role 'moon' is none of",
         good=conversations,
     ),
-    "a speaker who says nothing": amid(
+    "a speaker who says nothing": middle_case(
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt"}]},
         "field 'conversations' has in message 2 what is none: it wants role and content",
         good=conversations,
     ),
-    "Alpaca without output": amid({"instruction": "q", "input": ""}, "no field 'output'", good=instruction),
-    "Alpaca with a null for the output": amid(
-        but(instruction(3), output=None), "field 'output' must be text, not NoneType", good=instruction
+    "Alpaca without output": middle_case({"instruction": "q", "input": ""}, "no field 'output'", good=instruction),
+    "Alpaca with a null for the output": middle_case(
+        with_fields(instruction(3), output=None), "field 'output' must be text, not NoneType", good=instruction
     ),
-    "Alpaca with an empty output": dropped(but(instruction(3), output=" "), "empty answer", good=instruction),
-    "a score too few": amid(but(ranking(3), scores=[1]), "2 answers have 1 scores", "reward", ranking),
-    "a score that is no number": amid(
-        lines(but(ranking(3), scores=[1, float("nan")])).strip(),
+    "Alpaca with an empty output": drop_case(with_fields(instruction(3), output=" "), "empty answer", good=instruction),
+    "a score too few": middle_case(with_fields(ranking(3), scores=[1]), "2 answers have 1 scores", "reward", ranking),
+    "a score that is no number": middle_case(
+        lines(with_fields(ranking(3), scores=[1, float("nan")])).strip(),
         "field 'scores' holds as number 2 what must be a number, not nan",
         "reward",
         ranking,
     ),
-    "a score that is a text": amid(
-        but(ranking(3), scores=["high", 1]), "field 'scores' holds as number 1", good=ranking
+    "a score that is a text": middle_case(
+        with_fields(ranking(3), scores=["high", 1]), "field 'scores' holds as number 1", good=ranking
     ),
-    "answers that are text": amid(but(ranking(3), answers="a"), "field 'answers' must be a list, not", good=ranking),
-    "no answers": amid(but(ranking(3), answers=[], scores=[]), "field 'answers' holds no answers", "sft", ranking),
+    "answers that are text": middle_case(
+        with_fields(ranking(3), answers="a"), "field 'answers' must be a list, not", good=ranking
+    ),
+    "no answers": middle_case(
+        with_fields(ranking(3), answers=[], scores=[]), "field 'answers' holds no answers", "sft", ranking
+    ),
     # Files
-    "an empty file": damaged("rows.jsonl", b"", ": holds no rows, it is empty", None),
-    "blank lines": damaged("rows.jsonl", b"\n \n\t\n", ": holds no rows", None),
-    "an unknown ending": damaged("rows.xml", b"a", ": unknown ending; the known ones are .jsonl", None),
-    "UTF-16": damaged(
+    "an empty file": damaged_case("rows.jsonl", b"", ": holds no rows, it is empty", None),
+    "blank lines": damaged_case("rows.jsonl", b"\n \n\t\n", ": holds no rows", None),
+    "an unknown ending": damaged_case("rows.xml", b"a", ": unknown ending; the known ones are .jsonl", None),
+    "UTF-16": damaged_case(
         "rows.jsonl", lines(pair(1)).decode().encode("utf-16"), f"{ENDS} 0: {CANNOT}: the text is UTF-16", 0
     ),
-    "gzip that is cut": damaged(
+    "gzip that is cut": damaged_case(
         "rows.jsonl.gz", CUT_GZ, f"{ENDS} {IN_CUT_GZ}: {CANNOT}: Compressed file ended", IN_CUT_GZ
     ),
-    "gzip with something behind it": damaged(
+    "gzip with something behind it": damaged_case(
         "rows.jsonl.gz", gzip.compress(FOUR) + b"no gzip", f"{ENDS} 4: {CANNOT}: Not a gzipped file", 4
     ),
-    "what is no gzip": damaged("rows.jsonl.gz", FOUR, f"{ENDS} 0: {CANNOT}: Not a gzipped file", 0),
-    "Zstandard that is cut": damaged(
+    "what is no gzip": damaged_case("rows.jsonl.gz", FOUR, f"{ENDS} 0: {CANNOT}: Not a gzipped file", 0),
+    "Zstandard that is cut": damaged_case(
         "rows.jsonl.zst", CUT_ZST, f"{ENDS} {IN_CUT_ZST}: {CANNOT}: Truncated", IN_CUT_ZST
     ),
-    "what is no Zstandard": damaged("rows.jsonl.zst", FOUR, f"{ENDS} 0: {CANNOT}", 0),
-    "what is no Parquet": damaged("rows.parquet", FOUR, f"{ENDS} 0: {CANNOT}: Parquet magic", 0),
-    "Parquet that is cut": damaged("rows.parquet", PARQUET[:-9], f"{ENDS} 0: {CANNOT}: Parquet", 0),
-    "Parquet with numbers": damaged("rows.parquet", parquet(chosen=[1, 2, 3, 4]), f", row 1|{CHOSEN} int", 0, 4),
-    "Parquet with nulls": damaged(
+    "what is no Zstandard": damaged_case("rows.jsonl.zst", FOUR, f"{ENDS} 0: {CANNOT}", 0),
+    "what is no Parquet": damaged_case("rows.parquet", FOUR, f"{ENDS} 0: {CANNOT}: Parquet magic", 0),
+    "Parquet that is cut": damaged_case("rows.parquet", PARQUET[:-9], f"{ENDS} 0: {CANNOT}: Parquet", 0),
+    "Parquet with numbers": damaged_case("rows.parquet", parquet(chosen=[1, 2, 3, 4]), f", row 1|{CHOSEN} int", 0, 4),
+    "Parquet with nulls": damaged_case(
         "rows.parquet", parquet(chosen=["a", None, "b", "c"]), f", row 2{CHOSEN} NoneType", 3
     ),
-    "Parquet with bytes": damaged("rows.parquet", parquet(chosen=[b"a"] * 4), f", row 1|{CHOSEN} bytes", 0, 4),
-    "Parquet with a column named twice": damaged(
+    "Parquet with bytes": damaged_case("rows.parquet", parquet(chosen=[b"a"] * 4), f", row 1|{CHOSEN} bytes", 0, 4),
+    "Parquet with a column named twice": damaged_case(
         "rows.parquet",
-        written_parquet(["prompt", "prompt"], [["q"], ["a"]]),
+        parquet_bytes(["prompt", "prompt"], [["q"], ["a"]]),
         f"{ENDS} 0: {CANNOT}: columns must be named once",
         0,
     ),
-    "what is no Arrow": damaged("rows.arrow", FOUR, f"{ENDS} 0: {CANNOT}", 0),
-    "CSV with a short row": damaged("rows.csv", CSV % b"q,a", ", row 2: has 2 columns, and 3 are named", 2),
-    "CSV with a long row": damaged("rows.csv", CSV % b"q,a,b,c", ", row 2: has 4 columns, and 3 are named", 2),
-    "CSV with a quote left open": damaged("rows.csv", CSV % b'q,"a,b', ", row 2: malformed CSV (unexpected end", 2),
-    "CSV with bytes that are no UTF-8": damaged(
+    "what is no Arrow": damaged_case("rows.arrow", FOUR, f"{ENDS} 0: {CANNOT}", 0),
+    "CSV with a short row": damaged_case("rows.csv", CSV % b"q,a", ", row 2: has 2 columns, and 3 are named", 2),
+    "CSV with a long row": damaged_case("rows.csv", CSV % b"q,a,b,c", ", row 2: has 4 columns, and 3 are named", 2),
+    "CSV with a quote left open": damaged_case(
+        "rows.csv", CSV % b'q,"a,b', ", row 2: malformed CSV (unexpected end", 2
+    ),
+    "CSV with bytes that are no UTF-8": damaged_case(
         "rows.csv", CSV % b"q,a\xff,b", ", row 2: field 'chosen' is not UTF-8", 2
     ),
-    "CSV with NUL bytes": damaged("rows.csv", CSV % b"q,a\0,b", ", row 2: |NUL", 2),
-    "CSV with other columns": damaged(
+    "CSV with NUL bytes": damaged_case("rows.csv", CSV % b"q,a\0,b", ", row 2: |NUL", 2),
+    "CSV with other columns": damaged_case(
         "rows.csv",
         b"question,answer\nq,a\np,b\n",
         ", row 1|: no field 'chosen'; the fields are question, answer. Name the right ones in data.sources",
         0,
         2,
     ),
-    "CSV with a column named twice": damaged(
+    "CSV with a column named twice": damaged_case(
         "rows.csv", b"prompt,prompt\nq,a\n", ", names of the columns: columns must be named once", 0
     ),
     "text that is no UTF-8": dataclasses.replace(
-        damaged("rows.txt", b"one\n\xff\xfe\xfd\nthree\n", ", line 2: not UTF-8", 2), source={"format": "text"}
+        damaged_case("rows.txt", b"one\n\xff\xfe\xfd\nthree\n", ", line 2: not UTF-8", 2), source={"format": "text"}
     ),
 }
 
@@ -354,7 +374,7 @@ def config_of(case: Case, path: Path, **changes) -> DataConfig:
     return DataConfig((source,), **{"split": split_of(split), "held_out": 0.0} | case.config | changes)
 
 
-def written(folder: Path, case: Case) -> Path:
+def write_case(folder: Path, case: Case) -> Path:
     path = folder / case.name
     path.write_bytes(case.content)
     return path
@@ -364,8 +384,8 @@ def rows_of(case: Case, config: DataConfig) -> Rows:
     return select_rows(config, TOKENIZER, SPECS[case.stage], held_out=False)
 
 
-def assert_told(case: Case, path: Path, text: str) -> None:
-    for part in case.told.replace("{path}", str(path)).split("|"):
+def assert_reported(case: Case, path: Path, text: str) -> None:
+    for part in case.reported.replace("{path}", str(path)).split("|"):
         assert part in text
 
 
@@ -380,31 +400,31 @@ def test_the_table_is_as_long_as_it_claims():
 @pytest.mark.parametrize("name", BAD)
 def test_a_fault_stops_the_run_with_its_file_row_and_field(tmp_path, name):
     case = CASES[name]
-    path = written(tmp_path, case)
+    path = write_case(tmp_path, case)
     with pytest.raises(ValueError) as refused:
         rows_of(case, config_of(case, path))
-    assert_told(case, path, str(refused.value))
+    assert_reported(case, path, str(refused.value))
     assert case.kept is None or "raise data.max_bad_rows" in str(refused.value)
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_fault_that_is_allowed_is_counted_and_costs_no_good_row(tmp_path, name):
     case = CASES[name]
-    path = written(tmp_path, case)
+    path = write_case(tmp_path, case)
     config = config_of(case, path, max_bad_rows=MANY_BAD)
     if not case.kept:
         with pytest.raises(ValueError) as refused:
             rows_of(case, config)
-        assert_told(case, path, str(refused.value))
+        assert_reported(case, path, str(refused.value))
         # What cannot be used at all is so with bad rows too; what is bad throughout has no rows left.
         assert isinstance(refused.value, NoRows) == (case.kept == 0)
         assert case.kept is None or f"(0 rows, {case.bad} bad rows left out: " in str(refused.value)
         return
     rows = rows_of(case, config)
     (part,) = rows.parts
-    assert len(rows) == case.kept and part.tally.bad == case.bad
+    assert len(rows) == case.kept and part.stats.bad == case.bad
     assert rows.report.startswith(f"{case.kept:,} rows, {case.bad} bad rows left out: ")
-    assert_told(case, path, rows.report)
+    assert_reported(case, path, rows.report)
     # One fewer is allowed, and the run stops, though the tokens are kept by now.
     with pytest.raises(ValueError, match="raise data.max_bad_rows"):
         rows_of(case, config_of(case, path, max_bad_rows=case.bad - 1))
@@ -413,9 +433,9 @@ def test_a_fault_that_is_allowed_is_counted_and_costs_no_good_row(tmp_path, name
 @pytest.mark.parametrize("name", DROPPED)
 def test_a_row_with_nothing_to_learn_is_dropped_with_its_reason_and_is_no_fault(tmp_path, name):
     case = CASES[name]
-    rows = rows_of(case, config_of(case, written(tmp_path, case)))
-    assert rows.report.startswith(f"4 rows, 1 dropped: {case.told}")
-    assert [part.tally.bad for part in rows.parts] == [0]
+    rows = rows_of(case, config_of(case, write_case(tmp_path, case)))
+    assert rows.report.startswith(f"4 rows, 1 dropped: {case.reported}")
+    assert [part.stats.bad for part in rows.parts] == [0]
 
 
 @pytest.fixture(scope="module")
@@ -464,23 +484,23 @@ SAMPLE = [
 @pytest.mark.parametrize("name", SAMPLE)
 def test_the_command_that_shows_data_tells_a_fault_in_one_line(tmp_path, capsys, model, name):
     case = CASES[name]
-    path = written(tmp_path, case)
+    path = write_case(tmp_path, case)
     error = one_line(capsys, "data", recipe_of(tmp_path, config_of(case, path), model))
-    assert_told(case, path, error)
+    assert_reported(case, path, error)
 
 
 @pytest.mark.parametrize("name", [*SAMPLE, "messages with an unknown role", "CSV with other columns", "nobody answers"])
 def test_training_tells_a_fault_in_one_line(tmp_path, capsys, name):
     case = CASES[name]
-    path = written(tmp_path, case)
+    path = write_case(tmp_path, case)
     recipe = recipe_of(tmp_path, config_of(case, path), "new")
     error = one_line(capsys, "sft", recipe, f"run.dir={tmp_path / 'run'}", "model.new.vocab_size=300")
-    assert_told(case, path, error)
+    assert_reported(case, path, error)
 
 
 def test_the_command_that_shows_data_goes_on_with_what_is_allowed(tmp_path, capsys, model):
     case = CASES["a number in chosen"]
-    path = written(tmp_path, case)
+    path = write_case(tmp_path, case)
     recipe = recipe_of(tmp_path, config_of(case, path), model)
     assert main(["data", str(recipe), "data.max_bad_rows=1"]) == 0
     assert f"{path}, line 3: field 'chosen' {TEXT} int" in capsys.readouterr().out
@@ -506,7 +526,7 @@ def test_the_command_that_shows_data_goes_on_with_what_is_allowed(tmp_path, caps
 )
 def test_what_only_looks_odd_is_read_without_complaint(tmp_path, name, content):
     case = Case(content, "", 2, name=name)
-    rows = rows_of(case, config_of(case, written(tmp_path, case)))
+    rows = rows_of(case, config_of(case, write_case(tmp_path, case)))
     assert rows.report == "2 rows"
 
 
@@ -518,11 +538,11 @@ GOOD = Case(lines(*map(pair, range(6))), "", 6)
 
 def good(folder: Path, **source) -> DataConfig:
     case = dataclasses.replace(GOOD, source=source)
-    return config_of(case, written(folder, case))
+    return config_of(case, write_case(folder, case))
 
 
 @pytest.mark.parametrize(
-    ("place", "told"),
+    ("place", "reported"),
     [
         ("gone.jsonl", "gone.jsonl: no such file; the folder here is"),
         ("./gone", "./gone: no such file"),
@@ -532,14 +552,14 @@ def good(folder: Path, **source) -> DataConfig:
         ("builtin:helper", "there is no built-in set 'builtin:helper', only 'builtin:assistant'"),
     ],
 )
-def test_a_place_without_rows_is_named(tmp_path, monkeypatch, capsys, model, place, told):
+def test_a_place_without_rows_is_named(tmp_path, monkeypatch, capsys, model, place, reported):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/readme.md").write_text("x")
     error = one_line(
         capsys, "data", recipe_of(tmp_path, config_of(GOOD, Path("x")), model), f'data.sources=[{{path="{place}"}}]'
     )
-    assert told in error
+    assert reported in error
 
 
 def test_a_source_without_a_path_is_refused_when_it_is_made():
@@ -556,17 +576,17 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("what", ["file", "folder", "glob", "built-in"])
 def test_a_split_of_files_that_have_none_is_refused(tmp_path, what):
-    written(tmp_path, GOOD)
+    write_case(tmp_path, GOOD)
     path = {"file": tmp_path / "rows.jsonl", "folder": tmp_path, "glob": tmp_path / "*.jsonl", "built-in": BUILTIN}[
         what
     ]
-    for key, mend in (("split", "data.sources.path"), ("eval_split", "data.sources.eval_path")):
+    for key, fix in (("split", "data.sources.path"), ("eval_split", "data.sources.eval_path")):
         config = config_of(dataclasses.replace(GOOD, source={key: "test"}), path)
         for held_out in (False, True):
             with pytest.raises(ValueError) as refused:
                 select_rows(config, TOKENIZER, SPECS["sft"], held_out=held_out)
             assert f"{path}: has no splits, so data.sources.{key} = 'test' cannot be read of it" in str(refused.value)
-            assert mend in str(refused.value)
+            assert fix in str(refused.value)
 
 
 # What is held out.
@@ -583,9 +603,9 @@ def test_a_bad_row_of_the_evaluation_file_is_named_or_counted(tmp_path):
     held = tmp_path / "held.jsonl"
     held.write_bytes(lines(pair(11), {"prompt": 3, "chosen": "a"}, pair(12)))
     config = good(tmp_path, eval_path=str(held))
-    told = rf"{held}, line 2: field 'prompt' {TEXT} int"
+    reported = rf"{held}, line 2: field 'prompt' {TEXT} int"
     for held_out, kept in ((False, 6), (True, 2)):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=reported):
             select_rows(config, TOKENIZER, SPECS["sft"], held_out=held_out)
         tolerant = dataclasses.replace(config, max_bad_rows=1)
         assert len(select_rows(tolerant, TOKENIZER, SPECS["sft"], held_out=held_out)) == kept
@@ -595,8 +615,8 @@ def test_a_prompt_of_the_evaluation_file_is_taken_out_of_training_and_counted(tm
     held = tmp_path / "held.jsonl"
     held.write_bytes(lines(pair(3), pair(4) | {"prompt": " q4\n"}, pair(11)))
     config = good(tmp_path, eval_path=str(held))
-    told = "2 dropped: prompt held out by eval_path or eval_split"
-    assert rows_of(GOOD, config).report == f"4 rows, {told}"
+    reported = "2 dropped: prompt held out by eval_path or eval_split"
+    assert rows_of(GOOD, config).report == f"4 rows, {reported}"
     assert select_rows(config, TOKENIZER, SPECS["sft"], held_out=True).report == "3 rows"
     held.write_bytes(GOOD.content)
     with pytest.raises(NoRows, match=r"no rows to train on \(0 rows, 6 dropped: prompt held out by eval_path"):
@@ -604,14 +624,14 @@ def test_a_prompt_of_the_evaluation_file_is_taken_out_of_training_and_counted(tm
 
 
 @pytest.mark.parametrize(
-    ("stage", "mend"),
+    ("stage", "fix"),
     [
         ("sft", "give a source an eval_path, or set sft.eval_batches=0"),
         ("ppo", "raise data.held_out, or give a source"),
     ],
 )
-def test_without_held_out_rows_the_mends_are_keys_that_the_stage_has(tmp_path, stage, mend):
-    with pytest.raises(NoRows, match=f"{stage}: there are no held-out rows to measure on .*{mend}"):
+def test_without_held_out_rows_the_mends_are_keys_that_the_stage_has(tmp_path, stage, fix):
+    with pytest.raises(NoRows, match=f"{stage}: there are no held-out rows to measure on .*{fix}"):
         select_rows(good(tmp_path), TOKENIZER, SPECS[stage], held_out=True)
 
 
@@ -620,7 +640,7 @@ def test_without_held_out_rows_the_mends_are_keys_that_the_stage_has(tmp_path, s
 
 def test_a_set_of_prompts_alone_has_nothing_for_the_reward_stage(tmp_path):
     case = Case(lines(*({"prompt": f"q{i}"} for i in range(4))), "", 4, stage="reward")
-    path = written(tmp_path, case)
+    path = write_case(tmp_path, case)
     with pytest.raises(ValueError) as refused:
         rows_of(case, config_of(case, path))
     places = ", ".join(f"{path}, line {i}" for i in (1, 2, 3))
@@ -636,8 +656,8 @@ def test_a_set_of_prompts_alone_has_nothing_for_the_reward_stage(tmp_path):
 
 
 def test_a_long_answer_is_cut_and_counted(tmp_path):
-    case = amid(but(pair(3), chosen="x" * 300), "", config={"max_prompt_length": 40, "max_length": 60})
-    assert rows_of(case, config_of(case, written(tmp_path, case))).report == "5 rows, 1 cut at 60 tokens"
+    case = middle_case(with_fields(pair(3), chosen="x" * 300), "", config={"max_prompt_length": 40, "max_length": 60})
+    assert rows_of(case, config_of(case, write_case(tmp_path, case))).report == "5 rows, 1 cut at 60 tokens"
 
 
 # Templates.
@@ -652,15 +672,15 @@ EACH = "{% for message in messages %}{{ message['role'] + message['content'] }}{
 
 def test_a_row_that_the_template_refuses_is_named_or_counted(tmp_path):
     config, tokenizer = good(tmp_path), prepare_tokenizer(gpt2_like(), REFUSING)
-    told = "rows.jsonl, line 4: the tokenizer's chat template refuses a dialogue: no q3; data.template puts another"
-    with pytest.raises(ValueError, match=told):
+    reported = "rows.jsonl, line 4: the tokenizer's chat template refuses a dialogue: no q3; data.template puts another"
+    with pytest.raises(ValueError, match=reported):
         select_rows(config, tokenizer, SPECS["sft"], held_out=False)
     rows = select_rows(dataclasses.replace(config, max_bad_rows=1), tokenizer, SPECS["sft"], held_out=False)
     assert len(rows) == 5 and "1 bad rows left out" in rows.report
 
 
 @pytest.mark.parametrize(
-    ("template", "told"),
+    ("template", "reported"),
     [
         ("{% for m in messages %}{{ m.content }", "refuses a dialogue: unexpected '}'; data.template"),
         ("{{ messages[9].content }}", "refuses a dialogue: list object has no element 9; data.template"),
@@ -675,14 +695,14 @@ def test_a_row_that_the_template_refuses_is_named_or_counted(tmp_path):
         ("{{ messages[0].content }}", "writes nothing of the answer 'good 0': mend data.template"),
     ],
 )
-def test_a_template_that_cannot_be_used_is_told_with_the_first_row(tmp_path, template, told):
+def test_a_template_that_cannot_be_used_is_told_with_the_first_row(tmp_path, template, reported):
     with pytest.raises(ValueError) as refused:
         select_rows(good(tmp_path), gpt2_like(chat_template=template), SPECS["sft"], held_out=False)
-    assert "rows.jsonl, line 1" in str(refused.value) and told in str(refused.value)
+    assert "rows.jsonl, line 1" in str(refused.value) and reported in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("template", "told"),
+    ("template", "reported"),
     [
         ("{% for m in messages %}{{ m.content }", "data.template, line 1: no Jinja template: unexpected '}'"),
         (
@@ -693,12 +713,12 @@ def test_a_template_that_cannot_be_used_is_told_with_the_first_row(tmp_path, tem
     ],
 )
 def test_a_template_of_the_configuration_that_is_none_is_told_in_one_line(
-    tmp_path, monkeypatch, capsys, model, template, told
+    tmp_path, monkeypatch, capsys, model, template, reported
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bytes.jinja").write_bytes(b"\xff{{")
     recipe = recipe_of(tmp_path, good(tmp_path), model)
-    assert told in one_line(capsys, "data", recipe, f"data.template={template}")
+    assert reported in one_line(capsys, "data", recipe, f"data.template={template}")
 
 
 def test_the_template_may_be_a_file(tmp_path, capsys, model):
@@ -724,13 +744,13 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch, where):
     def refuse(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(build, where, refuse)
+    monkeypatch.setattr(cache, where, refuse)
     config = dataclasses.replace(good(tmp_path), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"cache: tokenised rows cannot be kept there \(No space left on device\)"):
         rows_of(GOOD, config)
 
 
-def emptied(folder: Path) -> None:
+def write_empty(folder: Path) -> None:
     """A sound file of the same columns, without rows."""
     schema = pa.ipc.open_file(pa.py_buffer((folder / "rows.arrow").read_bytes())).schema
     with pa.ipc.new_file(str(folder / "rows.arrow"), schema):
@@ -738,7 +758,7 @@ def emptied(folder: Path) -> None:
 
 
 SPOILT = {
-    "fewer rows than the report says": emptied,
+    "fewer rows than the report says": write_empty,
     "nothing": lambda folder: [path.unlink() for path in folder.iterdir()],
     "no report": lambda folder: (folder / "report.json").unlink(),
     "no rows": lambda folder: (folder / "rows.arrow").unlink(),
@@ -765,7 +785,7 @@ def test_tokenised_rows_that_are_damaged_are_made_anew_and_that_is_said(tmp_path
 
 def test_a_bad_row_of_a_copy_is_named_where_the_copy_lies(tmp_path):
     case = CASES["a number in chosen"]
-    places = [written(tmp_path, case)]
+    places = [write_case(tmp_path, case)]
     for name in ("copy.jsonl", "folder"):
         (tmp_path / "folder").mkdir(exist_ok=True)
         target = tmp_path / "folder" / "rows.jsonl" if name == "folder" else tmp_path / name
@@ -783,7 +803,7 @@ def test_what_a_broken_run_leaves_is_not_taken_for_rows(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(build.os, "fsync", killed)
+        patch.setattr(cache.os, "fsync", killed)
         with pytest.raises(KeyboardInterrupt):
             rows_of(GOOD, config)
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
@@ -795,7 +815,7 @@ def test_what_a_broken_run_leaves_is_not_taken_for_rows(tmp_path, monkeypatch):
 
 def test_a_run_whose_data_have_changed_is_not_resumed(tmp_path, capsys):
     case = Case(lines(*map(pair, range(40))), "", 40)
-    path = written(tmp_path, case)
+    path = write_case(tmp_path, case)
     recipe = tiny_recipe.write_recipe(tmp_path)
     options = ["data.split=1,0,0", f'data.sources=[{{path="{path}"}}]', "sft.steps=2", f"run.dir={tmp_path / 'run'}"]
     assert tiny_recipe.run("sft", recipe, *options) == 0

@@ -10,12 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_jax.config import dump, parse
+from rlhf_jax.config import dump_config, parse_config
 from rlhf_jax.data.config import SourceConfig
-from rlhf_jax.data.example import KINDS, BadRow, Example, Row
-from rlhf_jax.data.mapping.dialogues import parse_transcript
-from rlhf_jax.data.mapping.known import resolved
-from rlhf_jax.data.mapping.mapper import mapper, serves
+from rlhf_jax.data.dialogues import parse_transcript
+from rlhf_jax.data.mapping import make_mapper, provides, resolve_format
+from rlhf_jax.data.records import KINDS, BadRow, Example, Row
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data at {REAL}")
@@ -25,14 +24,14 @@ ASKED = (("user", "q"),)
 def examples(fields, kind="demonstration", **source) -> list[Example]:
     """What the row gives, as row 7 of rows.jsonl, with the key `format` as `form`."""
     source["format"] = source.pop("form", "")
-    return mapper(resolved(SourceConfig("rows.jsonl", **source)), kind)(Row("rows.jsonl", 7, fields))
+    return make_mapper(resolve_format(SourceConfig("rows.jsonl", **source)), kind)(Row("rows.jsonl", 7, fields))
 
 
 def example(turns, answer="", chosen="", rejected="", text="") -> Example:
     return Example(turns, answer, chosen, rejected, "rows.jsonl", 7, text)
 
 
-def said(*texts: str) -> list[dict]:
+def user_and_assistant(*texts: str) -> list[dict]:
     """Messages of user and assistant in turn."""
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
@@ -71,33 +70,43 @@ def test_a_pair_without_rejected_is_refused_by_the_reward_stage_only():
         examples({"prompt": "q", "chosen": "a"}, "pair")
 
 
-@pytest.mark.parametrize("reply", [lambda text: said("q", text)[1:], lambda text: said("q", text)])
+@pytest.mark.parametrize(
+    "reply", [lambda text: user_and_assistant("q", text)[1:], lambda text: user_and_assistant("q", text)]
+)
 def test_prompts_and_answers_may_be_messages_alone_or_whole_dialogues(reply):
-    row = {"prompt": said("q"), "chosen": reply(" good "), "rejected": reply("bad")}
+    row = {"prompt": user_and_assistant("q"), "chosen": reply(" good "), "rejected": reply("bad")}
     assert [examples(row, kind) for kind in KINDS] == [[example(ASKED, "good", "good", "bad")]] * 3
     assert examples(row | {"prompt": "q"}, "pair") == [example(ASKED, "good", "good", "bad")]
 
 
 def test_dialogues_that_share_a_prompt_need_no_prompt_beside_them():
-    row = {"chosen": said("a", "b", "c", "good"), "rejected": said("a", "b", "c ", "bad")}
+    row = {"chosen": user_and_assistant("a", "b", "c", "good"), "rejected": user_and_assistant("a", "b", "c ", "bad")}
     assert [examples(row, kind) for kind in KINDS] == [[example(turns("a", "b", "c"), "good", "good", "bad")]] * 3
 
 
 def test_a_prompt_with_a_dotted_name_is_compared_too():
-    row = {"q": {"text": "other"}, "chosen": said("q", "good"), "rejected": said("q", "bad")}
+    row = {
+        "q": {"text": "other"},
+        "chosen": user_and_assistant("q", "good"),
+        "rejected": user_and_assistant("q", "bad"),
+    }
     with pytest.raises(BadRow, match="field 'chosen' is a dialogue that does not have the prompt before its last turn"):
         examples(row, "demonstration", prompt="q.text")
 
 
 def test_the_system_text_of_a_dialogue_is_kept_in_every_stage():
     system = {"role": "system", "content": "Be kind."}
-    row = {"prompt": "q", "chosen": [system, *said("q", "good")], "rejected": said("q", "bad")}
+    row = {
+        "prompt": "q",
+        "chosen": [system, *user_and_assistant("q", "good")],
+        "rejected": user_and_assistant("q", "bad"),
+    }
     wanted = [example((("system", "Be kind."), *ASKED), "good", "good", "bad")]
     assert [examples(row, kind) for kind in KINDS] == [wanted] * 3
 
 
 def test_a_pair_of_dialogues_with_another_prompt_is_refused_where_it_is_needed():
-    row = {"prompt": "q", "chosen": said("q", "good"), "rejected": said("other", "bad")}
+    row = {"prompt": "q", "chosen": user_and_assistant("q", "good"), "rejected": user_and_assistant("other", "bad")}
     assert examples(row, "demonstration") == [example(ASKED, "good", "good")]
     with pytest.raises(BadRow, match="row 7: field 'rejected' is a dialogue that does not have the prompt before its"):
         examples(row, "pair")
@@ -105,10 +114,12 @@ def test_a_pair_of_dialogues_with_another_prompt_is_refused_where_it_is_needed()
 
 def test_a_list_of_messages_alone_serves_ppo():
     source = {"prompt": "messages", "chosen": "", "rejected": ""}
-    assert [serves(resolved(SourceConfig("x", **source)), kind) for kind in KINDS] == [False, False, True]
-    assert examples({"messages": said("a", "b", "c")}, "prompt", **source) == [example(turns("a", "b", "c"))]
+    assert [provides(resolve_format(SourceConfig("x", **source)), kind) for kind in KINDS] == [False, False, True]
+    assert examples({"messages": user_and_assistant("a", "b", "c")}, "prompt", **source) == [
+        example(turns("a", "b", "c"))
+    ]
     with pytest.raises(BadRow, match="row 7: field 'messages' must end with a turn of the user"):
-        examples({"messages": said("a", "b")}, "prompt", **source)
+        examples({"messages": user_and_assistant("a", "b")}, "prompt", **source)
 
 
 def test_a_system_field_leads_the_turns_unless_it_is_empty():
@@ -158,7 +169,10 @@ MISTAKES = {
         "field 'chosen' has in message 1 what is none: it must be an",
     ),
     "half a character": ({"prompt": "\ud83d", "chosen": "a"}, "field 'prompt' holds half a character"),
-    "half a character within": ({"prompt": said("\ud83d"), "chosen": "a"}, "message 1 what is none: its content holds"),
+    "half a character within": (
+        {"prompt": user_and_assistant("\ud83d"), "chosen": "a"},
+        "message 1 what is none: its content holds",
+    ),
 }
 
 
@@ -274,7 +288,7 @@ GPT = {"user": "human", "assistant": "gpt", "system": "system"}
 
 @given(WORDS, st.booleans())
 def test_messages_and_sharegpt_of_any_length_give_their_turns_back(words, system):
-    messages = [{"role": "system", "content": "Be kind."}] * system + said(*words)
+    messages = [{"role": "system", "content": "Be kind."}] * system + user_and_assistant(*words)
     answered = len(words) // 2 * 2  # a user turn after the last answer is left out
     wanted = [example(((("system", "Be kind."),) * system) + turns(*words[: answered - 1]), words[answered - 1])]
     conversations = [{"from": GPT[message["role"]], "value": message["content"]} for message in messages]
@@ -293,27 +307,27 @@ def test_roles_have_many_names():
 
 
 def test_messages_of_one_speaker_in_succession_are_one_turn():
-    (a, c), (b, d), (_, empty) = said("a", "c"), said("b", "d"), said("", "")
+    (a, c), (b, d), (_, empty) = user_and_assistant("a", "c"), user_and_assistant("b", "d"), user_and_assistant("", "")
     messages = [a, b, c, empty, d]
     assert examples({"messages": messages}, form="messages") == [example((("user", "a\n\nb"),), "c\n\nd")]
 
 
 def test_parts_of_text_are_joined_as_they_stand():
     parts = [{"type": "text", "text": "Is it "}, {"type": "text", "text": "so?"}]
-    row = {"messages": [{"role": "user", "content": parts}, *said("", "a")[1:]]}
+    row = {"messages": [{"role": "user", "content": parts}, *user_and_assistant("", "a")[1:]]}
     assert examples(row, form="messages") == [example((("user", "Is it so?"),), "a")]
 
 
 def test_a_sharegpt_row_may_have_its_system_text_beside_the_conversation():
-    row = {"system": "Be kind.", "conversations": said("q", "a")}
+    row = {"system": "Be kind.", "conversations": user_and_assistant("q", "a")}
     assert examples(row, form="sharegpt") == [example((("system", "Be kind."), *ASKED), "a")]
     assert examples(row | {"system": None}, form="sharegpt") == [example(ASKED, "a")]
 
 
 def test_messages_that_nobody_answered_serve_ppo():
-    assert examples({"messages": said("q")}, "prompt", form="messages") == [example(ASKED)]
+    assert examples({"messages": user_and_assistant("q")}, "prompt", form="messages") == [example(ASKED)]
     with pytest.raises(BadRow, match="row 7: field 'messages' has no assistant turn that answers a user turn"):
-        examples({"messages": said("q")}, "demonstration", form="messages")
+        examples({"messages": user_and_assistant("q")}, "demonstration", form="messages")
 
 
 ASK, TOOL = {"role": "user", "content": "q"}, {"role": "tool", "content": "21 C"}
@@ -335,10 +349,13 @@ UNFIT = {
     "no list": ("q", "must be a list of messages, not str"),
     "nothing": ([], "has no assistant turn that answers"),
     "assistant first": (
-        said("q", "a")[1:] + said("q", "a"),
+        user_and_assistant("q", "a")[1:] + user_and_assistant("q", "a"),
         "the assistant speaks first; a user turn must come before",
     ),
-    "system late": ([*said("q", "a"), {"role": "system", "content": "s"}], "a system turn comes after other turns"),
+    "system late": (
+        [*user_and_assistant("q", "a"), {"role": "system", "content": "s"}],
+        "a system turn comes after other turns",
+    ),
 }
 
 
@@ -394,7 +411,7 @@ def test_answers_and_scores_may_stand_in_fields_of_their_own_or_in_the_items_of_
     own = examples({"prompt": "q"} | fields, "pair", form="ranking", answers=("a", "b"), scores=("of_a", "of_b"))
     items = {"completions": [{"response": "low", "score": 0.25}, {"response": "high", "score": 1.0}]}
     names = {"answers": ("completions.*.response",), "scores": ("completions.*.score",)}
-    assert own == examples({"prompt": said("q")} | items, "pair", form="ranking", **names)
+    assert own == examples({"prompt": user_and_assistant("q")} | items, "pair", form="ranking", **names)
     assert own == [example(ASKED, "high", "high", "low")]
 
 
@@ -411,7 +428,10 @@ UNRANKED = {
         "field 's' holds as number 2 what must be a number, not 'N/A'",
     ),
     "too large": ({"answers": ["a", "b"], "s": [1, 10**400]}, "holds as number 2 what must be a number, not 1000"),
-    "a dialogue": ({"answers": [said("q", "a")], "s": [1]}, "number 1 what must be an answer alone, not a dialogue"),
+    "a dialogue": (
+        {"answers": [user_and_assistant("q", "a")], "s": [1]},
+        "number 1 what must be an answer alone, not a dialogue",
+    ),
     "too few": ({"answers": ["a", "b"], "s": [1]}, "2 answers have 1 scores"),
     "no scores": ({"answers": ["a", "b"]}, "no field 's'; the fields are prompt, answers. Name the right ones"),
 }
@@ -433,13 +453,13 @@ def test_a_document_serves_sft_alone():
 
 
 def test_a_source_serves_the_stages_that_its_format_and_fields_have_something_for():
-    of = {form: [serves(resolved(SourceConfig("x", format=form)), kind) for kind in KINDS]
+    of = {form: [provides(resolve_format(SourceConfig("x", format=form)), kind) for kind in KINDS]
           for form in ("fields", "transcript", "messages", "sharegpt", "alpaca", "ranking", "text")}  # fmt: skip
     every, pairless, documents = [True, True, True], [True, False, True], [True, False, False]
     assert of == dict.fromkeys(("fields", "transcript", "ranking"), every) | {"text": documents} | dict.fromkeys(
         ("messages", "sharegpt", "alpaca"), pairless
     )
-    assert [serves(resolved(SourceConfig("x", answer="a", rejected="")), kind) for kind in KINDS] == pairless
+    assert [provides(resolve_format(SourceConfig("x", answer="a", rejected="")), kind) for kind in KINDS] == pairless
 
 
 IMPOSSIBLE = {
@@ -462,13 +482,13 @@ def test_an_impossible_source_is_refused_when_it_is_made(change):
 
 def test_a_mapping_is_read_back_from_its_file_as_it_was_written():
     source = SourceConfig("x", format="ranking", answers=("a", "b"), scores=("c", "d"), speakers=("\nU:", "\nA:", ""))
-    assert parse(SourceConfig, tomllib.loads(dump(source)), "x") == source
+    assert parse_config(SourceConfig, tomllib.loads(dump_config(source)), "x") == source
 
 
 @needs_real_data
 def test_every_row_of_hh_rlhf_is_a_pair():
     source = SourceConfig(str(REAL / "hh-rlhf-harmless" / "train.jsonl"), format="transcript")
-    read = {kind: mapper(source, kind) for kind in KINDS}
+    read = {kind: make_mapper(source, kind) for kind in KINDS}
     lines = (REAL / "hh-rlhf-harmless" / "train.jsonl").read_text(encoding="utf-8").split("\n")
     rows = [Row(source.path, number, json.loads(line)) for number, line in enumerate(lines, 1) if line]
     pairs = [example for row in rows for example in read["pair"](row)]
@@ -483,7 +503,7 @@ def test_every_row_of_hh_rlhf_is_a_pair():
 @needs_real_data
 def test_every_row_of_alpaca_eval_is_a_pair():
     path = REAL / "alpaca-eval-preferences" / "train.jsonl"
-    read = mapper(resolved(SourceConfig(str(path))), "pair")
+    read = make_mapper(resolve_format(SourceConfig(str(path))), "pair")
     lines = path.read_text(encoding="utf-8").split("\n")
     pairs = [pair for line in lines if line for pair in read(Row("", 1, json.loads(line)))]
     assert len(pairs) == 13_823 and len({pair.turns for pair in pairs}) == 636

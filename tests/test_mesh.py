@@ -14,7 +14,7 @@ from rlhf_jax.mesh import (
     check_divides,
     check_model_divides,
     make_mesh,
-    nearest,
+    nearest_sizes,
     single_device_mesh,
     train_layout,
 )
@@ -44,7 +44,7 @@ def test_without_a_mesh_there_is_the_first_device_alone():
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "reported"),
     [
         (MeshConfig(-1, -1, 2), ["mesh.data=-1 and mesh.fsdp=-1", "at most one is -1"]),
         (MeshConfig(1, 0, 2), ["mesh.fsdp=0", "at least 1"]),
@@ -55,10 +55,10 @@ def test_without_a_mesh_there_is_the_first_device_alone():
         (MeshConfig(1, 16, 1), ["multiply to 16", "make them multiply to 8, or"]),
     ],
 )
-def test_a_mesh_that_does_not_cover_the_devices_is_refused_with_the_nearest_that_do(config, told):
+def test_a_mesh_that_does_not_cover_the_devices_is_refused_with_the_nearest_that_do(config, reported):
     with pytest.raises(ValueError) as error:
         make_mesh(config)
-    for part in told:
+    for part in reported:
         assert part in str(error.value)
 
 
@@ -67,8 +67,8 @@ def test_a_mesh_that_covers_its_devices_with_all_sizes_given_is_not_refused_for_
 
 
 def test_the_three_nearest_of_the_divisors_of_24_are_told_in_order():
-    assert nearest(5, [1, 2, 3, 4, 6, 8, 12, 24]) == "3, 4, 6"
-    assert nearest(100, [1, 2]) == "1, 2"
+    assert nearest_sizes(5, [1, 2, 3, 4, 6, 8, 12, 24]) == "3, 4, 6"
+    assert nearest_sizes(100, [1, 2]) == "1, 2"
 
 
 @pytest.mark.parametrize(("size", "near"), [(10, "[8, 12]"), (3, "[4]"), (0, "[4]"), (-5, "[4]"), (13, "[12, 16]")])

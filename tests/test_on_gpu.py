@@ -28,9 +28,9 @@ from rlhf_jax.engine import (
     make_engine,
 )
 from rlhf_jax.mesh import TRAIN, Layout, single_device_mesh, train_layout
-from rlhf_jax.models import cached, decoder, transformer
-from rlhf_jax.models.architecture import Compute, Rope
-from rlhf_jax.models.attention import Kernel
+from rlhf_jax.models import decoder, inference, transformer
+from rlhf_jax.models.attention import AttentionKernel
+from rlhf_jax.models.config import Compute, Rope
 from rlhf_jax.models.decoder import abstract_params, bind, init_params, logits
 from rlhf_jax.models.layers import fused_attention
 from rlhf_jax.models.lora import NO_LORA, LoraConfig, is_trainable
@@ -67,10 +67,10 @@ def kernel(request, monkeypatch):
     fused = functools.partial(fused_attention, implementation="xla")
 
     def choose(mesh, config, dtype, length, choice, packed=False):
-        return Kernel("xla" if choice == "xla" or packed else "cudnn", "")
+        return AttentionKernel("xla" if choice == "xla" or packed else "cudnn", "")
 
-    for module in (decoder, cached):
-        monkeypatch.setattr(module, "kernel_on", choose)
+    for module in (decoder, inference):
+        monkeypatch.setattr(module, "kernel_for_mesh", choose)
     monkeypatch.setattr(transformer, "fused_attention", fused)
 
 

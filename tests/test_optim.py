@@ -6,7 +6,15 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax.optim import OptimConfig, decays, joined, learning_rate, make_optimizer, of_path, with_counters
+from rlhf_jax.optim import (
+    OptimConfig,
+    decay_mask,
+    join_states,
+    learning_rate,
+    make_optimizer,
+    select_path,
+    with_counters,
+)
 
 
 def rates(config, total, steps):
@@ -81,8 +89,8 @@ def test_biases_and_scales_do_not_decay_wherever_they_stand():
     leaf = jnp.zeros(1)
     flat = {"layers/attention/q/kernel": leaf, "layers/attention/q/bias": leaf, "final_norm/scale": leaf}
     plain = {"layers/attention/q/kernel": True, "layers/attention/q/bias": False, "final_norm/scale": False}
-    assert decays(flat) == plain
-    assert decays({"actor": flat}) == {"actor": plain}
+    assert decay_mask(flat) == plain
+    assert decay_mask({"actor": flat}) == {"actor": plain}
 
 
 def test_a_zero_gradient_leaves_only_the_decay():
@@ -105,11 +113,11 @@ def test_parameters_updated_one_by_one_after_the_clip_are_those_updated_together
         clipped, steps, states = optimizer.clip(grads), {}, []
         assert (optax.tree.norm(clipped) < 1.0001) == bool(clip_norm)
         for path in params:
-            state = with_counters(*of_path(apart, path))
+            state = with_counters(*select_path(apart, path))
             step, state = optimizer.update_each({path: clipped[path]}, state, {path: params[path]})
             steps |= step
             states.append(state)
-        apart = functools.reduce(joined, states)
+        apart = functools.reduce(join_states, states)
         # To the last place or two: arrays of other sizes are computed by other loops, which round in another order.
         close = functools.partial(np.testing.assert_allclose, rtol=2.5e-7)
         jax.tree.map(close, steps, updates)
@@ -118,7 +126,7 @@ def test_parameters_updated_one_by_one_after_the_clip_are_those_updated_together
 
 def test_a_state_of_one_path_has_its_moments_and_shares_the_counters():
     state = make_optimizer(OptimConfig(learning_rate=0.1), 10).init({"a": jnp.zeros(2), "b": jnp.zeros(3)})
-    moments, counters = of_path(state, "b")
+    moments, counters = select_path(state, "b")
     assert [leaf.shape for leaf in jax.tree.leaves(moments)] == [(3,), (3,)]
     assert [leaf.shape for leaf in jax.tree.leaves(counters)] == [(), ()]
 

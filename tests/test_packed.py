@@ -14,17 +14,17 @@ import pytest
 import tiny
 
 from rlhf_jax.data.batches import Batch
-from rlhf_jax.data.packing import pack, segments_of
-from rlhf_jax.gpus import COMPILE_OPTIONS, devices_of
+from rlhf_jax.data.packing import pack, segment_ids
+from rlhf_jax.hardware import COMPILE_OPTIONS, compile_only_devices
 from rlhf_jax.mesh import TRAIN, Layout, MeshConfig, make_mesh, single_device_mesh
 from rlhf_jax.models import decoder, transformer
-from rlhf_jax.models.architecture import Alibi, Compute, Rope
-from rlhf_jax.models.attention import Kernel
+from rlhf_jax.models.attention import AttentionKernel
+from rlhf_jax.models.config import Alibi, Compute, Rope
 from rlhf_jax.models.decoder import abstract_params, bind, logits
-from rlhf_jax.models.layers import positions_of, visible_of
+from rlhf_jax.models.layers import token_positions, visible_keys
 from rlhf_jax.models.lora import is_trainable
-from rlhf_jax.models.new_tokenizer import train_tokenizer
 from rlhf_jax.objectives.sft import next_token_loss
+from rlhf_jax.stages.from_scratch import train_tokenizer
 from rlhf_jax.stages.models import ModelConfig, log_attention
 from rlhf_jax.stages.sft import sft_objective
 from rlhf_jax.stages.supervised import make_programs
@@ -56,15 +56,15 @@ WIDTH, LONGEST = 48, 30
 LENGTHS = [length for row in ROWS for length in row]
 
 
-def packed(documents: list[np.ndarray], rows=ROWS, width=WIDTH):
+def pack_documents(documents: list[np.ndarray], rows=ROWS, width=WIDTH):
     """(tokens, mask, segments), [B, width]: `documents` end to end, as many in each row as that has lengths."""
-    segments = np.stack([segments_of(np.array(row), width) for row in rows])
+    segments = np.stack([segment_ids(np.array(row), width) for row in rows])
     tokens = np.zeros(segments.shape, np.int32)
     tokens[segments > 0] = np.concatenate(documents)
     return tokens, segments > 0, segments
 
 
-def alone(documents: list[np.ndarray], width=LONGEST):
+def pad_documents(documents: list[np.ndarray], width=LONGEST):
     """(tokens, mask), [documents, width]: each in a row of its own, its padding on the right."""
     mask = np.arange(width) < np.array([len(document) for document in documents])[:, None]
     tokens = np.zeros(mask.shape, np.int32)
@@ -86,13 +86,13 @@ def logits_of(config, params, tokens, mask, segments=None, layout=None, attentio
 def test_positions_start_anew_in_every_document_and_padding_has_one_that_tables_have():
     segments = np.array([[1, 1, 1, 2, 3, 3, 0, 0], [0, 0, 1, 1, 1, 2, 2, 2], [1] * 8], np.int32)
     expected = [[0, 1, 2, 0, 0, 1, 1, 1], [0, 0, 0, 1, 2, 0, 1, 2], list(range(8))]
-    np.testing.assert_array_equal(positions_of(segments > 0, segments), expected)
+    np.testing.assert_array_equal(token_positions(segments > 0, segments), expected)
 
 
 def test_a_token_sees_itself_and_the_tokens_before_it_in_its_document_and_nothing_else():
     segments = np.array([[1, 1, 2, 2, 2, 0]], np.int32)
     expected = ["100000", "110000", "001000", "001100", "001110", "000000"]
-    seen = np.asarray(visible_of(segments > 0, segments))[0]
+    seen = np.asarray(visible_keys(segments > 0, segments))[0]
     assert ["".join(str(int(x)) for x in row) for row in seen] == expected
 
 
@@ -100,10 +100,10 @@ def test_a_token_sees_itself_and_the_tokens_before_it_in_its_document_and_nothin
 def test_logits_of_a_packed_document_are_those_that_it_has_alone(family):
     config = FAMILIES[family]
     params, documents = tiny.random_params(config, single_device_mesh()), documents_of(config)
-    tokens, mask, segments = packed(documents)
+    tokens, mask, segments = pack_documents(documents)
     together = np.asarray(logits_of(config, params, tokens, mask, segments))
     assert np.isfinite(together).all()
-    rows, real = alone(documents)
+    rows, real = pad_documents(documents)
     apart = np.asarray(logits_of(config, params, rows, real))[real]
     np.testing.assert_allclose(together[mask], apart, atol=2e-5)
     # Without segments the second document of the second row sees the first, and that shows.
@@ -117,8 +117,8 @@ def test_changing_one_document_leaves_the_logits_of_the_others_exactly_as_they_a
     params, documents = tiny.random_params(config, single_device_mesh()), documents_of(config)
     changed = [*documents]
     changed[2] = (documents[2] + 1) % config.vocab_size  # the third of the first row, with one behind it
-    one, two = (np.asarray(logits_of(config, params, *packed(x))) for x in (documents, changed))
-    _, mask, segments = packed(documents)
+    one, two = (np.asarray(logits_of(config, params, *pack_documents(x))) for x in (documents, changed))
+    _, mask, segments = pack_documents(documents)
     touched = np.zeros_like(mask)
     touched[0] = segments[0] == 3
     np.testing.assert_array_equal(one[mask & ~touched], two[mask & ~touched])
@@ -145,20 +145,20 @@ def test_gradients_of_a_packed_row_are_the_sum_of_those_of_its_documents(family,
 
         return jax.grad(summed)(params)
 
-    tokens, mask, segments = packed(documents)
-    together = gradients(params, tokens, mask, mask & (positions_of(mask, segments) > 0), segments, remat=remat)
-    rows, real = alone(documents)
+    tokens, mask, segments = pack_documents(documents)
+    together = gradients(params, tokens, mask, mask & (token_positions(mask, segments) > 0), segments, remat=remat)
+    rows, real = pad_documents(documents)
     apart = gradients(params, rows, real, real & (np.arange(LONGEST) > 0))
     for path, gradient in apart.items():
         largest = float(jnp.abs(gradient).max())
         np.testing.assert_allclose(together[path], gradient, atol=2e-5 * max(1, largest), err_msg=path)
 
 
-def learning(config, documents, rows, width):
+def training_batches(config, documents, rows, width):
     """The same documents as (a batch of packed rows, a batch of rows of one document): all but first tokens learned."""
-    tokens, mask, segments = packed(documents, rows, width)
-    loss_mask = mask & (np.asarray(positions_of(mask, segments)) > 0)
-    apart, real = alone(documents)
+    tokens, mask, segments = pack_documents(documents, rows, width)
+    loss_mask = mask & (np.asarray(token_positions(mask, segments)) > 0)
+    apart, real = pad_documents(documents)
     return Batch(tokens, mask, loss_mask, segments), Batch(apart, real, real & (np.arange(LONGEST) > 0))
 
 
@@ -190,7 +190,7 @@ class Program:
 @pytest.mark.parametrize("family", ["opt", "llama"])
 def test_an_update_by_packed_rows_is_that_by_the_documents_alone_on_eight_devices_and_on_one(family):
     documents = documents_of(FAMILIES[family], [length for row in EIGHT_ROWS for length in row])
-    batch, apart = learning(FAMILIES[family], documents, EIGHT_ROWS, WIDTH)
+    batch, apart = training_batches(FAMILIES[family], documents, EIGHT_ROWS, WIDTH)
     assert len(batch.tokens) == 16
     params, loss, measured, count = Program(family, "one", 1).run(apart)
     for mesh, num_micro in (("one", 4), ("fsdp4-tensor2", 2)):
@@ -202,7 +202,7 @@ def test_an_update_by_packed_rows_is_that_by_the_documents_alone_on_eight_device
 
 def test_a_sparse_model_of_packed_rows_on_eight_devices_routes_as_on_one():
     documents = documents_of(tiny.SPARSE, [length for row in EIGHT_ROWS for length in row])
-    batch, apart = learning(tiny.SPARSE, documents, EIGHT_ROWS, WIDTH)
+    batch, apart = training_batches(tiny.SPARSE, documents, EIGHT_ROWS, WIDTH)
     one, eight, alone = (
         Program("sparse", mesh, 1).run(x) for mesh, x in (("one", batch), ("fsdp4-tensor2", batch), ("one", apart))
     )
@@ -215,13 +215,13 @@ def test_a_sparse_model_of_packed_rows_on_eight_devices_routes_as_on_one():
 
 def test_the_last_token_of_a_document_does_not_learn_the_first_of_the_next():
     config, documents = FAMILIES["llama"], documents_of(FAMILIES["llama"])
-    batch, _ = learning(config, documents, ROWS, WIDTH)
+    batch, _ = training_batches(config, documents, ROWS, WIDTH)
     firsts = np.cumsum([0, *ROWS[0][:-1]])
     assert not batch.loss_mask[0, firsts].any() and batch.loss_mask.sum() == sum(LENGTHS) - len(LENGTHS)
     program = Program("llama", "one", 1)
     params = tiny.random_params(config, program.layout.mesh)
     loss, _, count = program.measure(params, batch)
-    rows, real = alone(documents)
+    rows, real = pad_documents(documents)
     logprobs = jax.nn.log_softmax(logits_of(config, params, rows, real))
     each = [-logprobs[i, t, document[t + 1]] for i, document in enumerate(documents) for t in range(len(document) - 1)]
     assert count == len(each)
@@ -229,7 +229,7 @@ def test_the_last_token_of_a_document_does_not_learn_the_first_of_the_next():
 
 
 def test_a_batch_without_segments_has_no_leaf_for_them_on_its_way_to_the_devices():
-    batch, apart = learning(tiny.OPT, documents_of(tiny.OPT), ROWS, WIDTH)
+    batch, apart = training_batches(tiny.OPT, documents_of(tiny.OPT), ROWS, WIDTH)
     layout = Layout(single_device_mesh(), TRAIN)
     assert [len(jax.tree.leaves(layout.put_batch(x))) for x in (batch, apart)] == [4, 3]
     assert layout.put_batch(apart).segments is None
@@ -238,21 +238,21 @@ def test_a_batch_without_segments_has_no_leaf_for_them_on_its_way_to_the_devices
 
 def test_where_attention_would_be_fused_packed_rows_go_over_masked_attention(monkeypatch):
     def choose(mesh, config, dtype, length, choice, packed=False):
-        return Kernel("xla" if packed else "cudnn", "")
+        return AttentionKernel("xla" if packed else "cudnn", "")
 
     def fused(*arrays, **options):
         raise AssertionError("fused attention keeps no documents apart")
 
-    monkeypatch.setattr(decoder, "kernel_on", choose)
+    monkeypatch.setattr(decoder, "kernel_for_mesh", choose)
     monkeypatch.setattr(transformer, "fused_attention", fused)
     config, documents = tiny.LLAMA, documents_of(tiny.LLAMA)
     layout = Layout(single_device_mesh(), TRAIN)
     params = tiny.random_params(config, layout.mesh)
     # By remat="dots", so that no program of other tests is at hand.
-    got = logits_of(config, params, *packed(documents), layout=layout, attention="auto", remat="dots")
-    np.testing.assert_allclose(got, logits_of(config, params, *packed(documents)), atol=1e-5)
+    got = logits_of(config, params, *pack_documents(documents), layout=layout, attention="auto", remat="dots")
+    np.testing.assert_allclose(got, logits_of(config, params, *pack_documents(documents)), atol=1e-5)
     with pytest.raises(AssertionError, match="keeps no documents apart"):
-        logits_of(config, params, *alone(documents), layout=layout, attention="auto", remat="dots")
+        logits_of(config, params, *pad_documents(documents), layout=layout, attention="auto", remat="dots")
 
 
 def on_gpus(attention: str):
@@ -280,7 +280,7 @@ def test_fused_attention_that_is_asked_for_with_packed_rows_is_refused_with_the_
 
 @pytest.mark.cuda
 def test_for_an_a100_rows_of_one_document_are_fused_and_packed_ones_are_not():
-    layout = Layout(make_mesh(MeshConfig(1, 1, 1), devices_of("1xA100-80GB")), TRAIN)
+    layout = Layout(make_mesh(MeshConfig(1, 1, 1), compile_only_devices("1xA100-80GB")), TRAIN)
     config = dataclasses.replace(tiny.LLAMA, head_dim=64, max_positions=256)
     objective = sft_objective(config, Compute(jnp.dtype("bfloat16"), "layers", 64), layout)
     _, measure = make_programs(objective, config, layout, optax.sgd(0.1), 1)
@@ -313,10 +313,10 @@ def test_two_hundred_real_rows_packed_to_1024_tokens_have_the_logits_that_each_h
     params, seen = tiny.random_params(config, single_device_mesh()), 0
     for start, stop in zip(bins.offsets, bins.offsets[1:], strict=False):
         inside = [documents[i] for i in bins.members[start:stop]]
-        tokens, mask, segments = packed(inside, [[len(document) for document in inside]], 1024)
+        tokens, mask, segments = pack_documents(inside, [[len(document) for document in inside]], 1024)
         together = np.asarray(logits_of(config, params, tokens, mask, segments))[mask]
         for document in inside:
-            apart = np.asarray(logits_of(config, params, *alone([document], 512)))[0, : len(document)]
+            apart = np.asarray(logits_of(config, params, *pad_documents([document], 512)))[0, : len(document)]
             np.testing.assert_allclose(together[: len(document)], apart, atol=1e-4)
             together, seen = together[len(document) :], seen + len(document)
         assert not len(together)

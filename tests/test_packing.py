@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_jax.data.packing import Bins, pack, segments_of
+from rlhf_jax.data.packing import Bins, pack, segment_ids
 
 anything = settings(max_examples=300, deadline=None)
 
@@ -168,6 +168,6 @@ def test_the_order_of_bins_and_of_the_sequences_in_one_has_nothing_of_their_leng
 
 
 def test_segments_count_the_documents_of_a_row_from_one_and_padding_as_none():
-    segments = segments_of(np.array([3, 1, 2]), 8)
+    segments = segment_ids(np.array([3, 1, 2]), 8)
     assert segments.tolist() == [1, 1, 1, 2, 3, 3, 0, 0] and segments.dtype == np.int32
-    assert segments_of(np.array([], np.int64), 2).tolist() == [0, 0]
+    assert segment_ids(np.array([], np.int64), 2).tolist() == [0, 0]

@@ -14,10 +14,10 @@ import tiny
 import tiny_recipe
 
 import rlhf_jax.plan
-import rlhf_jax.plan.known
+import rlhf_jax.plan.abstract
 import rlhf_jax.train
 from rlhf_jax.cli import main
-from rlhf_jax.config import parse
+from rlhf_jax.config import parse_config
 from rlhf_jax.engine import (
     Algorithm,
     Architectures,
@@ -28,24 +28,30 @@ from rlhf_jax.engine import (
     Sampling,
     make_engine,
 )
-from rlhf_jax.gpus import GPUS, devices_of, machine, plugin
+from rlhf_jax.hardware import GPUS, compile_only_devices, cuda_plugin, parse_machine
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, make_mesh, to_devices
-from rlhf_jax.models.cached import shared_shardings
 from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.families import decoder_config
-from rlhf_jax.models.per_layer import PerLayer, is_shareable
+from rlhf_jax.models.inference import shared_shardings
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.models.quantised import is_quantisable
+from rlhf_jax.models.unstacked import Unstacked, is_shareable
 from rlhf_jax.optim import make_optimizer
-from rlhf_jax.plan import _notes, check_fits, compiling, least_bytes
-from rlhf_jax.plan.abstract import abstract_mesh, abstract_pretrained, abstract_state, device_bytes, host_bytes
-from rlhf_jax.plan.compiling import Memory, measure, measure_all, micro_sizes, with_micro
-from rlhf_jax.plan.held import Phase, architectures, engine_phases, phases
-from rlhf_jax.plan.known import known
-from rlhf_jax.plan.seconds import forward_flops, needs, weights_per_token
-from rlhf_jax.plan.table import render
+from rlhf_jax.plan import _notes, check_fits, compile, lower_bound_bytes
+from rlhf_jax.plan.abstract import (
+    abstract_mesh,
+    abstract_pretrained,
+    abstract_state,
+    device_bytes,
+    host_bytes,
+    known_models,
+)
+from rlhf_jax.plan.compile import Memory, measure, measure_all, micro_batch_sizes, with_micro_batch
+from rlhf_jax.plan.phases import Phase, decoder_configs, engine_phases, phases
+from rlhf_jax.plan.report import format_plan
+from rlhf_jax.plan.roofline import forward_flops, weights_per_token, work_of_phases
 from rlhf_jax.recipe import Recipe
-from rlhf_jax.stages.models import relaid
+from rlhf_jax.stages.models import relayout
 from rlhf_jax.stages.ppo import ppo_engine, ppo_models, ppo_optimizers
 
 V, D, F, L, H, P = 384, 32, 64, 2, 4, 64  # V is padded to itself by any of the meshes
@@ -100,7 +106,7 @@ def recipe_of(folder, setting="whole", mesh="one", zero=3, **ppo) -> Recipe:
         }
         | ppo,
     }
-    return parse(Recipe, config, "the test")
+    return parse_config(Recipe, config, "the test")
 
 
 def on_first_device(tree, memory="device") -> int:
@@ -116,7 +122,7 @@ def shared_as_generated(decoder, params, layout):
     """Parameters of which one copy is for training and generation."""
     result = dict(params)
     for path in filter(is_shareable, params):
-        leaf = PerLayer(tuple(params[path])) if is_quantisable(path) else params[path]
+        leaf = Unstacked(tuple(params[path])) if is_quantisable(path) else params[path]
         result[path] = jax.device_put(leaf, shared_shardings(decoder, path, leaf, layout))
     return result
 
@@ -131,12 +137,12 @@ def test_the_arrays_really_held_are_those_of_the_plan_to_two_percent(setting, me
     recipe, mesh = recipe_of(tmp_path, setting, mesh_name, zero), tiny.mesh_of(mesh_name)
     model, layout = recipe.model, recipe.layout(mesh)
     loaded = []
-    for decoder in architectures(recipe, Layout(mesh, TRAIN).shards("vocab")):
+    for decoder in decoder_configs(recipe, Layout(mesh, TRAIN).shards("vocab")):
         dtype = model.stored_dtype(scalar_head=decoder.scalar_head)
         params = {path: leaf.astype(dtype) for path, leaf in tiny.random_params(decoder, mesh).items()}
         if model.one_copy and not decoder.scalar_head:
             params = shared_as_generated(decoder, params, Layout(mesh, GENERATE))
-        loaded.append(relaid(Pretrained(decoder, params, None, HF, {}, Layout(mesh, TRAIN)), layout))
+        loaded.append(relayout(Pretrained(decoder, params, None, HF, {}, Layout(mesh, TRAIN)), layout))
     optimizers = ppo_optimizers(recipe.ppo, 1)
     state, frozen = ppo_models(*loaded, model, optimizers, 0)
     engine = ppo_engine(recipe.ppo, model, loaded[0].config, loaded[1].config, optimizers, (0,), layout)
@@ -156,8 +162,8 @@ def test_the_arrays_really_held_are_those_of_the_plan_to_two_percent(setting, me
         sizes = [on_first_device(to_devices(leaf)) for leaf in state.average.values()]
         largest = max(sizes) if model.offload_ema else sum(sizes)
         assert planned["average"].live["moving average"] == largest
-        beside = sum(planned["critic"].live.values()) - planned["critic"].live["moving average"]
-        assert sum(planned["average"].live.values()) == beside + largest
+        extra = sum(planned["critic"].live.values()) - planned["critic"].live["moving average"]
+        assert sum(planned["average"].live.values()) == extra + largest
 
 
 def test_what_rests_in_host_memory_is_on_the_device_only_when_it_is_used_as_by_hand(tmp_path):
@@ -191,7 +197,7 @@ def test_the_compiler_counts_the_arguments_that_arithmetic_counts_and_aliases_th
     assert [name for name in names if name.endswith(" step")] == (stepped if setting == "offload" else [])
     for phase in found:
         memory, given = measure(phase), device_bytes(phase.args)
-        assert memory.peak(phase) >= phase.least, phase.name
+        assert memory.peak(phase) >= phase.lower_bound, phase.name
         if phase.name.endswith(" step"):
             param, _, moments, _ = phase.args
             assert memory.arguments == given, "all of it is on the devices"
@@ -239,7 +245,7 @@ def test_a_model_small_enough_for_hand_arithmetic_is_planned_as_by_hand(tmp_path
 def test_an_actor_alone_is_planned_without_a_phase_or_a_byte_of_the_models_that_it_lacks(tmp_path):
     recipe = recipe_of(tmp_path)
     layout, sample = recipe.layout(tiny.mesh_of("one")), recipe.ppo.sample
-    decoder, tx = architectures(recipe, 1)[0], make_optimizer(recipe.ppo.actor, 1)
+    decoder, tx = decoder_configs(recipe, 1)[0], make_optimizer(recipe.ppo.actor, 1)
     engine = make_engine(
         Architectures(decoder),
         Algorithm(lambda scored: (scored.logprobs, scored.logprobs, None), lambda logprobs, *_: (logprobs.mean(), {})),
@@ -262,8 +268,8 @@ def test_four_answers_to_each_prompt_are_planned_as_four_times_the_rows(tmp_path
     assert prompts.shape == mask.shape == (64, 24)
     assert planned["generate"].live["prompts"] == 64 * 24 * (4 + 1)
     assert planned["generate"].cache == 2 * L * 64 * D * (24 + 16) * 4 + 64 * (24 + 16)
-    assert micro_sizes(recipe, "ppo", 8) == (32, [8, 16, 32, 64])
-    assert micro_sizes(with_micro(recipe, "ppo", 0), "ppo", 8) == (64, [8, 16, 32, 64])
+    assert micro_batch_sizes(recipe, "ppo", 8) == (32, [8, 16, 32, 64])
+    assert micro_batch_sizes(with_micro_batch(recipe, "ppo", 0), "ppo", 8) == (64, [8, 16, 32, 64])
 
 
 def test_offloaded_moments_are_in_host_memory_and_a_step_has_those_of_one_parameter_by_hand(tmp_path):
@@ -309,11 +315,11 @@ def test_publishing_needs_the_links_for_what_a_gpu_lacks_of_its_generation_weigh
     recipe = recipe_of(tmp_path, mesh="fsdp4-tensor2")
     mesh = abstract_mesh(recipe.mesh, 8)
     found = phases(recipe, mesh)
-    need = needs(recipe, found, mesh)["ppo/publish"]
+    need = work_of_phases(recipe, found, mesh)["ppo/publish"]
     weights = next(phase for phase in found if phase.name == "generate").live["generation weights"]
     assert need.link == weights * (1 - 2 / 8)
     recipe = recipe_of(tmp_path, mesh="fsdp4-tensor2", zero=2)
-    assert needs(recipe, phases(recipe, mesh), mesh)["ppo/publish"].link == 0
+    assert work_of_phases(recipe, phases(recipe, mesh), mesh)["ppo/publish"].link == 0
 
 
 def test_a_stage_of_zero_pays_for_its_memory_over_the_links_by_hand(tmp_path):
@@ -322,7 +328,7 @@ def test_a_stage_of_zero_pays_for_its_memory_over_the_links_by_hand(tmp_path):
         recipe = recipe_of(tmp_path, mesh="fsdp4-tensor2", zero=zero)
         mesh = abstract_mesh(recipe.mesh, 8)
         found = phases(recipe, mesh, ("sft",))
-        link[zero] = needs(recipe, found, mesh)["sft/update"].link
+        link[zero] = work_of_phases(recipe, found, mesh)["sft/update"].link
     # Two passes, nothing recomputed, in float32; then gradients, then new parameters.
     for zero, held, sums, moments in ((3, 8, 8, 8), (2, 2, 8, 8), (1, 2, 2, 8), (0, 2, 2, 2)):
         trainable = 4 * WEIGHTS
@@ -345,14 +351,14 @@ def test_without_gpus_here_or_named_the_plan_says_how_to_name_them(tmp_path, cap
 
 def test_a_model_whose_config_is_not_to_be_had_is_refused_by_name(tmp_path):
     recipe = recipe_of(tmp_path)
-    for actor, told in (("nobody/nothing", "config.json of nobody/nothing"), (str(tmp_path / "no"), "no folder")):
+    for actor, reported in (("nobody/nothing", "config.json of nobody/nothing"), (str(tmp_path / "no"), "no folder")):
         lost = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, actor=actor))
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=reported):
             phases(lost, abstract_mesh(recipe.mesh, 1))
 
 
 @pytest.mark.parametrize(
-    ("setting", "limit_of", "mend"),
+    ("setting", "limit_of", "fix"),
     [
         ("whole", {"frozen_dtype": "bfloat16"}, "model.frozen_dtype=bfloat16"),
         ("whole-bfloat16", SETTINGS["lora"], "LoRA for the actor"),
@@ -360,20 +366,20 @@ def test_a_model_whose_config_is_not_to_be_had_is_refused_by_name(tmp_path):
         ("both-lora", {"lora": LORA, "reward_lora": LORA, "frozen_dtype": "bfloat16"}, "devices in place of 1"),
     ],
 )
-def test_what_cannot_fit_is_refused_with_the_change_that_mends_it(setting, limit_of, mend, tmp_path, monkeypatch):
+def test_what_cannot_fit_is_refused_with_the_change_that_mends_it(setting, limit_of, fix, tmp_path, monkeypatch):
     # Adapters of rank 128 are larger than this model: the advice is tried at the rank that suits it.
     monkeypatch.setattr(rlhf_jax.plan, "LoraConfig", lambda rank, alpha: parse_lora())
     recipe = recipe_of(tmp_path, setting)
     mesh = abstract_mesh(recipe.mesh, 1)
-    mended = parse(type(recipe.model), {"actor": recipe.model.actor, "dtype": "float32"} | limit_of, "the test")
-    limit, _ = least_bytes(dataclasses.replace(recipe, model=mended), mesh, ("ppo",))
+    fixed = parse_config(type(recipe.model), {"actor": recipe.model.actor, "dtype": "float32"} | limit_of, "the test")
+    limit, _ = lower_bound_bytes(dataclasses.replace(recipe, model=fixed), mesh, ("ppo",))
     if setting == "both-lora":
         recipe = dataclasses.replace(recipe, mesh=dataclasses.replace(recipe.mesh, fsdp=-1))
         limit -= 1
     with pytest.raises(ValueError, match="holds at least") as refusal:
         check_fits(recipe, mesh, limit, ("ppo",))
-    assert mend in str(refusal.value)
-    check_fits(recipe, mesh, least_bytes(recipe, mesh, ("ppo",))[0], ("ppo",))
+    assert fix in str(refusal.value)
+    check_fits(recipe, mesh, lower_bound_bytes(recipe, mesh, ("ppo",))[0], ("ppo",))
 
 
 def parse_lora():
@@ -403,9 +409,9 @@ def test_the_largest_micro_batch_is_the_one_that_trying_all_would_find(asked, la
         tried.append(phase.args[0])
         return Memory(arguments=5000, outputs=5000, aliased=5000, temporaries=1000 * phase.args[0])
 
-    monkeypatch.setattr(compiling, "phases", learning)
-    monkeypatch.setattr(compiling, "measure", linear)
-    tried, recipe = [], with_micro(recipe_of(tmp_path), "sft", asked)
+    monkeypatch.setattr(compile, "phases", learning)
+    monkeypatch.setattr(compile, "measure", linear)
+    tried, recipe = [], with_micro_batch(recipe_of(tmp_path), "sft", asked)
     found = measure_all(recipe, tiny.mesh_of("one"), ("sft",), 5000 + 1000 * largest + 500)["micro_batch"]["sft"]
     assert found == {"asked": asked, "largest": largest, "compilations": len(tried)}
     assert len(tried) == len(set(tried)) <= 4 and set(tried) <= {1, 2, 4, 8, 16}
@@ -434,19 +440,19 @@ def test_the_plan_of_a_whole_recipe_is_json_and_a_table(tmp_path, capsys):
     assert 0 < plan["seconds"]["ppo"]["floor"] < plan["seconds"]["ppo"]["expected"]
     assert plan["seconds"]["ppo"]["steps"] == 5 and plan["cost"] > 0
     assert plan["micro_batch"]["sft"] == {"asked": 8, "largest": 8, "compilations": 1}
-    if plugin() is None:
+    if cuda_plugin() is None:
         assert plan["compiled_for"] == "cpu" and "simulated CPUs" in plan["notes"][0]
-    text = render(plan)
+    text = format_plan(plan)
     assert "largest micro-batch" in text and "assumed: " in text and "cost at 2 per GPU" in text
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.skipif(plugin() is None, reason="needs JAX's CUDA plugin: pip install 'rlhf_jax[cuda12]'")
+@pytest.mark.skipif(cuda_plugin() is None, reason="needs JAX's CUDA plugin: pip install 'rlhf_jax[cuda12]'")
 def test_programs_compile_for_gpus_that_are_not_there(tmp_path):
     recipe = recipe_of(tmp_path, "lora", "fsdp4-tensor2")
-    mesh = make_mesh(recipe.mesh, devices_of("8xA100-80GB"))
+    mesh = make_mesh(recipe.mesh, compile_only_devices("8xA100-80GB"))
     for phase in phases(recipe, mesh, ("ppo",)):
-        assert measure(phase).peak(phase) >= phase.least, phase.name
+        assert measure(phase).peak(phase) >= phase.lower_bound, phase.name
     assert jnp.zeros(1).devices() == {jax.devices("cpu")[0]}
 
 
@@ -473,13 +479,13 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", known())
+@pytest.mark.parametrize("name", known_models())
 def test_the_tables_configuration_of_a_model_has_the_parameters_that_are_published(name):
-    decoder = decoder_config(known()[name], scalar_head=False)
+    decoder = decoder_config(known_models()[name], scalar_head=False)
     padding = (decoder.padded_vocab - decoder.vocab_size) * decoder.embed_size * (1 if decoder.tied else 2)
     count = sum(math.prod(leaf.shape) for leaf in abstract_params(decoder).values()) - padding
-    told = PUBLISHED[name]
-    assert count == told if isinstance(told, int) else abs(count / told - 1) < 3e-3
+    reported = PUBLISHED[name]
+    assert count == reported if isinstance(reported, int) else abs(count / reported - 1) < 3e-3
 
 
 @pytest.mark.parametrize("has_hub", [False, True])
@@ -489,21 +495,21 @@ def test_a_known_model_is_planned_from_the_table_only_where_the_hub_gives_nothin
             raise ValueError("no network")
         return HF
 
-    monkeypatch.setattr(rlhf_jax.plan.known, "config_json", of_hub)
-    rlhf_jax.plan.known._of_hub.cache_clear()
+    monkeypatch.setattr(rlhf_jax.plan.abstract, "config_json", of_hub)
+    rlhf_jax.plan.abstract._hub_config.cache_clear()
     recipe = recipe_of(tmp_path)
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, actor="facebook/opt-125m"))
-    actor, _ = architectures(recipe, 1)
+    actor, _ = decoder_configs(recipe, 1)
     assert actor.hidden_size == (D if has_hub else 768)
-    notes = "\n".join(_notes(recipe, machine("A100-80GB")))
+    notes = "\n".join(_notes(recipe, parse_machine("A100-80GB")))
     assert ("config.json of facebook/opt-125m from the plan's own table" in notes) == (not has_hub)
     local = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, actor=str(tmp_path / "model")))
-    assert architectures(local, 1)[0].hidden_size == D and "own table" not in "\n".join(
-        _notes(local, machine("A100-80GB"))
+    assert decoder_configs(local, 1)[0].hidden_size == D and "own table" not in "\n".join(
+        _notes(local, parse_machine("A100-80GB"))
     )
-    rlhf_jax.plan.known._of_hub.cache_clear()
+    rlhf_jax.plan.abstract._hub_config.cache_clear()
 
 
 def test_the_table_of_known_models_is_part_of_the_installed_package():
     listed = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert listed["package-data"]["rlhf_jax.plan"] == ["known.toml"]
+    assert listed["package-data"]["rlhf_jax.plan"] == ["known_models.toml"]

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_jax.config import load
-from rlhf_jax.gpus import COMPILE_OPTIONS, devices_of, machine
+from rlhf_jax.config import load_config
+from rlhf_jax.hardware import COMPILE_OPTIONS, compile_only_devices, parse_machine
 from rlhf_jax.mesh import make_mesh
 from rlhf_jax.plan.abstract import abstract_mesh
-from rlhf_jax.plan.compiling import measure
-from rlhf_jax.plan.held import phases
-from rlhf_jax.plan.seconds import needs
-from rlhf_jax.plan.temporaries import estimate
+from rlhf_jax.plan.auto import temporary_bytes
+from rlhf_jax.plan.compile import measure
+from rlhf_jax.plan.phases import phases
+from rlhf_jax.plan.roofline import work_of_phases
 from rlhf_jax.recipe import Recipe
 
 pytestmark = pytest.mark.cuda
@@ -67,25 +67,28 @@ def received(text: str, count: int) -> Counter:
 @pytest.mark.parametrize("remat", ["layers", "none"])
 def test_bytes_over_the_links_agree_with_the_compiled_text_to_a_tenth(remat):
     overrides = ["mesh.tensor=1", f"model.remat={remat}", "ppo.rollout_batch_size=128", "ppo.micro_batch_size=64"]
-    recipe = load(CONFIGS / "opt-1.3b-single_node.toml", overrides, Recipe)
-    mesh = make_mesh(recipe.mesh, devices_of("8xA100-80GB"))
+    recipe = load_config(CONFIGS / "opt-1.3b-single_node.toml", overrides, Recipe)
+    mesh = make_mesh(recipe.mesh, compile_only_devices("8xA100-80GB"))
     found = phases(recipe, mesh, ("ppo",))
-    told = needs(recipe, found, mesh)
+    reported = work_of_phases(recipe, found, mesh)
     for phase in found:
         if phase.name in ("publish", "score", "actor"):
             text = phase.program.lower(*phase.args).compile(COMPILE_OPTIONS).as_text()
             moved = sum(received(text, 8).values())
-            assert moved == pytest.approx(told[f"ppo/{phase.name}"].link, rel=0.1), phase.name
+            assert moved == pytest.approx(reported[f"ppo/{phase.name}"].link, rel=0.1), phase.name
 
 
 @pytest.mark.parametrize("name", ["opt-1.3b-single_gpu", "opt-6.7b-single_node"])
 def test_peaks_by_arithmetic_are_within_a_tenth_of_the_compiled(name):
-    recipe = load(CONFIGS / f"{name}.toml", [], Recipe)
+    recipe = load_config(CONFIGS / f"{name}.toml", [], Recipe)
     where = {"opt-1.3b-single_gpu": "A100-80GB", "opt-6.7b-single_node": "8xA100-80GB"}[name]
-    mesh, plain = make_mesh(recipe.mesh, devices_of(where)), abstract_mesh(recipe.mesh, machine(where).count)
+    mesh, plain = (
+        make_mesh(recipe.mesh, compile_only_devices(where)),
+        abstract_mesh(recipe.mesh, parse_machine(where).count),
+    )
     for real, phase in zip(phases(recipe, mesh, ("ppo",)), phases(recipe, plain, ("ppo",)), strict=True):
         if phase.name in ("publish", "generate", "actor", "critic"):
-            quick = phase.least + estimate(recipe, phase, plain)
+            quick = phase.lower_bound + temporary_bytes(recipe, phase, plain)
             assert quick == pytest.approx(measure(real).peak(real), rel=0.1), (phase.stage, phase.name)
 
 

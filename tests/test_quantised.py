@@ -11,31 +11,31 @@ import optax
 import pytest
 import tiny
 from safetensors.numpy import load_file
-from test_pipeline import stop_in
-from tiny_recipe import run, tensors, timeless, write_recipe
+from test_train import stop_in
+from tiny_recipe import run, tensors, untimed_records, write_recipe
 
 from rlhf_jax.decode import Decoding, SampleConfig, generate
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
-from rlhf_jax.models.architecture import Compute, Rope
-from rlhf_jax.models.cached import Inference
+from rlhf_jax.models.config import Compute, Rope
 from rlhf_jax.models.decoder import abstract_params, bind, head_kernel
 from rlhf_jax.models.families import decoder_config
+from rlhf_jax.models.inference import Inference
 from rlhf_jax.models.lora import is_adapter, is_trainable
 from rlhf_jax.models.pretrained import Pretrained, apply, from_pretrained, save_pretrained
 from rlhf_jax.models.quantised import (
     DYNAMIC,
-    KINDS,
     NF4,
+    QUANTISED_KINDS,
     Quantised,
-    abstract,
+    abstract_quantised,
     block_size,
     dequantise,
     is_quantisable,
     quantise,
-    stacked,
+    quantise_layers,
 )
 from rlhf_jax.rollout import make_generate, make_publish
-from rlhf_jax.stages.models import ModelConfig, frozen_copy
+from rlhf_jax.stages.models import ModelConfig, copy_frozen
 from rlhf_jax.train_step import init_state, make_update
 from rlhf_jax.trees import partition
 
@@ -135,7 +135,7 @@ def test_bits_a_weight_and_the_error_of_normal_weights(kind, bits, error):
 
 def test_a_block_of_zeros_stays_zero():
     w = jnp.asarray(kernel(128, 8)).at[:, 2].set(0)
-    for kind in KINDS:
+    for kind in QUANTISED_KINDS:
         np.testing.assert_array_equal(dequantise(quantise(w, kind, -2), FLOAT32)[:, 2], 0)
 
 
@@ -146,13 +146,13 @@ def test_blocks_are_the_largest_divisor_and_a_size_without_one_is_refused():
         block_size(134, "nf4")
 
 
-def quantised(config, params, mesh, kind):
+def quantise_params(config, params, mesh, kind):
     leaves, layout = abstract_params(config), Layout(mesh, TRAIN)
     result = dict(params)
     for path, leaf in leaves.items():
         if is_quantisable(path):
             layers = (layout.put(np.asarray(layer), *leaf.axes[1:]) for layer in np.asarray(params[path]))
-            result[path] = stacked(layers, leaf.shape, leaf.axes, kind, layout)
+            result[path] = quantise_layers(layers, leaf.shape, leaf.axes, kind, layout)
     return result
 
 
@@ -160,7 +160,7 @@ def quantised(config, params, mesh, kind):
 def models(family, kind, name="one"):
     """(config, quantised parameters with adapters, the same with dense kernels)."""
     config, mesh = tiny.FAMILIES[family], tiny.mesh_of(name)
-    params = quantised(config, tiny.random_params(tiny.with_lora(config, tiny.LORA), mesh), mesh, kind)
+    params = quantise_params(config, tiny.random_params(tiny.with_lora(config, tiny.LORA), mesh), mesh, kind)
     dense = {path: dequantise(leaf, FLOAT32) for path, leaf in params.items()}
     return config, params, dense
 
@@ -173,9 +173,9 @@ def test_eight_devices_hold_the_bits_of_one_in_shards_that_the_abstract_tree_tel
         for path, leaf in abstract_params(config).items():
             if isinstance(one[path], Quantised):
                 assert one[path].shape == leaf.shape
-                told = abstract(leaf.shape, leaf.axes, kind, layout)
+                reported = abstract_quantised(leaf.shape, leaf.axes, kind, layout)
                 jax.tree.map(np.testing.assert_array_equal, one[path], eight[path])
-                for have, want in zip(jax.tree.leaves(eight[path]), jax.tree.leaves(told), strict=True):
+                for have, want in zip(jax.tree.leaves(eight[path]), jax.tree.leaves(reported), strict=True):
                     assert (have.shape, have.dtype) == (want.shape, want.dtype)
                     assert have.sharding.is_equivalent_to(want.sharding, have.ndim)
                 assert eight[path].codes.addressable_shards[0].data.size * 8 == eight[path].codes.size
@@ -270,7 +270,7 @@ def test_the_answering_program_never_holds_the_dense_kernels_of_all_layers():
     for path, leaf in abstract_params(config).items():
         params[path] = jax.ShapeDtypeStruct(leaf.shape, FLOAT32, sharding=train.sharding(leaf.axes))
         if is_quantisable(path):
-            params[path] = abstract(leaf.shape, leaf.axes, "nf4", train)
+            params[path] = abstract_quantised(leaf.shape, leaf.axes, "nf4", train)
             dense += params[path].size * 4
     weights = jax.eval_shape(make_publish(config, mesh, FLOAT32), params)
 
@@ -350,7 +350,7 @@ def test_a_quantised_base_without_adapters_to_train_is_refused_with_the_mend():
 
 def test_a_frozen_copy_keeps_codes_and_does_not_quantise_what_was_trained_whole():
     params = {"q": quantise(jnp.asarray(kernel(64, 8)), "nf4", -2), "w": jnp.ones(4)}
-    copy = frozen_copy(params, "nf4")
+    copy = copy_frozen(params, "nf4")
     want = jax.tree.map(np.asarray, params["q"])
     jax.tree.map(lambda leaf: leaf.delete(), params)
     jax.tree.map(np.testing.assert_array_equal, copy["q"], want)
@@ -367,13 +367,13 @@ def test_all_stages_run_on_a_quantised_base_and_a_stopped_run_ends_as_one_that_n
     recipe = write_recipe(tmp_path)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert run("train", recipe, *LORA_RUN, f"run.dir={whole}", devices=2) == 0
-    first = timeless(whole / "ppo" / "metrics.jsonl")[0]
+    first = untimed_records(whole / "ppo" / "metrics.jsonl")[0]
     assert first["logprob_mismatch"] < 1e-4  # generation and training see the same dequantised weights
     assert abs(first["kl"]) < 1e-4  # and so does the reference, which is the actor's base
     with monkeypatch.context() as patch:
         stop_in(patch, "ppo", 2)
         assert run("train", recipe, *LORA_RUN, f"run.dir={stopped}", devices=2) == 130
     assert run("train", recipe, *LORA_RUN, f"run.dir={stopped}", devices=2) == 0
-    assert timeless(stopped / "ppo" / "metrics.jsonl") == timeless(whole / "ppo" / "metrics.jsonl")
+    assert untimed_records(stopped / "ppo" / "metrics.jsonl") == untimed_records(whole / "ppo" / "metrics.jsonl")
     ours, theirs = (tensors(folder / "ppo" / "export") for folder in (stopped, whole))
     assert [name for name in theirs if ours[name].tobytes() != theirs[name].tobytes()] == []

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rlhf_jax.models.families.rope import rope, rope_parameters, rotated
+from rlhf_jax.models.families.rope import rope, rope_parameters, rotary_dim
 
 LLAMA_3_1 = {
     "rope_type": "llama3",
@@ -56,11 +56,11 @@ def test_a_scaling_is_read_in_its_old_and_new_spelling():
 
 
 def test_part_of_a_head_is_rotated_by_either_spelling_of_the_factor():
-    assert rotated(config(), 80) == 80
-    assert rotated(config(), 80, 0.25) == 20
-    assert rotated(config(partial_rotary_factor=0.5), 80, 0.25) == 40
+    assert rotary_dim(config(), 80) == 80
+    assert rotary_dim(config(), 80, 0.25) == 20
+    assert rotary_dim(config(partial_rotary_factor=0.5), 80, 0.25) == 40
     inner = config(partial_rotary_factor=0.5) | {"rope_parameters": {"partial_rotary_factor": 0.4}}
-    assert rotated(inner, 80, 0.25) == 32
+    assert rotary_dim(inner, 80, 0.25) == 32
     assert rope_parameters(inner) == {"partial_rotary_factor": 0.4, "rope_theta": None, "rope_type": "default"}
 
 
@@ -99,7 +99,7 @@ def test_longrope_serves_the_positions_of_its_short_factors():
 
 
 @pytest.mark.parametrize(
-    ("hf", "dim", "told"),
+    ("hf", "dim", "reported"),
     [
         (config({"rope_type": "ntk"}), 16, 'rope scaling "ntk" is not supported; supported: default, linear, dynamic'),
         (config({"type": "mrope", "mrope_section": [2, 3, 3]}), 16, '"mrope" is not supported'),
@@ -114,8 +114,8 @@ def test_longrope_serves_the_positions_of_its_short_factors():
         ({"model_type": "llama"}, 8, "max_position_embeddings has to be a whole number"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(hf, dim, told):
-    with pytest.raises(ValueError, match=told):
+def test_what_is_not_supported_is_refused_by_name(hf, dim, reported):
+    with pytest.raises(ValueError, match=reported):
         rope(hf, dim)
 
 
@@ -150,6 +150,6 @@ def test_frequencies_and_factor_are_those_of_transformers(scaling, positions, ke
     theirs = transformers.LlamaConfig(max_position_embeddings=positions, rope_scaling=dict(scaling), **keys)
     frequencies, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](theirs)
     hf = config(scaling, positions, **keys)
-    rotary, _ = rope(hf, rotated(hf, keys["head_dim"]))
+    rotary, _ = rope(hf, rotary_dim(hf, keys["head_dim"]))
     np.testing.assert_allclose(rotary.frequencies, frequencies.numpy(), rtol=3e-7)
     assert rotary.factor == factor

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from row_specs import SPECS, STAGES, split_of
 from tiny_tokenizer import gpt2_like
 
+from rlhf_jax.data import sources
+from rlhf_jax.data.chat_template import CHAT_TEMPLATE, prepare_tokenizer
 from rlhf_jax.data.config import BUILTIN, DataConfig, SourceConfig
-from rlhf_jax.data.example import Example
-from rlhf_jax.data.reading import places
+from rlhf_jax.data.records import Example
 from rlhf_jax.data.rows import Rows
-from rlhf_jax.data.selection import read_examples, rows_of, select_rows, source_sizes
-from rlhf_jax.data.template import CHAT_TEMPLATE, prepare_tokenizer
+from rlhf_jax.data.selection import read_examples, rows_from_examples, select_rows, source_sizes
 from rlhf_jax.recipe import Recipe
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -89,7 +89,7 @@ def test_the_rows_of_a_stage_are_its_examples_in_their_order(write_jsonl):
         for held_out in (False, True):
             rows, found = rows_for(config, stage, held_out), examples(config, stage, held_out)
             (part,) = rows.parts
-            assert part.store.numbers()[part.picked].tolist() == [example.row for example in found]
+            assert part.store.numbers()[part.selected].tolist() == [example.row for example in found]
             assert [re.search(r"q\d+", text)[0] for text in texts(rows)] == [example.turns[0][1] for example in found]
 
 
@@ -163,8 +163,8 @@ def test_no_source_is_read_again_because_another_has_held_out_rows_of_its_own(tm
     files["sums"] = write_jsonl([{"q": "s", "a": "1"}], "sums.jsonl")
     one, two, sums = (SourceConfig(str(files[name])) for name in ("one", "two", "sums"))
     sums = dataclasses.replace(sums, prompt="q", answer="a", chosen="", rejected="")
-    counts, read_file = Counter(), places.read_file
-    monkeypatch.setattr(places, "read_file", lambda path: counts.update([Path(path).stem]) or read_file(path))
+    counts, read_file = Counter(), sources.read_file
+    monkeypatch.setattr(sources, "read_file", lambda path: counts.update([Path(path).stem]) or read_file(path))
 
     def reads(*sources: SourceConfig) -> tuple[Counter, dict]:
         """How often each file is read by all stages in their order, and what they train on and are measured on."""
@@ -318,7 +318,7 @@ def test_a_bad_row_stops_the_run_unless_it_is_tolerated_and_then_nothing_good_is
 
 def test_the_examples_of_a_program_are_rows_too():
     made = [Example((("user", f"q{i}"),), f"a{i}", "", "", "by hand", i) for i in range(5)]
-    rows = rows_of(made, DataConfig((SourceConfig("x.jsonl"),)), TOKENIZER, SPECS["sft"])
+    rows = rows_from_examples(made, DataConfig((SourceConfig("x.jsonl"),)), TOKENIZER, SPECS["sft"])
     assert [re.findall(r"[qa]\d", text) for text in texts(rows)] == [[f"q{i}", f"a{i}"] for i in range(5)]
 
 
@@ -328,9 +328,9 @@ def test_examples_that_a_template_refuses_count_as_bad_rows_too():
     made = [Example((("user", f"q{i}"),), f"a{i}", "", "", "by hand", i) for i in range(5)]
     config = DataConfig((SourceConfig("x.jsonl"),))
     with pytest.raises(ValueError, match="by hand, row 3: the tokenizer's chat template refuses a dialogue: no q3"):
-        rows_of(made, config, tokenizer, SPECS["ppo"])
-    rows = rows_of(made, dataclasses.replace(config, max_bad_rows=1), tokenizer, SPECS["ppo"])
-    assert rows.parts[0].store.numbers()[rows.parts[0].picked].tolist() == [0, 1, 2, 4]
+        rows_from_examples(made, config, tokenizer, SPECS["ppo"])
+    rows = rows_from_examples(made, dataclasses.replace(config, max_bad_rows=1), tokenizer, SPECS["ppo"])
+    assert rows.parts[0].store.numbers()[rows.parts[0].selected].tolist() == [0, 1, 2, 4]
     assert "4 rows, 1 bad rows left out: by hand, row 3" in rows.report
 
 

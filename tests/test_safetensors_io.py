@@ -18,14 +18,14 @@ from safetensors.numpy import load_file, save_file
 
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, MeshConfig, make_mesh
 from rlhf_jax.models.decoder import Leaf
+from rlhf_jax.models.families.tensors import Checkpoint, HfTensor, Stripe
 from rlhf_jax.models.lora import NO_LORA
 from rlhf_jax.models.safetensors_io import pickle_refusal, read_params, reading, write_params, writing
-from rlhf_jax.models.tensors import Checkpoint, HfTensor, Strip
 
 LAYERS, EXPERTS, HEADS, KV_HEADS, HEAD, HIDDEN, WIDTH, VOCAB, PADDED = 3, 2, 8, 4, 4, 16, 24, 50, 64
 KV = KV_HEADS * HEAD
-Q_OF_GROUP = Strip(0, HEADS // KV_HEADS * HEAD, (HEADS // KV_HEADS + 2) * HEAD)  # of each key-value head: q, q, k, v
-K_OF_GROUP, V_OF_GROUP = (Strip(Q_OF_GROUP.length + i * HEAD, HEAD, Q_OF_GROUP.period) for i in range(2))
+Q_OF_GROUP = Stripe(0, HEADS // KV_HEADS * HEAD, (HEADS // KV_HEADS + 2) * HEAD)  # of each key-value head: q, q, k, v
+K_OF_GROUP, V_OF_GROUP = (Stripe(Q_OF_GROUP.length + i * HEAD, HEAD, Q_OF_GROUP.period) for i in range(2))
 QKV = (HEADS + 2 * KV_HEADS) * HEAD
 
 # No model has all of these at once; every one of them is some model's.
@@ -66,8 +66,8 @@ TENSORS = {
     "layers/attention/o/kernel": HfTensor("model.{i}.o.weight", (HIDDEN, HEADS * HEAD), True),
     "layers/attention/q_norm/scale": HfTensor("model.{i}.q_norm.{j}.weight", (HEAD,)),
     # Fused side by side as GPT-2's Conv1D has it: [in, out].
-    "layers/mlp/gate/kernel": HfTensor("model.{i}.gate_up", (HIDDEN, 2 * WIDTH), strip=Strip(0, WIDTH, 2 * WIDTH)),
-    "layers/mlp/up/kernel": HfTensor("model.{i}.gate_up", (HIDDEN, 2 * WIDTH), strip=Strip(WIDTH, WIDTH, 2 * WIDTH)),
+    "layers/mlp/gate/kernel": HfTensor("model.{i}.gate_up", (HIDDEN, 2 * WIDTH), strip=Stripe(0, WIDTH, 2 * WIDTH)),
+    "layers/mlp/up/kernel": HfTensor("model.{i}.gate_up", (HIDDEN, 2 * WIDTH), strip=Stripe(WIDTH, WIDTH, 2 * WIDTH)),
     "layers/mlp/down/kernel": HfTensor("model.{i}.down", (WIDTH, HIDDEN)),
     "layers/experts/gate/kernel": HfTensor("model.{i}.experts.{j}.gate.weight", (WIDTH, HIDDEN), True),
     "layers/experts/up/kernel": HfTensor("model.{i}.experts.{j}.up.weight", (WIDTH, HIDDEN), True),
@@ -75,8 +75,8 @@ TENSORS = {
 }
 GATE_UP = (EXPERTS, 2 * WIDTH, HIDDEN)
 FUSED_EXPERTS = {
-    "layers/experts/gate/kernel": HfTensor("model.{i}.gate_up_proj", GATE_UP, True, Strip(0, WIDTH, 2 * WIDTH)),
-    "layers/experts/up/kernel": HfTensor("model.{i}.gate_up_proj", GATE_UP, True, Strip(WIDTH, WIDTH, 2 * WIDTH)),
+    "layers/experts/gate/kernel": HfTensor("model.{i}.gate_up_proj", GATE_UP, True, Stripe(0, WIDTH, 2 * WIDTH)),
+    "layers/experts/up/kernel": HfTensor("model.{i}.gate_up_proj", GATE_UP, True, Stripe(WIDTH, WIDTH, 2 * WIDTH)),
     "layers/experts/down/kernel": HfTensor("model.{i}.down_proj", (EXPERTS, HIDDEN, WIDTH), True),
 }
 FUSED = {**TENSORS, **FUSED_EXPERTS}
@@ -327,13 +327,13 @@ def test_missing_surplus_misshaped_and_foreign_tensors_are_all_named_at_once(tmp
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError) as raised:
         read(tmp_path, layout, tolerated=re.compile(r"model\.\d+\.rotary_emb\.inv_freq"))
-    told = str(raised.value)
-    assert "missing: head.bias, model.1.qkv.bias, model.2.experts.1.up.weight;" in told
-    assert "surplus: model.3.qkv.weight, v_head.weight;" in told
-    assert "model.norm.weight ([15] in place of [16])" in told
-    assert told.count(f"model.0.qkv.weight ([16, {QKV}] in place of [{QKV}, 16])") == 1
-    assert told.endswith("of an unsupported dtype: model.2.q_norm.7.weight (I8 in place of F32, F16, BF16)")
-    assert "inv_freq" not in told and "\n" not in told
+    reported = str(raised.value)
+    assert "missing: head.bias, model.1.qkv.bias, model.2.experts.1.up.weight;" in reported
+    assert "surplus: model.3.qkv.weight, v_head.weight;" in reported
+    assert "model.norm.weight ([15] in place of [16])" in reported
+    assert reported.count(f"model.0.qkv.weight ([16, {QKV}] in place of [{QKV}, 16])") == 1
+    assert reported.endswith("of an unsupported dtype: model.2.q_norm.7.weight (I8 in place of F32, F16, BF16)")
+    assert "inv_freq" not in reported and "\n" not in reported
 
 
 def test_an_optional_parameter_is_left_out_where_the_files_lack_it(tmp_path, layout):
@@ -442,8 +442,8 @@ def test_a_tensor_of_which_a_part_is_nowhere_is_not_written(tmp_path):
 def test_a_layer_is_fetched_alike_from_host_and_accelerator():
     data = jax.numpy.arange(24.0).reshape(2, 3, 4)
     for index in ([], [1], [1, 2]):
-        fetched = np.asarray(writing._taken([data], index, NO_LORA))  # the way of accelerators
-        np.testing.assert_array_equal(fetched, writing._fetched([data], index, NO_LORA))
+        fetched = np.asarray(writing._copy_item([data], index, NO_LORA))  # the way of accelerators
+        np.testing.assert_array_equal(fetched, writing._fetch([data], index, NO_LORA))
         assert not np.shares_memory(fetched, np.asarray(data))
 
 
@@ -454,7 +454,7 @@ from pathlib import Path
 from rlhf_jax.mesh import TRAIN, Layout, MeshConfig, make_mesh
 from rlhf_jax.models.decoder import Leaf
 from rlhf_jax.models.safetensors_io import read_params, write_params
-from rlhf_jax.models.tensors import Checkpoint, HfTensor
+from rlhf_jax.models.families.tensors import Checkpoint, HfTensor
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096

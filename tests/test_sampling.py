@@ -11,7 +11,7 @@ import tiny
 from scipy.stats import chi2
 
 from rlhf_jax.mesh import single_device_mesh
-from rlhf_jax.models.architecture import Compute
+from rlhf_jax.models.config import Compute
 from rlhf_jax.models.decoder import bind, head_kernel
 from rlhf_jax.rollout import make_generate, make_publish
 from rlhf_jax.sampling import (
@@ -19,10 +19,10 @@ from rlhf_jax.sampling import (
     check_learnable,
     check_sample,
     draw,
-    is_models_own,
-    restrained_logits,
-    seen_in,
-    truncated_logits,
+    is_model_distribution,
+    penalise_logits,
+    seen_ids,
+    truncate_logits,
 )
 
 FLOAT32 = jnp.dtype("float32")
@@ -77,7 +77,7 @@ def some_logits():
 def draws(sample, drawn, logits, seen, keys):
     count = len(keys)
     many = jnp.broadcast_to(logits, (count, VOCAB)), jnp.broadcast_to(seen, (count, VOCAB))
-    return draw(restrained_logits(many[0], sample, many[1], jnp.full(count, drawn), EOS), keys, sample)
+    return draw(penalise_logits(many[0], sample, many[1], jnp.full(count, drawn), EOS), keys, sample)
 
 
 @pytest.mark.parametrize("drawn", [0, 2, 3])
@@ -112,17 +112,17 @@ def test_a_wrong_order_or_a_missing_part_would_not_pass_the_chi_square_test():
 def test_min_p_keeps_what_is_at_least_that_share_of_the_likeliest_after_top_p():
     logits = jnp.log(jnp.array([[0.5, 0.26, 0.14, 0.1]]))
     for p, kept in [(0.19, 4), (0.21, 3), (0.27, 3), (0.29, 2), (0.53, 1), (1.0, 1)]:
-        assert np.isfinite(truncated_logits(logits, SampleConfig(1, min_p=p))).sum() == kept
-    assert np.isfinite(truncated_logits(logits, SampleConfig(1, top_p=0.8, min_p=0.21))).sum() == 3
-    assert np.isfinite(truncated_logits(logits, SampleConfig(1, top_p=0.7, min_p=0.21))).sum() == 2
+        assert np.isfinite(truncate_logits(logits, SampleConfig(1, min_p=p))).sum() == kept
+    assert np.isfinite(truncate_logits(logits, SampleConfig(1, top_p=0.8, min_p=0.21))).sum() == 3
+    assert np.isfinite(truncate_logits(logits, SampleConfig(1, top_p=0.7, min_p=0.21))).sum() == 2
 
 
 def test_the_penalty_counts_real_tokens_only_and_each_once():
     tokens = jnp.array([[0, 0, 5, 5, 3]])
-    seen = seen_in(tokens, jnp.array([[False, False, True, True, True]]), 8)
+    seen = seen_ids(tokens, jnp.array([[False, False, True, True, True]]), 8)
     assert np.flatnonzero(seen[0]).tolist() == [3, 5], "padding is no token"
     logits = jnp.array([[1.0, 1.0, 1.0, -2.0, 1.0, 3.0, 1.0, 1.0]])
-    penalised = restrained_logits(logits, SampleConfig(1, repetition_penalty=2.0), seen, jnp.zeros(1, int), EOS)
+    penalised = penalise_logits(logits, SampleConfig(1, repetition_penalty=2.0), seen, jnp.zeros(1, int), EOS)
     assert penalised[0].tolist() == [1.0, 1.0, 1.0, -4.0, 1.0, 1.5, 1.0, 1.0]
 
 
@@ -153,9 +153,9 @@ def test_the_distribution_is_that_of_the_logits_processors_of_transformers(sampl
         logits = rng.normal(0, 2, (1, 64)).astype(np.float32)
         prefix = np.concatenate([PROMPT, rng.integers(0, 64, drawn)])[None]
         theirs = torch.log_softmax(processors(torch.tensor(prefix), torch.tensor(logits)), -1).numpy()
-        seen = seen_in(jnp.asarray(prefix), jnp.ones_like(prefix, bool), 64)
-        ours = restrained_logits(jnp.asarray(logits), sample, seen, jnp.array([drawn]), EOS)
-        np.testing.assert_allclose(jax.nn.log_softmax(truncated_logits(ours, sample)), theirs, atol=1e-5)
+        seen = seen_ids(jnp.asarray(prefix), jnp.ones_like(prefix, bool), 64)
+        ours = penalise_logits(jnp.asarray(logits), sample, seen, jnp.array([drawn]), EOS)
+        np.testing.assert_allclose(jax.nn.log_softmax(truncate_logits(ours, sample)), theirs, atol=1e-5)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -174,7 +174,7 @@ def test_a_rollout_tells_what_was_sampled_from_and_what_the_model_itself_says(sa
     prompts, mask = tiny.prompts(config, [5, 2, 6, 1], 6)
     rollout = make_generate(config, sample, EOS, mesh, FLOAT32)(weights, prompts, mask, jax.random.key(1))
     rollout = jax.tree.map(np.asarray, rollout)
-    assert is_models_own(sample) == (sample in (SampleConfig(NEW), SampleConfig(NEW, 0.0)))
+    assert is_model_distribution(sample) == (sample in (SampleConfig(NEW), SampleConfig(NEW, 0.0)))
     for row, size in enumerate(mask.sum(1)):
         length = rollout.mask[row].sum()
         whole = np.concatenate([prompts[row][mask[row]], rollout.tokens[row, :length]])
@@ -202,7 +202,7 @@ def test_no_answer_ends_before_min_new_tokens_and_some_end_right_after():
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "reported"),
     [
         (dict(min_p=-0.1), "min_p=-0.1: from 0 to 1"),
         (dict(min_p=1.5), "min_p=1.5: from 0 to 1"),
@@ -212,13 +212,13 @@ def test_no_answer_ends_before_min_new_tokens_and_some_end_right_after():
         (dict(num_samples=0), "num_samples=0: at least 1"),
     ],
 )
-def test_settings_that_name_no_distribution_are_refused(change, told):
-    with pytest.raises(ValueError, match=told):
+def test_settings_that_name_no_distribution_are_refused(change, reported):
+    with pytest.raises(ValueError, match=reported):
         check_sample(SampleConfig(NEW, **change))
 
 
 @pytest.mark.parametrize(
-    ("change", "mend"),
+    ("change", "fix"),
     [
         (dict(temperature=0.0), "set it above 0"),
         (dict(top_k=5), "set top_k=0 and top_p=1.0"),
@@ -227,8 +227,8 @@ def test_settings_that_name_no_distribution_are_refused(change, told):
         (dict(min_new_tokens=1), "set min_new_tokens=0"),
     ],
 )
-def test_ppo_refuses_to_learn_from_another_distribution_than_it_trains_and_says_the_mend(change, mend):
-    with pytest.raises(ValueError, match=mend):
+def test_ppo_refuses_to_learn_from_another_distribution_than_it_trains_and_says_the_mend(change, fix):
+    with pytest.raises(ValueError, match=fix):
         check_learnable(SampleConfig(NEW, **change))
 
 

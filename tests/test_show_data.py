@@ -42,7 +42,7 @@ def recipe_of(
     )
 
 
-def said(recipe: Recipe, examples: int = 0, out: io.StringIO | None = None) -> str:
+def printed_text(recipe: Recipe, examples: int = 0, out: io.StringIO | None = None) -> str:
     out = out or io.StringIO()
     show_data(recipe, examples, out)
     return out.getvalue()
@@ -75,7 +75,7 @@ def test_every_row_is_counted_once_over_the_stages_and_what_is_held_out(tmp_path
         rows[i]["prompt"] += "x" * 100  # too long in every stage
     rows[50]["chosen"] = rows[51]["chosen"] = "good " * 80
     recipe = recipe_of(tmp_path, SourceConfig(str(write_jsonl(rows))))
-    found = tables(said(recipe))
+    found = tables(printed_text(recipe))
     assert len(found) == 6
     shares = {key[:2]: int(columns[0]) for key, columns in found.items()}
     held = {shares[stage, "held out"] for stage in ("sft", "reward", "ppo")}
@@ -93,7 +93,7 @@ def test_lengths_and_cuts_are_those_of_the_rows_by_hand(tmp_path, write_jsonl):
     rows = [{"prompt": "%" * n, "chosen": "#" * 3, "rejected": "!"} for n in (1, 2, 3, 4)]
     rows.append({"prompt": "?", "chosen": "#" * 200, "rejected": "!"})
     recipe = recipe_of(tmp_path, SourceConfig(str(write_jsonl(rows))), split="1,0,0", held_out=0.0)
-    text = said(recipe)
+    text = printed_text(recipe)
     ((_, columns),) = ((key, columns) for key, columns in tables(text).items() if key[0] == "sft")
     tokenizer = gpt2_like()
     whole = [len(tokenizer(f"\n\nHuman: {r['prompt']}\n\nAssistant: {r['chosen']}</s>").input_ids) for r in rows]
@@ -107,11 +107,15 @@ def test_a_cut_row_of_training_is_not_counted_among_those_held_out(tmp_path, wri
     held = write_jsonl(pairs(3, 100), "held.jsonl")
     rows = [row | {"chosen": "good " * 80} for row in pairs(6)]
     source = SourceConfig(str(write_jsonl(rows)), eval_path=str(held))
-    found = {key[:2]: columns for key, columns in tables(said(recipe_of(tmp_path, source, split="1,0,0"))).items()}
+    found = {
+        key[:2]: columns for key, columns in tables(printed_text(recipe_of(tmp_path, source, split="1,0,0"))).items()
+    }
     assert found["sft", "training"][:4] == ["6", "0", "6", "6"]
     assert found["sft", "held out"][:4] == ["3", "0", "3", "0"]
     by_hash = SourceConfig(str(write_jsonl([*rows, *pairs(60, 200)])))
-    found = {key[:2]: columns for key, columns in tables(said(recipe_of(tmp_path, by_hash, split="1,0,0"))).items()}
+    found = {
+        key[:2]: columns for key, columns in tables(printed_text(recipe_of(tmp_path, by_hash, split="1,0,0"))).items()
+    }
     assert int(found["sft", "training"][3]) + int(found["sft", "held out"][3]) == 6
 
 
@@ -123,7 +127,7 @@ def test_reasons_of_drops_are_told_by_source(tmp_path, write_jsonl):
         {"prompt": "p", "chosen": "", "rejected": "b"},
     ]
     sources = [SourceConfig(str(write_jsonl(rows, name))) for rows, name in ((one, "one.jsonl"), (two, "two.jsonl"))]
-    text = said(recipe_of(tmp_path, *sources, split="1,0,0", held_out=0.0))
+    text = printed_text(recipe_of(tmp_path, *sources, split="1,0,0", held_out=0.0))
     assert "    dropped: 2 empty answer (1 of 1, 1 of 2)\n    dropped: 1 prompt over 60 tokens (1 of 2)\n" in text
     found = {key[2].split("/")[-1]: columns for key, columns in tables(text).items() if key[0] == "sft"}
     assert [found[name][:3] for name in ("one.jsonl", "two.jsonl", "all")] == [
@@ -131,14 +135,14 @@ def test_reasons_of_drops_are_told_by_source(tmp_path, write_jsonl):
         ["6", "2", "4"],
         ["16", "3", "13"],
     ]
-    text = said(recipe_of(tmp_path, *sources, split="0,0,1", held_out=0.0))
+    text = printed_text(recipe_of(tmp_path, *sources, split="0,0,1", held_out=0.0))
     assert "dropped: 5 repeated prompt (5 of 2)" in text  # q0 to q3, and p
 
 
 def test_prompts_that_another_source_holds_out_are_told(tmp_path, write_jsonl):
     held = write_jsonl(pairs(4), "held.jsonl")
     source = SourceConfig(str(write_jsonl(pairs(30))), eval_path=str(held))
-    text = said(recipe_of(tmp_path, source, split="1,0,0"))
+    text = printed_text(recipe_of(tmp_path, source, split="1,0,0"))
     assert "    dropped: 4 prompt held out by eval_path or eval_split\n" in text
     assert f"  1 {source.path}, 30 rows, format fields; held out: {held}, 4 rows\n" in text
 
@@ -147,7 +151,7 @@ def test_bad_rows_are_told_once_with_the_stages_that_they_are_bad_for(tmp_path, 
     rows = pairs(40)
     rows[3], rows[5] = {"prompt": 3, "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a", "rejected": None}
     path = write_jsonl(rows)
-    text = said(recipe_of(tmp_path, SourceConfig(str(path)), max_bad_rows=2))
+    text = printed_text(recipe_of(tmp_path, SourceConfig(str(path)), max_bad_rows=2))
     assert "    bad rows left out: 1 for sft, 2 for reward, 1 for ppo\n" in text
     assert text.count(f"{path}, line 4: field 'prompt' must be text") == 1
     assert text.count(f"{path}, line 6: field 'rejected' must be text") == 1
@@ -159,16 +163,18 @@ def test_what_an_epoch_draws_is_told_by_the_numbers_of_the_sources(tmp_path, wri
         SourceConfig(str(write_jsonl(sums, "sums.jsonl")), answer="answer", chosen="", rejected=""),
         SourceConfig(str(write_jsonl(pairs(30))), epochs=2),
     )
-    text = said(recipe_of(tmp_path, *sources, split="1,0,0", held_out=0.0))
+    text = printed_text(recipe_of(tmp_path, *sources, split="1,0,0", held_out=0.0))
     assert "  drawn in an epoch: 80 rows, 20 of 1, 60 of 2\n  an epoch: 20 steps of 4 rows" in text
     assert "sums.jsonl, 20 rows, format fields, not for reward; held out: nothing\n" in text
-    text = said(recipe_of(tmp_path, *sources, split="0,1,0", held_out=0.0))
+    text = printed_text(recipe_of(tmp_path, *sources, split="0,1,0", held_out=0.0))
     assert "  drawn in an epoch: 60 rows, 60 of 2\n" in text
 
 
 def test_packed_rows_are_told_beside_the_table_of_their_documents(tmp_path, write_jsonl):
     sft = SFTConfig(batch_size=4, pack_length=200)
-    text = said(recipe_of(tmp_path, SourceConfig(str(write_jsonl(pairs(60)))), split="1,0,0", held_out=0.0, sft=sft))
+    text = printed_text(
+        recipe_of(tmp_path, SourceConfig(str(write_jsonl(pairs(60)))), split="1,0,0", held_out=0.0, sft=sft)
+    )
     (columns,) = (columns for key, columns in tables(text).items() if key[0] == "sft")
     packed = int(re.search(r"  packed: (\d+) rows of 200 tokens\n", text)[1])
     assert columns[0] == "60" and int(columns[-1]) / 200 <= packed < 20
@@ -176,7 +182,7 @@ def test_packed_rows_are_told_beside_the_table_of_their_documents(tmp_path, writ
 
 
 def test_fewer_rows_than_a_batch_has_is_said(tmp_path, write_jsonl):
-    text = said(recipe_of(tmp_path, SourceConfig(str(write_jsonl(pairs(3)))), split="1,0,0", held_out=0.0))
+    text = printed_text(recipe_of(tmp_path, SourceConfig(str(write_jsonl(pairs(3)))), split="1,0,0", held_out=0.0))
     assert "  a batch has 4 rows, which are more than there are: add rows, or make it smaller\n" in text
 
 
@@ -191,7 +197,7 @@ HISTORY = [
 ]
 
 
-def coloured(text: str) -> tuple[str, str]:
+def split_colours(text: str) -> tuple[str, str]:
     """(what is green, what is dim), each line of a text by itself, and nothing without a colour but the border."""
     border = re.sub(r"(\x1b\[1;32m|\x1b\[2m)[^\x1b\n]+\x1b\[0m", "", text)
     assert not border.strip("| \n")
@@ -214,8 +220,8 @@ def test_on_a_terminal_what_is_learned_is_green_and_the_rest_dim(
     source = SourceConfig(str(write_jsonl([{"messages": HISTORY}])), format="messages")
     options = {"split": "1,0,0", "held_out": 0.0, "max_prompt_length": 500, "max_length": 600}
     recipe = recipe_of(tmp_path, source, tokenizer=kind, sft=SFTConfig(batch_size=1, learn=learn), **options)
-    text = body(said(recipe, 1, Terminal()), "sft")
-    green, dim = coloured(text)
+    text = body(printed_text(recipe, 1, Terminal()), "sft")
+    green, dim = split_colours(text)
     end = "<|im_end|>" if kind is chatml_like else "</s>"
     # The default template has a blank before an answer, and the line breaks of an answer end its lines.
     blank = "" if kind is chatml_like else " "
@@ -229,16 +235,16 @@ def test_elsewhere_and_where_the_environment_forbids_colours_brackets_stand_arou
 ):
     recipe = recipe_of(tmp_path, SourceConfig(str(write_jsonl(pairs(1)))), split="1,0,0", held_out=0.0)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    plain = said(recipe, 1)
+    plain = printed_text(recipe, 1)
     monkeypatch.setenv("NO_COLOR", "1")
-    assert said(recipe, 1, Terminal()) == plain
+    assert printed_text(recipe, 1, Terminal()) == plain
     assert body(plain, "sft") == "    |\n    |\n    | Human: q0\n    |\n    | Assistant:⟦ good 0</s>⟧"
     assert "\x1b" not in plain
 
 
 def test_a_pair_has_its_prompt_once_and_both_answers_with_their_names(tmp_path, write_jsonl):
     recipe = recipe_of(tmp_path, SourceConfig(str(write_jsonl(pairs(1)))), split="0,1,0", held_out=0.0)
-    text = said(recipe, 1)
+    text = printed_text(recipe, 1)
     assert "rows.jsonl, row 1\n    |\n    |\n    | Human: q0\n    |\n    | Assistant:\n" in text
     assert "    | Assistant:\n    chosen:\n    | ⟦ good 0</s>⟧\n    rejected:\n    | ⟦ bad 0</s>⟧\n" in text
     assert text.count("Human: q0") == 1
@@ -246,14 +252,14 @@ def test_a_pair_has_its_prompt_once_and_both_answers_with_their_names(tmp_path, 
 
 def test_a_prompt_for_ppo_has_nothing_that_is_learned(tmp_path, write_jsonl):
     recipe = recipe_of(tmp_path, SourceConfig(str(write_jsonl(pairs(1)))), split="0,0,1", held_out=0.0)
-    assert body(said(recipe, 1), "ppo") == "    |\n    |\n    | Human: q0\n    |\n    | Assistant:"
-    assert GREEN not in said(recipe, 1, Terminal())
+    assert body(printed_text(recipe, 1), "ppo") == "    |\n    |\n    | Human: q0\n    |\n    | Assistant:"
+    assert GREEN not in printed_text(recipe, 1, Terminal())
 
 
 def test_what_a_terminal_would_obey_is_shown_and_not_sent(tmp_path, write_jsonl):
     row = {"prompt": "q", "chosen": "a\x1b[2J\x07\tb\r", "rejected": "b"}
     recipe = recipe_of(tmp_path, SourceConfig(str(write_jsonl([row]))), split="1,0,0", held_out=0.0)
-    assert "⟦ a\\x1b[2J\\x07\tb</s>⟧" in said(recipe, 1)
+    assert "⟦ a\\x1b[2J\\x07\tb</s>⟧" in printed_text(recipe, 1)
 
 
 # Layout.
@@ -266,7 +272,7 @@ def test_five_sources_are_read_in_less_than_120_characters_a_line_and_105_lines(
     for i in range(5):
         path = write_jsonl(pairs(60, 100 * i), f"source-{i}.jsonl")
         sources.append(SourceConfig(str(path.rename(folder / path.name))))
-    text = said(recipe_of(tmp_path, *sources), 1)
+    text = printed_text(recipe_of(tmp_path, *sources), 1)
     lines = text.splitlines()
     assert len(tables(text)) == 6 * 6
     start = lines.index("") + 7  # behind the paths, which are as long as they are
@@ -307,7 +313,7 @@ def test_the_numbers_of_hh_rlhf_and_alpaca_eval_add_up_to_their_files(tmp_path):
         SourceConfig(str(hh / "train.jsonl"), format="transcript", eval_path=str(hh / "test.jsonl")),
         SourceConfig(str(alpaca / "train.jsonl"), eval_path=str(alpaca / "test.jsonl")),
     )
-    text = said(recipe_of(tmp_path, *sources, tokenizer=opt_like))
+    text = printed_text(recipe_of(tmp_path, *sources, tokenizer=opt_like))
     assert "1,747 rows, format transcript; held out: " in text and "13,823 rows, format fields; held out: " in text
     found = tables(text)
     for number, rows, held in (("1", 1_747, 252), ("2", 13_823, 1_369), ("all", 15_570, 1_621)):
@@ -321,7 +327,7 @@ def test_a_stream_is_shown_by_its_first_window_beside_stored_rows(tmp_path, writ
     monkeypatch.setattr(stream, "WINDOW", 20)
     one, two = write_jsonl(pairs(200), "one.jsonl"), write_jsonl(pairs(200), "two.jsonl")
     recipe = recipe_of(tmp_path, SourceConfig(str(one), stream=True), SourceConfig(str(two)))
-    text = said(recipe, 1)
+    text = printed_text(recipe, 1)
     assert "not for reward, not for ppo; held out: 20.0% of its prompts, left out, as it is streamed" in text
     assert "rows in its first window, of which all below is told, format fields" in text
     assert text.count("two.jsonl, row") == 3 and text.count("one.jsonl, row") == 1
@@ -331,4 +337,4 @@ def test_a_model_whose_tokenizer_cannot_be_had_is_named_with_the_mend(tmp_path, 
     recipe = recipe_of(tmp_path, SourceConfig(str(write_jsonl(pairs(30)))))
     nowhere = dataclasses.replace(recipe, model=ModelConfig(actor=str(tmp_path / "nowhere")))
     with pytest.raises(ValueError, match="nowhere: its tokenizer is neither in a folder here.*set model.actor to the"):
-        said(nowhere)
+        printed_text(nowhere)

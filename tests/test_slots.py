@@ -13,7 +13,7 @@ import tiny
 import rlhf_jax
 from rlhf_jax.decode import Decoding, generate_slots
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
-from rlhf_jax.models.cached import Inference
+from rlhf_jax.models.inference import Inference
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.rollout import make_generate, make_publish
 from rlhf_jax.sampling import SampleConfig
@@ -117,8 +117,8 @@ def test_the_public_generate_takes_rows():
 
 
 def test_rows_that_the_devices_do_not_divide_are_refused_with_the_nearest():
-    told = "rows=6 does not divide over 4 devices of mesh.data x mesh.fsdp; nearest that do: [4, 8]"
-    for rows, message in ((6, told), (-4, "rows=-4 does not divide over 4")):
+    reported = "rows=6 does not divide over 4 devices of mesh.data x mesh.fsdp; nearest that do: [4, 8]"
+    for rows, message in ((6, reported), (-4, "rows=-4 does not divide over 4")):
         with pytest.raises(ValueError, match=re.escape(message)):
             make_generate(tiny.LLAMA, SAMPLE, EOS, tiny.mesh_of("fsdp4-tensor2"), FLOAT32, rows)
 

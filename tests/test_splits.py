@@ -6,18 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_jax.data.config import DataConfig, SourceConfig
-from rlhf_jax.data.splits import as_keys, held_out, named_shares, prompt_key, trains
+from rlhf_jax.data.splits import as_keys, is_held_out, is_trained_by, named_shares, prompt_key
 
 STAGES = ("sft", "reward", "ppo")
 
 
-def is_held_out(key: bytes, share: float) -> bool:
-    return bool(held_out(as_keys([key]), share)[0])
+def held_out_flags(key: bytes, share: float) -> bool:
+    return bool(is_held_out(as_keys([key]), share)[0])
 
 
 def stage_of(key: bytes, shares) -> str:
     table = dict(zip(STAGES, shares, strict=True))
-    (stage,) = [stage for stage in STAGES if trains(as_keys([key]), stage, table)[0]]  # one, no more
+    (stage,) = [stage for stage in STAGES if is_trained_by(as_keys([key]), stage, table)[0]]  # one, no more
     return stage
 
 
@@ -47,15 +47,15 @@ def test_ten_thousand_prompts_fall_to_the_stages_as_2_4_4():
 
 
 def test_being_held_out_says_nothing_about_the_stage():
-    held_out = [key for key in KEYS if is_held_out(key, 0.1)]
+    held_out = [key for key in KEYS if held_out_flags(key, 0.1)]
     assert len(held_out) == pytest.approx(1000, abs=90)
     stages = [stage_of(key, (1, 1, 1)) for key in held_out]
     assert [stages.count(stage) for stage in STAGES] == pytest.approx([333] * 3, abs=50)
 
 
 def test_a_larger_held_out_share_keeps_what_the_smaller_one_held_out():
-    assert {key for key in KEYS if is_held_out(key, 0.05)} < {key for key in KEYS if is_held_out(key, 0.1)}
-    assert not any(is_held_out(key, 0.0) for key in KEYS)
+    assert {key for key in KEYS if held_out_flags(key, 0.05)} < {key for key in KEYS if held_out_flags(key, 0.1)}
+    assert not any(held_out_flags(key, 0.0) for key in KEYS)
 
 
 SHARES = st.tuples(*[st.integers(0, 1000)] * 3).filter(any)
@@ -76,7 +76,7 @@ def test_the_extreme_hashes_are_inside():
     assert stage_of(b"\xff" * 16, (1, 1, 1)) == "ppo"
     assert stage_of(b"\xff" * 16, (1, 0, 0)) == "sft"
     assert stage_of(b"\x00" * 16, (0, 0, 1)) == "ppo"
-    assert not is_held_out(b"\xff" * 16, 0.999999)
+    assert not held_out_flags(b"\xff" * 16, 0.999999)
 
 
 def test_the_first_prompts_fall_where_they_fell_in_every_version_of_the_package():
@@ -88,12 +88,12 @@ def test_a_fourth_share_of_zero_moves_no_prompt_and_one_more_takes_from_all_alik
     table = {"sft": 2.0, "reward": 4.0, "ppo": 4.0}
     keys = as_keys(KEYS)
     for stage in STAGES:
-        before = trains(keys, stage, table)
-        assert np.array_equal(before, trains(keys, stage, table | {"more": 0.0}))
-        assert np.array_equal(before, trains(keys, stage, {name: 20 * share for name, share in table.items()}))
-        after = trains(keys, stage, table | {"more": 10.0})
+        before = is_trained_by(keys, stage, table)
+        assert np.array_equal(before, is_trained_by(keys, stage, table | {"more": 0.0}))
+        assert np.array_equal(before, is_trained_by(keys, stage, {name: 20 * share for name, share in table.items()}))
+        after = is_trained_by(keys, stage, table | {"more": 10.0})
         assert after.sum() == pytest.approx(before.sum() / 2, abs=130)
-    assert trains(keys, "more", table | {"more": 10.0}).sum() == pytest.approx(5000, abs=150)
+    assert is_trained_by(keys, "more", table | {"more": 10.0}).sum() == pytest.approx(5000, abs=150)
 
 
 def test_shares_are_a_table_by_name_or_three_numbers_in_a_text():

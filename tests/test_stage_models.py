@@ -12,13 +12,13 @@ import tiny
 from safetensors.numpy import load_file
 from tiny_tokenizer import chatml_like
 
-from rlhf_jax.data.template import prepare_tokenizer
+from rlhf_jax.data.chat_template import prepare_tokenizer
 from rlhf_jax.mesh import TRAIN, Layout, single_device_mesh
 from rlhf_jax.models.families import decoder_config
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained
 from rlhf_jax.rollout import eos_ids
-from rlhf_jax.stages.models import ModelConfig, export, frozen_copy, make_state
+from rlhf_jax.stages.models import ModelConfig, copy_frozen, export_model, make_state
 
 HF = {
     "model_type": "opt",
@@ -45,7 +45,7 @@ def test_an_export_ends_answers_at_the_templates_end_of_turn_as_well_as_at_eos(t
     pretrained = model()
     assert eos_ids(pretrained) == (1,)
     state, frozen = make_state(pretrained, settings, optax.sgd(0.1), 0)
-    export(pretrained, state.params(frozen), settings, tmp_path / "out")
+    export_model(pretrained, state.params(frozen), settings, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [1, 3]
     assert eos_ids(from_pretrained(tmp_path / "out")) == (1, 3)
 
@@ -56,7 +56,7 @@ def test_an_export_keeps_what_adapters_add_below_the_rounding_of_a_frozen_bfloat
     state, frozen = make_state(pretrained, settings, optax.sgd(0.1), 0)
     for path in state.trainable:
         state.trainable[path] = jnp.full_like(state.trainable[path], 1e-3)
-    export(pretrained, state.params(frozen), settings, tmp_path / "out")
+    export_model(pretrained, state.params(frozen), settings, tmp_path / "out")
     got = load_file(tmp_path / "out" / "model.safetensors")["model.decoder.layers.1.fc1.weight"].T
     base = np.asarray(pretrained.params["layers/mlp/up/kernel"][1].astype("float32"))
     np.testing.assert_allclose(got - base, 2e-6, rtol=0.2)  # 2 ranks of 1e-3 times 1e-3
@@ -79,7 +79,7 @@ def test_reward_adapters_on_linears_that_the_family_lacks_are_refused_though_a_h
 
 def test_a_frozen_copy_outlives_the_arrays_it_was_made_from():
     params = {"w": jnp.arange(4.0)}
-    copies = {dtype: frozen_copy(params, dtype) for dtype in ("float32", "bfloat16")}
+    copies = {dtype: copy_frozen(params, dtype) for dtype in ("float32", "bfloat16")}
     jax.tree.map(lambda x: x.delete(), params)
     for dtype, copy in copies.items():
         assert copy["w"].dtype == dtype

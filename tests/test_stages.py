@@ -12,29 +12,29 @@ from row_specs import SPECS
 from tiny_recipe import records, write_recipe
 
 import rlhf_jax
-from rlhf_jax.config import load
+from rlhf_jax.config import load_config
 from rlhf_jax.data.batches import Batches
-from rlhf_jax.data.example import Example
-from rlhf_jax.data.selection import rows_of, select_rows
-from rlhf_jax.data.template import encode_prompt, encode_response, prepare_tokenizer
+from rlhf_jax.data.chat_template import encode_prompt, encode_response, prepare_tokenizer
+from rlhf_jax.data.records import Example
+from rlhf_jax.data.selection import rows_from_examples, select_rows
 from rlhf_jax.decode import Rollout
 from rlhf_jax.engine import Experience
 from rlhf_jax.mesh import TRAIN, Layout, MeshConfig, make_mesh
 from rlhf_jax.objectives.sft import next_token_loss
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.sampling import SampleConfig
-from rlhf_jax.stages.ppo import PPOConfig, actor_loss, critic_loss, estimate, ppo_sizes, rewards, summary
-from rlhf_jax.stages.sizes import check_row_lengths, held_out_batches, micro_batches, total_steps
+from rlhf_jax.stages.batch_sizes import check_row_lengths, held_out_batches, micro_batches, total_steps
+from rlhf_jax.stages.ppo import PPOConfig, actor_loss, critic_loss, estimate, ppo_sizes, rollout_metrics, shaped_rewards
 
 
 @pytest.fixture
-def finished(tmp_path_factory):
+def finished_folder(tmp_path_factory):
     return tiny_recipe.finished_run(tmp_path_factory)
 
 
 @pytest.fixture
-def data(finished):
-    return load(finished / "config.toml", [], Recipe).data
+def data(finished_folder):
+    return load_config(finished_folder / "config.toml", [], Recipe).data
 
 
 def layout_of(devices: int) -> Layout:
@@ -47,12 +47,14 @@ def loss_of(model, batch) -> float:
 
 
 @pytest.mark.parametrize("learn", ["answer", "everything"])
-def test_the_prompt_is_in_the_loss_mask_of_sft_only_where_it_is_asked_for(finished, data, learn):
-    tokenizer = prepare_tokenizer(rlhf_jax.from_pretrained(finished / "base").tokenizer)
+def test_the_prompt_is_in_the_loss_mask_of_sft_only_where_it_is_asked_for(finished_folder, data, learn):
+    tokenizer = prepare_tokenizer(rlhf_jax.from_pretrained(finished_folder / "base").tokenizer)
     example = Example((("user", "What is 3 + 4?"),), "Sure! 3 + 4 = 7.", "", "", "by hand", 1)
     prompt, answer = encode_prompt(tokenizer, example.turns), encode_response(tokenizer, example.turns, example.answer)
     batch = Batches(
-        rows_of([example], data, tokenizer, dataclasses.replace(SPECS["sft"], learn=learn)), batch_size=1, seed=0
+        rows_from_examples([example], data, tokenizer, dataclasses.replace(SPECS["sft"], learn=learn)),
+        batch_size=1,
+        seed=0,
     )[0]
     size = len(prompt) + len(answer)
     first = 1 if learn == "everything" else len(prompt)  # the first token of all has nothing that predicts it
@@ -62,9 +64,9 @@ def test_the_prompt_is_in_the_loss_mask_of_sft_only_where_it_is_asked_for(finish
 
 
 @pytest.mark.parametrize("learn", ["answer", "everything"])
-def test_the_first_loss_of_sft_is_next_token_loss_of_the_logits(tmp_path, finished, data, learn):
-    model = rlhf_jax.from_pretrained(finished / "base")
-    tokenizer, folder = prepare_tokenizer(model.tokenizer), finished
+def test_the_first_loss_of_sft_is_next_token_loss_of_the_logits(tmp_path, finished_folder, data, learn):
+    model = rlhf_jax.from_pretrained(finished_folder / "base")
+    tokenizer, folder = prepare_tokenizer(model.tokenizer), finished_folder
     if learn == "everything":
         folder = tmp_path / "run"
         options = ("sft.steps=1", f"sft.learn={learn}", "sft.micro_batch_size=2", "model.logprob_chunk=16")
@@ -82,7 +84,7 @@ def test_the_first_loss_of_sft_is_next_token_loss_of_the_logits(tmp_path, finish
     assert lines[0]["held_out_loss"] == pytest.approx(loss_of(model, measured), rel=1e-5)
 
 
-def test_held_out_loss_of_sft_is_a_mean_over_tokens_of_all_its_batches(tmp_path, finished, data):
+def test_held_out_loss_of_sft_is_a_mean_over_tokens_of_all_its_batches(tmp_path, finished_folder, data):
     folder = tmp_path / "run"
     assert tiny_recipe.run("sft", write_recipe(tmp_path), f"run.dir={folder}", "sft.steps=1", "sft.eval_batches=2") == 0
     model = rlhf_jax.from_pretrained(folder / "sft/export")
@@ -93,8 +95,8 @@ def test_held_out_loss_of_sft_is_a_mean_over_tokens_of_all_its_batches(tmp_path,
     assert records(folder / "sft/metrics.jsonl")[-1]["held_out_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_reward_stage_scores_the_last_real_token_of_both_answers(finished, data):
-    scorer = rlhf_jax.reward_from_pretrained(finished / "sft/export", seed=0)  # as it was before its first step
+def test_the_reward_stage_scores_the_last_real_token_of_both_answers(finished_folder, data):
+    scorer = rlhf_jax.reward_from_pretrained(finished_folder / "sft/export", seed=0)  # as it was before its first step
     tokenizer = prepare_tokenizer(scorer.tokenizer)
     rows = select_rows(data, tokenizer, SPECS["reward"], held_out=False)
     batch = Batches(rows, batch_size=8, seed=0)[0]
@@ -105,19 +107,19 @@ def test_the_reward_stage_scores_the_last_real_token_of_both_answers(finished, d
         alone = float(rlhf_jax.score(scorer, tokens, np.ones_like(tokens))[0])
         assert alone == pytest.approx(scores[pair, 1], abs=1e-5)
     margin = scores[:, 0] - scores[:, 1]
-    first = next(line for line in records(finished / "reward/metrics.jsonl") if "loss" in line)
+    first = next(line for line in records(finished_folder / "reward/metrics.jsonl") if "loss" in line)
     assert first["accuracy"] == np.mean(margin > 0)
     assert first["margin"] == pytest.approx(margin.mean(), abs=1e-5)
     assert first["loss"] == pytest.approx(np.log1p(np.exp(-margin)).mean(), rel=1e-5)
 
 
-def test_held_out_accuracy_stands_beside_that_of_a_judge_of_length(finished, data):
-    scorer = rlhf_jax.reward_from_pretrained(finished / "reward/export")
+def test_held_out_accuracy_stands_beside_that_of_a_judge_of_length(finished_folder, data):
+    scorer = rlhf_jax.reward_from_pretrained(finished_folder / "reward/export")
     rows = select_rows(data, prepare_tokenizer(scorer.tokenizer), SPECS["reward"], held_out=True)
     batch = Batches(rows, batch_size=8, seed=0)[0]
     scores = np.stack([rlhf_jax.score(scorer, batch.tokens[:, side], batch.mask[:, side]) for side in range(2)], 1)
     lengths = batch.mask.sum(-1)
-    last = records(finished / "reward/metrics.jsonl")[-1]
+    last = records(finished_folder / "reward/metrics.jsonl")[-1]
     assert last["held_out_accuracy"] == np.mean(scores[:, 0] > scores[:, 1])
     longer = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in lengths]
     assert last["held_out_longer_is_chosen"] == np.mean(longer)
@@ -149,18 +151,18 @@ PPO = PPOConfig(kl_coef=0.1, score_clip=5.0, gamma=1.0, lam=0.5, whiten_advantag
 def test_rewards_are_the_kl_penalty_of_every_token_and_the_clipped_score_on_the_last():
     # log-ratios: 0.5, -1 | 0, 1, 3; the score 7 is clipped to 5.
     expected = [[-0.05, 0.1 + 2.0, 0.0], [0.0, -0.1, -0.3 + 5.0]]
-    np.testing.assert_allclose(rewards(EXPERIENCE, PPO), expected, atol=1e-6)
+    np.testing.assert_allclose(shaped_rewards(EXPERIENCE, PPO), expected, atol=1e-6)
 
 
 def test_an_answer_that_did_not_end_loses_the_penalty_before_the_clip():
     config = dataclasses.replace(PPO, missing_eos_penalty=3.0)
     expected = [[-0.05, 0.1 + 2.0, 0.0], [0.0, -0.1, -0.3 + 4.0]]  # 7 - 3, and the one that ended keeps its 2
-    np.testing.assert_allclose(rewards(EXPERIENCE, config), expected, atol=1e-6)
+    np.testing.assert_allclose(shaped_rewards(EXPERIENCE, config), expected, atol=1e-6)
 
 
 def test_advantages_and_returns_by_hand():
     earned, gains, returns = estimate(EXPERIENCE, PPO)
-    np.testing.assert_array_equal(earned, rewards(EXPERIENCE, PPO))
+    np.testing.assert_array_equal(earned, shaped_rewards(EXPERIENCE, PPO))
     # d = r + V' - V: row 0: -0.05 + 1 - 0.5 = 0.45, 2.1 - 1 = 1.1; row 1: 0.25, -0.1 + 0.25 = 0.15, 4.7 - 0.5 = 4.2
     expected = [[0.45 + 0.5 * 1.1, 1.1, 0.0], [0.25 + 0.5 * 2.25, 0.15 + 0.5 * 4.2, 4.2]]
     np.testing.assert_allclose(gains, expected, atol=1e-6)
@@ -179,7 +181,7 @@ def test_the_summary_by_hand():
     experience = dataclasses.replace(EXPERIENCE, rewards=earned, advantages=gains, returns=returns)
     sampled = jnp.array([[-1.0, -2.5, JUNK], [-1.0, -1.0, -1.0]])
     rollout = Rollout(None, None, None, None, sampled, None, None, None)
-    numbers = {name: float(value) for name, value in summary(experience, rollout).items()}
+    numbers = {name: float(value) for name, value in rollout_metrics(experience, rollout).items()}
     values, aims = np.array([0.5, 1.0, 0.0, 0.25, 0.5]), np.asarray(returns[MASK])
     assert numbers == pytest.approx(
         {
@@ -256,21 +258,21 @@ def test_steps_are_those_given_or_all_epochs():
     assert total_steps(0, 3, 10) == 30
 
 
-def test_held_out_batches_are_as_large_as_rows_and_mesh_allow(finished, data):
-    tokenizer = prepare_tokenizer(rlhf_jax.from_pretrained(finished / "base").tokenizer)
+def test_held_out_batches_are_as_large_as_rows_and_mesh_allow(finished_folder, data):
+    tokenizer = prepare_tokenizer(rlhf_jax.from_pretrained(finished_folder / "base").tokenizer)
     turns = [(("user", f"{i}"),) for i in range(13)]
-    rows = rows_of([Example(t, "a", "", "", "", 1) for t in turns], data, tokenizer, SPECS["sft"])
+    rows = rows_from_examples([Example(t, "a", "", "", "", 1) for t in turns], data, tokenizer, SPECS["sft"])
     assert [batch.tokens.shape[0] for batch in held_out_batches(rows, 16, 5, layout_of(8))] == [8]
     assert [batch.tokens.shape[0] for batch in held_out_batches(rows, 4, 2, layout_of(1))] == [4, 4]
     assert held_out_batches(None, 4, 0, layout_of(1)) == []
-    few = rows_of([Example(turns[0], "a", "", "", "", 1)], data, tokenizer, SPECS["sft"])
+    few = rows_from_examples([Example(turns[0], "a", "", "", "", 1)], data, tokenizer, SPECS["sft"])
     with pytest.raises(ValueError, match="1 held-out rows are fewer than the 8 devices"):
         held_out_batches(few, 16, 5, layout_of(8))
 
 
-def test_rows_as_long_as_the_positions_are_taken_and_longer_ones_refused(finished, data):
-    tokenizer = prepare_tokenizer(rlhf_jax.from_pretrained(finished / "base").tokenizer)
-    rows = rows_of([Example((("user", "a"),), "7" * 50, "", "", "", 1)], data, tokenizer, SPECS["sft"])
+def test_rows_as_long_as_the_positions_are_taken_and_longer_ones_refused(finished_folder, data):
+    tokenizer = prepare_tokenizer(rlhf_jax.from_pretrained(finished_folder / "base").tokenizer)
+    rows = rows_from_examples([Example((("user", "a"),), "7" * 50, "", "", "", 1)], data, tokenizer, SPECS["sft"])
     size = rows.longest
     check_row_lengths("sft", rows, size)
     with pytest.raises(ValueError, match=f"sft: the longest row has {size} tokens, and the model has {size - 1} pos"):

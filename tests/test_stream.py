@@ -17,11 +17,11 @@ from tiny_tokenizer import gpt2_like
 
 from rlhf_jax.data import stream, tokenize
 from rlhf_jax.data.batches import Batches
+from rlhf_jax.data.chat_template import prepare_tokenizer
 from rlhf_jax.data.config import DataConfig, SourceConfig
-from rlhf_jax.data.example import Row
+from rlhf_jax.data.records import Row
 from rlhf_jax.data.rows import Rows
 from rlhf_jax.data.selection import select_rows
-from rlhf_jax.data.template import prepare_tokenizer
 
 TOKENIZER = prepare_tokenizer(gpt2_like())
 

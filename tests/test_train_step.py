@@ -11,7 +11,7 @@ import tiny
 
 from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.mesh import TRAIN, Layout, single_device_mesh, train_layout
-from rlhf_jax.models.architecture import Compute
+from rlhf_jax.models.config import Compute
 from rlhf_jax.models.decoder import Leaf, abstract_params, bind, head_kernel
 from rlhf_jax.models.lora import NO_LORA, is_adapter, is_trainable
 from rlhf_jax.objectives.logprobs import token_logprobs
@@ -85,7 +85,7 @@ class Run:
         with tiny.compilations() as self.first_compiled:
             self.compiled = self.update.lower(state, self.frozen, self.batch).compile()
         self.start, self.start_shards = on_host(state.params(self.frozen)), shards_of(state)
-        self.bytes, self.first_bytes = bytes_held(state), bytes_by_kind(state, self.frozen)
+        self.bytes, self.first_bytes = device_bytes(state), bytes_by_kind(state, self.frozen)
         self.first_state = state
         with tiny.compilations() as self.later_compiled:
             self.state, stats = self.update(state, self.frozen, self.batch)
@@ -103,7 +103,7 @@ def on_host(tree):
     return jax.device_get(jax.tree.map(jnp.copy, tree))
 
 
-def bytes_held(tree):
+def device_bytes(tree):
     """Bytes on the first device."""
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
@@ -112,8 +112,8 @@ def bytes_by_kind(state, frozen):
     """Bytes on the first device; of the optimizer's state (there, in host memory)."""
     moments = jax.tree.leaves(state.opt_state)
     there, in_host = ([x for x in moments if x.sharding.memory_kind == kind] for kind in ("device", "pinned_host"))
-    held = {"trainable": bytes_held(state.trainable), "frozen": bytes_held(frozen)}
-    return held | {"optimizer": (bytes_held(there), bytes_held(in_host))}
+    held = {"trainable": device_bytes(state.trainable), "frozen": device_bytes(frozen)}
+    return held | {"optimizer": (device_bytes(there), device_bytes(in_host))}
 
 
 @functools.lru_cache
@@ -214,7 +214,7 @@ def test_offloaded_moments_are_on_the_device_for_their_own_parameter_and_gone_be
     [((3, False), (0, False)), ((0, False), (2, False)), ((1, False), (3, True)), ((2, True), (1, False))],
 )
 def test_what_is_saved_under_one_form_resumes_under_another(first, second, tmp_path):
-    wanted, params, _ = resumed("llama-lora", first, second, tmp_path)
+    wanted, params, _ = resume_pair("llama-lora", first, second, tmp_path)
     assert_same(wanted.two, params)
 
 
@@ -228,7 +228,7 @@ def test_what_is_saved_under_one_form_resumes_under_another(first, second, tmp_p
     ],
 )
 def test_what_resumes_under_the_form_it_was_saved_under_is_equal_bit_for_bit(case, form, tmp_path):
-    wanted, params, state = resumed(case, form, form, tmp_path)
+    wanted, params, state = resume_pair(case, form, form, tmp_path)
     for path, leaf in params.items():
         np.testing.assert_array_equal(leaf, wanted.two[path], err_msg=path)
     assert shards_of(state) == shards_of(wanted.state)
@@ -236,7 +236,7 @@ def test_what_resumes_under_the_form_it_was_saved_under_is_equal_bit_for_bit(cas
     assert kinds[0] == kinds[1]
 
 
-def resumed(case, first, second, folder):
+def resume_pair(case, first, second, folder):
     """The run of the second form without a stop, and parameters and state that it reaches from the first's step 1."""
     one, two = (run(case, "fsdp4-tensor2", 2, *form) for form in (first, second))
     (first, base), (second, frozen) = (
@@ -412,5 +412,5 @@ def test_a_state_is_laid_out_by_the_paths_in_it_and_scalars_are_everywhere():
     assert jax.tree.structure(shardings) == jax.tree.structure(state)
     assert shardings.step.is_fully_replicated and state.step.sharding.is_fully_replicated
     assert int(state.step) == 0 and frozen == {} and state.params(frozen) == state.trainable
-    first, second = bytes_held(state.trainable), bytes_held(state.opt_state)
+    first, second = device_bytes(state.trainable), device_bytes(state.opt_state)
     assert abs(second - 2 * first) < 64, "Adam holds two moments of each shard, and counters"

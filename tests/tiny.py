@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.mesh import TRAIN, Layout, MeshConfig, make_mesh
-from rlhf_jax.models.architecture import DecoderConfig, Experts, Rope
+from rlhf_jax.models.config import DecoderConfig, Experts, Rope
 from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.lora import LoraConfig
 

@@ -88,7 +88,7 @@ def records(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def timeless(path: Path) -> list[dict]:
+def untimed_records(path: Path) -> list[dict]:
     """Records of a metrics.jsonl but for what a clock says."""
     return [
         {name: value for name, value in record.items() if not name.startswith(("seconds_", "tokens_per_second"))}

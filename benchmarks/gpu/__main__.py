@@ -148,9 +148,9 @@ def complaint(part: Part, code: int, result: dict, said: str) -> str:
 def outcome(part: Part, said: str) -> dict:
     """What a part has measured so far."""
     if part.name == "parity":
-        told = {name: word for name, word in TOLD.findall(said)}
+        reported = {name: word for name, word in TOLD.findall(said)}
         kinds = {"passed": ("PASSED",), "failed": ("FAILED", "ERROR"), "skipped": ("SKIPPED",)}
-        return {kind: [name for name, word in told.items() if word in words] for kind, words in kinds.items()}
+        return {kind: [name for name, word in reported.items() if word in words] for kind, words in kinds.items()}
     out = Path(part.arguments[2])
     return json.loads(out.read_text()) if out.exists() else {}
 

@@ -25,10 +25,10 @@ from jax.sharding import Mesh
 from benchmarks.gpu.models import arguments, hf_config, keep
 from rlhf_jax.decode import Decoding, generate
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
-from rlhf_jax.models.architecture import DecoderConfig
-from rlhf_jax.models.cached import Inference, Weights
+from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.decoder import init_params
 from rlhf_jax.models.families import decoder_config
+from rlhf_jax.models.inference import Inference, Weights
 from rlhf_jax.rollout import generate_program, make_publish
 from rlhf_jax.sampling import SampleConfig
 from rlhf_jax.train_step import Params
@@ -39,13 +39,13 @@ BATCHES = (64, 1, 16)  # the most telling first
 Variant = Callable[[DecoderConfig, Mesh, Params, SampleConfig], tuple[Any, Any]]
 
 
-def published(config: DecoderConfig, mesh: Mesh, params: Params, sample: SampleConfig) -> tuple[Any, Weights]:
+def published_program(config: DecoderConfig, mesh: Mesh, params: Params, sample: SampleConfig) -> tuple[Any, Weights]:
     """As the engine does: every layer's arrays by themselves."""
     program = generate_program(config, sample, (END,), mesh, DTYPE)
     return program, make_publish(config, mesh, DTYPE)(params)
 
 
-def stacked(config: DecoderConfig, mesh: Mesh, params: Params, sample: SampleConfig) -> tuple[Any, Weights]:
+def stacked_program(config: DecoderConfig, mesh: Mesh, params: Params, sample: SampleConfig) -> tuple[Any, Weights]:
     """The same arrays, but of all layers in one as training has them, and a layer sliced where it is used."""
     decoding = Decoding(Inference(config, Layout(mesh, GENERATE), DTYPE), sample, (END,))
     weights = make_publish(config, mesh, DTYPE)(params)
@@ -61,7 +61,7 @@ def stacked(config: DecoderConfig, mesh: Mesh, params: Params, sample: SampleCon
     return jax.jit(program), whole
 
 
-VARIANTS: dict[str, Variant] = {"a layer's arrays by themselves": published, "stacked": stacked}
+VARIANTS: dict[str, Variant] = {"a layer's arrays by themselves": published_program, "stacked": stacked_program}
 
 
 class Sliced(Mapping):

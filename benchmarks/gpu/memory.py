@@ -13,8 +13,8 @@ import jax
 
 from benchmarks.gpu.models import arguments, engine_of, keep, prompts_of, recipe_of
 from rlhf_jax.mesh import single_device_mesh
-from rlhf_jax.plan.compiling import measure
-from rlhf_jax.plan.held import phases
+from rlhf_jax.plan.compile import measure
+from rlhf_jax.plan.phases import phases
 
 WHOLE = ("model.lora.rank=0", "model.frozen_dtype=float32")
 MODELS = {
@@ -40,7 +40,7 @@ def main(out: str, small: bool, name: str) -> None:
         result["loading"] = peak()  # if this is above the plan, what follows tells nothing
         planned = 0
 
-        def told(phase: str, value):
+        def reported(phase: str, value):
             nonlocal planned
             jax.block_until_ready(value)
             planned, got = max(planned, result["plan"][phase]), peak()
@@ -49,12 +49,12 @@ def main(out: str, small: bool, name: str) -> None:
             keep(out, result)
             return value
 
-        weights = told("publish", engine.publish(state.actor.params(frozen.actor)))
-        rollout = told("generate", engine.generate(weights, *prompts_of(recipe), jax.random.key(0)))
+        weights = reported("publish", engine.publish(state.actor.params(frozen.actor)))
+        rollout = reported("generate", engine.generate(weights, *prompts_of(recipe), jax.random.key(0)))
         del weights
-        experience = told("score", engine.score(state, frozen, rollout))
-        told("actor", engine.programs.actor(state.actor, frozen.actor, experience))
-        told("critic", engine.programs.critic(state.critic, frozen.critic, experience))
+        experience = reported("score", engine.score(state, frozen, rollout))
+        reported("actor", engine.programs.actor(state.actor, frozen.actor, experience))
+        reported("critic", engine.programs.critic(state.critic, frozen.critic, experience))
 
 
 if __name__ == "__main__":

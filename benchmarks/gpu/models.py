@@ -11,11 +11,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rlhf_jax.config import load
+from rlhf_jax.config import load_config
 from rlhf_jax.engine import Engine, EngineState, FrozenParams
 from rlhf_jax.models.decoder import init_params
 from rlhf_jax.models.pretrained import Pretrained
-from rlhf_jax.plan.held import architectures, prompt_positions
+from rlhf_jax.plan.phases import decoder_configs, prompt_positions
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.ppo import ppo_engine, ppo_models, ppo_optimizers
 
@@ -56,13 +56,13 @@ def recipe_of(folder: str | Path, actor: str, critic: str, *overrides: str, smal
         path.write_text(json.dumps(hf_config("toy" if small else name)))
     paths = f"model.actor={folder}/actor", f"model.reward={folder}/critic", f"run.dir={folder}/run"
     data = 'data.sources=[{ path = "builtin:assistant" }]'
-    return load(CONFIG, [*paths, data, *(TOY if small else []), *overrides], Recipe)
+    return load_config(CONFIG, [*paths, data, *(TOY if small else []), *overrides], Recipe)
 
 
 def engine_of(recipe: Recipe, mesh: Mesh) -> tuple[Engine, EngineState, FrozenParams]:
     """The engine that runs the recipe, and random models as `ppo` holds them."""
     layout, loaded = recipe.layout(mesh), []
-    for seed, decoder in enumerate(architectures(recipe, layout.shards("vocab"))):
+    for seed, decoder in enumerate(decoder_configs(recipe, layout.shards("vocab"))):
         drawn = init_params(decoder, jax.random.key(seed), layout)
         dtype = recipe.model.stored_dtype(scalar_head=decoder.scalar_head)
         params = {path: drawn.pop(path).astype(dtype) for path in list(drawn)}  # one float32 leaf less with each
@@ -75,8 +75,8 @@ def engine_of(recipe: Recipe, mesh: Mesh) -> tuple[Engine, EngineState, FrozenPa
 
 def prompts_of(recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
     """(ids [B, P], mask) of prompts that fill their positions."""
-    vocab = architectures(recipe, 1)[0].vocab_size
-    shape = recipe.ppo.rollout_batch_size, prompt_positions(recipe, architectures(recipe, 1)[0].max_positions)
+    vocab = decoder_configs(recipe, 1)[0].vocab_size
+    shape = recipe.ppo.rollout_batch_size, prompt_positions(recipe, decoder_configs(recipe, 1)[0].max_positions)
     return np.random.default_rng(0).integers(3, vocab, shape).astype(np.int32), np.ones(shape, bool)
 
 

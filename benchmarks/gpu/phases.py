@@ -14,12 +14,12 @@ import time
 import jax
 
 from benchmarks.gpu.models import arguments, engine_of, keep, prompts_of, recipe_of
-from rlhf_jax.gpus import machine
+from rlhf_jax.hardware import parse_machine
 from rlhf_jax.mesh import make_mesh
 from rlhf_jax.plan import local_gpus
 from rlhf_jax.plan.abstract import abstract_mesh
-from rlhf_jax.plan.held import phases
-from rlhf_jax.plan.seconds import timetable
+from rlhf_jax.plan.phases import phases
+from rlhf_jax.plan.roofline import estimate_times
 
 TRIALS = 3
 
@@ -64,9 +64,9 @@ def plan_of(recipe, small: bool) -> dict:
         if not small:
             return {"gpus": "", "phases": {}, "error": str(error)}
         gpus = "A100-80GB"  # which the toy does not run on: its numbers mean nothing
-    wanted = machine(gpus)
+    wanted = parse_machine(gpus)
     mesh = abstract_mesh(recipe.mesh, wanted.count)
-    table = timetable(recipe, phases(recipe, mesh, ("ppo",)), mesh, wanted, 0.0)
+    table = estimate_times(recipe, phases(recipe, mesh, ("ppo",)), mesh, wanted, 0.0)
     return {"gpus": gpus, "phases": table["ppo"]["phases"]}
 
 

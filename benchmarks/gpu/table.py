@@ -51,8 +51,8 @@ def decode(found: dict) -> list[str]:
 def memory(found: list[dict]) -> list[str]:
     rows = []
     for part in found:
-        for phase, told in part.get("phases", {}).items():
-            planned, got, off = told["planned"], told["measured"], told["off"]
+        for phase, reported in part.get("phases", {}).items():
+            planned, got, off = reported["planned"], reported["measured"], reported["off"]
             shown = ("not told", "") if got is None else (f"{got / MIB:,.0f}", f"{off:+.1%}")
             rows.append((part["model"], phase, f"{planned / MIB:,.0f}", *shown))
     head = ("model", "up to", "planned, MiB", "measured, MiB", "off")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 
-from rlhf_jax.data.blend import permuted
-from rlhf_jax.data.packing import segments_of
+from rlhf_jax.data.mixture import permute
+from rlhf_jax.data.packing import segment_ids
 from rlhf_jax.data.rows import Rows
 from rlhf_jax.trees import record
 
@@ -63,7 +64,7 @@ class Batches:
             )
         if batch_size % process[1]:
             raise ValueError(f"batch size {batch_size} is no multiple of the {process[1]} processes that share it")
-        assert side == "right" or not rows.packed
+        assert side == "right" or not rows.is_packed
         self.rows, self.batch_size, self.seed, self.side, self.shuffle = rows, batch_size, seed, side, shuffle
         self.process = process
         self.steps_per_epoch = len(rows) // batch_size
@@ -85,7 +86,7 @@ class Batches:
             self.seed, epoch, np.arange(first, first + steps * self.batch_size), shuffle=self.shuffle
         )
         order = np.argsort(self._lengths_of(part, row), kind="stable")
-        turn = permuted(np.array([place]), steps, self.seed, epoch, window)[0] if self.shuffle else place
+        turn = permute(np.array([place]), steps, self.seed, epoch, window)[0] if self.shuffle else place
         chosen = order[turn * self.batch_size : (turn + 1) * self.batch_size]
         return part[chosen], row[chosen]
 
@@ -116,7 +117,7 @@ class Batches:
         ]
         for each in self.rows.parts:
             each.release()
-        return assemble(documents, length, self.rows.per_row, self.side, packed=self.rows.packed)
+        return make_batch(documents, length, self.rows.per_row, self.side, packed=self.rows.is_packed)
 
 
 def bucket_lengths(row_lengths: np.ndarray, longest: int, buckets: int) -> tuple[int, ...]:
@@ -143,10 +144,10 @@ def bucket_lengths(row_lengths: np.ndarray, longest: int, buckets: int) -> tuple
     return tuple(reversed(found))
 
 
-def assemble(
+def make_batch(
     rows: Sequence[Sequence[Sequence]], length: int, per_row: int, side: Literal["right", "left"], *, packed: bool
 ) -> Batch:
-    """A batch of width `length`. rows[i] are the documents of row i, each with `per_row` `Encoded` sequences."""
+    """A batch of width `length`. rows[i] are the documents of row i, each with `per_row` `Encoding` sequences."""
     tokens = np.zeros((len(rows), per_row, length), np.int32)
     mask, loss_mask = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, bool)
     segments = np.zeros(tokens.shape, np.int32) if packed else None
@@ -161,6 +162,36 @@ def assemble(
                     loss_mask[i, j, at + max(first, 1) : at + last] = True
                 at = stop
         if segments is not None:
-            segments[i, 0] = segments_of([len(document[0].tokens) for document in documents], length)
+            segments[i, 0] = segment_ids([len(document[0].tokens) for document in documents], length)
     flat = [x if per_row > 1 or x is None else x[:, 0] for x in (tokens, mask, loss_mask, segments)]
     return Batch(*flat)
+
+
+B_co = TypeVar("B_co", covariant=True)
+PREFETCH_DEPTH = 2  # batches ahead
+
+
+class StepIndexed(Protocol[B_co]):
+    def __getitem__(self, step: int) -> B_co: ...
+
+
+class Prefetch:
+    """`batches[step]`, and a thread that makes the next ones meanwhile. What goes wrong in it is raised by [step].
+
+    Any step may be asked for; only the ones right after it are at hand.
+    """
+
+    __iter__ = None
+
+    def __init__(self, batches: StepIndexed, stop: int):
+        """stop: the step after the last one that will be asked for."""
+        self._batches, self._stop = batches, stop
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._made: dict[int, Future] = {}
+
+    def __getitem__(self, step: int):
+        for prefetch in range(step, min(step + PREFETCH_DEPTH + 1, max(self._stop, step + 1))):
+            if prefetch not in self._made:
+                self._made[prefetch] = self._pool.submit(self._batches.__getitem__, prefetch)
+        self._made = {at: future for at, future in self._made.items() if at >= step}
+        return self._made.pop(step).result()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf_jax.data.mapping.dialogues import SPEAKERS
+from rlhf_jax.data.dialogues import SPEAKERS
 
 Format = Literal["", "fields", "transcript", "messages", "sharegpt", "alpaca", "ranking", "text"]
 BUILTIN = "builtin:assistant"
@@ -47,7 +47,7 @@ class SourceConfig:
     speakers: tuple[str, ...] = SPEAKERS
     strip: str = ""  # a regular expression; what it matches is cut out of answer, chosen and rejected
     sparse: bool = False  # a row whose field is null or empty, or its list too short, is left out, and is no bad row
-    # The blend (see blend.py).
+    # The blend (see mixture.py).
     weight: float = 0.0  # share of the drawn rows relative to other sources' weights; 0: by its number of rows
     epochs: float = 1.0  # times each of its rows is drawn in one epoch of the blend, where there are no weights
     max_rows: int = 0  # at most so many of its rows are drawn in one epoch of the blend; 0: no cap
@@ -59,8 +59,8 @@ class SourceConfig:
             raise ValueError(f"data.sources.limit must not be negative: {self.limit}; 0 takes all rows")
         if self.weight < 0 or self.max_rows < 0 or self.epochs <= 0:
             wrong = {"weight": self.weight, "max_rows": self.max_rows, "epochs": self.epochs}
-            told = ", ".join(f"data.sources.{name} = {value}" for name, value in wrong.items())
-            raise ValueError(f"{told}: epochs must be above 0, weight and max_rows must not be negative")
+            reported = ", ".join(f"data.sources.{name} = {value}" for name, value in wrong.items())
+            raise ValueError(f"{reported}: epochs must be above 0, weight and max_rows must not be negative")
         if self.format in ("", "fields", "ranking") and not self.prompt:
             raise ValueError(
                 "data.sources.prompt must name a field, unless the format is another than fields or ranking"

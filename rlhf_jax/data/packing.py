@@ -52,7 +52,7 @@ def pack(lengths: np.ndarray, capacity: int) -> Bins:
     # A small type is sorted by radix, in linear time.
     room_left = (capacity - lengths[shuffled]).astype(np.min_scalar_type(capacity))
     largest_first = shuffled[np.argsort(room_left, kind="stable")]
-    place = _places(np.bincount(lengths), capacity)
+    place = _assign_bins(np.bincount(lengths), capacity)
     num_bins = int(place.max(initial=-1)) + 1
     bin_of = np.empty(lengths.size, np.int64)
     bin_of[largest_first] = chance.permutation(num_bins)[place]
@@ -63,7 +63,7 @@ def pack(lengths: np.ndarray, capacity: int) -> Bins:
     )
 
 
-def segments_of(lengths: Sequence[int] | np.ndarray, width: int) -> np.ndarray:
+def segment_ids(lengths: Sequence[int] | np.ndarray, width: int) -> np.ndarray:
     """[width] int32, the `Batch.segments` of a row with documents of these lengths end to end: 1, 1, 2, ..., 0, 0."""
     lengths = np.asarray(lengths, np.int64)
     assert lengths.sum() <= width, (lengths.sum(), width)
@@ -71,7 +71,7 @@ def segments_of(lengths: Sequence[int] | np.ndarray, width: int) -> np.ndarray:
     return np.pad(documents, (0, width - documents.size))
 
 
-def _places(histogram: np.ndarray, capacity: int) -> np.ndarray:
+def _assign_bins(histogram: np.ndarray, capacity: int) -> np.ndarray:
     """Bin of each sequence, [n] int64, the longest first; `histogram[l]` sequences have length l.
 
     The best fit of a sequence is the open bin with the least room that suffices. One that takes a sequence and has room

@@ -9,13 +9,13 @@ from functools import cached_property
 
 import numpy as np
 
-from rlhf_jax.data.blend import draw
+from rlhf_jax.data.chat_template import Encoding
 from rlhf_jax.data.config import SourceConfig
+from rlhf_jax.data.mixture import draw
 from rlhf_jax.data.packing import Bins, pack
 from rlhf_jax.data.store import Store
 from rlhf_jax.data.stream import StreamRows
-from rlhf_jax.data.template import Encoded
-from rlhf_jax.data.tokenize import Tally
+from rlhf_jax.data.tokenize import RowStats
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,17 @@ class SourceRows:
 
     source: SourceConfig
     store: Store
-    picked: np.ndarray  # [rows] int32, which rows of the store
-    tally: Tally
+    selected: np.ndarray  # [rows] int32, which rows of the store
+    stats: RowStats
     bins: Bins | None = None  # of packed rows: which of `picked` lie together
 
     def __len__(self) -> int:
-        return len(self.picked) if self.bins is None else len(self.bins)
+        return len(self.selected) if self.bins is None else len(self.bins)
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """[rows, per_row] int32, tokens of each sequence; of a packed row, of all its documents together."""
-        lengths = self.store.lengths[self.picked]
+        lengths = self.store.lengths[self.selected]
         if self.bins is None:
             return lengths
         ends = np.cumsum(np.concatenate([[0], lengths[self.bins.members, 0]]), dtype=np.int64)[self.bins.offsets]
@@ -43,12 +43,12 @@ class SourceRows:
     @property
     def cut(self) -> int:
         """Documents of which a sequence was cut."""
-        return int(self.store.cut()[self.picked].sum())
+        return int(self.store.cut()[self.selected].sum())
 
     @property
     def longest(self) -> int:
         """Tokens of the longest document."""
-        return int(self.store.lengths[self.picked].max(initial=0))
+        return int(self.store.lengths[self.selected].max(initial=0))
 
     @property
     def longest_row(self) -> int:
@@ -57,7 +57,7 @@ class SourceRows:
     @property
     def digest(self) -> str:
         """Changes with any token of any row, and with which of them are taken."""
-        picked = hashlib.blake2b(np.ascontiguousarray(self.picked).tobytes(), digest_size=16).hexdigest()
+        picked = hashlib.blake2b(np.ascontiguousarray(self.selected).tobytes(), digest_size=16).hexdigest()
         return f"{self.store.digest} {picked} {len(self)}"
 
     def row_lengths(self, rows: np.ndarray) -> np.ndarray:
@@ -67,17 +67,17 @@ class SourceRows:
     def number(self, row: int) -> int:
         """A row's number in its source; of a packed row, that of its first document."""
         first = row if self.bins is None else self.bins.members[self.bins.offsets[row]]
-        return int(self.store.numbers()[self.picked[first]])
+        return int(self.store.numbers()[self.selected[first]])
 
     def release(self) -> None:
         self.store.release()
 
-    def documents(self, row: int) -> list[list[Encoded]]:
+    def documents(self, row: int) -> list[list[Encoding]]:
         """What lies end to end in a row: one document, or those of a bin; of each its sequences."""
         if self.bins is None:
-            return [self.store.row(int(self.picked[row]))]
+            return [self.store.row(int(self.selected[row]))]
         members = self.bins.members[self.bins.offsets[row] : self.bins.offsets[row + 1]]
-        return [self.store.row(int(self.picked[member])) for member in members]
+        return [self.store.row(int(self.selected[member])) for member in members]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Rows:
     def draw(
         self, seed: int, epoch: int, positions: np.ndarray, *, shuffle: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(part, row of that part), [n] int64 each, for positions [n] of an epoch: `blend.draw`."""
+        """(part, row of that part), [n] int64 each, for positions [n] of an epoch: `mixture.draw`."""
         streams = [isinstance(part, StreamRows) for part in self.parts]
         sizes = list(map(len, self.parts))
         return draw(sizes, self.quota, seed, epoch, positions, endless=streams, shuffle=shuffle)
@@ -106,7 +106,7 @@ class Rows:
         return any(isinstance(part, StreamRows) for part in self.parts)
 
     @property
-    def packed(self) -> bool:
+    def is_packed(self) -> bool:
         return any(part.bins is not None for part in self.parts)
 
     @cached_property
@@ -123,6 +123,6 @@ class Rows:
         return digest.hexdigest()
 
 
-def packed(part: SourceRows, length: int) -> SourceRows:
+def pack_rows(part: SourceRows, length: int) -> SourceRows:
     """With as many documents in a row as fit; the cap of the source counts such rows."""
-    return dataclasses.replace(part, bins=pack(part.store.lengths[part.picked, 0], length))
+    return dataclasses.replace(part, bins=pack(part.store.lengths[part.selected, 0], length))

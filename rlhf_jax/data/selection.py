@@ -10,20 +10,19 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_jax.data.blend import quotas
-from rlhf_jax.data.build import tokenised, withheld_keys
+from rlhf_jax.data.cache import load_or_tokenize, withheld_keys
 from rlhf_jax.data.config import DataConfig, SourceConfig
-from rlhf_jax.data.example import Example, RowKind, RowSpec
-from rlhf_jax.data.mapping.known import resolve
-from rlhf_jax.data.mapping.mapper import mapper, serves
-from rlhf_jax.data.reading.places import has_eval, read
-from rlhf_jax.data.rows import Rows, SourceRows, packed
-from rlhf_jax.data.store import in_memory
-from rlhf_jax.data.stream import StreamRows, stream_of
-from rlhf_jax.data.tokenize import SHOWN, Job, blocks_of, check_bad, encode_rows, keys_of, mapped
+from rlhf_jax.data.mapping import make_mapper, provides, resolve
+from rlhf_jax.data.mixture import draws_per_epoch
+from rlhf_jax.data.records import Example, RowKind, RowSpec
+from rlhf_jax.data.rows import Rows, SourceRows, pack_rows
+from rlhf_jax.data.sources import has_eval, read_rows
+from rlhf_jax.data.store import memory_store
+from rlhf_jax.data.stream import StreamRows, open_stream
+from rlhf_jax.data.tokenize import MAX_SHOWN, Job, check_bad_rows, encode_rows, keys_of, map_rows, split_blocks
 
 ROWS_AT_ONCE = 4096
-OF_A_STREAM = 100_000  # examples that are read where text is wanted, and not rows
+STREAM_EXAMPLES = 100_000  # examples that are read where text is wanted, and not rows
 WITHHELD, REPEATED = "prompt held out by eval_path or eval_split", "repeated prompt"
 
 
@@ -34,14 +33,15 @@ class NoRows(ValueError):
 def select_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, spec: RowSpec, *, held_out: bool) -> Rows:
     """The rows that a stage trains on, or with `held_out` those that it is evaluated on.
 
-    Training rows are shared out by prompt (`splits.trains`): a prompt trains one stage. Held-out rows are not shared
+    Training rows are shared out by prompt (`splits.is_trained_by`): a prompt trains one stage. Held-out rows are not
+    shared
     out: no stage trains on them, so they serve the evaluation of every stage. They are the rows of `eval_path` or
     `eval_split` where a source has one, else those whose prompt is held out by hash. A row of any source whose prompt
     is held out by any source is trained by none. Sources that name no field for rows of `spec.kind` are left out.
 
     Raises:
         NoRows: no row is left to train on, or none to measure on.
-        ValueError: `data.split` has no share `spec.share`; and as `build.tokenised`.
+        ValueError: `data.split` has no share `spec.share`; and as `cache.load_or_tokenize`.
     """
     config = resolve(config)
     check_share(config, spec)
@@ -50,18 +50,18 @@ def select_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, spec: Ro
             f"{spec.share}.pack_length = {spec.pack_length}: a row must hold a document of data.max_length = "
             f"{config.max_length} tokens; make them equal, or pack_length larger, or 0 to pack nothing"
         )
-    sources = [source for source in config.sources if takes_part(source, spec.kind, held_out)]
+    sources = [source for source in config.sources if used_by(source, spec.kind, held_out)]
     if spec.pack_length and any(source.stream for source in sources):
         raise ValueError(f"rows of a stream are not packed: set {spec.share}.pack_length = 0, or stream = false")
     jobs = [Job(source, config, tokenizer, spec, held_out) for source in sources]
-    stored = {at: tokenised(job) for at, job in enumerate(jobs) if not job.is_streamed}
+    stored = {at: load_or_tokenize(job) for at, job in enumerate(jobs) if not job.is_streamed}
     # Asked for after the sources are tokenised, by which most of them are known.
     withheld = np.zeros(0, np.uint64) if held_out else withheld_keys(config)
     found: list[SourceRows | StreamRows] = []
     seen = np.zeros(0, np.uint64)
     for at, job in enumerate(jobs):
         if at not in stored:
-            found.append(stream_of(job, withheld))
+            found.append(open_stream(job, withheld))
             continue
         store, tallies = stored[at]
         tally, keys = tallies[held_out], store.keys()
@@ -78,10 +78,12 @@ def select_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, spec: Ro
             seen = np.concatenate([seen, keys[picked, 0]])
         tally = dataclasses.replace(tally, dropped=dict(+dropped))
         found.append(SourceRows(job.source, store, picked.astype(np.int32), tally))
-    return _assembled(found, config, spec, held_out=held_out)
+    return _assemble_rows(found, config, spec, held_out=held_out)
 
 
-def rows_of(examples: Sequence[Example], config: DataConfig, tokenizer: PreTrainedTokenizerBase, spec: RowSpec) -> Rows:
+def rows_from_examples(
+    examples: Sequence[Example], config: DataConfig, tokenizer: PreTrainedTokenizerBase, spec: RowSpec
+) -> Rows:
     """The rows of given examples, in memory; `store.numbers()` is which example each of them is.
 
     Raises:
@@ -92,14 +94,14 @@ def rows_of(examples: Sequence[Example], config: DataConfig, tokenizer: PreTrain
     numbered = [dataclasses.replace(example, row=number) for number, example in enumerate(examples)]
     keys = keys_of(examples, 0)
     batch, tally, _ = encode_rows(numbered, wheres, keys, np.zeros(len(examples), bool), tokenizer, job)
-    check_bad(tally.bad, tally.bad_shown, config.max_bad_rows)
-    store = in_memory([batch], spec.per_row, len(tokenizer))
+    check_bad_rows(tally.bad, tally.bad_shown, config.max_bad_rows)
+    store = memory_store([batch], spec.per_row, len(tokenizer))
     picked, dropped = np.arange(len(store), dtype=np.int32), Counter(tally.dropped)
     if spec.kind == "prompt":
         picked = np.sort(np.unique(store.keys()[:, 0], return_index=True)[1]).astype(np.int32)
         dropped[REPEATED] += len(store) - len(picked)
     tally = dataclasses.replace(tally, rows=len(examples), dropped=dict(+dropped))
-    return _assembled([SourceRows(job.source, store, picked, tally)], config, spec, held_out=False)
+    return _assemble_rows([SourceRows(job.source, store, picked, tally)], config, spec, held_out=False)
 
 
 def read_examples(config: DataConfig, spec: RowSpec, *, held_out: bool) -> Iterator[Example]:
@@ -109,7 +111,7 @@ def read_examples(config: DataConfig, spec: RowSpec, *, held_out: bool) -> Itera
         ValueError: as `select_rows`, but for no rows.
     """
     for source, examples in _by_source(config, spec, held_out):
-        yield from itertools.islice(examples, OF_A_STREAM if source.stream else None)
+        yield from itertools.islice(examples, STREAM_EXAMPLES if source.stream else None)
 
 
 def source_sizes(config: DataConfig, spec: RowSpec) -> list[int]:
@@ -122,66 +124,68 @@ def _by_source(config: DataConfig, spec: RowSpec, held_out: bool) -> Iterator[tu
     check_share(config, spec)
     withheld = np.zeros(0, np.uint64) if held_out else withheld_keys(config)
     for source in config.sources:
-        yield source, _examples_of(Job(source, config, None, spec, held_out), withheld)
+        yield source, _source_examples(Job(source, config, None, spec, held_out), withheld)
 
 
-def _examples_of(job: Job, withheld: np.ndarray) -> Iterator[Example]:
+def _source_examples(job: Job, withheld: np.ndarray) -> Iterator[Example]:
     """ValueError for more bad rows than are allowed."""
-    if not takes_part(job.source, job.spec.kind, job.held_out):
+    if not used_by(job.source, job.spec.kind, job.held_out):
         return
-    to_examples = mapper(dataclasses.replace(job.source, path=job.place["path"]), job.spec.kind)
+    to_examples = make_mapper(dataclasses.replace(job.source, path=job.place["path"]), job.spec.kind)
     bad: list[str] = []
-    for block in blocks_of(itertools.islice(read(**job.place), job.limit), ROWS_AT_ONCE):
-        examples, _, wrong = mapped(block, to_examples)
+    for block in split_blocks(itertools.islice(read_rows(**job.place), job.limit), ROWS_AT_ONCE):
+        examples, _, wrong = map_rows(block, to_examples)
         bad += wrong
-        check_bad(len(bad), bad[:SHOWN], job.config.max_bad_rows)
+        check_bad_rows(len(bad), bad[:MAX_SHOWN], job.config.max_bad_rows)
         keys = keys_of(examples, job.config.split_seed)
         yield from itertools.compress(examples, job.sides(keys)[job.held_out] & ~np.isin(keys[:, 0], withheld))
 
 
-def _assembled(found: list[SourceRows | StreamRows], config: DataConfig, spec: RowSpec, *, held_out: bool) -> Rows:
-    total, tallies = sum(map(len, found)), [part.tally for part in found]
+def _assemble_rows(found: list[SourceRows | StreamRows], config: DataConfig, spec: RowSpec, *, held_out: bool) -> Rows:
+    total, tallies = sum(map(len, found)), [part.stats for part in found]
     dropped = sum((Counter(tally.dropped) for tally in tallies), Counter())
     shown = [message for tally in tallies for message in tally.bad_shown]
     bad, cut = sum(tally.bad for tally in tallies), sum(part.cut for part in found)
-    told = [f"{total:,} rows"]
-    told += [f"{count:,} dropped: {reason}" for reason, count in dropped.items()]
-    told += [f"{cut:,} cut at {config.max_length} tokens"] * (cut > 0)
-    told += [f"{bad:,} bad rows left out: {message}" for message in shown[:1]]
+    reported = [f"{total:,} rows"]
+    reported += [f"{count:,} dropped: {reason}" for reason, count in dropped.items()]
+    reported += [f"{cut:,} cut at {config.max_length} tokens"] * (cut > 0)
+    reported += [f"{bad:,} bad rows left out: {message}" for message in shown[:1]]
     if not total and held_out:
-        mends = ["raise data.held_out", "give a source an eval_path", f"set {spec.share}.eval_batches=0"]
-        mends = mends[: 2 if spec.kind == "prompt" else 3]  # a stage of prompts has no such key: `evaluate` measures it
+        fixes = ["raise data.held_out", "give a source an eval_path", f"set {spec.share}.eval_batches=0"]
+        fixes = fixes[: 2 if spec.kind == "prompt" else 3]  # a stage of prompts has no such key: `evaluate` measures it
         raise NoRows(
-            f"{spec.share}: there are no held-out rows to measure on ({', '.join(told)}): {', '.join(mends[:-1])}, or "
-            f"{mends[-1]}"
+            f"{spec.share}: there are no held-out rows to measure on ({', '.join(reported)}): "
+            f"{', '.join(fixes[:-1])}, or "
+            f"{fixes[-1]}"
         )
     if not total:
         raise NoRows(
-            f"{spec.share}: there are no rows to train on ({', '.join(told)}): add rows, raise the stage's share in "
+            f"{spec.share}: there are no rows to train on ({', '.join(reported)}): add rows, raise the stage's share "
+            "in "
             f"data.split = {_shown(config.split)}, lower data.held_out = "
             f"{config.held_out}, raise data.max_prompt_length, or name the fields that it needs in data.sources"
         )
     if spec.pack_length:
-        found = [packed(part, spec.pack_length) for part in found]
+        found = [pack_rows(part, spec.pack_length) for part in found]
         fill = sum(float(part.lengths.sum()) for part in found) / (sum(map(len, found)) * spec.pack_length)
-        told.append(f"packed into {sum(map(len, found)):,} of {spec.pack_length} tokens, {fill:.1%} of them real")
+        reported.append(f"packed into {sum(map(len, found)):,} of {spec.pack_length} tokens, {fill:.1%} of them real")
     sizes, sources = tuple(map(len, found)), [part.source for part in found]
     # What is measured is each row once.
-    quota = sizes if held_out else tuple(quotas(sizes, sources, config.temperature).tolist())
+    quota = sizes if held_out else tuple(draws_per_epoch(sizes, sources, config.temperature).tolist())
     streams = [part.source.path for part in found if isinstance(part, StreamRows)]
-    told += [f"streamed: {name}, of which this is one window" for name in streams]
+    reported += [f"streamed: {name}, of which this is one window" for name in streams]
     if quota != sizes:
         of = ", ".join(f"{count:,} of {part.source.path}" for count, part in zip(quota, found, strict=True))
-        told.append(f"an epoch draws {sum(quota):,}: {of}")
-    return Rows(tuple(found), spec.per_row, quota, ", ".join(told))
+        reported.append(f"an epoch draws {sum(quota):,}: {of}")
+    return Rows(tuple(found), spec.per_row, quota, ", ".join(reported))
 
 
-def takes_part(source: SourceConfig, kind: RowKind, held_out: bool) -> bool:
+def used_by(source: SourceConfig, kind: RowKind, held_out: bool) -> bool:
     """Whether rows of a kind are trained on of the source, or measured on.
 
     On a stream it is measured where that has a place of held-out rows: nobody reads it to its end for those by hash.
     """
-    return serves(source, kind) and not (held_out and source.stream and not has_eval(source))
+    return provides(source, kind) and not (held_out and source.stream and not has_eval(source))
 
 
 def check_share(config: DataConfig, spec: RowSpec) -> None:

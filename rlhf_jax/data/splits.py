@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rlhf_jax.data.blend import mixed
-from rlhf_jax.data.example import Turns
+from rlhf_jax.data.mixture import splitmix64
+from rlhf_jax.data.records import Turns
 
 
 def prompt_key(turns: Turns) -> bytes:
@@ -27,22 +27,22 @@ def as_keys(keys: Sequence[bytes], seed: int = 0) -> np.ndarray:
     Another `seed` splits the prompts in another way; equal prompts still have equal keys.
     """
     words = np.frombuffer(b"".join(keys), ">u8").reshape(-1, 2).astype(np.uint64)
-    return mixed(words ^ mixed(np.array([seed], np.uint64))) if seed else words
+    return splitmix64(words ^ splitmix64(np.array([seed], np.uint64))) if seed else words
 
 
-def held_out(keys: np.ndarray, share: float) -> np.ndarray:
+def is_held_out(keys: np.ndarray, share: float) -> np.ndarray:
     """[n] bool: kept for evaluation: true of `share` of all prompts, and of `share` of every stage's. keys: [n, 2]."""
     return _uniform(keys[:, 0]) < share
 
 
-def trains(keys: np.ndarray, name: str, shares: Mapping[str, float]) -> np.ndarray:
+def is_trained_by(keys: np.ndarray, name: str, shares: Mapping[str, float]) -> np.ndarray:
     """[n] bool: whether the prompt falls in the share `name`, and so in no other one.
 
     Args:
         shares: in any unit. Their order counts: each begins where the one before it ends.
     """
     bounds = np.cumsum(list(shares.values()))
-    # Other bytes than `held_out` reads: else the held-out share would come out of the first share alone.
+    # Other bytes than `is_held_out` reads: else the held-out share would come out of the first share alone.
     return np.searchsorted(bounds / bounds[-1], _uniform(keys[:, 1]), side="right") == list(shares).index(name)
 
 

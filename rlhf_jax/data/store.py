@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from rlhf_jax.data.template import Encoded
+from rlhf_jax.data.chat_template import Encoding
 
 READ_BEFORE_RELEASE = 64 * 2**20  # bytes read of a file before its pages are given back to the system
 
 
 def record_batch(
-    sequences: Sequence[Encoded],
+    sequences: Sequence[Encoding],
     keys: np.ndarray,
     numbers: Sequence[int],
     cut: Sequence[bool],
@@ -53,7 +53,7 @@ def _lists(arrays: Sequence[np.ndarray], kind: type) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
 
 
-def write(batches: Iterable[pa.RecordBatch], sink: str | Path | pa.BufferOutputStream, vocab_size: int) -> str:
+def write_store(batches: Iterable[pa.RecordBatch], sink: str | Path | pa.BufferOutputStream, vocab_size: int) -> str:
     """Write the batches as one Arrow file and return a digest of their tokens and spans."""
     schema = record_batch([], np.zeros((0, 2), np.uint64), [], [], 1, vocab_size).schema
     digest = hashlib.blake2b(digest_size=16)
@@ -107,18 +107,18 @@ class Store:
         columns = [np.zeros(0, kind), *(batch[name].to_numpy() for batch in self._batches)]
         return np.concatenate(columns)[:: self.per_row]
 
-    def row(self, index: int) -> list[Encoded]:
+    def row(self, index: int) -> list[Encoding]:
         """The sequences of a row; their arrays are views of the file."""
         first = index * self.per_row
         return [self._sequence(s) for s in range(first, first + self.per_row)]
 
-    def _sequence(self, index: int) -> Encoded:
+    def _sequence(self, index: int) -> Encoding:
         at = int(np.searchsorted(self._starts, index, side="right")) - 1
         i = index - int(self._starts[at])
         token_offsets, tokens, span_offsets, spans = self._lists[at]
         part = tokens[token_offsets[i] : token_offsets[i + 1]]
         self._read += max(part.nbytes, mmap.PAGESIZE)
-        return Encoded(part, spans[span_offsets[i] : span_offsets[i + 1]].reshape(-1, 2))
+        return Encoding(part, spans[span_offsets[i] : span_offsets[i + 1]].reshape(-1, 2))
 
     def release(self) -> None:
         """Give the pages that were read back to the system, once they are many; they come again when needed."""
@@ -127,8 +127,8 @@ class Store:
             self._read = 0
 
 
-def in_memory(batches: Iterable[pa.RecordBatch], per_row: int, vocab_size: int) -> Store:
+def memory_store(batches: Iterable[pa.RecordBatch], per_row: int, vocab_size: int) -> Store:
     """A store without a file."""
     sink = pa.BufferOutputStream()
-    digest = write(batches, sink, vocab_size)
+    digest = write_store(batches, sink, vocab_size)
     return Store(sink.getvalue(), per_row, digest)

@@ -21,12 +21,12 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
-from rlhf_jax.data.build import cache_folder, folder_of, key_parts
-from rlhf_jax.data.example import Row
-from rlhf_jax.data.reading.places import files_of, read, read_hub_stream
-from rlhf_jax.data.store import Store, write
-from rlhf_jax.data.template import Encoded
-from rlhf_jax.data.tokenize import ROWS_PER_BLOCK, Job, Tally, check_bad, encoded_blocks, tally_of
+from rlhf_jax.data.cache import cache_folder, folder_of, key_parts
+from rlhf_jax.data.chat_template import Encoding
+from rlhf_jax.data.records import Row
+from rlhf_jax.data.sources import read_hub_stream, read_rows, source_files
+from rlhf_jax.data.store import Store, write_store
+from rlhf_jax.data.tokenize import ROWS_PER_BLOCK, Job, RowStats, check_bad_rows, encode_blocks, parse_row_stats
 
 WINDOW = 8192  # rows
 
@@ -35,12 +35,12 @@ WINDOW = 8192  # rows
 Position = tuple[int, int, int]
 
 
-def copied(rows: tuple[Position, pa.RecordBatch]) -> pa.RecordBatch:
+def compact(rows: tuple[Position, pa.RecordBatch]) -> pa.RecordBatch:
     """The batch without the rows that a slice has left out, so that offsets begin at 0."""
     return rows[1].take(pa.array(np.arange(len(rows[1]))))
 
 
-def _cut(ready: list[tuple[Position, pa.RecordBatch]], count: int) -> tuple[list, list]:
+def _split_batches(ready: list[tuple[Position, pa.RecordBatch]], count: int) -> tuple[list, list]:
     """The first `count` rows, and the rest."""
     taken: list[tuple[Position, pa.RecordBatch]] = []
     for i, ((turn, block, row), batch) in enumerate(ready):
@@ -62,12 +62,12 @@ class StreamRows:
         """withheld: [n] uint64, first words of the keys of prompts that are not trained."""
         self.job, self.source, self.withheld, self.folder, self.bins = job, job.source, withheld, folder, None
         self._next = -1  # the window that `_blocks` goes on with
-        self._blocks: Iterator[tuple[Position, pa.RecordBatch, Tally]] = iter(())
+        self._blocks: Iterator[tuple[Position, pa.RecordBatch, RowStats]] = iter(())
         self._ready: list[tuple[Position, pa.RecordBatch]] = []  # rows of no window yet, from where
-        self._tally = Tally()
+        self._tally = RowStats()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="stream")
         self._held: dict[int, Future] = {}
-        self._lock = threading.Lock()  # a step counts its rows while the thread of `Ahead` reads the next ones
+        self._lock = threading.Lock()  # a step counts its rows while the thread of `Prefetch` reads the next ones
         self.lengths = self._window(0).lengths  # of the first rows, which stand for the others
 
     def __len__(self) -> int:
@@ -91,14 +91,14 @@ class StreamRows:
         return int(self._window(0).cut().sum())
 
     @property
-    def tally(self) -> Tally:
+    def stats(self) -> RowStats:
         return self.make_window(0)[1]
 
     def row_lengths(self, rows: np.ndarray) -> np.ndarray:
         """[n] tokens of rows [n]."""
         return np.array([self._window(row // WINDOW).lengths[row % WINDOW].max() for row in rows.tolist()], np.int64)
 
-    def documents(self, row: int) -> list[list[Encoded]]:
+    def documents(self, row: int) -> list[list[Encoding]]:
         return [self._window(row // WINDOW).row(row % WINDOW)]
 
     def number(self, row: int) -> int:
@@ -122,19 +122,19 @@ class StreamRows:
             future = self._held[number]
         return future.result()
 
-    def make_window(self, number: int) -> tuple[Store, Tally]:
+    def make_window(self, number: int) -> tuple[Store, RowStats]:
         """A window, made if it is not there, with all before it; and what became of the rows up to it.
 
         Raises:
-            ValueError: more bad rows than are allowed; the source has no row that serves; as `places.read`.
+            ValueError: more bad rows than are allowed; the source has no row that serves; as `sources.read_rows`.
         """
         if not self._report(number).exists():
             with FileLock(self.folder / "windows.lock"):
                 while not self._report(number).exists():
                     self._make(next(n for n in range(number, -1, -1) if n == 0 or self._report(n - 1).exists()))
         report = json.loads(self._report(number).read_text(encoding="utf-8"))
-        tally = tally_of(report["tally"])
-        check_bad(tally.bad, tally.bad_shown, self.job.config.max_bad_rows)
+        tally = parse_row_stats(report["tally"])
+        check_bad_rows(tally.bad, tally.bad_shown, self.job.config.max_bad_rows)
         return Store(self._rows(number), self.job.spec.per_row, report["digest"]), tally
 
     def _report(self, number: int) -> Path:
@@ -152,13 +152,13 @@ class StreamRows:
             if at[0]:  # the same bad rows again
                 tally = dataclasses.replace(tally, bad=0, bad_shown=())
             self._tally = self._tally.plus(tally)
-            check_bad(self._tally.bad, self._tally.bad_shown, self.job.config.max_bad_rows)
+            check_bad_rows(self._tally.bad, self._tally.bad_shown, self.job.config.max_bad_rows)
             self._ready.append((at, batch))
         turn, block, _ = self._ready[-1][0]
-        taken, self._ready = _cut(self._ready, WINDOW)
+        taken, self._ready = _split_batches(self._ready, WINDOW)
         end = self._ready[0][0] if self._ready else (turn, block + 1, 0)
         unfinished = self.folder / f"{number:06}.{os.getpid()}.unfinished"
-        digest = write(map(copied, taken), unfinished, len(self.job.tokenizer))
+        digest = write_store(map(compact, taken), unfinished, len(self.job.tokenizer))
         unfinished.rename(self._rows(number))
         report = {"digest": digest, "end": end, "tally": dataclasses.asdict(self._tally)}
         unfinished.write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -167,20 +167,20 @@ class StreamRows:
 
     def _begin(self, number: int) -> None:
         """Open the source where the window before ended."""
-        start, self._tally, self._ready = (0, 0, 0), Tally(), []
+        start, self._tally, self._ready = (0, 0, 0), RowStats(), []
         if number:
             report = json.loads(self._report(number - 1).read_text(encoding="utf-8"))
-            start, self._tally = tuple(report["end"]), tally_of(report["tally"])
+            start, self._tally = tuple(report["end"]), parse_row_stats(report["tally"])
         self._blocks = self._blocks_from(start)
         if row := start[2]:  # of a block that the window before has counted
             self._ready = [(start, next(self._blocks)[1].slice(row))]
 
-    def _blocks_from(self, start: Position) -> Iterator[tuple[Position, pa.RecordBatch, Tally]]:
+    def _blocks_from(self, start: Position) -> Iterator[tuple[Position, pa.RecordBatch, RowStats]]:
         """Blocks of the source from that of `start` on, again and again."""
         first, skipped, _ = start
         for turn in itertools.count(first):
             rows, served = itertools.islice(self._read(), skipped * ROWS_PER_BLOCK, None), 0
-            for block, (batch, tally, _) in enumerate(encoded_blocks(rows, self.job), start=skipped):
+            for block, (batch, tally, _) in enumerate(encode_blocks(rows, self.job), start=skipped):
                 batch = batch.filter(pa.array(~np.isin(batch["held_key"].to_numpy(), self.withheld)))
                 served += len(batch)
                 yield (turn, block, 0), batch, tally
@@ -191,25 +191,25 @@ class StreamRows:
     def _read(self) -> Iterator[Row]:
         place = self.job.place
         path, split = place["path"], place["split"]
-        is_remote = not path.startswith("builtin:") and files_of(path, split) is None
-        rows = read_hub_stream(path, place["name"], split) if is_remote else read(**place)
+        is_remote = not path.startswith("builtin:") and source_files(path, split) is None
+        rows = read_hub_stream(path, place["name"], split) if is_remote else read_rows(**place)
         return itertools.islice(rows, self.job.limit)
 
 
-def stream_of(job: Job, withheld: np.ndarray) -> StreamRows:
+def open_stream(job: Job, withheld: np.ndarray) -> StreamRows:
     """The stream of a source, with its first window made. ValueError as `StreamRows.make_window`.
 
     withheld: [n] uint64, as of `StreamRows`.
     """
     place = job.place
-    files = [_state(path) for path in files_of(place["path"], place["split"]) or []]
+    files = [_file_state(path) for path in source_files(place["path"], place["split"]) or []]
     content = [place, files, hashlib.blake2b(withheld.tobytes(), digest_size=16).hexdigest()]
     folder = folder_of(cache_folder(job.config), key_parts(job, content)).with_suffix(".stream")
     folder.mkdir(exist_ok=True)
     return StreamRows(job, withheld, folder)
 
 
-def _state(path: str) -> list:
+def _file_state(path: str) -> list:
     """Of a file too large to be read for its digest."""
     status = os.stat(path)
     return [os.path.abspath(path), status.st_size, status.st_mtime_ns]

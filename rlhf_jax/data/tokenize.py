@@ -21,19 +21,19 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import splits
+from rlhf_jax.data.chat_template import Encoding, encode_dialogues, encode_documents, encode_prompts
 from rlhf_jax.data.config import DataConfig, SourceConfig
-from rlhf_jax.data.example import BadRow, Example, Row, RowKind, RowSpec, Turns
-from rlhf_jax.data.mapping.mapper import mapper
-from rlhf_jax.data.reading.places import has_eval, limit_of, place_of
+from rlhf_jax.data.mapping import make_mapper
+from rlhf_jax.data.records import BadRow, Example, Row, RowKind, RowSpec, Turns
+from rlhf_jax.data.sources import has_eval, limit_of, place_of
 from rlhf_jax.data.store import record_batch
-from rlhf_jax.data.template import Encoded, encode_dialogues, encode_documents, encode_prompts
 
 ROWS_PER_BLOCK = 512  # measured: smaller ones cost calls, larger ones memory that is cold
 THREADS = 8  # at most: a third of a row's time is Python's, under its lock
-SHOWN = 3  # messages of bad rows that are kept
+MAX_SHOWN = 3  # messages of bad rows that are kept
 T, R = TypeVar("T"), TypeVar("R")
 # Of an example: why it is dropped, what failed, or its rows, each with its sequences and whether one of them was cut.
-Outcome = str | ValueError | list[tuple[list[Encoded], bool]]
+Outcome = str | ValueError | list[tuple[list[Encoding], bool]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Job:
 
     @property
     def place(self) -> dict[str, Any]:
-        """The arguments of `places.read`."""
+        """The arguments of `sources.read_rows`."""
         return place_of(self.source, self.config, self.held_out)
 
     @property
@@ -69,12 +69,12 @@ class Job:
         """[n] bool each of keys [n, 2]: the prompts that are trained on, and those that are held out."""
         if self.takes_all:
             return np.zeros(len(keys), bool), np.ones(len(keys), bool)
-        held = splits.held_out(keys, 0.0 if has_eval(self.source) else self.config.held_out)
-        return splits.trains(keys, self.spec.share, self.config.split) & ~held, held
+        held = splits.is_held_out(keys, 0.0 if has_eval(self.source) else self.config.held_out)
+        return splits.is_trained_by(keys, self.spec.share, self.config.split) & ~held, held
 
 
 @dataclass(frozen=True)
-class Tally:
+class RowStats:
     """What became of the rows of a place that are trained on, or of those that are held out."""
 
     rows: int = 0  # read, for whatever they serve
@@ -83,40 +83,40 @@ class Tally:
     bad: int = 0  # rows, wherever their prompts would fall
     bad_shown: tuple[str, ...] = ()  # messages of the first of them
 
-    def plus(self, other: Tally) -> Tally:
-        return Tally(
+    def plus(self, other: RowStats) -> RowStats:
+        return RowStats(
             self.rows + other.rows,
             self.share + other.share,
             dict(Counter(self.dropped) + Counter(other.dropped)),
             self.bad + other.bad,
-            (*self.bad_shown, *other.bad_shown)[:SHOWN],
+            (*self.bad_shown, *other.bad_shown)[:MAX_SHOWN],
         )
 
 
-def tally_of(report: dict[str, Any]) -> Tally:
+def parse_row_stats(report: dict[str, Any]) -> RowStats:
     """The tally that JSON holds."""
-    return Tally(**{**report, "bad_shown": tuple(report["bad_shown"])})
+    return RowStats(**{**report, "bad_shown": tuple(report["bad_shown"])})
 
 
-def encoded_blocks(rows: Iterable[Row], job: Job) -> Iterator[tuple[pa.RecordBatch, Tally, Tally]]:
+def encode_blocks(rows: Iterable[Row], job: Job) -> Iterator[tuple[pa.RecordBatch, RowStats, RowStats]]:
     """The rows of the job's place by blocks of ROWS_PER_BLOCK, in their order, as `encode_rows` gives them."""
     # The path of the place is what its examples are said to come from.
     source = dataclasses.replace(job.source, path=job.place["path"])
-    to_examples, own = mapper(source, job.spec.kind), threading.local()
+    to_examples, own = make_mapper(source, job.spec.kind), threading.local()
 
-    def work(block: list[Row]) -> tuple[pa.RecordBatch, Tally, Tally]:
+    def work(block: list[Row]) -> tuple[pa.RecordBatch, RowStats, RowStats]:
         if not hasattr(own, "tokenizer"):
             own.tokenizer = copy.deepcopy(job.tokenizer)  # a tokenizer's settings are changed while it encodes
-        examples, wheres, bad = mapped(block, to_examples)
+        examples, wheres, bad = map_rows(block, to_examples)
         keys = keys_of(examples, job.config.split_seed)
         trained, held = job.sides(keys)
         (taken,) = (trained if job.is_streamed else trained | held).nonzero()
         chosen, wheres = [examples[i] for i in taken], [wheres[i] for i in taken]
         batch, *tallies = encode_rows(chosen, wheres, keys[taken], held[taken], own.tokenizer, job)
-        read = Tally(len(block), bad=len(bad), bad_shown=tuple(bad[:SHOWN]))
+        read = RowStats(len(block), bad=len(bad), bad_shown=tuple(bad[:MAX_SHOWN]))
         return batch, *(read.plus(tally) for tally in tallies)
 
-    return in_order(work, blocks_of(rows, ROWS_PER_BLOCK))
+    return map_in_order(work, split_blocks(rows, ROWS_PER_BLOCK))
 
 
 def encode_rows(
@@ -126,7 +126,7 @@ def encode_rows(
     held: np.ndarray,
     tokenizer: PreTrainedTokenizerBase,
     job: Job,
-) -> tuple[pa.RecordBatch, Tally, Tally]:
+) -> tuple[pa.RecordBatch, RowStats, RowStats]:
     """The rows of examples, and what became of those that are trained on and of those that are held out.
 
     Args:
@@ -134,13 +134,13 @@ def encode_rows(
         keys: [n, 2] uint64.
         held: [n] bool, whether it is held out.
     """
-    found = encode_block(examples, tokenizer, job.spec, job.config)
+    found = encode_examples(examples, tokenizer, job.spec, job.config)
     bad = [f"{wheres[i]}: {each}" for i, each in found.items() if isinstance(each, ValueError)]
     tallies = []
     for side in (False, True):
         here = [each for i, each in found.items() if held[i] == side and not isinstance(each, ValueError)]
         dropped = dict(Counter(each for each in here if isinstance(each, str)))
-        tallies.append(Tally(0, len(here), dropped, len(bad), tuple(bad[:SHOWN])))
+        tallies.append(RowStats(0, len(here), dropped, len(bad), tuple(bad[:MAX_SHOWN])))
     kept = [(i, *row) for i, each in found.items() if isinstance(each, list) for row in each]
     batch = record_batch(
         [sequence for _, sequences, _ in kept for sequence in sequences],
@@ -153,7 +153,7 @@ def encode_rows(
     return batch, *tallies
 
 
-def encode_block(
+def encode_examples(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, spec: RowSpec, config: DataConfig
 ) -> dict[int, Outcome]:
     """{index of an example: its outcome}, first of those that are dropped unseen by the tokenizer.
@@ -165,12 +165,12 @@ def encode_block(
     in either way. A document is cut into pieces of max_length; a last one of a single token, the EOS, teaches nothing
     and is left out.
     """
-    obstacles = ((i, _obstacle(example, spec.kind)) for i, example in enumerate(examples))
+    obstacles = ((i, _reason_to_drop(example, spec.kind)) for i, example in enumerate(examples))
     found: dict[int, Outcome] = {i: reason for i, reason in obstacles if reason}
     whole = [i for i, example in enumerate(examples) if example.turns and i not in found]
-    for i, row in zip(whole, _rows([examples[i] for i in whole], tokenizer, spec), strict=True):
+    for i, row in zip(whole, _encode_rows([examples[i] for i in whole], tokenizer, spec), strict=True):
         failure = next((each for each in row if isinstance(each, ValueError)), None)
-        found[i] = failure or _fit(row, tokenizer, spec, config)
+        found[i] = failure or _fit_lengths(row, tokenizer, spec, config)
     documents = [i for i, example in enumerate(examples) if example.text]
     for i, tokens in zip(documents, encode_documents(tokenizer, [examples[i].text for i in documents]), strict=True):
         pieces = (tokens[start : start + config.max_length] for start in range(0, len(tokens), config.max_length))
@@ -178,7 +178,7 @@ def encode_block(
     return found
 
 
-def _obstacle(example: Example, kind: RowKind) -> str:
+def _reason_to_drop(example: Example, kind: RowKind) -> str:
     if not example.turns:
         return "" if example.text else "empty document"
     if not example.turns[-1][1]:
@@ -191,12 +191,12 @@ def _obstacle(example: Example, kind: RowKind) -> str:
     return ""
 
 
-def _rows(examples: list[Example], tokenizer: PreTrainedTokenizerBase, spec: RowSpec) -> list[list]:
+def _encode_rows(examples: list[Example], tokenizer: PreTrainedTokenizerBase, spec: RowSpec) -> list[list]:
     """For each example its sequences, whole, or what failed in their place."""
     if spec.kind == "prompt":
         nothing = np.zeros((0, 2), np.int32)
         prompts = encode_prompts(tokenizer, [example.turns for example in examples])
-        return [[each if isinstance(each, ValueError) else Encoded(each, nothing)] for each in prompts]
+        return [[each if isinstance(each, ValueError) else Encoding(each, nothing)] for each in prompts]
     answers = [[e.answer] if spec.kind == "demonstration" else [e.chosen, e.rejected] for e in examples]
     dialogues = [
         (*example.turns, ("assistant", text))
@@ -208,7 +208,7 @@ def _rows(examples: list[Example], tokenizer: PreTrainedTokenizerBase, spec: Row
     return [encoded[i * n : (i + 1) * n] for i in range(len(examples))]
 
 
-def _fit(row: list[Encoded], tokenizer: PreTrainedTokenizerBase, spec: RowSpec, config: DataConfig) -> Outcome:
+def _fit_lengths(row: list[Encoding], tokenizer: PreTrainedTokenizerBase, spec: RowSpec, config: DataConfig) -> Outcome:
     """The row within the lengths, or why it is dropped."""
     prompt = len(row[0].tokens) if spec.kind == "prompt" else int(row[0].spans[-1, 0])
     longest = max(len(each.tokens) for each in row)
@@ -220,8 +220,8 @@ def _fit(row: list[Encoded], tokenizer: PreTrainedTokenizerBase, spec: RowSpec, 
     if config.long_rows == "left":
         # At least one token of the prompt stays, for the answer to follow.
         excess = max(prompt - config.max_prompt_length, min(longest - config.max_length, prompt - 1), 0)
-        fitted = [_without_beginning(each, excess, tokenizer) for each in row]
-    fitted = [_cut(each, config.max_length) for each in fitted]
+        fitted = [_drop_beginning(each, excess, tokenizer) for each in row]
+    fitted = [_truncate(each, config.max_length) for each in fitted]
     if len(row) == 2 and np.array_equal(fitted[0].tokens, fitted[1].tokens):
         return "chosen and rejected equal"
     if spec.learn == "everything" and spec.kind == "demonstration":
@@ -229,28 +229,28 @@ def _fit(row: list[Encoded], tokenizer: PreTrainedTokenizerBase, spec: RowSpec, 
     return [(fitted, any(len(new.tokens) < len(old.tokens) for new, old in zip(fitted, row, strict=True)))]
 
 
-def _learned_whole(tokens: np.ndarray) -> Encoded:
-    return Encoded(tokens, np.array([[1, len(tokens)]], np.int32))
+def _learned_whole(tokens: np.ndarray) -> Encoding:
+    return Encoding(tokens, np.array([[1, len(tokens)]], np.int32))
 
 
-def _cut(encoded: Encoded, length: int) -> Encoded:
+def _truncate(encoded: Encoding, length: int) -> Encoding:
     if len(encoded.tokens) <= length:
         return encoded
     spans = np.minimum(encoded.spans, length)
-    return Encoded(encoded.tokens[:length], spans[spans[:, 0] < spans[:, 1]])
+    return Encoding(encoded.tokens[:length], spans[spans[:, 0] < spans[:, 1]])
 
 
-def _without_beginning(encoded: Encoded, count: int, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+def _drop_beginning(encoded: Encoding, count: int, tokenizer: PreTrainedTokenizerBase) -> Encoding:
     """Less `count` tokens, taken off the front, after a BOS where one stands there."""
     if not count:
         return encoded
     keep = int(tokenizer.bos_token_id is not None and int(encoded.tokens[0]) == tokenizer.bos_token_id)
     tokens = np.concatenate([encoded.tokens[:keep], encoded.tokens[keep + count :]])
     spans = np.maximum(encoded.spans - count, keep)
-    return Encoded(tokens, spans[spans[:, 0] < spans[:, 1]])
+    return Encoding(tokens, spans[spans[:, 0] < spans[:, 1]])
 
 
-def mapped(
+def map_rows(
     rows: Iterable[Row], to_examples: Callable[[Row], list[Example]]
 ) -> tuple[list[Example], list[str], list[str]]:
     """(examples, where each stands, messages of the bad rows)."""
@@ -274,25 +274,25 @@ def keys_of(examples: Iterable[Example], seed: int) -> np.ndarray:
     return splits.as_keys([splits.prompt_key(each) for each in turns], seed)
 
 
-def check_bad(count: int, shown: Sequence[str], limit: int) -> None:
+def check_bad_rows(count: int, shown: Sequence[str], limit: int) -> None:
     """ValueError with the first bad rows where there are more than `limit`."""
     if count > limit:
         faults: dict[str, list[str]] = {}  # one that many rows have is named once, after their places
         for message in shown:
             place, _, fault = message.partition(": ")
             faults.setdefault(fault, []).append(place)
-        told = "; ".join(f"{', '.join(places)}: {fault}" for fault, places in faults.items())
+        reported = "; ".join(f"{', '.join(places)}: {fault}" for fault, places in faults.items())
         more = f" (data.max_bad_rows = {limit}, and there are more)" if limit else ""
-        raise ValueError(f"{told}{more}. Mend the data, or raise data.max_bad_rows to leave such rows out")
+        raise ValueError(f"{reported}{more}. Mend the data, or raise data.max_bad_rows to leave such rows out")
 
 
-def blocks_of(items: Iterable[T], size: int) -> Iterator[list[T]]:
+def split_blocks(items: Iterable[T], size: int) -> Iterator[list[T]]:
     items = iter(items)
     while block := list(itertools.islice(items, size)):
         yield block
 
 
-def in_order(work: Callable[[list[T]], R], blocks: Iterable[list[T]]) -> Iterator[R]:
+def map_in_order(work: Callable[[list[T]], R], blocks: Iterable[list[T]]) -> Iterator[R]:
     """work(block) of each block in order, with a few blocks under way at a time."""
     threads = min(THREADS, (os.cpu_count() or 1) + 1)  # one more than cores, as one waits for the lock
     waiting: deque = deque()

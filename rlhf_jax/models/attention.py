@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from rlhf_jax.models.architecture import Choice, DecoderConfig
+from rlhf_jax.models.config import Choice, DecoderConfig
 
-LARGEST_HEAD = 128  # cuDNN's backward pass on Ampere; Hopper takes 256
+MAX_HEAD_DIM = 128  # cuDNN's backward pass on Ampere; Hopper takes 256
 
 
-class Kernel(NamedTuple):
+class AttentionKernel(NamedTuple):
     name: Literal["cudnn", "xla"]
     reason: str
 
@@ -54,8 +54,8 @@ def model_obstacle(config: DecoderConfig, length: int, *, packed: bool = False) 
         return f"scores are soft-capped at {config.attention_softcap:g}"
     if config.alibi:
         return "scores are biased (ALiBi)"
-    if config.head_dim % 8 or config.head_dim > LARGEST_HEAD:
-        return f"heads have size {config.head_dim}, and fused ones are multiples of 8 up to {LARGEST_HEAD}"
+    if config.head_dim % 8 or config.head_dim > MAX_HEAD_DIM:
+        return f"heads have size {config.head_dim}, and fused ones are multiples of 8 up to {MAX_HEAD_DIM}"
     if uniform_window(config, length) is None:
         return f"windows differ between the layers and rows of {length} tokens are longer than the shortest"
     return ""
@@ -76,31 +76,33 @@ def attention_kernel(
     *,
     capability: str = "",
     packed: bool = False,
-) -> Kernel:
+) -> AttentionKernel:
     """The kernel for rows of `length` tokens (`packed`: of several documents) that are looked at all at once, and why.
 
     Raises:
         ValueError: "cudnn" is asked for where it is impossible.
     """
     obstacle = device_obstacle(dtype, platform, capability) or model_obstacle(config, length, packed=packed)
-    return _kernel(obstacle, choice, dtype)
+    return _select_kernel(obstacle, choice, dtype)
 
 
-def _kernel(obstacle: str, choice: Choice, dtype: jnp.dtype) -> Kernel:
+def _select_kernel(obstacle: str, choice: Choice, dtype: jnp.dtype) -> AttentionKernel:
     if choice == "cudnn" and obstacle:
         raise ValueError(f'model.attention="cudnn" is impossible: {obstacle}; set it to "auto" or "xla"')
     if choice == "xla":
-        return Kernel("xla", 'model.attention="xla"')
-    return Kernel("xla", obstacle) if obstacle else Kernel("cudnn", f"{jnp.dtype(dtype).name}, causal")
+        return AttentionKernel("xla", 'model.attention="xla"')
+    return (
+        AttentionKernel("xla", obstacle) if obstacle else AttentionKernel("cudnn", f"{jnp.dtype(dtype).name}, causal")
+    )
 
 
-def kernel_of_devices(mesh: Mesh, dtype: jnp.dtype, choice: Choice) -> Kernel:
+def kernel_for_devices(mesh: Mesh, dtype: jnp.dtype, choice: Choice) -> AttentionKernel:
     """What any model could have on the devices of a mesh, real or only compiled for; raises as `attention_kernel`."""
     device = mesh.devices.flat[0]
-    return _kernel(device_obstacle(dtype, device.platform, capability_of(device)), choice, dtype)
+    return _select_kernel(device_obstacle(dtype, device.platform, capability_of(device)), choice, dtype)
 
 
-def kernel_on(
+def kernel_for_mesh(
     mesh: Mesh | AbstractMesh,
     config: DecoderConfig,
     dtype: jnp.dtype,
@@ -108,10 +110,10 @@ def kernel_on(
     choice: Choice,
     *,
     packed: bool = False,
-) -> Kernel:
+) -> AttentionKernel:
     """`attention_kernel` for the devices of a mesh; XLA's on one without devices, where only shapes are asked for."""
     if isinstance(mesh, AbstractMesh):
-        return Kernel("xla", "no devices")
+        return AttentionKernel("xla", "no devices")
     device = mesh.devices.flat[0]
     capability = capability_of(device)
     return attention_kernel(config, dtype, device.platform, length, choice, capability=capability, packed=packed)
@@ -121,7 +123,7 @@ def capability_of(device: jax.Device) -> str:
     return str(getattr(device, "compute_capability", ""))
 
 
-def described(kernel: Kernel, phases: str, *, decodes: bool) -> str:
+def describe_kernel(kernel: AttentionKernel, phases: str, *, decodes: bool) -> str:
     """What a run says: "cuDNN for scoring and prefill (bfloat16, causal), XLA for decoding (one query)"."""
     if kernel.name == "xla":
         return f"XLA ({kernel.reason})"

@@ -17,22 +17,22 @@ from einops import rearrange
 from flax import nnx
 
 from rlhf_jax.mesh import Layout
-from rlhf_jax.models.architecture import BLOCK_NORMS, Compute, DecoderConfig
-from rlhf_jax.models.attention import kernel_on
-from rlhf_jax.models.experts import balance_loss, load
+from rlhf_jax.models.attention import kernel_for_mesh
+from rlhf_jax.models.config import BLOCK_NORMS, Compute, DecoderConfig
+from rlhf_jax.models.experts import balance_loss, router_load
 from rlhf_jax.models.layers import (
     AttentionContext,
     attention_context,
     embed,
     normalise,
     normalise_heads,
-    positions_of,
-    visible_of,
+    token_positions,
+    visible_keys,
 )
 from rlhf_jax.models.lora import NO_LORA
-from rlhf_jax.models.per_layer import PerLayer, has_per_layer, recomputed, scan_layers
 from rlhf_jax.models.quantised import Quantised, matmul
 from rlhf_jax.models.transformer import embed_tokens, tail, transformer_block
+from rlhf_jax.models.unstacked import Unstacked, has_unstacked, remat_layer, scan_layers
 from rlhf_jax.objectives.logprobs import head_logits
 
 
@@ -116,7 +116,7 @@ class ExpertKernels(nnx.Module):
         self.gate, self.up, self.down = (Linear(*sizes, rngs, init=_expert_kernel) for sizes in (up, up, down))
 
 
-class Block(nnx.Module):
+class EncodedExamples(nnx.Module):
     """One layer, as the parts of `transformer`."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
@@ -133,7 +133,7 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, context: AttentionContext, window: jax.Array | None):
         """x [B, T, D], window [] int32 -> ([B, T, D], the loads [2, X] of the experts; None where there are none)."""
         x, _, routing = transformer_block(self.config, self, x, context, window)
-        return x, None if routing is None else load(self.config.experts, routing, context.real)
+        return x, None if routing is None else router_load(self.config.experts, routing, context.real)
 
     def norm(self, name: str, x: jax.Array, over: str = "") -> jax.Array:
         return getattr(self.attention if over else self, name)(x, over=over)
@@ -194,9 +194,9 @@ class Decoder(nnx.Module):
             self.score = Linear((embed, 1), ("embed", None), rngs)
         else:
             self.head = Head(config, rngs)
-        graph, _ = nnx.split(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))
+        graph, _ = nnx.split(nnx.eval_shape(lambda: EncodedExamples(config, nnx.Rngs(0))))
         keys = jax.random.split(rngs.params(), config.num_layers)
-        self.layers = nnx.merge(graph, jax.vmap(lambda k: nnx.state(Block(config, nnx.Rngs(k))))(keys))
+        self.layers = nnx.merge(graph, jax.vmap(lambda k: nnx.state(EncodedExamples(config, nnx.Rngs(k))))(keys))
 
     def __call__(
         self,
@@ -233,11 +233,11 @@ class Decoder(nnx.Module):
         """
         packed = segments is not None
         chex.assert_equal_shape((tokens, mask, segments) if packed else (tokens, mask))
-        c, dtype, remat, positions = self.config, compute.dtype, compute.remat, positions_of(mask, segments)
+        c, dtype, remat, positions = self.config, compute.dtype, compute.remat, token_positions(mask, segments)
         length, choice = tokens.shape[1], compute.attention
-        fused = layout and kernel_on(layout.mesh, c, dtype, length, choice, packed=packed).name == "cudnn"
+        fused = layout and kernel_for_mesh(layout.mesh, c, dtype, length, choice, packed=packed).name == "cudnn"
         x = embed_tokens(c, self, tokens, positions, dtype)
-        visible = None if fused else visible_of(mask, segments)
+        visible = None if fused else visible_keys(mask, segments)
         context = attention_context(c, mask, positions, layout, visible=visible)
         graph, layers = nnx.split(self.layers)
 
@@ -246,12 +246,12 @@ class Decoder(nnx.Module):
             return nnx.merge(graph, weights)(x, context._replace(layout=layout), window)
 
         step, alone = layer, layout is None or layout.mesh.size == 1
-        if remat == "layers" and has_per_layer(layers) and alone:
-            step = recomputed(layer, context._replace(layout=None))
+        if remat == "layers" and has_unstacked(layers) and alone:
+            step = remat_layer(layer, context._replace(layout=None))
         elif remat != "none":
             kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
             # A scan keeps what is computed twice apart by itself.
-            step = jax.checkpoint(layer, prevent_cse=has_per_layer(layers), policy=kept)
+            step = jax.checkpoint(layer, prevent_cse=has_unstacked(layers), policy=kept)
         windows = jnp.asarray(c.windows, jnp.int32) if c.windows else None
         x, loads = scan_layers(step, context.constrain(x), (layers, windows))
         return tail(c, self, x), balance_loss(c.experts, loads) if c.experts else jnp.float32(0)
@@ -289,7 +289,7 @@ def abstract_params(config: DecoderConfig) -> dict[str, Leaf]:
     return dict(_skeleton(config)[2])
 
 
-def bind(config: DecoderConfig, params: Mapping[str, jax.Array | Quantised | PerLayer]) -> Decoder:
+def bind(config: DecoderConfig, params: Mapping[str, jax.Array | Quantised | Unstacked]) -> Decoder:
     """The module around these parameters (and adapters), kernels quantised, stacked or neither: free inside jit."""
     graph, structure, leaves = _skeleton(config)
     assert params.keys() == leaves.keys(), sorted(params.keys() ^ leaves.keys())
@@ -335,7 +335,7 @@ def last_hidden(hidden: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
 
 
-def scalar(params: Mapping[str, jax.Array], hidden: jax.Array) -> jax.Array:
+def scalar_scores(params: Mapping[str, jax.Array], hidden: jax.Array) -> jax.Array:
     """[..., E] -> [...] float32 by the scalar head."""
     kernel = params["score/kernel"].astype(jnp.float32)
     return jnp.matmul(hidden.astype(jnp.float32), kernel, precision="highest")[..., 0]

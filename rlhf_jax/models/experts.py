@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from rlhf_jax.mesh import Layout
-from rlhf_jax.models.architecture import Experts
+from rlhf_jax.models.config import Experts
 from rlhf_jax.models.layers import ACTIVATIONS
 
 
@@ -46,7 +46,7 @@ def route(experts: Experts, x: jax.Array, router: jax.Array) -> Routing:
     return Routing(chosen, weights, probabilities)
 
 
-def load(experts: Experts, routing: Routing, mask: jax.Array) -> jax.Array:
+def router_load(experts: Experts, routing: Routing, mask: jax.Array) -> jax.Array:
     """[2, X] float32: over the real tokens of [B, T], the mean number of choices and probability of each expert."""
     real = mask / jnp.maximum(mask.sum(), 1)
     choices = jax.nn.one_hot(routing.chosen, experts.count).sum(2)

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from rlhf_jax.mesh import Layout
-from rlhf_jax.models.architecture import Alibi, DecoderConfig, Rope
-from rlhf_jax.objectives.logprobs import softcapped
+from rlhf_jax.models.config import Alibi, DecoderConfig, Rope
+from rlhf_jax.objectives.logprobs import softcap_logits
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -71,7 +71,7 @@ def normalise_heads(x: jax.Array, scale: jax.Array, bias: jax.Array | None, *, o
     return normalise(x, scale, bias, kind=kind, eps=eps)
 
 
-def positions_of(mask: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+def token_positions(mask: jax.Array, segments: jax.Array | None = None) -> jax.Array:
     """[B, T] bool -> [B, T] int32: the index of each real token among the real ones of its row; 0 on padding before.
 
     With `segments` [B, T] int32, the document of each token in a row of several (0: padding): among those of its
@@ -122,13 +122,13 @@ def alibi_bias(alibi: Alibi, key_positions: jax.Array, kv_heads: int) -> jax.Arr
     Softmax forgets what all keys of a query share, so slope x position of the key is slope x distance.
     """
 
-    def rounded(x: jax.Array) -> jax.Array:
+    def round_if_asked(x: jax.Array) -> jax.Array:
         # Not by a cast to bfloat16 and back, which the compiler may leave out.
         return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7) if alibi.rounded else x
 
     slopes = jnp.asarray(alibi.slopes, jnp.float32).reshape(kv_heads, -1)[None, :, :, None, None]
     places = key_positions.astype(jnp.float32)[:, None, None, None, :]
-    return rounded(rounded(slopes) * rounded(places)) * alibi.scale
+    return round_if_asked(round_if_asked(slopes) * round_if_asked(places)) * alibi.scale
 
 
 def attention(
@@ -147,7 +147,7 @@ def attention(
     soft-capped, and biased by [B, K, G, 1, S]. -> [B, T, K, G, d].
     A query that may look nowhere (padding) gives a finite average, which nobody reads.
     """
-    scores = softcapped(jnp.einsum("btkgd,bksd->bkgts", q, k, preferred_element_type=jnp.float32) * scale, cap)
+    scores = softcap_logits(jnp.einsum("btkgd,bksd->bkgts", q, k, preferred_element_type=jnp.float32) * scale, cap)
     if bias is not None:
         scores = scores + bias
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
@@ -180,7 +180,7 @@ class AttentionContext(NamedTuple):
 
     Attributes:
         real: [B, T] bool, of the tokens.
-        visible: [B, T, S] bool, see `visible_of`; None where fused attention needs no mask.
+        visible: [B, T, S] bool, see `visible_keys`; None where fused attention needs no mask.
         back: [(B,) T, S] int32, how many places before its query each key is; None without windows.
         angles: of rotary embeddings, and `local_angles` of the layers with a window where theirs differ.
         bias: [B, K, G, 1, S] float32 of ALiBi.
@@ -246,7 +246,7 @@ def attention_context(
     )
 
 
-def visible_of(mask: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+def visible_keys(mask: jax.Array, segments: jax.Array | None = None) -> jax.Array:
     """[B, T] bool, and [B, T] int32 of packed rows -> [B, T, T] bool: the keys that each query may look at.
 
     Those are the real tokens up to the query itself, of its own document where there are several.

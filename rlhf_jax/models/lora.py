@@ -27,8 +27,8 @@ class LoraConfig:
             raise ValueError(f"rank={self.rank}: at least 0, and 0 trains every weight")
         unknown = [name for name in self.targets if name not in LINEARS]
         if unknown or (self.rank and not self.targets):
-            told = f"no linear is called {', '.join(unknown)}" if unknown else "empty, so nothing would train"
-            raise ValueError(f"targets: {told}; choose among {', '.join(LINEARS)}")
+            reported = f"no linear is called {', '.join(unknown)}" if unknown else "empty, so nothing would train"
+            raise ValueError(f"targets: {reported}; choose among {', '.join(LINEARS)}")
 
     @property
     def scale(self) -> float:
@@ -47,7 +47,7 @@ def is_trainable(path: str, lora: LoraConfig) -> bool:
     return lora.rank == 0 or is_adapter(path) or path.startswith("score/")
 
 
-def merge(params: Mapping[str, jax.Array], lora: LoraConfig) -> dict[str, jax.Array]:
+def merge_adapters(params: Mapping[str, jax.Array], lora: LoraConfig) -> dict[str, jax.Array]:
     """W + scale A B for every adapted kernel, in the kernel's dtype; the adapters disappear.
 
     Kernels are [L, in, out], A [L, in, rank], B [L, rank, out]; the product is accumulated in A's dtype.
@@ -62,15 +62,15 @@ def merge(params: Mapping[str, jax.Array], lora: LoraConfig) -> dict[str, jax.Ar
         kernel = path.removesuffix("lora_a") + "kernel"
         a, b = params[path], params[path.removesuffix("a") + "b"]
         # Layer by layer: in float32 the products of a whole stack may be larger than all that is left.
-        merged[kernel] = jax.lax.map(lambda each: _rounded(*each, lora.scale), (merged[kernel], a, b))
+        merged[kernel] = jax.lax.map(lambda each: _merge_rounded(*each, lora.scale), (merged[kernel], a, b))
     return merged
 
 
-def _rounded(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    return merged_kernel(kernel, a, b, scale).astype(kernel.dtype)
+def _merge_rounded(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    return merge_kernel(kernel, a, b, scale).astype(kernel.dtype)
 
 
-def merged_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+def merge_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
     """W + scale A B in A's dtype."""
     update = scale * (a @ b)
     return kernel.astype(update.dtype) + update

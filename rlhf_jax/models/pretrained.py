@@ -15,20 +15,20 @@ from jax.sharding import Mesh
 
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
 from rlhf_jax.models import peft
-from rlhf_jax.models.architecture import Choice, Compute, DecoderConfig
-from rlhf_jax.models.attention import kernel_on
-from rlhf_jax.models.cached import shared_leaves
-from rlhf_jax.models.decoder import abstract_params, bind, last_hidden, logits, scalar
+from rlhf_jax.models.attention import kernel_for_mesh
+from rlhf_jax.models.config import Choice, Compute, DecoderConfig
+from rlhf_jax.models.decoder import abstract_params, bind, last_hidden, logits, scalar_scores
 from rlhf_jax.models.families import (
     checkpoint_of,
     decoder_config,
     hf_config,
     hf_tensors,
 )
-from rlhf_jax.models.folders import local_folder, read_json, read_tokenizer, replacing, write_json, write_tokenizer
-from rlhf_jax.models.per_layer import PerLayer
-from rlhf_jax.models.quantised import KINDS, REST_DTYPE, Quantised
+from rlhf_jax.models.hub import local_folder, read_json, read_tokenizer, replace_folder, write_json, write_tokenizer
+from rlhf_jax.models.inference import shared_leaves
+from rlhf_jax.models.quantised import QUANTISED_KINDS, UNQUANTISED_DTYPE, Quantised
 from rlhf_jax.models.safetensors_io import read_params, write_params
+from rlhf_jax.models.unstacked import Unstacked
 
 DTYPES = ("float32", "bfloat16", "float16")  # of files, and of parameters, which may be of quantised.KINDS too
 _SCORE = "score/kernel"
@@ -39,7 +39,7 @@ class Pretrained:
     """A language model, or a reward model where config.scalar_head, on its devices."""
 
     config: DecoderConfig
-    params: dict[str, jax.Array | Quantised | PerLayer]  # {path: array}, as `abstract_params(config)` lists them
+    params: dict[str, jax.Array | Quantised | Unstacked]  # {path: array}, as `abstract_params(config)` lists them
     tokenizer: Any  # a transformers tokenizer; None if the folder has none
     hf_config: dict[str, Any]  # the config.json it came from
     generation_config: dict[str, Any]  # generation_config.json; {} if there was none
@@ -64,7 +64,7 @@ def from_pretrained(
         mesh: a ("data", "fsdp", "tensor") mesh, over which parameters are split as in training; None: one device.
         dtype: of the parameters, "float32", "bfloat16" or "float16"; "int8" or "nf4": the kernels of the layers'
             linears quantised as they are read (see `models.quantised`), all else bfloat16.
-        one_copy: lay out for generation what it can share with training (see `models.per_layer`); the rest as ever.
+        one_copy: lay out for generation what it can share with training (see `models.unstacked`); the rest as ever.
     Raises:
         ValueError: no such folder or id, only a pickle, an unsupported architecture, or tensors that do not fit.
     """
@@ -91,14 +91,14 @@ def reward_from_pretrained(
 def _load(
     path_or_id, adapter, *, scalar_head: bool, mesh: Mesh | None, dtype: str, seed: int, one_copy: bool = False
 ) -> Pretrained:
-    if dtype not in (*DTYPES, *KINDS):
-        raise ValueError(f'dtype "{dtype}" is not supported; supported: {", ".join((*DTYPES, *KINDS))}')
-    dtype, kind = (REST_DTYPE, dtype) if dtype in KINDS else (dtype, None)
+    if dtype not in (*DTYPES, *QUANTISED_KINDS):
+        raise ValueError(f'dtype "{dtype}" is not supported; supported: {", ".join((*DTYPES, *QUANTISED_KINDS))}')
+    dtype, kind = (UNQUANTISED_DTYPE, dtype) if dtype in QUANTISED_KINDS else (dtype, None)
     folder = local_folder(path_or_id)
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise ValueError(f"{folder} is a PEFT adapter: give the folder of its base, and this one as `adapter`")
     hf = read_json(folder / "config.json")
-    if is_scorer(hf) and not scalar_head:
+    if has_scalar_head(hf) and not scalar_head:
         raise ValueError(
             f"{folder} is a model with a scalar head ({hf['architectures'][0]}), such as a reward model: it scores "
             "(reward_from_pretrained) and has no logits to answer with"
@@ -109,7 +109,7 @@ def _load(
     params = read_params(
         folder,
         abstract_params(config) if serving is None else shared_leaves(config, serving),
-        checkpoint_of(config, optional=(_SCORE,) if scalar_head and not is_scorer(hf) else ()),
+        checkpoint_of(config, optional=(_SCORE,) if scalar_head and not has_scalar_head(hf) else ()),
         layout,
         dtype,
         kind=kind,
@@ -121,7 +121,7 @@ def _load(
         params |= adapters
     if scalar_head and _SCORE not in params:
         logging.getLogger(__name__).warning(f"{folder} has no score.weight: the scalar head starts at random")
-        params[_SCORE] = _new_score(config, layout, dtype, seed)
+        params[_SCORE] = _init_scalar_head(config, layout, dtype, seed)
     generation = folder / "generation_config.json"
     return Pretrained(
         config=config,
@@ -135,12 +135,12 @@ def _load(
     )
 
 
-def is_scorer(hf: Mapping[str, Any]) -> bool:
+def has_scalar_head(hf: Mapping[str, Any]) -> bool:
     """Whether a config.json is of a model with a scalar head."""
     return any(name.endswith(("ForSequenceClassification", "ForScalarHead")) for name in hf.get("architectures") or ())
 
 
-def _new_score(config: DecoderConfig, layout: Layout, dtype: str, seed: int) -> jax.Array:
+def _init_scalar_head(config: DecoderConfig, layout: Layout, dtype: str, seed: int) -> jax.Array:
     leaf = abstract_params(config)[_SCORE]
 
     def init(key):
@@ -177,7 +177,7 @@ def save_pretrained(
                 "a scalar head is exported with the id that pads, by which transformers finds the end of a text: set "
                 "pad_token_id in hf_config, or the tokenizer's pad_token"
             )
-    with replacing(Path(folder).expanduser(), overwrite) as unfinished:
+    with replace_folder(Path(folder).expanduser(), overwrite) as unfinished:
         config = hf_config(model.hf_config, model.config, dtype=dtype, pad_token_id=pad)
         write_json(unfinished / "config.json", config)
         if not model.config.scalar_head:
@@ -197,7 +197,7 @@ def save_adapter(model: Pretrained, folder: str | Path, *, base: str, overwrite:
     """
     if not model.config.lora.rank:
         raise ValueError("this model has no adapters: use save_pretrained")
-    with replacing(Path(folder).expanduser(), overwrite) as unfinished:
+    with replace_folder(Path(folder).expanduser(), overwrite) as unfinished:
         peft.write_adapter(unfinished, model.config, model.params, base=base)
         write_tokenizer(model.tokenizer, unfinished, model.folder)
 
@@ -259,7 +259,7 @@ def _call(program, model: Pretrained, input_ids: jax.Array, attention_mask: jax.
             f'{tokens.shape[0]}: pad them, or set "auto"'
         )
     layout, dtype = model.layout if divides else None, model.params["embed/tokens"].dtype
-    kernel = kernel_on(model.layout.mesh, model.config, dtype, tokens.shape[1], attention).name
+    kernel = kernel_for_mesh(model.layout.mesh, model.config, dtype, tokens.shape[1], attention).name
     return program(model.config, layout, kernel if divides else "xla", model.params, tokens, mask)
 
 
@@ -283,4 +283,4 @@ def _logits(config: DecoderConfig, layout, kernel, params, tokens, mask) -> jax.
 def _scores(config: DecoderConfig, layout, kernel, params, tokens, mask) -> jax.Array:
     with jax.default_matmul_precision("float32"):
         hidden = _hidden(config, layout, kernel, params, tokens, mask)
-        return scalar(params, last_hidden(hidden, mask))
+        return scalar_scores(params, last_hidden(hidden, mask))

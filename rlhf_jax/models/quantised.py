@@ -27,10 +27,12 @@ import numpy as np
 from rlhf_jax.mesh import Layout
 from rlhf_jax.trees import record
 
-KINDS = ("int8", "nf4")
-REST_DTYPE = "bfloat16"  # of what is not quantised beside kernels that are: embeddings, head, norms, biases (as QLoRA)
-BLOCK = {"int8": 128, "nf4": 64}
-GROUP = 256  # maxima of blocks that share a second-level scale
+QUANTISED_KINDS = ("int8", "nf4")
+UNQUANTISED_DTYPE = (
+    "bfloat16"  # of what is not quantised beside kernels that are: embeddings, head, norms, biases (as QLoRA)
+)
+BLOCK_SIZES = {"int8": 128, "nf4": 64}
+GROUP_SIZE = 256  # maxima of blocks that share a second-level scale
 
 # Dettmers et al. 2023, appendix E; as in bitsandbytes.
 NF4 = np.array(
@@ -44,14 +46,14 @@ NF4 = np.array(
 )
 
 
-def _dynamic() -> np.ndarray:
+def _dynamic_map() -> np.ndarray:
     """The dynamic data type of bitsandbytes: for e = 0 .. 6, +-10^(e - 6) times 2^e numbers even within 0.1 .. 1."""
     edges = [np.linspace(0.1, 1.0, 2**e + 1) for e in range(7)]
     positive = np.concatenate([10.0 ** (e - 6) * (x[:-1] + x[1:]) / 2 for e, x in enumerate(edges)])
     return np.sort(np.concatenate([positive, -positive, [0.0, 1.0]])).astype(np.float32)
 
 
-DYNAMIC = _dynamic()
+DYNAMIC = _dynamic_map()
 _LINEARS = re.compile(r"layers/(attention/[qkvo]|(mlp|experts)/(gate|up|down))/kernel")
 
 
@@ -108,7 +110,7 @@ def quantise(kernel: jax.Array, kind: str, axis: int) -> Quantised:
         ValueError: the size of that dimension has no divisor to make blocks of.
     """
     maxima = _maxima(kernel, kind, axis)
-    return _encoded(kernel, maxima, kind, axis, _compressed(maxima, axis) if kind == "nf4" else None)
+    return _quantise_blocks(kernel, maxima, kind, axis, _quantise_maxima(maxima, axis) if kind == "nf4" else None)
 
 
 def dequantise(kernel: Quantised | jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -119,10 +121,10 @@ def dequantise(kernel: Quantised | jax.Array, dtype: jnp.dtype) -> jax.Array:
     if kernel.kind == "int8":
         values = kernel.codes.astype(jnp.float32)
     else:
-        values = jnp.take(jnp.asarray(NF4), _unpacked(kernel.codes, axis), mode="clip")
+        values = jnp.take(jnp.asarray(NF4), _unpack(kernel.codes, axis), mode="clip")
         scales = jnp.take(jnp.asarray(DYNAMIC), scales, mode="clip")
         shape = scales.shape if axis == -1 else (*scales.shape[:-2], scales.shape[-1], scales.shape[-2])
-        groups = jnp.repeat(kernel.groups, GROUP, axis=-1)[..., : shape[-1] * shape[-2]].reshape(shape)
+        groups = jnp.repeat(kernel.groups, GROUP_SIZE, axis=-1)[..., : shape[-1] * shape[-2]].reshape(shape)
         scales = scales * (groups if axis == -1 else groups.swapaxes(-1, -2)) + kernel.offset[..., None, None]
     blocks = _split(values, axis, values.shape[axis] // scales.shape[axis]) * jnp.expand_dims(scales, axis)
     return blocks.reshape(values.shape).astype(dtype)
@@ -135,21 +137,21 @@ def matmul(x: jax.Array, kernel: Quantised | jax.Array) -> jax.Array:
     return jax.checkpoint(lambda x, kernel: x @ dequantise(kernel, x.dtype), prevent_cse=False)(x, kernel)
 
 
-def shardings(axes: Sequence[str | None], kind: str, layout: Layout) -> Quantised:
+def quantised_shardings(axes: Sequence[str | None], kind: str, layout: Layout) -> Quantised:
     """Where each array of a kernel with these logical axes lies; the groups, one in 16384 weights, are replicated."""
     own, lead = layout.sharding(axes), layout.sharding(axes[:-2])
     return Quantised(own, own) if kind == "int8" else Quantised(own, own, lead, lead)
 
 
-def abstract(shape: Sequence[int], axes: Sequence[str | None], kind: str, layout: Layout) -> Quantised:
+def abstract_quantised(shape: Sequence[int], axes: Sequence[str | None], kind: str, layout: Layout) -> Quantised:
     """The arrays of a quantised kernel as `jax.ShapeDtypeStruct`s with their shardings; nothing is allocated."""
     dense = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
     shapes = jax.eval_shape(functools.partial(quantise, kind=kind, axis=block_axis(axes)), dense)
-    where = shardings(axes, kind, layout)
+    where = quantised_shardings(axes, kind, layout)
     return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, where)
 
 
-def stacked(
+def quantise_layers(
     layers: Iterable[jax.Array], shape: Sequence[int], axes: Sequence[str | None], kind: str, layout: Layout
 ) -> Quantised:
     """Quantise a kernel [L, (X,) in, out] layer by layer into its shards; one dense layer exists at a time.
@@ -161,12 +163,12 @@ def stacked(
         layers: each [(X,) in, out], laid out by `layout`.
         shape, axes: of the stack.
     """
-    whole, where = abstract(shape, axes, kind, layout), shardings(axes[1:], kind, layout)
+    whole, where = abstract_quantised(shape, axes, kind, layout), quantised_shardings(axes[1:], kind, layout)
     axis, everywhere = block_axis(axes), layout.sharding(())
     stack = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), whole)
     maxima_of = _program(_maxima, everywhere, kind=kind, axis=axis)
-    compress = _program(_compressed, everywhere, axis=axis)
-    encode = _program(_encoded, where, kind=kind, axis=axis)
+    compress = _program(_quantise_maxima, everywhere, axis=axis)
+    encode = _program(_quantise_blocks, where, kind=kind, axis=axis)
     for number, layer in enumerate(layers):
         maxima = maxima_of(layer)
         one = encode(layer, maxima, second=compress(maxima) if kind == "nf4" else None)
@@ -196,7 +198,7 @@ def block_size(size: int, kind: str) -> int:
         ValueError: that is below 8, so that scales would outweigh what quantising saves.
     """
     step = 1 if kind == "int8" else 2
-    best = max((n for n in range(step, BLOCK[kind] + 1, step) if size % n == 0), default=0)
+    best = max((n for n in range(step, BLOCK_SIZES[kind] + 1, step) if size % n == 0), default=0)
     if best < 8:
         raise ValueError(f'a hidden size of {size} has no divisor that {kind} blocks could have: use dtype "bfloat16"')
     return best
@@ -214,20 +216,22 @@ def _maxima(kernel: jax.Array, kind: str, axis: int) -> jax.Array:
     return jnp.abs(blocks).max(kernel.ndim + axis + 1)
 
 
-def _compressed(maxima: jax.Array, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _quantise_maxima(maxima: jax.Array, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(uint8 codes of DYNAMIC in the shape of the maxima, groups [..., G], offset [...])."""
     outer = maxima if axis == -1 else maxima.swapaxes(-1, -2)
     flat = outer.reshape(*outer.shape[:-2], -1)
     offset = flat.mean(-1)
-    pad = [(0, 0)] * (flat.ndim - 1) + [(0, -flat.shape[-1] % GROUP)]
-    grouped = _split(jnp.pad(flat - offset[..., None], pad), -1, GROUP)
+    pad = [(0, 0)] * (flat.ndim - 1) + [(0, -flat.shape[-1] % GROUP_SIZE)]
+    grouped = _split(jnp.pad(flat - offset[..., None], pad), -1, GROUP_SIZE)
     groups = jnp.abs(grouped).max(-1)
     codes = _nearest(DYNAMIC, grouped * _inverse(groups)[..., None]).reshape(*flat.shape[:-1], -1)
     codes = codes[..., : flat.shape[-1]].reshape(outer.shape)
     return codes if axis == -1 else codes.swapaxes(-1, -2), groups, offset
 
 
-def _encoded(kernel: jax.Array, maxima: jax.Array, kind: str, axis: int, second: tuple | None = None) -> Quantised:
+def _quantise_blocks(
+    kernel: jax.Array, maxima: jax.Array, kind: str, axis: int, second: tuple | None = None
+) -> Quantised:
     """Codes by the exact maxima, as in bitsandbytes, though nf4 keeps these rounded."""
     blocks = _split(kernel.astype(jnp.float32), axis, kernel.shape[axis] // maxima.shape[axis])
     if kind == "int8":
@@ -239,7 +243,7 @@ def _encoded(kernel: jax.Array, maxima: jax.Array, kind: str, axis: int, second:
     return Quantised(high << 4 | low, *second)
 
 
-def _unpacked(codes: jax.Array, axis: int) -> jax.Array:
+def _unpack(codes: jax.Array, axis: int) -> jax.Array:
     shifts = jnp.array([4, 0], jnp.uint8).reshape((2, 1) if axis == -2 else (2,))
     pairs = jnp.expand_dims(codes, axis) >> shifts & 15
     shape = list(codes.shape)

@@ -1,6 +1,6 @@
 """The composition of a decoder: embedding, attention block, MLP block and tail, for training and for cached decoding.
 
-Each function takes `parts`, which multiplies by the weights: a module of `decoder.py` or the weights of `cached.py`.
+Each function takes `parts`, which multiplies by the weights: a module of `decoder.py` or the weights of `inference.py`.
 Those of a layer are
 
     norm(name, x, over)      a norm by its name in BLOCK_NORMS; "q_norm" and "k_norm" `over` heads
@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from rlhf_jax.models.architecture import BLOCK_NORMS, DecoderConfig
 from rlhf_jax.models.attention import uniform_window
+from rlhf_jax.models.config import BLOCK_NORMS, DecoderConfig
 from rlhf_jax.models.experts import Routing, apply_experts, route
 from rlhf_jax.models.layers import (
     ACTIVATIONS,

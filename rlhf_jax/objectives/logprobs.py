@@ -39,7 +39,7 @@ def token_logprobs(hidden: jax.Array, head: jax.Array, targets: jax.Array, *, ch
     return token_logprobs_and_entropy(hidden, head, targets, chunk=chunk, **options)[0]
 
 
-def softcapped(x: jax.Array, cap: float) -> jax.Array:
+def softcap_logits(x: jax.Array, cap: float) -> jax.Array:
     """cap x tanh(x / cap), as Gemma 2 (2024, section 2) bounds scores and logits; x where the cap is 0."""
     return cap * jnp.tanh(x / cap) if cap else x
 
@@ -53,7 +53,7 @@ def head_logits(hidden: jax.Array, head: jax.Array, bias: jax.Array | None = Non
     logits = jnp.einsum("...d,dv->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
-    return softcapped(logits, softcap)
+    return softcap_logits(logits, softcap)
 
 
 def token_logprobs_and_entropy(

@@ -25,7 +25,7 @@ def token_rewards(
     mask = jnp.asarray(mask, bool)
     to_come = jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1]
     bounded = jnp.clip(jnp.asarray(score, jnp.float32), -clip, clip)[:, None]
-    penalty = masked.zeroed(logprobs, mask) - masked.zeroed(ref_logprobs, mask)
+    penalty = masked.zero_outside(logprobs, mask) - masked.zero_outside(ref_logprobs, mask)
     return jnp.where(mask & (to_come == 1), bounded, 0.0) - kl_coef * penalty
 
 
@@ -40,7 +40,7 @@ def gae(
     1707.06347), eqs. 11 and 12.
     """
     mask = jnp.asarray(mask, bool)
-    rewards, values = masked.zeroed(rewards, mask), masked.zeroed(values, mask)
+    rewards, values = masked.zero_outside(rewards, mask), masked.zero_outside(values, mask)
 
     def step(following: tuple[jax.Array, jax.Array], token: tuple[jax.Array, jax.Array, jax.Array]):
         next_value, next_advantage = following
@@ -74,8 +74,8 @@ def policy_clip_fraction(
 
 
 def _policy_terms(logprobs, old_logprobs, advantages, mask, clip: float) -> tuple[jax.Array, jax.Array]:
-    ratio = jnp.exp(masked.zeroed(logprobs, mask) - masked.zeroed(old_logprobs, mask))
-    gain = masked.zeroed(advantages, mask)
+    ratio = jnp.exp(masked.zero_outside(logprobs, mask) - masked.zero_outside(old_logprobs, mask))
+    gain = masked.zero_outside(advantages, mask)
     return -gain * ratio, -gain * jnp.clip(ratio, 1.0 - clip, 1.0 + clip)
 
 
@@ -99,7 +99,7 @@ def value_clip_fraction(
 
 
 def _value_terms(values, old_values, returns, mask, clip: float) -> tuple[jax.Array, jax.Array]:
-    values, old_values, returns = (masked.zeroed(x, mask) for x in (values, old_values, returns))
+    values, old_values, returns = (masked.zero_outside(x, mask) for x in (values, old_values, returns))
     bounded = jnp.clip(values, old_values - clip, old_values + clip)
     return jnp.square(values - returns), jnp.square(bounded - returns)
 
@@ -110,7 +110,7 @@ def approximate_kl(logprobs: jax.Array, old_logprobs: jax.Array, mask: jax.Array
     w_t = pi_t / pi_old_t. Unbiased, and never negative.
     Source: k3 of Schulman 2020, "Approximating KL Divergence".
     """
-    log_ratio = masked.zeroed(logprobs, mask) - masked.zeroed(old_logprobs, mask)
+    log_ratio = masked.zero_outside(logprobs, mask) - masked.zero_outside(old_logprobs, mask)
     return masked.mean(jnp.expm1(log_ratio) - log_ratio, mask)
 
 
@@ -119,7 +119,7 @@ def sequence_kl(logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array) -
 
     May be negative for one answer; its mean is unbiased. Source: k1 of Schulman 2020, "Approximating KL Divergence".
     """
-    return (masked.zeroed(logprobs, mask) - masked.zeroed(ref_logprobs, mask)).sum(axis=1)
+    return (masked.zero_outside(logprobs, mask) - masked.zero_outside(ref_logprobs, mask)).sum(axis=1)
 
 
 def explained_variance(values: jax.Array, returns: jax.Array, mask: jax.Array) -> jax.Array:
@@ -128,6 +128,6 @@ def explained_variance(values: jax.Array, returns: jax.Array, mask: jax.Array) -
     0 where all returns are equal, since then nothing is there to explain.
     Source: `explained_variance` of OpenAI's baselines.
     """
-    error = masked.zeroed(returns, mask) - masked.zeroed(values, mask)
+    error = masked.zero_outside(returns, mask) - masked.zero_outside(values, mask)
     total = masked.var(returns, mask)
     return jnp.where(total > 1e-12, 1.0 - masked.var(error, mask) / jnp.maximum(total, 1e-12), 0.0)

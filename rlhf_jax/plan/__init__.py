@@ -10,20 +10,19 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from rlhf_jax.gpus import GIB, GPUS, Machine, machine
+from rlhf_jax.hardware import GIB, GPUS, Machine, parse_machine
 from rlhf_jax.models.lora import LoraConfig
-from rlhf_jax.plan.abstract import abstract_mesh
-from rlhf_jax.plan.choose import SWITCHES, choose, idle, value_of, with_values
-from rlhf_jax.plan.compiling import Memory, measure_elsewhere
-from rlhf_jax.plan.held import Phase, phases
-from rlhf_jax.plan.known import is_from_table
-from rlhf_jax.plan.seconds import assumptions, timetable
+from rlhf_jax.plan.abstract import abstract_mesh, is_from_table
+from rlhf_jax.plan.auto import SWITCHES, choose_switches, get_value, idle, with_values
+from rlhf_jax.plan.compile import Memory, measure_in_subprocess
+from rlhf_jax.plan.phases import Phase, phases
+from rlhf_jax.plan.roofline import assumptions, estimate_times
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.context import ModelKind
 from rlhf_jax.stages.table import latest_export
 
-USABLE = 0.95  # of a GPU's memory, for JAX under XLA_CLIENT_MEM_FRACTION=0.95; the rest is CUDA's own
-MOST_DEVICES = 4096
+USABLE_SHARE = 0.95  # of a GPU's memory, for JAX under XLA_CLIENT_MEM_FRACTION=0.95; the rest is CUDA's own
+MAX_DEVICES = 4096
 ADAPTERS = {
     "model.lora": "LoRA for the actor (model.lora.rank=128)",
     "model.reward_lora": "LoRA for reward model and critic (model.reward_lora.rank=128)",
@@ -36,7 +35,7 @@ def make_plan(
     """What each phase needs on one of these GPUs, whether it fits, how long it takes. Plain values, for JSON.
 
     Args:
-        gpus: as `gpus.machine` reads it.
+        gpus: as `hardware.parse_machine` reads it.
         price: of one GPU for an hour, in any currency.
         stages: of the run; None: all.
         search: for the largest micro-batch of each stage, which takes some compilations more.
@@ -44,24 +43,24 @@ def make_plan(
         ValueError: unknown GPUs, no config.json, sizes that do not divide the devices, too few positions.
         RuntimeError: the compiler failed.
     """
-    wanted, stages = machine(gpus), recipe.run.stages if stages is None else tuple(stages)
-    mesh, usable = abstract_mesh(recipe.mesh, wanted.count), int(USABLE * wanted.gpu.memory)
+    wanted, stages = parse_machine(gpus), recipe.run.stages if stages is None else tuple(stages)
+    mesh, usable = abstract_mesh(recipe.mesh, wanted.count), int(USABLE_SHARE * wanted.gpu.memory)
     compiled: dict[Recipe, dict[str, Any]] = {}
 
     def need(candidate: Recipe) -> int:
         """The largest peak of the phases that were compiled: of all, or up to the first that does not fit."""
-        compiled[candidate] = measure_elsewhere(candidate, gpus, stages, usable, stop=True, search=search)
+        compiled[candidate] = measure_in_subprocess(candidate, gpus, stages, usable, stop=True, search=search)
         memories = compiled[candidate]["phases"]
         named = {f"{phase.stage}/{phase.name}": phase for phase in phases(candidate, mesh, stages)}
         return max(Memory(**memories[name]).peak(named[name]) for name in memories)
 
-    recipe, chosen = choose(recipe, mesh, wanted, stages, usable, need)
+    recipe, chosen = choose_switches(recipe, mesh, wanted, stages, usable, need)
     found = phases(recipe, mesh, stages)
-    seconds = timetable(recipe, found, mesh, wanted, price)
+    seconds = estimate_times(recipe, found, mesh, wanted, price)
     measured = compiled.get(recipe)
     if measured is None or len(measured["phases"]) < len(found):
-        measured = measure_elsewhere(recipe, gpus, stages, usable, search=search)
-    table = [described(phase, Memory(**measured["phases"][f"{phase.stage}/{phase.name}"]), usable) for phase in found]
+        measured = measure_in_subprocess(recipe, gpus, stages, usable, search=search)
+    table = [phase_entry(phase, Memory(**measured["phases"][f"{phase.stage}/{phase.name}"]), usable) for phase in found]
     costs = [entry["cost"] for entry in seconds.values()]
     fits = all(row["headroom"] >= 0 for row in table)
     return {
@@ -74,7 +73,7 @@ def make_plan(
         "fits": fits,
         "chosen": chosen,
         "candidates_compiled": len(compiled),
-        "mends": [] if fits else list(mends(recipe, wanted.count, usable, stages, measured["micro_batch"])),
+        "mends": [] if fits else list(suggestions(recipe, wanted.count, usable, stages, measured["micro_batch"])),
         "micro_batch": measured["micro_batch"],
         "seconds": seconds,
         "price_per_gpu_hour": price or None,
@@ -85,7 +84,7 @@ def make_plan(
 
 
 def local_gpus(default: str = "") -> str:
-    """The GPUs of this machine, as `gpus.machine` reads them; `default` where it has none that is known.
+    """The GPUs of this machine, as `hardware.parse_machine` reads them; `default` where it has none that is known.
 
     Raises:
         ValueError: none, and no default.
@@ -102,13 +101,13 @@ def local_gpus(default: str = "") -> str:
     return f"{len(devices)}x{known[0]}"
 
 
-def hardware_of(path: str | Path) -> str:
+def hardware_of_config(path: str | Path) -> str:
     """The machine that a configuration is made for, by its header's line "# Hardware: 8xA100-80GB"; "" without one."""
     found = re.search(r"^# Hardware: (\S+)$", Path(path).read_text(encoding="utf-8"), re.MULTILINE)
     return found[1] if found else ""
 
 
-def described(phase: Phase, memory: Memory, usable: int) -> dict[str, Any]:
+def phase_entry(phase: Phase, memory: Memory, usable: int) -> dict[str, Any]:
     """One row of the plan, in bytes on one GPU."""
     peak = memory.peak(phase)
     return {
@@ -126,7 +125,8 @@ def described(phase: Phase, memory: Memory, usable: int) -> dict[str, Any]:
 
 def _notes(recipe: Recipe, wanted: Machine) -> list[str]:
     notes = [
-        f"usable is {USABLE:.0%} of the memory: run with XLA_CLIENT_MEM_FRACTION={USABLE} (JAX's default takes 75%)",
+        f"usable is {USABLE_SHARE:.0%} of the memory: run with XLA_CLIENT_MEM_FRACTION={USABLE_SHARE} (JAX's default "
+        "takes 75%)",
         "lengths are the configuration's limits; shorter data needs less",
     ]
     named: dict[ModelKind, str] = {} if recipe.model.actor == "new" else {"policy": recipe.model.actor}
@@ -141,10 +141,10 @@ def _notes(recipe: Recipe, wanted: Machine) -> list[str]:
     return notes
 
 
-def least_bytes(recipe: Recipe, mesh: Mesh | AbstractMesh, stages: Sequence[str]) -> tuple[int, str]:
+def lower_bound_bytes(recipe: Recipe, mesh: Mesh | AbstractMesh, stages: Sequence[str]) -> tuple[int, str]:
     """(bytes on one device, the phase that needs them) below which these stages cannot run; by arithmetic alone."""
     found = phases(recipe, mesh, tuple(stages))
-    return max(((phase.least, f"{phase.stage}/{phase.name}") for phase in found), default=(0, ""))
+    return max(((phase.lower_bound, f"{phase.stage}/{phase.name}") for phase in found), default=(0, ""))
 
 
 def device_limit(mesh: Mesh) -> int | None:
@@ -162,21 +162,21 @@ def check_fits(recipe: Recipe, mesh: Mesh, limit: int, stages: Sequence[str]) ->
     Raises:
         ValueError: the models, caches and gradients alone are larger; the changes that would do are named.
     """
-    needed, where = least_bytes(recipe, mesh, stages)
+    needed, where = lower_bound_bytes(recipe, mesh, stages)
     if needed > limit:
-        mend = "; or ".join(mends(recipe, mesh.size, limit, stages, {}))
+        fix = "; or ".join(suggestions(recipe, mesh.size, limit, stages, {}))
         raise ValueError(
             f"{where} holds at least {needed / GIB:.2f} GiB on each of {mesh.size} device(s), and {limit / GIB:.2f} "
-            f"GiB may be used: {mend}; `rlhf-jax plan` tells the whole of it"
+            f"GiB may be used: {fix}; `rlhf-jax plan` tells the whole of it"
         )
 
 
-def mends(
+def suggestions(
     recipe: Recipe, count: int, usable: int, stages: Sequence[str], micro_batch: dict[str, dict[str, int]]
 ) -> Iterator[str]:
     """The changes of the configuration or machine that would make a run fit, each by itself; the cheapest first.
 
-    By the arithmetic of `least_bytes`, so "try": temporaries come on top. Micro-batches are as compiled.
+    By the arithmetic of `lower_bound_bytes`, so "try": temporaries come on top. Micro-batches are as compiled.
     """
     small = [
         f"{stage}.micro_batch_size={found['largest']}"
@@ -188,7 +188,7 @@ def mends(
 
     def least(changed: Recipe, devices: int = count) -> int:
         try:
-            return least_bytes(changed, abstract_mesh(changed.mesh, devices), stages)[0]
+            return lower_bound_bytes(changed, abstract_mesh(changed.mesh, devices), stages)[0]
         except ValueError:  # sizes that do not divide so many devices
             return usable + 1
 
@@ -209,7 +209,7 @@ def mends(
 
     model, useless = recipe.model, idle(recipe, count)
     free = [
-        key for key in SWITCHES if SWITCHES[key] == (False, True) and key not in useless and not value_of(recipe, key)
+        key for key in SWITCHES if SWITCHES[key] == (False, True) and key not in useless and not get_value(recipe, key)
     ]
     together = [free[:size] for size in range(2, len(free) + 1)]
     yield from first(dict.fromkeys(keys, True) for keys in [*([key] for key in free), *together])
@@ -225,7 +225,7 @@ def mends(
         smaller = first([nf4, lora | nf4, both | nf4, every])
     yield from smaller
     more = count
-    while more < MOST_DEVICES:
+    while more < MAX_DEVICES:
         more *= 2
         if least(recipe, more) <= usable:
             yield f"take {more} devices in place of {count}, with batches that they divide"

@@ -7,8 +7,12 @@ arithmetic, or one of devices that are not there, for compilation.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import tomllib
 from collections.abc import Callable, Mapping
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,13 +21,23 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from rlhf_jax.engine import EngineState, FrozenParams, Optimizers
-from rlhf_jax.mesh import AXES, GENERATE, HOST, Layout, MeshConfig, check_model_divides, in_host_memory, mesh_sizes
-from rlhf_jax.models.architecture import DecoderConfig
-from rlhf_jax.models.cached import shared_for_decoding, shared_leaves
+from rlhf_jax.mesh import (
+    AXES,
+    GENERATE,
+    HOST_MEMORY,
+    Layout,
+    MeshConfig,
+    check_model_divides,
+    in_host_memory,
+    mesh_sizes,
+)
+from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.decoder import Leaf, abstract_params
-from rlhf_jax.models.per_layer import PerLayer, is_shareable
+from rlhf_jax.models.hub import config_json
+from rlhf_jax.models.inference import shared_inference_weights, shared_leaves
 from rlhf_jax.models.pretrained import Pretrained
-from rlhf_jax.models.quantised import KINDS, abstract, is_quantisable
+from rlhf_jax.models.quantised import QUANTISED_KINDS, abstract_quantised, is_quantisable
+from rlhf_jax.models.unstacked import Unstacked, is_shareable
 from rlhf_jax.stages.models import ModelConfig, make_state
 from rlhf_jax.stages.ppo import ppo_models
 from rlhf_jax.train_step import Params, TrainState, state_shardings
@@ -50,39 +64,39 @@ def _shard_bytes(leaf: Any) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * jax.dtypes.canonicalize_dtype(leaf.dtype).itemsize
 
 
-def laid(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+def with_sharding(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def moved_bytes(actor: DecoderConfig, params: Mapping[str, Any], layout: Layout) -> int:
+def relayout_bytes(actor: DecoderConfig, params: Mapping[str, Any], layout: Layout) -> int:
     """Bytes on one device of what generation shares with training but has to lay out by itself."""
     moved = []
 
     def put(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         if leaf.sharding.shard_shape(leaf.shape) != sharding.shard_shape(leaf.shape):
-            moved.append(laid(leaf, sharding))
+            moved.append(with_sharding(leaf, sharding))
         return leaf
 
-    shared_for_decoding(actor, params, layout, put)
+    shared_inference_weights(actor, params, layout, put)
     return device_bytes(moved)
 
 
 def abstract_pretrained(
     decoder: DecoderConfig, model: ModelConfig, layout: Layout, *, one_copy: bool = False
 ) -> Pretrained:
-    """What `stages.models.load` gives, without a tokenizer and with nothing in its arrays."""
+    """What `stages.models.load_model` gives, without a tokenizer and with nothing in its arrays."""
     check_model_divides({"attention heads": decoder.num_heads}, layout.mesh)
     stored = model.stored_dtype(scalar_head=decoder.scalar_head)
-    dtype = jnp.dtype("bfloat16" if stored in KINDS else stored)
+    dtype = jnp.dtype("bfloat16" if stored in QUANTISED_KINDS else stored)
     serving = Layout(layout.mesh, GENERATE)
 
     def param(path: str, leaf: Leaf) -> Any:
         where = serving if one_copy and is_shareable(path) else layout
-        if stored in KINDS and is_quantisable(path):
-            return abstract(leaf.shape, leaf.axes, stored, where)
+        if stored in QUANTISED_KINDS and is_quantisable(path):
+            return abstract_quantised(leaf.shape, leaf.axes, stored, where)
         if one_copy and is_quantisable(path):
             layer = jax.ShapeDtypeStruct(leaf.shape[1:], dtype, sharding=where.sharding(leaf.axes[1:]))
-            return PerLayer((layer,) * leaf.shape[0])
+            return Unstacked((layer,) * leaf.shape[0])
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where.sharding(leaf.axes))
 
     leaves = shared_leaves(decoder, serving) if one_copy else abstract_params(decoder)
@@ -115,12 +129,14 @@ def abstract_models(
 
     state, frozen = jax.eval_shape(build, first.params, second.params)
     trained = _with_shardings(state.actor, first, model)
-    average = placed(trained.trainable, HOST if model.offload_ema else None) if state.average else {}
+    average = with_memory(trained.trainable, HOST_MEMORY if model.offload_ema else None) if state.average else {}
     base, shared = (
         {path: each.params[path] for path in part}
         for each, part in zip((first, second), (frozen.actor, frozen.critic), strict=True)
     )
-    reference = placed(by_layout(frozen.reference, actor, layout), HOST if model.offload_reference else None)
+    reference = with_memory(
+        by_layout(frozen.reference, actor, layout), HOST_MEMORY if model.offload_reference else None
+    )
     own = {path: leaf for path, leaf in frozen.reward.items() if path not in shared}
     state = EngineState(trained, _with_shardings(state.critic, second, model), average)
     return state, FrozenParams(base, shared, reference, shared | by_layout(own, critic, layout))
@@ -129,27 +145,27 @@ def abstract_models(
 def by_layout(params: Params, decoder: DecoderConfig, layout: Layout) -> Params:
     """Abstract parameters of a model, or some of them, in a layout."""
     leaves = abstract_params(decoder)
-    return {path: laid(leaf, layout.sharding(leaves[path].axes)) for path, leaf in params.items()}
+    return {path: with_sharding(leaf, layout.sharding(leaves[path].axes)) for path, leaf in params.items()}
 
 
-def placed(params: Mapping[str, Any], memory: str | None) -> dict[str, Any]:
+def with_memory(params: Mapping[str, Any], memory: str | None) -> dict[str, Any]:
     """Abstract arrays in another memory; None: the devices' own."""
-    return {path: laid(x, x.sharding.with_memory_kind(memory)) for path, x in params.items()}
+    return {path: with_sharding(x, x.sharding.with_memory_kind(memory)) for path, x in params.items()}
 
 
-def pinned(program: Callable, *args: Any) -> Any:
+def output_shardings(program: Callable, *args: Any) -> Any:
     """Abstract outputs of a jitted program, in the shardings that it pins them to; replicated where it pins none."""
     # A program with compiler options of its own cannot be traced inside another.
     closed, shapes = jax.make_jaxpr(getattr(program, "__wrapped__", program), return_shape=True)(*args)
-    jaxpr, pins = closed.jaxpr, _pins(closed.jaxpr)
+    jaxpr, pins = closed.jaxpr, _sharding_constraints(closed.jaxpr)
     mesh = next(iter(pins.values())).mesh
     free = NamedSharding(mesh, PartitionSpec())
     leaves, structure = jax.tree.flatten(shapes)
-    found = [laid(leaf, pins.get(var, free)) for leaf, var in zip(leaves, jaxpr.outvars, strict=True)]
+    found = [with_sharding(leaf, pins.get(var, free)) for leaf, var in zip(leaves, jaxpr.outvars, strict=True)]
     return jax.tree.unflatten(structure, found)
 
 
-def _pins(jaxpr: Any) -> dict[Any, NamedSharding]:
+def _sharding_constraints(jaxpr: Any) -> dict[Any, NamedSharding]:
     """{variable: the sharding that it is pinned or put to}, through whatever is jitted inside."""
     pins = {}
     for eqn in jaxpr.eqns:
@@ -159,7 +175,7 @@ def _pins(jaxpr: Any) -> dict[Any, NamedSharding]:
             pins |= zip(eqn.outvars, eqn.params["devices"], strict=True)
         elif eqn.primitive.name in ("jit", "pjit"):
             inner = eqn.params["jaxpr"].jaxpr
-            inside = _pins(inner)
+            inside = _sharding_constraints(inner)
             # A literal has no hash, and is pinned to nothing.
             named = [(out, var) for out, var in zip(eqn.outvars, inner.outvars, strict=True) if not hasattr(var, "val")]
             pins |= {out: inside[var] for out, var in named if var in inside}
@@ -168,9 +184,44 @@ def _pins(jaxpr: Any) -> dict[Any, NamedSharding]:
 
 def _with_shardings(state: TrainState, loaded: Pretrained, model: ModelConfig) -> TrainState:
     leaves = abstract_params(model.with_lora(loaded.config))
-    return jax.tree.map(laid, state, state_shardings(state, leaves, loaded.layout))
+    return jax.tree.map(with_sharding, state, state_shardings(state, leaves, loaded.layout))
 
 
 def abstract_batch(tree: Any, layout: Layout) -> Any:
     """Abstract arrays split by their first dimension."""
-    return jax.tree.map(lambda leaf: laid(leaf, layout.sharding(("batch", *[None] * (leaf.ndim - 1)))), tree)
+    return jax.tree.map(lambda leaf: with_sharding(leaf, layout.sharding(("batch", *[None] * (leaf.ndim - 1)))), tree)
+
+
+@functools.cache
+def known_models() -> Mapping[str, Mapping[str, Any]]:
+    """{hub id: what a plan needs of its config.json} of the table beside this module."""
+    tables = tomllib.loads(resources.files(__package__).joinpath("known_models.toml").read_text())
+    return {
+        name: {"model_type": family} | {key: value for key, value in table.items() if key != "models"} | own
+        for family, table in tables.items()
+        for name, own in table["models"].items()
+    }
+
+
+def config_of(path_or_id: str) -> Mapping[str, Any]:
+    """config.json of a folder or hub id; else of this plan's own table.
+
+    Raises:
+        ValueError: not to be had, and not in the table.
+    """
+    return config_json(path_or_id) if Path(path_or_id).expanduser().is_dir() else _hub_config(path_or_id)[0]
+
+
+def is_from_table(path_or_id: str) -> bool:
+    """Whether `config_of` takes it from the table."""
+    return not Path(path_or_id).expanduser().is_dir() and _hub_config(path_or_id)[1]
+
+
+@functools.cache  # a plan asks many times, and a hub that is out of reach answers slowly
+def _hub_config(name: str) -> tuple[Mapping[str, Any], bool]:
+    try:
+        return config_json(name), False
+    except ValueError:
+        if name in known_models():
+            return known_models()[name], True
+        raise

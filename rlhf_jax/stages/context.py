@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from rlhf_jax.data.config import DataConfig
-from rlhf_jax.data.example import RowSpec
+from rlhf_jax.data.records import RowSpec
 from rlhf_jax.mesh import Layout
 from rlhf_jax.stages.models import ModelConfig
 from rlhf_jax.stages.run_folder import RunConfig

@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from rlhf_jax.data.template import stop_ids
+from rlhf_jax.data.chat_template import stop_ids
 from rlhf_jax.mesh import TRAIN, Layout, check_model_divides
-from rlhf_jax.models.architecture import Choice, Compute, DecoderConfig
-from rlhf_jax.models.attention import described, kernel_of_devices, kernel_on
+from rlhf_jax.models.attention import describe_kernel, kernel_for_devices, kernel_for_mesh
+from rlhf_jax.models.config import Choice, Compute, DecoderConfig
 from rlhf_jax.models.decoder import abstract_params, init_params
 from rlhf_jax.models.lora import LoraConfig, is_adapter, is_trainable
-from rlhf_jax.models.per_layer import PerLayer
 from rlhf_jax.models.pretrained import (
     Pretrained,
     from_pretrained,
@@ -27,7 +26,8 @@ from rlhf_jax.models.pretrained import (
     save_adapter,
     save_pretrained,
 )
-from rlhf_jax.models.quantised import KINDS, REST_DTYPE, Quantised, shardings
+from rlhf_jax.models.quantised import QUANTISED_KINDS, UNQUANTISED_DTYPE, Quantised, quantised_shardings
+from rlhf_jax.models.unstacked import Unstacked
 from rlhf_jax.rollout import eos_ids
 from rlhf_jax.train_step import Params, TrainState, init_state
 from rlhf_jax.trees import partition
@@ -76,7 +76,7 @@ class ModelConfig:
     new: NewModelConfig = NewModelConfig()  # the model that actor = "new" trains from scratch
 
     def __post_init__(self) -> None:
-        if self.frozen_dtype in KINDS and not self.lora.rank:
+        if self.frozen_dtype in QUANTISED_KINDS and not self.lora.rank:
             raise ValueError(
                 f'frozen_dtype="{self.frozen_dtype}" is of a base under LoRA, and here every weight of the actor '
                 'trains: set lora = { rank = 16 }, or frozen_dtype = "bfloat16"'
@@ -90,7 +90,7 @@ class ModelConfig:
     @property
     def can_share(self) -> bool:
         """Whether training and generation can read the same base."""
-        return self.lora.rank > 0 and self.frozen_dtype in (self.dtype, *KINDS)
+        return self.lora.rank > 0 and self.frozen_dtype in (self.dtype, *QUANTISED_KINDS)
 
     @property
     def reward_from_policy(self) -> bool:
@@ -111,7 +111,7 @@ class ModelConfig:
         return dataclasses.replace(config, lora=self.reward_lora if config.scalar_head else self.lora)
 
 
-def load(
+def load_model(
     path: str | Path,
     settings: ModelConfig,
     layout: Layout,
@@ -140,18 +140,20 @@ def load(
     lora = settings.with_lora(model.config).lora
     if model.config.experts and lora.rank and {"gate", "up", "down"} & set(lora.targets):
         LOGGER.info("the experts have no adapters: only the attention of this sparse model is adapted")
-    return relaid(model, layout)
+    return relayout(model, layout)
 
 
-def relaid(model: Pretrained, layout: Layout) -> Pretrained:
+def relayout(model: Pretrained, layout: Layout) -> Pretrained:
     """A model that is split by TRAIN, in another layout; each of its arrays is let go as its successor comes."""
     if layout.table == TRAIN:
         return dataclasses.replace(model, layout=layout)
     params = {}
     for path, axes in {path: leaf.axes for path, leaf in abstract_params(model.config).items()}.items():
         leaf = model.params.pop(path)
-        if not isinstance(leaf, PerLayer):  # which lies by GENERATE already
-            where = shardings(axes, leaf.kind, layout) if isinstance(leaf, Quantised) else layout.sharding(axes)
+        if not isinstance(leaf, Unstacked):  # which lies by GENERATE already
+            where = (
+                quantised_shardings(axes, leaf.kind, layout) if isinstance(leaf, Quantised) else layout.sharding(axes)
+            )
             leaf = jax.block_until_ready(jax.device_put(leaf, where))
         params[path] = leaf
     return dataclasses.replace(model, params=params, layout=layout)
@@ -163,7 +165,7 @@ def log_devices(mesh: Mesh, settings: ModelConfig) -> None:
     Raises:
         ValueError: model.attention is "cudnn" and these devices cannot.
     """
-    kernel, device = kernel_of_devices(mesh, jnp.dtype(settings.dtype), settings.attention), mesh.devices.flat[0]
+    kernel, device = kernel_for_devices(mesh, jnp.dtype(settings.dtype), settings.attention), mesh.devices.flat[0]
     attention = f"; attention: XLA ({kernel.reason})" if kernel.name == "xla" else ""
     LOGGER.info(f"devices: {mesh.size} x {device.device_kind}{attention}")
 
@@ -186,9 +188,9 @@ def log_attention(
         ValueError: model.attention is "cudnn" and this model, or packed rows, cannot.
     """
     mesh, dtype = model.layout.mesh, jnp.dtype(settings.dtype)
-    kernel = kernel_on(mesh, model.config, dtype, length, settings.attention, packed=packed)
-    if kernel_of_devices(mesh, dtype, settings.attention).name == "cudnn":
-        LOGGER.info(f"{stage}: attention: {described(kernel, phases, decodes=decodes)}")
+    kernel = kernel_for_mesh(mesh, model.config, dtype, length, settings.attention, packed=packed)
+    if kernel_for_devices(mesh, dtype, settings.attention).name == "cudnn":
+        LOGGER.info(f"{stage}: attention: {describe_kernel(kernel, phases, decodes=decodes)}")
 
 
 def make_state(
@@ -204,12 +206,12 @@ def make_state(
     return init_state(trainable, tx, abstract_params(config), layout), frozen
 
 
-def frozen_copy(params: Params, dtype: FrozenDtype) -> Params:
+def copy_frozen(params: Params, dtype: FrozenDtype) -> Params:
     """The same weights in `dtype` and in arrays of their own, split as they are.
 
     Quantised ones stay what they are; what was trained whole is not quantised, but bfloat16.
     """
-    dtype = REST_DTYPE if dtype in KINDS else dtype
+    dtype = UNQUANTISED_DTYPE if dtype in QUANTISED_KINDS else dtype
 
     def copy(leaf):
         return jax.tree.map(jnp.copy, leaf) if isinstance(leaf, Quantised) else jnp.copy(leaf.astype(dtype))
@@ -217,7 +219,7 @@ def frozen_copy(params: Params, dtype: FrozenDtype) -> Params:
     return {path: copy(leaf) for path, leaf in params.items()}
 
 
-def export(model: Pretrained, params: Params, settings: ModelConfig, folder: Path) -> None:
+def export_model(model: Pretrained, params: Params, settings: ModelConfig, folder: Path) -> None:
     """Write what was trained as a Hugging Face folder, adapters merged; and adapters alone to `folder`_adapter."""
     config, pad = settings.with_lora(model.config), {"pad_token_id": model.tokenizer.pad_token_id}
     ids = {key: model.hf_config[key] for key in ("bos_token_id",) if model.hf_config.get(key) is not None}

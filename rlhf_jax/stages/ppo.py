@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.data.ahead import Ahead
-from rlhf_jax.data.batches import Batches
+from rlhf_jax.data.batches import Batches, Prefetch
+from rlhf_jax.data.chat_template import prepare_tokenizer
 from rlhf_jax.data.selection import select_rows
-from rlhf_jax.data.template import prepare_tokenizer
-from rlhf_jax.decode import Rollout, bucket
+from rlhf_jax.decode import Rollout, bucket_length
 from rlhf_jax.engine import (
     Algorithm,
     Architectures,
@@ -31,23 +30,23 @@ from rlhf_jax.engine import (
     make_engine,
 )
 from rlhf_jax.mesh import Layout, check_divides, to_devices, to_host
-from rlhf_jax.models.architecture import DecoderConfig
+from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.objectives import masked, ppo
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
-from rlhf_jax.rollout import Publish, check_positions, check_rows, eos_ids, publish_bytes
+from rlhf_jax.rollout import Publish, check_positions, check_slots, eos_ids, publish_bytes
 from rlhf_jax.sampling import SampleConfig, check_learnable
+from rlhf_jax.stages.batch_sizes import micro_batches, rows_per_source, total_steps
 from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.loop import train_loop
 from rlhf_jax.stages.models import (
     ModelConfig,
-    export,
-    frozen_copy,
-    load,
+    copy_frozen,
+    export_model,
+    load_model,
     log_attention,
     make_state,
 )
-from rlhf_jax.stages.sizes import drawn, micro_batches, total_steps
 from rlhf_jax.train_step import Params, start_ema
 
 LOGGER = logging.getLogger(__name__)
@@ -109,7 +108,7 @@ def ppo_sizes(config: PPOConfig, layout: Layout) -> tuple[int, int]:
     num_micro = micro_batches("ppo", batch_size, config.micro_batch_size, layout)
     name = "ppo.rollout_batch_size" + (" x num_samples" if config.sample.num_samples > 1 else "")
     check_divides(name, config.rollouts, batch_size, "rollouts of ppo.batch_size")
-    check_rows(config.generate_rows, layout, "ppo.generate_rows")
+    check_slots(config.generate_rows, layout, "ppo.generate_rows")
     return batch_size, num_micro
 
 
@@ -153,12 +152,12 @@ def ppo_models(
     """
     assert "auto" not in (model.offload_reference, model.offload_ema), "the plan resolves this"
     # What training donates must not be what scores, so of that reference and reward model have copies of their own.
-    reference = {} if model.lora.rank else frozen_copy(actor.params, model.frozen_dtype)
+    reference = {} if model.lora.rank else copy_frozen(actor.params, model.frozen_dtype)
     if model.offload_reference:
         reference = to_host(reference)
     critic_state, critic_frozen = make_state(critic, model, optimizers.critic, seed)
     reward = {path: leaf for path, leaf in critic.params.items() if path in critic_frozen}
-    reward |= frozen_copy(
+    reward |= copy_frozen(
         {path: leaf for path, leaf in critic.params.items() if path not in reward}, model.frozen_dtype
     )
     actor_state, actor_frozen = make_state(actor, model, optimizers.actor, seed)
@@ -175,7 +174,7 @@ def log_lengths(actor: Pretrained, critic: Pretrained, model: ModelConfig, longe
     """
     for each in (actor, critic):
         check_positions(each.config, longest, new)
-    length = bucket(longest) + new
+    length = bucket_length(longest) + new
     log_attention("ppo, actor", actor, model, length, phases="training, scoring and prefill", decodes=True)
     log_attention("ppo, critic and reward model", critic, model, length, phases="training and scoring")
 
@@ -204,8 +203,8 @@ def run_ppo(context: StageContext, config: PPOConfig) -> None:
     of the adapters under LoRA, and then merged.
     """
     run, layout, model = context.run, context.layout, context.model
-    actor = load(context.start["policy"], model, layout, one_copy=model.one_copy)
-    critic = load(context.start["scorer"], model, layout, scalar_head=True)
+    actor = load_model(context.start["policy"], model, layout, one_copy=model.one_copy)
+    critic = load_model(context.start["scorer"], model, layout, scalar_head=True)
     tokenizer = prepare_tokenizer(actor.tokenizer, context.data.template)
     if tokenizer.get_vocab() != critic.tokenizer.get_vocab():
         raise ValueError("actor and reward model have different vocabularies: PPO scores the actor's own tokens")
@@ -214,20 +213,20 @@ def run_ppo(context: StageContext, config: PPOConfig) -> None:
     log_lengths(actor, critic, model, rows.longest, config.sample.max_new_tokens)
     prompts = Batches(rows, batch_size=config.rollout_batch_size, seed=run.seed, side="left")
     steps = total_steps(config.steps, config.epochs, prompts.steps_per_epoch)
-    ahead, updates = Ahead(prompts, steps), config.updates(steps)
+    prefetch, updates = Prefetch(prompts, steps), config.updates(steps)
 
     optimizers = ppo_optimizers(config, updates)
     engine = ppo_engine(config, model, actor.config, critic.config, optimizers, eos_ids(actor), layout)
     state, frozen = ppo_models(actor, critic, model, optimizers, run.seed)
     log_offload(model, config)
-    publish = engine.publish.compiled(state.actor.params(frozen.actor))
+    publish = engine.publish.compile(state.actor.params(frozen.actor))
     constants, shapes = log_publish(publish, state.actor.params(frozen.actor), model), set()
     rates = learning_rate(config.actor, updates), learning_rate(config.critic, updates)
 
     def step_fn(state: EngineState, step: int):
         """One iteration, by the steps of Ouyang et al. 2022, figure 2, step 3."""
         # 1. New prompts are sampled from the data set.
-        clock, batch = Clock(), ahead[step]
+        clock, batch = PhaseTimer(), prefetch[step]
         # 2. The policy generates outputs.
         weights = clock.lap("publish", publish(state.actor.params(frozen.actor)))
         key = jax.random.fold_in(jax.random.key(run.seed), step)
@@ -236,28 +235,28 @@ def run_ppo(context: StageContext, config: PPOConfig) -> None:
         shapes.add(rollout.prompts.shape)
         # 3. The reward model calculates a reward for each output; critic and reference add values and the KL penalty.
         experience = clock.lap("score", engine.score(state, frozen, rollout))
-        clock.lap("keep", keep_rollouts(context, step + 1, tokenizer, rollout, experience))
+        clock.lap("keep", write_rollouts(context, step + 1, tokenizer, rollout, experience))
         # 4. The rewards are used to update the policy, and the critic, by PPO.
         state, collected = update_passes(engine, state, frozen, experience, config, (run.seed, step))
         clock.lap("update", collected)
-        stats = {**summary(experience, rollout), "decode_steps": rollout.steps.max()}
+        stats = {**rollout_metrics(experience, rollout), "decode_steps": rollout.steps.max()}
         stats |= {name: float(np.mean([float(part[name]) for part in collected])) for name in collected[0]}
         stats |= {"actor_learning_rate": rates[0](state.actor.step - 1)}
         stats |= {"critic_learning_rate": rates[1](state.critic.step - 1)}
         tokens = int(experience.mask.sum())  # prompts and answers, over the whole iteration
-        stats |= drawn(prompts, step)
+        stats |= rows_per_source(prompts, step)
         stats |= constants | clock.seconds | {"tokens_per_second": tokens / sum(clock.seconds.values())}
         return state, stats
 
     headline = ("score_mean", "kl", "response_length")
     state = train_loop(context, steps, state, step_fn, rows=rows, headline=headline)
-    lengths = len({bucket(n) for n in range(1, rows.longest + 1)})
+    lengths = len({bucket_length(n) for n in range(1, rows.longest + 1)})
     LOGGER.info(f"ppo: programs of generation: {len(shapes)}, of at most {lengths} for these prompts")
-    export(critic, state.critic.params(frozen.critic), model, context.folder / "export_critic")
+    export_model(critic, state.critic.params(frozen.critic), model, context.folder / "export_critic")
     if state.average:
         # On the devices it takes the room that an update needs for the gradients.
-        export(actor, frozen.actor | to_devices(state.average), model, context.folder / "export_ema")
-    export(actor, state.actor.params(frozen.actor), model, context.export)
+        export_model(actor, frozen.actor | to_devices(state.average), model, context.folder / "export_ema")
+    export_model(actor, state.actor.params(frozen.actor), model, context.export)
 
 
 @jax.jit
@@ -284,7 +283,7 @@ def update_passes(
     return state, collected
 
 
-def rewards(scored: ScoredRollout, config: PPOConfig) -> jax.Array:
+def shaped_rewards(scored: ScoredRollout, config: PPOConfig) -> jax.Array:
     """[B, N]: the KL penalty of every token, and the score, less the penalty for no EOS, on the last."""
     score = scored.score - config.missing_eos_penalty * ~scored.ended
     logprobs, mask = (scored.logprobs, scored.ref_logprobs), scored.action_mask
@@ -293,7 +292,7 @@ def rewards(scored: ScoredRollout, config: PPOConfig) -> jax.Array:
 
 def estimate(scored: ScoredRollout, config: PPOConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rewards, advantages and returns, [B, N] each."""
-    gained, mask = rewards(scored, config), scored.action_mask
+    gained, mask = shaped_rewards(scored, config), scored.action_mask
     advantages, returns = ppo.gae(gained, scored.values, mask, gamma=config.gamma, lam=config.lam)
     return gained, masked.whiten(advantages, mask) if config.whiten_advantages else advantages, returns
 
@@ -318,7 +317,7 @@ def critic_loss(values: jax.Array, experience: Experience, config: PPOConfig):
 
 
 @jax.jit
-def summary(experience: Experience, rollout: Rollout) -> dict[str, jax.Array]:
+def rollout_metrics(experience: Experience, rollout: Rollout) -> dict[str, jax.Array]:
     """What an iteration's experience tells: score, KL, lengths, how good the critic was."""
     mask = experience.action_mask
     kl = ppo.sequence_kl(experience.logprobs, experience.ref_logprobs, mask)
@@ -337,7 +336,7 @@ def summary(experience: Experience, rollout: Rollout) -> dict[str, jax.Array]:
     }
 
 
-def keep_rollouts(context: StageContext, step: int, tokenizer, rollout: Rollout, experience: Experience) -> None:
+def write_rollouts(context: StageContext, step: int, tokenizer, rollout: Rollout, experience: Experience) -> None:
     """Write every rollout of an iteration to RUN/NAME/rollouts/STEP.jsonl."""
     folder = context.folder / "rollouts"
     folder.mkdir(parents=True, exist_ok=True)
@@ -358,7 +357,7 @@ def keep_rollouts(context: StageContext, step: int, tokenizer, rollout: Rollout,
     (folder / f"{step:06d}.jsonl").write_text(lines, encoding="utf-8")
 
 
-class Clock:
+class PhaseTimer:
     """Seconds of each phase, from the end of the one before to when its arrays are there."""
 
     def __init__(self):

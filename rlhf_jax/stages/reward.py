@@ -10,8 +10,8 @@ import numpy as np
 
 from rlhf_jax.data.batches import Batch
 from rlhf_jax.mesh import Layout
-from rlhf_jax.models.architecture import Compute, DecoderConfig
-from rlhf_jax.models.decoder import bind, last_hidden, scalar
+from rlhf_jax.models.config import Compute, DecoderConfig
+from rlhf_jax.models.decoder import bind, last_hidden, scalar_scores
 from rlhf_jax.objectives.preference import pairwise_loss
 from rlhf_jax.optim import OptimConfig
 from rlhf_jax.stages.context import StageContext
@@ -34,7 +34,7 @@ def reward_objective(config: DecoderConfig, compute: Compute, layout: Layout) ->
         """[B, 2] of the chosen and the rejected answer, and the balance loss."""
         tokens, mask = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.mask))
         hidden, balance = bind(config, params).with_balance_loss(tokens, mask, compute, layout)
-        return scalar(params, last_hidden(hidden, mask)).reshape(-1, 2), balance
+        return scalar_scores(params, last_hidden(hidden, mask)).reshape(-1, 2), balance
 
     def loss(params: Params, batch: Batch):
         both, balance = scores(params, batch)

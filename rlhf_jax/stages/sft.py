@@ -9,15 +9,15 @@ import jax
 import numpy as np
 
 from rlhf_jax.data.batches import Batch
-from rlhf_jax.data.example import Learn
+from rlhf_jax.data.records import Learn
 from rlhf_jax.mesh import Layout
-from rlhf_jax.models.architecture import Compute, DecoderConfig
+from rlhf_jax.models.config import Compute, DecoderConfig
 from rlhf_jax.models.decoder import bind, head_kernel, head_options
 from rlhf_jax.objectives.logprobs import token_logprobs
 from rlhf_jax.objectives.sft import nll
 from rlhf_jax.optim import OptimConfig
-from rlhf_jax.stages.base import make_base
 from rlhf_jax.stages.context import StageContext
+from rlhf_jax.stages.from_scratch import make_base_model
 from rlhf_jax.stages.supervised import Objective, SupervisedConfig, run_supervised
 from rlhf_jax.train_step import Params
 
@@ -56,4 +56,4 @@ def sft_objective(config: DecoderConfig, compute: Compute, layout: Layout) -> Ob
 
 def run_sft(context: StageContext, config: SFTConfig) -> None:
     """Fine-tune the language model that model.actor names."""
-    run_supervised(context, config, make_base(context), sft_objective)
+    run_supervised(context, config, make_base_model(context), sft_objective)

@@ -11,20 +11,19 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from rlhf_jax.data.ahead import Ahead
-from rlhf_jax.data.batches import Batch, Batches
+from rlhf_jax.data.batches import Batch, Batches, Prefetch
+from rlhf_jax.data.chat_template import prepare_tokenizer
 from rlhf_jax.data.rows import Rows
 from rlhf_jax.data.selection import select_rows
-from rlhf_jax.data.template import prepare_tokenizer
-from rlhf_jax.gpus import RUN_OPTIONS
+from rlhf_jax.hardware import RUN_OPTIONS
 from rlhf_jax.mesh import Layout
-from rlhf_jax.models.architecture import Compute, DecoderConfig
+from rlhf_jax.models.config import Compute, DecoderConfig
 from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
+from rlhf_jax.stages.batch_sizes import check_row_lengths, held_out_batches, micro_batches, rows_per_source, total_steps
 from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.loop import train_loop
-from rlhf_jax.stages.models import export, load, log_attention, make_state
-from rlhf_jax.stages.sizes import check_row_lengths, drawn, held_out_batches, micro_batches, total_steps
+from rlhf_jax.stages.models import export_model, load_model, log_attention, make_state
 from rlhf_jax.train_step import TrainState, make_update
 
 LOGGER = logging.getLogger(__name__)
@@ -87,7 +86,7 @@ def run_supervised(
 ) -> None:
     """Train the model in the folder (or with the hub id) `start`; leaves RUN/NAME/export."""
     name, run, layout, model = context.name, context.run, context.layout, context.model
-    pretrained = load(start, model, layout, scalar_head=scalar_head, seed=run.seed)
+    pretrained = load_model(start, model, layout, scalar_head=scalar_head, seed=run.seed)
     tokenizer = prepare_tokenizer(pretrained.tokenizer, context.data.template)
     num_micro = micro_batches(name, config.batch_size, config.micro_batch_size, layout)
 
@@ -102,7 +101,7 @@ def run_supervised(
     batches = Batches(
         rows, batch_size=config.batch_size, seed=run.seed, buckets=config.length_buckets, width=context.rows.pack_length
     )
-    log_attention(name, pretrained, model, batches.lengths[-1], packed=rows.packed)
+    log_attention(name, pretrained, model, batches.lengths[-1], packed=rows.is_packed)
     measured = held_out_batches(held_out, config.batch_size // num_micro, config.eval_batches * num_micro, layout)
     if rows.endless and not config.steps:
         raise ValueError(f"a streamed source has no end, and so no epochs: set {name}.steps")
@@ -113,11 +112,11 @@ def run_supervised(
     objective = make_objective(decoder, model.compute, layout)
     update, measure = make_programs(objective, decoder, layout, tx, num_micro)
     state, frozen = make_state(pretrained, model, tx, run.seed)
-    ahead = Ahead(batches, steps)
+    prefetch = Prefetch(batches, steps)
 
     def step_fn(state: TrainState, step: int):
-        state, stats = update(state, frozen, layout.put_batch(ahead[step]))
-        return state, {**stats, "learning_rate": rate(step), **drawn(batches, step)}
+        state, stats = update(state, frozen, layout.put_batch(prefetch[step]))
+        return state, {**stats, "learning_rate": rate(step), **rows_per_source(batches, step)}
 
     def evaluate(state: TrainState) -> Mapping[str, float]:
         each = [jax.device_get(measure(state.params(frozen), layout.put_batch(batch))) for batch in measured]
@@ -133,4 +132,4 @@ def run_supervised(
         eval_every=config.eval_every,
         headline=objective.headline,
     )
-    export(pretrained, state.params(frozen), model, context.export)
+    export_model(pretrained, state.params(frozen), model, context.export)

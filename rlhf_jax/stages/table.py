@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.data.example import RowKind
+from rlhf_jax.data.records import RowKind
 from rlhf_jax.stages.context import ModelKind, StageContext
 from rlhf_jax.stages.models import ModelConfig
 from rlhf_jax.stages.ppo import run_ppo

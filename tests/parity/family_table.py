@@ -28,7 +28,7 @@ MODELS = {
     "mixtral": "Mixtral",
     "qwen3_moe": "Qwen3, mixture of experts",
 }
-# What test_every_family.py does with every variant of every family.
+# What test_family_parity.py does with every variant of every family.
 COLUMNS = ("train", "generate", "LoRA", "export")
 
 

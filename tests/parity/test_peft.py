@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from rlhf_jax.mesh import MeshConfig, make_mesh
 from rlhf_jax.models.decoder import abstract_params
-from rlhf_jax.models.lora import LoraConfig, is_adapter, merge
+from rlhf_jax.models.lora import LoraConfig, is_adapter, merge_adapters
 from rlhf_jax.models.pretrained import apply, from_pretrained, reward_from_pretrained, save_adapter, score
 
 # Every warning fails the tests, so PEFT loads what we write without one; this one is between it and transformers.
@@ -248,7 +248,7 @@ def test_merged_equals_beside(base, tmp_path):
     peft_adapter(base("phi3"), tmp_path / "adapter", target_modules="all-linear", rank_pattern={"qkv_proj": 7})
     model = from_pretrained(base("phi3"), tmp_path / "adapter")
     merged = dataclasses.replace(
-        model, params=merge(model.params, model.config.lora), config=model.config.without_lora()
+        model, params=merge_adapters(model.params, model.config.lora), config=model.config.without_lora()
     )
     ids, mask = padded_rows("right", model.config.vocab_size)
     assert_close(np.asarray(apply(merged, ids, mask))[mask], np.asarray(apply(model, ids, mask))[mask])
@@ -377,10 +377,10 @@ def test_tensors_that_do_not_fit_are_told_all_at_once(base, adapter):
     change(adapter, exclude_modules=["layers.1.self_attn.q_proj"])
     with pytest.raises(ValueError) as error:
         from_pretrained(base("llama"), adapter)
-    told = str(error.value)
-    assert "missing: model.layers.0.self_attn.q_proj.lora_A;" in told
-    assert "surplus: model.layers.1.self_attn.q_proj.lora_A, model.layers.1.self_attn.q_proj.lora_B;" in told
-    assert "misshaped: model.layers.1.self_attn.v_proj.lora_B ([5, 4] in place of [" in told
+    reported = str(error.value)
+    assert "missing: model.layers.0.self_attn.q_proj.lora_A;" in reported
+    assert "surplus: model.layers.1.self_attn.q_proj.lora_A, model.layers.1.self_attn.q_proj.lora_B;" in reported
+    assert "misshaped: model.layers.1.self_attn.v_proj.lora_B ([5, 4] in place of [" in reported
 
 
 def test_an_adapter_of_another_base_is_refused(base, adapter):

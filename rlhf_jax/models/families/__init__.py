@@ -10,12 +10,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_jax.models.architecture import DecoderConfig
+from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.families import bloom_falcon_phi, gemma, gpt, llama, moe
-from rlhf_jax.models.families.hf_fields import refuse, size
-from rlhf_jax.models.families.tensors import Family, Tensors
-from rlhf_jax.models.tensors import Checkpoint
+from rlhf_jax.models.families.hf_fields import positive_int, refuse
+from rlhf_jax.models.families.tensors import Checkpoint, Family, Tensors
 
 # Embeddings and heads are padded to a multiple of this, so that any usual number of devices splits them evenly.
 VOCAB_MULTIPLE = 128
@@ -36,16 +35,16 @@ def decoder_config(hf: Mapping[str, Any], *, scalar_head: bool, vocab_parts: int
     family = hf.get("model_type")
     if f"{family}_text" in FAMILIES or hf.get("text_config") is not None:
         text = f"{family}_text"
-        mend = f": only its text model, {text}, is, in a folder of its own" if text in FAMILIES else ""
-        raise ValueError(f"{family} is multimodal, which is not supported{mend}")
+        fix = f": only its text model, {text}, is, in a folder of its own" if text in FAMILIES else ""
+        raise ValueError(f"{family} is multimodal, which is not supported{fix}")
     if family not in FAMILIES:
         raise ValueError(f'model_type "{family}" is not supported; supported: {", ".join(sorted(FAMILIES))}')
     if hf.get("quantization_config"):
         raise ValueError("a quantised checkpoint (quantization_config) is not supported: use the unquantised one")
     refuse(hf, is_causal=True, per_layer_config={}, is_encoder_decoder=False)
-    if scalar_head and (labels := _labels(hf)) > 1:
+    if scalar_head and (labels := _num_labels(hf)) > 1:
         raise ValueError(f"the model has {labels} labels, and a reward model has one (id2label of config.json)")
-    vocab, multiple = size(hf, "vocab_size"), math.lcm(VOCAB_MULTIPLE, vocab_parts)
+    vocab, multiple = positive_int(hf, "vocab_size"), math.lcm(VOCAB_MULTIPLE, vocab_parts)
     try:
         fields = FAMILIES[family].read(hf)
     except (TypeError, AttributeError, KeyError, ZeroDivisionError, OverflowError) as error:
@@ -57,7 +56,7 @@ def decoder_config(hf: Mapping[str, Any], *, scalar_head: bool, vocab_parts: int
     )
 
 
-def _labels(hf: Mapping[str, Any]) -> int:
+def _num_labels(hf: Mapping[str, Any]) -> int:
     """Of a classifier; 0 where config.json is not of one or does not say."""
     is_classifier = any(name.endswith("ForSequenceClassification") for name in hf.get("architectures") or ())
     return len(hf.get("id2label") or ()) or hf.get("num_labels") or 0 if is_classifier else 0
@@ -69,7 +68,7 @@ def hf_tensors(config: DecoderConfig) -> Tensors:
     return {path: table[path] for path in abstract_params(config.without_lora())}
 
 
-def alternatives(config: DecoderConfig) -> list[Tensors]:
+def alternative_tensors(config: DecoderConfig) -> list[Tensors]:
     """The same in other layouts, where folders of this family may have them."""
     tables = FAMILIES[config.family].alternatives(config)
     return [{path: table[path] for path in abstract_params(config.without_lora())} for table in tables]
@@ -77,8 +76,8 @@ def alternatives(config: DecoderConfig) -> list[Tensors]:
 
 def checkpoint_of(config: DecoderConfig, optional: tuple[str, ...] = ()) -> Checkpoint:
     """What folders of this model hold, which may lack the parameters at the `optional` paths."""
-    layouts = [hf_tensors(config), *alternatives(config)]
-    return Checkpoint(layouts, base_prefix(config), optional, tolerated_surplus(config), tied_names(config))
+    layouts = [hf_tensors(config), *alternative_tensors(config)]
+    return Checkpoint(layouts, base_prefix(config), optional, ignored_names(config), tied_names(config))
 
 
 def base_prefix(config: DecoderConfig) -> str:
@@ -86,7 +85,7 @@ def base_prefix(config: DecoderConfig) -> str:
     return FAMILIES[config.family].prefix
 
 
-def tolerated_surplus(config: DecoderConfig) -> re.Pattern[str]:
+def ignored_names(config: DecoderConfig) -> re.Pattern[str]:
     """Names that a checkpoint may have beyond `hf_tensors`: buffers, and a head that this model does not use."""
     family = FAMILIES[config.family]
     names = [r".*\.rotary_emb\.inv_freq", rf"({re.escape(family.prefix)})?({family.buffers})"]
@@ -128,7 +127,7 @@ def hf_config(source: Mapping[str, Any], config: DecoderConfig, *, dtype: str, p
     architecture = family.causal
     if config.scalar_head:
         architecture = family.scalar or f"{family.causal.removesuffix('ForCausalLM')}ForScalarHead"
-        if _labels(hf) != 1:
+        if _num_labels(hf) != 1:
             hf.pop("problem_type", None)
             hf |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     if pad_token_id is not None:

@@ -8,28 +8,28 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.models.architecture import Alibi, DecoderConfig
+from rlhf_jax.models.config import Alibi, DecoderConfig
 from rlhf_jax.models.families.hf_fields import (
     biases,
+    check_kv_heads,
     common_fields,
-    given,
-    grouped,
     kv_heads,
-    plain_sizes,
+    multi_head_sizes,
+    positive_int,
     refuse,
-    renamed,
-    size,
+    value_or,
+    with_standard_keys,
 )
-from rlhf_jax.models.families.rope import rope, rope_parameters, rotated
+from rlhf_jax.models.families.rope import rope, rope_parameters, rotary_dim
 from rlhf_jax.models.families.tensors import (
     Tensors,
-    attention,
-    ends,
+    embedding_and_heads,
     family,
     grouped_attention,
     layer_norms,
     mlp,
     norms,
+    separate_attention,
 )
 
 
@@ -42,25 +42,25 @@ def _slopes(heads: int) -> tuple[float, ...]:
 
 def _read_bloom(hf: Mapping[str, Any]) -> dict[str, Any]:
     refuse(hf, apply_residual_connection_post_layernorm=False)
-    if given(hf, "pretraining_tp", 1) > 1:
+    if value_or(hf, "pretraining_tp", 1) > 1:
         refuse(hf, slow_but_exact=False)  # it leaves out the biases of the output projections
-    usual = renamed(
+    usual = with_standard_keys(
         hf,
         n_embed="hidden_size",
         n_layer="num_hidden_layers",
         n_head="num_attention_heads",
         seq_length="max_position_embeddings",
     )
-    sizes = plain_sizes(usual, max_position_embeddings=2048)  # those of its training; the biases have no end
+    sizes = multi_head_sizes(usual, max_position_embeddings=2048)  # those of its training; the biases have no end
     return (
         sizes
         | biases(True)
         | dict(
             embed_norm=True,
-            norm_eps=given(hf, "layer_norm_epsilon", 1e-5),
+            norm_eps=value_or(hf, "layer_norm_epsilon", 1e-5),
             alibi=Alibi(_slopes(sizes["num_heads"])),
             activation="gelu_tanh",
-            tied=given(hf, "tie_word_embeddings", True),
+            tied=value_or(hf, "tie_word_embeddings", True),
         )
     )
 
@@ -70,7 +70,7 @@ def _bloom(
 ) -> Tensors:
     layer = "transformer.h.{i}"
     return (
-        ends(config, "transformer.word_embeddings")
+        embedding_and_heads(config, "transformer.word_embeddings")
         | norms(config.hidden_size, {"embed/norm": "transformer.word_embeddings_layernorm"})
         | layer_norms(config, f"{layer}.{attention_norm}", f"{layer}.{mlp_norm}", "transformer.ln_f")
         | grouped_attention(config, f"{layer}.self_attention.query_key_value", f"{layer}.self_attention.dense")
@@ -80,31 +80,31 @@ def _bloom(
 
 def _read_falcon(hf: Mapping[str, Any]) -> dict[str, Any]:
     refuse(hf, apply_residual_connection_post_layernorm=False)
-    hf = renamed(hf, ffn_hidden_size="intermediate_size")
-    fields = plain_sizes(hf, max_position_embeddings=2048)
+    hf = with_standard_keys(hf, ffn_hidden_size="intermediate_size")
+    fields = multi_head_sizes(hf, max_position_embeddings=2048)
     heads, d = fields["num_heads"], fields["head_dim"]
-    if given(hf, "new_decoder_architecture", False):  # Falcon 40B
+    if value_or(hf, "new_decoder_architecture", False):  # Falcon 40B
         refuse(hf, parallel_attn=True)
-        keys, norms_a_layer = given(hf, "num_kv_heads", heads), given(hf, "num_ln_in_parallel_attn", 2)
+        keys, norms_a_layer = value_or(hf, "num_kv_heads", heads), value_or(hf, "num_ln_in_parallel_attn", 2)
         if norms_a_layer != 1:
             refuse(hf, num_ln_in_parallel_attn=2)
         residual = "parallel" if norms_a_layer == 2 else "parallel_shared"
     else:
-        keys = 1 if given(hf, "multi_query", True) else heads
+        keys = 1 if value_or(hf, "multi_query", True) else heads
         if keys == heads:
             refuse(hf, num_kv_heads=heads)
-        residual = "parallel_shared" if given(hf, "parallel_attn", True) else "pre"
+        residual = "parallel_shared" if value_or(hf, "parallel_attn", True) else "pre"
         if residual == "parallel_shared":
             refuse(hf, num_ln_in_parallel_attn=1)
-    if given(hf, "alibi", False):
+    if value_or(hf, "alibi", False):
         # Position, slope and their product were all rounded in training, and the biases scaled as the scores are.
         rounded = np.asarray(_slopes(heads), jnp.dtype("bfloat16")).astype(float)
         fields["alibi"] = Alibi(tuple(rounded.tolist()), scale=d**-0.5, rounded=True)
     else:
         refuse({**rope_parameters(hf), "model_type": "falcon"}, partial_rotary_factor=1.0)
         fields["rope"], fields["max_positions"] = rope(hf, d, positions=fields["max_positions"])
-    fields |= dict(num_kv_heads=grouped(heads, keys), residual=residual)
-    return fields | biases(given(hf, "bias", False)) | common_fields(hf, ("activation", "gelu"), tied=True)
+    fields |= dict(num_kv_heads=check_kv_heads(heads, keys), residual=residual)
+    return fields | biases(value_or(hf, "bias", False)) | common_fields(hf, ("activation", "gelu"), tied=True)
 
 
 def _falcon(config: DecoderConfig) -> Tensors:
@@ -112,16 +112,16 @@ def _falcon(config: DecoderConfig) -> Tensors:
 
 
 def _read_phi(hf: Mapping[str, Any]) -> dict[str, Any]:
-    sizes = plain_sizes(hf) | dict(mlp_size=size(hf, "intermediate_size"))
+    sizes = multi_head_sizes(hf) | dict(mlp_size=positive_int(hf, "intermediate_size"))
     sizes |= biases(True) | common_fields(hf, ("hidden_act", "gelu_new"), tied=False, eps="layer_norm_eps")
     refuse(hf, head_dim=sizes["head_dim"])
-    embedding, max_positions = rope(hf, rotated(hf, sizes["head_dim"], default=0.5))
+    embedding, max_positions = rope(hf, rotary_dim(hf, sizes["head_dim"], default=0.5))
     return sizes | dict(
         num_kv_heads=kv_heads(hf),
         max_positions=max_positions,
         residual="parallel_shared",
         rope=embedding,
-        qk_norm="head" if given(hf, "qk_layernorm", False) else "none",
+        qk_norm="head" if value_or(hf, "qk_layernorm", False) else "none",
         head_bias=True,
     )
 
@@ -130,11 +130,11 @@ def _phi(config: DecoderConfig) -> Tensors:
     layer = "model.layers.{i}"
     heads = f"{layer}.self_attn"
     return (
-        ends(config, "model.embed_tokens")
+        embedding_and_heads(config, "model.embed_tokens")
         | norms(config.hidden_size, {"layers/attention_norm": f"{layer}.input_layernorm"})
         | norms(config.hidden_size, {"final_norm": "model.final_layernorm"})
         | norms(config.head_dim, {f"layers/attention/{x}_norm": f"{heads}.{x}_layernorm" for x in "qk"})
-        | attention(config, f"{heads}.q_proj", f"{heads}.k_proj", f"{heads}.v_proj", f"{heads}.dense")
+        | separate_attention(config, f"{heads}.q_proj", f"{heads}.k_proj", f"{heads}.v_proj", f"{heads}.dense")
         | mlp(config, up=f"{layer}.mlp.fc1", down=f"{layer}.mlp.fc2")
     )
 

@@ -6,15 +6,15 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_jax.models.families.hf_fields import activation, given, refuse, size, windows
-from rlhf_jax.models.families.llama import biased, llama_fields, llama_tensors
+from rlhf_jax.models.families.hf_fields import activation, positive_int, refuse, value_or, windows
+from rlhf_jax.models.families.llama import attention_biases, llama_fields, llama_tensors
 from rlhf_jax.models.families.rope import rope
 from rlhf_jax.models.families.tensors import family
 
 
-def _fields(hf: Mapping[str, Any], kv: int, theta: float = 10000.0) -> dict[str, Any]:
+def _gemma_fields(hf: Mapping[str, Any], kv: int, theta: float = 10000.0) -> dict[str, Any]:
     refuse(hf, use_bidirectional_attention=False)
-    fields = llama_fields(hf, kv=kv, head_dim=256, theta=theta, tied=True) | biased(hf)
+    fields = llama_fields(hf, kv=kv, head_dim=256, theta=theta, tied=True) | attention_biases(hf)
     return fields | dict(
         norm="rms_plus_one",
         embed_scale=fields["hidden_size"] ** 0.5,
@@ -24,24 +24,24 @@ def _fields(hf: Mapping[str, Any], kv: int, theta: float = 10000.0) -> dict[str,
 
 def _gemma(hf: Mapping[str, Any]) -> dict[str, Any]:
     # The first checkpoints say "gelu" and mean its approximation, with which they were trained.
-    act = given(hf, "hidden_act", "gelu_pytorch_tanh")
+    act = value_or(hf, "hidden_act", "gelu_pytorch_tanh")
     act = "gelu_pytorch_tanh" if act == "gelu" else act
     refuse(hf, hidden_activation=act)
-    return _fields({**hf, "hidden_activation": act}, 16)
+    return _gemma_fields({**hf, "hidden_activation": act}, 16)
 
 
-def _later(hf: Mapping[str, Any], pattern: int, theta: float = 10000.0) -> dict[str, Any]:
+def _windowed_fields(hf: Mapping[str, Any], pattern: int, theta: float = 10000.0) -> dict[str, Any]:
     """Of Gemma 2 and 3. One layer in `pattern` sees everything, the others have a window."""
-    usual = [(i + 1) % pattern != 0 for i in range(size(hf, "num_hidden_layers"))]
-    return _fields(hf, 4, theta) | dict(
+    usual = [(i + 1) % pattern != 0 for i in range(positive_int(hf, "num_hidden_layers"))]
+    return _gemma_fields(hf, 4, theta) | dict(
         residual="sandwich",
         windows=windows(hf, hf.get("sliding_window", 4096), usual),
-        attention_scale=given(hf, "query_pre_attn_scalar", 256) ** -0.5,
+        attention_scale=value_or(hf, "query_pre_attn_scalar", 256) ** -0.5,
     )
 
 
 def _gemma2(hf: Mapping[str, Any]) -> dict[str, Any]:
-    return _later(hf, 2) | dict(
+    return _windowed_fields(hf, 2) | dict(
         attention_softcap=float(hf.get("attn_logit_softcapping", 50.0) or 0.0),
         final_softcap=float(hf.get("final_logit_softcapping", 30.0) or 0.0),
     )
@@ -56,7 +56,7 @@ def _gemma3(hf: Mapping[str, Any]) -> dict[str, Any]:
     # The old spelling is of the layers that see everything: rope_theta, and rope_scaling with the scaling only.
     full = {**(each.get("full_attention") or {}), **(hf.get("rope_scaling") or {})}
     local = each.get("sliding_attention") or {"rope_theta": hf.get("rope_local_base_freq")}
-    fields = _later({**hf, "rope_scaling": full}, given(hf, "sliding_window_pattern", 6), theta=1e6)
+    fields = _windowed_fields({**hf, "rope_scaling": full}, value_or(hf, "sliding_window_pattern", 6), theta=1e6)
     local_hf = {**hf, "rope_scaling": local, "rope_parameters": None, "rope_theta": None}
     local_rope, positions = rope(local_hf, fields["head_dim"])
     return fields | dict(

@@ -6,34 +6,34 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_jax.models.architecture import DecoderConfig
+from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.families.hf_fields import (
     activation,
     biases,
     common_fields,
-    given,
-    plain_sizes,
+    multi_head_sizes,
+    positive_int,
     refuse,
-    renamed,
-    size,
+    value_or,
+    with_standard_keys,
 )
-from rlhf_jax.models.families.rope import rope, rotated
+from rlhf_jax.models.families.rope import rope, rotary_dim
 from rlhf_jax.models.families.tensors import (
     Family,
     Tensors,
-    attention,
     conv1d,
-    ends,
+    embedding_and_heads,
     family,
+    fused_linears,
     grouped_attention,
     layer_norms,
     linear,
     mlp,
     positions,
-    striped,
+    separate_attention,
 )
 
-_USUAL = dict(  # of GPT-2, GPT-J and CodeGen
+_STANDARD_KEYS = dict(  # of GPT-2, GPT-J and CodeGen
     n_embd="hidden_size",
     n_layer="num_hidden_layers",
     n_head="num_attention_heads",
@@ -46,20 +46,20 @@ _BUFFERS = r"(bias|masked_bias)"
 
 def _read_opt(hf: Mapping[str, Any]) -> dict[str, Any]:
     refuse(hf, layer_norm_elementwise_affine=True)
-    sizes = plain_sizes(hf)
-    pre_norm = given(hf, "do_layer_norm_before", True)
+    sizes = multi_head_sizes(hf)
+    pre_norm = value_or(hf, "do_layer_norm_before", True)
     return (
         sizes
-        | biases(given(hf, "enable_bias", True))
+        | biases(value_or(hf, "enable_bias", True))
         | dict(
-            embed_size=given(hf, "word_embed_proj_dim", sizes["hidden_size"]),
-            mlp_size=size(hf, "ffn_dim"),
+            embed_size=value_or(hf, "word_embed_proj_dim", sizes["hidden_size"]),
+            mlp_size=positive_int(hf, "ffn_dim"),
             position_rows=sizes["max_positions"] + 2,
             position_offset=2,
             residual="pre" if pre_norm else "post",
-            final_norm=pre_norm and not given(hf, "_remove_final_layer_norm", False),
+            final_norm=pre_norm and not value_or(hf, "_remove_final_layer_norm", False),
             activation=activation(hf, "activation_function", "relu"),
-            tied=given(hf, "tie_word_embeddings", True),
+            tied=value_or(hf, "tie_word_embeddings", True),
         )
     )
 
@@ -68,28 +68,28 @@ def _opt(config: DecoderConfig) -> Tensors:
     layer = "model.decoder.layers.{i}"
     heads = f"{layer}.self_attn"
     return (
-        ends(config, "model.decoder.embed_tokens")
+        embedding_and_heads(config, "model.decoder.embed_tokens")
         | positions(config, "model.decoder.embed_positions")
         | linear("project_in", "model.decoder.project_in", config.embed_size, config.hidden_size)
         | linear("project_out", "model.decoder.project_out", config.hidden_size, config.embed_size)
         | layer_norms(
             config, f"{layer}.self_attn_layer_norm", f"{layer}.final_layer_norm", "model.decoder.final_layer_norm"
         )
-        | attention(config, f"{heads}.q_proj", f"{heads}.k_proj", f"{heads}.v_proj", f"{heads}.out_proj")
+        | separate_attention(config, f"{heads}.q_proj", f"{heads}.k_proj", f"{heads}.v_proj", f"{heads}.out_proj")
         | mlp(config, up=f"{layer}.fc1", down=f"{layer}.fc2")
     )
 
 
 def _read_gpt2(hf: Mapping[str, Any]) -> dict[str, Any]:
     refuse(hf, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-    sizes = plain_sizes(renamed(hf, **_USUAL))
+    sizes = multi_head_sizes(with_standard_keys(hf, **_STANDARD_KEYS))
     return (
         sizes
         | biases(True)
         | common_fields(hf, _GELU_NEW, tied=True)
         | dict(
             position_rows=sizes["max_positions"],
-            attention_scale=sizes["attention_scale"] if given(hf, "scale_attn_weights", True) else 1.0,
+            attention_scale=sizes["attention_scale"] if value_or(hf, "scale_attn_weights", True) else 1.0,
         )
     )
 
@@ -98,10 +98,10 @@ def _gpt2(config: DecoderConfig) -> Tensors:
     layer, width = "transformer.h.{i}", config.hidden_size
     thirds = dict.fromkeys(("layers/attention/q", "layers/attention/k", "layers/attention/v"), width)
     return (
-        ends(config, "transformer.wte")
+        embedding_and_heads(config, "transformer.wte")
         | positions(config, "transformer.wpe")
         | _gpt_norms(config)
-        | conv1d(striped(thirds, f"{layer}.attn.c_attn", width, groups=1))
+        | conv1d(fused_linears(thirds, f"{layer}.attn.c_attn", width, groups=1))
         | conv1d(linear("layers/attention/o", f"{layer}.attn.c_proj", width, width))
         | conv1d(mlp(config, up=f"{layer}.mlp.c_fc", down=f"{layer}.mlp.c_proj"))
     )
@@ -113,14 +113,14 @@ def _gpt_norms(config: DecoderConfig) -> Tensors:
 
 
 def _read_gpt_neo(hf: Mapping[str, Any]) -> dict[str, Any]:
-    sizes = plain_sizes(renamed(hf, num_layers="num_hidden_layers", num_heads="num_attention_heads"))
-    pattern = given(hf, "attention_types", [[["global", "local"], 12]])
-    kinds = given(hf, "attention_layers", [kind for group, times in pattern for kind in group * times])
+    sizes = multi_head_sizes(with_standard_keys(hf, num_layers="num_hidden_layers", num_heads="num_attention_heads"))
+    pattern = value_or(hf, "attention_types", [[["global", "local"], 12]])
+    kinds = value_or(hf, "attention_layers", [kind for group, times in pattern for kind in group * times])
     if len(kinds) != sizes["num_layers"] or not set(kinds) <= {"global", "local"}:
         raise ValueError(
             f"config.json: attention_types has to name {sizes['num_layers']} layers, each global or local, not {kinds}"
         )
-    window = given(hf, "window_size", 256)
+    window = value_or(hf, "window_size", 256)
     return (
         sizes
         | common_fields(hf, _GELU_NEW, tied=True)
@@ -138,18 +138,18 @@ def _gpt_neo(config: DecoderConfig) -> Tensors:
     layer = "transformer.h.{i}"
     heads = f"{layer}.attn.attention"
     return (
-        ends(config, "transformer.wte")
+        embedding_and_heads(config, "transformer.wte")
         | positions(config, "transformer.wpe")
         | _gpt_norms(config)
-        | attention(config, f"{heads}.q_proj", f"{heads}.k_proj", f"{heads}.v_proj", f"{heads}.out_proj")
+        | separate_attention(config, f"{heads}.q_proj", f"{heads}.k_proj", f"{heads}.v_proj", f"{heads}.out_proj")
         | mlp(config, up=f"{layer}.mlp.c_fc", down=f"{layer}.mlp.c_proj")
     )
 
 
 def _read_gptj(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Of CodeGen too, which is GPT-J but for how its tensors lie."""
-    sizes = plain_sizes(renamed(hf, **_USUAL))
-    turned = given(hf, "rotary_dim", 64)
+    sizes = multi_head_sizes(with_standard_keys(hf, **_STANDARD_KEYS))
+    turned = value_or(hf, "rotary_dim", 64)
     if turned > sizes["head_dim"]:
         raise ValueError(f"config.json: rotary_dim {turned} is more than the size of a head, {sizes['head_dim']}")
     return (
@@ -168,9 +168,9 @@ def _gptj(config: DecoderConfig) -> Tensors:
     layer = "transformer.h.{i}"
     heads = f"{layer}.attn"
     return (
-        ends(config, "transformer.wte")
+        embedding_and_heads(config, "transformer.wte")
         | _gpt_norms(config)
-        | attention(config, f"{heads}.q_proj", f"{heads}.k_proj", f"{heads}.v_proj", f"{heads}.out_proj")
+        | separate_attention(config, f"{heads}.q_proj", f"{heads}.k_proj", f"{heads}.v_proj", f"{heads}.out_proj")
         | mlp(config, up=f"{layer}.mlp.fc_in", down=f"{layer}.mlp.fc_out")
     )
 
@@ -189,37 +189,39 @@ def _codegen(config: DecoderConfig) -> Tensors:
     layer, width = "transformer.h.{i}", config.hidden_size
     each = dict.fromkeys(("layers/attention/q", "layers/attention/v", "layers/attention/k"), width // _CODEGEN_SHARDS)
     return (
-        ends(config, "transformer.wte")
+        embedding_and_heads(config, "transformer.wte")
         | _gpt_norms(config)
-        | striped(each, f"{layer}.attn.qkv_proj", width, groups=_CODEGEN_SHARDS)
+        | fused_linears(each, f"{layer}.attn.qkv_proj", width, groups=_CODEGEN_SHARDS)
         | linear("layers/attention/o", f"{layer}.attn.out_proj", width, width)
         | mlp(config, up=f"{layer}.mlp.fc_in", down=f"{layer}.mlp.fc_out")
     )
 
 
 def _read_gpt_neox(hf: Mapping[str, Any]) -> dict[str, Any]:
-    sizes = plain_sizes(hf) | common_fields(hf, ("hidden_act", "gelu"), tied=False, eps="layer_norm_eps")
-    old = dict(rope_theta=given(hf, "rotary_emb_base", 10000), partial_rotary_factor=given(hf, "rotary_pct", 0.25))
+    sizes = multi_head_sizes(hf) | common_fields(hf, ("hidden_act", "gelu"), tied=False, eps="layer_norm_eps")
+    old = dict(
+        rope_theta=value_or(hf, "rotary_emb_base", 10000), partial_rotary_factor=value_or(hf, "rotary_pct", 0.25)
+    )
     refuse(hf, **old)  # beside the old spelling, transformers 5 has these two in rope_parameters only
-    turned = rotated({**hf, **old}, sizes["head_dim"])
+    turned = rotary_dim({**hf, **old}, sizes["head_dim"])
     embedding, max_positions = rope({**hf, **old}, turned)
     return (
         sizes
         | biases(True)
         | dict(
-            mlp_size=size(hf, "intermediate_size"),
+            mlp_size=positive_int(hf, "intermediate_size"),
             max_positions=max_positions,
-            residual="parallel" if given(hf, "use_parallel_residual", True) else "pre",
+            residual="parallel" if value_or(hf, "use_parallel_residual", True) else "pre",
             rope=embedding,
         )
-        | dict.fromkeys(("qkv_bias", "o_bias"), given(hf, "attention_bias", True))
+        | dict.fromkeys(("qkv_bias", "o_bias"), value_or(hf, "attention_bias", True))
     )
 
 
 def _gpt_neox(config: DecoderConfig, head: str = "embed_out") -> Tensors:
     layer = "gpt_neox.layers.{i}"
     return (
-        ends(config, "gpt_neox.embed_in", head)
+        embedding_and_heads(config, "gpt_neox.embed_in", head)
         | layer_norms(
             config, f"{layer}.input_layernorm", f"{layer}.post_attention_layernorm", "gpt_neox.final_layer_norm"
         )

@@ -16,7 +16,7 @@ _ACTIVATIONS = {
 }
 
 
-def size(hf: Mapping[str, Any], key: str) -> int:
+def positive_int(hf: Mapping[str, Any], key: str) -> int:
     """A whole number of at least 1, or ValueError."""
     value = hf.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -24,14 +24,14 @@ def size(hf: Mapping[str, Any], key: str) -> int:
     return value
 
 
-def given(hf: Mapping[str, Any], key: str, default: Any) -> Any:
+def value_or(hf: Mapping[str, Any], key: str, default: Any) -> Any:
     """The value, or the default where it is absent or null."""
     value = hf.get(key)
     return default if value is None else value
 
 
 def activation(hf: Mapping[str, Any], key: str, default: str) -> str:
-    name = given(hf, key, default)
+    name = value_or(hf, key, default)
     if name not in _ACTIVATIONS:
         raise ValueError(f'config.json: {key} "{name}" is not supported; supported: {", ".join(_ACTIVATIONS)}')
     return _ACTIVATIONS[name]
@@ -40,19 +40,19 @@ def activation(hf: Mapping[str, Any], key: str, default: str) -> str:
 def refuse(hf: Mapping[str, Any], **expected: Any) -> None:
     """ValueError for every key that is there, not null, and other than the value we compute with."""
     family = hf.get("model_type")
-    wrong = [f"{key}={hf[key]!r}" for key, value in expected.items() if given(hf, key, value) != value]
+    wrong = [f"{key}={hf[key]!r}" for key, value in expected.items() if value_or(hf, key, value) != value]
     if wrong:
         raise ValueError(f"{family} with {', '.join(wrong)} is not supported (config.json)")
 
 
 def head_size(hf: Mapping[str, Any], hidden: str, heads: str) -> int:
     """hidden / heads, or ValueError where that is no whole number."""
-    if size(hf, hidden) % size(hf, heads):
+    if positive_int(hf, hidden) % positive_int(hf, heads):
         raise ValueError(f"config.json: {hidden} {hf[hidden]} is not a multiple of {heads} {hf[heads]}")
     return hf[hidden] // hf[heads]
 
 
-def grouped(heads: int, kv_heads: int) -> int:
+def check_kv_heads(heads: int, kv_heads: int) -> int:
     """The number of key-value heads, or ValueError where query heads do not share them evenly."""
     if heads % kv_heads:
         raise ValueError(
@@ -61,7 +61,7 @@ def grouped(heads: int, kv_heads: int) -> int:
     return kv_heads
 
 
-def renamed(hf: Mapping[str, Any], **usual: str) -> dict[str, Any]:
+def with_standard_keys(hf: Mapping[str, Any], **usual: str) -> dict[str, Any]:
     """config.json with keys of a spelling of its own (n_embd="hidden_size") under the usual one.
 
     Raises:
@@ -72,7 +72,7 @@ def renamed(hf: Mapping[str, Any], **usual: str) -> dict[str, Any]:
         value = as_usual.pop(key, None)
         if value is None:
             continue
-        if given(hf, name, value) != value:
+        if value_or(hf, name, value) != value:
             raise ValueError(f"config.json: {key} {value!r} and {name} {hf[name]!r} mean the same and differ")
         as_usual[name] = value
     return as_usual
@@ -81,8 +81,10 @@ def renamed(hf: Mapping[str, Any], **usual: str) -> dict[str, Any]:
 def kv_heads(hf: Mapping[str, Any], default: int | None = None) -> int:
     """num_key_value_heads, which is that of query heads where null, and where absent and without a default."""
     value = hf.get("num_key_value_heads", default)
-    heads = size(hf, "num_attention_heads")
-    return grouped(heads, heads if value is None else size({"num_key_value_heads": value}, "num_key_value_heads"))
+    heads = positive_int(hf, "num_attention_heads")
+    return check_kv_heads(
+        heads, heads if value is None else positive_int({"num_key_value_heads": value}, "num_key_value_heads")
+    )
 
 
 def windows(hf: Mapping[str, Any], window: int | None, usual: Sequence[bool]) -> tuple[int, ...]:
@@ -91,8 +93,8 @@ def windows(hf: Mapping[str, Any], window: int | None, usual: Sequence[bool]) ->
     Raises:
         ValueError: a kind of layer that we do not know, not one for each layer, or no window where a layer has one.
     """
-    layers = size(hf, "num_hidden_layers")
-    kinds = given(hf, "layer_types", ["sliding_attention" if sliding else "full_attention" for sliding in usual])
+    layers = positive_int(hf, "num_hidden_layers")
+    kinds = value_or(hf, "layer_types", ["sliding_attention" if sliding else "full_attention" for sliding in usual])
     unknown = sorted(set(kinds) - {"sliding_attention", "full_attention"})
     if unknown or len(kinds) != layers:
         raise ValueError(
@@ -101,13 +103,13 @@ def windows(hf: Mapping[str, Any], window: int | None, usual: Sequence[bool]) ->
         )
     if "sliding_attention" not in kinds:
         return ()
-    window = size({"sliding_window": window}, "sliding_window")
+    window = positive_int({"sliding_window": window}, "sliding_window")
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
-def same_windows(hf: Mapping[str, Any], window: int | None) -> tuple[int, ...]:
+def equal_windows(hf: Mapping[str, Any], window: int | None) -> tuple[int, ...]:
     """The window, or none, in every layer; a layer_types that says otherwise is refused."""
-    usual = [window is not None] * size(hf, "num_hidden_layers")
+    usual = [window is not None] * positive_int(hf, "num_hidden_layers")
     same = windows({**hf, "layer_types": None}, window, usual)
     if windows(hf, window, usual) != same:
         raise ValueError(f"{hf.get('model_type')} with layer_types that differ is not supported (config.json)")
@@ -127,11 +129,11 @@ def common_fields(hf: Mapping[str, Any], act: tuple[str, str], tied: bool, eps: 
         tied: what an absent tie_word_embeddings means.
         eps: key of the norms' epsilon.
     """
-    tied = given(hf, "tie_word_embeddings", tied)
-    return dict(activation=activation(hf, *act), tied=tied, norm_eps=given(hf, eps, 1e-5))
+    tied = value_or(hf, "tie_word_embeddings", tied)
+    return dict(activation=activation(hf, *act), tied=tied, norm_eps=value_or(hf, eps, 1e-5))
 
 
-def plain_sizes(hf: Mapping[str, Any], **defaults: int) -> dict[str, Any]:
+def multi_head_sizes(hf: Mapping[str, Any], **defaults: int) -> dict[str, Any]:
     """Sizes of a decoder whose query heads all have keys of their own, and the usual scale of its scores.
 
     Args:
@@ -141,16 +143,16 @@ def plain_sizes(hf: Mapping[str, Any], **defaults: int) -> dict[str, Any]:
     d = head_size(hf, "hidden_size", "num_attention_heads")
     hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
     defaults = {"intermediate_size": 4 * hidden} | defaults
-    hf = {**hf, **{key: given(hf, key, value) for key, value in defaults.items()}}
+    hf = {**hf, **{key: value_or(hf, key, value) for key, value in defaults.items()}}
     return dict(
-        vocab_size=size(hf, "vocab_size"),
+        vocab_size=positive_int(hf, "vocab_size"),
         hidden_size=hidden,
         embed_size=hidden,
-        num_layers=size(hf, "num_hidden_layers"),
+        num_layers=positive_int(hf, "num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=d,
-        mlp_size=size(hf, "intermediate_size"),
-        max_positions=size(hf, "max_position_embeddings"),
+        mlp_size=positive_int(hf, "intermediate_size"),
+        max_positions=positive_int(hf, "max_position_embeddings"),
         attention_scale=d**-0.5,
     )

@@ -5,19 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_jax.models.architecture import DecoderConfig
+from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.families.hf_fields import (
     activation,
-    given,
+    equal_windows,
     head_size,
     kv_heads,
+    positive_int,
     refuse,
-    same_windows,
-    size,
+    value_or,
     windows,
 )
-from rlhf_jax.models.families.rope import rope, rope_parameters, rotated
-from rlhf_jax.models.families.tensors import Tensors, attention, ends, family, linear, norms, striped
+from rlhf_jax.models.families.rope import rope, rope_parameters, rotary_dim
+from rlhf_jax.models.families.tensors import (
+    Tensors,
+    embedding_and_heads,
+    family,
+    fused_linears,
+    linear,
+    norms,
+    separate_attention,
+)
 
 _NORMS = {  # of a block, by config.residual
     "pre": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
@@ -49,58 +57,64 @@ def llama_fields(
         partial: the same of partial_rotary_factor; None: heads are rotated whole, and another factor is refused.
         eps: key of the norms' epsilon, and what it means where absent.
     """
-    head_dim = given(hf, "head_dim", head_dim) or head_size(hf, "hidden_size", "num_attention_heads")
-    dim = rotated(hf, head_dim, 1.0 if partial is None else partial)
+    head_dim = value_or(hf, "head_dim", head_dim) or head_size(hf, "hidden_size", "num_attention_heads")
+    dim = rotary_dim(hf, head_dim, 1.0 if partial is None else partial)
     if partial is None and dim != head_dim:
         raise ValueError(f"{hf['model_type']} with partial_rotary_factor other than 1 is not supported (config.json)")
     rotary, positions = rope(hf, dim, theta=theta)
     return dict(
-        vocab_size=size(hf, "vocab_size"),
-        hidden_size=size(hf, "hidden_size"),
+        vocab_size=positive_int(hf, "vocab_size"),
+        hidden_size=positive_int(hf, "hidden_size"),
         embed_size=hf["hidden_size"],
-        num_layers=size(hf, "num_hidden_layers"),
-        num_heads=size(hf, "num_attention_heads"),
+        num_layers=positive_int(hf, "num_hidden_layers"),
+        num_heads=positive_int(hf, "num_attention_heads"),
         num_kv_heads=kv_heads(hf, kv),
         head_dim=head_dim,
-        mlp_size=size(hf, "intermediate_size"),
+        mlp_size=positive_int(hf, "intermediate_size"),
         max_positions=positions,
         norm="rms",
-        norm_eps=float(given(hf, *eps)),
+        norm_eps=float(value_or(hf, *eps)),
         rope=rotary,
         attention_scale=head_dim**-0.5,
         activation=activation(hf, "hidden_act", "silu"),
         gated_mlp=True,
-        tied=given(hf, "tie_word_embeddings", tied),
+        tied=value_or(hf, "tie_word_embeddings", tied),
     )
 
 
-def biased(hf: Mapping[str, Any]) -> dict[str, bool]:
+def attention_biases(hf: Mapping[str, Any]) -> dict[str, bool]:
     """The fields that attention_bias stands for."""
-    return dict.fromkeys(("qkv_bias", "o_bias"), given(hf, "attention_bias", False))
+    return dict.fromkeys(("qkv_bias", "o_bias"), value_or(hf, "attention_bias", False))
 
 
-def late_windows(hf: Mapping[str, Any]) -> tuple[int, ...]:
+def upper_layer_windows(hf: Mapping[str, Any]) -> tuple[int, ...]:
     """Qwen's: none without use_sliding_window, and with it in the layers from max_window_layers on."""
-    window = hf.get("sliding_window", 4096) if given(hf, "use_sliding_window", False) else None
-    first = given(hf, "max_window_layers", 28)
-    return windows(hf, window, [window is not None and i >= first for i in range(size(hf, "num_hidden_layers"))])
+    window = hf.get("sliding_window", 4096) if value_or(hf, "use_sliding_window", False) else None
+    first = value_or(hf, "max_window_layers", 28)
+    return windows(
+        hf, window, [window is not None and i >= first for i in range(positive_int(hf, "num_hidden_layers"))]
+    )
 
 
 def _llama(hf: Mapping[str, Any]) -> dict[str, Any]:
-    same_windows(hf, None)
-    return llama_fields(hf) | biased(hf) | dict(mlp_bias=given(hf, "mlp_bias", False))
+    equal_windows(hf, None)
+    return llama_fields(hf) | attention_biases(hf) | dict(mlp_bias=value_or(hf, "mlp_bias", False))
 
 
 def _mistral(hf: Mapping[str, Any]) -> dict[str, Any]:
-    return llama_fields(hf, kv=8) | dict(windows=same_windows(hf, hf.get("sliding_window", 4096)))
+    return llama_fields(hf, kv=8) | dict(windows=equal_windows(hf, hf.get("sliding_window", 4096)))
 
 
 def _qwen2(hf: Mapping[str, Any]) -> dict[str, Any]:
-    return llama_fields(hf, kv=32) | dict(qkv_bias=True, windows=late_windows(hf))
+    return llama_fields(hf, kv=32) | dict(qkv_bias=True, windows=upper_layer_windows(hf))
 
 
 def _qwen3(hf: Mapping[str, Any]) -> dict[str, Any]:
-    return llama_fields(hf, kv=32, head_dim=128) | biased(hf) | dict(qk_norm="head", windows=late_windows(hf))
+    return (
+        llama_fields(hf, kv=32, head_dim=128)
+        | attention_biases(hf)
+        | dict(qk_norm="head", windows=upper_layer_windows(hf))
+    )
 
 
 def _phi3(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,29 +124,31 @@ def _phi3(hf: Mapping[str, Any]) -> dict[str, Any]:
         kind = "longrope"
     if kind not in ("default", "longrope"):
         raise ValueError(f'phi3 with rope scaling "{kind}" is not supported; supported: default, longrope')
-    original = given(hf, "original_max_position_embeddings", 4096)
+    original = value_or(hf, "original_max_position_embeddings", 4096)
     hf = {**hf, "rope_scaling": parameters | {"rope_type": kind}, "original_max_position_embeddings": original}
     fields = llama_fields(hf, partial=1.0, eps=("rms_norm_eps", 1e-5))
-    return fields | dict(windows=same_windows(hf, hf.get("sliding_window")))
+    return fields | dict(windows=equal_windows(hf, hf.get("sliding_window")))
 
 
 def _olmo2(hf: Mapping[str, Any]) -> dict[str, Any]:
-    same_windows(hf, None)
-    return llama_fields(hf, eps=("rms_norm_eps", 1e-5)) | biased(hf) | dict(residual="output", qk_norm="width")
-
-
-def _stablelm(hf: Mapping[str, Any]) -> dict[str, Any]:
-    same_windows(hf, None)
-    refuse(hf, head_dim=head_size(hf, "hidden_size", "num_attention_heads"))
-    return llama_fields(hf, kv=32, partial=0.25, eps=("layer_norm_eps", 1e-5)) | dict(
-        norm="layer",
-        residual="parallel_shared" if given(hf, "use_parallel_residual", False) else "pre",
-        qkv_bias=given(hf, "use_qkv_bias", False),
-        qk_norm="each_head" if given(hf, "qk_layernorm", False) else "none",
+    equal_windows(hf, None)
+    return (
+        llama_fields(hf, eps=("rms_norm_eps", 1e-5)) | attention_biases(hf) | dict(residual="output", qk_norm="width")
     )
 
 
-def block(config: DecoderConfig) -> Tensors:
+def _stablelm(hf: Mapping[str, Any]) -> dict[str, Any]:
+    equal_windows(hf, None)
+    refuse(hf, head_dim=head_size(hf, "hidden_size", "num_attention_heads"))
+    return llama_fields(hf, kv=32, partial=0.25, eps=("layer_norm_eps", 1e-5)) | dict(
+        norm="layer",
+        residual="parallel_shared" if value_or(hf, "use_parallel_residual", False) else "pre",
+        qkv_bias=value_or(hf, "use_qkv_bias", False),
+        qk_norm="each_head" if value_or(hf, "qk_layernorm", False) else "none",
+    )
+
+
+def block_tensors(config: DecoderConfig) -> Tensors:
     """Names around and within each block, but for its MLP."""
     layer = "model.layers.{i}"
     heads, d = f"{layer}.self_attn", config.head_dim
@@ -142,19 +158,19 @@ def block(config: DecoderConfig) -> Tensors:
     elif config.qk_norm == "width":
         q_width, k_width = config.num_heads * d, config.num_kv_heads * d
     return (
-        ends(config, "model.embed_tokens")
+        embedding_and_heads(config, "model.embed_tokens")
         | norms(config.hidden_size, {"final_norm": "model.norm"})
         | norms(config.hidden_size, {f"layers/{k}": f"{layer}.{name}" for k, name in _NORMS[config.residual].items()})
         | norms(q_width, {"layers/attention/q_norm": q_norm})
         | norms(k_width, {"layers/attention/k_norm": k_norm})
-        | attention(config, f"{heads}.q_proj", f"{heads}.k_proj", f"{heads}.v_proj", f"{heads}.o_proj")
+        | separate_attention(config, f"{heads}.q_proj", f"{heads}.k_proj", f"{heads}.v_proj", f"{heads}.o_proj")
     )
 
 
 def llama_tensors(config: DecoderConfig) -> Tensors:
     mlp = "model.layers.{i}.mlp"
     return (
-        block(config)
+        block_tensors(config)
         | linear("layers/mlp/gate", f"{mlp}.gate_proj", config.hidden_size, config.mlp_size)
         | linear("layers/mlp/up", f"{mlp}.up_proj", config.hidden_size, config.mlp_size)
         | linear("layers/mlp/down", f"{mlp}.down_proj", config.mlp_size, config.hidden_size)
@@ -168,8 +184,8 @@ def _phi3_tensors(config: DecoderConfig) -> Tensors:
     gate_up = {f"layers/mlp/{part}": config.mlp_size for part in ("gate", "up")}
     return (
         llama_tensors(config)
-        | striped(qkv, f"{layer}.self_attn.qkv_proj", config.hidden_size, groups=1)
-        | striped(gate_up, f"{layer}.mlp.gate_up_proj", config.hidden_size, groups=1)
+        | fused_linears(qkv, f"{layer}.self_attn.qkv_proj", config.hidden_size, groups=1)
+        | fused_linears(gate_up, f"{layer}.mlp.gate_up_proj", config.hidden_size, groups=1)
     )
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_jax.models.architecture import Rope
-from rlhf_jax.models.families.hf_fields import given, size
+from rlhf_jax.models.config import Rope
+from rlhf_jax.models.families.hf_fields import positive_int, value_or
 
 _Scaled = tuple[np.ndarray, float, int]  # frequencies, factor of cosine and sine, number of positions
 
@@ -41,10 +41,10 @@ def rope(
     kind = parameters["rope_type"]
     if kind not in _SCALINGS:
         raise ValueError(f'rope scaling "{kind}" is not supported; supported: {", ".join(_SCALINGS)} (config.json)')
-    positions = size(hf, "max_position_embeddings") if positions is None else positions
-    original = given(parameters, "original_max_position_embeddings", positions)
-    parameters["original_max_position_embeddings"] = given(hf, "original_max_position_embeddings", original)
-    base = float(given(parameters, "rope_theta", theta))
+    positions = positive_int(hf, "max_position_embeddings") if positions is None else positions
+    original = value_or(parameters, "original_max_position_embeddings", positions)
+    parameters["original_max_position_embeddings"] = value_or(hf, "original_max_position_embeddings", original)
+    base = float(value_or(parameters, "rope_theta", theta))
     wavelengths = base ** (np.arange(0, dim, 2, dtype=np.float32) / dim)  # divided by 2 pi
     frequencies, factor, positions = _SCALINGS[kind](parameters, wavelengths, base, positions)
     assert frequencies.dtype == np.float32 and frequencies.shape == (dim // 2,)
@@ -64,17 +64,17 @@ def rope_parameters(hf: Mapping[str, Any]) -> dict[str, Any]:
     if nested:
         raise ValueError(f"{hf.get('model_type')} with rope_parameters for {' and '.join(nested)} is not supported")
     for key in ("rope_theta", "partial_rotary_factor"):
-        parameters[key] = given(parameters, key, hf.get(key))
-    parameters["rope_type"] = given(parameters, "rope_type", given(parameters, "type", "default"))
+        parameters[key] = value_or(parameters, key, hf.get(key))
+    parameters["rope_type"] = value_or(parameters, "rope_type", value_or(parameters, "type", "default"))
     return parameters
 
 
-def rotated(hf: Mapping[str, Any], head_dim: int, default: float = 1.0) -> int:
+def rotary_dim(hf: Mapping[str, Any], head_dim: int, default: float = 1.0) -> int:
     """How many dimensions of a head are rotated, by partial_rotary_factor."""
-    return int(head_dim * given(rope_parameters(hf), "partial_rotary_factor", default))
+    return int(head_dim * value_or(rope_parameters(hf), "partial_rotary_factor", default))
 
 
-def _number(parameters: Mapping[str, Any], key: str) -> float:
+def _positive_float(parameters: Mapping[str, Any], key: str) -> float:
     value = parameters.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f'config.json: rope scaling "{parameters["rope_type"]}" needs a number {key}, not {value!r}')
@@ -86,27 +86,27 @@ def _default(parameters: Mapping[str, Any], wavelengths: np.ndarray, base: float
 
 
 def _linear(parameters: Mapping[str, Any], wavelengths: np.ndarray, base: float, positions: int) -> _Scaled:
-    return 1.0 / wavelengths / _number(parameters, "factor"), 1.0, positions
+    return 1.0 / wavelengths / _positive_float(parameters, "factor"), 1.0, positions
 
 
 def _dynamic(parameters: Mapping[str, Any], wavelengths: np.ndarray, base: float, positions: int) -> _Scaled:
     # Scaled only past max_position_embeddings, and then by the length of the sequence: a key would have to be rotated
     # anew with each token, and a cache holds it rotated. So that is where the positions end.
-    _number(parameters, "factor")
+    _positive_float(parameters, "factor")
     return 1.0 / wavelengths, 1.0, positions
 
 
 def _yarn(parameters: Mapping[str, Any], wavelengths: np.ndarray, base: float, positions: int) -> _Scaled:
     """Peng et al. 2023 (arXiv 2309.00071): long wavelengths are interpolated, short ones kept, and a ramp between."""
-    original = _number(parameters, "original_max_position_embeddings")
-    factor = positions / original if parameters.get("factor") is None else _number(parameters, "factor")
+    original = _positive_float(parameters, "original_max_position_embeddings")
+    factor = positions / original if parameters.get("factor") is None else _positive_float(parameters, "factor")
 
     def magnitude(scale: float = 1.0) -> float:
         return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
     mscale, mscale_all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
     if parameters.get("attention_factor") is not None:
-        attention = float(_number(parameters, "attention_factor"))
+        attention = float(_positive_float(parameters, "attention_factor"))
     elif mscale and mscale_all_dim:
         attention = magnitude(mscale) / magnitude(mscale_all_dim)
     else:
@@ -129,10 +129,10 @@ def _yarn(parameters: Mapping[str, Any], wavelengths: np.ndarray, base: float, p
 
 def _longrope(parameters: Mapping[str, Any], wavelengths: np.ndarray, base: float, positions: int) -> _Scaled:
     """Ding et al. 2024 (arXiv 2402.13753): a factor for each wavelength."""
-    original = size(parameters, "original_max_position_embeddings")
-    factor = positions / original if parameters.get("factor") is None else _number(parameters, "factor")
+    original = positive_int(parameters, "original_max_position_embeddings")
+    factor = positions / original if parameters.get("factor") is None else _positive_float(parameters, "factor")
     if parameters.get("attention_factor") is not None:
-        attention = float(_number(parameters, "attention_factor"))
+        attention = float(_positive_float(parameters, "attention_factor"))
     else:
         attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     short = parameters.get("short_factor")
@@ -145,8 +145,11 @@ def _longrope(parameters: Mapping[str, Any], wavelengths: np.ndarray, base: floa
 
 def _llama3(parameters: Mapping[str, Any], wavelengths: np.ndarray, base: float, positions: int) -> _Scaled:
     """Grattafiori et al. 2024 (arXiv 2407.21783), code release: as yarn, with another ramp."""
-    factor, original = _number(parameters, "factor"), _number(parameters, "original_max_position_embeddings")
-    low, high = _number(parameters, "low_freq_factor"), _number(parameters, "high_freq_factor")
+    factor, original = (
+        _positive_float(parameters, "factor"),
+        _positive_float(parameters, "original_max_position_embeddings"),
+    )
+    low, high = _positive_float(parameters, "low_freq_factor"), _positive_float(parameters, "high_freq_factor")
     frequencies = 1.0 / wavelengths
     lengths = 2 * math.pi / frequencies
     smooth = (original / lengths - low) / (high - low)

@@ -5,12 +5,56 @@ A table may list more than a model has (biases, say): `abstract_params` says whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from rlhf_jax.models.architecture import DecoderConfig
-from rlhf_jax.models.tensors import HfTensor, Strip
+from rlhf_jax.models.config import DecoderConfig
+
+
+@dataclass(frozen=True)
+class Stripe:
+    """What is ours of a fused projection: in every group of `period` outputs, `length` of them from `offset`."""
+
+    offset: int
+    length: int
+    period: int
+
+
+class HfTensor(NamedTuple):
+    """A parameter as it lies in a checkpoint.
+
+    Ours, without its layer dimension where the name has {i}, and without its expert dimension where it has {j}, equals
+    the file's tensor, transposed where asked, of which the strip is taken along the last dimension. Where ours has more
+    rows than the file (the padding of the vocabulary) the rest are zeros.
+    """
+
+    name: str  # "{i}" stands for the layer, "{j}" for the expert (or head): ours are stacked, the file's are not
+    shape: tuple[int, ...]  # in the file, of one tensor, all of a fused one
+    transpose: bool = False  # the file has [..., out, in], ours is [..., in, out]
+    strip: Stripe | None = None  # along the last dimension of ours; None: all of it
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the files of a folder hold.
+
+    Attributes:
+        layouts: {path: where it lies in the files}; those after the first are alternatives to it, which may leave out
+            what they have in common with it. Of them the one is used that the files lack the fewest tensors of.
+        prefix: of the base model's names, which the files may leave out.
+        optional: paths that the files may lack.
+        tolerated: names that the files may have and nothing reads.
+        twins: {such a name: one that is read}, which have to be the same where the files have both.
+    """
+
+    layouts: Sequence[Mapping[str, HfTensor]]
+    prefix: str
+    optional: Collection[str] = ()
+    tolerated: re.Pattern[str] | None = None
+    twins: Mapping[str, str] = field(default_factory=dict)
+
 
 Tensors = dict[str, HfTensor]  # by the path of our parameter
 
@@ -53,7 +97,7 @@ def norm(path: str, name: str, width: int) -> Tensors:
     }
 
 
-def ends(config: DecoderConfig, embedding: str, head: str = "lm_head") -> Tensors:
+def embedding_and_heads(config: DecoderConfig, embedding: str, head: str = "lm_head") -> Tensors:
     """The embedding of tokens, and the heads."""
     return {
         "embed/tokens": HfTensor(f"{embedding}.weight", (config.vocab_size, config.embed_size)),
@@ -78,7 +122,7 @@ def positions(config: DecoderConfig, theirs: str) -> Tensors:
     return {"embed/positions": HfTensor(f"{theirs}.weight", (config.position_rows, config.hidden_size))}
 
 
-def striped(ours: Mapping[str, int], theirs: str, inputs: int, groups: int) -> Tensors:
+def fused_linears(ours: Mapping[str, int], theirs: str, inputs: int, groups: int) -> Tensors:
     """Linear layers that lie in one, a group of outputs after the other.
 
     Args:
@@ -92,7 +136,7 @@ def striped(ours: Mapping[str, int], theirs: str, inputs: int, groups: int) -> T
     offset = 0
     for path, length in ours.items():
         whole = linear(path, theirs, inputs, groups * period)
-        table |= {name: tensor._replace(strip=Strip(offset, length, period)) for name, tensor in whole.items()}
+        table |= {name: tensor._replace(strip=Stripe(offset, length, period)) for name, tensor in whole.items()}
         offset += length
     return table
 
@@ -105,7 +149,7 @@ def conv1d(table: Tensors) -> Tensors:
     }
 
 
-def attention(config: DecoderConfig, q: str, k: str, v: str, o: str) -> Tensors:
+def separate_attention(config: DecoderConfig, q: str, k: str, v: str, o: str) -> Tensors:
     """The four projections of attention, each with a tensor of its own."""
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return (
@@ -120,7 +164,7 @@ def grouped_attention(config: DecoderConfig, qkv: str, o: str) -> Tensors:
     """Queries, keys and values in one tensor, [K, G + 2, d]: behind the queries that share them, a key and a value."""
     d, shared_by = config.head_dim, config.num_heads // config.num_kv_heads
     group = {"layers/attention/q": shared_by * d, "layers/attention/k": d, "layers/attention/v": d}
-    return striped(group, qkv, config.hidden_size, config.num_kv_heads) | linear(
+    return fused_linears(group, qkv, config.hidden_size, config.num_kv_heads) | linear(
         "layers/attention/o", o, config.num_heads * d, config.hidden_size
     )
 

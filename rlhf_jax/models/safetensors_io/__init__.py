@@ -3,8 +3,8 @@
 `files` maps a folder's files, `blocks` says where our elements lie in them, `reading` and `writing` are the directions.
 """
 
-from rlhf_jax.models.safetensors_io.files import listed, pickle_refusal, stored_dtype
+from rlhf_jax.models.safetensors_io.files import join_names, pickle_refusal, stored_dtype
 from rlhf_jax.models.safetensors_io.reading import read_params
 from rlhf_jax.models.safetensors_io.writing import write_params
 
-__all__ = ["listed", "pickle_refusal", "read_params", "stored_dtype", "write_params"]
+__all__ = ["join_names", "pickle_refusal", "read_params", "stored_dtype", "write_params"]

@@ -6,35 +6,35 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from rlhf_jax.models.tensors import HfTensor
+from rlhf_jax.models.families.tensors import HfTensor
 
 Index = tuple[slice, ...]
 Bounds = Sequence[tuple[int, int]]  # (start, stop) in each dimension
 
 
-def bounds_of(index: Index, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
+def shard_bounds(index: Index, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """The bounds of a shard, which jax gives as slices."""
     return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
 
 
-def spread(tensor: HfTensor) -> int:
+def num_spread(tensor: HfTensor) -> int:
     """How many of our leading dimensions, layer and expert, are spread over tensors of the files."""
     return ("{i}" in tensor.name) + ("{j}" in tensor.name)
 
 
-def members(tensor: HfTensor, bounds: Bounds) -> Iterator[tuple[tuple[int, ...], str]]:
+def member_tensors(tensor: HfTensor, bounds: Bounds) -> Iterator[tuple[tuple[int, ...], str]]:
     """For each tensor within the bounds of those leading dimensions, its index in them from 0, and its name."""
     for index in np.ndindex(*(stop - start for start, stop in bounds)):
         number = [start + step for (start, _), step in zip(bounds, index, strict=True)]
         yield index, tensor.name.format(**dict(zip("ij", number, strict=False)))
 
 
-def oriented(file: np.ndarray, tensor: HfTensor) -> np.ndarray:
+def in_our_order(file: np.ndarray, tensor: HfTensor) -> np.ndarray:
     """A view of the file's tensor with its dimensions in our order."""
     return file.swapaxes(-1, -2) if tensor.transpose else file
 
 
-def blocks(tensor: HfTensor, bounds: Bounds) -> Iterator[tuple[Index, Index]]:
+def block_indices(tensor: HfTensor, bounds: Bounds) -> Iterator[tuple[Index, Index]]:
     """Pairs of an index into ours, counted from the bounds, and the index of the same elements in the oriented tensor.
 
     What the bounds, of our dimensions behind the leading ones, enclose and no pair does is padding of the vocabulary.
@@ -50,7 +50,7 @@ def blocks(tensor: HfTensor, bounds: Bounds) -> Iterator[tuple[Index, Index]]:
     (start, stop), size = last
     at, stop = start, min(stop, size)
     while at < stop:
-        there, length = _run(tensor, at)
+        there, length = _contiguous_run(tensor, at)
         length = min(length, stop - at)
         here = at - start
         yield (*ours, slice(here, here + length)), (*theirs, slice(there, there + length))
@@ -67,7 +67,7 @@ def _extent(tensor: HfTensor) -> list[int]:
     return extent
 
 
-def _run(tensor: HfTensor, at: int) -> tuple[int, int]:
+def _contiguous_run(tensor: HfTensor, at: int) -> tuple[int, int]:
     """Where the file has our index `at` of the last dimension, and how many from there on are neighbours in it too."""
     strip = tensor.strip
     if strip is None:
@@ -92,10 +92,10 @@ def copy(to: np.ndarray, source: np.ndarray) -> None:
 
 
 def _copy(to: np.ndarray, source: np.ndarray) -> None:
-    if to.ndim < 2 or _transposed(to) == _transposed(source):
+    if to.ndim < 2 or _is_transposed(to) == _is_transposed(source):
         to[...] = source
         return
-    if _transposed(to):
+    if _is_transposed(to):
         to, source = to.swapaxes(-1, -2), source.swapaxes(-1, -2)
     for start in range(0, to.shape[-1], 16):  # so few that the cache keeps their lines until those are full
         columns = slice(start, start + 16)
@@ -103,5 +103,5 @@ def _copy(to: np.ndarray, source: np.ndarray) -> None:
         to[..., columns] = source[..., columns].astype(to.dtype, copy=False)
 
 
-def _transposed(array: np.ndarray) -> bool:
+def _is_transposed(array: np.ndarray) -> bool:
     return array.strides[-1] > array.strides[-2]

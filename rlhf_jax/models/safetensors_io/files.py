@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F32": jnp.dtype("float32"), "F16": jnp.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
-_TOLD = 100  # names of one kind in a message, at most
+NUMPY_DTYPES = {"F32": jnp.dtype("float32"), "F16": jnp.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
+_MAX_LISTED = 100  # names of one kind in a message, at most
 
 
 class Entry(NamedTuple):
@@ -30,7 +30,7 @@ class Entry(NamedTuple):
     stop: int
 
     def array(self) -> np.ndarray:
-        return np.ndarray(self.shape, DTYPES[self.dtype], self.file, self.start)
+        return np.ndarray(self.shape, NUMPY_DTYPES[self.dtype], self.file, self.start)
 
     def release(self) -> None:
         """Give the pages back: those of a mapped file count as ours for as long as nobody else wants the memory."""
@@ -66,7 +66,7 @@ def open_folder(folder: Path) -> dict[str, Entry]:
             if strange := [name for name in names if name != Path(name).name]:
                 raise ValueError(f"{strange[0]} is no name of a file in this folder")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{folder / INDEX} is damaged ({_told(error)}): download it again") from error
+            raise ValueError(f"{folder / INDEX} is damaged ({_error_text(error)}): download it again") from error
     else:
         pickled = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth") for p in folder.glob(kind))
         if pickled:
@@ -80,9 +80,9 @@ def open_folder(folder: Path) -> dict[str, Entry]:
         except FileNotFoundError as error:
             raise ValueError(f"{folder / INDEX} names {path.name}, which is not there: download it again") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged ({_told(error)}): download it again") from error
+            raise ValueError(f"{path} is damaged ({_error_text(error)}): download it again") from error
         if twice := entries.keys() & found.keys():
-            raise ValueError(f"two files of {folder} have {listed(twice)}: remove what is of another checkpoint")
+            raise ValueError(f"two files of {folder} have {join_names(twice)}: remove what is of another checkpoint")
         entries |= found
     return entries
 
@@ -90,16 +90,16 @@ def open_folder(folder: Path) -> dict[str, Entry]:
 def stored_dtype(folder: Path) -> str:
     """That of all tensors of the folder's files where they agree, else float32; ValueError as `open_folder`."""
     dtypes = {entry.dtype for entry in open_folder(folder).values()}
-    return str(DTYPES.get(dtypes.pop(), "float32")) if len(dtypes) == 1 else "float32"
+    return str(NUMPY_DTYPES.get(dtypes.pop(), "float32")) if len(dtypes) == 1 else "float32"
 
 
-def listed(names: Collection[str]) -> str:
+def join_names(names: Collection[str]) -> str:
     """Sorted, as a message has them: a hundred at most."""
-    more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
-    return ", ".join(sorted(names)[:_TOLD]) + more
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(sorted(names)[:_MAX_LISTED]) + more
 
 
-def _told(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return f"no {error}" if isinstance(error, KeyError) else str(error)
 
 
@@ -119,7 +119,7 @@ def _entries(file: mmap.mmap) -> dict[str, Entry]:
         shape, (start, stop) = tuple(entry["shape"]), (8 + length + offset for offset in entry["data_offsets"])
         if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, stop)):
             raise ValueError(f"{name} is described by {entry}")
-        dtype = DTYPES.get(entry["dtype"])
+        dtype = NUMPY_DTYPES.get(entry["dtype"])
         if dtype and stop - start != dtype.itemsize * math.prod(shape):
             raise ValueError(f"{name} is {stop - start} bytes, {list(shape)} {entry['dtype']} are another number")
         if start != end or stop < start:

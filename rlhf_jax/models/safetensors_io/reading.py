@@ -15,11 +15,19 @@ import numpy as np
 
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.decoder import Leaf
-from rlhf_jax.models.per_layer import PerLayer, is_shareable
-from rlhf_jax.models.quantised import Quantised, is_quantisable, stacked
-from rlhf_jax.models.safetensors_io.blocks import Bounds, blocks, bounds_of, copy, members, oriented, spread
-from rlhf_jax.models.safetensors_io.files import DTYPES, Entry, listed, open_folder
-from rlhf_jax.models.tensors import Checkpoint, HfTensor
+from rlhf_jax.models.families.tensors import Checkpoint, HfTensor
+from rlhf_jax.models.quantised import Quantised, is_quantisable, quantise_layers
+from rlhf_jax.models.safetensors_io.blocks import (
+    Bounds,
+    block_indices,
+    copy,
+    in_our_order,
+    member_tensors,
+    num_spread,
+    shard_bounds,
+)
+from rlhf_jax.models.safetensors_io.files import NUMPY_DTYPES, Entry, join_names, open_folder
+from rlhf_jax.models.unstacked import Unstacked, is_shareable
 
 _ALIGNMENT = 64
 _FOREIGN = "of an unsupported dtype"
@@ -34,7 +42,7 @@ def read_params(
     *,
     kind: str | None = None,
     serving: Layout | None = None,
-) -> dict[str, jax.Array | Quantised | PerLayer]:
+) -> dict[str, jax.Array | Quantised | Unstacked]:
     """Parameters from a folder's safetensors; beyond them, the host holds one shard of one of them at a time.
 
     Args:
@@ -68,22 +76,22 @@ def read_params(
             entry, shape = files[name], tensors[path].shape
             if entry.shape != shape:
                 faults["misshaped"].add(f"{name} ({list(entry.shape)} in place of {list(shape)})")
-            elif entry.dtype not in DTYPES:
-                faults[_FOREIGN].add(f"{name} ({entry.dtype} in place of {', '.join(DTYPES)})")
+            elif entry.dtype not in NUMPY_DTYPES:
+                faults[_FOREIGN].add(f"{name} ({entry.dtype} in place of {', '.join(NUMPY_DTYPES)})")
     for name, other in checkpoint.twins.items():
-        if find(name) and find(other) and not _same(files[find(name)], files[find(other)]):
+        if find(name) and find(other) and not _equal_tensors(files[find(name)], files[find(other)]):
             raise ValueError(
                 f"{folder} is tied (tie_word_embeddings), but its {name} is not its {other}: set "
                 "tie_word_embeddings to false in its config.json to use both"
             )
     faults["surplus"] = {name for name in files.keys() - used if not (tolerated and tolerated.fullmatch(name))}
     if any(faults.values()):
-        told = "; ".join(f"{fault}: {listed(names)}" for fault, names in faults.items() if names)
-        raise ValueError(f"the tensors of {folder} are not those that its config.json describes; {told}")
+        reported = "; ".join(f"{fault}: {join_names(names)}" for fault, names in faults.items() if names)
+        raise ValueError(f"the tensors of {folder} are not those that its config.json describes; {reported}")
     layouts_of = {path: serving if serving and is_shareable(path) else layout for path in leaves}
     _check_even(leaves, layouts_of)
     found = {name: files[find(name)] for path, leaf in leaves.items() for name in _names(leaf, tensors[path])}
-    read = functools.partial(_read, dtype=jnp.dtype(dtype))
+    read = functools.partial(_read_parameter, dtype=jnp.dtype(dtype))
     read_kernel = functools.partial(_read_per_layer, dtype=jnp.dtype(dtype)) if serving else read
     if kind:
         read_kernel = functools.partial(_read_quantised, kind=kind)
@@ -92,10 +100,10 @@ def read_params(
 
 
 def _names(leaf: Leaf, tensor: HfTensor) -> list[str]:
-    return [name for _, name in members(tensor, [(0, size) for size in leaf.shape[: spread(tensor)]])]
+    return [name for _, name in member_tensors(tensor, [(0, size) for size in leaf.shape[: num_spread(tensor)]])]
 
 
-def _same(one: Entry, other: Entry) -> bool:
+def _equal_tensors(one: Entry, other: Entry) -> bool:
     """Whether two tensors hold the same numbers, some rows at a time."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
@@ -120,26 +128,26 @@ def _check_even(leaves: Mapping[str, Leaf], layouts: Mapping[str, Layout]) -> No
 
 def _read_quantised(files, leaf: Leaf, tensor: HfTensor, layout: Layout, kind: str) -> Quantised:
     layers = _layers(files, leaf, tensor, layout, np.dtype(np.float32))
-    return stacked(layers, leaf.shape, leaf.axes, kind, layout)
+    return quantise_layers(layers, leaf.shape, leaf.axes, kind, layout)
 
 
-def _read_per_layer(files, leaf: Leaf, tensor: HfTensor, layout: Layout, dtype: np.dtype) -> PerLayer:
-    return PerLayer(tuple(_layers(files, leaf, tensor, layout, dtype)))
+def _read_per_layer(files, leaf: Leaf, tensor: HfTensor, layout: Layout, dtype: np.dtype) -> Unstacked:
+    return Unstacked(tuple(_layers(files, leaf, tensor, layout, dtype)))
 
 
 def _layers(files, leaf: Leaf, tensor: HfTensor, layout: Layout, dtype: np.dtype) -> Iterator[jax.Array]:
     layer = Leaf(leaf.shape[1:], leaf.axes[1:])
-    return (_read(files, layer, tensor, layout, dtype, (i,)) for i in range(leaf.shape[0]))
+    return (_read_parameter(files, layer, tensor, layout, dtype, (i,)) for i in range(leaf.shape[0]))
 
 
-def _read(
+def _read_parameter(
     files: Mapping[str, Entry], leaf: Leaf, tensor: HfTensor, layout: Layout, dtype: np.dtype, at: tuple[int, ...] = ()
 ) -> jax.Array:
     """A parameter, or what of it lies `at` an index of its leading dimensions, which the leaf is without."""
     sharding = layout.sharding(leaf.axes)
     replicas = defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-        replicas[bounds_of(index, leaf.shape)].append(device)
+        replicas[shard_bounds(index, leaf.shape)].append(device)
     arrays: list[jax.Array] = []
     for bounds, devices in replicas.items():
         shard = _shard(files, tensor, (*((i, i + 1) for i in at), *bounds), dtype)[(0,) * len(at)]
@@ -152,10 +160,10 @@ def _read(
 def _shard(files: Mapping[str, Entry], tensor: HfTensor, bounds: Bounds, dtype: np.dtype) -> np.ndarray:
     """What lies within the bounds of a parameter."""
     shard = _zeros([stop - start for start, stop in bounds], dtype)
-    leading = spread(tensor)
-    for index, name in members(tensor, bounds[:leading]):
-        ours, theirs = shard[(*index, ...)], oriented(files[name].array(), tensor)
-        for here, there in blocks(tensor, bounds[leading:]):
+    leading = num_spread(tensor)
+    for index, name in member_tensors(tensor, bounds[:leading]):
+        ours, theirs = shard[(*index, ...)], in_our_order(files[name].array(), tensor)
+        for here, there in block_indices(tensor, bounds[leading:]):
             copy(ours[here], theirs[there])
         files[name].release()
     return shard

@@ -15,12 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.models.lora import NO_LORA, LoraConfig, merged_kernel
-from rlhf_jax.models.per_layer import PerLayer
+from rlhf_jax.models.families.tensors import HfTensor
+from rlhf_jax.models.lora import NO_LORA, LoraConfig, merge_kernel
 from rlhf_jax.models.quantised import Quantised, dequantise
-from rlhf_jax.models.safetensors_io.blocks import blocks, bounds_of, copy, members, oriented, spread
-from rlhf_jax.models.safetensors_io.files import DTYPES, INDEX, SINGLE
-from rlhf_jax.models.tensors import HfTensor
+from rlhf_jax.models.safetensors_io.blocks import (
+    block_indices,
+    copy,
+    in_our_order,
+    member_tensors,
+    num_spread,
+    shard_bounds,
+)
+from rlhf_jax.models.safetensors_io.files import INDEX, NUMPY_DTYPES, SINGLE
+from rlhf_jax.models.unstacked import Unstacked
 
 MAX_FILE_BYTES = 5 * 10**9  # what transformers and the hub call a shard
 
@@ -32,7 +39,7 @@ class _Source(NamedTuple):
     lead: tuple[int, ...]  # its layer and expert
 
 
-class _Slot(NamedTuple):
+class _FileTensor(NamedTuple):
     """A tensor that is going to be written."""
 
     name: str
@@ -42,7 +49,7 @@ class _Slot(NamedTuple):
 
 def write_params(
     folder: Path,
-    params: Mapping[str, jax.Array | Quantised | PerLayer],
+    params: Mapping[str, jax.Array | Quantised | Unstacked],
     tensors: Mapping[str, HfTensor],
     dtype: str,
     lora: LoraConfig = NO_LORA,
@@ -61,9 +68,9 @@ def write_params(
         max_bytes: tensors of one file, at most; a larger tensor has a file to itself.
     """
     itemsize = jnp.dtype(dtype).itemsize
-    groups: list[list[_Slot]] = [[]]
+    groups: list[list[_FileTensor]] = [[]]
     room = max_bytes
-    for slot in _slots(params, tensors):
+    for slot in _file_tensors(params, tensors):
         nbytes = math.prod(slot.shape) * itemsize
         if groups[-1] and nbytes > room:
             groups.append([])
@@ -82,21 +89,21 @@ def write_params(
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
 
 
-def _slots(params: Mapping[str, jax.Array], tensors: Mapping[str, HfTensor]) -> list[_Slot]:
+def _file_tensors(params: Mapping[str, jax.Array], tensors: Mapping[str, HfTensor]) -> list[_FileTensor]:
     """Unstacked tensors first, then layer by layer: the order in which a reader of the model wants them."""
-    slots: dict[str, _Slot] = {}
+    slots: dict[str, _FileTensor] = {}
     for path, tensor in tensors.items():
         if path in params:
-            bounds = [(0, size) for size in params[path].shape[: spread(tensor)]]
-            for lead, name in members(tensor, bounds):
-                slot = slots.setdefault(name, _Slot(name, tensor.shape, []))
+            bounds = [(0, size) for size in params[path].shape[: num_spread(tensor)]]
+            for lead, name in member_tensors(tensor, bounds):
+                slot = slots.setdefault(name, _FileTensor(name, tensor.shape, []))
                 assert slot.shape == tensor.shape, (path, slot)
                 slot.sources.append(_Source(path, lead))
     return sorted(slots.values(), key=lambda slot: slot.sources[0].lead[:1])
 
 
-def _write_file(path: Path, slots: Sequence[_Slot], params, tensors, dtype: np.dtype, lora: LoraConfig) -> None:
-    code = {theirs: ours for ours, theirs in DTYPES.items()}[dtype]
+def _write_file(path: Path, slots: Sequence[_FileTensor], params, tensors, dtype: np.dtype, lora: LoraConfig) -> None:
+    code = {theirs: ours for ours, theirs in NUMPY_DTYPES.items()}[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say so
     offset = 0
     for slot in slots:
@@ -108,30 +115,30 @@ def _write_file(path: Path, slots: Sequence[_Slot], params, tensors, dtype: np.d
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for slot in slots:
-            file.write(_assembled(slot, params, tensors, dtype, lora).reshape(-1).view(np.uint8).data)
+            file.write(_assemble(slot, params, tensors, dtype, lora).reshape(-1).view(np.uint8).data)
 
 
-def _assembled(slot: _Slot, params: Mapping[str, jax.Array], tensors, dtype, lora: LoraConfig) -> np.ndarray:
+def _assemble(slot: _FileTensor, params: Mapping[str, jax.Array], tensors, dtype, lora: LoraConfig) -> np.ndarray:
     """A tensor as it is in the file, from the shards of all that it is made of."""
     whole, filled = np.empty(slot.shape, dtype), 0
     for path, lead in slot.sources:
         tensor, param = tensors[path], params[path]
-        theirs = oriented(whole, tensor)
+        theirs = in_our_order(whole, tensor)
         adapter = [params.get(path.removesuffix("kernel") + name) for name in ("lora_a", "lora_b")]
         arrays = [param] if adapter[0] is None else [param, *adapter]
-        if isinstance(param, PerLayer):
+        if isinstance(param, Unstacked):
             param, lead = _dense([array[lead[0]] for array in arrays], lead[1:], lora), ()
             arrays = [param]
         elif isinstance(param, Quantised):
             param, lead = _dense(arrays, lead, lora), ()
             arrays = [param]
-        distinct = {bounds_of(shard.index, param.shape): shard.device for shard in param.addressable_shards}
+        distinct = {shard_bounds(shard.index, param.shape): shard.device for shard in param.addressable_shards}
         for bounds, device in distinct.items():
             leading, inner = bounds[: len(lead)], bounds[len(lead) :]
             if all(start <= number < stop for number, (start, stop) in zip(lead, leading, strict=True)):
                 index = [number - start for number, (start, _) in zip(lead, leading, strict=True)]
-                ours = _fetched([_on(device, array) for array in arrays], index, lora)
-                for here, there in blocks(tensor, inner):
+                ours = _fetch([_on_device(device, array) for array in arrays], index, lora)
+                for here, there in block_indices(tensor, inner):
                     copy(theirs[there], ours[here])
                     filled += ours[here].size
                 del ours
@@ -140,15 +147,15 @@ def _assembled(slot: _Slot, params: Mapping[str, jax.Array], tensors, dtype, lor
     return whole
 
 
-def _on(device: jax.Device, array: jax.Array) -> jax.Array:
+def _on_device(device: jax.Device, array: jax.Array) -> jax.Array:
     return next(shard.data for shard in array.addressable_shards if shard.device == device)
 
 
-def _fetched(arrays: list[jax.Array], index: list[int], lora: LoraConfig) -> np.ndarray:
+def _fetch(arrays: list[jax.Array], index: list[int], lora: LoraConfig) -> np.ndarray:
     """One layer (and expert) of a kernel's shard, and of its adapter's where there is one, which lie on one device."""
     if len(arrays) == 1 and arrays[0].device.platform == "cpu":
         return np.asarray(arrays[0])[tuple(index)]  # a view of the device's own memory
-    return np.asarray(_taken(arrays, index, lora))
+    return np.asarray(_copy_item(arrays, index, lora))
 
 
 @functools.partial(jax.jit, static_argnames="lora")
@@ -158,11 +165,11 @@ def _dense(arrays: list, lead: tuple[jax.Array, ...], lora: LoraConfig) -> jax.A
         take = functools.partial(jax.lax.dynamic_index_in_dim, index=number, keepdims=False)
         arrays = jax.tree.map(take, arrays)
     dense = dequantise(arrays[0], jnp.float32)
-    return dense if len(arrays) == 1 else merged_kernel(dense, *arrays[1:], lora.scale)
+    return dense if len(arrays) == 1 else merge_kernel(dense, *arrays[1:], lora.scale)
 
 
 @functools.partial(jax.jit, static_argnames="lora")
-def _taken(arrays: list[jax.Array], index: list[jax.Array], lora: LoraConfig) -> jax.Array:
+def _copy_item(arrays: list[jax.Array], index: list[jax.Array], lora: LoraConfig) -> jax.Array:
     """A copy, as what numpy is given of an array itself would stay on the host for as long as the array lives.
 
     The index is traced, so that each shape is compiled once. Each device has those parts of A and B whose product is
@@ -170,4 +177,4 @@ def _taken(arrays: list[jax.Array], index: list[jax.Array], lora: LoraConfig) ->
     """
     for number in index:
         arrays = [jax.lax.dynamic_index_in_dim(array, number, keepdims=False) for array in arrays]
-    return jnp.copy(arrays[0]) if len(arrays) == 1 else merged_kernel(*arrays, lora.scale)
+    return jnp.copy(arrays[0]) if len(arrays) == 1 else merge_kernel(*arrays, lora.scale)

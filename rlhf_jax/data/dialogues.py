@@ -1,0 +1,210 @@
+"""Texts and lists of messages as turns: what the mappings of all formats are made of.
+
+Everything here raises `BadRow` without the place: `mapping.mapper` puts file, row and field before it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from rlhf_jax.data.records import BadRow, Turns
+
+SPEAKERS = ("\n\nHuman:", "\n\nAssistant:")  # those of hh-rlhf, and of SourceConfig.speakers
+ROLES = {"system": "system", "developer": "system"}
+ROLES |= dict.fromkeys(("user", "human", "prompter"), "user")
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant")
+
+
+def check_text(value: Any) -> str:
+    """The value, which is text as it stands. BadRow for anything else, and for half a character."""
+    if type(value) is not str:
+        raise BadRow(f"must be text, not {type(value).__name__}")
+    if not value.isascii():
+        try:
+            value.encode()  # UTF-8 refuses lone surrogates and nothing else, ten times faster than a search for them
+        except UnicodeEncodeError as error:
+            raise BadRow("holds half a character (a surrogate), as where text was cut") from error
+    return value
+
+
+def parse_messages(messages: Any) -> Turns:
+    """[{"role", "content"}, ...] or [{"from", "value"}, ...] as turns.
+
+    BadRow for a role that is no speaker of a dialogue, a call of a tool, content that is not text (a list of parts of
+    type "text" is: they are joined as they stand), and what `merge_turns` refuses.
+    """
+    return merge_turns(_pairs(messages))
+
+
+def parse_prompt(value: Any) -> Turns:
+    """A text, or the messages before an answer, as turns that end with the user's."""
+    if type(value) is str:
+        return (("user", check_text(value).strip()),)
+    if not isinstance(value, list | tuple):
+        raise BadRow(f"must be text or a list of messages, not {type(value).__name__}")
+    return check_prompt(parse_messages(value))
+
+
+def parse_reply(value: Any) -> str | Turns:
+    """A text, or the messages of an answer, as text; a whole dialogue as turns."""
+    if type(value) is str:
+        return check_text(value).strip()
+    if not isinstance(value, list | tuple):
+        raise BadRow(f"must be text or a list of messages, not {type(value).__name__}")
+    pairs = _pairs(value)
+    if pairs and all(role == "assistant" for role, _ in pairs):
+        return "\n\n".join(text for _, text in pairs).strip()
+    return merge_turns(pairs)
+
+
+def check_prompt(turns: Turns) -> Turns:
+    """The turns, which end with the user's, or BadRow."""
+    if not turns or turns[-1][0] != "user":
+        raise BadRow("must end with a turn of the user, whom the answer is for")
+    return turns
+
+
+def add_system(system: str, turns: Turns) -> Turns:
+    """The turns after a system turn, if there is a text for it."""
+    return merge_turns([("system", system.strip()), *turns]) if system.strip() else turns
+
+
+def same_prompt(one: Turns, other: Turns) -> bool:
+    """Whether two prompts differ in nothing but white space and system texts."""
+    one_said, other_said = (
+        [(role, text.split()) for role, text in turns if role != "system"] for turns in (one, other)
+    )
+    return one_said == other_said
+
+
+def merge_turns(pairs: Iterable[tuple[str, str]]) -> Turns:
+    """Turns of one speaker in succession as one, joined by a blank line, because chat templates insist on alternation.
+
+    BadRow unless a user turn comes first, or after one system turn that comes first.
+    """
+    turns: list[tuple[str, str]] = []
+    last = ""
+    for role, text in pairs:
+        if role == last:
+            turns[-1] = (role, f"{turns[-1][1]}\n\n{text}".strip())
+            continue
+        if turns and role == "system":
+            raise BadRow("a system turn comes after other turns; it must come first")
+        turns.append((role, text))
+        last = role
+    opening = turns[1:2] if turns and turns[0][0] == "system" else turns[:1]
+    if opening and opening[0][0] != "user":
+        raise BadRow(f"the {opening[0][0]} speaks first; a user turn must come before")
+    return tuple(turns)
+
+
+def split_answer(turns: Turns) -> tuple[Turns, str]:
+    """(turns before the last assistant turn, its text); a user turn after it is left out. BadRow if there is none."""
+    if turns and turns[-1][0] == "user":
+        turns = turns[:-1]
+    if len(turns) < 2 or turns[-1][0] != "assistant":
+        raise BadRow("has no assistant turn that answers a user turn")
+    return turns[:-1], turns[-1][1]
+
+
+def parse_transcript(text: str, where: str, speakers: tuple[str, ...] = SPEAKERS) -> tuple[Turns, str]:
+    """A "\\n\\nHuman: ...\\n\\nAssistant: ..." text -> (turns before the last Assistant turn, text of that turn).
+
+    `speakers`: what opens a turn of the user, of the assistant, and where there is a third one, of the system; a third
+    "" makes a system turn of what comes before the first speaker. White space that a speaker begins with need not be
+    there at the beginning of the text; a speaker that begins with none is found wherever no word runs into it. Turns of
+    one speaker in succession are one turn; a user turn after the last answer is left out. BadRow, naming `where`, for
+    what is no transcript: two turns are the least, the user's is first, and nothing stands before it.
+    """
+    text = check_text(text).strip()
+    found = list(_pattern(speakers).finditer(text))
+    ends = [match.start() for match in found[1:]] + [len(text)]
+    pairs = [
+        (("user", "assistant", "system")[match.lastindex - 1], text[match.end() : end].strip())
+        for match, end in zip(found, ends, strict=False)  # of no speakers, no end
+    ]
+    before = text[: found[0].start()].strip() if found else text
+    if before and speakers[2:] == ("",):
+        pairs.insert(0, ("system", before))
+        before = ""
+    try:
+        if before:
+            raise BadRow("it does not begin with a speaker")
+        return split_answer(merge_turns(pairs))
+    except BadRow as error:
+        user = speakers[0].lstrip()
+        raise BadRow(
+            f"{where}: no transcript: a turn '{user} ...' must come first, and {speakers[1] + ' ...'!r} after it "
+            f"({error}); data.sources.speakers says what opens the turns"
+        ) from error
+
+
+def full_transcript(prompt: str, text: str, speakers: tuple[str, ...]) -> str:
+    """The whole transcript: `text`, if it is one that begins with `prompt`, else `text` put after `prompt`."""
+    if text.lstrip().startswith(prompt.strip()):
+        return text
+    speaker = speakers[1].lstrip()
+    if text.lstrip().startswith(speaker):  # whatever white space there is, or is not, between the two
+        return f"{prompt.rstrip()}{speakers[1]}{text.lstrip().removeprefix(speaker)}"
+    return prompt + text
+
+
+@functools.cache
+def _pattern(speakers: tuple[str, ...]) -> re.Pattern[str]:
+    """One group a speaker, so that `lastindex` says who."""
+    parts = []
+    for speaker in filter(None, speakers):
+        name = speaker.lstrip()
+        space = re.escape(speaker[: len(speaker) - len(name)])
+        before = rf"(?:\A|{space})" if space else r"(?<!\w)" * name[0].isalnum()
+        parts.append(f"{before}({re.escape(name)})")
+    return re.compile("|".join(parts))
+
+
+def _pairs(messages: Any) -> list[tuple[str, str]]:
+    if not isinstance(messages, list | tuple):
+        raise BadRow(f"must be a list of messages, not {type(messages).__name__}")
+    pairs = []
+    for number, message in enumerate(messages, start=1):
+        try:
+            pairs.append(_pair(message))
+        except BadRow as error:
+            raise BadRow(f"has in message {number} what is none: {error}") from error
+    return pairs
+
+
+def _pair(message: Any) -> tuple[str, str]:
+    try:
+        role, content = ROLES[message["role"]], message["content"]
+    except (KeyError, TypeError):
+        role, content = _other_spelling(message)
+    if len(message) > 2 and (message.get("tool_calls") or message.get("function_call")):
+        raise BadRow("it calls a tool, which no template here writes")
+    if isinstance(content, list):
+        content = "".join(map(_part_text, content))
+    try:
+        return role, check_text(content).strip()
+    except BadRow as error:
+        raise BadRow(f"its content {error}") from error
+
+
+def _other_spelling(message: Any) -> tuple[str, Any]:
+    if not isinstance(message, dict):
+        raise BadRow(f"it must be an object, not {type(message).__name__}")
+    for speaker, content in (("role", "content"), ("from", "value"), ("role", "value"), ("from", "content")):
+        if speaker in message and content in message:
+            role = str(message[speaker]).strip().lower()
+            if role not in ROLES:
+                raise BadRow(f"its role {message[speaker]!r} is none of {', '.join(ROLES)}")
+            return ROLES[role], message[content]
+    raise BadRow(f"it wants role and content, or from and value, but has {', '.join(map(str, message)) or 'nothing'}")
+
+
+def _part_text(part: Any) -> str:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    raise BadRow(f"a part of its content is of type {kind!r}; only parts of type 'text' can be read")

@@ -1,0 +1,342 @@
+"""One reader a format: what makes the functions from a row to its examples, for a source and a kind of rows.
+
+They raise `BadRow` without the place, which `mapping.mapper` puts before it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from rlhf_jax.data.config import SourceConfig
+from rlhf_jax.data.dialogues import (
+    add_system,
+    check_prompt,
+    check_text,
+    full_transcript,
+    parse_messages,
+    parse_prompt,
+    parse_reply,
+    parse_transcript,
+    same_prompt,
+    split_answer,
+)
+from rlhf_jax.data.records import BadRow, Example, Row, RowKind, Turns
+
+T = TypeVar("T")
+Fields = dict[str, Any]
+MISSING = object()  # there is no such field; a null is None
+
+
+class EmptyField(BadRow):
+    """The row has the field, but nothing in it: what a sparse source may have."""
+
+
+class MissingField(BadRow):
+    """The row has no such field: likely the name is wrong."""
+
+
+def path_getter(name: str) -> Callable[[Fields], Any]:
+    """The function from fields to the value at a dotted name, as "a.0.b", or "a.*.b" for a list of those of every item.
+
+    MISSING where an object has no such key; None at a null on the way, and where a list is too short. A field whose
+    own name has a dot in it goes before what the dots would lead to.
+    """
+    if "." not in name:
+        return lambda fields: fields.get(name, MISSING)
+    steps = name.split(".")
+    return lambda fields: fields[name] if name in fields else _walk(fields, steps)
+
+
+def _walk(value: Any, steps: list[str]) -> Any:
+    for at, step in enumerate(steps):
+        if isinstance(value, dict):
+            value = value.get(step, MISSING)
+        elif isinstance(value, list) and step == "*":
+            return [_walk(item, steps[at + 1 :]) for item in value]
+        elif isinstance(value, list) and step.isdecimal():
+            value = value[int(step)] if int(step) < len(value) else None
+        else:
+            return None if value is None else MISSING
+    return value
+
+
+def converted_getter(
+    name: str, convert: Callable[[Any], T], *, needed: bool = True, absent: tuple = (), sparse: bool = False
+) -> Callable[[Fields], T | str]:
+    """The function from fields to the converted value at `name`; to "" where it is one of `absent`.
+
+    BadRow, naming the field, for what `convert` refuses; Lacking for a null, which `convert` must refuse, and in a
+    sparse source for an empty text or list; NoField. Where it is not needed, or has no name, all these are "".
+    """
+    if not name:
+        return lambda fields: ""
+    pick = path_getter(name)
+
+    def read(fields: Fields) -> T | str:
+        value = pick(fields)
+        try:
+            if value is None or value is MISSING or (sparse and not value):
+                if not needed or value in absent:
+                    return ""
+                if value is MISSING:
+                    raise MissingField(f"no field {name!r}; the fields are {', '.join(map(str, fields)) or 'none'}")
+                if value is not None:
+                    raise EmptyField("must not be empty")
+            return convert(value)
+        except MissingField:
+            raise
+        except BadRow as error:
+            if not needed:
+                return ""
+            kind = EmptyField if value is None else type(error)
+            raise kind(f"field {name!r} {error}") from error
+
+    return read
+
+
+RowReader = Callable[[Row], list[Example]]
+OPTIONAL = ("", None, MISSING)
+
+
+def _fields_reader(source: SourceConfig, kind: RowKind) -> RowReader:
+    """Texts, or messages: those of the prompt, those of an answer, or whole dialogues, which must share the prompt."""
+    names, needed = _needed_replies(source, kind)
+    prompt_in, system_in = _field_getter(source, source.prompt, parse_prompt), _system_getter(source)
+    answer_in, chosen_in, rejected_in = (_field_getter(source, name, parse_reply, name in needed) for name in names)
+    picked = path_getter(source.prompt)
+    path, one = source.path, not source.answer  # of `answer` and `chosen`
+
+    def read(row: Row) -> list[Example]:
+        fields = row.fields
+        chosen = chosen_in(fields)
+        answer, rejected = chosen if one else answer_in(fields), rejected_in(fields)
+        if type(answer) is tuple and picked(fields) is MISSING:
+            turns = _with_field_name(split_answer, answer, names[0])[0]  # a dialogue alone says what it answers
+        else:
+            turns = prompt_in(fields)
+        if tuple in (type(answer), type(chosen), type(rejected)):
+            turns, (answer, chosen, rejected) = _join_dialogues(turns, (answer, chosen, rejected), names, needed)
+        if system_in:
+            turns = add_system(system_in(fields), turns)
+        return [Example(turns, answer, chosen, rejected, path, row.number)]
+
+    return read
+
+
+def _join_dialogues(
+    turns: Turns, replies: tuple[str | Turns, ...], names: tuple[str, ...], needed: set[str]
+) -> tuple[Turns, list[str]]:
+    """The prompt, with the system text of the first dialogue, and the answers. One that is not needed may be unfit."""
+    texts = []
+    for name, reply in zip(names, replies, strict=True):
+        if type(reply) is str:
+            texts.append(reply)
+            continue
+        try:
+            before, text = split_answer(reply)
+            if not same_prompt(before, turns):
+                raise BadRow("is a dialogue that does not have the prompt before its last turn")
+        except BadRow as error:
+            if name in needed:
+                raise BadRow(f"field {name!r} {error}") from error
+            texts.append("")
+        else:
+            texts.append(text)
+            turns = max(turns, before, key=len) if name == names[0] else turns
+    return turns, texts
+
+
+def _transcripts_reader(source: SourceConfig, kind: RowKind) -> RowReader:
+    """Whole transcripts, or the ends of transcripts whose beginning is in `prompt`. What is not needed may be unfit."""
+    names, needed = _needed_replies(source, kind)
+    needed = needed or {names[0]}  # whose beginning is the prompt
+    prompt_in = _field_getter(source, source.prompt, check_text, absent=(MISSING,) if source.sparse else OPTIONAL)
+    replies_in = {name: _field_getter(source, name, check_text, name in needed) for name in names if name}
+    system_in = _system_getter(source)
+
+    def read(row: Row) -> list[Example]:
+        prompt = prompt_in(row.fields)
+        turns, first, texts = (), "", {}
+        for name, reply_in in replies_in.items():
+            text = reply_in(row.fields)
+            if not text and name not in needed:
+                continue
+            try:
+                whole = full_transcript(prompt, text, source.speakers)
+                before, reply = parse_transcript(whole, f"field {name!r}", source.speakers)
+                if first and not same_prompt(before, turns):
+                    raise BadRow(f"{first} and {name} answer different prompts; only the last turn may differ")
+            except BadRow:
+                if name in needed:
+                    raise
+                continue
+            texts[name] = reply
+            if not first:
+                turns, first = before, name
+        if system_in:
+            turns = add_system(system_in(row.fields), turns)
+        return [Example(turns, *(texts.get(name, "") for name in names), source.path, row.number)]
+
+    return read
+
+
+def _messages_reader(source: SourceConfig, kind: RowKind) -> RowReader:
+    name = source.field or {"messages": "messages", "sharegpt": "conversations"}[source.format]
+    turns_in, system_in, path = _field_getter(source, name, parse_messages), _system_getter(source), source.path
+
+    def read(row: Row) -> list[Example]:
+        turns = turns_in(row.fields)
+        if system_in:
+            turns = add_system(system_in(row.fields), turns)
+        if kind == "prompt" and turns and not any(role == "assistant" for role, _ in turns):
+            return [Example(_with_field_name(check_prompt, turns, name), "", "", "", path, row.number)]
+        before, answer = _with_field_name(split_answer, turns, name)
+        return [Example(before, answer, "", "", path, row.number)]
+
+    return read
+
+
+def _alpaca_reader(source: SourceConfig, kind: RowKind) -> RowReader:
+    instruction_in, answer_in = (
+        _field_getter(source, "instruction", check_text),
+        _field_getter(source, "output", check_text, kind == "demonstration"),
+    )
+    input_in, system_in = _field_getter(source, "input", check_text, absent=OPTIONAL), _system_getter(source)
+
+    def read(row: Row) -> list[Example]:
+        prompt = f"{instruction_in(row.fields).strip()}\n\n{input_in(row.fields).strip()}".strip()
+        turns = add_system(system_in(row.fields), (("user", prompt),))
+        return [Example(turns, answer_in(row.fields).strip(), "", "", source.path, row.number)]
+
+    return read
+
+
+def _rankings_reader(source: SourceConfig, kind: RowKind) -> RowReader:
+    """Answers of equal rank make no pair; the first of the best is a demonstration; a prompt does without answers."""
+    prompt_in, system_in = _field_getter(source, source.prompt, parse_prompt), _system_getter(source)
+    answers_in, scores_in = (
+        _list_getter(source, source.answers, _parse_answer),
+        _list_getter(source, source.scores, _parse_number),
+    )
+
+    def rank(fields: Fields) -> list[tuple[float, str]]:
+        answers = answers_in(fields)
+        scores = scores_in(fields) if source.scores else [-float(i) for i in range(len(answers))]
+        if len(answers) != len(scores):
+            raise BadRow(f"{len(answers)} answers have {len(scores)} scores")
+        if not answers:
+            raise EmptyField(f"field {source.answers[0]!r} holds no answers")
+        sign = -1 if source.lowest_first and source.scores else 1
+        return sorted(
+            ((sign * score, text) for score, text in zip(scores, answers, strict=True)),
+            key=operator.itemgetter(0),
+            reverse=True,
+        )
+
+    def read(row: Row) -> list[Example]:
+        turns = prompt_in(row.fields)
+        if system_in:
+            turns = add_system(system_in(row.fields), turns)
+        try:
+            best_first = rank(row.fields)
+        except BadRow:
+            if kind != "prompt":
+                raise
+            best_first = [(0.0, "")]
+        if kind != "pair":
+            return [Example(turns, best_first[0][1], "", "", source.path, row.number)]
+        return [
+            Example(turns, better, better, worse, source.path, row.number)
+            for (high, better), (low, worse) in itertools.combinations(best_first, 2)
+            if high > low
+        ]
+
+    return read
+
+
+def _texts_reader(source: SourceConfig, kind: RowKind) -> RowReader:
+    text_in = _field_getter(source, source.field or "text", check_text)
+    return lambda row: [Example((), "", "", "", source.path, row.number, text_in(row.fields).strip())]
+
+
+READERS: dict[str, Callable[[SourceConfig, RowKind], RowReader]] = {
+    "fields": _fields_reader,
+    "transcript": _transcripts_reader,
+    "messages": _messages_reader,
+    "sharegpt": _messages_reader,
+    "alpaca": _alpaca_reader,
+    "ranking": _rankings_reader,
+    "text": _texts_reader,
+}
+
+
+def _field_getter(
+    source: SourceConfig, name: str, convert: Callable[[Any], Any], needed: bool = True, absent: tuple = ()
+):
+    return converted_getter(name, convert, needed=needed, absent=absent, sparse=source.sparse)
+
+
+def _list_getter(
+    source: SourceConfig, names: tuple[str, ...], convert: Callable[[Any], Any]
+) -> Callable[[Fields], list]:
+    """One field that holds a list, or a field for each item."""
+    if len(names) == 1:
+        return _field_getter(source, names[0], lambda value: _convert_each(value, convert))
+    parts = [_field_getter(source, name, convert) for name in names]
+    return lambda fields: [part(fields) for part in parts]
+
+
+def _convert_each(value: Any, convert: Callable[[Any], Any]) -> list:
+    if not isinstance(value, list):
+        raise BadRow(f"must be a list, not {type(value).__name__}")
+    items = []
+    for number, item in enumerate(value, start=1):
+        try:
+            items.append(convert(item))
+        except BadRow as error:
+            raise BadRow(f"holds as number {number} what {error}") from error
+    return items
+
+
+def _parse_answer(value: Any) -> str:
+    reply = parse_reply(value)
+    if type(reply) is tuple:
+        raise BadRow("must be an answer alone, not a dialogue")
+    return reply
+
+
+def _parse_number(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if math.isnan(number):
+        raise BadRow(f"must be a number, not {value!r}")
+    return number
+
+
+def _system_getter(source: SourceConfig) -> Callable[[Fields], str] | None:
+    """The system text, "" where the row has none; None where the source has none. A field that is named must be."""
+    if source.system:
+        return _field_getter(source, source.system, check_text, absent=("", None))
+    if source.format in ("alpaca", "sharegpt"):
+        return _field_getter(source, "system", check_text, absent=OPTIONAL)
+    return None
+
+
+def _needed_replies(source: SourceConfig, kind: RowKind) -> tuple[tuple[str, str, str], set[str]]:
+    """The names of the answer, chosen and rejected, and those of them that a row of this kind needs."""
+    target = source.answer or source.chosen
+    needed = {"demonstration": {target}, "pair": {source.chosen, source.rejected}, "prompt": set()}[kind]
+    return (target, source.chosen, source.rejected), needed
+
+
+def _with_field_name(function: Callable[[Turns], Any], turns: Turns, name: str) -> Any:
+    try:
+        return function(turns)
+    except BadRow as error:
+        raise BadRow(f"field {name!r} {error}") from error

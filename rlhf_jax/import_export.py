@@ -1,0 +1,75 @@
+"""Hugging Face folders in and out of the command line: `rlhf-jax import` and `rlhf-jax export`."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tomllib
+from pathlib import Path
+
+from rlhf_jax.mesh import MeshConfig, make_mesh
+from rlhf_jax.models.hub import check_absent, local_folder, read_json, replace_folder
+from rlhf_jax.models.pretrained import from_pretrained, has_scalar_head, reward_from_pretrained, save_pretrained
+from rlhf_jax.models.safetensors_io import stored_dtype
+from rlhf_jax.stages.run_folder import RunConfig
+from rlhf_jax.stages.table import export_folders, exporters
+
+LOGGER = logging.getLogger(__name__)
+
+
+def import_model(source: str, destination: str, *, adapter: str | None = None, dtype: str | None = None) -> None:
+    """Read a Hugging Face folder or hub id as training would, over all devices, and write it to `destination`.
+
+    What it does: check every tensor against config.json, merge an adapter, change the dtype, split or join files.
+
+    Args:
+        adapter: a PEFT folder whose LoRA is merged; with a scalar head the result is a reward model.
+        dtype: of the result; None: that of the source's files.
+    Raises:
+        ValueError: what `from_pretrained` and `save_pretrained` raise.
+    """
+    check_absent(Path(destination))
+    folder, load = local_folder(source), from_pretrained
+    if has_scalar_head(read_json(folder / "config.json")):
+        load = reward_from_pretrained
+    if adapter is not None and read_json(local_folder(adapter) / "adapter_config.json").get("task_type") == "SEQ_CLS":
+        load = reward_from_pretrained
+    stored = stored_dtype(folder)
+    model = load(source, adapter, mesh=make_mesh(MeshConfig()), dtype=stored)
+    save_pretrained(model, destination, dtype=dtype or stored)
+    kind = "reward model" if model.config.scalar_head else "language model"
+    count = sum(leaf.size for leaf in model.params.values())
+    LOGGER.info(f"a {model.config.family} {kind} of {count:,} parameters, {dtype or stored}, lies in {destination}")
+
+
+def export_run(run: str, destination: str, *, stage: str = "", adapter: bool = False, dtype: str | None = None) -> None:
+    """Write what a run has trained to a folder of its own.
+
+    Args:
+        stage: a key of `export_folders`; "": the last stage of the run that exports a policy.
+        adapter: the LoRA adapter alone, for PEFT, in place of the whole model.
+        dtype: of the whole model; None: that of the run's export.
+    Raises:
+        ValueError: no run, a stage that is not finished, no adapter, a destination that is there and not empty.
+    """
+    if not (Path(run) / "config.toml").exists():
+        raise ValueError(f"{run} is no run folder (it has no config.toml): give the run.dir of a training")
+    stages = tomllib.loads((Path(run) / "config.toml").read_text()).get("run", {}).get("stages", RunConfig.stages)
+    stage, folders = stage or exporters("policy", stages)[-1], export_folders()
+    folder = Path(run) / folders[stage]
+    if not folder.exists():
+        done = ", ".join(name for name, place in folders.items() if (Path(run) / place).exists()) or "none"
+        fix = ", or was trained without (ppo.ema_decay = 0)" if stage == "ema" else ""
+        raise ValueError(f"{stage} of {run} is not finished ({folder} is not there){fix}; finished: {done}")
+    if adapter and dtype:
+        raise ValueError("--dtype is of a whole model, an adapter is float32: leave one of them out")
+    if not adapter:
+        import_model(str(folder), destination, dtype=dtype)
+        return
+    folder = folder.with_name(f"{folder.name}_adapter")
+    if not folder.exists():
+        raise ValueError(f"{stage} of {run} was trained whole, without LoRA, so it has no adapter: leave --adapter out")
+    with replace_folder(Path(destination)) as unfinished:
+        shutil.copytree(folder, unfinished, dirs_exist_ok=True)
+    base = read_json(folder / "adapter_config.json")["base_model_name_or_path"]
+    LOGGER.info(f"a LoRA adapter of {base} lies in {destination}")

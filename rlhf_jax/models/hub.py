@@ -1,0 +1,160 @@
+"""Hugging Face folders on disk: where they are, their JSON and tokenizer, and how they appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlhf_jax.models.safetensors_io import pickle_refusal
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_TOKENIZER_PARTS = (*_TOKENIZER_FILES, "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+_HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "vocab.txt", "merges.txt", "*.jinja"]
+_NOT_HF = ["consolidated*", "original/*"]  # the same weights again, in a layout of their authors
+
+
+def local_folder(path_or_id: str | Path) -> Path:
+    """The folder of a model or adapter, downloaded where there is none of this name.
+
+    Raises:
+        ValueError: neither a folder nor an id of the hub, or nothing there but pickles.
+    """
+    folder = Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(path_or_id)
+    if folder.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
+        raise ValueError(f"there is no folder {folder}")
+    # Imported where used: with transformers it takes seconds, and torch where that is installed.
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HF))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{name} is neither a folder here nor to be had from the Hugging Face hub: {reason}"
+        ) from error
+    if any(folder.glob("*.safetensors")):
+        return folder
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(f"{name} is in the cache without safetensors, and HF_HUB_OFFLINE is set: download it first")
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{name} has no adapter_model.safetensors on the hub: convert it with PEFT, and give the folder"
+        )
+    raise ValueError(pickle_refusal(name, f"{name} has weights on the hub", name.split("/")[-1]))
+
+
+def config_json(path_or_id: str | Path) -> dict[str, Any]:
+    """config.json of a folder, or of a hub id: that one file, from the cache where it is there.
+
+    Raises:
+        ValueError: not to be had, or no JSON.
+    """
+    folder, name = Path(path_or_id).expanduser(), str(path_or_id)
+    if folder.is_dir():
+        return read_json(folder / "config.json")
+    if folder.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
+        raise ValueError(f"there is no folder {folder}")
+    from huggingface_hub import hf_hub_download  # here for the same reason as in `local_folder`
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return read_json(Path(hf_hub_download(name, "config.json")))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"config.json of {name} is neither in a folder here nor to be had from the Hugging Face hub: {reason}"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """ValueError where the file is absent or no JSON."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no {path}: is {path.parent} a Hugging Face model folder?") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON (line {error.lineno}: {error.msg})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object: download it again")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def read_tokenizer(folder: Path, vocab_size: int) -> Any:
+    """The transformers tokenizer of the folder, None if it has none; ValueError if it has more ids than the model."""
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer  # here for the same reason as in `local_folder`
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"the tokenizer of {folder} has {len(tokenizer)} ids, its model only {vocab_size}: "
+            "they do not belong together, take both from one checkpoint"
+        )
+    return tokenizer
+
+
+def write_tokenizer(tokenizer: Any, folder: Path, source: Path | None) -> None:
+    """The files that it came from in `source`, bit for bit, where it is as it was; else as transformers writes it.
+
+    None writes nothing.
+    """
+    if tokenizer is None:
+        return
+    before = None if source is None else read_tokenizer(source, len(tokenizer))
+    if before is None or any(getattr(before, name) != getattr(tokenizer, name) for name in _TOKENIZER_STATE):
+        tokenizer.save_pretrained(folder)
+        return
+    for path in source.iterdir():
+        if path.name in _TOKENIZER_PARTS or path.name.startswith("chat_template"):
+            shutil.copyfile(path, folder / path.name)
+
+
+_TOKENIZER_STATE = ("special_tokens_map", "added_tokens_decoder", "chat_template", "padding_side", "truncation_side")
+
+
+def check_absent(folder: Path) -> None:
+    """Raise ValueError where there is something already."""
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already and not empty: remove it, or choose another folder")
+
+
+@contextmanager
+def replace_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A folder beside `folder`, which takes its place when the body has ended well.
+
+    Raises:
+        ValueError: `folder` is there and not empty, and not to be overwritten.
+    """
+    folder = folder.absolute()
+    # Hidden, as nobody keeps anything of his own under such a name.
+    unfinished, old = (folder.with_name(f".{folder.name}.{state}") for state in ("unfinished", "old"))
+    if not overwrite:
+        check_absent(folder)
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+    except BaseException:
+        shutil.rmtree(unfinished)
+        raise
+    if folder.exists():
+        if old.exists():
+            shutil.rmtree(old)
+        folder.rename(old)
+    unfinished.rename(folder)
+    if old.exists():
+        shutil.rmtree(old)

@@ -1,0 +1,174 @@
+"""What the compiled programs need: for GPUs that are not there where the CUDA plugin is installed, else for CPUs.
+
+Compilation has a process of its own (`python -m rlhf_jax.plan.compile`, a request as JSON on stdin, the answer on
+stdout): the plugin and the number of simulated devices want environment variables before JAX is imported, and whoever
+asks may hold devices already.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from rlhf_jax.config import dump_config, parse_config
+from rlhf_jax.hardware import COMPILE_OPTIONS, compile_only_devices, cuda_plugin, parse_machine
+from rlhf_jax.mesh import TRAIN, Layout, make_mesh
+from rlhf_jax.plan.phases import Phase, phases
+from rlhf_jax.recipe import Recipe
+
+
+class Memory(NamedTuple):
+    """Bytes on one device, by XLA's own account of a compiled program.
+
+    Attributes:
+        arguments: that the program reads; what it is given and does not use is not among them.
+        outputs: of which `aliased` lie in donated arguments.
+        temporaries: activations, gradients, cache, and whatever else lives while it runs.
+        cublas_only: compiled without Triton's matrix products, for some of which the compiler finds no tiles when it
+            cannot time them; cuBLAS may want a little more workspace.
+    """
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    cublas_only: bool = False
+
+    def peak(self, phase: Phase) -> int:
+        """With all that lies on the device beside the arguments."""
+        return sum(phase.live.values()) + self.temporaries + self.outputs - self.aliased
+
+
+def measure(phase: Phase) -> Memory:
+    """Compile one program for the devices of its arguments, and run nothing."""
+    lowered, cublas_only = phase.program.lower(*phase.args), False
+    try:
+        compiled = lowered.compile(COMPILE_OPTIONS)
+    except jax.errors.JaxRuntimeError as error:
+        if "output tile sizes" not in str(error):
+            raise
+        compiled, cublas_only = lowered.compile(COMPILE_OPTIONS | {"xla_gpu_enable_triton_gemm": False}), True
+    stats = compiled.memory_analysis()
+    return Memory(
+        stats.argument_size_in_bytes,
+        stats.output_size_in_bytes,
+        stats.alias_size_in_bytes,
+        stats.temp_size_in_bytes,
+        cublas_only,
+    )
+
+
+def measure_all(
+    recipe: Recipe, mesh, stages: Sequence[str], usable: int, *, stop: bool = False, search: bool = True
+) -> dict[str, Any]:
+    """{"phases": {"stage/name": Memory}, "micro_batch": {stage: {"asked", "largest", "compilations"}}}.
+
+    With `stop` the first phase that does not fit `usable` bytes is the last that is compiled.
+
+    With `search` the largest micro-batch is found by bisection over those that divide the batch and the devices, each
+    tried by compiling: what a stage's updates hold at their peak grows with it. 0: not even the smallest fits.
+    """
+    memories, found = {}, {}
+    for phase in phases(recipe, mesh, stages):
+        memories[f"{phase.stage}/{phase.name}"] = (phase, measure(phase))
+        if stop and memories[f"{phase.stage}/{phase.name}"][1].peak(phase) > usable:
+            search = False
+            break
+    for stage in stages if search else ():
+        asked, legal = micro_batch_sizes(recipe, stage, Layout(mesh, TRAIN).shards("batch"))
+        tried = {asked: all(m.peak(p) <= usable for p, m in memories.values() if p.stage == stage and _is_update(p))}
+
+        def fits(micro: int, stage=stage, tried=tried) -> bool:
+            if micro not in tried:
+                learning = [p for p in phases(with_micro_batch(recipe, stage, micro), mesh, (stage,)) if _is_update(p)]
+                tried[micro] = all(measure(phase).peak(phase) <= usable for phase in learning)
+            return tried[micro]
+
+        low, high = (legal.index(asked) + 1, len(legal)) if tried[asked] else (0, legal.index(asked))
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (middle + 1, high) if fits(legal[middle]) else (low, middle)
+        found[stage] = {"asked": asked, "largest": legal[low - 1] if low else 0, "compilations": len(tried)}
+    return {"phases": {name: memory._asdict() for name, (_, memory) in memories.items()}, "micro_batch": found}
+
+
+def _is_update(phase: Phase) -> bool:
+    return phase.name in ("update", "actor", "critic")
+
+
+def micro_batch_sizes(recipe: Recipe, stage: str, shards: int) -> tuple[int, list[int]]:
+    """(the micro-batch that is asked for, all that divide the batch and are divided by the devices, ascending)."""
+    config = getattr(recipe, stage)
+    batch = config.batch_size or config.rollouts
+    return config.micro_batch_size or batch, [n for n in range(shards, batch + 1, shards) if batch % n == 0]
+
+
+def with_micro_batch(recipe: Recipe, stage: str, micro: int) -> Recipe:
+    """The recipe with another micro-batch in one stage."""
+    return dataclasses.replace(recipe, **{stage: dataclasses.replace(getattr(recipe, stage), micro_batch_size=micro)})
+
+
+def measure_in_subprocess(
+    recipe: Recipe, gpus: str, stages: Sequence[str], usable: int, *, stop: bool = False, search: bool = True
+) -> dict[str, Any]:
+    """`measure_all` in a process of its own, with "compiled_for" and "notes" beside it.
+
+    Raises:
+        RuntimeError: the compiler failed, with its last words.
+    """
+    wanted = parse_machine(gpus)
+    options = {"stop": stop, "search": search}
+    request = {
+        "recipe": dump_config(recipe),
+        "gpus": gpus,
+        "stages": list(stages),
+        "usable": usable,
+        "options": options,
+    }
+    notes, too_old = [], cuda_plugin() == "jax_cuda13_plugin" and wanted.gpu.capability < "7.5"
+    on_gpu = cuda_plugin() is not None and not too_old
+    if not on_gpu:
+        why = f"CUDA 13 does not compile for {wanted.gpu.name}" if too_old else "the CUDA plugin is not installed"
+        notes.append(
+            f"{why} (pip install 'rlhf_jax[cuda12]'): compiled for simulated CPUs. Arguments, outputs "
+            "and cache are the same on GPUs; temporaries are not (a "
+            "CPU computes bfloat16 in float32 and fuses less), so peaks are estimates"
+        )
+    # With its frames hidden, the last line of a traceback is not the error.
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_TRACEBACK_FILTERING": "off"}
+    if on_gpu:
+        environment["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+        environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # what is not to be run is not to be kept
+    else:
+        flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={wanted.count}"
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+    command = [sys.executable, "-m", "rlhf_jax.plan.compile"]
+    run = subprocess.run(
+        command, input=json.dumps(request | {"on_gpu": on_gpu}), capture_output=True, text=True, env=environment
+    )
+    if run.returncode:
+        said = run.stderr.strip().splitlines() or ["no word"]
+        raise RuntimeError(f"compiling for {gpus} failed (exit code {run.returncode}): {said[-1]}")
+    answer = json.loads(run.stdout.splitlines()[-1])
+    return answer | {"compiled_for": wanted.gpu.name if on_gpu else "cpu", "notes": notes}
+
+
+def main() -> None:
+    """The other process."""
+    request = json.load(sys.stdin)
+    recipe = parse_config(Recipe, tomllib.loads(request["recipe"]), "the plan's request")
+    devices = compile_only_devices(request["gpus"]) if request["on_gpu"] else jax.devices()
+    mesh = make_mesh(recipe.mesh, devices)
+    print(json.dumps(measure_all(recipe, mesh, request["stages"], request["usable"], **request["options"])), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""What a run holds and runs, without its weights: abstract models, and every program with what lies beside it.
+
+Built by the functions that build the real thing (`make_state`, `ppo_models`, `ppo_engine`, `make_programs`)
+under `jax.eval_shape`, so that what they hold twice is counted twice. The mesh may be an `AbstractMesh`, for
+arithmetic, or one of devices that are not there, for compilation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from rlhf_jax.data.batches import Batch
+from rlhf_jax.decode import Rollout, bucket_length
+from rlhf_jax.engine import Engine, EngineState, FrozenParams
+from rlhf_jax.mesh import TRAIN, Layout
+from rlhf_jax.models.config import DecoderConfig
+from rlhf_jax.models.families import decoder_config
+from rlhf_jax.models.hub import read_json
+from rlhf_jax.models.inference import empty_cache, shared_inference_weights
+from rlhf_jax.optim import OptimConfig, make_optimizer
+from rlhf_jax.plan.abstract import (
+    abstract_batch,
+    abstract_models,
+    abstract_pretrained,
+    abstract_state,
+    by_layout,
+    config_of,
+    device_bytes,
+    host_bytes,
+    output_shardings,
+    relayout_bytes,
+    with_memory,
+    with_sharding,
+)
+from rlhf_jax.recipe import Recipe
+from rlhf_jax.rollout import check_positions
+from rlhf_jax.sampling import check_learnable
+from rlhf_jax.stages.batch_sizes import micro_batches
+from rlhf_jax.stages.context import ModelKind
+from rlhf_jax.stages.from_scratch import make_hf_config
+from rlhf_jax.stages.ppo import PPOConfig, ppo_engine, ppo_optimizers
+from rlhf_jax.stages.supervised import make_programs
+from rlhf_jax.stages.table import STAGES, Stage, latest_export
+from rlhf_jax.train_step import OffloadedUpdate, Params, TrainState, Update
+
+
+class Phase(NamedTuple):
+    """One program of a stage, at the moment when it runs.
+
+    Attributes:
+        stage, name: for example "ppo" and "generate".
+        program: jitted; `program.lower(*args)` compiles it.
+        args: abstract arrays with their shardings.
+        live: {what: bytes on one device} of all that lies there then, arguments included.
+        cache: bytes on one device of keys and values; they are temporaries of the program.
+        added: bytes on one device that the program cannot do without beside `live`: the weights that it publishes, the
+            cache, the sum of gradients.
+        host: bytes of one device's arrays that rest in host memory then; not among `live`, and never arguments.
+    """
+
+    stage: str
+    name: str
+    program: Any
+    args: tuple
+    live: dict[str, int]
+    cache: int = 0
+    added: int = 0
+    host: int = 0
+
+    @property
+    def lower_bound(self) -> int:
+        """A bound below the peak, by arithmetic alone."""
+        return sum(self.live.values()) + self.added
+
+
+def decoder_configs(recipe: Recipe, parts: int) -> tuple[DecoderConfig, DecoderConfig]:
+    """(actor, reward model and critic) from config.json alone: of the run's exports where there are some, else of what
+    the configuration names (where it is not to be had, of `known.toml`).
+
+    Args:
+        parts: into how many the vocabulary is split.
+    Raises:
+        ValueError: a config.json that is not to be had, or of no supported architecture.
+    """
+
+    def export_config(kind: ModelKind) -> Mapping[str, Any] | None:
+        folder = latest_export(kind, recipe.run)
+        return read_json(folder / "config.json") if folder else None
+
+    actor = export_config("policy")
+    if actor is None and recipe.model.actor == "new":
+        base = recipe.run.folder("base") / "config.json"
+        new = recipe.model.new
+        actor = read_json(base) if base.exists() else make_hf_config(new, new.vocab_size)
+    actor = actor or config_of(recipe.model.actor)
+    reward = export_config("scorer") or (actor if recipe.model.reward_from_policy else config_of(recipe.model.reward))
+    return (
+        decoder_config(actor, scalar_head=False, vocab_parts=parts),
+        decoder_config(reward, scalar_head=True, vocab_parts=parts),
+    )
+
+
+class SlotsProgram(NamedTuple):
+    """The generation program in rows that are refilled, to be lowered."""
+
+    program: Any
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        return self.program.lower(*args, in_rows=True)
+
+
+def phases(recipe: Recipe, mesh: Mesh | AbstractMesh, stages: Sequence[str] | None = None) -> list[Phase]:
+    """Every program of these stages, or of all of the run, in the order in which they run.
+
+    Raises:
+        ValueError: no config.json, sizes that do not divide, or too few positions.
+    """
+    stages = recipe.run.stages if stages is None else stages
+    found = _phases(recipe, mesh, stages)
+    if isinstance(mesh, AbstractMesh) or mesh.devices.flat[0].addressable_memories():
+        return found
+    # Shardings over devices that are not there forget which memory they name; those over an abstract mesh do not.
+    counted = _phases(recipe, mesh.abstract_mesh, stages)
+    return [phase._replace(live=twin.live, host=twin.host) for phase, twin in zip(found, counted, strict=True)]
+
+
+def _phases(recipe: Recipe, mesh: Mesh | AbstractMesh, stages: Sequence[str]) -> list[Phase]:
+    actor, critic = decoder_configs(recipe, Layout(mesh, TRAIN).shards("vocab"))
+    found, layout = [], recipe.layout(mesh)
+    for stage in map(STAGES.__getitem__, stages):
+        if stage.objective:
+            found += _supervised_phases(stage, recipe, critic if stage.exports == "scorer" else actor, layout)
+        else:
+            found += _ppo_phases(stage.name, recipe, actor, critic, layout)
+    return found
+
+
+def _supervised_phases(stage: Stage, recipe: Recipe, decoder: DecoderConfig, layout: Layout) -> list[Phase]:
+    """The update of a supervised stage, and the measuring of held-out batches with the whole training state there."""
+    name, model, config, rows = stage.name, recipe.model, getattr(recipe, stage.name), recipe.row_spec(stage.name)
+    tx = _optimizer(config.optim)
+    length = _round8(min(rows.pack_length or recipe.data.max_length, decoder.max_positions))
+    num_micro = micro_batches(name, config.batch_size, config.micro_batch_size, layout)
+    objective = stage.objective(model.with_lora(decoder), model.compute, layout)
+    update, measure = make_programs(objective, model.with_lora(decoder), layout, tx, num_micro)
+    state, frozen = abstract_state(abstract_pretrained(decoder, model, layout), model, tx)
+    shape = (config.batch_size, 2, length) if rows.per_row > 1 else (config.batch_size, length)
+    kinds = (jnp.int32, jnp.bool, jnp.bool, *[jnp.int32] * bool(rows.pack_length))
+    batch = abstract_batch(Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in kinds)), layout)
+    live = _state_bytes("", state, frozen) | {"batch": device_bytes(batch)}
+    gradients = by_layout(state.trainable, model.with_lora(decoder), layout.gradients)
+    found = _update_phases(name, "update", update, (state, frozen, batch), live, gradients)
+    if config.eval_batches:  # by micro-batches
+        measured = abstract_batch(_rows(batch, config.batch_size // num_micro), layout)
+        at_hand = live | {"batch": device_bytes(measured)}
+        found.append(Phase(name, "evaluate", measure, (state.params(frozen), measured), at_hand))
+    return [phase._replace(host=host_bytes(state)) for phase in found]
+
+
+def _update_phases(
+    stage: str,
+    name: str,
+    update: Update,
+    args: tuple[TrainState, Params, Any],
+    live: Mapping[str, int],
+    gradients: Params,
+) -> list[Phase]:
+    """One optimizer step: its one program, or with offloaded moments the two kinds of it, each at its largest.
+
+    A step of one parameter runs beside all parameters, the gradients that still wait for theirs, its own among them,
+    and its own moments. Of gradients of s_1 <= s_2 <= ... bytes, step k has s_k + s_k+1 + ... and 2 s_k of moments, and
+    under ZeRO-1 and -2 the gathered parameter before it takes the place of the old one; the worst k is the phase.
+    Moments are its arguments on the devices; those in host memory are arguments of no program, so that the compiler
+    has none to count: peak = live + temporaries + outputs - aliased for both, as for any other phase.
+    """
+    found, state = [Phase(stage, name, update, args, dict(live), added=device_bytes(gradients))], args[0]
+    if isinstance(update, OffloadedUpdate):
+        arguments = [update.arguments(state, path) for path in update.order(state.trainable)]
+        waiting = list(itertools.accumulate(device_bytes(grad) for _, grad, _, _ in reversed(arguments)))[::-1]
+        moments = [device_bytes(moments) for _, _, moments, _ in arguments]
+        is_gathered = update.layout.moments.table != update.layout.table
+        gathered = [is_gathered * device_bytes(param) for param, _, _, _ in arguments]
+        worst = max(range(len(arguments)), key=lambda k: waiting[k] + moments[k] + gathered[k])
+        extra = live | {"gradients": waiting[worst], "moments on the device": moments[worst]}
+        found.append(Phase(stage, f"{name} step", update.step, arguments[worst], extra))
+    return found
+
+
+def _ppo_phases(stage: str, recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, layout: Layout) -> list[Phase]:
+    config, model = getattr(recipe, stage), recipe.model
+    check_learnable(config.sample)
+    for each in (actor, critic):
+        check_positions(each, 1, config.sample.max_new_tokens)
+    optimizers = ppo_optimizers(config, max(config.actor.warmup_steps, config.critic.warmup_steps) + 1)
+    engine = ppo_engine(config, model, actor, critic, optimizers, (0,), layout)
+    return engine_phases(stage, engine, abstract_models(actor, critic, model, layout, optimizers), recipe, layout)
+
+
+def engine_phases(
+    stage: str, engine: Engine, models: tuple[EngineState, FrozenParams], recipe: Recipe, layout: Layout
+) -> list[Phase]:
+    """The programs of an engine in a stage that generates and learns by the keys of PPO's section."""
+    (state, frozen), config = models, getattr(recipe, stage)
+    positions = min(each.max_positions for each in vars(engine.models).values() if each)
+    held = _engine_bytes(state, frozen)
+    rollout = _abstract_rollout(config, prompt_positions(recipe, positions), engine.publish.layout)
+    found = _generation(stage, engine, recipe, state.actor.params(frozen.actor), held, rollout)
+    found += _learning_from(stage, engine, models, held, rollout, config.update_size, layout)
+    return [phase._replace(host=host_bytes(models)) for phase in found]
+
+
+def _engine_bytes(state: EngineState, frozen: FrozenParams) -> dict[str, int]:
+    """{what: bytes on one device} of the models of an engine between its programs."""
+    # A reward model shares with the critic what neither trains.
+    own = {path: leaf for path, leaf in frozen.reward.items() if path not in frozen.critic}
+    held = _state_bytes("actor ", state.actor, frozen.actor)
+    held |= _state_bytes("critic ", state.critic, frozen.critic) if state.critic else {}
+    held |= {"reference": device_bytes(frozen.reference), "reward model": device_bytes(own)}
+    return held | ({"moving average": device_bytes(state.average)} if state.average else {})
+
+
+def _abstract_rollout(config: PPOConfig, prompt: int, layout: Layout) -> Rollout:
+    rows, new = config.rollouts, config.sample.max_new_tokens
+    prompts = [jax.ShapeDtypeStruct((rows, prompt), kind) for kind in (jnp.int32, jnp.bool)]
+    answers = [jax.ShapeDtypeStruct((rows, new), kind) for kind in (jnp.int32, jnp.bool, jnp.float32)]
+    ended, ends = (jax.ShapeDtypeStruct((rows,), kind) for kind in (jnp.bool, jnp.int32))
+    return Rollout(*abstract_batch((*prompts, *answers, ended, answers[-1], ends), layout))
+
+
+def _generation(
+    stage: str, engine: Engine, recipe: Recipe, params: Params, held: Mapping[str, int], rollout: Rollout
+) -> list[Phase]:
+    """Publishing the weights, and decoding all answers, at once or in rows that are refilled."""
+    actor, layout, programs = engine.models.actor, engine.publish.layout, engine.programs
+    weights = output_shardings(programs.publish.program, params)
+    added = device_bytes(weights) + relayout_bytes(actor, params, layout)
+    weights |= shared_inference_weights(actor, params, layout, with_sharding)
+    everywhere = NamedSharding(layout.mesh, PartitionSpec())
+    prompts, generate = (rollout.prompts, rollout.prompt_mask), programs.generate
+    config, length = getattr(recipe, stage), rollout.prompts.shape[1] + rollout.tokens.shape[1]
+    rows = config.rollouts
+    if 0 < config.generate_rows < rows:
+        rows, generate = config.generate_rows, SlotsProgram(generate)
+        prompts = tuple(with_sharding(x, everywhere) for x in prompts)
+    key = with_sharding(jax.eval_shape(lambda: jax.random.key(0)), everywhere)
+    dtype = recipe.model.compute.dtype
+    cache = device_bytes(output_shardings(jax.jit(lambda: empty_cache(actor, rows, length, dtype, layout))))
+    live = {**held, "generation weights": added, "prompts": device_bytes(prompts)}
+    return [
+        Phase(stage, "publish", programs.publish, (params,), dict(held), added=added),
+        Phase(stage, "generate", generate, (weights, *prompts, key), live, cache=cache, added=cache),
+    ]
+
+
+def _learning_from(
+    stage: str,
+    engine: Engine,
+    models: tuple[EngineState, FrozenParams],
+    held: Mapping[str, int],
+    rollout: Rollout,
+    batch_size: int,
+    layout: Layout,
+) -> list[Phase]:
+    """Scoring, one optimizer step of each model that trains, and one of the moving average."""
+    (state, frozen), programs = models, engine.programs
+    # As the engine fetches them: the reference to score, of an average that rests in host memory one array at a time.
+    fetched = dataclasses.replace(frozen, reference=with_memory(frozen.reference, None))
+    ended = rollout.ended
+    scores = None if engine.models.reward else jax.ShapeDtypeStruct(ended.shape, jnp.float32, sharding=ended.sharding)
+    scored = dataclasses.replace(state, average={}), fetched, rollout, scores
+    live = {**held, "rollout": device_bytes(rollout)}
+    reference = {"reference": device_bytes(fetched.reference)}
+    found = [Phase(stage, "score", programs.score, scored, live | reference)]
+    experience = output_shardings(programs.score, *scored)
+    part = abstract_batch(_rows(experience, batch_size), layout)
+    live |= {"experience": device_bytes(experience)}
+    if batch_size < rollout.tokens.shape[0]:
+        live |= {"part of the experience": device_bytes(part)}
+    for name in ("actor", "critic"):
+        if learner := getattr(state, name):
+            sums = by_layout(learner.trainable, getattr(engine.models, name), layout.gradients)
+            args = learner, getattr(frozen, name), part
+            found += _update_phases(stage, name, getattr(programs, name), args, live, sums)
+    if state.average:
+        there = with_memory(state.average, None)
+        largest = max(there, key=lambda path: device_bytes(there[path]))
+        if host_bytes(state.average):
+            live |= {"moving average": device_bytes(there[largest])}
+        pair = there[largest], state.actor.trainable[largest]
+        found.append(Phase(stage, "average", programs.average, pair, live))
+    return found
+
+
+def prompt_positions(recipe: Recipe, max_positions: int) -> int:
+    """P of the longest prompts that the configuration lets through, as `make_generate` cuts them."""
+    longest = min(recipe.data.max_prompt_length, max_positions - recipe.ppo.sample.max_new_tokens)
+    return min(_round8(longest), bucket_length(longest))
+
+
+def _state_bytes(name: str, state: TrainState, frozen: Params) -> dict[str, int]:
+    parts = {"frozen": frozen, "trainable": state.trainable, "optimizer": (state.step, state.opt_state)}
+    return {f"{name}{part}": device_bytes(tree) for part, tree in parts.items()}
+
+
+def _optimizer(config: OptimConfig) -> optax.GradientTransformation:
+    """Its state has the same shapes however long the run is."""
+    return make_optimizer(config, config.warmup_steps + 1)
+
+
+def _rows(tree: Any, count: int) -> Any:
+    """The same arrays with so many rows, without a sharding."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), tree)
+
+
+def _round8(length: int) -> int:
+    return -(-length // 8) * 8

@@ -1,0 +1,79 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlhf_jax.hardware import GIB
+
+MIB = 2**20
+COLUMNS = ("resident", "arguments", "temporaries", "cache", "peak", "headroom")
+
+
+def format_plan(plan: dict[str, Any]) -> str:
+    """The tables that `rlhf-jax plan` prints."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
+    # A small model's table in MiB, so that there is something to see.
+    unit, name = (GIB, "GiB") if max(row["peak"] for row in plan["phases"]) >= GIB else (MIB, "MiB")
+    source = "simulated CPUs" if plan["compiled_for"] == "cpu" else plan["compiled_for"]
+    lines = [
+        f"plan for {plan['gpus']}, mesh {mesh}: a GPU has {plan['memory'] / GIB:.1f} GiB, usable are "
+        f"{plan['usable'] / GIB:.1f}",
+        f"{name} on one GPU, by programs compiled for {source}; temporaries include the cache",
+        "",
+        _row("phase", COLUMNS),
+    ]
+    for row in plan["phases"]:
+        cells = [f"{row[column] / unit:.2f}" for column in COLUMNS]
+        reported = ["does not fit"] * (row["headroom"] < 0) + ["compiled without Triton"] * row["cublas_only"]
+        lines.append("  ".join([_row(f"{row['stage']} {row['phase']}", cells), *reported]))
+    lines += [""] + [f"chosen: {text}" for text in plan["chosen"]] if plan["chosen"] else []
+    worst = max(plan["phases"], key=lambda row: row["peak"])
+    held = sorted(worst["live"].items(), key=lambda item: -item[1])
+    lines += [
+        "",
+        f"most in {worst['stage']} {worst['phase']}, where the GPU holds "
+        + ", ".join(f"{what} {size / unit:.2f}" for what, size in held if size >= unit / 200),
+    ]
+    if most := max(row["host"] for row in plan["phases"]):
+        lines.append(f"in pinned host memory for each GPU: {most / unit:.2f}")
+    lines += ["fits" if plan["fits"] else "does not fit: " + "; or ".join(plan["mends"])]
+    lines += [""] + [_micro_batch_line(stage, found) for stage, found in plan["micro_batch"].items()]
+    lines += ["", _row("seconds", ("floor", "expected"))]
+    for stage, entry in plan["seconds"].items():
+        for phase, times in entry["phases"].items():
+            lines.append(_row(f"{stage} {phase}", [_format_time(times[kind]) for kind in ("floor", "expected")]))
+        lines.append(_stage_line(stage, entry))
+    if plan["cost"] is not None:
+        lines.append(f"cost at {plan['price_per_gpu_hour']:g} per GPU and hour, all stages: {plan['cost']:,.2f}")
+    lines += [""] + [f"assumed: {text}" for text in plan["assumptions"]] + [f"note: {text}" for text in plan["notes"]]
+    return "\n".join(lines)
+
+
+def _row(name: str, cells) -> str:
+    return f"{name:<18}" + "".join(f"{cell:>13}" for cell in cells)
+
+
+def _micro_batch_line(stage: str, found: dict[str, int]) -> str:
+    largest = found["largest"] or "none"
+    how = f"{found['compilations']} sizes compiled, bisecting those that divide"
+    return f"{stage}: largest micro-batch that fits: {largest} (asked for: {found['asked']}; {how})"
+
+
+def _stage_line(stage: str, entry: dict[str, Any]) -> str:
+    step = "iteration" if "generate" in entry["phases"] else "step"
+    text = f"  {stage}: {_format_time(entry['floor'])} to {_format_time(entry['expected'])} s for one {step}"
+    if entry["steps_per_epoch"]:
+        epoch = f"{entry['floor_epoch'] / 3600:.2f} to {entry['expected_epoch'] / 3600:.2f} h an epoch"
+        text += f", {epoch} of {entry['steps_per_epoch']} {step}s"
+    else:
+        text += ", rows of an epoch not known without the data"
+    if entry["steps"]:
+        text += f"; {entry['steps']} {step}s in all: {entry['expected_stage'] / 3600:.2f} h expected"
+    if entry["cost_of_step"] is not None:
+        text += f"; costs {entry['cost_of_step']:.2g} a {step}"
+    return text + (f", {entry['cost']:,.2f} in all" if entry["cost"] is not None else "")
+
+
+def _format_time(seconds: float) -> str:
+    return f"{seconds:.3g}"

@@ -1,0 +1,114 @@
+"""Stage 0, only where model.actor is "new": a tokenizer and a random model, as an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from rlhf_jax.data.chat_template import prepare_tokenizer
+from rlhf_jax.data.config import DataConfig
+from rlhf_jax.data.records import RowSpec
+from rlhf_jax.data.selection import read_examples
+from rlhf_jax.mesh import TRAIN, Layout
+from rlhf_jax.models.decoder import init_params
+from rlhf_jax.models.families import decoder_config
+from rlhf_jax.models.pretrained import Pretrained, save_pretrained
+from rlhf_jax.stages.context import StageContext
+from rlhf_jax.stages.models import ModelConfig, NewModelConfig
+
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")  # ids 0, 1, 2
+NUM_BYTES = 256
+
+# A word with the space before it, one digit, a run of other signs, or white space. Digits never join: a model of a few
+# layers adds and sorts far better when every number is spelled in the same ten signs.
+PIECES = Regex(r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer, so that every text has an encoding and comes back equal.
+
+    The vocabulary is <pad>, <s>, </s>, the 256 bytes and merges learned from `texts`; it is smaller than `vocab_size`
+    where the texts have no more merges to give. Nothing is added around a text. `save_pretrained` writes a folder that
+    `AutoTokenizer` opens. Raises ValueError if `vocab_size` is below 259.
+    """
+    smallest = len(SPECIAL_TOKENS) + NUM_BYTES
+    if vocab_size < smallest:
+        raise ValueError(
+            f"vocab_size {vocab_size} cannot hold the bytes and the special tokens: use {smallest} or more"
+        )
+    pad, bos, eos = SPECIAL_TOKENS
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(PIECES, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+LOGGER = logging.getLogger(__name__)
+
+
+def make_hf_config(new: NewModelConfig, vocab_size: int) -> dict[str, Any]:
+    """The config.json of a new model, without the ids of its tokenizer."""
+    return {
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": new.hidden_size,
+        "intermediate_size": new.mlp_size,
+        "num_hidden_layers": new.num_layers,
+        "num_attention_heads": new.num_heads,
+        "num_key_value_heads": new.num_kv_heads,
+        "max_position_embeddings": new.max_positions,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    }
+
+
+def make_tokenizer(model: ModelConfig, data: DataConfig, rows: RowSpec) -> PreTrainedTokenizerBase:
+    """A tokenizer of model.new.vocab_size tokens, trained on these training rows."""
+    examples = read_examples(data, rows, held_out=False)
+    texts = (text for e in examples for text in (*(said for _, said in e.turns), e.answer, e.text) if text)
+    opened = itertools.chain([" Human:", " Assistant:"], texts)
+    return prepare_tokenizer(train_tokenizer(opened, model.new.vocab_size), data.template)
+
+
+def make_base_model(context: StageContext) -> str:
+    """The folder that training starts from: RUN/base, made where it is not there yet, or what model.actor names."""
+    run, model = context.run, context.model
+    if model.actor != "new":
+        return model.actor
+    folder = run.folder("base")
+    if not folder.exists():
+        tokenizer = make_tokenizer(model, context.data, context.rows)
+        hf = make_hf_config(model.new, len(tokenizer)) | {
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        config, layout = decoder_config(hf, scalar_head=False), Layout(context.layout.mesh, TRAIN)
+        params = init_params(config, jax.random.key(run.seed), layout)
+        save_pretrained(Pretrained(config, params, tokenizer, hf, {}, layout), folder)
+        LOGGER.info(f"base: a new model in {folder}")
+    return str(folder)

@@ -181,7 +181,6 @@ def test_a_save_killed_before_its_last_rename_is_never_taken_for_a_finished_one(
 
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest_step() == 1
-        assert [path.name for path in tmp_path.iterdir()] == ["1"]
         with pytest.raises(ValueError, match="no checkpoint of step 2 in .*: it has 1"):
             checkpoints.restore(2, {"x": jnp.zeros(4, int)})
     with Checkpoints(tmp_path) as checkpoints:

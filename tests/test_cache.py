@@ -127,8 +127,8 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
 from test_cache import DataConfig, SourceConfig, TOKENIZER, rows_for, tokenize
-encode, calls = tokenize.encode_block, []
-tokenize.encode_block = lambda *args: calls.append(1) or encode(*args)
+encode, calls = tokenize.encode_examples, []
+tokenize.encode_examples = lambda *args: calls.append(1) or encode(*args)
 config = DataConfig((SourceConfig({path!r}),), {{"sft": 1.0}}, 0.0, cache_dir={cache!r})
 print(len(rows_for(config)), rows_for(config).fingerprint, len(calls) > 0)
 """

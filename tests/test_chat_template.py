@@ -221,9 +221,9 @@ import sys
 if {torch == "absent"}:
     sys.modules["torch"] = None  # as if it were not installed
 from transformers import PreTrainedTokenizerFast
-from rlhf_jax.data import batches, selection, template
-tokenizer = template.prepare_tokenizer(PreTrainedTokenizerFast.from_pretrained({str(tmp_path)!r}))
-assert template.encode_response(tokenizer, (("user", "a </s>"),), "b")[-1] == 3
+from rlhf_jax.data import batches, chat_template, selection
+tokenizer = chat_template.prepare_tokenizer(PreTrainedTokenizerFast.from_pretrained({str(tmp_path)!r}))
+assert chat_template.encode_response(tokenizer, (("user", "a </s>"),), "b")[-1] == 3
 assert sys.modules.get("torch") is None
 assert "datasets" not in sys.modules
 """

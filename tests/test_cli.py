@@ -489,7 +489,7 @@ def test_compiled_programs_are_kept_in_the_users_cache_unless_the_environment_sa
 
 def test_a_run_leaves_its_compiled_programs_for_the_next_and_none_where_the_environment_says_nowhere(tmp_path):
     script = (
-        "import os, jax; from rlhf_jax.cli import keep_compiled; keep_compiled(os.environ); jax.jit(lambda x: x + 1)(2)"
+        "import os, jax; from rlhf_jax.cli import set_compile_cache; set_compile_cache(os.environ); jax.jit(lambda x: x + 1)(2)"
     )
     environ = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
     environ |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -505,7 +505,7 @@ def test_simulated_devices_have_threads_to_spare_and_a_wish_of_the_user_stands()
         set_xla_threads(environ)
         assert environ.get("PJRT_NPROC") == wanted
     script = (
-        "import os, jax; from rlhf_jax.cli import give_threads; give_threads(os.environ); jax.devices()\n"
+        "import os, jax; from rlhf_jax.cli import set_xla_threads; set_xla_threads(os.environ); jax.devices()\n"
         "tasks = [open(f'/proc/self/task/{task}/comm').read() for task in os.listdir('/proc/self/task')]\n"
         "print(tasks.count('tf_XLAEigen\\n'))"
     )

@@ -36,7 +36,7 @@ class EvaluateConfig:
     pairs: int = 1024  # held-out pairs that the reward model is measured on, at most
     batch_size: int = 64  # prompts answered, and sequences scored, at once
     show: int = 6  # prompts whose answers are printed
-    seed: int = 0  # of the answers' sampling
+    seed: int = 0  # seed of the sampled answers
     sample: SampleConfig = SampleConfig()  # how the policies answer
 
     def __post_init__(self) -> None:

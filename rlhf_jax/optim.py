@@ -18,14 +18,14 @@ class OptimConfig:
     """Raises ValueError for a value that no run can want."""
 
     learning_rate: float  # peak, reached at the end of the warmup
-    schedule: Schedule = "cosine"  # how it falls after the warmup
-    warmup_steps: int = 0  # optimizer steps of linear rise; the first step is not wasted on a rate of 0
+    schedule: Schedule = "cosine"  # how the learning rate falls after the warmup
+    warmup_steps: int = 0  # optimizer steps of linear rise; the first step already has a positive rate
     weight_decay: float = 0.0  # decoupled from the gradient (AdamW); never on biases and norm scales
     beta1: float = 0.9  # decay of the mean of the gradient
-    beta2: float = 0.95  # decay of the mean of its square
-    eps: float = 1e-8  # added to the root of that mean
+    beta2: float = 0.95  # decay of the mean of the squared gradient
+    eps: float = 1e-8  # added to the square root of that mean
     clip_norm: float = 1.0  # largest global norm of a gradient; 0 = do not clip
-    final_lr_share: float = 0.0  # of the peak, left when the schedule ends
+    final_lr_share: float = 0.0  # learning rate at the end of the schedule, as a share of the peak
 
     def __post_init__(self) -> None:
         legal = {

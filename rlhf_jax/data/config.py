@@ -26,11 +26,11 @@ class SourceConfig:
     # files, a folder of `save_to_disk`, "builtin:assistant", or the name of a data set on the hub.
     path: str
     name: str = ""  # the configuration of a hub data set that has several
-    split: str = "train"  # of a hub data set or a `save_to_disk` folder
+    split: str = "train"  # the split of a hub data set or of a `save_to_disk` folder
     eval_path: str = ""  # a place whose rows are this source's held-out rows; "" with eval_split "": by hash
-    eval_split: str = ""  # the same, as another split of `path`
+    eval_split: str = ""  # the split of `path` whose rows are the held-out rows, in place of eval_path
     stream: bool = False  # read as training goes, for what is too large to be read before; SFT alone
-    limit: int = 0  # at most so many rows of `path`, the first ones; 0: all
+    limit: int = 0  # at most this many rows of `path`, the first ones; 0: all
     # The mapping of its fields. "": that of the known data set that `path` names, or else "fields".
     format: Format = ""
     prompt: str = "prompt"  # the field of the prompt
@@ -40,17 +40,17 @@ class SourceConfig:
     system: str = ""  # the field of a system text, which may be empty or null; alpaca and sharegpt: "" is "system"
     field: str = ""  # the one field of messages, sharegpt and text; "": "messages", "conversations" and "text"
     answers: tuple[str, ...] = ("answers",)  # of a ranking: one field that holds a list, or a field for each answer
-    scores: tuple[str, ...] = ()  # of a ranking: the like of `answers` with numbers; none: the answers come best first
+    scores: tuple[str, ...] = ()  # of a ranking: the fields of the scores, as `answers`; none: best answer first
     lowest_first: bool = False  # the answer with the lowest of `scores` is the best, as where they are ranks
     # What opens the turns of a transcript: the user's, the assistant's, and, if there is a third, the system's; a third
     # "" makes a system turn of what comes before the first speaker.
     speakers: tuple[str, ...] = SPEAKERS
-    strip: str = ""  # a regular expression; what it matches is cut out of answer, chosen and rejected
-    sparse: bool = False  # a row whose field is null or empty, or its list too short, is left out, and is no bad row
+    strip: str = ""  # a regular expression; its matches are removed from answer, chosen and rejected
+    sparse: bool = False  # rows with an empty field or too short a list are left out, and are no bad rows
     # The blend (see mixture.py).
     weight: float = 0.0  # share of the drawn rows relative to other sources' weights; 0: by its number of rows
     epochs: float = 1.0  # times each of its rows is drawn in one epoch of the blend, where there are no weights
-    max_rows: int = 0  # at most so many of its rows are drawn in one epoch of the blend; 0: no cap
+    max_rows: int = 0  # at most this many of its rows are drawn in one epoch of the mixture; 0: no cap
 
     def __post_init__(self):
         if not self.path.strip():
@@ -90,18 +90,18 @@ class DataConfig:
     # as text "2,4,4" those of the first three stages; {}: the default shares.
     split: dict[str, float] | str = field(default_factory=dict, hash=False)
     held_out: float = 0.05  # share of the prompts that is kept for evaluation, by hash, in sources without eval_path
-    split_seed: int = 0  # another one splits the prompts in another way, and holds out others; run.seed does not
+    split_seed: int = 0  # seed of the split of the prompts and of what is held out; run.seed changes neither
     max_prompt_length: int = 256  # tokens; longer prompts are dropped
     max_length: int = 512  # tokens of prompt and answer; longer answers are cut
     # What becomes of a row that is too long. "right": a prompt over max_prompt_length is dropped, an answer is cut at
     # its end; "left": the prompt loses its beginning; "drop": the row is dropped.
     long_rows: Literal["right", "left", "drop"] = "right"
     template: str = ""  # Jinja text, or the path of a file of it; "": the tokenizer's own, or "Human:/Assistant:"
-    temperature: float = 1.0  # above 1 small sources are drawn from more often than their rows say; see blend.quotas
+    temperature: float = 1.0  # above 1, small sources are drawn from more often than in proportion to their rows
     max_bad_rows: int = 0  # rows of a source that may be malformed: counted and reported; one more stops the run
     cache_dir: str = ""  # where tokenised rows are kept; "": in the user's cache folder
-    builtin_seed: int = 0  # of builtin:assistant
-    builtin_rows: int = 8192  # of builtin:assistant
+    builtin_seed: int = 0  # seed of the dialogues of builtin:assistant
+    builtin_rows: int = 8192  # number of dialogues of builtin:assistant
 
     def __post_init__(self):
         _check_split(self.split)

@@ -18,9 +18,9 @@ LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 class LoraConfig:
     """Adapters on linear layers; the base is frozen while they train."""
 
-    rank: int = 0  # 0: no adapters, every weight trains
+    rank: int = 0  # rank of the adapters; 0: none, every weight trains
     alpha: float = 16.0  # the update is scaled by alpha / rank
-    targets: tuple[str, ...] = LINEARS  # linears of each layer that get one
+    targets: tuple[str, ...] = LINEARS  # linear layers that get an adapter
 
     def __post_init__(self) -> None:
         if self.rank < 0:

@@ -55,22 +55,22 @@ class NewModelConfig:
 class ModelConfig:
     """Where the models come from, and how they are computed."""
 
-    actor: str = "facebook/opt-1.3b"  # Hugging Face folder or hub id; "new": from scratch, as model.new says
-    reward: str = "sft"  # what the reward model starts from: a folder or hub id, or "sft": this run's SFT model
+    actor: str = "facebook/opt-1.3b"  # Hugging Face folder or hub id; "new": from scratch, with the sizes of model.new
+    reward: str = "sft"  # what the reward model starts from: a folder or hub id, or "sft" for this run's SFT model
     lora: LoraConfig = LoraConfig()  # adapters of the actor
     reward_lora: LoraConfig = LoraConfig()  # adapters of the reward model, and of the critic that starts from it
-    dtype: Dtype = "bfloat16"  # of activations, matrix products, generation weights and cache
+    dtype: Dtype = "bfloat16"  # dtype of activations, matrix products, generation weights and cache
     # Of weights that do not train; those that do are float32. "int8", "nf4": kernels under LoRA in 8.25 or 4.13 bits a
     # weight, all else that does not train bfloat16.
     frozen_dtype: FrozenDtype = "float32"
-    export_dtype: Dtype = "float32"  # of the exported folders
+    export_dtype: Dtype = "float32"  # dtype of the exported folders
     # What the backward pass recomputes. "layers": all but each layer's input, least memory and a third more work;
     # "dots": all but those and the products' outputs (over one copy a GPU recomputes nothing then); "none".
     remat: Literal["layers", "dots", "none", "auto"] = "layers"
-    one_copy: Switch = False  # under LoRA: generate from the training base, its adapters beside it, not from a copy
-    offload_optimizer: Switch = False  # optimizer moments rest in pinned host memory, on the devices one at a time
-    offload_reference: Switch = False  # the reference rests in pinned host memory and is on the devices to score
-    offload_ema: Switch = False  # the moving average rests in pinned host memory
+    one_copy: Switch = False  # under LoRA: generate from the training base with unmerged adapters, not from a copy
+    offload_optimizer: Switch = False  # keep optimizer moments in pinned host memory, on the devices one at a time
+    offload_reference: Switch = False  # keep the reference in pinned host memory; it is on the devices while it scores
+    offload_ema: Switch = False  # keep the moving average in pinned host memory
     logprob_chunk: int = 128  # positions whose logits exist at once; 0: all
     attention: Choice = "auto"  # "cudnn": fused, on NVIDIA GPUs; "xla"; "auto": fused where GPU, dtype and model allow
     new: NewModelConfig = NewModelConfig()  # the model that actor = "new" trains from scratch

@@ -57,19 +57,19 @@ class PPOConfig:
     epochs: int = 1  # passes over the prompts
     steps: int = 0  # iterations of generate, score and update; 0: as `epochs` says
     rollout_batch_size: int = 64  # prompts answered in one iteration, over all devices, each sample.num_samples times
-    generate_rows: int = 0  # answers decoded at a time, a row that ends taking the next prompt; 0: all at once
+    generate_rows: int = 0  # answers decoded at a time; a free decode slot takes the next prompt; 0: all at once
     batch_size: int = 0  # rollouts of one optimizer step; 0: all of an iteration
     micro_batch_size: int = 0  # rollouts of one forward and backward pass, over all devices; 0: batch_size
     ppo_epochs: int = 1  # passes over the rollouts of an iteration
-    kl_coef: float = 0.1  # of the penalty for leaving the reference, on every token
+    kl_coef: float = 0.1  # coefficient of the KL penalty against the reference, on every token
     score_clip: float = 5.0  # scores are clipped to +- this before they become a reward
-    missing_eos_penalty: float = 0.0  # taken off the score of an answer that was cut at max_new_tokens
+    missing_eos_penalty: float = 0.0  # subtracted from the score of an answer that was cut at max_new_tokens
     gamma: float = 1.0  # discount per token
     lam: float = 0.95  # lambda of generalised advantage estimation
-    clip: float = 0.2  # of the probability ratio
-    value_clip: float = 0.2  # of the change of a value
-    ema_decay: float = 0.0  # of a moving average of the actor over optimizer steps, exported beside it; 0: none
-    whiten_advantages: bool = True  # to mean 0 and variance 1 over the tokens of an iteration
+    clip: float = 0.2  # largest change of the probability ratio in the actor loss
+    value_clip: float = 0.2  # largest change of a value in the critic loss
+    ema_decay: float = 0.0  # decay of the moving average of the actor, which is exported to export_ema; 0: none
+    whiten_advantages: bool = True  # scale advantages to mean 0 and variance 1 over the tokens of an iteration
     sample: SampleConfig = SampleConfig()  # how rollouts are sampled
     actor: OptimConfig = OptimConfig(learning_rate=9.65e-6)  # the actor's optimizer
     critic: OptimConfig = OptimConfig(learning_rate=5e-6)  # the critic's optimizer

@@ -23,7 +23,7 @@ class RunConfig:
     dir: str = "runs/run"  # the run folder
     # The stages in their order. Each starts from what the latest stage before it left of what it needs.
     stages: tuple[str, ...] = ("sft", "reward", "ppo")
-    seed: int = 0  # of initialisation, data order and sampling; the split of the data does not depend on it
+    seed: int = 0  # seed of initialisation, data order and sampling, but not of the split of the data
     overwrite: bool = False  # start over in a folder that holds a run of another configuration, deleting that run
     save_every: int = 200  # optimizer or PPO steps between checkpoints; one is always saved at the end
     log_every: int = 1  # steps between records of metrics.jsonl

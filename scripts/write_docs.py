@@ -1,0 +1,413 @@
+"""Fill the generated parts of README.md and docs/*.md: measurements, configuration keys, model families, modules.
+
+    python scripts/write_docs.py
+
+What stands between `<!-- NAME -->` and `<!-- /NAME -->` is written by BLOCKS[NAME]: from benchmarks/results/NAME.json
+for a measurement, from the package's source for the rest.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import io
+import itertools
+import json
+import re
+import textwrap
+import tokenize
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from rlhf_jax.models.families import FAMILIES
+from rlhf_jax.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PHASES = ("publish", "generate", "score", "actor", "critic")
+TYPES = {int: "integer", float: "number", bool: "boolean", str: "string"}
+MODELS = {
+    "opt": "OPT, all sizes",
+    "gpt2": "GPT-2",
+    "gpt_neo": "GPT-Neo",
+    "gptj": "GPT-J",
+    "gpt_neox": "GPT-NeoX, Pythia",
+    "codegen": "CodeGen",
+    "bloom": "BLOOM, BLOOMZ",
+    "falcon": "Falcon (7B, 40B, RW)",
+    "phi": "Phi-1, 1.5, 2",
+    "llama": "LLaMA 1, 2, 3",
+    "mistral": "Mistral 7B",
+    "qwen2": "Qwen2, Qwen2.5",
+    "qwen3": "Qwen3",
+    "phi3": "Phi-3",
+    "olmo2": "OLMo 2",
+    "stablelm": "StableLM",
+    "gemma": "Gemma",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3 (text)",
+    "mixtral": "Mixtral",
+    "qwen3_moe": "Qwen3, mixture of experts",
+}
+
+
+def main() -> None:
+    for path in documents():
+        text = path.read_text(encoding="utf-8")
+        if (filled := fill(text)) != text:
+            path.write_text(filled, encoding="utf-8")
+            print(path.relative_to(ROOT))
+
+
+def documents() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def fill(text: str) -> str:
+    """The text with its generated parts as they should be.
+
+    Raises:
+        KeyError: no block has the name between the marks.
+    """
+    marks = re.compile(r"^<!-- (\w+) -->\n.*?^<!-- /\1 -->$", re.DOTALL | re.MULTILINE)
+    return marks.sub(lambda found: f"<!-- {found[1]} -->\n{BLOCKS[found[1]]()}\n<!-- /{found[1]} -->", text)
+
+
+# --- measurements
+
+
+def runs_of(name: str) -> list[dict[str, Any]]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def measured(name: str, head: list[str], row: Callable[[dict], list[str]]) -> str:
+    """A table with one row per run, and what the runs' file says of their origin."""
+    runs = runs_of(name)
+    return f"{table(head, [row(run['result']) for run in runs])}\n\n{origin(runs)}"
+
+
+def transposed(name: str, head: list[str], rows: dict[str, Callable[[dict], str]]) -> str:
+    """The same with one column per run."""
+    runs = runs_of(name)
+    cells = [[label, *(show(run["result"]) for run in runs)] for label, show in rows.items()]
+    return f"{table(head, cells)}\n\n{origin(runs)}"
+
+
+def origin(runs: list[dict[str, Any]]) -> str:
+    """Command, commit, date and machine of the runs; where they differ, of which rows."""
+    groups: dict[str, list[str]] = {}
+    for number, run in enumerate(runs, 1):
+        note = f" ({run['note']})" if "note" in run else ""
+        text = f"`{run['command']}`, commit {run['commit']}, {run['date']}, {run['machine']}{note}"
+        groups.setdefault(text, []).append(str(number))
+    texts = list(groups)
+    if len(groups) > 1:
+        texts = [f"{'rows' if len(which) > 1 else 'row'} {', '.join(which)}: {text}" for text, which in groups.items()]
+    return textwrap.fill(f"Source: {'; '.join(texts)}.", 116, break_long_words=False, break_on_hyphens=False)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
+def percent(share: float, digits: int = 1) -> str:
+    return f"{share:.{digits}%}"
+
+
+def demo() -> str:
+    """Of the demo as it is shipped: seed 0 alone."""
+    return demo_table([run for run in runs_of("demo") if run["result"]["seed"] == 0])
+
+
+def demo_seeds() -> str:
+    return demo_table(runs_of("demo"))
+
+
+def demo_table(runs: list[dict[str, Any]]) -> str:
+    rows = []
+    for run in runs:
+        result = run["result"]
+        shares = [result[how][f"{stage}_good"] for how in ("sampled", "greedy") for stage in ("sft", "ppo")]
+        accuracy, minutes = result["sampled"]["reward_accuracy"], sum(result["seconds"].values()) / 60
+        took = f"{minutes:.1f} min" if minutes else "not timed"
+        rows.append([str(result["seed"]), *map(percent, [*shares, accuracy]), took])
+    head = ["seed", "SFT, sampled", "PPO, sampled", "SFT, greedy", "PPO, greedy", "reward model", "training"]
+    return f"{table(head, rows)}\n\n{origin(runs)}"
+
+
+def fit() -> str:
+    def row(result: dict) -> list[str]:
+        how = f"{result['trains']}, {result['rollouts']} rollouts, {result['micro_batch']} at a time"
+        ours = f"{result['model']}, {how} (`configs/{result['config']}.toml`)"
+        sizes = [*(result["peaks"][phase] for phase in PHASES), result["headroom"]]
+        return [result["card"], result["deepspeed_chat"], ours, *(f"{size / 2**30:.1f}" for size in sizes)]
+
+    return measured("fit", ["card", "DeepSpeed-Chat's largest", "here", *PHASES, "headroom"], row)
+
+
+def import_export() -> str:
+    def megabytes(key: str) -> Callable[[dict], str]:
+        return lambda result: f"{result[key] / 1e6:,.0f}"
+
+    rows = {
+        "parameters on the devices, MB": megabytes("devices"),
+        "largest tensor of the files, MB": megabytes("largest"),
+        "peak resident memory of the import above that before it, MB": megabytes("resident"),
+        "the same without pages of files, MB": megabytes("anonymous"),
+        "peak within parameters + 1.5 x largest tensor": lambda result: "yes" if result["within"] else "no",
+        "peak resident memory of the export above that before it, MB": megabytes("exporting"),
+        "import, MB/s of the files read": megabytes("import"),
+        "export, MB/s of the files written": megabytes("export"),
+        "plain copy of the files read, MB/s": megabytes("copy"),
+    }
+    return transposed("import_export", ["", *(run["result"]["dtype"] for run in runs_of("import_export"))], rows)
+
+
+def data() -> str:
+    rows = {
+        "dialogues; tokens; bytes of text": lambda r: f"{r['rows']:,}; {r['tokens']:,}; {r['text_bytes'] / 1e9:.2f} GB",
+        "rows per second, from the file to what is stored": lambda r: f"{r['rows_per_second']:,.0f}",
+        "the tokenizers library alone, rows per second": lambda r: f"{r['tokenizers_rows_per_second']:,.0f}",
+        "share of that speed": lambda r: percent(r["share_of_tokenizers"], 0),
+        "peak resident memory meanwhile": lambda r: f"{r['build_rss_bytes'] / 1e6:,.0f} MB",
+        "stored on disk": lambda r: f"{r['store_bytes'] / 1e6:,.0f} MB",
+        "a second run: imports and tokenizer, then the first batch": lambda r: (
+            f"{r['imports_seconds']:.1f} s, then {r['first_batch_seconds']:.1f} s"
+        ),
+        "batches of 64, rows per second": lambda r: f"{r['served_rows_per_second']:,.0f}",
+        "that, over what SFT of the demo's model consumes": lambda r: f"{r['served_over_consumed']:,.0f} times",
+        "peak resident memory meanwhile; growth after a fifth of the epoch": lambda r: (
+            f"{r['serving_rss_bytes'] / 1e6:,.0f} MB; {r['serving_rss_growth_after_a_fifth'] / 1e6:.0f} MB"
+        ),
+    }
+    return transposed("data", ["", "measured"], rows)
+
+
+def quantised_errors() -> str:
+    runs = [run for run in runs_of("quantised") if run["result"]["error"]]
+    rows = [
+        [
+            *(str(run["result"]["seed"]), str(run["result"]["steps"]), kind),
+            *(percent(error["kernels"], 2), percent(error["logits"]), percent(error["same_argmax"])),
+            f"{error['bits_per_weight']:.2f}",
+        ]
+        for run in runs
+        for kind, error in run["result"]["error"].items()
+    ]
+    head = ["seed", "LoRA steps of the run", "base", "error of kernels", "error of logits", "same likeliest token"]
+    return table([*head, "bits per weight"], rows)
+
+
+def quantised() -> str:
+    def row(result: dict) -> list[str]:
+        cells = [str(result["seed"]), str(result["steps"])]
+        for kind in ("float32", "nf4", "int8"):
+            entry = result["lora"].get(kind)
+            cells.append(
+                f"{entry['held_out_loss_before']:.3f}, {entry['held_out_loss_after']:.4f}" if entry else "not run"
+            )
+        over = {kind: entry["over_float32"] for kind, entry in result["lora"].items() if kind != "float32"}
+        return [*cells, ", ".join(f"{kind} {share:+.2%}" for kind, share in over.items())]
+
+    return measured("quantised", ["seed", "steps", "float32", "NF4", "int8", "after, over float32"], row)
+
+
+def slot_refill() -> str:
+    def row(result: dict) -> list[str]:
+        ways = {"batches": "batches, each waiting for its slowest answer", "refilled": "decode slots, refilled"}
+        sizes = [f"{ways[result['way']]}", str(result["prompts"]), str(result["rows"]), f"{result['steps']:,}"]
+        return [*sizes, f"{result['seconds']:.2f}", f"{result['tokens_per_second']:,.0f}"]
+
+    return measured("slot_refill", ["", "prompts", "at a time", "decode steps", "seconds", "tokens per second"], row)
+
+
+def packing() -> str:
+    def row(result: dict) -> list[str]:
+        counts = [f"{result['documents']:,}", str(result["length"]), percent(result["padding"])]
+        return [result["file"], *counts, f"{result['packed_rows']:,}", percent(result["packed_padding"])]
+
+    head = ["file", "documents", "tokens per row", "padding, one document per row", "packed rows", "padding, packed"]
+    return measured("packing", head, row)
+
+
+def real_data() -> str:
+    (run,) = runs_of("real_data")
+    found = run["result"]
+    before, after = (percent(found[f"reward_held_out_accuracy_{when}"]) for when in ("before", "after"))
+    losses = (f"{found[f'sft_held_out_loss_{when}']:.2f}" for when in ("before", "after"))
+    rows = [
+        ["SFT: held-out loss, 60 steps", *losses],
+        [
+            "reward model: held-out accuracy, 60 steps",
+            before,
+            f"{after} (always the longer answer: {percent(found['reward_longer_is_chosen'])})",
+        ],
+        [
+            "PPO: mean score of the first and last five of 30 iterations",
+            *(f"{found[f'ppo_score_{which}_five']:.2f}" for which in ("first", "last")),
+        ],
+    ]
+    parity = (
+        f"The export in torch transformers: logits differ by {found['logits_relative_error']:.0e} relative, and "
+        f"{percent(found['greedy_answers_identical'], 0)} of eight greedy answers are identical."
+    )
+    return f"{table(['', 'before', 'after'], rows)}\n\n{parity}\n\n{origin([run])}"
+
+
+def history() -> str:
+    lines, group = [], ""
+    for run in runs_of("history"):
+        note = run["result"]
+        if note["group"] != group:
+            group = note["group"]
+            lines += ["", f"### {group}", ""]
+        how = "" if run["command"] == "by hand" else f"`{run['command']}`, "
+        text = f"**{note['title']}.** {note['text']} ({how}commit {run['commit']}, {run['date']}, {run['machine']})"
+        lines.append(textwrap.fill(text, 118, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False))
+    return "\n".join(lines[1:])
+
+
+# --- the package
+
+
+def families() -> str:
+    """Raises KeyError: a family has no name here."""
+    exports = {name: FAMILIES[name].scalar for name in [*MODELS, *(FAMILIES.keys() - MODELS.keys())]}
+    rows = [[MODELS[name], f"`{name}`", f"`{scalar}`" if scalar else "own folder"] for name, scalar in exports.items()]
+    return table(["models", "`model_type`", "reward model, exported as"], rows)
+
+
+def floors() -> str:
+    """The floors of tests/test_floors.py, the lowest first."""
+    tree = ast.parse((ROOT / "tests" / "test_floors.py").read_text(encoding="utf-8"))
+    (found,) = (node for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "FLOORS")
+    lines = [", ".join(f"`{name or '__init__'}`" for name in floor) for floor in ast.literal_eval(found.value)]
+    return "\n".join(f"{number}. {line}" for number, line in enumerate(lines, 1))
+
+
+def modules() -> str:
+    """Every module of the package with the first sentence of its docstring."""
+    package, rows = ROOT / "rlhf_jax", []
+    for path in sorted(package.rglob("*.py"), key=lambda path: (path.parent, path.name)):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        name = str(path.relative_to(package))
+        if path.name == "__init__.py":
+            name = f"{path.parent.relative_to(package.parent)}/"
+        first = re.split(r"\.\s+(?=[A-Z])", " ".join(text.split("\n\n")[0].split()))[0].rstrip(".:")
+        if first:
+            rows.append([f"`{name}`", first.replace("|", "\\|")])
+    return table(["module", "content"], rows)
+
+
+def configuration() -> str:
+    """A table of keys for each section, and for each table within one."""
+    lines = []
+    for schema, places in sections().items():
+        names = ", ".join(f"`[[{place}]]`" if is_array else f"`[{place}]`" for place, _, is_array in places)
+        lines += ["", f"## {names}", ""]
+        lines.append(table(["key", "type", "default", "meaning"], list(key_rows(schema, places))))
+    return "\n".join(lines[1:])
+
+
+def sections() -> dict[type, list[tuple[str, Any, bool]]]:
+    """{dataclass: [(dotted name, the default there or MISSING, whether it is an array of tables)]}."""
+    found: dict[type, list[tuple[str, Any, bool]]] = {}
+
+    def visit(schema: type, default: Any, place: str) -> None:
+        for field in dataclasses.fields(schema):
+            kind = get_type_hints(schema)[field.name]
+            inner = get_args(kind)[0] if get_origin(kind) is tuple else kind
+            if dataclasses.is_dataclass(inner):
+                name, value = f"{place}.{field.name}".lstrip("."), default_of(field, default)
+                is_array = inner is not kind
+                found.setdefault(inner, []).append((name, dataclasses.MISSING if is_array else value, is_array))
+                visit(inner, dataclasses.MISSING if is_array else value, name)
+
+    visit(Recipe, dataclasses.MISSING, "")
+    return found
+
+
+def default_of(field: dataclasses.Field, parent: Any) -> Any:
+    if parent is not dataclasses.MISSING:
+        return getattr(parent, field.name)
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def key_rows(schema: type, places: list[tuple[str, Any, bool]]) -> Iterator[list[str]]:
+    """[key, type, default, meaning] of each field.
+
+    Raises:
+        ValueError: a key has no meaning.
+    """
+    comments = meanings(schema)
+    for field in dataclasses.fields(schema):
+        if not comments.get(field.name):
+            raise ValueError(f"{schema.__name__}.{field.name} has no comment that says what it means")
+        kind = get_type_hints(schema)[field.name]
+        defaults = {place: shown(default_of(field, value)) for place, value, _ in places}
+        same = len(set(defaults.values())) == 1
+        default = next(iter(defaults.values())) if same else ", ".join(f"{v} ({p})" for p, v in defaults.items())
+        yield [f"`{field.name}`", type_name(kind), default, comments[field.name].replace("|", "\\|")]
+
+
+def meanings(schema: type) -> dict[str, str]:
+    """{field: its comment} of a dataclass and those it inherits from: that on its lines, or else that above them."""
+    found: dict[str, str] = {}
+    for parent in reversed([parent for parent in schema.__mro__ if dataclasses.is_dataclass(parent)]):
+        source = textwrap.dedent(inspect.getsource(parent))
+        whole, trailing = comments_of(source)
+        for node in ast.parse(source).body[0].body:
+            if isinstance(node, ast.AnnAssign):
+                inside = [trailing[line] for line in range(node.lineno, node.end_lineno + 1) if line in trailing]
+                above = itertools.takewhile(whole.__contains__, range(node.lineno - 1, 0, -1))
+                found[node.target.id] = " ".join(inside or [whole[line] for line in above][::-1])
+    return found
+
+
+def comments_of(source: str) -> tuple[dict[int, str], dict[int, str]]:
+    """{line: comment} of the lines that are nothing else, and of the others."""
+    whole, trailing = {}, {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            alone = not token.line[: token.start[1]].strip()
+            (whole if alone else trailing)[token.start[0]] = token.string.lstrip("# ")
+    return whole, trailing
+
+
+def type_name(kind: Any) -> str:
+    """A type as a reader of TOML would say it."""
+    if dataclasses.is_dataclass(kind):
+        return "table"
+    if get_origin(kind) is Literal:
+        return ", ".join(shown(choice) for choice in get_args(kind))
+    if get_origin(kind) is tuple:
+        return f"array of {type_name(get_args(kind)[0])}s"
+    if get_origin(kind) is dict:
+        return f"table of {type_name(get_args(kind)[1])}s"
+    if get_origin(kind) is types.UnionType:
+        return " or ".join(map(type_name, get_args(kind)))
+    return TYPES[kind]
+
+
+def shown(value: Any) -> str:
+    """A value as TOML."""
+    if value is dataclasses.MISSING:
+        return "required"
+    if dataclasses.is_dataclass(value):
+        return "below"
+    return f"`{json.dumps(value)}`"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    block.__name__: block
+    for block in (
+        *(demo, demo_seeds, fit, import_export, data, quantised, quantised_errors, slot_refill, packing, real_data),
+        *(history, families, floors, modules, configuration),
+    )
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""README.md and docs/: what is generated agrees with its source, and what is written runs, loads and resolves."""
+
+import datetime
+import importlib.util
+import json
+import re
+import shlex
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from benchmarks import demo, provenance
+from rlhf_jax import cli
+from rlhf_jax.config import load_config, parse_config
+from rlhf_jax.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+# Numbers with a unit that nothing measured: constants of the code, tolerances of tests, sizes of downloads.
+STATED = {"95%", "2%", "5 GB"}
+MEASURED = re.compile(r"(?<![\w.])\d[\d,.]*(?:%| (?:s|ms|min|MB|GB|GiB|MB/s|GB/s)\b)")
+PARTS = re.compile(r"^<!-- (\w+) -->$.*?^<!-- /\1 -->$", re.DOTALL | re.MULTILINE)
+FENCES = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def write_docs():
+    """scripts/write_docs.py as a module."""
+    spec = importlib.util.spec_from_file_location("write_docs", ROOT / "scripts" / "write_docs.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+WRITE = write_docs()
+DOCUMENTS = WRITE.documents()
+TEXTS = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
+EACH = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+
+
+def prose(path: Path) -> str:
+    """A document without its generated parts and its code."""
+    return FENCES.sub("", PARTS.sub("", TEXTS[path]))
+
+
+def commands() -> list[list[str]]:
+    """The arguments of every command line of `rlhf-jax` in the documents."""
+    code = [code for text in TEXTS.values() for language, code in FENCES.findall(text) if language == "bash"]
+    lines = [shlex.split(line, comments=True) for line in "\n".join(code).splitlines()]
+    return [words[1:] for words in lines if words and words[0].endswith("rlhf-jax")]
+
+
+@EACH
+def test_the_generated_parts_of_a_document_agree_with_their_sources(path):
+    assert WRITE.fill(TEXTS[path]) == TEXTS[path], "run `python scripts/write_docs.py`"
+
+
+def test_every_generated_part_is_in_some_document():
+    assert {name for text in TEXTS.values() for name in PARTS.findall(text)} == WRITE.BLOCKS.keys()
+
+
+@EACH
+def test_no_number_with_a_unit_stands_outside_the_generated_parts(path):
+    assert set(MEASURED.findall(prose(path))) <= STATED
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_results_file_names_the_command_commit_date_and_machine_of_every_run(path):
+    for run in json.loads(path.read_text(encoding="utf-8")):
+        assert {"command", "commit", "date", "machine", "result"} <= run.keys() <= {*run.keys(), "note"}
+        assert re.fullmatch(r"[0-9a-f]{7,40}", run["commit"]), "measure a committed tree"
+        assert datetime.date.fromisoformat(run["date"]) and run["machine"].strip() and run["command"].strip()
+        assert not re.search(r"(?:^|[\s=])[/~]", run["command"]), (
+            "a path of one machine: name it relative to the project"
+        )
+
+
+def test_the_readme_has_at_most_220_lines_of_at_most_120_characters():
+    lines = TEXTS[ROOT / "README.md"].splitlines()
+    assert len(lines) <= 220
+    assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
+
+
+@EACH
+def test_every_relative_link_resolves(path):
+    links = re.findall(r"\]\(([^)#]+)", TEXTS[path])
+    assert [link for link in links if "://" not in link and not (path.parent / link).exists()] == []
+
+
+@EACH
+def test_every_file_that_is_named_by_its_path_exists(path):
+    names = re.findall(r"\b(?:configs|scripts|tests|benchmarks|docs)/[\w./-]+\.(?:toml|sh|py|md)\b", TEXTS[path])
+    assert [name for name in names if not (ROOT / name).exists()] == []
+    modules = re.findall(r"-m (benchmarks\.[a-z_]+)", TEXTS[path])
+    assert [name for name in modules if not (ROOT / f"{name.replace('.', '/')}.py").exists()] == []
+
+
+def test_there_are_commands():
+    assert len(commands()) > 15
+
+
+@pytest.mark.parametrize("arguments", commands(), ids=" ".join)
+def test_a_command_parses_and_its_configuration_loads_with_its_changes(arguments):
+    args = cli.parse_args(arguments)
+    if getattr(args, "config", "").startswith("configs/"):
+        assert load_config(ROOT / args.config, args.overrides, Recipe)
+    else:
+        assert getattr(args, "config", "mine.toml") == "mine.toml"
+
+
+def test_every_example_of_a_configuration_loads():
+    examples = [code for text in TEXTS.values() for language, code in FENCES.findall(text) if language == "toml"]
+    assert len(examples) >= 2
+    for code in examples:
+        assert parse_config(Recipe, tomllib.loads(code), "the example")
+
+
+@EACH
+def test_every_key_that_is_named_exists(path):
+    known = {
+        f"{place}.{row[0].strip('`')}"
+        for schema, places in WRITE.sections().items()
+        for place, _, _ in places
+        for row in WRITE.key_rows(schema, places)
+    }
+    sections = "|".join({key.split(".")[0] for key in known})
+    named = re.findall(rf"`((?:{sections})\.[a-z_.]+)(?:`| = |=)", PARTS.sub("", TEXTS[path]))
+    assert [name for name in named if name not in known and not (ROOT / "rlhf_jax" / name).exists()] == []
+
+
+def test_a_key_without_a_comment_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "schemas.py").write_text(
+        "import dataclasses\n\n\n@dataclasses.dataclass(frozen=True)\nclass Given:\n"
+        "    # what a\n    # does\n    a: int = 1\n    b: str = 'x#y'  # what b does\n    c: float = 0.5\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    from schemas import Given
+
+    assert WRITE.meanings(Given) == {"a": "what a does", "b": "what b does", "c": ""}
+    with pytest.raises(ValueError, match=r"Given\.c has no comment"):
+        list(WRITE.key_rows(Given, [("given", Given(), False)]))
+
+
+def test_a_part_without_a_source_is_refused():
+    with pytest.raises(KeyError, match="nothing_like_it"):
+        WRITE.fill("<!-- nothing_like_it -->\n<!-- /nothing_like_it -->\n")
+
+
+def test_a_result_replaces_the_run_with_the_same_keys_and_keeps_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    for seed, value in ((0, 1.5), (1, 2.5), (0, 3.5)):
+        provenance.record("made", {"seed": seed, "value": value}, "seed")
+    runs = json.loads((tmp_path / "made.json").read_text())
+    assert [run["result"] for run in runs] == [{"seed": 0, "value": 3.5}, {"seed": 1, "value": 2.5}]
+    assert all(run.keys() == {"command", "commit", "date", "machine", "result"} for run in runs)
+    provenance.record("made", {"other": 1})
+    assert [run["result"] for run in json.loads((tmp_path / "made.json").read_text())] == [{"other": 1}]
+
+
+def test_the_demo_benchmark_trains_and_evaluates_each_seed_and_its_table_has_a_row_for_each(tmp_path, monkeypatch):
+    ran = []
+
+    def stub(command, settings, run):
+        ran.append([command, *settings])
+        if command == "evaluate":
+            good = {"sft_good": 0.25, "ppo_good": 0.5 if settings[-1].endswith("=1.0") else 0.75}
+            run.mkdir(parents=True, exist_ok=True)
+            (run / "evaluate.json").write_text(json.dumps({"prompts": 8, "reward_accuracy": 0.875, **good}))
+        return 30.0
+
+    monkeypatch.setattr(demo, "seconds_of", stub)
+    monkeypatch.setattr(demo, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    monkeypatch.setattr(WRITE, "RESULTS", tmp_path)
+    demo.main(["--seeds", "0", "2", "--", "sft.steps=2"])
+    assert [words[0] for words in ran] == ["sft", "reward", "ppo", "evaluate", "evaluate"] * 2
+    assert all("sft.steps=2" in words and f"run.seed={2 * (i > 4)}" in words for i, words in enumerate(ran))
+    rows = [line for line in WRITE.demo_seeds().splitlines() if line.startswith("| ")][2:]
+    assert rows == [f"| {seed} | 25.0% | 50.0% | 25.0% | 75.0% | 87.5% | 1.5 min |" for seed in (0, 2)]
+    assert len([line for line in WRITE.demo().splitlines() if line.startswith("| ")]) == 3

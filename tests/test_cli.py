@@ -489,7 +489,8 @@ def test_compiled_programs_are_kept_in_the_users_cache_unless_the_environment_sa
 
 def test_a_run_leaves_its_compiled_programs_for_the_next_and_none_where_the_environment_says_nowhere(tmp_path):
     script = (
-        "import os, jax; from rlhf_jax.cli import set_compile_cache; set_compile_cache(os.environ); jax.jit(lambda x: x + 1)(2)"
+        "import os, jax; from rlhf_jax.cli import set_compile_cache; "
+        "set_compile_cache(os.environ); jax.jit(lambda x: x + 1)(2)"
     )
     environ = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
     environ |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}

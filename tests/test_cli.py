@@ -1,4 +1,4 @@
-"""The command line: help, exit codes, and one clear line for what a user can get wrong."""
+"""The command line: help, exit codes, and one clear line for every mistake that a user can make."""
 
 import io
 import json
@@ -40,7 +40,7 @@ def recipe(tmp_path):
 
 @pytest.fixture
 def error_line(tmp_path, recipe, capsys):
-    """`error_line("key=value", ...)` runs `train` and returns the one line on stderr that it ends with."""
+    """`error_line("key=value", ...)` runs `train` and returns the last line on stderr, which is the only one."""
 
     def run(*overrides: str, command: str = "train", devices: int = 1, text: str = "") -> str:
         if text:
@@ -65,7 +65,7 @@ def one_line_error(capsys) -> str:
 # Help and exit codes.
 
 
-def test_the_module_is_the_command_and_its_exit_codes_are_those_of_main(tmp_path):
+def test_python_m_runs_the_command_and_exits_with_the_codes_of_main(tmp_path):
     def run(*argv: str) -> subprocess.CompletedProcess:
         environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
         return subprocess.run(
@@ -82,7 +82,7 @@ def test_the_module_is_the_command_and_its_exit_codes_are_those_of_main(tmp_path
 
 
 @pytest.mark.parametrize("command", ["train", "sft", "reward", "ppo", "evaluate", "chat", "import", "export"])
-def test_every_command_explains_itself(command, capsys):
+def test_every_command_has_a_help_text(command, capsys):
     with pytest.raises(SystemExit) as left:
         main([command, "--help"])
     assert left.value.code == 0
@@ -104,7 +104,7 @@ def test_every_command_explains_itself(command, capsys):
         ["train", "--x"],
     ],
 )
-def test_a_wrong_command_line_exits_with_2_and_the_usage(argv, capsys):
+def test_a_wrong_command_line_exits_with_2_and_prints_the_usage(argv, capsys):
     with pytest.raises(SystemExit) as left:
         main(argv)
     assert left.value.code == 2
@@ -114,7 +114,7 @@ def test_a_wrong_command_line_exits_with_2_and_the_usage(argv, capsys):
 # The configuration.
 
 
-def test_a_missing_or_malformed_configuration_file_is_named(tmp_path, capsys, recipe):
+def test_a_missing_or_malformed_configuration_file_is_reported_by_name(tmp_path, capsys, recipe):
     assert main(["train", str(tmp_path / "tinny.toml")]) == 2
     assert one_line_error(capsys) == f"{tmp_path / 'tinny.toml'}: no such file; did you mean '{recipe}'?"
     recipe.write_text("[run]\ndir = oops\n")
@@ -137,12 +137,12 @@ def test_a_missing_or_malformed_configuration_file_is_named(tmp_path, capsys, re
         ('run.dir=""', "[run] dir is empty: name the folder of the run"),
     ],
 )
-def test_a_wrong_key_or_value_is_named_with_the_right_one(error_line, override, reported):
+def test_a_wrong_key_or_value_is_reported_with_the_right_one(error_line, override, reported):
     error = error_line(override)
     assert reported in error
 
 
-def test_an_unknown_key_in_the_file_names_the_file(error_line, recipe):
+def test_an_unknown_key_is_reported_with_the_name_of_the_file(error_line, recipe):
     error = error_line(text=RECIPE.replace("eval_every = 2", "eval_evry = 2"))
     assert error == f"{recipe}: unknown key 'sft.eval_evry'; did you mean 'sft.eval_every'?"
 
@@ -177,27 +177,29 @@ def test_an_unknown_key_in_the_file_names_the_file(error_line, recipe):
         (["ppo.critic.warmup_steps=6"], "ppo: warmup_steps is 6, longer than the run of 5 steps"),
     ],
 )
-def test_sizes_that_do_not_divide_are_refused_before_anything_runs(error_line, tmp_path, overrides, reported):
+def test_sizes_that_do_not_divide_are_rejected_before_anything_runs(error_line, tmp_path, overrides, reported):
     assert reported in error_line(*overrides, devices=8)
     assert {path.name for path in (tmp_path / "run").glob("*")} <= {"config.toml"}
 
 
-def test_a_tensor_axis_that_does_not_divide_the_heads_names_those_that_do(error_line):
+def test_a_tensor_axis_that_does_not_divide_the_heads_is_rejected_with_the_sizes_that_do(error_line):
     error = error_line("mesh.tensor=8", devices=8)
     assert "mesh.tensor=8 does not divide 2 attention heads" in error and "sizes that divide: 1, 2" in error
 
 
-def test_rows_longer_than_the_positions_of_the_model_are_refused(error_line):
+def test_rows_longer_than_the_positions_of_the_model_are_rejected(error_line):
     error = error_line("model.new.max_positions=64")
     assert "tokens, and the model has 64 positions: set data.max_length to at most 64" in error
 
 
-def test_prompt_and_answer_longer_than_the_positions_are_refused_with_the_longest_that_fit(error_line, finished_folder):
+def test_prompt_and_answer_longer_than_the_positions_are_rejected_with_the_longest_that_fit(
+    error_line, finished_folder
+):
     error = error_line(f"run.dir={finished_folder}", "evaluate.sample.max_new_tokens=150", command="evaluate")
     assert "positions, and the model has 160: shorten the prompt to 10 tokens or set max_new_tokens to at most" in error
 
 
-def test_ppo_refuses_answers_that_do_not_fit(error_line, finished_folder, tmp_path):
+def test_ppo_rejects_answers_that_do_not_fit(error_line, finished_folder, tmp_path):
     shutil.copytree(finished_folder, tmp_path / "run", ignore=shutil.ignore_patterns("ppo", "config.toml"))
     config = (finished_folder / "config.toml").read_text().replace(str(finished_folder), str(tmp_path / "run"))
     (tmp_path / "run/config.toml").write_text(config.replace("max_new_tokens = 12", "max_new_tokens = 150"))
@@ -205,12 +207,12 @@ def test_ppo_refuses_answers_that_do_not_fit(error_line, finished_folder, tmp_pa
     assert "positions, and the model has 160: shorten the prompt to 10 tokens or set max_new_tokens to at most" in error
 
 
-def test_a_batch_larger_than_the_data_names_the_largest(error_line):
+def test_a_batch_larger_than_the_data_is_rejected_with_the_largest_that_fits(error_line):
     error = error_line("sft.batch_size=4096")
     assert error.startswith("sft: batch size 4096 does not fit") and "from 1 to" in error
 
 
-def test_no_held_out_rows_are_refused_or_done_without(error_line, recipe, tmp_path):
+def test_training_without_held_out_rows_is_rejected_unless_evaluation_is_off(error_line, recipe, tmp_path):
     assert "sft: there are no held-out rows to measure on (0 rows): raise data.held_out" in error_line(
         "data.held_out=0.0"
     )
@@ -222,7 +224,7 @@ def test_no_held_out_rows_are_refused_or_done_without(error_line, recipe, tmp_pa
 # The data.
 
 
-def test_faults_of_a_data_file_are_told_with_file_and_line(error_line, write_jsonl, tmp_path):
+def test_faults_of_a_data_file_are_reported_with_file_and_line(error_line, write_jsonl, tmp_path):
     assert "gone.jsonl: no such file" in error_line('data.sources=[{path="gone.jsonl"}]')
     good = {"prompt": "a", "chosen": "b", "rejected": "c"}
     path = write_jsonl([good, good])
@@ -234,7 +236,7 @@ def test_faults_of_a_data_file_are_told_with_file_and_line(error_line, write_jso
     )
 
 
-def test_a_data_set_of_the_hub_without_network_is_told_in_one_line(error_line):
+def test_a_hub_dataset_without_network_is_reported_in_one_line(error_line):
     assert "nobody/nothing" in error_line('data.sources=[{path="nobody/nothing"}]')
 
 
@@ -243,11 +245,11 @@ def test_a_data_set_of_the_hub_without_network_is_told_in_one_line(error_line):
 
 @pytest.fixture
 def checkpoint(finished_folder, tmp_path):
-    """A copy of a good folder, to be spoiled."""
+    """A copy of a valid folder for the test to damage."""
     return Path(shutil.copytree(finished_folder / "base", tmp_path / "checkpoint"))
 
 
-def test_an_unknown_architecture_is_refused_with_those_that_are_known(error_line, checkpoint):
+def test_an_unknown_architecture_is_rejected_with_the_known_ones(error_line, checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "model_type": "foo"}))
     assert 'model_type "foo" is not supported; supported: bloom, codegen, falcon, gemma, gemma2,' in error_line(
@@ -255,7 +257,7 @@ def test_an_unknown_architecture_is_refused_with_those_that_are_known(error_line
     )
 
 
-def test_missing_surplus_and_misshaped_tensors_are_all_listed(error_line, checkpoint):
+def test_missing_surplus_and_wrongly_shaped_tensors_are_all_listed(error_line, checkpoint):
     weights = load_file(checkpoint / "model.safetensors")
     gone = ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"]
     kept = {name: array for name, array in weights.items() if name not in gone}
@@ -267,7 +269,7 @@ def test_missing_surplus_and_misshaped_tensors_are_all_listed(error_line, checkp
     assert "model.layers.0.mlp.up_proj.weight ([5, 16] in place of [32, 16])" in error
 
 
-def test_a_pickle_is_refused_with_the_way_to_convert_it(error_line, checkpoint):
+def test_a_pickle_is_rejected_with_the_command_that_converts_it(error_line, checkpoint):
     (checkpoint / "model.safetensors").unlink()
     (checkpoint / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     error = error_line(f"model.actor={checkpoint}")
@@ -275,7 +277,7 @@ def test_a_pickle_is_refused_with_the_way_to_convert_it(error_line, checkpoint):
     assert "M.from_pretrained(s).save_pretrained(d)" in error and "python -c" in error
 
 
-def test_a_folder_that_is_no_model_and_a_hub_id_without_network_are_refused(error_line, tmp_path, capsys):
+def test_a_folder_without_a_model_and_a_hub_id_without_network_are_rejected(error_line, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert "config.json: is" in error_line(f"model.actor={tmp_path / 'empty'}")
     assert f"there is no folder {tmp_path / 'gone'}" in error_line(f"model.actor={tmp_path / 'gone'}")
@@ -298,13 +300,13 @@ def test_a_model_without_a_tokenizer_cannot_be_trained(error_line, checkpoint):
 # Run folders.
 
 
-def test_a_stage_before_what_it_starts_from_names_what_is_missing(error_line, tmp_path):
+def test_a_stage_without_its_predecessor_is_rejected_with_the_missing_stage(error_line, tmp_path):
     error = error_line(command="ppo")
     assert error.startswith(f"ppo starts from what sft and reward leaves in {tmp_path / 'run'}, which is not finished")
     assert "reward starts from what sft leaves" in error_line(command="reward")
 
 
-def test_a_run_of_another_configuration_is_never_overwritten_without_being_told_to(error_line, finished_folder):
+def test_a_run_of_another_configuration_is_never_overwritten_unless_the_user_asks_for_it(error_line, finished_folder):
     before = tree(finished_folder)
     error = error_line(f"run.dir={finished_folder}", "sft.steps=7", "ppo.kl_coef=0.2")
     assert error == (
@@ -315,7 +317,7 @@ def test_a_run_of_another_configuration_is_never_overwritten_without_being_told_
     assert tree(finished_folder) == before
 
 
-def test_a_run_may_keep_its_tokenised_rows_elsewhere(recipe, finished_folder, tmp_path, capsys):
+def test_tokenised_rows_can_be_cached_outside_the_run_folder(recipe, finished_folder, tmp_path, capsys):
     cache = f"data.cache_dir={tmp_path / 'cache'}"
     folder = Path(shutil.copytree(finished_folder, tmp_path / "run"))
     assert tiny_recipe.run("sft", recipe, f"run.dir={folder}", cache) == 0
@@ -327,7 +329,7 @@ def test_a_run_may_keep_its_tokenised_rows_elsewhere(recipe, finished_folder, tm
         )
 
 
-def test_overwrite_begins_anew_and_leaves_nothing_of_the_old_run(recipe, finished_folder, tmp_path, capsys):
+def test_overwrite_deletes_the_old_run_and_starts_over(recipe, finished_folder, tmp_path, capsys):
     folder = Path(shutil.copytree(finished_folder, tmp_path / "run"))
     config = (finished_folder / "config.toml").read_text().replace(str(finished_folder), str(folder))
     (folder / "config.toml").write_text(config)
@@ -344,13 +346,13 @@ def test_overwrite_begins_anew_and_leaves_nothing_of_the_old_run(recipe, finishe
         assert "sft: finished already" in capsys.readouterr().err
 
 
-def test_a_configuration_that_was_refused_can_be_mended_in_the_same_run_folder(error_line, recipe, tmp_path):
+def test_a_rejected_configuration_can_be_fixed_in_the_same_run_folder(error_line, recipe, tmp_path):
     error_line("sft.batch_size=4096")
     assert (tmp_path / "run/config.toml").exists()
     assert tiny_recipe.run("sft", recipe, f"run.dir={tmp_path / 'run'}", "sft.steps=1") == 0
 
 
-def test_a_folder_of_something_else_is_not_taken_for_a_run(error_line, tmp_path):
+def test_a_folder_of_other_files_is_not_mistaken_for_a_run(error_line, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("x")
     reported = "is not empty and holds no run (no config.toml): choose another run.dir"
@@ -359,12 +361,12 @@ def test_a_folder_of_something_else_is_not_taken_for_a_run(error_line, tmp_path)
     assert (tmp_path / "mine/thesis.tex").read_text() == "x"
 
 
-def test_a_folder_that_cannot_be_made_is_told_in_one_line(error_line, tmp_path):
+def test_an_unwritable_folder_is_reported_in_one_line(error_line, tmp_path):
     (tmp_path / "file").write_text("x")
     assert f"{tmp_path / 'file'}" in error_line(f"run.dir={tmp_path / 'file' / 'run'}")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint_keeps_it(error_line, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint_is_saved(error_line, tmp_path):
     # The first step is sound and leaves absurd weights; no step but the last would be logged.
     error = error_line("sft.optim.learning_rate=1e30", "run.log_every=100", "run.save_every=1", command="sft")
     assert error.startswith("sft step 2: 'grad_norm' is nan") and error.endswith("; lower the learning rate")
@@ -372,7 +374,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint_keeps_it(er
     assert not (tmp_path / "run/sft/export").exists()
 
 
-def test_another_seed_is_another_run(recipe, finished_folder, tmp_path):
+def test_another_seed_counts_as_another_run(recipe, finished_folder, tmp_path):
     options = ("run.seed=1", "sft.steps=1", f"run.dir={tmp_path / 'run'}")
     assert tiny_recipe.run("sft", recipe, *options) == 0
     ours, theirs = (tensors(run / "base")["model.embed_tokens.weight"] for run in (tmp_path / "run", finished_folder))
@@ -392,23 +394,23 @@ def test_another_seed_is_another_run(recipe, finished_folder, tmp_path):
         ('["reward", "sft", "ppo"]', "reward starts from a policy, which no stage before it leaves: put sft or ppo"),
     ],
 )
-def test_stages_that_cannot_follow_one_another_are_refused_with_the_fix(error_line, stages, reported):
+def test_stages_in_an_impossible_order_are_rejected_with_the_fix(error_line, stages, reported):
     assert reported in error_line(f"run.stages={stages}")
 
 
-def test_a_stage_that_the_run_does_not_have_is_refused_with_the_fix(error_line):
+def test_a_stage_that_the_run_does_not_have_is_rejected_with_the_fix(error_line):
     error = error_line('run.stages=["sft"]', command="reward")
     assert error == "reward is not a stage of this run, run.stages = ['sft']: add it there"
 
 
-def test_a_reward_model_of_its_own_needs_no_policy_and_may_come_first():
+def test_a_separate_reward_model_needs_no_policy_and_can_come_first():
     model = ModelConfig(reward="facebook/opt-350m")
     check_stages(["reward", "sft", "ppo"], model)
     assert sources("reward", ["reward", "sft", "ppo"], model) == {}
     assert sources("ppo", ["reward", "sft", "ppo"], model) == {"policy": "sft", "scorer": "reward"}
 
 
-def test_a_run_of_an_older_version_has_the_stages_of_the_default(recipe, finished_folder, tmp_path, capsys):
+def test_a_run_of_an_older_version_has_the_default_stages(recipe, finished_folder, tmp_path, capsys):
     folder = Path(shutil.copytree(finished_folder, tmp_path / "run"))
     tables = tomllib.loads((folder / "config.toml").read_text())
     del tables["run"]["stages"]
@@ -448,14 +450,14 @@ def test_messages_go_to_stderr_as_text_or_json_or_not_at_all(finished_folder, ca
 
 
 @pytest.mark.parametrize("options", [["--quiet"], ["--json-logs"]])
-def test_an_error_is_reported_whatever_the_messages_are(tmp_path, capsys, options):
+def test_an_error_is_reported_whatever_the_log_format_is(tmp_path, capsys, options):
     assert main([*options, "train", str(tmp_path / "gone.toml")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     reported = f"rlhf-jax: {tmp_path / 'gone.toml'}: no such file; give the path of a TOML file"
     assert line == reported if options == ["--quiet"] else json.loads(line)["message"] == reported
 
 
-def test_a_message_stands_on_a_line_of_its_own_above_the_progress_bar(tmp_path, monkeypatch):
+def test_a_message_is_printed_on_its_own_line_above_the_progress_bar(tmp_path, monkeypatch):
     class Screen(io.StringIO):
         def isatty(self):
             return True
@@ -480,14 +482,16 @@ def test_a_message_stands_on_a_line_of_its_own_above_the_progress_bar(tmp_path, 
         ({"JAX_COMPILATION_CACHE_DIR": ""}, None),
     ],
 )
-def test_compiled_programs_are_kept_in_the_users_cache_unless_the_environment_says_where(environ, folder, monkeypatch):
+def test_compiled_programs_are_cached_in_the_users_cache_unless_the_environment_names_a_folder(
+    environ, folder, monkeypatch
+):
     reported = {}
     monkeypatch.setattr(jax.config, "update", reported.__setitem__)
     set_compile_cache(environ)
     assert reported == ({"jax_compilation_cache_dir": folder} if folder else {})
 
 
-def test_a_run_leaves_its_compiled_programs_for_the_next_and_none_where_the_environment_says_nowhere(tmp_path):
+def test_a_run_caches_its_compiled_programs_for_the_next_unless_the_environment_disables_the_cache(tmp_path):
     script = (
         "import os, jax; from rlhf_jax.cli import set_compile_cache; "
         "set_compile_cache(os.environ); jax.jit(lambda x: x + 1)(2)"
@@ -499,7 +503,7 @@ def test_a_run_leaves_its_compiled_programs_for_the_next_and_none_where_the_envi
         assert len(list(tmp_path.glob("rlhf_jax/compiled/jit__lambda*-cache"))) == count
 
 
-def test_simulated_devices_have_threads_to_spare_and_a_wish_of_the_user_stands():
+def test_simulated_devices_get_spare_threads_unless_the_user_sets_their_number():
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     for given, wanted in (({}, None), (flags, "64"), (flags | {"PJRT_NPROC": "9"}, "9")):
         environ = dict(given)

@@ -1,6 +1,6 @@
-"""Malformed data, as a user meets it: each fault is named with file, row and field, or counted, and no good row lost.
+"""Malformed data, end to end: each fault is reported with file, row and field, or counted, and no good row is lost.
 
-One table says what is wrong with a file, what is said of it, and how many rows are kept where bad rows are allowed.
+One table lists what is wrong with a file, the message, and the number of rows kept where bad rows are allowed.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from rlhf_jax.data.rows import Rows
 from rlhf_jax.data.selection import NoRows, select_rows
 
 TOKENIZER = prepare_tokenizer(gpt2_like())
-MANY_BAD = 10  # bad rows that are allowed, where any are
+MANY_BAD = 10  # the limit of tests that allow bad rows
 
 # Good rows.
 
@@ -79,9 +79,9 @@ MAPPINGS = {
 @dataclass(frozen=True)
 class Case:
     content: bytes
-    reported: str  # of the strict run, {path} being the file; of what is no bad row, why it is dropped
-    kept: int | None  # rows of the run that allows bad rows; None: no such run is possible
-    bad: int = 1  # bad rows, 0: those that are left out are dropped with a reason
+    reported: str  # message of the strict run, {path} is the file; where no row is bad, the reason for dropping
+    kept: int | None  # rows of the run that allows bad rows; None: there is no such run
+    bad: int = 1  # bad rows; 0: rows that are left out are dropped with a reason
     stage: str = "sft"
     name: str = "rows.jsonl"
     source: dict = field(default_factory=dict)
@@ -96,7 +96,7 @@ def lines(*rows: dict | str | bytes) -> bytes:
 
 
 def middle_case(row: dict | str | bytes, reported: str, stage: str = "sft", good=pair, **options) -> Case:
-    """The row as the third of five lines, the others being good."""
+    """Puts the row third among five lines, of which the other four are good."""
     content = lines(good(1), good(2), row, good(4), good(5))
     options["source"] = MAPPINGS[good] | options.get("source", {})
     return Case(content, f"{{path}}, line 3: {reported}", 4, stage=stage, **options)
@@ -115,14 +115,14 @@ def damaged_case(name: str, content: bytes, reported: str, kept: int | None, bad
 
 
 def parquet_bytes(names: list[str], columns: list[list]) -> bytes:
-    """In groups of two rows."""
+    """Row groups of two rows."""
     sink = io.BytesIO()
     pa.parquet.write_table(pa.Table.from_arrays([pa.array(each) for each in columns], names), sink, row_group_size=2)
     return sink.getvalue()
 
 
 def parquet(**columns: list) -> bytes:
-    """Four pairs, with other columns for some of theirs."""
+    """Four pairs with some of their columns replaced."""
     fields = {name: [pair(i)[name] for i in range(4)] for name in pair(0)} | columns
     return parquet_bytes(list(fields), list(fields.values()))
 
@@ -398,7 +398,7 @@ def test_the_table_is_as_long_as_it_claims():
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_fault_stops_the_run_with_its_file_row_and_field(tmp_path, name):
+def test_a_fault_stops_the_run_and_is_reported_with_file_row_and_field(tmp_path, name):
     case = CASES[name]
     path = write_case(tmp_path, case)
     with pytest.raises(ValueError) as refused:
@@ -408,7 +408,7 @@ def test_a_fault_stops_the_run_with_its_file_row_and_field(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_fault_that_is_allowed_is_counted_and_costs_no_good_row(tmp_path, name):
+def test_an_allowed_fault_is_counted_and_loses_no_good_row(tmp_path, name):
     case = CASES[name]
     path = write_case(tmp_path, case)
     config = config_of(case, path, max_bad_rows=MANY_BAD)
@@ -431,7 +431,7 @@ def test_a_fault_that_is_allowed_is_counted_and_costs_no_good_row(tmp_path, name
 
 
 @pytest.mark.parametrize("name", DROPPED)
-def test_a_row_with_nothing_to_learn_is_dropped_with_its_reason_and_is_no_fault(tmp_path, name):
+def test_a_row_with_nothing_to_learn_is_dropped_with_a_reason_and_is_not_a_fault(tmp_path, name):
     case = CASES[name]
     rows = rows_of(case, config_of(case, write_case(tmp_path, case)))
     assert rows.report.startswith(f"4 rows, 1 dropped: {case.reported}")
@@ -440,14 +440,14 @@ def test_a_row_with_nothing_to_learn_is_dropped_with_its_reason_and_is_no_fault(
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A folder with a tokenizer, which is all that `rlhf-jax data` reads of a model."""
+    """A folder with a tokenizer, the only part of a model that `rlhf-jax data` reads."""
     folder = tmp_path_factory.mktemp("model")
     gpt2_like().save_pretrained(folder)
     return folder
 
 
 def one_line(capsys: pytest.CaptureFixture, *argv: object) -> str:
-    """The line on stderr with which the command ends."""
+    """The last line that the command writes to stderr."""
     capsys.readouterr()
     assert main([str(each) for each in argv]) == 2
     error = capsys.readouterr().err.splitlines()
@@ -482,7 +482,7 @@ SAMPLE = [
 
 
 @pytest.mark.parametrize("name", SAMPLE)
-def test_the_command_that_shows_data_tells_a_fault_in_one_line(tmp_path, capsys, model, name):
+def test_the_data_command_reports_a_fault_in_one_line(tmp_path, capsys, model, name):
     case = CASES[name]
     path = write_case(tmp_path, case)
     error = one_line(capsys, "data", recipe_of(tmp_path, config_of(case, path), model))
@@ -490,7 +490,7 @@ def test_the_command_that_shows_data_tells_a_fault_in_one_line(tmp_path, capsys,
 
 
 @pytest.mark.parametrize("name", [*SAMPLE, "messages with an unknown role", "CSV with other columns", "nobody answers"])
-def test_training_tells_a_fault_in_one_line(tmp_path, capsys, name):
+def test_training_reports_a_fault_in_one_line(tmp_path, capsys, name):
     case = CASES[name]
     path = write_case(tmp_path, case)
     recipe = recipe_of(tmp_path, config_of(case, path), "new")
@@ -498,7 +498,7 @@ def test_training_tells_a_fault_in_one_line(tmp_path, capsys, name):
     assert_reported(case, path, error)
 
 
-def test_the_command_that_shows_data_goes_on_with_what_is_allowed(tmp_path, capsys, model):
+def test_the_data_command_continues_over_allowed_faults(tmp_path, capsys, model):
     case = CASES["a number in chosen"]
     path = write_case(tmp_path, case)
     recipe = recipe_of(tmp_path, config_of(case, path), model)
@@ -524,7 +524,7 @@ def test_the_command_that_shows_data_goes_on_with_what_is_allowed(tmp_path, caps
         ("emoji.jsonl", lines(pair(1) | {"chosen": "\U0001f600"}, pair(2))),  # written as two surrogates
     ],
 )
-def test_what_only_looks_odd_is_read_without_complaint(tmp_path, name, content):
+def test_odd_looking_valid_data_is_read_without_complaint(tmp_path, name, content):
     case = Case(content, "", 2, name=name)
     rows = rows_of(case, config_of(case, write_case(tmp_path, case)))
     assert rows.report == "2 rows"
@@ -552,7 +552,7 @@ def good(folder: Path, **source) -> DataConfig:
         ("builtin:helper", "there is no built-in set 'builtin:helper', only 'builtin:assistant'"),
     ],
 )
-def test_a_place_without_rows_is_named(tmp_path, monkeypatch, capsys, model, place, reported):
+def test_an_unusable_path_is_reported(tmp_path, monkeypatch, capsys, model, place, reported):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/readme.md").write_text("x")
@@ -562,12 +562,12 @@ def test_a_place_without_rows_is_named(tmp_path, monkeypatch, capsys, model, pla
     assert reported in error
 
 
-def test_a_source_without_a_path_is_refused_when_it_is_made():
+def test_a_source_without_a_path_is_rejected_on_construction():
     with pytest.raises(ValueError, match="data.sources.path is empty: name a file"):
         SourceConfig(" ")
 
 
-def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+def test_an_unreadable_file_is_reported_by_name(tmp_path, monkeypatch):
     config = good(tmp_path)
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(ValueError, match="rows.jsonl: no permission to read it; grant it, as with chmod"):
@@ -575,7 +575,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "glob", "built-in"])
-def test_a_split_of_files_that_have_none_is_refused(tmp_path, what):
+def test_a_split_is_rejected_for_files_without_splits(tmp_path, what):
     write_case(tmp_path, GOOD)
     path = {"file": tmp_path / "rows.jsonl", "folder": tmp_path, "glob": tmp_path / "*.jsonl", "built-in": BUILTIN}[
         what
@@ -592,14 +592,14 @@ def test_a_split_of_files_that_have_none_is_refused(tmp_path, what):
 # What is held out.
 
 
-def test_a_missing_evaluation_file_is_named_before_anything_trains(tmp_path):
+def test_a_missing_evaluation_file_is_reported_before_training(tmp_path):
     config = good(tmp_path, eval_path="gone.jsonl")
     for held_out in (False, True):
         with pytest.raises(ValueError, match="gone.jsonl: no such file"):
             select_rows(config, TOKENIZER, SPECS["sft"], held_out=held_out)
 
 
-def test_a_bad_row_of_the_evaluation_file_is_named_or_counted(tmp_path):
+def test_a_bad_row_of_the_evaluation_file_is_reported_or_counted(tmp_path):
     held = tmp_path / "held.jsonl"
     held.write_bytes(lines(pair(11), {"prompt": 3, "chosen": "a"}, pair(12)))
     config = good(tmp_path, eval_path=str(held))
@@ -611,7 +611,7 @@ def test_a_bad_row_of_the_evaluation_file_is_named_or_counted(tmp_path):
         assert len(select_rows(tolerant, TOKENIZER, SPECS["sft"], held_out=held_out)) == kept
 
 
-def test_a_prompt_of_the_evaluation_file_is_taken_out_of_training_and_counted(tmp_path):
+def test_a_prompt_of_the_evaluation_file_is_removed_from_training_and_counted(tmp_path):
     held = tmp_path / "held.jsonl"
     held.write_bytes(lines(pair(3), pair(4) | {"prompt": " q4\n"}, pair(11)))
     config = good(tmp_path, eval_path=str(held))
@@ -630,7 +630,7 @@ def test_a_prompt_of_the_evaluation_file_is_taken_out_of_training_and_counted(tm
         ("ppo", "raise data.held_out, or give a source"),
     ],
 )
-def test_without_held_out_rows_the_mends_are_keys_that_the_stage_has(tmp_path, stage, fix):
+def test_without_held_out_rows_the_suggested_keys_are_keys_of_the_stage(tmp_path, stage, fix):
     with pytest.raises(NoRows, match=f"{stage}: there are no held-out rows to measure on .*{fix}"):
         select_rows(good(tmp_path), TOKENIZER, SPECS[stage], held_out=True)
 
@@ -638,7 +638,7 @@ def test_without_held_out_rows_the_mends_are_keys_that_the_stage_has(tmp_path, s
 # What a stage needs.
 
 
-def test_a_set_of_prompts_alone_has_nothing_for_the_reward_stage(tmp_path):
+def test_a_data_set_of_prompts_alone_has_no_rows_for_the_reward_stage(tmp_path):
     case = Case(lines(*({"prompt": f"q{i}"} for i in range(4))), "", 4, stage="reward")
     path = write_case(tmp_path, case)
     with pytest.raises(ValueError) as refused:
@@ -655,7 +655,7 @@ def test_a_set_of_prompts_alone_has_nothing_for_the_reward_stage(tmp_path):
     assert len(rows_of(case, config_of(case, path))) == 4
 
 
-def test_a_long_answer_is_cut_and_counted(tmp_path):
+def test_a_long_answer_is_truncated_and_counted(tmp_path):
     case = middle_case(with_fields(pair(3), chosen="x" * 300), "", config={"max_prompt_length": 40, "max_length": 60})
     assert rows_of(case, config_of(case, write_case(tmp_path, case))).report == "5 rows, 1 cut at 60 tokens"
 
@@ -670,7 +670,7 @@ REFUSING = (
 EACH = "{% for message in messages %}{{ message['role'] + message['content'] }}{% endfor %}"
 
 
-def test_a_row_that_the_template_refuses_is_named_or_counted(tmp_path):
+def test_a_row_rejected_by_the_template_is_reported_or_counted(tmp_path):
     config, tokenizer = good(tmp_path), prepare_tokenizer(gpt2_like(), REFUSING)
     reported = "rows.jsonl, line 4: the tokenizer's chat template refuses a dialogue: no q3; data.template puts another"
     with pytest.raises(ValueError, match=reported):
@@ -695,7 +695,7 @@ def test_a_row_that_the_template_refuses_is_named_or_counted(tmp_path):
         ("{{ messages[0].content }}", "writes nothing of the answer 'good 0': mend data.template"),
     ],
 )
-def test_a_template_that_cannot_be_used_is_told_with_the_first_row(tmp_path, template, reported):
+def test_an_unusable_template_is_reported_with_the_first_row(tmp_path, template, reported):
     with pytest.raises(ValueError) as refused:
         select_rows(good(tmp_path), gpt2_like(chat_template=template), SPECS["sft"], held_out=False)
     assert "rows.jsonl, line 1" in str(refused.value) and reported in str(refused.value)
@@ -712,7 +712,7 @@ def test_a_template_that_cannot_be_used_is_told_with_the_first_row(tmp_path, tem
         ("bytes.jinja", "data.template: the file 'bytes.jinja' cannot be read ('utf-8' codec can't decode byte"),
     ],
 )
-def test_a_template_of_the_configuration_that_is_none_is_told_in_one_line(
+def test_an_invalid_template_in_the_configuration_is_reported_in_one_line(
     tmp_path, monkeypatch, capsys, model, template, reported
 ):
     monkeypatch.chdir(tmp_path)
@@ -721,7 +721,7 @@ def test_a_template_of_the_configuration_that_is_none_is_told_in_one_line(
     assert reported in one_line(capsys, "data", recipe, f"data.template={template}")
 
 
-def test_the_template_may_be_a_file(tmp_path, capsys, model):
+def test_the_template_can_be_a_file(tmp_path, capsys, model):
     (tmp_path / "chat.jinja").write_text(chatml_like().chat_template)
     recipe = recipe_of(tmp_path, good(tmp_path), model)
     assert main(["data", str(recipe), f"data.template={tmp_path / 'chat.jinja'}"]) == 0
@@ -732,15 +732,15 @@ def test_the_template_may_be_a_file(tmp_path, capsys, model):
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])
-def test_a_cache_that_cannot_be_a_folder_is_named(tmp_path, place):
+def test_a_cache_path_that_cannot_be_a_folder_is_reported(tmp_path, place):
     (tmp_path / "file").write_text("x")
     config = dataclasses.replace(good(tmp_path), cache_dir=str(tmp_path / place))
     with pytest.raises(ValueError, match=rf"{place}: tokenised rows cannot be kept there .*data.cache_dir"):
         rows_of(GOOD, config)
 
 
-@pytest.mark.parametrize("where", ["FileLock", "write_store"])
-def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch, where):
+@pytest.mark.parametrize("where", ["FileLock", "write"])
+def test_an_unwritable_cache_is_reported(tmp_path, monkeypatch, where):
     def refuse(*_):
         raise OSError(28, "No space left on device")
 
@@ -751,7 +751,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch, where):
 
 
 def write_empty(folder: Path) -> None:
-    """A sound file of the same columns, without rows."""
+    """Writes a valid file of the same columns without rows."""
     schema = pa.ipc.open_file(pa.py_buffer((folder / "rows.arrow").read_bytes())).schema
     with pa.ipc.new_file(str(folder / "rows.arrow"), schema):
         pass
@@ -772,7 +772,7 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("spoilt", SPOILT)
-def test_tokenised_rows_that_are_damaged_are_made_anew_and_that_is_said(tmp_path, caplog, spoilt):
+def test_damaged_tokenised_rows_are_rebuilt_with_a_warning(tmp_path, caplog, spoilt):
     config = dataclasses.replace(good(tmp_path), cache_dir=str(tmp_path / "cache"))
     before = rows_of(GOOD, config).fingerprint
     (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
@@ -783,7 +783,7 @@ def test_tokenised_rows_that_are_damaged_are_made_anew_and_that_is_said(tmp_path
     assert rows_of(GOOD, config).fingerprint == before and len(caplog.messages) == 1
 
 
-def test_a_bad_row_of_a_copy_is_named_where_the_copy_lies(tmp_path):
+def test_a_bad_row_of_a_copy_is_reported_with_the_path_of_the_copy(tmp_path):
     case = CASES["a number in chosen"]
     places = [write_case(tmp_path, case)]
     for name in ("copy.jsonl", "folder"):
@@ -796,7 +796,7 @@ def test_a_bad_row_of_a_copy_is_named_where_the_copy_lies(tmp_path):
     assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1  # tokenised once
 
 
-def test_what_a_broken_run_leaves_is_not_taken_for_rows(tmp_path, monkeypatch):
+def test_leftovers_of_a_killed_run_are_not_used_as_rows(tmp_path, monkeypatch):
     config = dataclasses.replace(good(tmp_path), cache_dir=str(tmp_path / "cache"))
 
     def killed(*_):
@@ -813,13 +813,13 @@ def test_what_a_broken_run_leaves_is_not_taken_for_rows(tmp_path, monkeypatch):
 # Data that change under a run.
 
 
-def test_a_run_whose_data_have_changed_is_not_resumed(tmp_path, capsys):
+def test_a_run_whose_data_have_changed_does_not_resume(tmp_path, capsys):
     case = Case(lines(*map(pair, range(40))), "", 40)
     path = write_case(tmp_path, case)
     recipe = tiny_recipe.write_recipe(tmp_path)
     options = ["data.split=1,0,0", f'data.sources=[{{path="{path}"}}]', "sft.steps=2", f"run.dir={tmp_path / 'run'}"]
     assert tiny_recipe.run("sft", recipe, *options) == 0
-    (tmp_path / "run/sft/export").rename(tmp_path / "export")  # as if it had been stopped before its end
+    (tmp_path / "run/sft/export").rename(tmp_path / "export")  # as if the stage had been stopped before its end
     path.write_bytes(path.read_bytes() + lines(pair(99)))
     capsys.readouterr()
     assert tiny_recipe.run("sft", recipe, *options) == 2

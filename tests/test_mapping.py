@@ -1,4 +1,4 @@
-"""Mapping: rows of every format to examples, with the same turns for every stage; errors that name row and field."""
+"""Mapping of rows of every format to examples, with the same turns for every stage; errors name row and field."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ ASKED = (("user", "q"),)
 
 
 def examples(fields, kind="demonstration", **source) -> list[Example]:
-    """What the row gives, as row 7 of rows.jsonl, with the key `format` as `form`."""
+    """The examples of the row, as row 7 of rows.jsonl; `form` is the key `format`."""
     source["format"] = source.pop("form", "")
     return make_mapper(resolve_format(SourceConfig("rows.jsonl", **source)), kind)(Row("rows.jsonl", 7, fields))
 
@@ -32,7 +32,7 @@ def example(turns, answer="", chosen="", rejected="", text="") -> Example:
 
 
 def user_and_assistant(*texts: str) -> list[dict]:
-    """Messages of user and assistant in turn."""
+    """Messages that alternate between user and assistant."""
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
@@ -43,18 +43,18 @@ def turns(*texts: str) -> tuple:
 # Fields.
 
 
-def test_fields_are_found_by_the_names_given():
+def test_fields_are_found_by_their_configured_names():
     row = {"question": " How many? ", "answer": "\n7 ", "other": 1}
     assert examples(row, prompt="question", answer="answer") == [example((("user", "How many?"),), "7")]
 
 
-def test_names_are_dotted_and_a_name_with_a_dot_in_it_goes_first():
+def test_dotted_names_reach_nested_fields_and_a_field_whose_name_has_a_dot_takes_precedence():
     row = {"q": {"text": "q", "by": ["x", "y"]}, "a": [{"zh": "0"}, {"zh": "1"}], "a.b": "dotted"}
     names = {"prompt": "q.text", "answer": "a.1.zh", "chosen": "a.b", "rejected": "q.by.0"}
     assert examples(row, "pair", **names) == [example(ASKED, "1", "dotted", "x")]
 
 
-def test_sft_learns_from_chosen_where_no_answer_is_named():
+def test_sft_uses_the_chosen_answer_when_no_answer_field_is_named():
     row = {"prompt": "q", "chosen": "good", "rejected": "bad"}
     assert [examples(row, kind) for kind in KINDS] == [[example(ASKED, "good", "good", "bad")]] * 3
 
@@ -64,7 +64,7 @@ def test_ppo_needs_prompts_only():
     assert examples({"prompt": "q", "chosen": 3, "rejected": "\ud83d"}, "prompt") == [example(ASKED)]
 
 
-def test_a_pair_without_rejected_is_refused_by_the_reward_stage_only():
+def test_only_the_reward_stage_rejects_a_pair_without_a_rejected_answer():
     assert examples({"prompt": "q", "chosen": "a"}, "demonstration") == [example(ASKED, "a", "a")]
     with pytest.raises(BadRow, match="row 7: no field 'rejected'; the fields are prompt, chosen"):
         examples({"prompt": "q", "chosen": "a"}, "pair")
@@ -73,18 +73,18 @@ def test_a_pair_without_rejected_is_refused_by_the_reward_stage_only():
 @pytest.mark.parametrize(
     "reply", [lambda text: user_and_assistant("q", text)[1:], lambda text: user_and_assistant("q", text)]
 )
-def test_prompts_and_answers_may_be_messages_alone_or_whole_dialogues(reply):
+def test_prompts_and_answers_can_be_lists_of_messages_or_whole_dialogues(reply):
     row = {"prompt": user_and_assistant("q"), "chosen": reply(" good "), "rejected": reply("bad")}
     assert [examples(row, kind) for kind in KINDS] == [[example(ASKED, "good", "good", "bad")]] * 3
     assert examples(row | {"prompt": "q"}, "pair") == [example(ASKED, "good", "good", "bad")]
 
 
-def test_dialogues_that_share_a_prompt_need_no_prompt_beside_them():
+def test_dialogues_that_share_a_prompt_need_no_prompt_field():
     row = {"chosen": user_and_assistant("a", "b", "c", "good"), "rejected": user_and_assistant("a", "b", "c ", "bad")}
     assert [examples(row, kind) for kind in KINDS] == [[example(turns("a", "b", "c"), "good", "good", "bad")]] * 3
 
 
-def test_a_prompt_with_a_dotted_name_is_compared_too():
+def test_a_prompt_in_a_nested_field_is_compared_with_the_dialogues_too():
     row = {
         "q": {"text": "other"},
         "chosen": user_and_assistant("q", "good"),
@@ -105,14 +105,14 @@ def test_the_system_text_of_a_dialogue_is_kept_in_every_stage():
     assert [examples(row, kind) for kind in KINDS] == [wanted] * 3
 
 
-def test_a_pair_of_dialogues_with_another_prompt_is_refused_where_it_is_needed():
+def test_a_pair_of_dialogues_with_different_prompts_is_rejected_by_stages_that_need_pairs():
     row = {"prompt": "q", "chosen": user_and_assistant("q", "good"), "rejected": user_and_assistant("other", "bad")}
     assert examples(row, "demonstration") == [example(ASKED, "good", "good")]
     with pytest.raises(BadRow, match="row 7: field 'rejected' is a dialogue that does not have the prompt before its"):
         examples(row, "pair")
 
 
-def test_a_list_of_messages_alone_serves_ppo():
+def test_ppo_accepts_a_list_of_messages_without_an_answer():
     source = {"prompt": "messages", "chosen": "", "rejected": ""}
     assert [provides(resolve_format(SourceConfig("x", **source)), kind) for kind in KINDS] == [False, False, True]
     assert examples({"messages": user_and_assistant("a", "b", "c")}, "prompt", **source) == [
@@ -122,7 +122,7 @@ def test_a_list_of_messages_alone_serves_ppo():
         examples({"messages": user_and_assistant("a", "b")}, "prompt", **source)
 
 
-def test_a_system_field_leads_the_turns_unless_it_is_empty():
+def test_a_system_field_becomes_the_first_turn_unless_it_is_empty():
     row = {"system_prompt": " Be kind. ", "prompt": "q", "chosen": "a"}
     assert examples(row, system="system_prompt")[0].turns == (("system", "Be kind."), *ASKED)
     assert examples(row | {"system_prompt": ""}, system="system_prompt")[0].turns == ASKED
@@ -131,19 +131,21 @@ def test_a_system_field_leads_the_turns_unless_it_is_empty():
         examples(row, system="system")
 
 
-def test_an_expression_is_cut_out_of_the_answers_alone():
+def test_a_regular_expression_is_removed_from_answers_only():
     row = {"prompt": "Is [1] so?", "chosen": "Yes [1], it is [2, 3].", "rejected": "No [x]"}
     (given_back,) = examples(row, "pair", strip=r" ?\[\d+(?:, ?\d+)*\]")
     assert given_back == example((("user", "Is [1] so?"),), "Yes, it is.", "Yes, it is.", "No [x]")
 
 
 @pytest.mark.parametrize("lack", [{"a": None}, {"a": []}, {"a": [{"text": None}]}, {"a": [{"text": ""}]}])
-def test_a_sparse_source_leaves_out_rows_that_lack_what_the_stage_needs(lack):
+def test_a_sparse_source_skips_rows_without_the_fields_of_the_stage(lack):
     source = {"answer": "a.0.text", "chosen": "", "rejected": ""}
     row = {"prompt": "q"} | lack
     assert examples(row, "demonstration", sparse=True, **source) == []
     assert examples(row, "prompt", sparse=True, **source) == [example(ASKED)]
-    if lack != {"a": [{"text": ""}]}:  # an empty answer is no bad row: it is dropped, and counted, where rows are kept
+    if lack != {
+        "a": [{"text": ""}]
+    }:  # an empty answer is not a bad row: it is dropped, and counted, when rows are tokenized
         with pytest.raises(
             BadRow,
             match=r"field 'a\.0\.text' must be text or a list of messages, not NoneType; data.sources.sparse = true",
@@ -151,7 +153,7 @@ def test_a_sparse_source_leaves_out_rows_that_lack_what_the_stage_needs(lack):
             examples(row, "demonstration", **source)
 
 
-def test_a_sparse_source_too_refuses_a_field_that_is_not_there():
+def test_a_sparse_source_also_rejects_a_field_that_no_row_has():
     with pytest.raises(BadRow, match="no field 'chosen'"):
         examples({"prompt": "q", "good": "a"}, sparse=True)
 
@@ -177,12 +179,12 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("row", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_in_a_row_is_named_with_its_place(row, message):
+def test_a_mistake_in_a_row_is_reported_with_its_position(row, message):
     with pytest.raises(BadRow, match="^rows.jsonl, row 7: .*" + re.escape(message)):
         examples(row)
 
 
-def test_a_row_that_was_bad_before_is_bad_with_the_same_words():
+def test_a_row_already_marked_bad_keeps_its_message():
     bad = BadRow("rows.jsonl, row 7: malformed JSON")
     for form in ("fields", "transcript", "messages", "sharegpt", "alpaca", "ranking", "text"):
         with pytest.raises(BadRow) as raised:
@@ -193,7 +195,7 @@ def test_a_row_that_was_bad_before_is_bad_with_the_same_words():
 # Transcripts.
 
 
-def test_a_transcript_is_cut_before_its_last_assistant_turn():
+def test_a_transcript_is_split_before_its_last_assistant_turn():
     before = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
     row = {"chosen": before + " yes: Human: d", "rejected": before + " no"}
     wanted = [example(turns("a", "b", "c"), "yes: Human: d", "yes: Human: d", "no")]
@@ -209,19 +211,19 @@ def test_a_transcript_is_cut_before_its_last_assistant_turn():
         (" ", "Human: q\n\nAssistant:"),
     ],
 )
-def test_a_transcript_may_begin_in_the_prompt_field(prompt, opening):
+def test_a_transcript_can_start_in_the_prompt_field(prompt, opening):
     row = {"prompt": prompt, "chosen": f"{opening}yes", "rejected": f"{opening}no"}
     assert examples(row, "pair", form="transcript") == [example(ASKED, "yes", "yes", "no")]
 
 
-def test_a_sparse_source_of_transcripts_needs_no_prompt_field_but_lacks_one_that_is_empty():
+def test_a_sparse_source_of_transcripts_needs_no_prompt_field_but_skips_an_empty_one():
     row = {"chosen": "Human: q\n\nAssistant: a"}
     assert examples(row, form="transcript", sparse=True) == [example(ASKED, "a", "a")]
     assert examples(row | {"prompt": ""}, form="transcript") == [example(ASKED, "a", "a")]
     assert examples(row | {"prompt": ""}, form="transcript", sparse=True) == []
 
 
-def test_turns_of_one_speaker_in_succession_are_one_turn():
+def test_consecutive_turns_of_one_speaker_are_joined():
     text = "Human: a\n\nHuman: b\n\nAssistant: c\n\nAssistant:\n\nAssistant: d\n\nHuman: never answered"
     assert parse_transcript(text, "") == ((("user", "a\n\nb"),), "c\n\nd")
 
@@ -235,11 +237,11 @@ def test_turns_of_one_speaker_in_succession_are_one_turn():
         (("\nA:", "\nB:"), "A: q\nB: SUPERUSER: a"),
     ],
 )
-def test_speakers_may_have_other_names(speakers, text):
+def test_speaker_names_are_configurable(speakers, text):
     assert parse_transcript(text, "", speakers) == (ASKED, "SUPERUSER: a")
 
 
-def test_a_system_text_before_the_first_speaker_is_refused_unless_the_speakers_provide_for_it():
+def test_text_before_the_first_speaker_is_rejected_unless_a_system_speaker_is_configured():
     text = "Be kind. USER: q ASSISTANT: a"
     with pytest.raises(BadRow, match="here: no transcript.*it does not begin with a speaker"):
         parse_transcript(text, "here", ("USER:", "ASSISTANT:"))
@@ -253,7 +255,7 @@ EVEN = WORDS.filter(lambda words: len(words) % 2 == 0)
 
 
 @given(EVEN)
-def test_transcripts_of_any_length_give_their_turns_back(words):
+def test_transcripts_of_any_length_round_trip(words):
     text = "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {word}" for i, word in enumerate(words))
     assert parse_transcript(text, "") == (turns(*words[:-1]), words[-1])
 
@@ -269,12 +271,12 @@ def test_transcripts_of_any_length_give_their_turns_back(words):
         "Assistant: a\n\nHuman: b\n\nAssistant: c",
     ],
 )
-def test_what_is_no_transcript_is_refused_with_its_row(text):
+def test_text_that_is_not_a_transcript_is_rejected_with_its_row(text):
     with pytest.raises(BadRow, match=r"row 7: field 'chosen': no transcript: a turn 'Human: \.\.\.' must come first"):
         examples({"chosen": text}, form="transcript")
 
 
-def test_a_pair_of_transcripts_with_different_prompts_is_refused_where_it_is_needed():
+def test_a_pair_of_transcripts_with_different_prompts_is_rejected_by_stages_that_need_pairs():
     row = {"chosen": "Human: a\n\nAssistant: b", "rejected": "Human: c\n\nAssistant: b"}
     assert examples(row, "demonstration", form="transcript") == [example(turns("a"), "b", "b")]
     with pytest.raises(BadRow, match="row 7: chosen and rejected answer different prompts"):
@@ -287,9 +289,9 @@ GPT = {"user": "human", "assistant": "gpt", "system": "system"}
 
 
 @given(WORDS, st.booleans())
-def test_messages_and_sharegpt_of_any_length_give_their_turns_back(words, system):
+def test_messages_and_sharegpt_of_any_length_round_trip(words, system):
     messages = [{"role": "system", "content": "Be kind."}] * system + user_and_assistant(*words)
-    answered = len(words) // 2 * 2  # a user turn after the last answer is left out
+    answered = len(words) // 2 * 2  # a user turn after the last answer is dropped
     wanted = [example(((("system", "Be kind."),) * system) + turns(*words[: answered - 1]), words[answered - 1])]
     conversations = [{"from": GPT[message["role"]], "value": message["content"]} for message in messages]
     for kind in ("demonstration", "prompt"):
@@ -299,32 +301,32 @@ def test_messages_and_sharegpt_of_any_length_give_their_turns_back(words, system
         assert examples({"c": {"list": messages}}, kind, form="messages", field="c.list") == wanted
 
 
-def test_roles_have_many_names():
+def test_common_role_names_are_recognised():
     row = {"messages": [{"role": "developer", "content": "s"}, {"role": "User", "content": "q"}]}
     for name in ("assistant", "gpt", "chatgpt", "bing", "bard"):
         row["conversations"] = [*row["messages"], {"from": name, "value": "a"}]
         assert examples(row, form="sharegpt") == [example((("system", "s"), *ASKED), "a")]
 
 
-def test_messages_of_one_speaker_in_succession_are_one_turn():
+def test_consecutive_messages_of_one_speaker_are_joined():
     (a, c), (b, d), (_, empty) = user_and_assistant("a", "c"), user_and_assistant("b", "d"), user_and_assistant("", "")
     messages = [a, b, c, empty, d]
     assert examples({"messages": messages}, form="messages") == [example((("user", "a\n\nb"),), "c\n\nd")]
 
 
-def test_parts_of_text_are_joined_as_they_stand():
+def test_text_parts_are_joined_without_a_separator():
     parts = [{"type": "text", "text": "Is it "}, {"type": "text", "text": "so?"}]
     row = {"messages": [{"role": "user", "content": parts}, *user_and_assistant("", "a")[1:]]}
     assert examples(row, form="messages") == [example((("user", "Is it so?"),), "a")]
 
 
-def test_a_sharegpt_row_may_have_its_system_text_beside_the_conversation():
+def test_a_sharegpt_row_can_have_its_system_text_in_a_separate_field():
     row = {"system": "Be kind.", "conversations": user_and_assistant("q", "a")}
     assert examples(row, form="sharegpt") == [example((("system", "Be kind."), *ASKED), "a")]
     assert examples(row | {"system": None}, form="sharegpt") == [example(ASKED, "a")]
 
 
-def test_messages_that_nobody_answered_serve_ppo():
+def test_ppo_accepts_messages_without_an_answer():
     assert examples({"messages": user_and_assistant("q")}, "prompt", form="messages") == [example(ASKED)]
     with pytest.raises(BadRow, match="row 7: field 'messages' has no assistant turn that answers a user turn"):
         examples({"messages": user_and_assistant("q")}, "demonstration", form="messages")
@@ -360,7 +362,7 @@ UNFIT = {
 
 
 @pytest.mark.parametrize(("messages", "message"), UNFIT.values(), ids=UNFIT)
-def test_messages_that_no_template_can_write_are_refused(messages, message):
+def test_messages_that_no_template_can_render_are_rejected(messages, message):
     with pytest.raises(BadRow, match="^rows.jsonl, row 7: field 'messages' (?:.* )?" + re.escape(message)):
         examples({"messages": messages}, form="messages")
 
@@ -382,7 +384,7 @@ def test_alpaca_appends_the_input_to_the_instruction():
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=7), st.booleans())
-def test_a_ranking_gives_a_pair_for_every_two_answers_of_different_rank_best_first(scores, lowest_first):
+def test_a_ranking_yields_a_pair_for_every_two_answers_of_different_rank_best_first(scores, lowest_first):
     answers = [f"{i}: {score}" for i, score in enumerate(scores)]
     row = {"prompt": "q", "answers": answers, "scores": scores}
     pairs = examples(row, "pair", form="ranking", scores=("scores",), lowest_first=lowest_first)
@@ -401,12 +403,12 @@ def test_a_ranking_gives_a_pair_for_every_two_answers_of_different_rank_best_fir
         ]
 
 
-def test_answers_without_scores_come_best_first():
+def test_answers_without_scores_are_ordered_best_first():
     pairs = examples({"prompt": "q", "answers": ["a", " b", "c"]}, "pair", form="ranking")
     assert [(pair.chosen, pair.rejected) for pair in pairs] == [("a", "b"), ("a", "c"), ("b", "c")]
 
 
-def test_answers_and_scores_may_stand_in_fields_of_their_own_or_in_the_items_of_a_list():
+def test_answers_and_scores_can_be_separate_fields_or_keys_of_list_items():
     fields = {"a": "low", "b": "high", "of_a": "0.25", "of_b": 1}
     own = examples({"prompt": "q"} | fields, "pair", form="ranking", answers=("a", "b"), scores=("of_a", "of_b"))
     items = {"completions": [{"response": "low", "score": 0.25}, {"response": "high", "score": 1.0}]}
@@ -415,7 +417,7 @@ def test_answers_and_scores_may_stand_in_fields_of_their_own_or_in_the_items_of_
     assert own == [example(ASKED, "high", "high", "low")]
 
 
-def test_ppo_takes_the_prompt_of_a_ranking_without_answers():
+def test_ppo_uses_the_prompt_of_a_ranking_without_answers():
     assert examples({"prompt": "q"}, "prompt", form="ranking") == [example(ASKED)]
 
 
@@ -438,12 +440,12 @@ UNRANKED = {
 
 
 @pytest.mark.parametrize(("row", "message"), UNRANKED.values(), ids=UNRANKED)
-def test_a_mistake_in_a_ranking_is_named(row, message):
+def test_a_mistake_in_a_ranking_is_reported(row, message):
     with pytest.raises(BadRow, match="^rows.jsonl, row 7: .*" + re.escape(message)):
         examples({"prompt": "q"} | row, "pair", form="ranking", scores=("s",))
 
 
-def test_a_document_serves_sft_alone():
+def test_a_document_is_used_by_sft_only():
     wanted = example((), text="Once upon a time.")
     assert [examples({"text": " Once upon a time.\n"}, kind, form="text") for kind in KINDS] == [[wanted], [], []]
     assert examples({"body": "Once upon a time."}, form="text", field="body") == [wanted]
@@ -452,7 +454,7 @@ def test_a_document_serves_sft_alone():
 # Sources.
 
 
-def test_a_source_serves_the_stages_that_its_format_and_fields_have_something_for():
+def test_a_source_serves_the_stages_whose_fields_it_provides():
     of = {form: [provides(resolve_format(SourceConfig("x", format=form)), kind) for kind in KINDS]
           for form in ("fields", "transcript", "messages", "sharegpt", "alpaca", "ranking", "text")}  # fmt: skip
     every, pairless, documents = [True, True, True], [True, False, True], [True, False, False]
@@ -475,18 +477,18 @@ IMPOSSIBLE = {
 
 
 @pytest.mark.parametrize("change", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
-def test_an_impossible_source_is_refused_when_it_is_made(change):
+def test_an_impossible_source_is_rejected_on_construction(change):
     with pytest.raises(ValueError, match=r"data\.sources"):
         SourceConfig("x.jsonl", **change)
 
 
-def test_a_mapping_is_read_back_from_its_file_as_it_was_written():
+def test_a_mapping_is_unchanged_after_a_round_trip_through_its_file():
     source = SourceConfig("x", format="ranking", answers=("a", "b"), scores=("c", "d"), speakers=("\nU:", "\nA:", ""))
     assert parse_config(SourceConfig, tomllib.loads(dump_config(source)), "x") == source
 
 
 @needs_real_data
-def test_every_row_of_hh_rlhf_is_a_pair():
+def test_every_row_of_hh_rlhf_maps_to_a_pair():
     source = SourceConfig(str(REAL / "hh-rlhf-harmless" / "train.jsonl"), format="transcript")
     read = {kind: make_mapper(source, kind) for kind in KINDS}
     lines = (REAL / "hh-rlhf-harmless" / "train.jsonl").read_text(encoding="utf-8").split("\n")
@@ -501,7 +503,7 @@ def test_every_row_of_hh_rlhf_is_a_pair():
 
 
 @needs_real_data
-def test_every_row_of_alpaca_eval_is_a_pair():
+def test_every_row_of_alpaca_eval_maps_to_a_pair():
     path = REAL / "alpaca-eval-preferences" / "train.jsonl"
     read = make_mapper(resolve_format(SourceConfig(str(path))), "pair")
     lines = path.read_text(encoding="utf-8").split("\n")

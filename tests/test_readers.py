@@ -1,4 +1,4 @@
-"""Files of rows: equal rows from every format and compression, and bad rows that cost no good one."""
+"""File readers: equal rows from every format and compression, and no good row lost to a bad one."""
 
 import csv
 import gzip
@@ -57,7 +57,7 @@ def read(path, **options) -> list[Row]:
 
 
 def parts(rows: list[Row]) -> tuple[list, list[str]]:
-    """The fields of the good rows, and the texts of the bad ones."""
+    """(fields of the good rows, messages of the bad rows)."""
     good = [row.fields for row in rows if not isinstance(row.fields, BadRow)]
     return good, [str(row.fields) for row in rows if isinstance(row.fields, BadRow)]
 
@@ -81,7 +81,7 @@ def test_every_format_and_compression_gives_the_same_700_rows(tmp_path, ending, 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv"])
 @pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
-def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, ending, compression):
+def test_a_byte_order_mark_is_not_part_of_the_first_row(tmp_path, ending, compression):
     content = compress(b"\xef\xbb\xbf" + encode_rows(ROWS[:3], ending), compression)
     assert one_file(tmp_path, f"rows{ending.upper()}{compression}", content) == (ROWS[:3], [], [1, 2, 3])
 
@@ -99,13 +99,13 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, ending, compres
         '{\n "a": 1\n}\n{\n "a": 2\n}\n',  # objects over several lines
     ],
 )
-def test_a_json_file_is_an_array_or_lines_or_an_object_around_an_array(tmp_path, text):
+def test_a_json_file_can_be_an_array_lines_or_an_object_that_holds_an_array(tmp_path, text):
     good, bad, numbers = one_file(tmp_path, "rows.json", text.encode())
     assert (good, bad) == ([{"a": 1}, {"a": 2}], [])
     assert numbers == ([2, 4] if text.startswith(" \n") else [1, 2])
 
 
-def test_one_dialogue_in_a_json_file_is_a_row_and_not_the_frame_of_its_turns(tmp_path):
+def test_a_json_file_of_one_dialogue_is_one_row_not_one_row_per_turn(tmp_path):
     row = {"messages": [{"role": "user", "content": "a"}]}
     assert one_file(tmp_path, "rows.json", json.dumps(row).encode()) == ([row], [], [1])
 
@@ -119,7 +119,7 @@ VALUES = st.recursive(
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.lists(st.dictionaries(st.text(max_size=5), VALUES, max_size=3), min_size=1, max_size=5), st.data())
-def test_json_is_read_alike_however_it_is_written_and_cut_into_blocks(monkeypatch, rows, data):
+def test_json_rows_do_not_depend_on_whitespace_or_block_boundaries(monkeypatch, rows, data):
     indent, ascii_only = data.draw(st.sampled_from([None, 0, 1])), data.draw(st.booleans())
     array = json.dumps(rows, indent=indent, ensure_ascii=ascii_only).encode()
     each = "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows).encode()
@@ -130,14 +130,14 @@ def test_json_is_read_alike_however_it_is_written_and_cut_into_blocks(monkeypatc
         assert [row.fields for row in reader("f", pieces)] == rows
 
 
-def test_a_line_of_text_is_a_row_and_blank_lines_count(tmp_path):
+def test_each_line_of_text_is_a_row_and_blank_lines_count_in_row_numbers(tmp_path):
     content = b"one\r\n\n two \n \nbad \xff\nlast"
     good, bad, numbers = one_file(tmp_path, "rows.txt", content)
     assert good == [{"text": "one"}, {"text": " two "}, {"text": "last"}] and numbers == [1, 3, 5, 6]
     assert len(bad) == 1 and "rows.txt, line 5: not UTF-8" in bad[0]
 
 
-def test_values_of_csv_stay_text_and_a_field_may_be_5_mib_long(tmp_path):
+def test_csv_values_stay_text_and_a_field_can_be_5_mib_long(tmp_path):
     content = b"a,b\n007,\n" + b"x" * 5_000_000 + b",2\n\n"
     assert one_file(tmp_path, "rows.csv", content)[:2] == (
         [{"a": "007", "b": ""}, {"a": "x" * 5_000_000, "b": "2"}],
@@ -166,7 +166,7 @@ BAD_LINES = {
 
 @pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
 @pytest.mark.parametrize(("line", "message"), BAD_LINES.values(), ids=BAD_LINES)
-def test_a_bad_line_is_named_and_costs_no_other(tmp_path, line, message, compression):
+def test_a_bad_line_is_reported_and_no_other_line_is_lost(tmp_path, line, message, compression):
     content = compress(GOOD + b"\n" + line + GOOD, compression)
     good, bad, numbers = one_file(tmp_path, "rows.jsonl" + compression, content)
     assert good == [{"a": 1}] * 2 and numbers == [1, 3, 4]
@@ -174,7 +174,7 @@ def test_a_bad_line_is_named_and_costs_no_other(tmp_path, line, message, compres
     assert one_file(tmp_path, "rows.json" + compression, content)[0] == good
 
 
-def test_numbers_that_are_none_repeated_names_and_whole_surrogate_pairs_are_no_faults(tmp_path):
+def test_nan_and_infinity_repeated_names_and_surrogate_pairs_are_valid(tmp_path):
     content = b'{"a": NaN, "b": -Infinity, "c": 1, "c": 2, "d": "\\ud83d\\ude42 \\\\ud83d"}'
     good, bad, _ = one_file(tmp_path, "rows.jsonl", content)
     assert bad == [] and good[0].pop("a") != 0 and good == [{"b": -float("inf"), "c": 2, "d": "🙂 \\ud83d"}]
@@ -207,13 +207,13 @@ BROKEN_ARRAYS = {
 
 
 @pytest.mark.parametrize(("content", "message"), BROKEN_ARRAYS.values(), ids=BROKEN_ARRAYS)
-def test_the_two_rows_before_the_break_of_an_array_are_given_and_then_one_bad_row(tmp_path, content, message):
+def test_a_broken_array_yields_the_two_rows_before_the_break_then_one_bad_row(tmp_path, content, message):
     good, bad, numbers = one_file(tmp_path, "rows.json", content)
     assert good == [{"a": 1}] * 2 and numbers == [1, 2, 3] and len(bad) == 1
     assert "rows.json, row 3: malformed JSON (" in bad[0] and message in bad[0] and "not read" in bad[0]
 
 
-def test_a_bad_value_in_an_array_costs_no_other(tmp_path):
+def test_no_other_row_is_lost_to_a_bad_value_in_an_array(tmp_path):
     content = b'[{"a": 1}, 7, null, {"a": "\xff"}, {"a": {"b": "\\ud83d"}}, {"a": 1}]'
     good, bad, numbers = one_file(tmp_path, "rows.json", content)
     assert good == [{"a": 1}] * 2 and numbers == [1, 2, 3, 4, 5, 6]
@@ -221,7 +221,7 @@ def test_a_bad_value_in_an_array_costs_no_other(tmp_path):
     assert all(message in text for message, text in zip(messages, bad, strict=True))
 
 
-def test_a_row_of_an_array_that_is_longer_than_16_mib_ends_the_file(tmp_path):
+def test_an_array_row_longer_than_16_mib_ends_the_file(tmp_path):
     good, bad, _ = one_file(tmp_path, "rows.json", b'[{"a": 1}, {"a": "' + b"x" * (17 << 20) + b'"}]')
     assert good == [{"a": 1}] and len(bad) == 1 and "row 2: malformed JSON (longer than 16 MiB)" in bad[0]
 
@@ -237,19 +237,19 @@ BAD_CSV = {
 
 
 @pytest.mark.parametrize(("line", "message"), BAD_CSV.values(), ids=BAD_CSV)
-def test_a_bad_row_of_csv_costs_no_other(tmp_path, line, message):
+def test_no_other_row_is_lost_to_a_bad_csv_row(tmp_path, line, message):
     good, bad, numbers = one_file(tmp_path, "rows.csv", b'a,b\n1,"x\ny"\n' + line + b"5,6\n7,8")
     assert good == [{"a": "1", "b": "x\ny"}, {"a": "5", "b": "6"}, {"a": "7", "b": "8"}] and numbers == [1, 2, 3, 4]
     assert len(bad) == 1 and f"rows.csv, {message}" in bad[0]
 
 
-def test_a_quote_left_open_before_quoted_rows_costs_its_own_row_alone(tmp_path):
+def test_an_unclosed_quote_before_quoted_rows_loses_only_its_own_row(tmp_path):
     good, bad, _ = one_file(tmp_path, "rows.csv", b'a,b\n1,"oops\n"3","4"\n"5","6, ""and\n7"\n')
     assert good == [{"a": "3", "b": "4"}, {"a": "5", "b": '6, "and\n7'}] and len(bad) == 1
 
 
 @pytest.mark.parametrize("header", [b"a,a\n", b"a,\xff\n", b"a,\0\n"])
-def test_columns_without_proper_names_make_one_bad_row(tmp_path, header):
+def test_columns_without_valid_names_give_one_bad_row(tmp_path, header):
     good, bad, _ = one_file(tmp_path, "rows.csv", header + b"1,2\n")
     assert good == [] and len(bad) == 1 and "rows.csv, names of the columns: " in bad[0]
 
@@ -271,9 +271,7 @@ DAMAGES = {
     [(".gz", "cut"), (".gz", "followed by garbage"), (".gz", "wrong at its end")]
     + [(".zst", "cut"), (".zst", "followed by garbage")],
 )
-def test_a_damaged_compressed_file_gives_its_rows_then_one_bad_row_and_the_next_file_follows(
-    tmp_path, compression, damage
-):
+def test_a_damaged_compressed_file_yields_its_rows_then_one_bad_row_then_the_next_file(tmp_path, compression, damage):
     content = random_lines(20_000)
     whole = compress(content, compression)
     (tmp_path / f"a.jsonl{compression}").write_bytes(DAMAGES[damage](whole))
@@ -286,7 +284,7 @@ def test_a_damaged_compressed_file_gives_its_rows_then_one_bad_row_and_the_next_
     assert len(good) - 1 == 20_000 if damage != "cut" else 7_000 < len(good) < 11_000
 
 
-def test_a_line_cut_by_the_damage_is_no_row(tmp_path, monkeypatch):
+def test_a_line_truncated_by_the_damage_is_not_a_row(tmp_path, monkeypatch):
     def cut(*_):
         yield GOOD + b'{"a": 2'
         raise EOFError("cut")
@@ -303,27 +301,27 @@ def test_two_compressed_parts_in_one_file_are_both_read(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.feather", "a.parquet.gz", "a.jsonl.gz", "a.jsonl.zst"])
-def test_a_file_that_is_not_what_its_name_says_is_one_bad_row(tmp_path, name):
+def test_a_file_whose_content_does_not_match_its_extension_is_one_bad_row(tmp_path, name):
     (tmp_path / name).write_bytes(b"hello world\n" * 99)
     (tmp_path / "b.jsonl").write_bytes(GOOD)
     good, bad = parts(read(tmp_path))
     assert good == [{"a": 1}] and len(bad) == 1 and f"{name}, after row 0: cannot be read any further: " in bad[0]
 
 
-def test_utf_16_is_named(tmp_path):
+def test_utf_16_is_reported_by_name(tmp_path):
     _, bad, _ = one_file(tmp_path, "rows.csv", "a,b\n1,2\n".encode("utf-16"))
     assert len(bad) == 1 and "the text is UTF-16; save it as UTF-8" in bad[0]
 
 
 @pytest.mark.parametrize("ending", [".parquet", ".feather", ".arrow"])
-def test_a_binary_file_that_is_cut_off_is_one_bad_row(tmp_path, ending):
+def test_a_truncated_binary_file_is_one_bad_row(tmp_path, ending):
     content = encode_rows(ROWS, ending)
     good, bad, _ = one_file(tmp_path, "rows" + ending, content[: len(content) * 2 // 3])
     assert len(bad) == 1 and "cannot be read any further" in bad[0]
     assert good == (ROWS[: len(good)] if ending == ".arrow" else []) and len(good) in (0, 300)
 
 
-def test_arrow_text_whose_bounds_are_wrong_is_bad_rows_and_does_not_end_the_process(tmp_path):
+def test_arrow_text_with_wrong_offsets_gives_bad_rows_and_does_not_crash_the_process(tmp_path):
     bounds = pa.py_buffer(b"".join(end.to_bytes(4, "little") for end in (0, 1, 2_000_000_000, 3)))
     column = pa.Array.from_buffers(pa.string(), 3, [None, bounds, pa.py_buffer(b"xyz")])
     batch = pa.RecordBatch.from_arrays([column], ["a"])
@@ -333,7 +331,7 @@ def test_arrow_text_whose_bounds_are_wrong_is_bad_rows_and_does_not_end_the_proc
     assert good == [{"a": "x"}] and len(bad) == 2 and "rows.arrow, row 2: field 'a' cannot be read: " in bad[0]
 
 
-def test_a_damaged_row_group_costs_no_other(tmp_path):
+def test_no_other_row_group_is_lost_to_a_damaged_one(tmp_path):
     sink = pa.BufferOutputStream()
     table = pa.table({"a": [os.urandom(20).hex() for _ in range(900)]})
     pa.parquet.write_table(table, sink, row_group_size=300, use_dictionary=False, write_page_checksum=True)
@@ -346,7 +344,7 @@ def test_a_damaged_row_group_costs_no_other(tmp_path):
     assert numbers == [*range(1, 302), *range(601, 901)]
 
 
-def test_text_in_parquet_that_is_not_utf_8_spoils_its_own_row_alone(tmp_path):
+def test_parquet_text_that_is_not_utf_8_invalidates_only_its_own_row(tmp_path):
     binary = pa.array([b"x", b"\xff", b"z"])
     text = pa.Array.from_buffers(pa.string(), 3, binary.buffers())
     pa.parquet.write_table(pa.table({"n": [1, 2, 3], "a": text}), tmp_path / "rows.parquet")
@@ -355,7 +353,7 @@ def test_text_in_parquet_that_is_not_utf_8_spoils_its_own_row_alone(tmp_path):
     assert len(bad) == 1 and "rows.parquet, row 2: field 'a' cannot be read: Invalid UTF8" in bad[0]
 
 
-def test_lines_are_those_of_split_however_they_are_cut_into_blocks(rng):
+def test_lines_equal_those_of_bytes_split_at_any_block_boundaries(rng):
     for _ in range(200):
         content = bytes(rng.choice([97, 98, 10], size=rng.integers(0, 30), p=[0.4, 0.3, 0.3]).tolist())
         cuts = sorted(rng.integers(0, len(content) + 1, size=5).tolist())

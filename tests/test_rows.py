@@ -1,4 +1,4 @@
-"""Rows of a stage: disjoint by prompt, the same when rows are added, held out by file or hash, mixed as asked."""
+"""Rows of a stage: disjoint by prompt, stable when rows are added, held out by file or hash, mixed as configured."""
 
 import dataclasses
 import json
@@ -53,7 +53,7 @@ def rows_for(config: DataConfig, stage: str, held_out: bool = False, **options) 
     return select_rows(config, TOKENIZER, spec, held_out=held_out)
 
 
-def test_no_prompt_serves_two_stages_or_both_training_and_evaluation(write_jsonl):
+def test_no_prompt_is_used_by_two_stages_or_by_both_training_and_evaluation(write_jsonl):
     # Each prompt three times, with white space that differs.
     rows = pairs(1000) + pairs(1000) + [{**row, "prompt": f"  {row['prompt']}\n"} for row in pairs(1000)]
     config = config_of(write_jsonl(rows), "2,4,4", held_out=0.1)
@@ -71,7 +71,7 @@ WORDS = st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=60
 
 @settings(deadline=None, max_examples=25)
 @given(words=WORDS, split=st.sampled_from(["2,4,4", "1,0,0", "1,1,8"]), held_out=st.sampled_from([0.0, 0.3]))
-def test_splits_are_disjoint_and_complete_whatever_the_prompts(tmp_path_factory, words, split, held_out):
+def test_splits_are_disjoint_and_complete_for_any_prompts(tmp_path_factory, words, split, held_out):
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     rows = [{"prompt": word, "chosen": f"yes {i}", "rejected": "no"} for i, word in enumerate(words)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -83,8 +83,8 @@ def test_splits_are_disjoint_and_complete_whatever_the_prompts(tmp_path_factory,
     assert sum(len({words[row - 1] for row in side}) for side in sides) == len(set(words))
 
 
-def test_the_rows_of_a_stage_are_its_examples_in_their_order(write_jsonl):
-    config = config_of(write_jsonl(pairs(3000)), "2,4,4", held_out=0.1)  # of several blocks
+def test_the_rows_of_a_stage_are_its_examples_in_order(write_jsonl):
+    config = config_of(write_jsonl(pairs(3000)), "2,4,4", held_out=0.1)  # several blocks
     for stage in STAGES:
         for held_out in (False, True):
             rows, found = rows_for(config, stage, held_out), examples(config, stage, held_out)
@@ -93,7 +93,7 @@ def test_the_rows_of_a_stage_are_its_examples_in_their_order(write_jsonl):
             assert [re.search(r"q\d+", text)[0] for text in texts(rows)] == [example.turns[0][1] for example in found]
 
 
-def test_added_rows_leave_the_others_where_they_are(write_jsonl):
+def test_added_rows_do_not_change_the_split_of_the_others(write_jsonl):
     few, many = write_jsonl(pairs(300), "few.jsonl"), write_jsonl(pairs(600)[::-1], "many.jsonl")
     for stage in STAGES:
         before = prompts(examples(config_of(few, "2,4,4", 0.1), stage))
@@ -101,7 +101,7 @@ def test_added_rows_leave_the_others_where_they_are(write_jsonl):
         assert before == after & prompts(examples(config_of(few), "sft"))
 
 
-def test_another_seed_of_the_split_shares_the_prompts_out_in_another_way(write_jsonl):
+def test_another_split_seed_assigns_the_prompts_differently(write_jsonl):
     config = config_of(write_jsonl(pairs(1000)), "1,1,1", held_out=0.2)
     sides = {}
     for seed in (0, 1, 2):
@@ -116,7 +116,7 @@ def test_another_seed_of_the_split_shares_the_prompts_out_in_another_way(write_j
         assert len(sides[one][1] & sides[other][1]) == pytest.approx(40, abs=24)
 
 
-def test_rows_of_the_evaluation_file_are_held_out_and_their_prompts_train_nothing(write_jsonl):
+def test_rows_of_the_evaluation_file_are_held_out_and_their_prompts_are_never_trained_on(write_jsonl):
     train, held = write_jsonl(pairs(100), "train.jsonl"), write_jsonl(pairs(30, start=90), "held.jsonl")
     config = config_of(train, "1,1,1", held_out=0.5, eval_path=str(held))
     # The share data.held_out is for sources without such a file.
@@ -128,7 +128,7 @@ def test_rows_of_the_evaluation_file_are_held_out_and_their_prompts_train_nothin
         assert len(rows_for(config, stage, held_out=True)) == 30
 
 
-def test_a_held_out_pair_without_the_answer_of_sft_still_keeps_its_prompt_out_of_training(write_jsonl):
+def test_a_held_out_pair_without_an_sft_answer_still_keeps_its_prompt_out_of_training(write_jsonl):
     def row(i: int, answer: str | None) -> dict:
         before = f"\n\nHuman: q{i}\n\nAssistant:"
         texts = {"chosen": f"{before} yes", "rejected": f"{before} no"}
@@ -144,7 +144,7 @@ def test_a_held_out_pair_without_the_answer_of_sft_still_keeps_its_prompt_out_of
     assert sum(len(rows_for(config, stage)) for stage in STAGES) == 30
 
 
-def test_what_one_source_holds_out_no_other_source_trains(write_jsonl):
+def test_prompts_held_out_by_one_source_are_not_trained_on_in_another(write_jsonl):
     one = SourceConfig(str(write_jsonl(pairs(200), "one.jsonl")))
     held = str(write_jsonl(pairs(50), "held.jsonl"))
     two = SourceConfig(str(write_jsonl(pairs(400), "two.jsonl")), eval_path=held)
@@ -157,7 +157,7 @@ def test_what_one_source_holds_out_no_other_source_trains(write_jsonl):
     assert len(rows_for(config, "sft")) == len(trained)
 
 
-def test_no_source_is_read_again_because_another_has_held_out_rows_of_its_own(tmp_path, write_jsonl, monkeypatch):
+def test_no_source_is_read_again_because_another_has_its_own_held_out_rows(tmp_path, write_jsonl, monkeypatch):
     files = {name: write_jsonl(pairs(60, start), f"{name}.jsonl") for name, start in (("one", 0), ("two", 40))}
     files["held"] = write_jsonl(pairs(9, 50), "held.jsonl")
     files["sums"] = write_jsonl([{"q": "s", "a": "1"}], "sums.jsonl")
@@ -167,7 +167,7 @@ def test_no_source_is_read_again_because_another_has_held_out_rows_of_its_own(tm
     monkeypatch.setattr(sources, "read_file", lambda path: counts.update([Path(path).stem]) or read_file(path))
 
     def reads(*sources: SourceConfig) -> tuple[Counter, dict]:
-        """How often each file is read by all stages in their order, and what they train on and are measured on."""
+        """How often each file is read by all stages in order, and the rows that they train and evaluate on."""
         counts.clear()
         cache = str(tmp_path / f"cache-{sources[0].eval_path != ''}")
         config = DataConfig(sources, split_of("1,1,1"), 0.2, cache_dir=cache)
@@ -178,7 +178,7 @@ def test_no_source_is_read_again_because_another_has_held_out_rows_of_its_own(tm
     assert alone == {"one": 3, "two": 3, "sums": 2}  # once per stage; there are no pairs in sums
     apart = dataclasses.replace(one, eval_path=str(files["held"]))
     first, found = reads(apart, two, sums)
-    assert first == alone + Counter(held=4)  # its prompts once, and its rows once per stage
+    assert first == alone + Counter(held=4)  # prompts are read once, rows once per stage
     again, same = reads(apart, two, sums)
     assert not again and same == found
     for stage in STAGES:
@@ -186,7 +186,7 @@ def test_no_source_is_read_again_because_another_has_held_out_rows_of_its_own(tm
         assert evaluated >= {f"q{i}" for i in range(50, 59)} and not trained & evaluated
 
 
-def test_a_source_without_pairs_is_left_out_of_the_reward_stage_only(write_jsonl):
+def test_only_the_reward_stage_skips_a_source_without_pairs(write_jsonl):
     sums = write_jsonl([{"q": f"s{i}", "a": "1"} for i in range(90)], "s.jsonl")
     sums = SourceConfig(str(sums), prompt="q", answer="a", chosen="", rejected="")
     config = DataConfig(
@@ -197,7 +197,7 @@ def test_a_source_without_pairs_is_left_out_of_the_reward_stage_only(write_jsonl
     assert [len(rows_for(config, stage).parts) for stage in STAGES] == [2, 1, 2]
 
 
-def test_a_prompt_of_two_sources_is_asked_once(write_jsonl):
+def test_a_prompt_in_two_sources_is_used_once(write_jsonl):
     one, two = write_jsonl(pairs(30), "one.jsonl"), write_jsonl(pairs(50), "two.jsonl")
     config = DataConfig(sources=(SourceConfig(str(one)), SourceConfig(str(two))), split=split_of("0,0,1"), held_out=0.0)
     rows = rows_for(config, "ppo")
@@ -205,21 +205,27 @@ def test_a_prompt_of_two_sources_is_asked_once(write_jsonl):
     assert rows.report == "50 rows, 30 dropped: repeated prompt"
 
 
-def test_limit_takes_the_first_rows_and_blank_lines_keep_the_count(tmp_path):
+def test_limit_takes_the_first_rows_and_blank_lines_count_in_row_numbers(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt":"a","chosen":"b"}\n\n{"prompt":"c","chosen":"d"}\nnot JSON\n')
     found = examples(config_of(tmp_path / "rows.jsonl", limit=2), "sft")
     assert [(example.turns[0][1], example.row) for example in found] == [("a", 1), ("c", 3)]
 
 
-def test_a_limit_leaves_the_held_out_rows_of_a_place_of_their_own_whole(write_jsonl):
+def test_a_limit_does_not_apply_to_a_separate_evaluation_file(write_jsonl):
     train, held = write_jsonl(pairs(100), "train.jsonl"), write_jsonl(pairs(30, start=5), "held.jsonl")
     config = config_of(train, eval_path=str(held), limit=20)
     assert len(rows_for(config, "sft", held_out=True)) == 30 == len(examples(config, "sft", held_out=True))
-    assert [example.row for example in examples(config, "sft")] == [1, 2, 3, 4, 5]  # the others are held out
+    assert [example.row for example in examples(config, "sft")] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]  # the evaluation file holds the others
     assert len(rows_for(config, "sft")) == 5
 
 
-def test_two_sources_of_one_file_are_counted_apart(write_jsonl):
+def test_two_sources_of_one_file_are_counted_separately(write_jsonl):
     path = str(write_jsonl(pairs(90)))
     config = DataConfig((SourceConfig(path), SourceConfig(path, limit=30)), split_of("1,0,0"), 0.0)
     assert source_sizes(config, SPECS["sft"]) == [90, 30]
@@ -238,7 +244,7 @@ def test_the_built_in_set_is_seeded_and_serves_all_stages():
     assert rows_for(config, "sft").fingerprint != rows_for(other, "sft").fingerprint
 
 
-def test_sources_are_drawn_from_by_weight_cap_and_epochs_and_the_report_says_so(write_jsonl):
+def test_sources_are_sampled_by_weight_cap_and_epochs_as_the_report_says(write_jsonl):
     few, many = str(write_jsonl(pairs(20), "few.jsonl")), str(write_jsonl(pairs(80, 100), "many.jsonl"))
     weighted = DataConfig((SourceConfig(few, weight=3), SourceConfig(many, weight=1)), split_of("1,0,0"), 0.0)
     rows = rows_for(weighted, "sft")
@@ -255,7 +261,7 @@ def test_sources_are_drawn_from_by_weight_cap_and_epochs_and_the_report_says_so(
     assert rows.quota == tuple(map(len, rows.parts))
 
 
-def test_packed_rows_hold_every_document_once_and_the_report_says_how_full_they_are(write_jsonl):
+def test_packed_rows_hold_every_document_once_and_the_report_gives_the_fill(write_jsonl):
     config = dataclasses.replace(config_of(write_jsonl(pairs(200))), max_prompt_length=100, max_length=128)
     for length in (127, -1):
         message = f"sft.pack_length = {length}: a row must hold a document of data.max_length = 128"
@@ -272,7 +278,7 @@ def test_packed_rows_hold_every_document_once_and_the_report_says_how_full_they_
     assert packed.fingerprint != loose.fingerprint
 
 
-def test_a_stage_without_rows_is_refused_and_says_how_to_mend_it(write_jsonl):
+def test_a_stage_without_rows_is_rejected_with_the_fix(write_jsonl):
     path = write_jsonl(pairs(5))
     with pytest.raises(
         ValueError,
@@ -283,7 +289,7 @@ def test_a_stage_without_rows_is_refused_and_says_how_to_mend_it(write_jsonl):
         rows_for(config_of(path), "sft", held_out=True)
 
 
-def test_a_stage_without_a_share_is_refused_and_the_recipe_has_shares_for_all(write_jsonl):
+def test_a_stage_without_a_share_is_rejected_and_the_recipe_has_shares_for_all(write_jsonl):
     config = config_of(write_jsonl(pairs(9)))
     for split, shown in (({"ppo": 1.0}, "{ ppo = 1 }"), ("2,4,4", "'2,4,4'")):
         message = re.escape(f"data.split = {shown} has no share for sft: add one, as in {{ sft = 1 }}")
@@ -295,7 +301,7 @@ def test_a_stage_without_a_share_is_refused_and_the_recipe_has_shares_for_all(wr
         assert list(recipe.data.split.items()) == [("sft", 2.0), ("reward", 4.0), ("ppo", 4.0)]
 
 
-def test_a_bad_row_stops_the_run_unless_it_is_tolerated_and_then_nothing_good_is_lost(write_jsonl):
+def test_a_bad_row_stops_the_run_unless_it_is_tolerated_and_then_no_good_row_is_lost(write_jsonl):
     rows = pairs(50)
     rows[7] = {"prompt": "q7", "chosen": 3}
     rows[30] = {"prompt": "q30"}
@@ -312,17 +318,17 @@ def test_a_bad_row_stops_the_run_unless_it_is_tolerated_and_then_nothing_good_is
     rows = rows_for(tolerant, "sft")
     assert len(rows) == 48 == len(examples(tolerant, "sft"))
     assert rows.report.startswith(f"48 rows, 2 bad rows left out: {path}, line 8: field 'chosen'")
-    with pytest.raises(ValueError, match="line 8"):  # though the rows are kept now
+    with pytest.raises(ValueError, match="line 8"):  # although the rows are cached now
         rows_for(config, "sft")
 
 
-def test_the_examples_of_a_program_are_rows_too():
+def test_generated_examples_become_rows_too():
     made = [Example((("user", f"q{i}"),), f"a{i}", "", "", "by hand", i) for i in range(5)]
     rows = rows_from_examples(made, DataConfig((SourceConfig("x.jsonl"),)), TOKENIZER, SPECS["sft"])
     assert [re.findall(r"[qa]\d", text) for text in texts(rows)] == [[f"q{i}", f"a{i}"] for i in range(5)]
 
 
-def test_examples_that_a_template_refuses_count_as_bad_rows_too():
+def test_examples_rejected_by_the_template_count_as_bad_rows():
     refusing = "{% if 'q3' in messages[0]['content'] %}{{ raise_exception('no q3') }}{% endif %}" + CHAT_TEMPLATE
     tokenizer = prepare_tokenizer(gpt2_like(), refusing)
     made = [Example((("user", f"q{i}"),), f"a{i}", "", "", "by hand", i) for i in range(5)]
@@ -346,19 +352,19 @@ def test_examples_that_a_template_refuses_count_as_bad_rows_too():
         ({"temperature": 0.0}, "data.temperature"),
     ],
 )
-def test_an_impossible_configuration_is_refused_when_it_is_made(change, message):
+def test_an_impossible_configuration_is_rejected_on_construction(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(config_of("x.jsonl"), **change)
 
 
 @pytest.mark.parametrize("change", [{"limit": -1}, {"weight": -1.0}, {"epochs": 0.0}, {"max_rows": -1}])
-def test_an_impossible_source_is_refused_when_it_is_made(change):
+def test_an_impossible_source_is_rejected_on_construction(change):
     with pytest.raises(ValueError, match=f"data.sources.{next(iter(change))}"):
         SourceConfig("x.jsonl", **change)
 
 
 @needs_real_data
-def test_every_row_of_hh_rlhf_is_an_example_and_its_pairs_read_as_the_file_does():
+def test_every_row_of_hh_rlhf_is_an_example_and_its_pairs_reproduce_the_file():
     folder = REAL / "hh-rlhf-harmless"
     config = config_of(folder / "train.jsonl", "0,1,0", format="transcript", eval_path=str(folder / "test.jsonl"))
     trained, evaluated = (examples(config, "reward", held_out) for held_out in (False, True))
@@ -380,7 +386,7 @@ def test_every_row_of_hh_rlhf_is_an_example_and_its_pairs_read_as_the_file_does(
 
 
 @needs_real_data
-def test_the_instructions_of_alpaca_eval_are_shared_out_whole():
+def test_every_instruction_of_alpaca_eval_is_assigned_to_a_stage():
     folder = REAL / "alpaca-eval-preferences"
     config = config_of(folder / "train.jsonl", "2,4,4", eval_path=str(folder / "test.jsonl"))
     trained = [examples(config, stage) for stage in STAGES]

@@ -1,4 +1,4 @@
-"""`rlhf-jax data`: its numbers add up, its colours are what is learned, and it is short enough to be read."""
+"""`rlhf-jax data`: its numbers add up, colours mark the tokens with loss, and the output is short enough to read."""
 
 import dataclasses
 import io
@@ -30,7 +30,7 @@ class Terminal(io.StringIO):
 def recipe_of(
     folder: Path, *sources: SourceConfig, tokenizer=gpt2_like, sft: SFTConfig | None = None, **data
 ) -> Recipe:
-    """Batches of four rows, with a tokenizer in `folder`."""
+    """A recipe with batches of four rows and a tokenizer in `folder`."""
     tokenizer().save_pretrained(folder / "model")
     options = {"split": "1,1,1", "held_out": 0.2, "max_prompt_length": 60, "max_length": 90}
     return Recipe(
@@ -69,7 +69,7 @@ def tables(text: str) -> dict[tuple[str, str, str], list[str]]:
 # Numbers.
 
 
-def test_every_row_is_counted_once_over_the_stages_and_what_is_held_out(tmp_path, write_jsonl):
+def test_every_row_is_counted_once_over_the_stages_and_the_held_out_rows(tmp_path, write_jsonl):
     rows = pairs(300)
     for i in range(20):
         rows[i]["prompt"] += "x" * 100  # too long in every stage
@@ -88,7 +88,7 @@ def test_every_row_is_counted_once_over_the_stages_and_what_is_held_out(tmp_path
         assert int(share) == int(lost) + int(used)
 
 
-def test_lengths_and_cuts_are_those_of_the_rows_by_hand(tmp_path, write_jsonl):
+def test_lengths_and_truncations_equal_those_counted_by_hand(tmp_path, write_jsonl):
     # Of a byte a token: "\n\nHuman: " + prompt + "\n\nAssistant:" + " " + answer + EOS, but for what is merged.
     rows = [{"prompt": "%" * n, "chosen": "#" * 3, "rejected": "!"} for n in (1, 2, 3, 4)]
     rows.append({"prompt": "?", "chosen": "#" * 200, "rejected": "!"})
@@ -103,7 +103,7 @@ def test_lengths_and_cuts_are_those_of_the_rows_by_hand(tmp_path, write_jsonl):
     assert "reward: there are no rows to train on (0 rows)" in text and "sft: there are no held-out rows" in text
 
 
-def test_a_cut_row_of_training_is_not_counted_among_those_held_out(tmp_path, write_jsonl):
+def test_a_truncated_training_row_is_not_counted_as_held_out(tmp_path, write_jsonl):
     held = write_jsonl(pairs(3, 100), "held.jsonl")
     rows = [row | {"chosen": "good " * 80} for row in pairs(6)]
     source = SourceConfig(str(write_jsonl(rows)), eval_path=str(held))
@@ -119,7 +119,7 @@ def test_a_cut_row_of_training_is_not_counted_among_those_held_out(tmp_path, wri
     assert int(found["sft", "training"][3]) + int(found["sft", "held out"][3]) == 6
 
 
-def test_reasons_of_drops_are_told_by_source(tmp_path, write_jsonl):
+def test_reasons_for_dropping_rows_are_reported_by_source(tmp_path, write_jsonl):
     one = [{"prompt": "p", "chosen": "", "rejected": "b"}, *pairs(9)]
     two = [
         *pairs(4),
@@ -139,7 +139,7 @@ def test_reasons_of_drops_are_told_by_source(tmp_path, write_jsonl):
     assert "dropped: 5 repeated prompt (5 of 2)" in text  # q0 to q3, and p
 
 
-def test_prompts_that_another_source_holds_out_are_told(tmp_path, write_jsonl):
+def test_prompts_held_out_by_another_source_are_reported(tmp_path, write_jsonl):
     held = write_jsonl(pairs(4), "held.jsonl")
     source = SourceConfig(str(write_jsonl(pairs(30))), eval_path=str(held))
     text = printed_text(recipe_of(tmp_path, source, split="1,0,0"))
@@ -147,7 +147,7 @@ def test_prompts_that_another_source_holds_out_are_told(tmp_path, write_jsonl):
     assert f"  1 {source.path}, 30 rows, format fields; held out: {held}, 4 rows\n" in text
 
 
-def test_bad_rows_are_told_once_with_the_stages_that_they_are_bad_for(tmp_path, write_jsonl):
+def test_bad_rows_are_reported_once_with_the_stages_that_reject_them(tmp_path, write_jsonl):
     rows = pairs(40)
     rows[3], rows[5] = {"prompt": 3, "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a", "rejected": None}
     path = write_jsonl(rows)
@@ -157,7 +157,7 @@ def test_bad_rows_are_told_once_with_the_stages_that_they_are_bad_for(tmp_path, 
     assert text.count(f"{path}, line 6: field 'rejected' must be text") == 1
 
 
-def test_what_an_epoch_draws_is_told_by_the_numbers_of_the_sources(tmp_path, write_jsonl):
+def test_the_draws_of_an_epoch_are_reported_by_source(tmp_path, write_jsonl):
     sums = [{"prompt": f"s{i}", "answer": "1"} for i in range(20)]
     sources = (
         SourceConfig(str(write_jsonl(sums, "sums.jsonl")), answer="answer", chosen="", rejected=""),
@@ -170,7 +170,7 @@ def test_what_an_epoch_draws_is_told_by_the_numbers_of_the_sources(tmp_path, wri
     assert "  drawn in an epoch: 60 rows, 60 of 2\n" in text
 
 
-def test_packed_rows_are_told_beside_the_table_of_their_documents(tmp_path, write_jsonl):
+def test_packed_rows_are_reported_next_to_the_table_of_their_documents(tmp_path, write_jsonl):
     sft = SFTConfig(batch_size=4, pack_length=200)
     text = printed_text(
         recipe_of(tmp_path, SourceConfig(str(write_jsonl(pairs(60)))), split="1,0,0", held_out=0.0, sft=sft)
@@ -181,7 +181,7 @@ def test_packed_rows_are_told_beside_the_table_of_their_documents(tmp_path, writ
     assert re.search(rf"  an epoch: {packed // 4} steps? of 4 rows, padded to 200 tokens: \d+\.\d% padding\n", text)
 
 
-def test_fewer_rows_than_a_batch_has_is_said(tmp_path, write_jsonl):
+def test_fewer_rows_than_one_batch_are_reported(tmp_path, write_jsonl):
     text = printed_text(recipe_of(tmp_path, SourceConfig(str(write_jsonl(pairs(3)))), split="1,0,0", held_out=0.0))
     assert "  a batch has 4 rows, which are more than there are: add rows, or make it smaller\n" in text
 
@@ -198,7 +198,7 @@ HISTORY = [
 
 
 def split_colours(text: str) -> tuple[str, str]:
-    """(what is green, what is dim), each line of a text by itself, and nothing without a colour but the border."""
+    """(green text, dim text) of each line; only the border may have no colour."""
     border = re.sub(r"(\x1b\[1;32m|\x1b\[2m)[^\x1b\n]+\x1b\[0m", "", text)
     assert not border.strip("| \n")
     green, dim = (re.findall(re.escape(code) + r"([^\x1b\n]+)" + re.escape(PLAIN), text) for code in (GREEN, DIM))
@@ -213,7 +213,7 @@ def body(text: str, stage: str) -> str:
 
 @pytest.mark.parametrize("kind", [gpt2_like, opt_like, chatml_like, llama_like])
 @pytest.mark.parametrize(("learn", "learned"), [("answer", HISTORY[3:]), ("assistant", HISTORY[1::2])])
-def test_on_a_terminal_what_is_learned_is_green_and_the_rest_dim(
+def test_on_a_terminal_tokens_with_loss_are_green_and_the_rest_is_dim(
     tmp_path, write_jsonl, monkeypatch, kind, learn, learned
 ):
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -230,9 +230,7 @@ def test_on_a_terminal_what_is_learned_is_green_and_the_rest_dim(
         assert (turn in learned) != (turn["content"].replace("\n", "") in dim)
 
 
-def test_elsewhere_and_where_the_environment_forbids_colours_brackets_stand_around_what_is_learned(
-    tmp_path, write_jsonl, monkeypatch
-):
+def test_off_a_terminal_or_without_colours_brackets_mark_the_tokens_with_loss(tmp_path, write_jsonl, monkeypatch):
     recipe = recipe_of(tmp_path, SourceConfig(str(write_jsonl(pairs(1)))), split="1,0,0", held_out=0.0)
     monkeypatch.delenv("NO_COLOR", raising=False)
     plain = printed_text(recipe, 1)
@@ -242,7 +240,7 @@ def test_elsewhere_and_where_the_environment_forbids_colours_brackets_stand_arou
     assert "\x1b" not in plain
 
 
-def test_a_pair_has_its_prompt_once_and_both_answers_with_their_names(tmp_path, write_jsonl):
+def test_a_pair_is_shown_with_its_prompt_once_and_both_answers_by_name(tmp_path, write_jsonl):
     recipe = recipe_of(tmp_path, SourceConfig(str(write_jsonl(pairs(1)))), split="0,1,0", held_out=0.0)
     text = printed_text(recipe, 1)
     assert "rows.jsonl, row 1\n    |\n    |\n    | Human: q0\n    |\n    | Assistant:\n" in text
@@ -250,13 +248,13 @@ def test_a_pair_has_its_prompt_once_and_both_answers_with_their_names(tmp_path, 
     assert text.count("Human: q0") == 1
 
 
-def test_a_prompt_for_ppo_has_nothing_that_is_learned(tmp_path, write_jsonl):
+def test_a_ppo_prompt_has_no_tokens_with_loss(tmp_path, write_jsonl):
     recipe = recipe_of(tmp_path, SourceConfig(str(write_jsonl(pairs(1)))), split="0,0,1", held_out=0.0)
     assert body(printed_text(recipe, 1), "ppo") == "    |\n    |\n    | Human: q0\n    |\n    | Assistant:"
     assert GREEN not in printed_text(recipe, 1, Terminal())
 
 
-def test_what_a_terminal_would_obey_is_shown_and_not_sent(tmp_path, write_jsonl):
+def test_control_sequences_are_shown_escaped_and_not_sent_to_the_terminal(tmp_path, write_jsonl):
     row = {"prompt": "q", "chosen": "a\x1b[2J\x07\tb\r", "rejected": "b"}
     recipe = recipe_of(tmp_path, SourceConfig(str(write_jsonl([row]))), split="1,0,0", held_out=0.0)
     assert "⟦ a\\x1b[2J\\x07\tb</s>⟧" in printed_text(recipe, 1)
@@ -265,7 +263,7 @@ def test_what_a_terminal_would_obey_is_shown_and_not_sent(tmp_path, write_jsonl)
 # Layout.
 
 
-def test_five_sources_are_read_in_less_than_120_characters_a_line_and_105_lines(tmp_path, write_jsonl):
+def test_five_sources_are_shown_in_under_105_lines_of_under_120_characters(tmp_path, write_jsonl):
     folder = tmp_path / ("a-folder-with-a-long-name" * 3)
     folder.mkdir()
     sources = []
@@ -275,14 +273,14 @@ def test_five_sources_are_read_in_less_than_120_characters_a_line_and_105_lines(
     text = printed_text(recipe_of(tmp_path, *sources), 1)
     lines = text.splitlines()
     assert len(tables(text)) == 6 * 6
-    start = lines.index("") + 7  # behind the paths, which are as long as they are
+    start = lines.index("") + 7  # after the paths, whose length is not limited
     assert max(map(len, lines[start:])) <= 120
     assert len([line for line in lines if not line.startswith("    |")]) < 105
     for number in range(1, 6):
         assert sum(f"  {number} …" in line and f"source-{number - 1}.jsonl" in line for line in lines) == 6 + 3
 
 
-def test_names_of_sources_are_numbered_and_keep_their_ends():
+def test_long_source_names_are_numbered_and_keep_their_ends():
     paths = [BUILTIN, "/data/hh/train.jsonl", "rows.jsonl", "some/thing-with-a-name-that-is-much/too-long-for-it.jsonl"]
     assert short_names(paths) == [
         "1 builtin:assistant",
@@ -292,7 +290,7 @@ def test_names_of_sources_are_numbered_and_keep_their_ends():
     ]
 
 
-def test_the_command_prints_one_row_of_each_source_unless_told_otherwise(tmp_path, write_jsonl, capsys):
+def test_the_command_prints_one_row_of_each_source_by_default(tmp_path, write_jsonl, capsys):
     gpt2_like().save_pretrained(tmp_path / "model")
     config = tmp_path / "recipe.toml"
     source = json.dumps(str(write_jsonl(pairs(100))))
@@ -307,7 +305,7 @@ def test_the_command_prints_one_row_of_each_source_unless_told_otherwise(tmp_pat
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data at {REAL}")
-def test_the_numbers_of_hh_rlhf_and_alpaca_eval_add_up_to_their_files(tmp_path):
+def test_the_numbers_of_hh_rlhf_and_alpaca_eval_add_up_to_the_rows_of_their_files(tmp_path):
     hh, alpaca = REAL / "hh-rlhf-harmless", REAL / "alpaca-eval-preferences"
     sources = (
         SourceConfig(str(hh / "train.jsonl"), format="transcript", eval_path=str(hh / "test.jsonl")),
@@ -323,7 +321,7 @@ def test_the_numbers_of_hh_rlhf_and_alpaca_eval_add_up_to_their_files(tmp_path):
     assert all(int(share) == int(dropped) + int(used) for share, dropped, used, *_ in found.values())
 
 
-def test_a_stream_is_shown_by_its_first_window_beside_stored_rows(tmp_path, write_jsonl, monkeypatch):
+def test_a_stream_is_shown_by_its_first_window_next_to_stored_rows(tmp_path, write_jsonl, monkeypatch):
     monkeypatch.setattr(stream, "WINDOW", 20)
     one, two = write_jsonl(pairs(200), "one.jsonl"), write_jsonl(pairs(200), "two.jsonl")
     recipe = recipe_of(tmp_path, SourceConfig(str(one), stream=True), SourceConfig(str(two)))
@@ -333,7 +331,7 @@ def test_a_stream_is_shown_by_its_first_window_beside_stored_rows(tmp_path, writ
     assert text.count("two.jsonl, row") == 3 and text.count("one.jsonl, row") == 1
 
 
-def test_a_model_whose_tokenizer_cannot_be_had_is_named_with_the_mend(tmp_path, write_jsonl):
+def test_a_model_without_an_available_tokenizer_is_reported_with_the_fix(tmp_path, write_jsonl):
     recipe = recipe_of(tmp_path, SourceConfig(str(write_jsonl(pairs(30)))))
     nowhere = dataclasses.replace(recipe, model=ModelConfig(actor=str(tmp_path / "nowhere")))
     with pytest.raises(ValueError, match="nowhere: its tokenizer is neither in a folder here.*set model.actor to the"):

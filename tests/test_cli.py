@@ -340,7 +340,7 @@ def test_overwrite_deletes_the_old_run_and_starts_over(recipe, finished_folder, 
     assert {path.name for path in folder.iterdir()} == {"config.toml", "base", "sft", "tensorboard", "mine.txt"}
     assert {line["step"] for line in records(folder / "sft/metrics.jsonl")} == {0, 1}
     capsys.readouterr()
-    # The same again: nothing differs any more, so nothing is deleted, with or without the key.
+    # The same command again: nothing differs, so nothing is deleted, with or without the key.
     for again in (options, options[:2]):
         assert tiny_recipe.run("sft", recipe, *again) == 0
         assert "sft: finished already" in capsys.readouterr().err
@@ -367,7 +367,7 @@ def test_an_unwritable_folder_is_reported_in_one_line(error_line, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint_is_saved(error_line, tmp_path):
-    # The first step is sound and leaves absurd weights; no step but the last would be logged.
+    # The first step has a finite loss and leaves huge weights; only the last step would be logged.
     error = error_line("sft.optim.learning_rate=1e30", "run.log_every=100", "run.save_every=1", command="sft")
     assert error.startswith("sft step 2: 'grad_norm' is nan") and error.endswith("; lower the learning rate")
     assert [path.name for path in (tmp_path / "run/sft/checkpoints").iterdir()] == ["1"]
@@ -418,7 +418,7 @@ def test_a_run_of_an_older_version_has_the_default_stages(recipe, finished_folde
     (folder / "config.toml").write_text(tomli_w.dumps(tables))
     assert tiny_recipe.run("train", recipe, f"run.dir={folder}") == 0
     assert "ppo: finished already" in capsys.readouterr().err
-    # One stage fewer is another run once that stage has begun, and one more is not.
+    # A run with one stage fewer is another run once that stage has started; one more stage is the same run.
     fewer = (f"run.dir={folder}", 'run.stages=["sft", "reward"]', "data.split={sft=2, reward=4, ppo=4}")
     assert tiny_recipe.run("train", recipe, *fewer) == 2
     assert '(run.stages: ["sft", "reward", "ppo"] -> ["sft", "reward"])' in capsys.readouterr().err

@@ -1,6 +1,6 @@
-"""The programs of PPO as XLA compiles them for eight A100s that are not there: what they move, keep and call.
+"""PPO programs as XLA compiles them for eight A100s that are not attached: collectives, memory and custom calls.
 
-Runs by `pytest -m cuda` where JAX's CUDA plugin is installed; no GPU is needed, and none is used.
+Run with `pytest -m cuda` where JAX's CUDA plugin is installed; no GPU is needed or used.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ from rlhf_jax.trees import partition
 pytestmark = pytest.mark.cuda
 
 BFLOAT16 = jnp.dtype("bfloat16")
-# Two layers of everyday width, so that no activation of a decode step is as large as the smallest weight.
+# Two layers of usual width, so that no activation of a decode step is as large as the smallest weight.
 SIZES = dict(vocab_size=8192, padded_vocab=8192, hidden_size=1024, embed_size=1024, num_layers=2, head_dim=64)
 SIZES |= dict(num_heads=16, max_positions=2048, attention_scale=0.125)
 OPT = dataclasses.replace(tiny.OPT, **SIZES, num_kv_heads=16, mlp_size=4096, position_rows=2050)
@@ -58,7 +58,7 @@ SPARSE = dataclasses.replace(LLAMA, family="mixtral", experts=Experts(4, 2, reno
 LORA = LoraConfig(rank=8)
 CASES = {"llama": (LLAMA, NO_LORA), "opt-lora": (OPT, LORA), "sparse": (SPARSE, NO_LORA), "sparse-lora": (SPARSE, LORA)}
 ONE_COPY = {"llama-one-copy": (LLAMA, LORA), "opt-one-copy": (OPT, LORA)}
-# Wider, so that no two layers' weights are gathered in one piece; in one micro-batch, as a loop has copies before it.
+# Wider, so that the weights of no two layers are gathered together; one micro-batch, because a loop copies its inputs.
 WIDE = dict(hidden_size=4096, embed_size=4096, head_dim=128, num_heads=32)
 DEEP = {
     f"{name}-{layers}-layers": (dataclasses.replace(config, **WIDE, mlp_size=mlp, num_layers=layers), LORA)
@@ -74,7 +74,7 @@ def shape_dtype(shape, dtype, sharding):
 
 
 def one_copy(config, frozen, layout):
-    """The frozen weights as they lie where generation shares them."""
+    """The frozen weights, sharded as generation shares them."""
     shared = dict(frozen)
     for path in filter(is_shareable, frozen):
         leaf = frozen[path]
@@ -109,7 +109,7 @@ def state_of(config, lora, layout, tx):
 
 @contextlib.contextmanager
 def capture_stderr():
-    """A list that receives what the compiler writes meanwhile."""
+    """A list that receives what the compiler writes to stderr while the block runs."""
     reported, before = [], os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
@@ -199,7 +199,7 @@ def program(case, name, zero=3, offload=False) -> Program:
 
 
 def both_steps(engine):
-    """The steps of actor and critic as one function, which a program with options of its own cannot be inside of."""
+    """The steps of actor and critic as one function; a program with compiler options cannot be called inside jit."""
 
     def run(state, frozen, experience):
         states, reported = {}, {}
@@ -221,7 +221,7 @@ def split_leaves(config, lora=NO_LORA):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_publish_is_one_bfloat16_all_gather_of_each_split_weight_and_nothing_else(case):
+def test_publish_is_one_bfloat16_all_gather_per_sharded_weight_and_nothing_else(case):
     text = program(case, "publish").text
     assert collective_kinds(text) == {"all-gather"}
     split, layouts = split_leaves(CASES[case][0]), [Layout(mesh(), table) for table in (TRAIN, GENERATE)]
@@ -234,7 +234,7 @@ def test_publish_is_one_bfloat16_all_gather_of_each_split_weight_and_nothing_els
 
 
 @pytest.mark.parametrize("case", ONE_COPY)
-def test_publish_of_one_copy_gathers_adapters_alone(case):
+def test_publish_of_one_copy_gathers_only_the_adapters(case):
     config, lora = ONE_COPY[case]
     text, layout = program(case, "publish").text, Layout(mesh(), TRAIN)
     split = {
@@ -253,18 +253,18 @@ def test_publish_of_one_copy_gathers_adapters_alone(case):
 def test_no_weight_is_gathered_in_float32(case, name):
     gathered = collective_shapes(program(case, name).text, "all-gather")
     assert sum(dtype == "bf16" for dtype, _ in gathered) >= 7, "the weights of a layer, at least"
-    # What else is gathered in float32 is at most one number for each action.
+    # Other float32 gathers have at most one number per action.
     assert [shape for dtype, shape in gathered if dtype == "f32" and math.prod(shape) > ROWS * NEW] == []
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_of_split_weights_are_reduce_scattered_and_of_no_matrix_all_reduced(case):
+def test_gradients_of_sharded_weights_are_reduce_scattered_and_none_of_a_matrix_is_all_reduced(case):
     config, lora = CASES[case]
     text, layout = program(case, "update").text, Layout(mesh(), TRAIN)
     expected = Counter()
     for role, adapters in ((config, lora), (tiny.scalar(config), NO_LORA)):
         for path, leaf in split_leaves(role, adapters).items():
-            # Of the tables that tokens look rows up in, every device makes the gradient of its own rows.
+            # For embedding tables, every device computes the gradient of its own rows.
             if path.startswith("layers/") and is_trainable(path, adapters):
                 shard = layout.sharding(leaf.axes).shard_shape(leaf.shape)[1:]
                 expected[tuple(sorted(size for size in shard if size > 1))] += 1
@@ -277,7 +277,7 @@ def test_gradients_of_split_weights_are_reduce_scattered_and_of_no_matrix_all_re
 
 
 def layer_shapes(layout):
-    """How often each shape, without its ones, is the part of a layer that a device has of a split weight of LLAMA."""
+    """Counts the shapes, without sizes of 1, of the shards that a device has of the sharded layer weights of LLAMA."""
     shapes = Counter()
     for path, leaf in split_leaves(LLAMA).items():
         if path.startswith("layers/"):
@@ -290,12 +290,12 @@ def shapes_moved(text, kind):
     return Counter(tuple(sorted(n for n in shape if n > 1)) for _, shape in collective_shapes(text, kind))
 
 
-def test_at_stage_2_of_zero_gradients_are_reduce_scattered_and_new_parameters_gathered_once():
+def test_at_zero_stage_2_gradients_are_reduce_scattered_and_new_parameters_gathered_once():
     text, train, whole = program("llama", "actor", 2).text, Layout(mesh(), TRAIN), Layout(mesh(), WHOLE)
     assert not layer_shapes(train) - shapes_moved(text, "reduce-scatter")
     smallest = math.prod(min(layer_shapes(train), key=math.prod))
     assert [shape for _, shape in collective_shapes(text, "all-reduce") if math.prod(shape) >= smallest] == []
-    # The compiler may turn what it moves.
+    # The compiler may transpose the arrays that it moves.
     gathered = [
         shape
         for dtype, shape in collective_shapes(text, "all-gather")
@@ -305,8 +305,8 @@ def test_at_stage_2_of_zero_gradients_are_reduce_scattered_and_new_parameters_ga
     assert Counter(map(tuple, map(sorted, gathered))) == Counter(map(tuple, map(sorted, wanted)))
 
 
-def test_at_stages_0_and_1_of_zero_gradients_are_all_reduced():
-    # In one piece, or many: those of one layer, whose backward pass makes them.
+def test_at_zero_stages_0_and_1_gradients_are_all_reduced():
+    # At once, or per layer as its backward pass computes them.
     wanted = sum(count * math.prod(shape) for shape, count in layer_shapes(Layout(mesh(), WHOLE)).items())
     for zero in (0, 1):
         reduced = [
@@ -315,7 +315,7 @@ def test_at_stages_0_and_1_of_zero_gradients_are_all_reduced():
         assert sum(reduced) >= wanted, zero
 
 
-def test_the_lower_the_stage_of_zero_the_more_memory_a_device_needs():
+def test_a_lower_zero_stage_needs_more_memory_per_device():
     needs = []
     for zero in (3, 2, 1, 0):
         memory = program("llama", "actor", zero).memory
@@ -325,7 +325,7 @@ def test_the_lower_the_stage_of_zero_the_more_memory_a_device_needs():
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
 @pytest.mark.parametrize("case", ["llama", "opt-lora"])
-def test_publish_moves_nothing_where_parameters_are_not_split_over_fsdp(case, zero):
+def test_publish_moves_nothing_when_parameters_are_not_sharded_over_fsdp(case, zero):
     assert collective_kinds(program(case, "publish", zero).text) == set()
 
 
@@ -335,14 +335,14 @@ def state_bytes(*trees):
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
-def test_the_state_of_every_stage_is_donated_and_reused(zero):
+def test_the_state_of_every_zero_stage_is_donated_and_reused(zero):
     (_, state, _, _), memory = parts("llama", zero), program("llama", "actor", zero).memory
     assert memory.alias_size_in_bytes >= state_bytes(state.actor)
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 2**14, "the metrics"
 
 
 @pytest.mark.parametrize("zero", [1, 3])
-def test_offloaded_gradients_are_a_program_without_moments_and_a_step_reuses_its_parameter_and_moments(zero):
+def test_with_offloading_the_gradient_program_has_no_moments_and_a_step_reuses_its_parameter_and_moments(zero):
     (engine, state, _, _), path = parts("llama", zero, True), "layers/mlp/up/kernel"
     update, fused = engine.programs.actor, program("llama", "actor", zero).memory
     param, grad, moments, _ = update.arguments(state.actor, path)
@@ -359,7 +359,7 @@ def test_offloaded_gradients_are_a_program_without_moments_and_a_step_reuses_its
 
 
 @pytest.mark.parametrize("case", ONE_COPY)
-def test_training_over_one_copy_gathers_the_part_of_each_kernel_that_tensor_splits_and_keeps_no_gradient_of_it(case):
+def test_training_over_one_copy_gathers_the_tensor_shard_of_each_kernel_and_keeps_no_gradient_of_it(case):
     (_, state, frozen, _), reported = parts(case), program(case, "actor")
     gathered = [shape for dtype, shape in collective_shapes(reported.text, "all-gather") if dtype == "bf16"]
     widest = max(math.prod(leaf.shape[1:]) for path, leaf in frozen.actor.items() if is_quantisable(path))
@@ -370,19 +370,19 @@ def test_training_over_one_copy_gathers_the_part_of_each_kernel_that_tensor_spli
 
 
 def added_by_a_layer(family, name):
-    """Bytes of temporaries that a program needs more for every layer over one copy."""
+    """Bytes of temporaries that each further layer adds to a program over one copy."""
     few, many = (program(f"{family}-{layers}-layers", name).memory.temp_size_in_bytes for layers in (4, 8))
     return (many - few) / 4
 
 
-def test_scoring_over_one_copy_holds_no_gathered_kernels_from_the_actors_pass_to_the_references():
+def test_scoring_over_one_copy_keeps_no_gathered_kernels_between_the_passes_of_actor_and_reference():
     frozen = parts("llama-4-layers")[2].actor
     kernels = sum(2 * math.prod(leaf.shape[1:]) for path, leaf in frozen.items() if is_quantisable(path))
     assert added_by_a_layer("llama", "score") < 0.05 * kernels
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_training_over_one_copy_keeps_of_a_layer_its_input_and_the_gradients_of_its_adapters(family):
+def test_training_over_one_copy_keeps_per_layer_its_input_and_the_gradients_of_its_adapters(family):
     inputs = 2 * ROWS * (PROMPT + NEW) // Layout(mesh(), TRAIN).shards("batch") * WIDE["hidden_size"]
     assert inputs <= added_by_a_layer(family, "actor") < 1.5 * inputs
 
@@ -396,11 +396,11 @@ def test_the_train_state_is_donated_and_every_byte_of_it_reused(case):
 
 @pytest.mark.parametrize("name", ["publish", "generate", "score", "update"])
 @pytest.mark.parametrize("case", CASES | ONE_COPY)
-def test_nothing_is_rematerialised_whole_for_want_of_a_better_way(case, name):
+def test_no_program_has_an_involuntary_full_rematerialisation(case, name):
     assert "nvoluntary full rematerialization" not in program(case, name).reported
 
 
-def test_what_is_rematerialised_whole_would_be_seen():
+def test_an_involuntary_full_rematerialisation_would_be_detected():
     layout = Layout(mesh(), TRAIN)
     x = shape_dtype((1024, 1024), BFLOAT16, layout.sharding(("mlp", None)))
     moving = jax.jit(lambda x: Layout(mesh(), GENERATE).constrain(x * 2, None, "mlp"))
@@ -408,7 +408,7 @@ def test_what_is_rematerialised_whole_would_be_seen():
 
 
 def runs_of_fused_attention(text: str) -> Counter:
-    """How often cuDNN's calls are run, by their kind; XLA may take a turn of a loop out of it and write calls twice."""
+    """Executions of cuDNN's calls by kind; XLA may peel an iteration off a loop and write its calls twice."""
     often, calls = run_counts(text), Counter()
     for computation, _, _, line in instructions(text):
         if found := re.search(r'custom_call_target="__cudnn\$fmha(\w+)"', line):
@@ -417,7 +417,7 @@ def runs_of_fused_attention(text: str) -> Counter:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_attention_is_cudnns_in_every_program_that_looks_at_whole_rows(case):
+def test_attention_is_cudnns_in_every_program_over_whole_rows(case):
     names, layers = ("generate", "score", "update"), CASES[case][0].num_layers
     calls = {name: runs_of_fused_attention(program(case, name).text) for name in names}
     each = layers * MICRO  # layers of one model, over the micro-batches
@@ -429,7 +429,7 @@ def test_attention_is_cudnns_in_every_program_that_looks_at_whole_rows(case):
 
 
 def loops(text: str) -> list[list[tuple[str, str, int, str]]]:
-    """For each while loop, (name, operation, elements of the largest result, line) of what its body runs."""
+    """For each while loop, (name, operation, elements of the largest result, line) of the instructions in its body."""
     bodies, current = {}, None
     for line in text.splitlines():
         head = re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line)
@@ -451,7 +451,7 @@ def loops(text: str) -> list[list[tuple[str, str, int, str]]]:
 
 
 @pytest.mark.parametrize("case", CASES | ONE_COPY)
-def test_no_copy_as_large_as_a_weight_is_made_for_a_token(case):
+def test_no_decode_step_copies_an_array_as_large_as_a_weight(case):
     *_, weights = parts(case)
     smallest = min(
         math.prod(leaf.sharding.shard_shape(leaf.shape))
@@ -462,13 +462,13 @@ def test_no_copy_as_large_as_a_weight_is_made_for_a_token(case):
     assert any(op == "fusion" for _, op, _, _ in decoding)
     nothing = ("parameter", "get-tuple-element", "tuple", "bitcast", "while")
     large = [(name, line) for name, op, size, line in decoding if size >= smallest and op not in nothing]
-    # The cache is updated where it lies.
+    # The cache is updated in place.
     assert [line for name, line in large if "dynamic_update_slice" not in name] == []
 
 
 @pytest.mark.parametrize("family", [OPT, LLAMA, SPARSE], ids=lambda config: config.family)
-def test_the_decode_loop_needs_little_beside_its_cache(family):
-    config = dataclasses.replace(family, num_layers=16)  # what is needed beside it is that of one layer
+def test_the_decode_loop_needs_little_memory_besides_its_cache(family):
+    config = dataclasses.replace(family, num_layers=16)  # temporaries are those of one layer
     params, publish = (
         params_of(config, NO_LORA, Layout(mesh(), TRAIN), BFLOAT16),
         make_publish(config, mesh(), BFLOAT16),

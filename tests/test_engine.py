@@ -48,12 +48,12 @@ EVERYWHERE = [("llama", "one"), ("opt-lora", "one"), *ON_EIGHT]
 LENGTHS = [8, 1, 5, 3, 8, 2, 7, 4, 6, 6, 1, 8, 3, 5, 2, 7]
 ROWS, WIDTH, NEW = 16, 8, 6
 EOS = (3, 15, 24, 39, 42, 53)
-# With Adam's usual eps of 1e-8 a gradient that is zero but for rounding becomes a full step; see test_train_step.
+# With Adam's usual eps of 1e-8 a gradient that is zero except for rounding becomes a full step; see test_train_step.
 OPTIM = OptimConfig(learning_rate=0.02, schedule="constant", eps=1e-3)
 
 
 def on_host(tree):
-    """Copies: on a CPU, NumPy would look at the very buffer, which could then not be donated."""
+    """Copies the leaves: on a CPU, a NumPy view would share the buffer, which could then not be donated."""
     return jax.device_get(jax.tree.map(jnp.copy, tree))
 
 
@@ -64,7 +64,7 @@ def state_of(config, lora, layout, tx, seed):
 
 
 def engine_of(case, mesh, dtype=FLOAT32, num_score_micro=None, ema_decay=0.0):
-    """(engine, state, frozen): an actor that has left its reference, a critic that is not the reward model."""
+    """(engine, state, frozen): the actor differs from its reference, the critic from the reward model."""
     family, lora, temperature, num_micro = CASES[case]
     config, layout, settings = tiny.FAMILIES[family], Layout(mesh, TRAIN), PPOConfig()
     critic, tx = tiny.scalar(config), make_optimizer(OPTIM, 10)
@@ -89,17 +89,17 @@ def engine_of(case, mesh, dtype=FLOAT32, num_score_micro=None, ema_decay=0.0):
     return engine, EngineState(actor_state, critic_state), frozen
 
 
-# Of actor and critic of the llama case: architecture, adapters, and the seed.
+# Actor and critic of the llama case: (architecture, adapters, seed).
 START = [((tiny.LLAMA, NO_LORA), 0), ((tiny.scalar(tiny.LLAMA), NO_LORA), 1)]
 
 
 def params_of(state, frozen):
-    """All parameters of actor and critic."""
+    """All parameters of the actor and the critic."""
     return state.actor.params(frozen.actor), state.critic.params(frozen.critic)
 
 
 class Run:
-    """Publish, generate, score and two updates, with what came of each on the host; then all of it once more."""
+    """Publish, generate, score and two updates, with their results on the host; then everything once more."""
 
     def __init__(self, case, name):
         family, self.lora, self.temperature, _ = CASES[case]
@@ -140,7 +140,7 @@ def run(case, name="one"):
 
 
 def right_padded_rows(run):
-    """(tokens [B, S], mask, lengths of prompts) right-padded by loops, as the score has to see them."""
+    """(tokens [B, S], mask, lengths of prompts) right-padded by loops, as scoring must see them."""
     rollout, length = run.rollout, WIDTH + NEW
     tokens, mask = np.zeros((ROWS, length), np.int32), np.zeros((ROWS, length), bool)
     for row in range(ROWS):
@@ -156,7 +156,7 @@ def hidden_of(config, lora, params, tokens, mask):
 
 
 def logprobs_of(run, params, lora, temperature):
-    """[B, N] of the sampled answers by whole forward passes on one device and a float64 softmax; 0 off the mask."""
+    """[B, N] log-probabilities of the answers by full passes on one device and a float64 softmax; 0 off the mask."""
     tokens, mask, starts = right_padded_rows(run)
     hidden = hidden_of(run.config, lora, params, tokens, mask)
     logits = np.asarray(hidden @ head_kernel(run.config, params)[:, : run.config.vocab_size], np.float64) / temperature
@@ -169,7 +169,7 @@ def logprobs_of(run, params, lora, temperature):
 
 
 @pytest.mark.parametrize(("case", "name"), EVERYWHERE)
-def test_the_sampled_logprobs_are_the_trainers(case, name):
+def test_the_sampled_logprobs_equal_those_of_the_training_forward_pass(case, name):
     trained = run(case, name)
     mask, sampled = trained.rollout.mask, trained.rollout.logprobs
     assert len(set(mask.sum(1))) >= 4 and 0 < trained.rollout.ended.mean() < 1, "answers of several lengths"
@@ -186,12 +186,12 @@ def test_the_ratio_is_one_before_the_first_update_and_not_after_it(case, name):
     assert first["actor_ratio_off"] <= 1e-5 and second["actor_ratio_off"] > 0.01
     assert first["actor_clip_fraction"] == 0 and 0 <= first["actor_approx_kl"] < 1e-10
     assert first["critic_clip_fraction"] == 0 and second["actor_approx_kl"] > 1e-5
-    # The ratio being 1, the loss is minus the mean of the advantages, which are whitened over these very tokens.
+    # The ratio is 1, so the loss is minus the mean of the advantages, which are whitened over the same tokens.
     assert abs(first["actor_loss"]) < 1e-5
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_reference_is_its_own_model_or_the_base_without_its_adapters(case):
+def test_the_reference_is_a_separate_model_or_the_base_without_adapters(case):
     trained = run(case)
     actor, _, reference = trained.start
     assert (reference == {}) == bool(trained.lora.rank)
@@ -203,7 +203,7 @@ def test_the_reference_is_its_own_model_or_the_base_without_its_adapters(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_values_stand_before_each_action_and_the_score_at_the_last_token(case):
+def test_values_are_read_before_each_action_and_the_score_at_the_last_token(case):
     trained = run(case)
     tokens, mask, starts = right_padded_rows(trained)
     config, experience = tiny.scalar(trained.config), trained.experience
@@ -237,7 +237,7 @@ def test_advantages_come_from_the_estimator_over_the_whole_experience(case):
 
 
 @pytest.mark.parametrize(("case", "name"), ON_EIGHT)
-def test_eight_devices_sample_and_score_as_one(case, name):
+def test_eight_devices_sample_and_score_like_one(case, name):
     one, eight = run(case), run(case, name)
     np.testing.assert_array_equal(eight.rollout.tokens, one.rollout.tokens)
     np.testing.assert_array_equal(eight.rollout.mask, one.rollout.mask)
@@ -251,7 +251,7 @@ def test_eight_devices_sample_and_score_as_one(case, name):
 
 
 @pytest.mark.parametrize(("case", "name"), ON_EIGHT)
-def test_eight_devices_learn_what_one_learns_in_one_update_and_in_two(case, name):
+def test_one_and_two_updates_on_eight_devices_equal_those_on_one(case, name):
     one, eight = run(case), run(case, name)
     for step in range(2):
         for role in range(2):
@@ -266,7 +266,7 @@ def test_eight_devices_learn_what_one_learns_in_one_update_and_in_two(case, name
 
 
 @pytest.mark.parametrize(("case", "name"), EVERYWHERE)
-def test_what_trained_is_donated_and_reference_and_reward_live_on(case, name):
+def test_trained_arrays_are_donated_and_reference_and_reward_model_are_not(case, name):
     trained = run(case, name)
     before = trained.first_state
     for state in (before.actor, before.critic):
@@ -279,14 +279,14 @@ def test_what_trained_is_donated_and_reference_and_reward_live_on(case, name):
     assert np.abs(np.asarray(again.logprobs - trained.experience.logprobs))[mask].max() > 1e-3
 
 
-def test_under_adapters_the_base_stays_bit_equal_through_two_updates():
+def test_with_adapters_the_base_stays_bit_equal_through_two_updates():
     trained = run("opt-lora", "fsdp4-tensor2")
     for path, start in trained.start[0].items():
         assert np.array_equal(trained.after[1][0][path], start) != is_adapter(path), path
 
 
 @pytest.mark.parametrize(("case", "name"), ON_EIGHT)
-def test_models_stay_in_their_shards_and_experience_is_split_by_rows(case, name):
+def test_models_keep_their_shardings_and_experience_is_sharded_by_rows(case, name):
     trained = run(case, name)
     assert jax.tree.map(shard, trained.state) == trained.shards
     for field in dataclasses.fields(trained.experience):
@@ -295,7 +295,7 @@ def test_models_stay_in_their_shards_and_experience_is_split_by_rows(case, name)
 
 
 @pytest.mark.parametrize(("case", "name"), ON_EIGHT)
-def test_published_weights_are_split_by_tensor_alone(case, name):
+def test_published_weights_are_sharded_over_tensor_only(case, name):
     trained = run(case, name)
     split = {"qkv/kernel", "qkv/bias", "gate_up/kernel", "gate_up/bias", "o/kernel", "down/kernel"}
     for path, leaf in trained.weights.items():
@@ -305,7 +305,7 @@ def test_published_weights_are_split_by_tensor_alone(case, name):
 
 
 @pytest.mark.parametrize("family", ["opt-350m", "llama"])
-def test_published_weights_are_the_trained_ones_laid_out_anew(family):
+def test_published_weights_are_the_trained_ones_in_the_generation_layout(family):
     config = tiny.FAMILIES[family]
     params = tiny.random_arrays(tiny.with_lora(config, tiny.LORA))
     weights = make_publish(tiny.with_lora(config, tiny.LORA), single_device_mesh(), FLOAT32)(params)
@@ -332,7 +332,7 @@ def test_published_weights_are_the_trained_ones_laid_out_anew(family):
         ("llama", tiny.LORA, "fsdp4-tensor2"),
     ],
 )
-def test_publish_compiles_to_one_all_gather_for_each_split_weight_and_nothing_else(family, lora, name):
+def test_publish_compiles_to_one_all_gather_per_sharded_weight_and_nothing_else(family, lora, name):
     config, layout = tiny.FAMILIES[family], Layout(tiny.mesh_of(name), TRAIN)
     params = tiny.random_params(tiny.with_lora(config, lora), layout.mesh)
     text = make_publish(tiny.with_lora(config, lora), layout.mesh, FLOAT32).lower(params).compile().as_text()
@@ -343,7 +343,7 @@ def test_publish_compiles_to_one_all_gather_for_each_split_weight_and_nothing_el
 
 @pytest.mark.parametrize("lora", [NO_LORA, tiny.LORA], ids=["whole", "lora"])
 @pytest.mark.parametrize("zero", [0, 1, 2])
-def test_publish_moves_nothing_where_parameters_are_not_split_over_fsdp(zero, lora):
+def test_publish_moves_nothing_when_parameters_are_not_sharded_over_fsdp(zero, lora):
     config, layout = tiny.with_lora(tiny.LLAMA, lora), train_layout(tiny.mesh_of("fsdp4-tensor2"), zero)
     leaves = abstract_params(config)
     params = {
@@ -356,7 +356,7 @@ def test_publish_moves_nothing_where_parameters_are_not_split_over_fsdp(zero, lo
     assert collectives(by_train.lower(params).compile().as_text()) != [], "as it would, pinned to where they are not"
 
 
-def test_the_other_order_of_axes_would_need_more_than_all_gathers_and_is_seen_to():
+def test_the_other_axis_order_would_need_more_than_all_gathers_and_is_detected():
     mesh = tiny.mesh_of("fsdp4-tensor2")
     minor = jax.device_put(np.zeros((64, 64), np.float32), NamedSharding(mesh, PartitionSpec(None, ("fsdp", "tensor"))))
     text = jax.jit(lambda x: Layout(mesh, GENERATE).constrain(x, None, "mlp")).lower(minor).compile().as_text()
@@ -364,7 +364,7 @@ def test_the_other_order_of_axes_would_need_more_than_all_gathers_and_is_seen_to
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_published_weights_have_the_dtype_asked_for_and_norms_keep_theirs(dtype):
+def test_published_weights_have_the_requested_dtype_and_norms_keep_theirs(dtype):
     weights = make_publish(tiny.with_lora(tiny.LLAMA, tiny.LORA), single_device_mesh(), jnp.dtype(dtype))(
         tiny.random_params(tiny.with_lora(tiny.LLAMA, tiny.LORA), single_device_mesh())
     )
@@ -373,14 +373,14 @@ def test_published_weights_have_the_dtype_asked_for_and_norms_keep_theirs(dtype)
 
 
 @pytest.mark.parametrize(("case", "name"), EVERYWHERE)
-def test_other_prompts_another_key_and_trained_models_compile_nothing(case, name):
+def test_new_prompts_a_new_key_and_updated_models_compile_nothing(case, name):
     trained = run(case, name)
-    # Publishing and generating may have been compiled for another test; an update belongs to its engine.
+    # Publishing and generating may already be compiled by another test; an update program belongs to its engine.
     assert trained.first_compiled.count("jit(update)") == 2, "one for the actor, one for the critic, and none again"
     assert trained.later_compiled == []
 
 
-def test_scoring_by_parts_is_scoring_at_once():
+def test_scoring_in_micro_batches_equals_scoring_at_once():
     whole, parts = (engine_of("opt-lora", tiny.mesh_of("one"), num_score_micro=n) for n in (1, 4))
     prompts = tiny.prompts(tiny.OPT, LENGTHS, WIDTH)
     rollout = whole[0].generate(whole[0].publish(params_of(*whole[1:])[0]), *prompts, jax.random.key(7))
@@ -392,7 +392,7 @@ def test_scoring_by_parts_is_scoring_at_once():
 
 
 @pytest.mark.parametrize(("case", "name"), [("llama", "one"), ("opt-lora", "one"), ("llama", "fsdp4-tensor2")])
-def test_reference_and_average_in_host_memory_change_no_bit_and_the_average_is_that_of_every_update(case, name):
+def test_reference_and_average_in_host_memory_change_no_bit_and_the_average_follows_every_update(case, name):
     decay, trained = 0.75, run(case, name)
     engine, there, frozen = engine_of(case, trained.mesh, ema_decay=decay)
     _, away, frozen_away = engine_of(case, trained.mesh)
@@ -415,7 +415,7 @@ def test_reference_and_average_in_host_memory_change_no_bit_and_the_average_is_t
     jax.tree.map(np.testing.assert_array_equal, (away, frozen_away), (there, frozen))
 
 
-def test_a_reference_that_is_on_the_devices_is_not_copied_to_score_and_one_that_is_not_is_gone_afterwards():
+def test_scoring_does_not_copy_a_reference_on_the_devices_and_frees_one_fetched_from_host_memory():
     trained = run("llama")
     engine, frozen = trained.engine, trained.frozen
 
@@ -443,7 +443,7 @@ def test_a_reference_that_is_on_the_devices_is_not_copied_to_score_and_one_that_
         ("llama", NO_LORA, "one", "float32"),
     ],
 )
-def test_publish_moves_what_a_device_lacks_of_the_split_weights_and_not_a_byte_more(family, lora, name, dtype):
+def test_publish_moves_exactly_the_bytes_of_sharded_weights_that_a_device_lacks(family, lora, name, dtype):
     config, mesh, dtype = tiny.FAMILIES[family], tiny.mesh_of(name), jnp.dtype(dtype)
     params = tiny.random_params(tiny.with_lora(config, lora), mesh)
     publish = make_publish(tiny.with_lora(config, lora), mesh, dtype).compile(params)
@@ -458,11 +458,11 @@ def test_publish_moves_what_a_device_lacks_of_the_split_weights_and_not_a_byte_m
     wider = 4 // dtype.itemsize  # a CPU's collectives are of float32
     assert reported == {"publish_bytes": wider * by_hand, "publish_bytes_least": by_hand, "publish_bytes_ratio": wider}
     split = [leaf for leaf in abstract_params(config).values() if any(layouts[0].spec(leaf.axes))]
-    # Of a model that generation splits in two and training in eight, every device receives 3/8 (a half is split by
-    # fsdp alone: 1/4); of position tables, which it has whole, 7/8.
+    # Of a model that generation splits in two and training in eight, every device receives 3/8 (a half is sharded over
+    # fsdp alone: 1/4); of position tables, which generation replicates, 7/8.
     total = sum(np.prod(leaf.shape) for leaf in split) * dtype.itemsize
     assert total / 4 <= by_hand < total / 2
-    # What every device has whole is not moved: nothing of norms and of biases that are added to whole rows.
+    # Replicated arrays are not moved: norms, and biases that are added to whole rows.
     assert len(split) < len(abstract_params(config))
     weights = publish(params)
     again = make_publish(tiny.with_lora(config, lora), mesh, dtype)(params)
@@ -470,7 +470,7 @@ def test_publish_moves_what_a_device_lacks_of_the_split_weights_and_not_a_byte_m
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_publishing_quantised_kernels_moves_what_a_device_lacks_of_codes_and_scales(kind):
+def test_publishing_quantised_kernels_moves_the_codes_and_scales_that_a_device_lacks(kind):
     config, mesh = dataclasses.replace(tiny.LLAMA_TIED, num_heads=4), tiny.mesh_of("fsdp4-tensor2")
     params, leaves = tiny.random_params(tiny.with_lora(config, tiny.LORA), mesh), abstract_params(config)
     for path in filter(is_quantisable, leaves):
@@ -483,7 +483,7 @@ def test_publishing_quantised_kernels_moves_what_a_device_lacks_of_codes_and_sca
     assert reported["publish_bytes"] > 3 / 8 * sum(each.codes.nbytes + each.scales.nbytes for each in kernels)
 
 
-def test_a_greedy_actor_is_refused_as_it_has_no_ratios():
+def test_a_greedy_actor_is_rejected_because_it_has_no_ratios():
     with pytest.raises(ValueError, match="temperature=0: a greedy policy has no probability ratios .* set it above 0"):
         make_engine(
             Architectures(tiny.LLAMA),
@@ -494,12 +494,12 @@ def test_a_greedy_actor_is_refused_as_it_has_no_ratios():
         )
 
 
-# Two samples of each of eight prompts.
+# Two samples for each of eight prompts.
 PAIRS = SampleConfig(NEW, num_samples=2)
 
 
 def reinforce():
-    """REINFORCE, the mean score of a prompt's samples as its baseline."""
+    """REINFORCE with the mean score of a prompt's samples as its baseline."""
 
     def estimate(scored):
         gains = scored.score - scored.score.reshape(-1, 2).mean(axis=1).repeat(2)
@@ -522,7 +522,7 @@ def actor_alone(mesh):
 
 @functools.lru_cache
 def run_alone(name):
-    """Rollout, experience, parameters before and after an update, its metrics, and the logprobs after it."""
+    """Rollout, experience, parameters before and after an update, its metrics, and the log-probabilities after it."""
     engine, state, frozen = actor_alone(tiny.mesh_of(name))
     before = on_host(state.actor.trainable)
     prompts = tiny.prompts(tiny.LLAMA, LENGTHS[::2], WIDTH)
@@ -535,7 +535,7 @@ def run_alone(name):
 
 
 @pytest.mark.parametrize("name", ["one", "fsdp4-tensor2"])
-def test_an_actor_alone_learns_from_the_scores_of_the_caller_what_group_baselines_say(name):
+def test_an_actor_alone_takes_the_group_baseline_step_from_scores_of_the_caller(name):
     rollout, experience, _, _, stats, after = run_alone(name)
     assert experience.values is experience.ref_logprobs is experience.returns is None
     first = rollout.tokens[:, 0] % 7
@@ -548,14 +548,14 @@ def test_an_actor_alone_learns_from_the_scores_of_the_caller_what_group_baseline
     assert stats.keys() == {"actor_loss", "actor_grad_norm"}
 
 
-def test_an_actor_alone_learns_on_eight_devices_what_it_learns_on_one():
+def test_an_update_of_an_actor_alone_on_eight_devices_equals_that_on_one():
     one, eight = run_alone("one"), run_alone("fsdp4-tensor2")
     assert max(np.abs(one[3][path] - one[2][path]).max() for path in one[2]) > 0.005
     np.testing.assert_array_equal(eight[0].tokens, one[0].tokens)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=1e-5), one[1:], eight[1:])
 
 
-def test_an_engine_has_no_pass_and_no_program_of_a_model_that_it_lacks():
+def test_an_engine_has_no_forward_pass_and_no_program_of_a_model_that_it_lacks():
     def products(engine, *args):
         return engine.programs.score.lower(*args).as_text().count("dot_general")
 
@@ -568,7 +568,7 @@ def test_an_engine_has_no_pass_and_no_program_of_a_model_that_it_lacks():
 
 
 @pytest.mark.parametrize("lacking", ["critic", "reference", "reward"])
-def test_what_the_other_models_say_does_not_depend_on_the_one_that_is_lacking(lacking):
+def test_outputs_of_the_other_models_do_not_depend_on_a_missing_one(lacking):
     trained = run("llama")
     e, layout = trained.experience, Layout(trained.mesh, TRAIN)
     models = dataclasses.replace(trained.engine.models, **{lacking: None})
@@ -592,7 +592,7 @@ def test_what_the_other_models_say_does_not_depend_on_the_one_that_is_lacking(la
             np.testing.assert_allclose(getattr(got, name), getattr(e, name), atol=1e-5, err_msg=name)
 
 
-def test_scores_are_given_where_there_is_no_reward_model_and_only_there():
+def test_the_caller_gives_scores_exactly_when_there_is_no_reward_model():
     trained = run("llama")
     engine, state, frozen = actor_alone(tiny.mesh_of("one"))
     rollout = trained.rollout_there
@@ -604,7 +604,7 @@ def test_scores_are_given_where_there_is_no_reward_model_and_only_there():
             refused()
 
 
-def test_rollouts_that_micro_batches_and_devices_do_not_divide_are_refused_with_the_nearest():
+def test_rollouts_that_micro_batches_and_devices_do_not_divide_are_rejected_with_the_nearest_that_do():
     trained = run("opt-lora", "fsdp4-tensor2")
     part = jax.tree.map(lambda leaf: leaf[:12], trained.experience)
     reported = "rollouts of one update=12 does not divide over 16 micro-batches x devices; nearest that do: [16]"
@@ -651,7 +651,7 @@ print(json.dumps(told))
 
 @pytest.fixture(scope="module")
 def compile_logs():
-    """(what was said while each program was compiled, what the script told), in a process that keeps no programs."""
+    """({program: compiler log}, JSON result of the script), from a process without a compile cache."""
     tests = Path(__file__).parent
     env = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_COMPILATION_CACHE", "TF_CPP"))}
     env["PYTHONPATH"] = os.pathsep.join([str(tests), str(tests.parent)])
@@ -664,7 +664,7 @@ def compile_logs():
 REMAT = "Involuntary full rematerialization"
 
 
-def test_no_program_of_the_engine_makes_the_compiler_copy_a_whole_array_to_every_device(compile_logs):
+def test_no_program_of_the_engine_makes_the_compiler_replicate_a_whole_array(compile_logs):
     said = compile_logs[0]
     assert REMAT in said["control"], "the compiler no longer says so where it does: find how it does now"
     assert [name for name, text in said.items() if REMAT in text] == ["control"]
@@ -672,6 +672,6 @@ def test_no_program_of_the_engine_makes_the_compiler_copy_a_whole_array_to_every
 
 
 def test_weights_are_bfloat16_before_they_are_gathered(compile_logs):
-    # After partitioning, before the CPU's compiler makes float32 of every bfloat16 collective.
+    # After partitioning, before the CPU compiler turns every bfloat16 collective into float32.
     gathered = re.findall(r"= (\w+)\[[\d,]*\]\S* all-gather\(", compile_logs[1]["partitioned"])
     assert gathered == ["bf16"] * 9

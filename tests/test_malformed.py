@@ -132,7 +132,7 @@ ARRAY = json.dumps([pair(i) for i in range(3)]).encode()
 CSV = b"prompt,chosen,rejected\nq1,good 1,bad 1\n%s\nq2,good 2,bad 2\n"
 MANY = lines(*(pair(i) for i in range(3000)))
 CUT_GZ, CUT_ZST = gzip.compress(MANY)[:-200], pa.compress(MANY, "zstd", asbytes=True)[:-200]
-# What there is in front of the cut: all that inflates, and the first of the blocks of 128 KiB.
+# The data before the cut: everything that inflates (gzip), and the first block of 128 KiB (zstd).
 IN_CUT_GZ = zlib.decompressobj(31).decompress(CUT_GZ).count(b"\n")
 IN_CUT_ZST = MANY[: 128 << 10].count(b"\n")
 FOUR = lines(*map(pair, range(4)))
@@ -416,7 +416,7 @@ def test_an_allowed_fault_is_counted_and_loses_no_good_row(tmp_path, name):
         with pytest.raises(ValueError) as refused:
             rows_of(case, config)
         assert_reported(case, path, str(refused.value))
-        # What cannot be used at all is so with bad rows too; what is bad throughout has no rows left.
+        # Unusable files stop a run that allows bad rows too; a file of bad rows alone leaves no rows.
         assert isinstance(refused.value, NoRows) == (case.kept == 0)
         assert case.kept is None or f"(0 rows, {case.bad} bad rows left out: " in str(refused.value)
         return
@@ -425,7 +425,7 @@ def test_an_allowed_fault_is_counted_and_loses_no_good_row(tmp_path, name):
     assert len(rows) == case.kept and part.stats.bad == case.bad
     assert rows.report.startswith(f"{case.kept:,} rows, {case.bad} bad rows left out: ")
     assert_reported(case, path, rows.report)
-    # One fewer is allowed, and the run stops, though the tokens are kept by now.
+    # With a limit one lower the run stops, although the tokens are cached by now.
     with pytest.raises(ValueError, match="raise data.max_bad_rows"):
         rows_of(case, config_of(case, path, max_bad_rows=case.bad - 1))
 
@@ -506,7 +506,7 @@ def test_the_data_command_continues_over_allowed_faults(tmp_path, capsys, model)
     assert f"{path}, line 3: field 'chosen' {TEXT} int" in capsys.readouterr().out
 
 
-# Good data that look odd.
+# Valid data that look odd.
 
 
 @pytest.mark.parametrize(
@@ -530,7 +530,7 @@ def test_odd_looking_valid_data_is_read_without_complaint(tmp_path, name, conten
     assert rows.report == "2 rows"
 
 
-# Places.
+# Paths of sources.
 
 
 GOOD = Case(lines(*map(pair, range(6))), "", 6)
@@ -589,7 +589,7 @@ def test_a_split_is_rejected_for_files_without_splits(tmp_path, what):
             assert fix in str(refused.value)
 
 
-# What is held out.
+# Held-out rows.
 
 
 def test_a_missing_evaluation_file_is_reported_before_training(tmp_path):
@@ -635,7 +635,7 @@ def test_without_held_out_rows_the_suggested_keys_are_keys_of_the_stage(tmp_path
         select_rows(good(tmp_path), TOKENIZER, SPECS[stage], held_out=True)
 
 
-# What a stage needs.
+# Requirements of a stage.
 
 
 def test_a_data_set_of_prompts_alone_has_no_rows_for_the_reward_stage(tmp_path):
@@ -810,7 +810,7 @@ def test_leftovers_of_a_killed_run_are_not_used_as_rows(tmp_path, monkeypatch):
     assert len(rows_of(GOOD, config)) == 6
 
 
-# Data that change under a run.
+# Data that change between runs.
 
 
 def test_a_run_whose_data_have_changed_does_not_resume(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Rows of several documents: each has the logits, gradients and loss that it has alone, and none sees another."""
+"""Rows of several documents: logits, gradients and loss equal those of each document alone; none attends to another."""
 
 import dataclasses
 import functools
@@ -39,25 +39,25 @@ BLOOM = dataclasses.replace(tiny.OPT, family="bloom", embed_norm=True, position_
 FAMILIES = {
     **tiny.FAMILIES,
     "windowed": dataclasses.replace(tiny.LLAMA, windows=(5, 5)),
-    # Gemma's: windows in some layers, which turn by a rotary embedding of their own, and soft-capped scores.
+    # Gemma: windows in some layers, which have their own rotary embedding, and soft-capped scores.
     "alternating": dataclasses.replace(
         tiny.LLAMA, windows=(0, 5), local_rope=Rope((0.7, 0.3, 0.05, 0.01)), attention_softcap=2.0, final_softcap=5.0
     ),
     "bloom": dataclasses.replace(BLOOM, alibi=Alibi(SLOPES)),
-    # Slopes whose products with positions are rounded, so that those of a document must be its own.
+    # ALiBi slopes whose products with positions are rounded, so that positions must start at each document.
     "falcon": dataclasses.replace(
         BLOOM, embed_norm=False, alibi=Alibi((0.71, 0.53, 0.37, 0.19), scale=8**-0.5, rounded=True)
     ),
 }
 in_every_family = pytest.mark.parametrize("family", FAMILIES)
-# Documents of rows of 48 tokens, which is more than the 40 positions that OPT has; in the second 9 are padding.
+# Documents in rows of 48 tokens, more than the 40 positions of OPT; the second row has 9 tokens of padding.
 ROWS = [[11, 1, 20, 16], [30, 9]]
 WIDTH, LONGEST = 48, 30
 LENGTHS = [length for row in ROWS for length in row]
 
 
 def pack_documents(documents: list[np.ndarray], rows=ROWS, width=WIDTH):
-    """(tokens, mask, segments), [B, width]: `documents` end to end, as many in each row as that has lengths."""
+    """(tokens, mask, segments), [B, width]: `documents` end to end, in each row as many as its list of lengths has."""
     segments = np.stack([segment_ids(np.array(row), width) for row in rows])
     tokens = np.zeros(segments.shape, np.int32)
     tokens[segments > 0] = np.concatenate(documents)
@@ -65,7 +65,7 @@ def pack_documents(documents: list[np.ndarray], rows=ROWS, width=WIDTH):
 
 
 def pad_documents(documents: list[np.ndarray], width=LONGEST):
-    """(tokens, mask), [documents, width]: each in a row of its own, its padding on the right."""
+    """(tokens, mask), [documents, width]: each document in its own row, padded on the right."""
     mask = np.arange(width) < np.array([len(document) for document in documents])[:, None]
     tokens = np.zeros(mask.shape, np.int32)
     tokens[mask] = np.concatenate(documents)
@@ -83,13 +83,13 @@ def logits_of(config, params, tokens, mask, segments=None, layout=None, attentio
     return logits(config, params, bind(config, params)(tokens, mask, compute, layout, segments))
 
 
-def test_positions_start_anew_in_every_document_and_padding_has_one_that_tables_have():
+def test_positions_restart_in_every_document_and_padding_has_a_position_within_the_table():
     segments = np.array([[1, 1, 1, 2, 3, 3, 0, 0], [0, 0, 1, 1, 1, 2, 2, 2], [1] * 8], np.int32)
     expected = [[0, 1, 2, 0, 0, 1, 1, 1], [0, 0, 0, 1, 2, 0, 1, 2], list(range(8))]
     np.testing.assert_array_equal(token_positions(segments > 0, segments), expected)
 
 
-def test_a_token_sees_itself_and_the_tokens_before_it_in_its_document_and_nothing_else():
+def test_a_token_attends_to_itself_and_earlier_tokens_of_its_document_and_nothing_else():
     segments = np.array([[1, 1, 2, 2, 2, 0]], np.int32)
     expected = ["100000", "110000", "001000", "001100", "001110", "000000"]
     seen = np.asarray(visible_keys(segments > 0, segments))[0]
@@ -97,7 +97,7 @@ def test_a_token_sees_itself_and_the_tokens_before_it_in_its_document_and_nothin
 
 
 @in_every_family
-def test_logits_of_a_packed_document_are_those_that_it_has_alone(family):
+def test_logits_of_a_packed_document_equal_those_of_the_document_alone(family):
     config = FAMILIES[family]
     params, documents = tiny.random_params(config, single_device_mesh()), documents_of(config)
     tokens, mask, segments = pack_documents(documents)
@@ -106,17 +106,17 @@ def test_logits_of_a_packed_document_are_those_that_it_has_alone(family):
     rows, real = pad_documents(documents)
     apart = np.asarray(logits_of(config, params, rows, real))[real]
     np.testing.assert_allclose(together[mask], apart, atol=2e-5)
-    # Without segments the second document of the second row sees the first, and that shows.
+    # Without segments the second document of the second row attends to the first, which changes its logits.
     merged = np.asarray(logits_of(config, params, tokens[1:], mask[1:]))[0, 30:39]
     assert np.abs(merged - apart[-9:]).max() > 0.1
 
 
 @in_every_family
-def test_changing_one_document_leaves_the_logits_of_the_others_exactly_as_they_are(family):
+def test_changing_one_document_changes_no_logit_of_the_others(family):
     config = FAMILIES[family]
     params, documents = tiny.random_params(config, single_device_mesh()), documents_of(config)
     changed = [*documents]
-    changed[2] = (documents[2] + 1) % config.vocab_size  # the third of the first row, with one behind it
+    changed[2] = (documents[2] + 1) % config.vocab_size  # the third of the first row, followed by another
     one, two = (np.asarray(logits_of(config, params, *pack_documents(x))) for x in (documents, changed))
     _, mask, segments = pack_documents(documents)
     touched = np.zeros_like(mask)
@@ -133,7 +133,7 @@ def test_changing_one_document_leaves_the_logits_of_the_others_exactly_as_they_a
         ("llama", "dots"),
     ],
 )
-def test_gradients_of_a_packed_row_are_the_sum_of_those_of_its_documents(family, remat):
+def test_gradients_of_a_packed_row_are_the_sum_over_its_documents(family, remat):
     config = FAMILIES[family]
     params, documents = tiny.random_params(config, single_device_mesh()), documents_of(config)
 
@@ -155,20 +155,20 @@ def test_gradients_of_a_packed_row_are_the_sum_of_those_of_its_documents(family,
 
 
 def training_batches(config, documents, rows, width):
-    """The same documents as (a batch of packed rows, a batch of rows of one document): all but first tokens learned."""
+    """The documents as (batch of packed rows, batch of rows of one document); all but the first tokens have a loss."""
     tokens, mask, segments = pack_documents(documents, rows, width)
     loss_mask = mask & (np.asarray(token_positions(mask, segments)) > 0)
     apart, real = pad_documents(documents)
     return Batch(tokens, mask, loss_mask, segments), Batch(apart, real, real & (np.arange(LONGEST) > 0))
 
 
-# 16 documents of 8 rows, which 8 devices and two micro-batches of one take: of 3 to 30 tokens, unevenly.
+# 16 documents of 3 to 30 tokens, unevenly, in 8 rows, for 8 devices and for two micro-batches on one.
 EIGHT_ROWS = [[30, 9], [3, 12, 20], [25], [4, 4, 4], [7, 30], [18, 2], [17, 16], [5]]
 EIGHT_ROWS += [[length + 1 for length in row[:1]] for row in reversed(EIGHT_ROWS) if row[0] < 30][:6] + [[8, 8], [9]]
 
 
 class Program:
-    """One SFT update of a tiny model on one mesh, by sgd, so that parameters show the gradients."""
+    """One SFT update of a tiny model on one mesh, with plain SGD, so that parameters show the gradients."""
 
     def __init__(self, family: str, mesh: str, num_micro: int):
         self.config, self.layout = FAMILIES[family], Layout(tiny.mesh_of(mesh), TRAIN)
@@ -178,7 +178,7 @@ class Program:
         self.update, self.measure = make_programs(objective, self.config, self.layout, self.tx, num_micro)
 
     def run(self, batch: Batch):
-        """(parameters after the update, its loss, the measured loss, the learned tokens)."""
+        """(parameters after the update, its loss, the evaluation loss, the number of tokens with loss)."""
         params = tiny.random_params(self.config, self.layout.mesh)
         there = self.layout.put_batch(batch)
         measured, _, count = jax.device_get(self.measure(params, there))
@@ -188,7 +188,7 @@ class Program:
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])
-def test_an_update_by_packed_rows_is_that_by_the_documents_alone_on_eight_devices_and_on_one(family):
+def test_an_update_on_packed_rows_equals_that_on_separate_documents_on_eight_devices_and_on_one(family):
     documents = documents_of(FAMILIES[family], [length for row in EIGHT_ROWS for length in row])
     batch, apart = training_batches(FAMILIES[family], documents, EIGHT_ROWS, WIDTH)
     assert len(batch.tokens) == 16
@@ -200,20 +200,20 @@ def test_an_update_by_packed_rows_is_that_by_the_documents_alone_on_eight_device
             np.testing.assert_allclose(got[path], leaf, atol=2e-5, err_msg=f"{path} {mesh} {num_micro}")
 
 
-def test_a_sparse_model_of_packed_rows_on_eight_devices_routes_as_on_one():
+def test_a_sparse_model_routes_packed_rows_on_eight_devices_as_on_one():
     documents = documents_of(tiny.SPARSE, [length for row in EIGHT_ROWS for length in row])
     batch, apart = training_batches(tiny.SPARSE, documents, EIGHT_ROWS, WIDTH)
     one, eight, alone = (
         Program("sparse", mesh, 1).run(x) for mesh, x in (("one", batch), ("fsdp4-tensor2", batch), ("one", apart))
     )
-    # The balance loss is of all real tokens, so it too is what the same documents have in rows of their own.
+    # The balance loss is over all real tokens, so it equals that of the same documents in separate rows.
     for other in (eight, alone):
         np.testing.assert_allclose(other[1:], one[1:], rtol=1e-5)
         for path, leaf in one[0].items():
             np.testing.assert_allclose(other[0][path], leaf, atol=2e-5, err_msg=path)
 
 
-def test_the_last_token_of_a_document_does_not_learn_the_first_of_the_next():
+def test_the_last_token_of_a_document_is_not_trained_to_predict_the_first_of_the_next():
     config, documents = FAMILIES["llama"], documents_of(FAMILIES["llama"])
     batch, _ = training_batches(config, documents, ROWS, WIDTH)
     firsts = np.cumsum([0, *ROWS[0][:-1]])
@@ -228,7 +228,7 @@ def test_the_last_token_of_a_document_does_not_learn_the_first_of_the_next():
     np.testing.assert_allclose(loss, np.mean(each), rtol=1e-5)
 
 
-def test_a_batch_without_segments_has_no_leaf_for_them_on_its_way_to_the_devices():
+def test_a_batch_without_segments_puts_no_array_for_them_on_the_devices():
     batch, apart = training_batches(tiny.OPT, documents_of(tiny.OPT), ROWS, WIDTH)
     layout = Layout(single_device_mesh(), TRAIN)
     assert [len(jax.tree.leaves(layout.put_batch(x))) for x in (batch, apart)] == [4, 3]
@@ -236,7 +236,7 @@ def test_a_batch_without_segments_has_no_leaf_for_them_on_its_way_to_the_devices
     assert layout.put_batch(batch).segments.dtype == jnp.int32
 
 
-def test_where_attention_would_be_fused_packed_rows_go_over_masked_attention(monkeypatch):
+def test_packed_rows_use_masked_attention_where_other_rows_use_fused_attention(monkeypatch):
     def choose(mesh, config, dtype, length, choice, packed=False):
         return AttentionKernel("xla" if packed else "cudnn", "")
 
@@ -248,7 +248,7 @@ def test_where_attention_would_be_fused_packed_rows_go_over_masked_attention(mon
     config, documents = tiny.LLAMA, documents_of(tiny.LLAMA)
     layout = Layout(single_device_mesh(), TRAIN)
     params = tiny.random_params(config, layout.mesh)
-    # By remat="dots", so that no program of other tests is at hand.
+    # With remat="dots", so that no program compiled by another test is reused.
     got = logits_of(config, params, *pack_documents(documents), layout=layout, attention="auto", remat="dots")
     np.testing.assert_allclose(got, logits_of(config, params, *pack_documents(documents)), atol=1e-5)
     with pytest.raises(AssertionError, match="keeps no documents apart"):
@@ -256,13 +256,13 @@ def test_where_attention_would_be_fused_packed_rows_go_over_masked_attention(mon
 
 
 def on_gpus(attention: str):
-    """A model, as far as `log_attention` looks at it, on a GPU; and settings that compute in bfloat16."""
+    """(the parts of a model on a GPU that `log_attention` reads, settings that compute in bfloat16)."""
     device = SimpleNamespace(platform="gpu", compute_capability="8.0", device_kind="A100")
     mesh = SimpleNamespace(devices=np.array([device]))
     return SimpleNamespace(layout=SimpleNamespace(mesh=mesh), config=tiny.LLAMA), ModelConfig(attention=attention)
 
 
-def test_a_run_on_gpus_says_that_xla_attends_because_rows_are_packed(caplog):
+def test_a_run_on_gpus_logs_that_attention_is_xlas_because_rows_are_packed(caplog):
     with caplog.at_level("INFO", "rlhf_jax"):
         for rows_packed in (False, True):
             log_attention("sft", *on_gpus("auto"), 1024, packed=rows_packed)
@@ -271,7 +271,7 @@ def test_a_run_on_gpus_says_that_xla_attends_because_rows_are_packed(caplog):
     assert not_fused.startswith("sft: attention: XLA (rows are packed")
 
 
-def test_fused_attention_that_is_asked_for_with_packed_rows_is_refused_with_the_mend():
+def test_requested_fused_attention_is_rejected_for_packed_rows_with_the_fix():
     log_attention("sft", *on_gpus("cudnn"), 1024)
     with pytest.raises(ValueError, match="rows are packed") as error:
         log_attention("sft", *on_gpus("cudnn"), 1024, packed=True)
@@ -279,7 +279,7 @@ def test_fused_attention_that_is_asked_for_with_packed_rows_is_refused_with_the_
 
 
 @pytest.mark.cuda
-def test_for_an_a100_rows_of_one_document_are_fused_and_packed_ones_are_not():
+def test_on_an_a100_attention_is_fused_for_rows_of_one_document_and_not_for_packed_rows():
     layout = Layout(make_mesh(MeshConfig(1, 1, 1), compile_only_devices("1xA100-80GB")), TRAIN)
     config = dataclasses.replace(tiny.LLAMA, head_dim=64, max_positions=256)
     objective = sft_objective(config, Compute(jnp.dtype("bfloat16"), "layers", 64), layout)
@@ -299,7 +299,7 @@ def test_for_an_a100_rows_of_one_document_are_fused_and_packed_ones_are_not():
 
 
 @needs_real_data
-def test_two_hundred_real_rows_packed_to_1024_tokens_have_the_logits_that_each_has_alone():
+def test_two_hundred_real_rows_packed_to_1024_tokens_have_the_logits_of_each_row_alone():
     with REAL.open(encoding="utf-8") as file:
         rows = [json.loads(next(file)) for _ in range(200)]
     texts = [f"{row['prompt']}\n\n{row['chosen']}" for row in rows]

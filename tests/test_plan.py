@@ -1,4 +1,4 @@
-"""The plan against what is really held, against hand arithmetic, and against what a user can get wrong."""
+"""The plan against the arrays of real engines and against hand arithmetic, and its messages for mistakes of a user."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.models import relayout
 from rlhf_jax.stages.ppo import ppo_engine, ppo_models, ppo_optimizers
 
-V, D, F, L, H, P = 384, 32, 64, 2, 4, 64  # V is padded to itself by any of the meshes
+V, D, F, L, H, P = 384, 32, 64, 2, 4, 64  # no mesh here pads V
 HF = {
     "model_type": "opt",
     "vocab_size": V,
@@ -65,7 +65,7 @@ HF = {
     "max_position_embeddings": P,
     "word_embed_proj_dim": D,
 }
-# Embedding and positions; of a layer four projections, two MLP matrices, their biases, two norms; the final norm.
+# Embedding and positions; per layer four projections, two MLP matrices, their biases, two norms; the final norm.
 WEIGHTS = V * D + (P + 2) * D + L * (4 * (D * D + D) + 2 * D * F + F + D + 4 * D) + 2 * D
 LORA = {"rank": 4, "alpha": 8.0}
 SETTINGS = {
@@ -78,7 +78,7 @@ SETTINGS = {
     "one-copy": {"lora": LORA, "one_copy": True},
     "lora-offload": {"lora": LORA, "frozen_dtype": "bfloat16", "offload_optimizer": True},
 }
-# Where the moving average, of what the actor trains, and the reference rest.
+# Where the moving average of the actor's trained weights and the reference are kept.
 AVERAGED = {
     "average": {},
     "average-offloaded": {"offload_ema": True},
@@ -89,7 +89,7 @@ SETTINGS |= AVERAGED
 
 
 def recipe_of(folder, setting="whole", mesh="one", zero=3, **ppo) -> Recipe:
-    """A recipe whose model is a folder with a config.json and nothing else."""
+    """A recipe whose model is a folder that holds only a config.json."""
     (folder / "model").mkdir(exist_ok=True)
     (folder / "model" / "config.json").write_text(json.dumps(HF))
     config = {
@@ -110,7 +110,7 @@ def recipe_of(folder, setting="whole", mesh="one", zero=3, **ppo) -> Recipe:
 
 
 def on_first_device(tree, memory="device") -> int:
-    """Bytes in one of its memories; an array that several models share counts once."""
+    """Bytes in this memory of the first device; an array that several models share counts once."""
     leaves = list({id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values())
     (device,) = {leaf.sharding.mesh.devices.flat[0] for leaf in leaves if hasattr(leaf.sharding, "mesh")}
     leaves = [leaf for leaf in leaves if leaf.sharding.memory_kind == memory]
@@ -119,7 +119,7 @@ def on_first_device(tree, memory="device") -> int:
 
 
 def shared_as_generated(decoder, params, layout):
-    """Parameters of which one copy is for training and generation."""
+    """Parameters with one copy for both training and generation."""
     result = dict(params)
     for path in filter(is_shareable, params):
         leaf = Unstacked(tuple(params[path])) if is_quantisable(path) else params[path]
@@ -133,7 +133,7 @@ HELD += [("whole", "fsdp4-tensor2", 1), ("lora-offload", "fsdp4-tensor2", 1), ("
 
 
 @pytest.mark.parametrize(("setting", "mesh_name", "zero"), HELD)
-def test_the_arrays_really_held_are_those_of_the_plan_to_two_percent(setting, mesh_name, zero, tmp_path):
+def test_the_arrays_of_an_engine_have_the_planned_bytes_within_two_percent(setting, mesh_name, zero, tmp_path):
     recipe, mesh = recipe_of(tmp_path, setting, mesh_name, zero), tiny.mesh_of(mesh_name)
     model, layout = recipe.model, recipe.layout(mesh)
     loaded = []
@@ -166,7 +166,7 @@ def test_the_arrays_really_held_are_those_of_the_plan_to_two_percent(setting, me
         assert sum(planned["average"].live.values()) == extra + largest
 
 
-def test_what_rests_in_host_memory_is_on_the_device_only_when_it_is_used_as_by_hand(tmp_path):
+def test_arrays_in_host_memory_are_on_the_device_only_during_use_as_computed_by_hand(tmp_path):
     def planned(setting):
         recipe = recipe_of(tmp_path, setting)
         return {phase.name: phase for phase in phases(recipe, abstract_mesh(recipe.mesh, 1), ("ppo",))}
@@ -186,7 +186,7 @@ def test_what_rests_in_host_memory_is_on_the_device_only_when_it_is_used_as_by_h
 
 
 @pytest.mark.parametrize("setting", ["whole", "both-lora", "offload"])
-def test_the_compiler_counts_the_arguments_that_arithmetic_counts_and_aliases_the_donated_state(setting, tmp_path):
+def test_compiled_argument_bytes_equal_the_arithmetic_and_the_donated_state_is_aliased(setting, tmp_path):
     recipe = recipe_of(tmp_path, setting, "fsdp4-tensor2")
     found = phases(recipe, tiny.mesh_of("fsdp4-tensor2"))
     names = [f"{phase.stage} {phase.name}" for phase in found]
@@ -213,14 +213,14 @@ def test_the_compiler_counts_the_arguments_that_arithmetic_counts_and_aliases_th
             np.testing.assert_allclose(memory.aliased, device_bytes(state), rtol=0.02)
         elif phase.name == "generate":
             assert memory.arguments == given and memory.temporaries >= phase.cache
-        else:  # what a program does not use is not handed to it
+        else:  # arguments that a program does not use are not passed to it
             assert memory.arguments <= given
 
 
-def test_a_model_small_enough_for_hand_arithmetic_is_planned_as_by_hand(tmp_path):
+def test_the_plan_of_a_tiny_model_equals_hand_arithmetic(tmp_path):
     recipe = recipe_of(tmp_path)
     planned = {f"{phase.stage} {phase.name}": phase for phase in phases(recipe, abstract_mesh(recipe.mesh, 1))}
-    scorer = WEIGHTS + D  # one row in place of the head, which is the embedding
+    scorer = WEIGHTS + D  # one row instead of the head, which is tied to the embedding
     live = planned["ppo publish"].live
     counters = 3 * 4  # steps: the state's, and two of the optimizer
     assert live == {
@@ -233,16 +233,16 @@ def test_a_model_small_enough_for_hand_arithmetic_is_planned_as_by_hand(tmp_path
         "reference": 4 * WEIGHTS,
         "reward model": 4 * scorer,
     }
-    # 32 prompt positions would be a bucket, but the longest prompt is of 24.
+    # 32 prompt positions would be a bucket, but the longest prompt has 24 tokens.
     assert planned["ppo generate"].cache == 2 * L * 16 * D * (24 + 16) * 4 + 16 * (24 + 16)
-    # Beside the training weights generation has the embedding once more, as a head.
+    # In addition to the training weights, generation has the embedding once more, as a head.
     assert planned["ppo generate"].live["generation weights"] == 4 * (WEIGHTS + V * D)
     tokens = 16 * 40
     assert planned["sft update"].live["batch"] == tokens * (4 + 1 + 1)
     assert planned["reward update"].live["batch"] == 2 * tokens * (4 + 1 + 1)
 
 
-def test_an_actor_alone_is_planned_without_a_phase_or_a_byte_of_the_models_that_it_lacks(tmp_path):
+def test_the_plan_of_an_actor_alone_has_no_phase_and_no_byte_of_the_missing_models(tmp_path):
     recipe = recipe_of(tmp_path)
     layout, sample = recipe.layout(tiny.mesh_of("one")), recipe.ppo.sample
     decoder, tx = decoder_configs(recipe, 1)[0], make_optimizer(recipe.ppo.actor, 1)
@@ -261,7 +261,7 @@ def test_an_actor_alone_is_planned_without_a_phase_or_a_byte_of_the_models_that_
     assert all(phase.program.lower(*phase.args) for phase in found)
 
 
-def test_four_answers_to_each_prompt_are_planned_as_four_times_the_rows(tmp_path):
+def test_four_answers_per_prompt_are_planned_as_four_times_the_rows(tmp_path):
     recipe = recipe_of(tmp_path, micro_batch_size=32, sample={"max_new_tokens": 16, "num_samples": 4})
     planned = {phase.name: phase for phase in phases(recipe, abstract_mesh(recipe.mesh, 1), ("ppo",))}
     _, prompts, mask, _ = planned["generate"].args
@@ -272,46 +272,46 @@ def test_four_answers_to_each_prompt_are_planned_as_four_times_the_rows(tmp_path
     assert micro_batch_sizes(with_micro_batch(recipe, "ppo", 0), "ppo", 8) == (64, [8, 16, 32, 64])
 
 
-def test_offloaded_moments_are_in_host_memory_and_a_step_has_those_of_one_parameter_by_hand(tmp_path):
+def test_offloaded_moments_are_in_host_memory_and_a_step_has_those_of_one_parameter_as_computed_by_hand(tmp_path):
     recipe = recipe_of(tmp_path, "offload")
     planned = {f"{phase.stage} {phase.name}": phase for phase in phases(recipe, abstract_mesh(recipe.mesh, 1))}
     update, step, scorer = planned["sft update"], planned["sft update step"], WEIGHTS + D
     counters = 3 * 4
     assert update.live["optimizer"] == counters and update.host == 8 * WEIGHTS and update.added == 4 * WEIGHTS
     assert planned["ppo critic step"].host == 8 * (WEIGHTS + scorer), "the actor's too"
-    # The embedding is the largest and the last, so no other gradient waits beside its own.
+    # The embedding is the largest and the last, so no other gradient is held at the same time.
     largest = 4 * V * D
     assert step.live == update.live | {"gradients": largest, "moments on the device": 2 * largest}
-    assert device_bytes(step.args) == 4 * largest + counters - 4  # the state's own counter is of the other program
+    assert device_bytes(step.args) == 4 * largest + counters - 4  # the state's own counter belongs to the other program
     assert host_bytes(step.args) == 0
 
 
 @pytest.mark.parametrize(
     ("zero", "params", "gradients", "moments"), [(3, 8, 8, 8), (2, 2, 8, 8), (1, 2, 2, 8), (0, 2, 2, 2)]
 )
-def test_each_stage_of_zero_splits_one_thing_more_over_the_eight_devices_by_hand(
+def test_each_zero_stage_shards_one_more_group_of_arrays_over_eight_devices_as_computed_by_hand(
     zero, params, gradients, moments, tmp_path
 ):
     recipe = recipe_of(tmp_path, "whole", "fsdp4-tensor2", zero)
     update, *_ = phases(recipe, abstract_mesh(recipe.mesh, 8), ("sft",))
-    whole = (L * (4 + 2) + 2) * D  # norms, and biases of what ends in the hidden dimension
+    whole = (L * (4 + 2) + 2) * D  # norms, and biases of layers with hidden outputs
     positions = (P + 2) * D
     split = WEIGHTS - whole - positions
-    # Positions are split by the hidden dimension, by all or by none.
+    # Position tables are sharded over the hidden dimension by all devices or by none.
     held = [split // n + whole + positions // (n if n == 8 else 1) for n in (params, gradients, moments)]
     assert update.live["trainable"] == 4 * held[0]
     assert update.added == 4 * held[1]
     assert update.live["optimizer"] == 8 * held[2] + 3 * 4
 
 
-def test_flops_are_two_for_each_weight_and_token_and_four_for_each_pair_of_a_heads_dimension():
+def test_flops_are_two_per_weight_and_token_and_four_per_attended_pair_and_head_dimension():
     decoder = decoder_config(HF, scalar_head=False)
     body = L * (4 * D * D + 2 * D * F)
     assert weights_per_token(decoder) == (body, V * D)
     assert forward_flops(decoder, 3, 10, 4) == 3 * (10 * 2 * body + 4 * 10 * 10 * D * L + 4 * 2 * V * D)
 
 
-def test_publishing_needs_the_links_for_what_a_gpu_lacks_of_its_generation_weights(tmp_path):
+def test_publishing_sends_the_generation_weights_that_a_gpu_lacks_over_the_links(tmp_path):
     recipe = recipe_of(tmp_path, mesh="fsdp4-tensor2")
     mesh = abstract_mesh(recipe.mesh, 8)
     found = phases(recipe, mesh)
@@ -322,7 +322,7 @@ def test_publishing_needs_the_links_for_what_a_gpu_lacks_of_its_generation_weigh
     assert work_of_phases(recipe, phases(recipe, mesh), mesh)["ppo/publish"].link == 0
 
 
-def test_a_stage_of_zero_pays_for_its_memory_over_the_links_by_hand(tmp_path):
+def test_zero_stages_trade_memory_for_link_traffic_as_computed_by_hand(tmp_path):
     link = {}
     for zero in (3, 2, 1, 0):
         recipe = recipe_of(tmp_path, mesh="fsdp4-tensor2", zero=zero)
@@ -338,18 +338,18 @@ def test_a_stage_of_zero_pays_for_its_memory_over_the_links_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["8xB100", "0xH200", "H200x8", "8", "", "2x2x2xH200"])
-def test_an_unknown_gpu_is_refused_with_the_known_ones(text, tmp_path, capsys):
+def test_an_unknown_gpu_is_rejected_with_the_known_ones(text, tmp_path, capsys):
     assert main(["plan", str(tiny_recipe.write_recipe(tmp_path)), "--gpus", text or " "]) == 2
     said = capsys.readouterr().err
     assert all(name in said for name in GPUS) and len(said.splitlines()) == 1
 
 
-def test_without_gpus_here_or_named_the_plan_says_how_to_name_them(tmp_path, capsys):
+def test_without_attached_or_named_gpus_the_plan_says_how_to_name_them(tmp_path, capsys):
     assert main(["plan", str(tiny_recipe.write_recipe(tmp_path))]) == 2
     assert "--gpus 8xNAME" in capsys.readouterr().err
 
 
-def test_a_model_whose_config_is_not_to_be_had_is_refused_by_name(tmp_path):
+def test_a_model_without_an_available_config_is_rejected_by_name(tmp_path):
     recipe = recipe_of(tmp_path)
     for actor, reported in (("nobody/nothing", "config.json of nobody/nothing"), (str(tmp_path / "no"), "no folder")):
         lost = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, actor=actor))
@@ -366,8 +366,10 @@ def test_a_model_whose_config_is_not_to_be_had_is_refused_by_name(tmp_path):
         ("both-lora", {"lora": LORA, "reward_lora": LORA, "frozen_dtype": "bfloat16"}, "devices in place of 1"),
     ],
 )
-def test_what_cannot_fit_is_refused_with_the_change_that_mends_it(setting, limit_of, fix, tmp_path, monkeypatch):
-    # Adapters of rank 128 are larger than this model: the advice is tried at the rank that suits it.
+def test_a_plan_that_does_not_fit_is_rejected_with_a_change_that_makes_it_fit(
+    setting, limit_of, fix, tmp_path, monkeypatch
+):
+    # Adapters of rank 128 are larger than this model: the suggestion is tried at a rank that suits the model.
     monkeypatch.setattr(rlhf_jax.plan, "LoraConfig", lambda rank, alpha: parse_lora())
     recipe = recipe_of(tmp_path, setting)
     mesh = abstract_mesh(recipe.mesh, 1)
@@ -388,9 +390,7 @@ def parse_lora():
     return LoraConfig(**LORA)
 
 
-def test_train_stops_before_anything_is_loaded_or_written_where_the_devices_are_too_small(
-    tmp_path, capsys, monkeypatch
-):
+def test_train_stops_before_loading_or_writing_anything_when_the_devices_are_too_small(tmp_path, capsys, monkeypatch):
     path = tiny_recipe.write_recipe(tmp_path)
     monkeypatch.setattr(rlhf_jax.train, "device_limit", lambda mesh: 100_000)
     assert tiny_recipe.run("train", path, f"run.dir={tmp_path / 'run'}") == 2
@@ -401,7 +401,7 @@ def test_train_stops_before_anything_is_loaded_or_written_where_the_devices_are_
 
 @pytest.mark.parametrize("asked", [1, 4, 16])
 @pytest.mark.parametrize("largest", [0, 1, 2, 8, 16])
-def test_the_largest_micro_batch_is_the_one_that_trying_all_would_find(asked, largest, tmp_path, monkeypatch):
+def test_the_largest_micro_batch_equals_the_result_of_trying_all(asked, largest, tmp_path, monkeypatch):
     def learning(recipe, mesh, stages):
         return [Phase("sft", "update", None, (recipe.sft.micro_batch_size,), {"state": 5000})]
 
@@ -417,7 +417,7 @@ def test_the_largest_micro_batch_is_the_one_that_trying_all_would_find(asked, la
     assert len(tried) == len(set(tried)) <= 4 and set(tried) <= {1, 2, 4, 8, 16}
 
 
-def test_the_plan_of_a_whole_recipe_is_json_and_a_table(tmp_path, capsys):
+def test_the_plan_of_a_whole_recipe_is_printed_as_json_and_as_a_table(tmp_path, capsys):
     path = tiny_recipe.write_recipe(tmp_path)
     command = [
         "plan",
@@ -448,7 +448,7 @@ def test_the_plan_of_a_whole_recipe_is_json_and_a_table(tmp_path, capsys):
 
 
 @pytest.mark.skipif(cuda_plugin() is None, reason="needs JAX's CUDA plugin: pip install 'rlhf_jax[cuda12]'")
-def test_programs_compile_for_gpus_that_are_not_there(tmp_path):
+def test_programs_compile_for_gpus_that_are_not_attached(tmp_path):
     recipe = recipe_of(tmp_path, "lora", "fsdp4-tensor2")
     mesh = make_mesh(recipe.mesh, compile_only_devices("8xA100-80GB"))
     for phase in phases(recipe, mesh, ("ppo",)):
@@ -480,7 +480,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", known_models())
-def test_the_tables_configuration_of_a_model_has_the_parameters_that_are_published(name):
+def test_each_known_config_has_the_published_number_of_parameters(name):
     decoder = decoder_config(known_models()[name], scalar_head=False)
     padding = (decoder.padded_vocab - decoder.vocab_size) * decoder.embed_size * (1 if decoder.tied else 2)
     count = sum(math.prod(leaf.shape) for leaf in abstract_params(decoder).values()) - padding
@@ -489,7 +489,7 @@ def test_the_tables_configuration_of_a_model_has_the_parameters_that_are_publish
 
 
 @pytest.mark.parametrize("has_hub", [False, True])
-def test_a_known_model_is_planned_from_the_table_only_where_the_hub_gives_nothing(has_hub, tmp_path, monkeypatch):
+def test_a_known_model_is_planned_from_the_table_only_when_the_hub_is_unavailable(has_hub, tmp_path, monkeypatch):
     def of_hub(name):
         if not has_hub and name.startswith("facebook/"):
             raise ValueError("no network")

@@ -280,7 +280,7 @@ def test_a_damaged_compressed_file_yields_its_rows_then_one_bad_row_then_the_nex
     good, bad = parts(rows)
     assert len(bad) == 1 and f"a.jsonl{compression}, after row {len(good) - 1}: cannot be read any further" in bad[0]
     assert good[:-1] == [json.loads(line) for line in content.splitlines()[: len(good) - 1]] and good[-1] == {"a": 1}
-    # Of a cut file about half: zstd gives whole blocks of 128 KiB.
+    # About half of a truncated file: zstd yields whole blocks of 128 KiB.
     assert len(good) - 1 == 20_000 if damage != "cut" else 7_000 < len(good) < 11_000
 
 

@@ -54,7 +54,7 @@ def rows_for(config: DataConfig, stage: str, held_out: bool = False, **options) 
 
 
 def test_no_prompt_is_used_by_two_stages_or_by_both_training_and_evaluation(write_jsonl):
-    # Each prompt three times, with white space that differs.
+    # Each prompt three times, with different whitespace.
     rows = pairs(1000) + pairs(1000) + [{**row, "prompt": f"  {row['prompt']}\n"} for row in pairs(1000)]
     config = config_of(write_jsonl(rows), "2,4,4", held_out=0.1)
     trained = {stage: examples(config, stage) for stage in STAGES}
@@ -119,7 +119,7 @@ def test_another_split_seed_assigns_the_prompts_differently(write_jsonl):
 def test_rows_of_the_evaluation_file_are_held_out_and_their_prompts_are_never_trained_on(write_jsonl):
     train, held = write_jsonl(pairs(100), "train.jsonl"), write_jsonl(pairs(30, start=90), "held.jsonl")
     config = config_of(train, "1,1,1", held_out=0.5, eval_path=str(held))
-    # The share data.held_out is for sources without such a file.
+    # The share data.held_out applies to sources without such a file.
     assert sum(len(examples(config, stage)) for stage in STAGES) == 90
     assert sum(len(rows_for(config, stage)) for stage in STAGES) == 90
     for stage in STAGES:
@@ -255,7 +255,7 @@ def test_sources_are_sampled_by_weight_cap_and_epochs_as_the_report_says(write_j
     tempered = dataclasses.replace(weighted, sources=(SourceConfig(few), SourceConfig(many)), temperature=2.0)
     assert rows_for(tempered, "sft").quota == (33, 67)
     assert len({rows_for(config, "sft").fingerprint for config in (weighted, capped, tempered)}) == 3
-    # What is measured is each row once.
+    # Evaluation uses each row once.
     held = dataclasses.replace(weighted, held_out=0.5)
     rows = rows_for(held, "sft", held_out=True)
     assert rows.quota == tuple(map(len, rows.parts))

@@ -1,4 +1,4 @@
-"""safetensors in and out: every way in which a parameter can lie in a file, on one device and on eight."""
+"""Reading and writing safetensors: every way in which a file can store a parameter, on one device and on eight."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ Q_OF_GROUP = Stripe(0, HEADS // KV_HEADS * HEAD, (HEADS // KV_HEADS + 2) * HEAD)
 K_OF_GROUP, V_OF_GROUP = (Stripe(Q_OF_GROUP.length + i * HEAD, HEAD, Q_OF_GROUP.period) for i in range(2))
 QKV = (HEADS + 2 * KV_HEADS) * HEAD
 
-# No model has all of these at once; every one of them is some model's.
+# No model has all of these at once; each occurs in some model.
 LEAVES = {
     "embed/tokens": Leaf((PADDED, HIDDEN), ("vocab", "embed")),
     "embed/positions": Leaf((32, HIDDEN), (None, "positions")),
@@ -56,7 +56,7 @@ TENSORS = {
     "final_norm/scale": HfTensor("model.norm.weight", (HIDDEN,)),
     "head/bias": HfTensor("head.bias", (VOCAB,)),
     "score/kernel": HfTensor("score.weight", (1, HIDDEN), True),
-    # Fused in several groups, transposed, and its biases.
+    # Fused in several groups, transposed, with biases.
     "layers/attention/q/kernel": HfTensor("model.{i}.qkv.weight", (QKV, HIDDEN), True, Q_OF_GROUP),
     "layers/attention/k/kernel": HfTensor("model.{i}.qkv.weight", (QKV, HIDDEN), True, K_OF_GROUP),
     "layers/attention/v/kernel": HfTensor("model.{i}.qkv.weight", (QKV, HIDDEN), True, V_OF_GROUP),
@@ -65,7 +65,7 @@ TENSORS = {
     "layers/attention/v/bias": HfTensor("model.{i}.qkv.bias", (QKV,), strip=V_OF_GROUP),
     "layers/attention/o/kernel": HfTensor("model.{i}.o.weight", (HIDDEN, HEADS * HEAD), True),
     "layers/attention/q_norm/scale": HfTensor("model.{i}.q_norm.{j}.weight", (HEAD,)),
-    # Fused side by side as GPT-2's Conv1D has it: [in, out].
+    # Fused side by side, as in GPT-2's Conv1D: [in, out].
     "layers/mlp/gate/kernel": HfTensor("model.{i}.gate_up", (HIDDEN, 2 * WIDTH), strip=Stripe(0, WIDTH, 2 * WIDTH)),
     "layers/mlp/up/kernel": HfTensor("model.{i}.gate_up", (HIDDEN, 2 * WIDTH), strip=Stripe(WIDTH, WIDTH, 2 * WIDTH)),
     "layers/mlp/down/kernel": HfTensor("model.{i}.down", (WIDTH, HIDDEN)),
@@ -106,7 +106,7 @@ def layout() -> Layout:
 
 
 def checkpoint(tensors=TENSORS) -> dict[str, np.ndarray]:
-    """Every tensor by its name in the files, of elements that are distinct enough to notice a mix-up."""
+    """{name in the files: tensor}, with random elements, so that a mix-up is noticed."""
     rng = np.random.default_rng(0)
     named = {}
     for tensor in tensors.values():
@@ -125,7 +125,7 @@ def files_of(folder: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_transform_arrives_in_place_and_goes_out_as_it_came(tmp_path, name):
+def test_every_transform_reads_the_right_values_and_writes_them_back_unchanged(tmp_path, name):
     layout, tensors = LAYOUTS[name](), checkpoint()
     save_file(tensors, tmp_path / "model.safetensors")
     params = read(tmp_path, layout)
@@ -145,7 +145,7 @@ def test_every_transform_arrives_in_place_and_goes_out_as_it_came(tmp_path, name
 
 
 def by_hand(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What the parameters are, said in numpy and without strips."""
+    """The expected parameters, written in NumPy without stripes."""
 
     def each(name: str) -> np.ndarray:
         return np.stack([tensors[name.format(i=i)] for i in range(LAYERS)])
@@ -178,7 +178,7 @@ def by_hand(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", ["one device", "fsdp 8", "inputs over fsdp 4, outputs over tensor 2"])
-def test_the_layout_whose_names_the_files_have_is_the_one_that_is_used(tmp_path, name):
+def test_the_layout_whose_names_are_in_the_files_is_used(tmp_path, name):
     layout, tensors = LAYOUTS[name](), checkpoint(FUSED)
     save_file(tensors, tmp_path / "model.safetensors")
     params = read(tmp_path, layout, layouts=(TENSORS, FUSED_EXPERTS))
@@ -195,7 +195,7 @@ def test_the_layout_whose_names_the_files_have_is_the_one_that_is_used(tmp_path,
     assert files_of(tmp_path).keys() == checkpoint().keys()
 
 
-def test_faults_are_told_against_the_layout_that_fits_best(tmp_path, layout):
+def test_faults_are_reported_against_the_layout_that_fits_best(tmp_path, layout):
     tensors = checkpoint(FUSED)
     del tensors["model.1.down_proj"]
     save_file(tensors, tmp_path / "model.safetensors")
@@ -203,7 +203,7 @@ def test_faults_are_told_against_the_layout_that_fits_best(tmp_path, layout):
         read(tmp_path, layout, layouts=(TENSORS, FUSED_EXPERTS))
 
 
-def test_each_device_holds_its_shard_alone_and_every_element_is_read_once(tmp_path, monkeypatch):
+def test_each_device_holds_only_its_shard_and_every_element_is_read_once(tmp_path, monkeypatch):
     save_file(checkpoint(), tmp_path / "model.safetensors")
     copied = []
 
@@ -222,7 +222,7 @@ def test_each_device_holds_its_shard_alone_and_every_element_is_read_once(tmp_pa
     assert sum(copied) == sum(tensor.size for tensor in checkpoint().values())
 
 
-def test_replicas_that_share_the_hosts_memory_can_be_donated(tmp_path):
+def test_replicas_that_share_host_memory_can_be_donated(tmp_path):
     tensors = checkpoint()
     save_file(tensors, tmp_path / "model.safetensors")
     scale = read(tmp_path, on(fsdp=8))["final_norm/scale"]
@@ -233,7 +233,7 @@ def test_replicas_that_share_the_hosts_memory_can_be_donated(tmp_path):
 
 @pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_casts_are_those_of_numpy_on_the_way_in_and_on_the_way_out(tmp_path, layout, stored, dtype):
+def test_casts_on_reading_and_writing_equal_those_of_numpy(tmp_path, layout, stored, dtype):
     rng = np.random.default_rng(0)
     special = np.array([0.0, -0.0, np.inf, -np.inf, 65504, 65519.99, 1e-7, 6e-8, 3e-8, 1e-40, 3.4e38, 1 + 2**-8])
     tensors = {}
@@ -241,7 +241,7 @@ def test_casts_are_those_of_numpy_on_the_way_in_and_on_the_way_out(tmp_path, lay
         values = tensor * 10.0 ** rng.integers(-9, 9, tensor.shape)
         values.reshape(-1)[: special.size] = special[: tensor.size]
         if np.float16 in (stored, dtype):
-            values = np.where(np.isfinite(values), np.clip(values, -65280, 65280), values)  # of bfloat16 too
+            values = np.where(np.isfinite(values), np.clip(values, -65280, 65280), values)  # the range of bfloat16 too
         tensors[name] = values.astype(stored)
     save_file(tensors, tmp_path / "model.safetensors")
     params = read(tmp_path, layout, dtype=np.dtype(dtype).name)
@@ -256,7 +256,7 @@ def test_casts_are_those_of_numpy_on_the_way_in_and_on_the_way_out(tmp_path, lay
             assert written.dtype == dtype and written.tobytes() == tensor.astype(dtype).tobytes(), name
 
 
-def test_an_index_that_leads_out_of_the_folder_and_a_tensor_of_two_files_are_refused(tmp_path, layout):
+def test_an_index_that_points_outside_the_folder_and_a_tensor_in_two_files_are_rejected(tmp_path, layout):
     folder = tmp_path / "model"
     folder.mkdir()
     save_file(checkpoint(), tmp_path / "outside.safetensors")
@@ -274,7 +274,7 @@ def test_an_index_that_leads_out_of_the_folder_and_a_tensor_of_two_files_are_ref
 
 
 @pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
-def test_a_number_beyond_float16_is_refused_on_the_way_in_and_on_the_way_out(tmp_path, layout, stored):
+def test_a_number_beyond_float16_is_rejected_on_reading_and_on_writing(tmp_path, layout, stored):
     tensors = checkpoint()
     tensors["model.norm.weight"][-1] = 1e5
     save_file({name: tensor.astype(stored) for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
@@ -284,7 +284,7 @@ def test_a_number_beyond_float16_is_refused_on_the_way_in_and_on_the_way_out(tmp
         write_params(tmp_path, read(tmp_path, layout), TENSORS, "float16")
 
 
-def test_a_head_of_a_tied_model_may_be_there_twice_but_not_differ(tmp_path, layout):
+def test_the_head_of_a_tied_model_may_be_stored_twice_but_must_not_differ(tmp_path, layout):
     tensors = checkpoint()
     embedding = TENSORS["embed/tokens"].name
     tied = {"twins": {"lm_head.weight": embedding}, "tolerated": re.compile(r"lm_head\.weight")}
@@ -299,7 +299,7 @@ def test_a_head_of_a_tied_model_may_be_there_twice_but_not_differ(tmp_path, layo
         read(tmp_path, layout, **tied)
 
 
-def test_files_named_by_an_index_and_without_the_base_prefix_are_found(tmp_path, layout):
+def test_files_named_by_an_index_and_tensors_without_the_base_prefix_are_found(tmp_path, layout):
     tensors = {name.removeprefix("model."): tensor for name, tensor in checkpoint().items()}
     names = sorted(tensors)
     parts = {"a.safetensors": names[:17], "b.safetensors": names[17:]}
@@ -315,7 +315,7 @@ def test_files_named_by_an_index_and_without_the_base_prefix_are_found(tmp_path,
         read(tmp_path, layout)
 
 
-def test_missing_surplus_misshaped_and_foreign_tensors_are_all_named_at_once(tmp_path, layout):
+def test_missing_surplus_wrongly_shaped_and_foreign_tensors_are_all_reported_at_once(tmp_path, layout):
     tensors = checkpoint()
     del tensors["model.1.qkv.bias"], tensors["model.2.experts.1.up.weight"], tensors["head.bias"]
     tensors["model.3.qkv.weight"] = np.zeros(32, np.float32)
@@ -336,7 +336,7 @@ def test_missing_surplus_misshaped_and_foreign_tensors_are_all_named_at_once(tmp
     assert "inv_freq" not in reported and "\n" not in reported
 
 
-def test_an_optional_parameter_is_left_out_where_the_files_lack_it(tmp_path, layout):
+def test_an_optional_parameter_is_left_out_when_the_files_lack_it(tmp_path, layout):
     tensors = checkpoint()
     score = tensors.pop("score.weight")
     save_file(tensors, tmp_path / "model.safetensors")
@@ -347,7 +347,7 @@ def test_an_optional_parameter_is_left_out_where_the_files_lack_it(tmp_path, lay
     np.testing.assert_array_equal(read(tmp_path, layout, optional=("score/kernel",))["score/kernel"], score.T)
 
 
-def test_pickles_and_empty_folders_are_refused(tmp_path, layout):
+def test_pickles_and_empty_folders_are_rejected(tmp_path, layout):
     with pytest.raises(ValueError, match="neither model.safetensors nor"):
         read(tmp_path, layout)
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
@@ -391,27 +391,27 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_a_damaged_file_is_refused_by_name(tmp_path, layout, damage):
+def test_a_damaged_file_is_rejected_by_name(tmp_path, layout, damage):
     (tmp_path / "model.safetensors").write_bytes(DAMAGED[damage])
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged \(.+\): download it again"):
         read(tmp_path, layout)
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff", b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {"a": 1}}'])
-def test_a_damaged_index_is_refused_by_name(tmp_path, layout, content):
+def test_a_damaged_index_is_rejected_by_name(tmp_path, layout, content):
     (tmp_path / "model.safetensors.index.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is damaged \(.+\): download it again"):
         read(tmp_path, layout)
 
 
-def test_a_mesh_that_does_not_split_the_model_is_refused_with_the_dimensions(tmp_path):
+def test_a_mesh_that_does_not_divide_the_model_is_rejected_with_the_dimensions(tmp_path):
     save_file(checkpoint(), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"layers/attention/q/kernel \(32 over 6\)") as raised:
         read(tmp_path, on(fsdp=6))
     assert "mlp" not in str(raised.value)  # 24 is 6 x 4
 
 
-def test_several_files_hold_at_most_so_many_bytes_and_the_index_names_them(tmp_path, layout):
+def test_files_hold_at_most_the_maximum_bytes_and_the_index_lists_them(tmp_path, layout):
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir(), out.mkdir()
     tensors = checkpoint()
@@ -433,16 +433,16 @@ def test_several_files_hold_at_most_so_many_bytes_and_the_index_names_them(tmp_p
         np.testing.assert_array_equal(param, again[path], err_msg=path)
 
 
-def test_a_tensor_of_which_a_part_is_nowhere_is_not_written(tmp_path):
+def test_a_tensor_with_a_missing_part_is_not_written(tmp_path):
     params = {"layers/attention/q/bias": jax.numpy.zeros((LAYERS, HEADS * HEAD))}
     with pytest.raises(AssertionError, match=f"fills {HEADS * HEAD} of the {QKV} elements of model.0.qkv.bias"):
         write_params(tmp_path, params, TENSORS, "float32")
 
 
-def test_a_layer_is_fetched_alike_from_host_and_accelerator():
+def test_a_layer_is_fetched_equally_from_host_and_accelerator():
     data = jax.numpy.arange(24.0).reshape(2, 3, 4)
     for index in ([], [1], [1, 2]):
-        fetched = np.asarray(writing._copy_item([data], index, NO_LORA))  # the way of accelerators
+        fetched = np.asarray(writing._copy_item([data], index, NO_LORA))  # the path for accelerators
         np.testing.assert_array_equal(fetched, writing._fetch([data], index, NO_LORA))
         assert not np.shares_memory(fetched, np.asarray(data))
 
@@ -488,9 +488,9 @@ print(read_peak, peak - start - held)
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
 @pytest.mark.parametrize("devices", [1, 8])
-def test_the_host_holds_about_one_shard_beyond_the_devices(tmp_path, devices):
+def test_the_host_holds_about_one_shard_in_addition_to_the_devices(tmp_path, devices):
     rng = np.random.default_rng(0)
-    for name in "ab":  # 200 MB in all, of tensors so large that their memory goes back to the system at once
+    for name in "ab":  # 200 MB in all; tensors this large are returned to the system when freed
         tensors = {f"{i}.{name}": rng.random((6144, 2048), np.float32) for i in range(2)}
         save_file(tensors, tmp_path / f"{name}.safetensors")
     weight_map = {f"{i}.{name}": f"{name}.safetensors" for name in "ab" for i in range(2)}
@@ -499,7 +499,7 @@ def test_the_host_holds_about_one_shard_beyond_the_devices(tmp_path, devices):
     ran = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ))
     reading_peak, writing_peak = map(int, ran.stdout.split())
     tensor = 6144 * 2048 * 4
-    # Beside the shard, the pages of the file's tensor that it is copied from; 20 MB are Python's and jax's own.
+    # In addition to the shard, the mapped pages of the file's tensor; 20 MB are for Python and JAX themselves.
     assert reading_peak < 2 * tensor // devices + tensor + 20e6
     assert writing_peak < tensor + tensor // devices + 20e6  # a tensor, and a copy of a shard of it
     for name, array in files_of(tmp_path / "out").items():

@@ -89,7 +89,7 @@ def test_every_row_is_counted_once_over_the_stages_and_the_held_out_rows(tmp_pat
 
 
 def test_lengths_and_truncations_equal_those_counted_by_hand(tmp_path, write_jsonl):
-    # Of a byte a token: "\n\nHuman: " + prompt + "\n\nAssistant:" + " " + answer + EOS, but for what is merged.
+    # One byte per token: "\n\nHuman: " + prompt + "\n\nAssistant:" + " " + answer + EOS, except for merges.
     rows = [{"prompt": "%" * n, "chosen": "#" * 3, "rejected": "!"} for n in (1, 2, 3, 4)]
     rows.append({"prompt": "?", "chosen": "#" * 200, "rejected": "!"})
     recipe = recipe_of(tmp_path, SourceConfig(str(write_jsonl(rows))), split="1,0,0", held_out=0.0)
@@ -223,7 +223,7 @@ def test_on_a_terminal_tokens_with_loss_are_green_and_the_rest_is_dim(
     text = body(printed_text(recipe, 1, Terminal()), "sft")
     green, dim = split_colours(text)
     end = "<|im_end|>" if kind is chatml_like else "</s>"
-    # The default template has a blank before an answer, and the line breaks of an answer end its lines.
+    # The default template puts a blank before an answer, and the line breaks of an answer end its lines.
     blank = "" if kind is chatml_like else " "
     assert green == "".join(blank + turn["content"].replace("\n", "") + end for turn in learned)
     for turn in HISTORY:

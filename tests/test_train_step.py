@@ -22,13 +22,13 @@ from rlhf_jax.trees import partition
 
 EIGHT = [name for name in tiny.MESHES if name != "one"]
 CASES = {"opt": ("opt", NO_LORA), "llama-lora": ("llama", tiny.LORA)}
-# A gradient that is zero but for rounding (OPT's key bias, which softmax cannot see) would become a full step of Adam's
-# with the usual eps of 1e-8, in whatever direction the rounding points; 1e-3 keeps it nothing.
+# A gradient that is zero except for rounding (OPT's key bias, which cancels in softmax) would become a full Adam step
+# with the usual eps of 1e-8, in the direction of the rounding; 1e-3 keeps it near zero.
 OPTIM = OptimConfig(learning_rate=0.02, schedule="constant", eps=1e-3, clip_norm=1.0, weight_decay=0.01)
-# ZeRO stage, and whether moments rest in host memory; beside stage 3, with them on the devices
+# (ZeRO stage, whether moments are kept in host memory), compared with stage 3 with moments on the devices
 FORMS = [(2, False), (1, False), (0, False), (3, True), (1, True), (0, True)]
 EACH = [(case, *form) for case in CASES for form in FORMS]
-# 16 rows whose learned tokens fall unevenly: micro-batch m of 4 has the rows m, m + 4, ...; the third learns nothing.
+# 16 rows with unequal counts of loss tokens: micro-batch m of 4 has the rows m, m + 4, ...; the third has no loss.
 LENGTHS = np.array([12, 5, 9, 2, 11, 3, 12, 4, 7, 2, 10, 3, 12, 6, 8, 2])
 
 
@@ -70,7 +70,7 @@ def shards_of(tree):
 
 
 class Run:
-    """Two updates on one mesh, and what stood before and between them, on the host."""
+    """Two updates on one mesh, with the parameters before, between and after them on the host."""
 
     def __init__(self, case, name, num_micro=1, zero=3, offload=False):
         family, lora = CASES[case]
@@ -99,7 +99,7 @@ class Run:
 
 
 def on_host(tree):
-    """Copies: on a CPU, NumPy would look at the very buffer, which could then not be donated."""
+    """Copies the leaves: on a CPU, a NumPy view would share the buffer, which could then not be donated."""
     return jax.device_get(jax.tree.map(jnp.copy, tree))
 
 
@@ -109,7 +109,7 @@ def device_bytes(tree):
 
 
 def bytes_by_kind(state, frozen):
-    """Bytes on the first device; of the optimizer's state (there, in host memory)."""
+    """Bytes on the first device; for the optimizer's state (on the device, in host memory)."""
     moments = jax.tree.leaves(state.opt_state)
     there, in_host = ([x for x in moments if x.sharding.memory_kind == kind] for kind in ("device", "pinned_host"))
     held = {"trainable": device_bytes(state.trainable), "frozen": device_bytes(frozen)}
@@ -129,7 +129,7 @@ def assert_same(one, other, atol=1e-5):
 
 @pytest.mark.parametrize("name", EIGHT)
 @pytest.mark.parametrize("case", CASES)
-def test_parameters_after_one_and_two_updates_are_those_of_one_device(case, name):
+def test_parameters_after_one_and_two_updates_equal_those_of_one_device(case, name):
     one, eight = run(case, "one"), run(case, name)
     assert max(np.abs(one.two[path] - one.start[path]).max() for path in one.two) > 0.01, "the steps show"
     assert_same(one.one, eight.one)
@@ -140,7 +140,7 @@ def test_parameters_after_one_and_two_updates_are_those_of_one_device(case, name
 
 
 @pytest.mark.parametrize(("case", "zero", "offload"), EACH)
-def test_every_stage_of_zero_and_offloaded_moments_give_the_parameters_of_one_device(case, zero, offload):
+def test_every_zero_stage_and_offloaded_moments_give_the_parameters_of_one_device(case, zero, offload):
     one, eight = run(case, "one"), run(case, "fsdp4-tensor2", 2, zero, offload)
     assert_same(one.one, eight.one)
     assert_same(one.two, eight.two)
@@ -158,8 +158,8 @@ def test_every_stage_of_zero_and_offloaded_moments_give_the_parameters_of_one_de
         ("llama-lora", "fsdp4-tensor2", 1),
     ],
 )
-def test_offloaded_moments_are_those_of_one_program_but_for_its_fused_rounding(case, name, zero):
-    # Two programs round where one may multiply and add at once: a unit in the last place, here of numbers of about 1.
+def test_offloaded_moments_equal_those_of_one_program_except_for_fused_rounding(case, name, zero):
+    # Two programs round where one may fuse multiply and add: a unit in the last place, here for numbers of about 1.
     fused, apart = (run(case, name, 1 if name == "one" else 2, zero, offload) for offload in (False, True))
     assert_same(fused.two, apart.two, atol=1e-6)
     ours, theirs = (jax.device_get(trained.state.opt_state) for trained in (fused, apart))
@@ -169,7 +169,7 @@ def test_offloaded_moments_are_those_of_one_program_but_for_its_fused_rounding(c
 
 
 @pytest.mark.parametrize(("case", "zero", "offload"), [*((case, 3, False) for case in CASES), *EACH])
-def test_each_device_holds_what_the_stage_says_before_and_after_updates_counted_in_bytes(case, zero, offload):
+def test_each_device_holds_the_bytes_of_its_zero_stage_before_and_after_updates(case, zero, offload):
     trained = run(case, "fsdp4-tensor2", 2, zero, offload)
 
     def parts(leaf, stage):
@@ -186,7 +186,7 @@ def test_each_device_holds_what_the_stage_says_before_and_after_updates_counted_
         assert state["optimizer"] == ((counters, moments) if offload else (counters + moments, 0))
 
 
-def test_offloaded_moments_are_on_the_device_for_their_own_parameter_and_gone_before_the_next():
+def test_offloaded_moments_are_on_the_device_for_their_own_parameter_only():
     trained = run("opt", "one", 1, 3, True)
     layout, tx, seen, before = trained.layout, make_optimizer(OPTIM, 10), [], []
     update, (state, frozen) = trained.update, fresh_state(trained.config, trained.lora, layout, tx)
@@ -213,7 +213,7 @@ def test_offloaded_moments_are_on_the_device_for_their_own_parameter_and_gone_be
     ("first", "second"),
     [((3, False), (0, False)), ((0, False), (2, False)), ((1, False), (3, True)), ((2, True), (1, False))],
 )
-def test_what_is_saved_under_one_form_resumes_under_another(first, second, tmp_path):
+def test_a_state_saved_at_one_zero_stage_and_offload_setting_resumes_at_another(first, second, tmp_path):
     wanted, params, _ = resume_pair("llama-lora", first, second, tmp_path)
     assert_same(wanted.two, params)
 
@@ -227,7 +227,7 @@ def test_what_is_saved_under_one_form_resumes_under_another(first, second, tmp_p
         *(("llama-lora", form) for form in ((3, True), (1, True), (0, False))),
     ],
 )
-def test_what_resumes_under_the_form_it_was_saved_under_is_equal_bit_for_bit(case, form, tmp_path):
+def test_a_state_resumed_at_its_own_zero_stage_and_offload_setting_is_bit_equal(case, form, tmp_path):
     wanted, params, state = resume_pair(case, form, form, tmp_path)
     for path, leaf in params.items():
         np.testing.assert_array_equal(leaf, wanted.two[path], err_msg=path)
@@ -237,7 +237,7 @@ def test_what_resumes_under_the_form_it_was_saved_under_is_equal_bit_for_bit(cas
 
 
 def resume_pair(case, first, second, folder):
-    """The run of the second form without a stop, and parameters and state that it reaches from the first's step 1."""
+    """(uninterrupted run with setting `second`, parameters and state when resumed from step 1 of setting `first`)."""
     one, two = (run(case, "fsdp4-tensor2", 2, *form) for form in (first, second))
     (first, base), (second, frozen) = (
         fresh_state(each.config, each.lora, each.layout, make_optimizer(OPTIM, 10)) for each in (one, two)
@@ -248,7 +248,7 @@ def resume_pair(case, first, second, folder):
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), second)
         restored, _ = checkpoints.restore(1, abstract)
     where = jax.tree.map(lambda x: x.sharding.memory_kind, (abstract, restored))
-    assert where[0] == where[1], "restored where they rest"
+    assert where[0] == where[1], "restored in their memory kind"
     state, _ = two.update(restored, frozen, two.batch)
     return two, on_host(state.params(frozen)), state
 
@@ -271,7 +271,7 @@ def test_two_micro_batches_on_eight_devices_equal_one_on_one():
 
 
 def toy(num_micro):
-    """Least squares with one weight: a batch whose rows weigh `count`, so that every number can be checked by hand."""
+    """Least squares with one parameter: rows are weighted by `count`, so that every number can be checked by hand."""
     layout = Layout(single_device_mesh(), TRAIN)
 
     def loss_fn(params, batch):
@@ -285,7 +285,7 @@ def toy(num_micro):
 
 
 @pytest.mark.parametrize("num_micro", [1, 2, 4])
-def test_the_gradient_is_the_sum_over_all_rows_divided_by_the_count_of_all_by_hand(num_micro):
+def test_the_gradient_is_the_sum_over_all_rows_divided_by_the_total_count_as_computed_by_hand(num_micro):
     update, state, layout = toy(num_micro)
     batch = {"x": np.array([1.0, 2.0, 3.0, 4.0], np.float32), "count": np.array([1.0, 0.0, 2.0, 5.0], np.float32)}
     state, stats = update(state, {}, layout.put_batch(batch))
@@ -297,7 +297,7 @@ def test_the_gradient_is_the_sum_over_all_rows_divided_by_the_count_of_all_by_ha
     assert int(state.step) == 1
 
 
-def test_a_batch_that_learns_nothing_changes_nothing_and_is_not_a_nan():
+def test_a_batch_without_loss_tokens_changes_nothing_and_gives_no_nan():
     update, state, layout = toy(2)
     batch = {"x": np.ones(4, np.float32), "count": np.zeros(4, np.float32)}
     state, stats = update(state, {}, layout.put_batch(batch))
@@ -306,7 +306,7 @@ def test_a_batch_that_learns_nothing_changes_nothing_and_is_not_a_nan():
 
 @pytest.mark.parametrize("name", EIGHT)
 @pytest.mark.parametrize("case", CASES)
-def test_moments_are_born_in_the_shards_of_their_parameters_and_stay_there(case, name):
+def test_moments_are_created_with_the_shardings_of_their_parameters_and_keep_them(case, name):
     trained = run(case, name)
     parts = trained.layout.shards("mlp")
 
@@ -329,9 +329,9 @@ def test_moments_are_born_in_the_shards_of_their_parameters_and_stay_there(case,
     ("name", "zero"), [*((name, 3) for name in ["one", *EIGHT]), *(("fsdp4-tensor2", zero) for zero in (2, 1, 0))]
 )
 @pytest.mark.parametrize("case", CASES)
-def test_the_state_is_donated_and_every_byte_of_it_aliased_but_what_is_frozen(case, name, zero):
+def test_the_state_is_donated_and_every_byte_of_it_aliased_except_frozen_weights(case, name, zero):
     trained = run(case, name) if zero == 3 else run(case, name, 2, zero)
-    # Scalars may be copied; nothing of any size is.
+    # Scalars may be copied; larger arrays are not.
     assert trained.compiled.memory_analysis().alias_size_in_bytes >= trained.bytes - 64
     for leaf in jax.tree.leaves((trained.first_state.trainable, trained.first_state.opt_state)):
         assert leaf.is_deleted()
@@ -339,7 +339,7 @@ def test_the_state_is_donated_and_every_byte_of_it_aliased_but_what_is_frozen(ca
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_offloaded_gradients_and_each_parameters_step_are_compiled_once_in_two_updates(case):
+def test_with_offloading_the_gradient_program_and_each_parameter_step_compile_once_in_two_updates(case):
     trained = run(case, "fsdp4-tensor2", 2, 1, True)
     assert trained.first_compiled == ["jit(gradients)"]
     steps = [name for name in trained.later_compiled if name == "jit(step)"]
@@ -362,7 +362,7 @@ def test_the_second_update_compiles_nothing(case, name, zero):
 
 
 @pytest.mark.parametrize("name", ["one", "fsdp4-tensor2"])
-def test_under_adapters_the_base_stays_bit_equal_and_every_adapter_moves(name):
+def test_with_adapters_the_base_stays_bit_equal_and_every_adapter_changes(name):
     trained = run("llama-lora", name)
     for path in trained.start:
         same = np.array_equal(trained.start[path], trained.two[path])
@@ -404,7 +404,7 @@ def test_the_gradient_reaches_every_layer_of_every_trainable_parameter(family, l
         assert not np.any(gradients["embed/tokens"][config.vocab_size :]), "no id is there"
 
 
-def test_a_state_is_laid_out_by_the_paths_in_it_and_scalars_are_everywhere():
+def test_a_state_is_sharded_by_its_paths_and_scalars_are_replicated():
     config, layout = tiny.LLAMA, Layout(tiny.mesh_of("fsdp4-tensor2"), TRAIN)
     tx = make_optimizer(OPTIM, 10)
     state, frozen = fresh_state(config, NO_LORA, layout, tx)

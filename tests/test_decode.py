@@ -48,7 +48,7 @@ def answers(family, sample, *, name="one", eos=NO_EOS, lengths=tuple(LENGTHS), w
 
 @functools.partial(jax.jit, static_argnums=0)
 def last_logits(config, params, tokens, sizes):
-    """[B, V] by the training decoder, at the last of the first `sizes` tokens of each right-padded row."""
+    """[B, V] logits of the training decoder at the last of the first `sizes` tokens of each right-padded row."""
     mask = jnp.arange(tokens.shape[1]) < sizes[:, None]
     hidden = bind(config, params)(tokens, mask, Compute(jnp.float32, "none"))
     at_last = jnp.take_along_axis(hidden, sizes[:, None, None] - 1, axis=1)[:, 0]
@@ -66,7 +66,7 @@ def log_softmax(x):
 
 
 def truncate_logprobs(logits, sample):
-    """[V] log-probabilities in float64 of what the sample is drawn from, -inf where it is cut."""
+    """[V] float64 log-probabilities of the sampling distribution, -inf for truncated tokens."""
     logp = log_softmax(logits / (sample.temperature or 1.0))
     if sample.top_k:
         kept = np.argsort(-logp)[: sample.top_k]
@@ -79,7 +79,7 @@ def truncate_logprobs(logits, sample):
 
 
 def token_by_token(family, sample, lengths=LENGTHS, width=8, key=KEY):
-    """(tokens, logprobs), [B, NEW]: every token by a whole forward pass of all that stands before it."""
+    """(tokens, logprobs), [B, NEW]: every token by a full forward pass over all tokens before it."""
     config = tiny.FAMILIES[family]
     prompts, mask = tiny.prompts(config, lengths, width)
     rows, sizes = len(lengths), np.asarray(lengths)
@@ -94,7 +94,7 @@ def token_by_token(family, sample, lengths=LENGTHS, width=8, key=KEY):
             if sample.temperature == 0:
                 token = int(np.argmax(logits[row]))
             else:
-                # The vocabulary's padding takes part in the draw, with probability 0: its length fixes the noise.
+                # The padding of the vocabulary is part of the draw with probability 0: the noise depends on its length.
                 padded = np.full(config.padded_vocab, -np.inf, np.float32)
                 padded[: config.vocab_size] = logp
                 token = int(draw_one(key, row, t, padded))
@@ -105,7 +105,7 @@ def token_by_token(family, sample, lengths=LENGTHS, width=8, key=KEY):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_cached_generation_equals_a_whole_forward_pass_for_every_token(family, temperature):
+def test_cached_generation_equals_a_full_forward_pass_for_every_token(family, temperature):
     sample = SampleConfig(NEW, temperature)
     tokens, logprobs = token_by_token(family, sample)
     rollout = answers(family, sample)
@@ -118,7 +118,7 @@ def test_cached_generation_equals_a_whole_forward_pass_for_every_token(family, t
 @pytest.mark.parametrize(
     "sample", [SampleConfig(NEW, 1.0, top_k=5), SampleConfig(NEW, 1.3, top_p=0.7), SampleConfig(NEW, 0.7, 9, 0.8)]
 )
-def test_with_top_k_and_top_p_the_logprobs_are_of_the_truncated_distribution(sample):
+def test_with_top_k_and_top_p_logprobs_are_those_of_the_truncated_distribution(sample):
     tokens, logprobs = token_by_token("llama", sample)
     rollout = answers("llama", sample)
     np.testing.assert_array_equal(rollout.tokens, tokens)
@@ -131,7 +131,7 @@ def test_with_top_k_and_top_p_the_logprobs_are_of_the_truncated_distribution(sam
     ("family", "name"),
     [(f, n) for f in ("opt", "llama") for n in EIGHT] + [("opt-350m", EIGHT[0]), ("llama-tied", EIGHT[1])],
 )
-def test_eight_devices_draw_the_tokens_of_one(family, name):
+def test_eight_devices_sample_the_tokens_of_one(family, name):
     sample = SampleConfig(NEW, 0.7)
     one, eight = answers(family, sample), answers(family, sample, name=name)
     np.testing.assert_array_equal(eight.tokens, one.tokens)
@@ -139,7 +139,7 @@ def test_eight_devices_draw_the_tokens_of_one(family, name):
 
 
 @pytest.mark.parametrize("rows", [3, 5, 7])
-def test_rows_that_do_not_divide_the_mesh_are_filled_up_and_dropped_and_answer_the_same(rows):
+def test_rows_that_do_not_divide_among_the_devices_are_padded_and_give_the_same_answers(rows):
     sample = SampleConfig(NEW, 0.7)
     whole = answers("llama", sample)
     config, mesh = tiny.LLAMA, tiny.mesh_of("fsdp4-tensor2")
@@ -152,7 +152,7 @@ def test_rows_that_do_not_divide_the_mesh_are_filled_up_and_dropped_and_answer_t
     np.testing.assert_allclose(part.logprobs, whole.logprobs[:rows], atol=1e-5)
 
 
-def test_a_row_ends_with_its_eos_and_the_others_go_on_as_if_it_had_not():
+def test_a_row_ends_at_its_eos_without_affecting_the_others():
     sample = SampleConfig(NEW, 0.7)
     free = answers("llama", sample)
     early = {int(free.tokens[0, 0]), int(free.tokens[1, 2])}
@@ -176,13 +176,13 @@ def test_a_row_ends_with_its_eos_and_the_others_go_on_as_if_it_had_not():
     assert np.isin(last[cut.ended], eos).all() and not np.isin(last[~cut.ended], eos).any()
 
 
-def test_the_loop_ends_when_every_row_has():
+def test_the_loop_ends_when_every_row_has_ended():
     rollout = answers("llama", SampleConfig(NEW, 0.7), eos=tuple(range(61)))
     assert rollout.ended.all() and rollout.mask.sum() == 8
     assert rollout.tokens[:, 0].any() and not rollout.tokens[:, 1:].any(), "nothing was drawn after the first token"
 
 
-def test_one_new_token_after_a_prompt_of_one_token_is_the_first_of_many():
+def test_one_new_token_after_a_one_token_prompt_equals_the_first_of_many():
     many = answers("opt", SampleConfig(NEW, 0.0), lengths=(1, 1))
     one = answers("opt", SampleConfig(1, 0.0), lengths=(1, 1), width=1)
     assert one.tokens.shape == (2, 1)
@@ -193,7 +193,7 @@ def test_one_new_token_after_a_prompt_of_one_token_is_the_first_of_many():
     np.testing.assert_allclose(one.logprobs, many.logprobs[:, :1], atol=1e-5)
 
 
-def test_the_width_of_the_left_padding_changes_nothing():
+def test_the_width_of_left_padding_does_not_change_the_answers():
     sample = SampleConfig(NEW, 0.7)
     narrow = answers("opt", sample)
     config = tiny.OPT
@@ -206,7 +206,7 @@ def test_the_width_of_the_left_padding_changes_nothing():
     np.testing.assert_allclose(rollout.logprobs, narrow.logprobs, atol=1e-5)
 
 
-def test_another_key_draws_other_tokens_and_the_same_key_the_same():
+def test_the_same_key_samples_the_same_tokens_and_another_key_others():
     sample = SampleConfig(NEW, 0.7)
     one, same, other = (answers("llama", sample, key=key) for key in (KEY, jax.random.key(11), jax.random.key(12)))
     np.testing.assert_array_equal(same.tokens, one.tokens)
@@ -214,7 +214,7 @@ def test_another_key_draws_other_tokens_and_the_same_key_the_same():
     assert (other.tokens != one.tokens).mean() > 0.5
 
 
-def test_rows_with_the_same_prompt_are_drawn_apart():
+def test_rows_with_the_same_prompt_are_sampled_independently():
     config = tiny.LLAMA
     tokens, mask = tiny.prompts(config, [5], 8)
     run = make_generate(config, SampleConfig(NEW, 0.7), NO_EOS, single_device_mesh(), FLOAT32)
@@ -235,7 +235,7 @@ def test_rows_with_the_same_prompt_are_drawn_apart():
         SampleConfig(1, top_p=1e-6),
     ],
 )
-def test_forty_thousand_draws_fit_the_distribution_of_a_numpy_reference(sample):
+def test_forty_thousand_samples_fit_the_distribution_of_a_numpy_reference(sample):
     logits = np.random.default_rng(3).normal(0, 1.2, 12).astype(np.float32)
     count = 40_000
     tokens, logprobs = jax.jit(draw, static_argnums=2)(
@@ -250,26 +250,26 @@ def test_forty_thousand_draws_fit_the_distribution_of_a_numpy_reference(sample):
     assert statistic <= chi2.ppf(0.999, max(kept.sum() - 1, 1))
 
 
-def test_top_p_keeps_the_likeliest_that_first_reach_p():
+def test_top_p_keeps_the_fewest_likeliest_tokens_that_reach_p():
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]]))
     for p, kept in [(0.49, 1), (0.51, 2), (0.79, 2), (0.81, 3), (0.96, 4)]:
         cut = np.isfinite(truncate_logits(logits, SampleConfig(1, top_p=p)))
         assert cut.sum(1).tolist() == [kept, kept] and cut[0, 0] and cut[1, 3]
 
 
-def test_top_p_counts_the_mass_that_top_k_left():
+def test_top_p_is_applied_to_the_mass_left_by_top_k():
     logits = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1]]))
-    cut = truncate_logits(logits, SampleConfig(1, top_k=2, top_p=0.56))  # of 4/7 and 3/7
+    cut = truncate_logits(logits, SampleConfig(1, top_k=2, top_p=0.56))  # probabilities 4/7 and 3/7
     assert np.isfinite(cut).tolist() == [[True, False, False, False]]
 
 
-def test_the_padding_of_the_vocabulary_is_never_drawn_however_hot():
+def test_the_padding_of_the_vocabulary_is_never_sampled_at_any_temperature():
     rollout = answers("llama", SampleConfig(NEW, 100.0), lengths=tuple([4] * 64))
     assert rollout.tokens.max() < 61 and len(np.unique(rollout.tokens)) > 55
     assert rollout.logprobs.min() > np.log(1 / 61) - 0.5, "61 ids share the mass, not 64"
 
 
-def test_lengths_are_rounded_up_to_powers_of_two_from_32_on():
+def test_lengths_are_rounded_up_to_powers_of_two_of_at_least_32():
     assert [bucket_length(n) for n in (1, 31, 32, 33, 64, 65, 1000)] == [32, 32, 32, 64, 64, 128, 1024]
 
 
@@ -283,19 +283,19 @@ def test_lengths_are_rounded_up_to_powers_of_two_from_32_on():
         (SampleConfig(1, top_p=1.1), "top_p=1.1: above 0 and at most 1"),
     ],
 )
-def test_settings_that_name_no_distribution_are_refused(sample, reported):
+def test_settings_that_define_no_distribution_are_rejected(sample, reported):
     with pytest.raises(ValueError, match=reported):
         check_sample(sample)
     with pytest.raises(ValueError, match=reported):
         make_generate(tiny.LLAMA, sample, NO_EOS, single_device_mesh(), FLOAT32)
 
 
-def test_an_empty_prompt_is_refused_by_its_row():
+def test_an_empty_prompt_is_rejected_with_its_row():
     with pytest.raises(ValueError, match="row 2 of the prompts is empty: give it at least one token"):
         answers("opt", SampleConfig(NEW), lengths=(3, 1, 0, 2))
 
 
-def test_more_positions_than_the_model_has_are_refused_with_both_mends():
+def test_more_positions_than_the_model_has_are_rejected_with_both_fixes():
     check_positions(tiny.OPT, 34, 6)
     with pytest.raises(ValueError) as error:
         answers("opt", SampleConfig(NEW), lengths=(35, 1), width=35)
@@ -305,7 +305,7 @@ def test_more_positions_than_the_model_has_are_refused_with_both_mends():
     )
 
 
-def test_a_prompt_and_an_answer_that_just_fit_use_the_last_position():
+def test_a_prompt_and_an_answer_that_fill_all_positions_are_accepted():
     family, sample = "opt", SampleConfig(NEW, 0.0)
     rollout = answers(family, sample, lengths=(34, 3), width=34)
     np.testing.assert_array_equal(rollout.tokens, token_by_token(family, sample, (34, 3), 34)[0])
@@ -317,7 +317,7 @@ def pretrained(family, name="one", eos=-1, **more):
     return dataclasses.replace(model, **more)
 
 
-def test_the_public_generate_takes_padding_on_either_side():
+def test_public_generate_accepts_padding_on_either_side():
     family, sample = "opt-350m", SampleConfig(NEW, 0.7)
     expected = answers(family, sample)
     for side in ("left", "right"):
@@ -328,7 +328,7 @@ def test_the_public_generate_takes_padding_on_either_side():
             np.testing.assert_allclose(rollout.logprobs, expected.logprobs, atol=1e-5)
 
 
-def test_the_public_generate_on_eight_devices_equals_one_with_any_number_of_rows():
+def test_public_generate_on_eight_devices_equals_one_with_any_number_of_rows():
     tokens, mask = tiny.prompts(tiny.LLAMA, LENGTHS[:3], 8, side="right")
     one, eight = (
         rlhf_jax.generate(pretrained("llama", name), tokens, mask, SampleConfig(NEW, 0.7), KEY)
@@ -338,7 +338,7 @@ def test_the_public_generate_on_eight_devices_equals_one_with_any_number_of_rows
     np.testing.assert_allclose(eight.logprobs, one.logprobs, atol=1e-5)
 
 
-def test_greedy_answers_are_the_argmax_of_the_public_apply():
+def test_greedy_answers_are_the_argmax_of_public_apply():
     model = pretrained("llama")
     tokens, mask = tiny.prompts(tiny.LLAMA, LENGTHS, 8)
     rollout = rlhf_jax.generate(model, tokens, mask, SampleConfig(NEW, 0.0), KEY)
@@ -350,7 +350,7 @@ def test_greedy_answers_are_the_argmax_of_the_public_apply():
     np.testing.assert_allclose(rollout.logprobs, chosen, atol=1e-5)
 
 
-def test_every_place_that_names_an_eos_ends_answers():
+def test_an_eos_named_in_any_configuration_file_ends_answers():
     free = answers("llama", SampleConfig(NEW, 0.7))
     one, other = int(free.tokens[0, 0]), int(free.tokens[1, 0])
     model = pretrained("llama", eos=one, generation_config={"eos_token_id": [other]})
@@ -367,13 +367,13 @@ def test_a_model_with_a_scalar_head_cannot_generate():
         rlhf_jax.generate(model, *tiny.prompts(tiny.LLAMA, [2], 2), SampleConfig(NEW), KEY)
 
 
-# Of the tiny LLaMA: in each of two layers query, key and value, scores, their average, output, gate and up, and down;
-# then the head. Where generation reads the training base, five linears in place of two, and two products per adapter.
+# Products of the tiny LLaMA: per layer (two) query-key-value, scores, weighted values, output, gate-up, and down;
+# then the head. If generation reads the training base: five linears instead of two, and two products per adapter.
 PRODUCTS = {"fused": 13, "one_copy": 19, "one_copy-lora": 47, "nf4": 19, "nf4-lora": 47}
 
 
 @pytest.mark.parametrize("kind", PRODUCTS)
-def test_a_decode_step_multiplies_by_every_weight_once_as_written_and_as_compiled(kind):
+def test_a_decode_step_multiplies_by_every_weight_once_as_traced_and_as_compiled(kind):
     kept, _, lora = kind.partition("-")
     config, mesh = tiny.with_lora(tiny.LLAMA, tiny.LORA if lora else NO_LORA), single_device_mesh()
     params, leaves = tiny.random_params(config, mesh), abstract_params(config)

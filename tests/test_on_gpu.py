@@ -1,11 +1,11 @@
-"""What must always hold of the engine, in bfloat16 and with cuDNN's attention, on a GPU: `pytest -m gpu`.
+"""Invariants of the engine, in bfloat16 and with cuDNN's attention, on a GPU: `pytest -m gpu`.
 
-Where no GPU is asked for the same tests run with XLA's attention in cuDNN's place, on the same rolled rows.
+Without `-m gpu` the same tests run with XLA's attention in place of cuDNN's, on the same rolled rows.
 
-How far may two programs in bfloat16 be from each other? Each is off the same function in float32 by its own roundings,
-of root mean square e: two whose roundings are independent differ by sqrt(2) e, and `ALLOWED` is 2, in units of the
-larger e, which is measured here and is itself held below a bound. What is wrong by a token, a position or a layer is
-off by 20 e and more.
+How much may two programs in bfloat16 differ? Each differs from the same function in float32 by its own roundings,
+of root mean square e: two with independent roundings differ by sqrt(2) e, and `ALLOWED` is 2, in units of the
+larger e, which is measured here and is itself bounded. An error of one token, position or layer changes results by
+20 e and more.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ BFLOAT16, FLOAT32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
 ALLOWED = 2.0
 ROWS, WIDTH, NEW, VOCAB = 16, 32, 24, 500
 LENGTHS = [32, 1, 17, 5, 32, 9, 28, 2, 13, 31, 7, 20, 3, 25, 11, 30]
-EOS = tuple(range(3, VOCAB, 16))  # one in 16 ids, so that answers are of many lengths
+EOS = tuple(range(3, VOCAB, 16))  # one in 16 ids, so that answers have many lengths
 WIDE = dict(hidden_size=128, embed_size=128, num_layers=4, head_dim=64, mlp_size=256, vocab_size=VOCAB)
 WIDE |= dict(padded_vocab=512, max_positions=128, attention_scale=64**-0.5)
 OPT = dataclasses.replace(tiny.OPT, num_heads=2, num_kv_heads=2, position_rows=130, **WIDE)
@@ -61,7 +61,7 @@ in_both_families = pytest.mark.parametrize("family", ["opt", "llama"])
 
 @pytest.fixture(params=["xla", pytest.param("cudnn", marks=pytest.mark.gpu)], autouse=True)
 def kernel(request, monkeypatch):
-    """cuDNN's attention; or, without a GPU, XLA's behind the choice of "cudnn"."""
+    """cuDNN's attention or, without a GPU, XLA's attention in its place when "cudnn" is chosen."""
     if request.param == "cudnn":
         return
     fused = functools.partial(fused_attention, implementation="xla")
@@ -75,7 +75,7 @@ def kernel(request, monkeypatch):
 
 
 def params_of(config, lora=NO_LORA, seed=0, kind="float32"):
-    """Random parameters with every bias, scale and adapter away from its start; kernels of the layers in `kind`."""
+    """Random parameters with no bias, scale or adapter at its initial value; layer kernels stored as `kind`."""
     key, layout = jax.random.key(seed), Layout(single_device_mesh(), TRAIN)
     config = tiny.with_lora(config, lora)
     leaves, params = abstract_params(config), init_params(config, key, layout)
@@ -111,7 +111,7 @@ def rows_of(rollout):
 
 
 def answer_logits(config, lora, params, rollout, dtype, attention):
-    """[B, N, V] before each answer token, by one whole forward pass without a cache."""
+    """[B, N, V] logits before each answer token, by one full forward pass without a cache."""
     tokens, mask, starts = rows_of(rollout)
 
     @jax.jit
@@ -126,7 +126,7 @@ def answer_logits(config, lora, params, rollout, dtype, attention):
 
 
 def exact_logits(config, lora, params, rollout):
-    """The same in float32, with XLA's attention and dense kernels: what bfloat16 rounds."""
+    """The same logits in float32, with XLA's attention and dense kernels: the reference for bfloat16 rounding."""
     dense = {path: dequantise(leaf, FLOAT32) for path, leaf in params.items()}
     return answer_logits(config, lora, dense, rollout, FLOAT32, "xla")
 
@@ -145,7 +145,7 @@ def answers_of(config, params, lora=NO_LORA, *, temperature, rows=0):
 
 
 @in_both_families
-def test_greedy_tokens_with_a_cache_are_the_likeliest_without_one(family):
+def test_greedy_tokens_with_a_kv_cache_are_the_likeliest_without_one(family):
     config = FAMILIES[family]
     params = params_of(config)
     rollout = answers_of(config, params, temperature=0.0)
@@ -154,13 +154,13 @@ def test_greedy_tokens_with_a_cache_are_the_likeliest_without_one(family):
     error = rms((whole - exact)[rollout.mask])
     assert 0 < error < 0.02 * rms(exact[rollout.mask]), "bfloat16 keeps 8 bits, and there are four layers"
     lost = whole.max(-1) - np.take_along_axis(whole, rollout.tokens[..., None], axis=-1)[..., 0]
-    # Two logits, each rounded in both programs, and the worst of some 200 choices: 4 sqrt(2) ALLOWED e.
+    # Two logits, each rounded in both programs, and the worst of about 200 choices: 4 sqrt(2) ALLOWED e.
     assert lost[rollout.mask].max() <= 4 * 2**0.5 * ALLOWED * error
     assert (lost[rollout.mask] == 0).mean() > 0.9, "near ties are few"
 
 
 class Scored:
-    """Sampled, scored, and once updated by plain gradient descent."""
+    """An engine that samples, scores and makes one update by plain gradient descent."""
 
     def __init__(self, family, kind, num_micro=1, dtype=BFLOAT16, attention="cudnn"):
         self.config, self.lora = FAMILIES[family], NO_LORA if kind == "float32" else LORA
@@ -196,7 +196,7 @@ class Scored:
         return self.engine.generate(weights, *prompts, jax.random.key(7))
 
     def updated(self, experience):
-        """({path: change of the actor and critic}, stats)"""
+        """({path: change of the actor and critic}, stats)."""
         before = [jax.device_get(jax.tree.map(jnp.copy, x.trainable)) for x in (self.state.actor, self.state.critic)]
         after, stats = self.engine.update(self.state, self.frozen, experience)
         moved = zip((after.actor, after.critic), before, strict=True)
@@ -205,7 +205,7 @@ class Scored:
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
-def test_sampled_logprobs_are_the_scored_ones_and_the_first_ratio_is_one(family, kind):
+def test_sampled_logprobs_equal_the_scored_ones_and_the_first_ratio_is_one(family, kind):
     run = Scored(family, kind)
     rollout = run.sampled()
     experience = run.engine.score(run.state, run.frozen, rollout)
@@ -221,13 +221,13 @@ def test_sampled_logprobs_are_the_scored_ones_and_the_first_ratio_is_one(family,
     assert abs(stats["actor_loss"]) <= ALLOWED * error, "minus the mean of whitened advantages, had all ratios been 1"
 
 
-def test_one_micro_batch_learns_what_four_learn_and_what_float32_learns():
+def test_one_micro_batch_gives_the_update_of_four_and_of_float32():
     one, four = Scored("opt", "float32"), Scored("opt", "float32", num_micro=4)
     exact = Scored("opt", "float32", dtype=FLOAT32, attention="xla")
     with jax.default_matmul_precision("highest"):
         experience = exact.engine.score(exact.state, exact.frozen, exact.sampled())
         truth, _ = exact.updated(experience)
-    # Its own old log-probabilities would move the ratios of a program in bfloat16 about 1 by its roundings.
+    # With their own old log-probabilities, bfloat16 programs would have ratios that differ from 1 by roundings.
     (first, _), (second, _) = one.updated(experience), four.updated(experience)
     for want, whole, parts in zip(truth, first, second, strict=True):
         size = np.sqrt(sum(np.square(x).sum() for x in want.values()))
@@ -240,7 +240,7 @@ def test_one_micro_batch_learns_what_four_learn_and_what_float32_learns():
 
 
 @in_both_families
-def test_states_and_gradients_with_fused_attention_are_as_near_to_float32_as_with_xlas(family):
+def test_states_and_gradients_with_fused_attention_are_as_close_to_float32_as_with_xlas(family):
     config, layout = FAMILIES[family], Layout(single_device_mesh(), TRAIN)
     params = params_of(config)
     tokens, mask = tiny.prompts(config, [64, 1, 40, 17], 64, side="right")
@@ -262,13 +262,13 @@ def test_states_and_gradients_with_fused_attention_are_as_near_to_float32_as_wit
         if not rms(want):
             continue
         mine, its = (rms(got[path] - want) / rms(want) for got in (fused, plain))
-        # The bias of the keys has no gradient but roundings: attention does not change when all keys move alike.
-        if not path.endswith("k/bias"):  # half a gradient lost would be off by 0.5, and another's by 1.4
+        # The key bias has no gradient except roundings: attention does not change when all keys move equally.
+        if not path.endswith("k/bias"):  # losing half a gradient gives 0.5, an unrelated one 1.4
             assert 0 < its < 0.2 and mine <= ALLOWED * its, f"{path}: {mine:.4f} fused, {its:.4f} not fused"
 
 
 @in_both_families
-def test_a_few_rows_that_are_refilled_give_the_greedy_answers_of_all_at_once(family):
+def test_slot_refill_gives_the_greedy_answers_of_one_batch(family):
     config = FAMILIES[family]
     params = params_of(config)
     once, refilled = (answers_of(config, params, temperature=0.0, rows=rows) for rows in (0, 4))
@@ -279,7 +279,7 @@ def test_a_few_rows_that_are_refilled_give_the_greedy_answers_of_all_at_once(fam
     )
     same = (once.tokens == refilled.tokens).all(1)
     assert same.mean() >= 0.5
-    for row in np.flatnonzero(~same):  # products of 4 rows may be summed in another order than of 16: a near tie fell
+    for row in np.flatnonzero(~same):  # matmuls of 4 and 16 rows may sum in different orders: a near tie flipped
         at = int(np.argmax(once.tokens[row] != refilled.tokens[row]))
         tie = exact[row, at][[once.tokens[row, at], refilled.tokens[row, at]]]
         assert abs(tie[0] - tie[1]) <= 4 * 2**0.5 * ALLOWED * error, f"row {row} left at token {at}"

@@ -1,4 +1,4 @@
-"""Quantised kernels: against bitsandbytes in NumPy, on one device and eight, in training, answers and files."""
+"""Quantised kernels: against bitsandbytes in NumPy, on one device and eight, in training, generation and files."""
 
 import dataclasses
 import functools
@@ -58,7 +58,7 @@ def kernel(*shape: int) -> np.ndarray:
 
 
 def dynamic_map() -> np.ndarray:
-    """create_dynamic_map(signed=True) of bitsandbytes, in its words."""
+    """create_dynamic_map(signed=True), copied from bitsandbytes."""
     data, max_exponent_bits, non_sign_bits = [], 7, 7
     for i in range(max_exponent_bits):
         boundaries = np.linspace(0.1, 1, 2 ** (i + non_sign_bits - max_exponent_bits) + 1)
@@ -86,20 +86,20 @@ def reference_nf4(w: np.ndarray):
     return codes[0::2] << 4 | codes[1::2], scales, groups, offset, dense
 
 
-def test_the_books_are_those_of_bitsandbytes():
+def test_the_codebooks_equal_those_of_bitsandbytes():
     thresholds = [
         *(-0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544, -0.23460740596055984),
         *(-0.13791173323988914, -0.045525018125772476, 0.03979014977812767, 0.1202552504837513, 0.2035212516784668),
         *(0.2920137718319893, 0.3893125355243683, 0.5016634166240692, 0.6427869200706482, 0.8614784181118011),
-    ]  # of dQuantizeNF4 in its kernels
+    ]  # from dQuantizeNF4 in the CUDA kernels of bitsandbytes
     np.testing.assert_allclose((NF4[1:] + NF4[:-1]) / 2, thresholds, atol=3e-8)
     assert len(DYNAMIC) == 256
     np.testing.assert_array_equal(DYNAMIC, dynamic_map())
 
 
 @pytest.mark.parametrize("axis", [-2, -1])
-def test_nf4_with_double_quantisation_is_the_algorithm_of_bitsandbytes(axis):
-    torch_weight = kernel(40, 128)  # 80 maxima: one group, that is not full
+def test_nf4_with_double_quantisation_equals_bitsandbytes(axis):
+    torch_weight = kernel(40, 128)  # 80 maxima: one group, partially filled
     ours = torch_weight.T if axis == -2 else torch_weight
     got = quantise(jnp.asarray(ours), "nf4", axis)
     flat = [np.asarray(x.T if axis == -2 else x).reshape(-1) for x in (got.codes, got.scales)]
@@ -113,19 +113,19 @@ def test_nf4_with_double_quantisation_is_the_algorithm_of_bitsandbytes(axis):
 
 
 @pytest.mark.parametrize("axis", [-2, -1])
-def test_int8_rounds_each_block_to_127_steps_of_its_largest(axis):
+def test_int8_rounds_each_block_to_127_steps_of_its_largest_element(axis):
     w = kernel(3, 256, 256)
     got = quantise(jnp.asarray(w), "int8", axis)
     blocks = np.moveaxis(w, axis, -1).reshape(3, 256, 2, 128)
     step = np.abs(blocks).max(-1, keepdims=True) / 127
     want = np.moveaxis((np.rint(blocks / step) * step).reshape(3, 256, 256), -1, axis)
     wrong = np.abs(np.asarray(dequantise(got, FLOAT32)) - want)
-    assert (wrong > 1e-6).mean() < 1e-4 and wrong.max() <= 1.01 * step.max()  # halfway, either side is as good
+    assert (wrong > 1e-6).mean() < 1e-4 and wrong.max() <= 1.01 * step.max()  # halfway cases may round either way
     assert np.abs(np.asarray(dequantise(got, FLOAT32)) - w).max() <= 0.501 * step.max()
 
 
 @pytest.mark.parametrize(("kind", "bits", "error"), [("int8", 8.25, 0.008), ("nf4", 4.128, 0.1)])
-def test_bits_a_weight_and_the_error_of_normal_weights(kind, bits, error):
+def test_bits_per_weight_and_the_error_for_normal_weights(kind, bits, error):
     w = jax.random.normal(jax.random.key(0), (2, 512, 1024))
     got = quantise(w, kind, -2)
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(got)) * 8 / w.size == pytest.approx(bits, abs=1e-3)
@@ -139,7 +139,7 @@ def test_a_block_of_zeros_stays_zero():
         np.testing.assert_array_equal(dequantise(quantise(w, kind, -2), FLOAT32)[:, 2], 0)
 
 
-def test_blocks_are_the_largest_divisor_and_a_size_without_one_is_refused():
+def test_block_sizes_are_the_largest_divisor_and_a_size_without_one_is_rejected():
     assert [block_size(n, "nf4") for n in (4096, 96, 4544)] == [64, 48, 64]
     assert [block_size(n, "int8") for n in (4096, 96)] == [128, 96]
     with pytest.raises(ValueError, match='hidden size of 134 has no divisor that nf4 blocks could have: use dtype "bf'):
@@ -158,7 +158,7 @@ def quantise_params(config, params, mesh, kind):
 
 @functools.lru_cache
 def models(family, kind, name="one"):
-    """(config, quantised parameters with adapters, the same with dense kernels)."""
+    """(config, quantised parameters with adapters, the same parameters with dense kernels)."""
     config, mesh = tiny.FAMILIES[family], tiny.mesh_of(name)
     params = quantise_params(config, tiny.random_params(tiny.with_lora(config, tiny.LORA), mesh), mesh, kind)
     dense = {path: dequantise(leaf, FLOAT32) for path, leaf in params.items()}
@@ -166,7 +166,7 @@ def models(family, kind, name="one"):
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_eight_devices_hold_the_bits_of_one_in_shards_that_the_abstract_tree_tells(kind):
+def test_eight_devices_hold_the_bits_of_one_with_the_shardings_of_the_abstract_tree(kind):
     for family in ("llama", "sparse"):
         (config, one, _), (_, eight, _) = models(family, kind), models(family, kind, "fsdp4-tensor2")
         layout = Layout(tiny.mesh_of("fsdp4-tensor2"), TRAIN)
@@ -190,7 +190,7 @@ def loss(config, params, tokens, mask, remat="layers", layout=None):
 
 @pytest.mark.parametrize("remat", ["layers", "none"])
 @pytest.mark.parametrize(("family", "kind"), [("llama", "nf4"), ("sparse", "int8")])
-def test_loss_and_gradients_of_adapters_are_those_over_the_dense_kernels(family, kind, remat):
+def test_loss_and_adapter_gradients_equal_those_over_the_dense_kernels(family, kind, remat):
     config, params, dense = models(family, kind)
     tokens, mask = tiny.prompts(config, [8, 5], 8)
 
@@ -206,7 +206,7 @@ def test_loss_and_gradients_of_adapters_are_those_over_the_dense_kernels(family,
 
 @pytest.mark.parametrize("remat", ["layers", "none"])
 @pytest.mark.parametrize("family", ["llama", "sparse"])
-def test_a_step_moves_adapters_alone_and_never_holds_a_stack_of_dense_kernels(family, remat):
+def test_a_step_changes_only_adapters_and_never_holds_a_stack_of_dense_kernels(family, remat):
     config, params, _ = models(family, "nf4")
     layout, tx = Layout(single_device_mesh(), TRAIN), optax.adam(1e-2)
     before = jax.tree.map(np.asarray, params)
@@ -246,7 +246,7 @@ def answers(config, params, name, lora=tiny.LORA):
         ("sparse", "nf4", "data2-fsdp2-tensor2"),
     ],
 )
-def test_answers_are_those_of_the_merged_dense_model(family, kind, name):
+def test_answers_equal_those_of_the_merged_dense_model(family, kind, name):
     config, params, dense = models(family, kind, name)
     _, got = answers(config, params, name)
     _, want = answers(config, dense, name)
@@ -254,7 +254,7 @@ def test_answers_are_those_of_the_merged_dense_model(family, kind, name):
     np.testing.assert_allclose(got.logprobs, want.logprobs, atol=2e-4)
 
 
-def test_on_one_device_generation_shares_the_codes_of_training():
+def test_on_one_device_generation_shares_the_codes_with_training():
     config, params, _ = models("llama", "nf4")
     weights, _ = answers(config, params, "one")
     for path in ("attention/q", "mlp/down"):
@@ -262,7 +262,7 @@ def test_on_one_device_generation_shares_the_codes_of_training():
         assert mine.codes.unsafe_buffer_pointer() == theirs.codes.unsafe_buffer_pointer()
 
 
-def test_the_answering_program_never_holds_the_dense_kernels_of_all_layers():
+def test_the_generation_program_never_holds_the_dense_kernels_of_all_layers():
     sizes = dict(hidden_size=256, embed_size=256, mlp_size=512, head_dim=32, num_layers=6, attention_scale=32**-0.5)
     config = dataclasses.replace(tiny.LLAMA, rope=Rope(tuple(0.5**i for i in range(16))), **sizes)
     train, mesh, dense = Layout(single_device_mesh(), TRAIN), single_device_mesh(), 0
@@ -295,7 +295,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_a_folder_is_read_into_the_same_bits_again_and_on_eight_devices(folder, kind):
+def test_a_folder_is_read_into_the_same_bits_every_time_and_on_eight_devices(folder, kind):
     one, again = from_pretrained(folder, dtype=kind), from_pretrained(folder, dtype=kind)
     eight = from_pretrained(folder, dtype=kind, mesh=tiny.mesh_of("fsdp4-tensor2"))
     for other in (again, eight):
@@ -315,13 +315,13 @@ def test_a_folder_is_read_into_the_same_bits_again_and_on_eight_devices(folder, 
     for name in filter(is_quantisable, whole):
         error = np.linalg.norm(dense[name] - whole[name]) / np.linalg.norm(whole[name])
         assert error < {"int8": 0.008, "nf4": 0.1}[kind], name
-    # Activations are bfloat16 here, and sums over shards are added up in another order.
+    # Activations are bfloat16 here, and sums over shards are in a different order.
     np.testing.assert_allclose(apply(eight, tokens, mask)[mask], apply(one, tokens, mask)[mask], atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("name", ["one", "fsdp4-tensor2"])
 @pytest.mark.parametrize(("kind", "dtype"), [("int8", "bfloat16"), ("nf4", "float32")])
-def test_an_export_is_what_the_codes_stand_for_and_the_adapters_rounded_once(folder, tmp_path, kind, dtype, name):
+def test_an_export_is_the_dequantised_base_plus_the_adapters_rounded_once(folder, tmp_path, kind, dtype, name):
     model = from_pretrained(folder, dtype=kind, mesh=tiny.mesh_of(name))
     config = tiny.with_lora(model.config, tiny.LORA)
     arrays, leaves = tiny.random_arrays(config), abstract_params(config)
@@ -341,14 +341,14 @@ def test_an_export_is_what_the_codes_stand_for_and_the_adapters_rounded_once(fol
     np.testing.assert_array_equal(got, np.asarray(dequantise(model.params["layers/mlp/down/kernel"], FLOAT32))[2])
 
 
-def test_a_quantised_base_without_adapters_to_train_is_refused_with_the_mend():
+def test_a_quantised_base_without_adapters_to_train_is_rejected_with_the_fix():
     with pytest.raises(ValueError, match='every weight of the actor trains: set lora = .*frozen_dtype = "bfloat16"'):
         ModelConfig(frozen_dtype="nf4")
     with pytest.raises(ValueError, match='dtype "nf3" is not supported; supported: .*int8, nf4'):
         from_pretrained("nowhere", dtype="nf3")
 
 
-def test_a_frozen_copy_keeps_codes_and_does_not_quantise_what_was_trained_whole():
+def test_a_frozen_copy_keeps_codes_and_does_not_quantise_fully_trained_weights():
     params = {"q": quantise(jnp.asarray(kernel(64, 8)), "nf4", -2), "w": jnp.ones(4)}
     copy = copy_frozen(params, "nf4")
     want = jax.tree.map(np.asarray, params["q"])
@@ -363,13 +363,13 @@ LORA_RUN = (
 )
 
 
-def test_all_stages_run_on_a_quantised_base_and_a_stopped_run_ends_as_one_that_never_stopped(tmp_path, monkeypatch):
+def test_all_stages_run_on_a_quantised_base_and_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     recipe = write_recipe(tmp_path)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert run("train", recipe, *LORA_RUN, f"run.dir={whole}", devices=2) == 0
     first = untimed_records(whole / "ppo" / "metrics.jsonl")[0]
     assert first["logprob_mismatch"] < 1e-4  # generation and training see the same dequantised weights
-    assert abs(first["kl"]) < 1e-4  # and so does the reference, which is the actor's base
+    assert abs(first["kl"]) < 1e-4  # so does the reference, which is the actor's base
     with monkeypatch.context() as patch:
         stop_in(patch, "ppo", 2)
         assert run("train", recipe, *LORA_RUN, f"run.dir={stopped}", devices=2) == 130

@@ -1,4 +1,4 @@
-"""What each stage learns from and what it says of it, by hand."""
+"""The losses and metrics of each stage against hand arithmetic."""
 
 import dataclasses
 import math
@@ -47,7 +47,7 @@ def loss_of(model, batch) -> float:
 
 
 @pytest.mark.parametrize("learn", ["answer", "everything"])
-def test_the_prompt_is_in_the_loss_mask_of_sft_only_where_it_is_asked_for(finished_folder, data, learn):
+def test_the_sft_loss_mask_includes_the_prompt_only_if_configured(finished_folder, data, learn):
     tokenizer = prepare_tokenizer(rlhf_jax.from_pretrained(finished_folder / "base").tokenizer)
     example = Example((("user", "What is 3 + 4?"),), "Sure! 3 + 4 = 7.", "", "", "by hand", 1)
     prompt, answer = encode_prompt(tokenizer, example.turns), encode_response(tokenizer, example.turns, example.answer)
@@ -57,14 +57,14 @@ def test_the_prompt_is_in_the_loss_mask_of_sft_only_where_it_is_asked_for(finish
         seed=0,
     )[0]
     size = len(prompt) + len(answer)
-    first = 1 if learn == "everything" else len(prompt)  # the first token of all has nothing that predicts it
+    first = 1 if learn == "everything" else len(prompt)  # no token predicts the very first one
     expected = [first <= t < size for t in range(batch.tokens.shape[1])]
     assert batch.loss_mask[0].tolist() == expected
-    assert batch.tokens[0, size - 1] == tokenizer.eos_token_id  # which is learned
+    assert batch.tokens[0, size - 1] == tokenizer.eos_token_id  # EOS has a loss
 
 
 @pytest.mark.parametrize("learn", ["answer", "everything"])
-def test_the_first_loss_of_sft_is_next_token_loss_of_the_logits(tmp_path, finished_folder, data, learn):
+def test_the_first_sft_loss_is_the_next_token_loss_of_the_logits(tmp_path, finished_folder, data, learn):
     model = rlhf_jax.from_pretrained(finished_folder / "base")
     tokenizer, folder = prepare_tokenizer(model.tokenizer), finished_folder
     if learn == "everything":
@@ -78,13 +78,13 @@ def test_the_first_loss_of_sft_is_next_token_loss_of_the_logits(tmp_path, finish
     first = Batches(rows, batch_size=8, seed=0)[0]
     trained = next(line for line in lines if "loss" in line)
     assert trained["loss"] == pytest.approx(loss_of(model, first), rel=1e-5)
-    # Of a model that knows nothing and whose logits are N(0, 1): log V + 1/2.
+    # Expected loss of an untrained model whose logits are N(0, 1): log V + 1/2.
     assert trained["loss"] == pytest.approx(math.log(300) + 0.5, rel=0.05)
     measured = Batches(held_out, batch_size=8, seed=0)[0]
     assert lines[0]["held_out_loss"] == pytest.approx(loss_of(model, measured), rel=1e-5)
 
 
-def test_held_out_loss_of_sft_is_a_mean_over_tokens_of_all_its_batches(tmp_path, finished_folder, data):
+def test_the_held_out_loss_of_sft_is_the_mean_over_tokens_of_all_batches(tmp_path, finished_folder, data):
     folder = tmp_path / "run"
     assert tiny_recipe.run("sft", write_recipe(tmp_path), f"run.dir={folder}", "sft.steps=1", "sft.eval_batches=2") == 0
     model = rlhf_jax.from_pretrained(folder / "sft/export")
@@ -96,12 +96,12 @@ def test_held_out_loss_of_sft_is_a_mean_over_tokens_of_all_its_batches(tmp_path,
 
 
 def test_the_reward_stage_scores_the_last_real_token_of_both_answers(finished_folder, data):
-    scorer = rlhf_jax.reward_from_pretrained(finished_folder / "sft/export", seed=0)  # as it was before its first step
+    scorer = rlhf_jax.reward_from_pretrained(finished_folder / "sft/export", seed=0)  # the initial reward model
     tokenizer = prepare_tokenizer(scorer.tokenizer)
     rows = select_rows(data, tokenizer, SPECS["reward"], held_out=False)
     batch = Batches(rows, batch_size=8, seed=0)[0]
     scores = np.stack([rlhf_jax.score(scorer, batch.tokens[:, side], batch.mask[:, side]) for side in range(2)], 1)
-    for pair in range(2):  # by itself and without padding, so the last column is the last real token
+    for pair in range(2):  # alone and without padding, so the last column is the last real token
         tokens = batch.tokens[pair, 1][batch.mask[pair, 1]][None]
         assert tokens[0, -1] == tokenizer.eos_token_id
         alone = float(rlhf_jax.score(scorer, tokens, np.ones_like(tokens))[0])
@@ -113,7 +113,7 @@ def test_the_reward_stage_scores_the_last_real_token_of_both_answers(finished_fo
     assert first["loss"] == pytest.approx(np.log1p(np.exp(-margin)).mean(), rel=1e-5)
 
 
-def test_held_out_accuracy_stands_beside_that_of_a_judge_of_length(finished_folder, data):
+def test_held_out_accuracy_is_reported_next_to_that_of_choosing_the_longer_answer(finished_folder, data):
     scorer = rlhf_jax.reward_from_pretrained(finished_folder / "reward/export")
     rows = select_rows(data, prepare_tokenizer(scorer.tokenizer), SPECS["reward"], held_out=True)
     batch = Batches(rows, batch_size=8, seed=0)[0]
@@ -129,7 +129,7 @@ def test_held_out_accuracy_stands_beside_that_of_a_judge_of_length(finished_fold
 
 # Two answers of three tokens: one ended by EOS at its second token, one cut at the third.
 MASK = jnp.array([[True, True, False], [True, True, True]])
-JUNK = 99.0  # what stands behind the end of an answer reaches nothing
+JUNK = 99.0  # values after the end of an answer have no effect
 EXPERIENCE = Experience(
     tokens=jnp.zeros((2, 5), jnp.int32),
     mask=jnp.ones((2, 5), bool),
@@ -148,19 +148,19 @@ EXPERIENCE = Experience(
 PPO = PPOConfig(kl_coef=0.1, score_clip=5.0, gamma=1.0, lam=0.5, whiten_advantages=False)
 
 
-def test_rewards_are_the_kl_penalty_of_every_token_and_the_clipped_score_on_the_last():
+def test_rewards_are_the_kl_penalty_per_token_plus_the_clipped_score_at_the_last():
     # log-ratios: 0.5, -1 | 0, 1, 3; the score 7 is clipped to 5.
     expected = [[-0.05, 0.1 + 2.0, 0.0], [0.0, -0.1, -0.3 + 5.0]]
     np.testing.assert_allclose(shaped_rewards(EXPERIENCE, PPO), expected, atol=1e-6)
 
 
-def test_an_answer_that_did_not_end_loses_the_penalty_before_the_clip():
+def test_the_penalty_for_an_unfinished_answer_is_subtracted_before_the_clip():
     config = dataclasses.replace(PPO, missing_eos_penalty=3.0)
-    expected = [[-0.05, 0.1 + 2.0, 0.0], [0.0, -0.1, -0.3 + 4.0]]  # 7 - 3, and the one that ended keeps its 2
+    expected = [[-0.05, 0.1 + 2.0, 0.0], [0.0, -0.1, -0.3 + 4.0]]  # 7 - 3; the answer that ended keeps its 2
     np.testing.assert_allclose(shaped_rewards(EXPERIENCE, config), expected, atol=1e-6)
 
 
-def test_advantages_and_returns_by_hand():
+def test_advantages_and_returns_equal_hand_arithmetic():
     earned, gains, returns = estimate(EXPERIENCE, PPO)
     np.testing.assert_array_equal(earned, shaped_rewards(EXPERIENCE, PPO))
     # d = r + V' - V: row 0: -0.05 + 1 - 0.5 = 0.45, 2.1 - 1 = 1.1; row 1: 0.25, -0.1 + 0.25 = 0.15, 4.7 - 0.5 = 4.2
@@ -169,14 +169,14 @@ def test_advantages_and_returns_by_hand():
     np.testing.assert_allclose(returns[MASK], (gains + EXPERIENCE.values)[MASK], atol=1e-6)
 
 
-def test_whitened_advantages_have_mean_0_and_variance_1_over_real_tokens_and_returns_are_untouched():
+def test_whitened_advantages_have_mean_0_and_variance_1_over_real_tokens_and_returns_are_unchanged():
     _, gains, returns = estimate(EXPERIENCE, dataclasses.replace(PPO, whiten_advantages=True))
     assert gains[MASK].mean() == pytest.approx(0, abs=1e-6) and gains[MASK].var() == pytest.approx(1, abs=1e-5)
     assert gains[0, 2] == 0
     np.testing.assert_array_equal(returns, estimate(EXPERIENCE, PPO)[2])
 
 
-def test_the_summary_by_hand():
+def test_the_summary_equals_hand_arithmetic():
     earned, gains, returns = estimate(EXPERIENCE, PPO)
     experience = dataclasses.replace(EXPERIENCE, rewards=earned, advantages=gains, returns=returns)
     sampled = jnp.array([[-1.0, -2.5, JUNK], [-1.0, -1.0, -1.0]])
@@ -187,7 +187,7 @@ def test_the_summary_by_hand():
         {
             "score_mean": 4.5,
             "score_std": 2.5,
-            "kl": (-0.5 + 4.0) / 2,  # a sequence: the sum over its tokens
+            "kl": (-0.5 + 4.0) / 2,  # per sequence: the sum over its tokens
             "reward_mean": (2.05 + 4.6) / 2,
             "value_mean": values.mean(),
             "return_mean": aims.mean(),
@@ -200,7 +200,7 @@ def test_the_summary_by_hand():
     )
 
 
-def test_the_losses_by_hand():
+def test_the_losses_equal_hand_arithmetic():
     gains = jnp.array([[1.0, -1.0, JUNK], [2.0, 2.0, -2.0]])
     experience = dataclasses.replace(EXPERIENCE, advantages=gains, returns=EXPERIENCE.values + 1.0)
     ratios = np.array([[1.5, 1.5, 1.0], [1.0, 0.5, 0.5]])
@@ -213,14 +213,14 @@ def test_the_losses_by_hand():
     kl = [w - 1 - math.log(w) for w in (1.5, 1.5, 1.0, 0.5, 0.5)]
     assert float(stats["approx_kl"]) == pytest.approx(np.mean(kl), abs=1e-6)
 
-    # Values rise by 0.1 (within the clip) and by 0.5 (clipped to 0.2); the return lies 1 above the old value.
+    # Values rise by 0.1 (within the clip) and by 0.5 (clipped to 0.2); the return is 1 above the old value.
     rise = jnp.array([[0.1, 0.1, JUNK], [0.1, 0.5, 0.5]])
     loss, stats = critic_loss(experience.values + rise, experience, PPO)
     assert float(loss) == pytest.approx(0.5 * (3 * 0.9**2 + 2 * 0.8**2) / 5, abs=1e-6)
     assert float(stats["clip_fraction"]) == pytest.approx(2 / 5)
 
 
-def test_micro_batches_are_the_share_of_a_batch_and_divide_it_and_the_mesh():
+def test_micro_batches_divide_the_batch_and_are_a_multiple_of_the_devices():
     assert micro_batches("sft", 32, 0, layout_of(8)) == 1
     assert micro_batches("sft", 32, 8, layout_of(8)) == 4
     assert micro_batches("sft", 3, 1, layout_of(1)) == 3
@@ -235,7 +235,7 @@ def test_micro_batches_are_the_share_of_a_batch_and_divide_it_and_the_mesh():
             micro_batches("sft", size, 0, layout_of(8))
 
 
-def test_ppo_batches_divide_the_rollouts():
+def test_ppo_batches_must_divide_the_rollouts():
     assert ppo_sizes(PPOConfig(rollout_batch_size=64), layout_of(8)) == (64, 1)
     assert ppo_sizes(PPOConfig(rollout_batch_size=64, batch_size=32, micro_batch_size=8), layout_of(8)) == (32, 4)
     several = PPOConfig(rollout_batch_size=16, sample=SampleConfig(num_samples=4))
@@ -248,17 +248,17 @@ def test_ppo_batches_divide_the_rollouts():
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 992])
-def test_a_moving_average_that_would_never_move_or_leave_its_weights_is_refused(decay):
+def test_a_moving_average_decay_outside_0_to_1_is_rejected(decay):
     with pytest.raises(ValueError, match=f"ema_decay={decay:g}: at least 0 .no average. and below 1, such as 0.992"):
         PPOConfig(ema_decay=decay)
 
 
-def test_steps_are_those_given_or_all_epochs():
+def test_steps_are_the_configured_number_or_all_epochs():
     assert total_steps(7, 3, 10) == 7
     assert total_steps(0, 3, 10) == 30
 
 
-def test_held_out_batches_are_as_large_as_rows_and_mesh_allow(finished_folder, data):
+def test_held_out_batches_are_as_large_as_the_rows_and_the_mesh_allow(finished_folder, data):
     tokenizer = prepare_tokenizer(rlhf_jax.from_pretrained(finished_folder / "base").tokenizer)
     turns = [(("user", f"{i}"),) for i in range(13)]
     rows = rows_from_examples([Example(t, "a", "", "", "", 1) for t in turns], data, tokenizer, SPECS["sft"])
@@ -270,7 +270,7 @@ def test_held_out_batches_are_as_large_as_rows_and_mesh_allow(finished_folder, d
         held_out_batches(few, 16, 5, layout_of(8))
 
 
-def test_rows_as_long_as_the_positions_are_taken_and_longer_ones_refused(finished_folder, data):
+def test_rows_as_long_as_the_positions_are_accepted_and_longer_ones_rejected(finished_folder, data):
     tokenizer = prepare_tokenizer(rlhf_jax.from_pretrained(finished_folder / "base").tokenizer)
     rows = rows_from_examples([Example((("user", "a"),), "7" * 50, "", "", "", 1)], data, tokenizer, SPECS["sft"])
     size = rows.longest

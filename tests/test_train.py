@@ -1,4 +1,4 @@
-"""Whole runs: what they leave, that nothing is done twice, and that a stopped run ends as one that never stopped."""
+"""Whole runs: the files they write, that nothing is done twice, and that a resumed run equals an uninterrupted one."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def finished_folder(tmp_path_factory):
     return tiny_recipe.finished_run(tmp_path_factory)
 
 
-def test_a_finished_run_leaves_the_folders_that_are_promised(finished_folder):
+def test_a_finished_run_has_the_documented_folders(finished_folder):
     names = {path.name for path in finished_folder.iterdir()}
     assert names - {"evaluate.json", "evaluate.jsonl"} == {"config.toml", "tensorboard", "base", *STAGES}
     assert {path.name for path in (finished_folder / "sft").iterdir()} == {"metrics.jsonl", "checkpoints", "export"}
@@ -43,7 +43,7 @@ def test_a_finished_run_leaves_the_folders_that_are_promised(finished_folder):
         files = {path.name for path in (finished_folder / export).iterdir()}
         assert files >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
         assert ("generation_config.json" in files) == (export not in ("reward/export", "ppo/export_critic"))
-    for stage in STAGES:  # the newest two: save_every is 2, and the last step is always kept
+    for stage in STAGES:  # the newest two: save_every is 2, and the last step is always saved
         assert {path.name for path in (finished_folder / stage / "checkpoints").iterdir()} == {"4", "5"}
         assert len(list((finished_folder / "tensorboard").glob(f"events.out.tfevents.*.{stage}"))) == 1
 
@@ -55,7 +55,7 @@ def test_config_toml_is_the_merged_configuration(finished_folder):
     assert merged["ppo"]["lam"] == 0.95  # from the defaults
 
 
-def test_metrics_have_a_record_a_step_with_step_and_stage(finished_folder):
+def test_metrics_have_one_record_per_step_with_step_and_stage(finished_folder):
     for stage in STAGES:
         lines = records(finished_folder / stage / "metrics.jsonl")
         assert {line["stage"] for line in lines} == {stage}
@@ -65,7 +65,7 @@ def test_metrics_have_a_record_a_step_with_step_and_stage(finished_folder):
     assert measured == [0, 2, 4, 5]  # before the first step, every second, and after the last
 
 
-def test_ppo_logs_everything_that_is_promised(finished_folder):
+def test_ppo_logs_all_documented_metrics(finished_folder):
     promised = {
         *("score_mean", "score_std", "kl", "actor_loss", "critic_loss", "actor_clip_fraction", "critic_clip_fraction"),
         *("actor_approx_kl", "actor_entropy", "explained_variance", "response_length", "ended_by_eos"),
@@ -78,11 +78,11 @@ def test_ppo_logs_everything_that_is_promised(finished_folder):
     assert first["kl"] == pytest.approx(0, abs=1e-4)  # the actor is the reference before its first update
     assert first["actor_approx_kl"] == pytest.approx(0, abs=1e-6)  # and the ratio is 1
     assert first["actor_clip_fraction"] == 0
-    assert first["logprob_mismatch"] < 1e-5  # what is sampled from is what is trained
+    assert first["logprob_mismatch"] < 1e-5  # sampling and training see the same distribution
     assert first["actor_entropy"] == pytest.approx(math.log(300), abs=0.5)
 
 
-def test_every_rollout_is_kept_and_adds_up_to_the_metrics(finished_folder):
+def test_every_rollout_is_written_and_agrees_with_the_metrics(finished_folder):
     files = sorted((finished_folder / "ppo" / "rollouts").iterdir())
     assert [file.name for file in files] == [f"{step:06d}.jsonl" for step in range(1, 6)]
     for step, (file, metrics) in enumerate(
@@ -95,7 +95,7 @@ def test_every_rollout_is_kept_and_adds_up_to_the_metrics(finished_folder):
             assert rollout["step"] == step
             assert rollout["prompt"].startswith("\n\nHuman: ") and rollout["prompt"].endswith("\n\nAssistant:")
             assert rollout["finish_reason"] == ("eos" if rollout["response"].endswith("</s>") else "length")
-            # kl_coef 0.1, score_clip 5: the reward of an answer is its score less the penalty of all its tokens
+            # kl_coef 0.1, score_clip 5: the reward of an answer is its score minus the penalties of its tokens
             clipped = min(max(rollout["score"], -5), 5)
             assert rollout["reward"] == pytest.approx(clipped - 0.1 * rollout["kl"], abs=1e-5)
         for name, column in {"score_mean": "score", "kl": "kl", "reward_mean": "reward"}.items():
@@ -114,7 +114,7 @@ def test_a_second_train_skips_all_three_stages_and_changes_nothing(finished_fold
 
 
 def stop_in(patch: pytest.MonkeyPatch, stage: str, at: int) -> None:
-    """Ctrl-C in the middle of step `at` (counted from 0) of the stage, when its state has been given away."""
+    """Simulates Ctrl-C in the middle of step `at` (counted from 0) of the stage, when its state has been donated."""
     module = getattr(rlhf_jax.stages, stage if stage == "ppo" else "supervised")
     loop = module.train_loop
 
@@ -147,7 +147,7 @@ AVERAGED = ["ppo.ema_decay=0.75", "model.offload_ema=true", "model.offload_refer
         pytest.param([*MESH, *AVERAGED], 8, id="fsdp4-tensor2"),
     ],
 )
-def test_a_run_stopped_in_every_stage_ends_bit_for_bit_as_one_that_never_stopped(
+def test_a_run_stopped_in_every_stage_ends_bit_equal_to_an_uninterrupted_one(
     tmp_path, tmp_path_factory, monkeypatch, capsys, overrides, devices
 ):
     recipe = write_recipe(tmp_path)
@@ -156,7 +156,7 @@ def test_a_run_stopped_in_every_stage_ends_bit_for_bit_as_one_that_never_stopped
         assert tiny_recipe.run("train", recipe, f"run.dir={whole}", *overrides, devices=devices) == 0
     else:
         whole = tiny_recipe.finished_run(tmp_path_factory)
-    # Between two checkpoints, before the first one, and just when one has been made.
+    # Between two checkpoints, before the first one, and just after one was saved.
     for stage, at in (("sft", 3), ("reward", 1), ("ppo", 4)):
         with monkeypatch.context() as patch:
             stop_in(patch, stage, at)
@@ -177,7 +177,7 @@ def test_a_run_stopped_in_every_stage_ends_bit_for_bit_as_one_that_never_stopped
         assert (stopped / "ppo" / "rollouts" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_a_run_does_not_resume_on_other_data_under_the_same_configuration(tmp_path, monkeypatch, capsys):
+def test_a_run_does_not_resume_with_the_same_configuration_on_other_data(tmp_path, monkeypatch, capsys):
     data, run = tmp_path / "mine.jsonl", tmp_path / "run"
     rows = list(builtin.make_rows(0, 260))
 
@@ -198,7 +198,7 @@ def test_a_run_does_not_resume_on_other_data_under_the_same_configuration(tmp_pa
     assert tiny_recipe.run(*arguments) == 0
 
 
-def test_training_changes_every_weight_and_the_steps_depend_on_the_seed(finished_folder):
+def test_training_changes_every_weight_and_depends_on_the_seed(finished_folder):
     base, sft, ppo = (tensors(finished_folder / export) for export in ("base", "sft/export", "ppo/export"))
     assert base.keys() == sft.keys() == ppo.keys()
     assert [name for name in base if np.array_equal(base[name], sft[name])] == []
@@ -207,7 +207,7 @@ def test_training_changes_every_weight_and_the_steps_depend_on_the_seed(finished
     assert first[0]["prompt"] != second[0]["prompt"] and first[0]["response"] != second[0]["response"]
 
 
-def test_one_device_and_eight_give_the_same_sft_run_to_float32_rounding(tmp_path, finished_folder):
+def test_one_device_and_eight_give_the_same_sft_run_up_to_float32_rounding(tmp_path, finished_folder):
     recipe, eight = write_recipe(tmp_path), tmp_path / "eight"
     assert tiny_recipe.run("sft", recipe, f"run.dir={eight}", *MESH, devices=8) == 0
     ours, theirs = tensors(eight / "base"), tensors(finished_folder / "base")
@@ -225,7 +225,7 @@ def test_one_device_and_eight_give_the_same_sft_run_to_float32_rounding(tmp_path
         assert np.abs(a - b).mean() < 1e-6
 
 
-def test_adapters_leave_the_base_as_it_was_and_are_merged_into_the_export(tmp_path, finished_folder):
+def test_adapters_do_not_change_the_base_and_are_merged_into_the_export(tmp_path, finished_folder):
     recipe, folder = write_recipe(tmp_path), tmp_path / "run"
     assert tiny_recipe.run("sft", recipe, f"run.dir={folder}", 'model.lora={rank=2, targets=["q", "v"]}') == 0
     base, sft = tensors(folder / "base"), tensors(folder / "sft/export")
@@ -234,7 +234,7 @@ def test_adapters_leave_the_base_as_it_was_and_are_merged_into_the_export(tmp_pa
     assert np.linalg.matrix_rank(update, tol=1e-5) == 2
 
 
-def test_a_run_killed_between_the_last_checkpoint_and_the_export_only_exports(tmp_path, monkeypatch, capsys):
+def test_a_run_killed_between_the_last_checkpoint_and_the_export_resumes_with_the_export(tmp_path, monkeypatch, capsys):
     recipe, folder = write_recipe(tmp_path), tmp_path / "run"
     with monkeypatch.context() as patch:
 
@@ -252,7 +252,7 @@ def test_a_run_killed_between_the_last_checkpoint_and_the_export_only_exports(tm
 
 
 def before_ppo(folder, finished_folder, *overrides):
-    """A run of these settings whose SFT and reward model are those of the finished one."""
+    """A run folder with these settings and the SFT and reward stages of the finished run."""
     for stage in ("sft", "reward"):
         shutil.copytree(finished_folder / stage / "export", folder / stage / "export")
     options = [*overrides, f"run.dir={folder}"]
@@ -261,7 +261,7 @@ def before_ppo(folder, finished_folder, *overrides):
 
 
 def keep_trained(patch, kept):
-    """Append to `kept` what the actor trains, before PPO and after each of its steps."""
+    """Appends the trained weights of the actor to `kept`, before PPO and after each of its steps."""
     loop = rlhf_jax.stages.ppo.train_loop
 
     def keeping(context, total, state, step_fn, **options):
@@ -277,7 +277,7 @@ def keep_trained(patch, kept):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_the_exported_average_is_that_by_hand_and_bit_for_bit_the_same_stopped_resumed_and_in_host_memory(
+def test_the_exported_average_equals_hand_arithmetic_and_is_bit_equal_when_resumed_and_in_host_memory(
     lora, tmp_path, finished_folder, monkeypatch, capsys
 ):
     overrides = ["ppo.steps=3", "ppo.ema_decay=0.75", *(LORA[:1] if lora else [])]
@@ -319,7 +319,7 @@ def test_the_exported_average_is_that_by_hand_and_bit_for_bit_the_same_stopped_r
     jax.tree.map(np.testing.assert_array_equal, tensors(tmp_path / "out"), tensors(whole / "ppo/export_ema"))
 
 
-def test_a_run_may_go_on_with_other_switches_of_memory_and_ends_the_same_to_rounding(
+def test_a_run_resumed_with_other_memory_settings_ends_the_same_up_to_rounding(
     tmp_path, finished_folder, monkeypatch, capsys
 ):
     overrides, whole, stopped = ["ppo.steps=3", "ppo.ema_decay=0.75", *LORA], tmp_path / "whole", tmp_path / "stopped"
@@ -338,20 +338,22 @@ def test_a_run_may_go_on_with_other_switches_of_memory_and_ends_the_same_to_roun
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ours, theirs)
 
 
-def test_without_an_average_none_is_exported_and_asking_for_it_says_so(tmp_path, finished_folder, capsys):
+def test_without_an_average_none_is_exported_and_requesting_it_is_an_error(tmp_path, finished_folder, capsys):
     assert not (finished_folder / "ppo/export_ema").exists()
     assert main(["export", str(finished_folder), str(tmp_path / "out"), "--stage", "ema"]) == 2
     assert "was trained without (ppo.ema_decay = 0)" in capsys.readouterr().err
 
 
-def test_publish_is_logged_with_its_bytes_their_bound_and_the_ratio(tmp_path, finished_folder, monkeypatch, capsys):
+def test_publish_is_logged_with_its_bytes_their_lower_bound_and_the_ratio(
+    tmp_path, finished_folder, monkeypatch, capsys
+):
     for record in records(finished_folder / "ppo" / "metrics.jsonl"):
         assert (record["publish_bytes"], record["publish_bytes_least"]) == (0, 0), "one device"
         assert "publish_bytes_ratio" not in record
     eight = tmp_path / "eight"
     assert tiny_recipe.run(*before_ppo(eight, finished_folder, "ppo.steps=1", *MESH), devices=8) == 0
     (record,) = records(eight / "ppo/metrics.jsonl")
-    # float32: the embedding, of 300 ids on 384 rows, and the kernels; 3/8 of each come over links.
+    # float32: the embedding, 300 ids padded to 384 rows, and the kernels; a device receives 3/8 of each.
     split = sum(leaf.size for leaf in tensors(eight / "sft/export").values() if leaf.ndim == 2) + (384 - 300) * 16
     assert record["publish_bytes"] == record["publish_bytes_least"] == split * 4 * 3 // 8
     assert record["publish_bytes_ratio"] == 1
@@ -362,7 +364,7 @@ def test_publish_is_logged_with_its_bytes_their_bound_and_the_ratio(tmp_path, fi
     assert not {name for name in records(tmp_path / "mute/ppo/metrics.jsonl")[0] if name.startswith("publish")}
 
 
-def test_ppo_in_rows_that_are_refilled_samples_and_trains_as_all_at_once(tmp_path, finished_folder):
+def test_ppo_with_slot_refill_samples_and_trains_as_without_it(tmp_path, finished_folder):
     options = ("ppo.steps=1", "ppo.batch_size=0", "ppo.sample.num_samples=2")
     said, logged = [], []
     for rows in (0, 4):

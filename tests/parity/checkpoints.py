@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every family, made by transformers, in which no weight is without effect."""
+"""Tiny random checkpoints of every family, made by transformers, in which every weight has an effect."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ assert len(VARIANTS) == len(variants_gpt.VARIANTS) + len(variants_llama.VARIANTS
 EOS, PAD = 0, 1
 SPECIAL = {"pad_token_id": PAD, "bos_token_id": 2, "eos_token_id": EOS}
 SHOWN = dict(rms_norm_eps=1e-2, layer_norm_eps=1e-2, layer_norm_epsilon=1e-2, router_aux_loss_coef=0.1)
-# Seeds of the variants whose answers, by seed 0, repeat one token or have two so close that rounding could swap them.
+# Seeds of variants whose answers with seed 0 repeat one token or have two so close that rounding could swap them.
 SEEDS = dict.fromkeys(
     ["gpt_neo", "gpt_neox-serial-whole-head", "mixtral-tied", "phi3-window", "qwen2-window", "stablelm-biased"], 1
 ) | {"opt-350m": 4}
 
 
 def torch_model(name: str, *, scalar_head: bool = False, seed: int = 0):
-    """The float32 torch model of this variant, every parameter of it random, for evaluation."""
+    """The float32 torch model of this variant in evaluation mode, with every parameter random."""
     return build(VARIANTS[name] | SPECIAL, scalar_head=scalar_head, seed=SEEDS.get(name, seed))
 
 
 def build(settings: dict, *, scalar_head: bool = False, seed: int = 0):
-    """The same of any settings of a config, of which "model_type" is one; what would hardly show is made to."""
+    """The torch model of a config's settings, including "model_type"; the values of `SHOWN` make small effects visible."""
     config = transformers.AutoConfig.for_model(**SPECIAL | settings | ({"num_labels": 1} if scalar_head else {}))
     for key, value in SHOWN.items():
         if hasattr(config, key) and key not in settings:
@@ -43,19 +43,19 @@ def build(settings: dict, *, scalar_head: bool = False, seed: int = 0):
 
 
 def attention(config) -> str:
-    """The plainest program of it, but for Falcon, to whose scores that one of transformers 5.23 adds ALiBi twice."""
+    """The eager implementation, except for Falcon, where that of transformers 5.23 adds ALiBi twice to the scores."""
     return "sdpa" if config.model_type == "falcon" else "eager"
 
 
 @torch.no_grad()
 def randomise(model, seed: int) -> None:
-    """Draw every parameter, at such scales that attention, positions and each bias show in the logits.
+    """Draw every parameter, at scales at which attention, positions and each bias change the logits.
 
-    The residual stream is made mostly of what the layers add, and not of the embedding: under a tied head the likeliest
-    next token would otherwise be the last one again, whatever the layers do.
+    The residual stream consists mostly of what the layers add, not of the embedding: with a tied head the likeliest
+    next token would otherwise repeat the last one, whatever the layers compute.
     """
     generator = torch.Generator().manual_seed(seed)
-    embedding = 0.1 if model.config.model_type.startswith("gemma") else 0.3  # Gemma multiplies by 8 what it looks up
+    embedding = 0.1 if model.config.model_type.startswith("gemma") else 0.3  # Gemma multiplies embeddings by 8
     drawn = set()
     for module in model.modules():
         kind = type(module).__name__
@@ -84,7 +84,7 @@ def checkpoint(name: str, folder: Path, *, scalar_head: bool = False, seed: int 
 
 
 def load(auto, folder: Path):
-    """The model that transformers reads from `folder`, which has to fit to the last tensor."""
+    """The model that transformers reads from `folder`, where every tensor must match."""
     config = transformers.AutoConfig.from_pretrained(folder)
     program = attention(config)
     model, report = auto.from_pretrained(folder, config=config, attn_implementation=program, output_loading_info=True)
@@ -94,7 +94,7 @@ def load(auto, folder: Path):
 
 
 def padded_rows(side: str, vocab: int, lengths=(12, 11, 9, 6, 4, 3, 2, 1), width: int = 12):
-    """Ids and mask [rows, width]; "none": every row has `width` real tokens. None of those is PAD or ends a text."""
+    """Ids and mask [rows, width]; "none": every row has `width` real tokens. No real token is PAD or EOS."""
     rng = np.random.default_rng(1)
     ids = rng.integers(3, vocab, size=(len(lengths), width))
     lengths = np.asarray(lengths) if side != "none" else np.full(len(lengths), width)
@@ -104,7 +104,7 @@ def padded_rows(side: str, vocab: int, lengths=(12, 11, 9, 6, 4, 3, 2, 1), width
 
 
 def torch_inputs(model, ids: np.ndarray, mask: np.ndarray) -> dict:
-    """What `model` is called with; models that count positions are told them, as `generate` does."""
+    """Arguments for `model`; models with position ids receive them, as from `generate`."""
     inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask.astype(np.int64))}
     if "position_ids" in inspect.signature(model.forward).parameters:
         inputs["position_ids"] = torch.tensor(np.maximum(np.cumsum(mask, axis=1) - 1, 0))
@@ -118,7 +118,7 @@ def torch_logits(model, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def chosen_experts(model, ids: np.ndarray, mask: np.ndarray, real: np.ndarray):
-    """[L, X] bool, which experts a token at a `real` place goes to; checks that no choice is near to another.
+    """[L, X] bool, the experts that receive a token at a `real` position; asserts that no choice is a near tie.
 
     None for a model without experts.
     """
@@ -127,7 +127,7 @@ def chosen_experts(model, ids: np.ndarray, mask: np.ndarray, real: np.ndarray):
     with torch.no_grad():
         routed = model(**torch_inputs(model, ids, mask), output_router_logits=True).router_logits
     chosen = []
-    for logits in routed:  # [rows x width, X], of one layer
+    for logits in routed:  # [rows x width, X] of one layer
         logits = logits.numpy()[real.reshape(-1)]
         order = np.argsort(-logits, axis=1)
         ranked = np.take_along_axis(logits, order, axis=1)
@@ -139,7 +139,7 @@ def chosen_experts(model, ids: np.ndarray, mask: np.ndarray, real: np.ndarray):
 
 
 def assert_close(ours, theirs, relative=2e-4):
-    """Equal to `relative`, of the largest element of each vector."""
+    """Asserts equality to `relative` times the largest element of each vector."""
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert ours.shape == theirs.shape and ours.dtype == np.float32
     error = np.max(np.abs(ours - theirs) / np.abs(theirs).max(-1, keepdims=True))

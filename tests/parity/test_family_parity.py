@@ -1,4 +1,4 @@
-"""Every family, and every choice that its checkpoints make: read, compute, generate, learn, adapt, score, write."""
+"""Every family and every option of its checkpoints: read, compute, generate, train, adapt, score, write."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.parity
 SIDES = ("none", "left", "right")
 NEW_TOKENS = 10
 LORA = LoraConfig(rank=4, alpha=8.0)
-# What follows from the family: its first variant, and those whose heads, norms or experts divide otherwise.
+# One example per family: its first variant, and variants whose heads, norms or experts divide differently.
 FIRST = {settings["model_type"]: name for name, settings in reversed(VARIANTS.items())}
 SOME = [
     *FIRST.values(),
@@ -57,12 +57,12 @@ SOME = [
     "stablelm-parallel",
     "mixtral-window",
 ]
-# The bias of a head, one key-value head, pairs of norms that alternate, experts.
+# A head with a bias, one key-value head, alternating pairs of norms, experts.
 LEARN_ON_EIGHT = ["gptj", "falcon-7b", "gemma2", "mixtral-window", "qwen3_moe-raw"]
 
 
 class Variant:
-    """A checkpoint on disk, its torch model and ours."""
+    """A checkpoint on disk, its torch model and this package's."""
 
     def __init__(self, name: str, folder: Path):
         self.name, self.family, self.source = name, FAMILIES[VARIANTS[name]["model_type"]], folder / "source"
@@ -78,7 +78,7 @@ class Variant:
         return padded_rows("left", self.theirs.config.vocab_size, lengths)
 
     def torch_answers(self):
-        """Greedy (tokens, mask), every one of them clearly the likeliest."""
+        """Greedy (tokens, mask); asserts that every token is the likeliest by a clear margin."""
         prompts, mask = self.prompts
         inputs = dict(input_ids=torch.tensor(prompts), attention_mask=torch.tensor(mask.astype(np.int64)))
         options = dict(do_sample=False, max_new_tokens=NEW_TOKENS, return_dict_in_generate=True, output_logits=True)
@@ -93,7 +93,7 @@ class Variant:
 
 def made_once(name, tmp_path_factory):
     yield Variant(name, tmp_path_factory.mktemp(name))
-    jax.clear_caches()  # hundreds of programs, which no other variant shares
+    jax.clear_caches()  # hundreds of programs that no other variant uses
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -112,19 +112,19 @@ def eight_devices():
 
 
 def assert_same_answers(model, variant):
-    """Our greedy answers are those of transformers."""
+    """Asserts that the greedy answers equal those of transformers."""
     sample = SampleConfig(max_new_tokens=NEW_TOKENS, temperature=0.0)
     rollout = sample_answers(model, *variant.prompts, sample, jax.random.key(0))
     ours, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
     theirs, real = variant.torch_answers()
-    length = real.shape[1]  # less than NEW_TOKENS where every answer has ended before
+    length = real.shape[1]  # less than NEW_TOKENS if every answer has ended earlier
     np.testing.assert_array_equal(mask[:, :length], real)
     assert not mask[:, length:].any()
     np.testing.assert_array_equal(ours[:, :length][real], theirs[real])
 
 
 def next_token_loss(config, params, ids, mask, layout=None):
-    """The loss of supervised fine-tuning on all tokens but the first of right-padded rows."""
+    """The SFT loss on all tokens except the first of right-padded rows."""
     decoder = bind(config, params)
     hidden, balance = decoder.with_balance_loss(ids, mask, Compute(jnp.float32, "layers"), layout)
     options = head_options(config, params)
@@ -140,17 +140,17 @@ def gradient_program(config, layout):
     return jax.jit(gradient)
 
 
-def test_logits_equal_transformers_whichever_side_is_padded(variant):
+def test_logits_equal_transformers_with_padding_on_either_side(variant):
     for side in SIDES:
         ids, mask = variant.rows(side)
         ours, reference = np.asarray(apply(variant.model, ids, mask)), torch_logits(variant.theirs, ids, mask)
         assert np.isfinite(ours).all(), side
         chosen_experts(variant.theirs, ids, mask, mask)
-        # Three times the rounding of the roughest variant; the two kinds of GELU differ least, by 2e-4.
+        # Three times the largest rounding error of any variant; the smallest difference, of the two GELUs, is 2e-4.
         assert_close(ours[mask], reference[mask], relative=5e-5)
 
 
-def test_what_is_exported_is_bit_for_bit_what_was_imported(variant, tmp_path):
+def test_an_export_is_bit_equal_to_the_imported_checkpoint(variant, tmp_path):
     save_pretrained(variant.model, tmp_path / "copy")
     exported = load(transformers.AutoModelForCausalLM, tmp_path / "copy")
     assert type(exported) is type(variant.theirs) and type(exported).__name__ == variant.family.causal
@@ -161,11 +161,11 @@ def test_what_is_exported_is_bit_for_bit_what_was_imported(variant, tmp_path):
     assert changed <= {"transformers_version"}
 
 
-def test_greedy_answers_through_the_cache_are_those_of_transformers(variant):
+def test_greedy_answers_with_the_kv_cache_equal_those_of_transformers(variant):
     assert_same_answers(variant.model, variant)
 
 
-def test_the_gradient_of_every_weight_is_that_of_torch_and_reaches_all_that_took_part(variant, tmp_path):
+def test_the_gradient_of_every_weight_equals_torch_and_reaches_every_weight_in_use(variant, tmp_path):
     config, params = variant.model.config, variant.model.params
     ids, mask = variant.rows("right")
     loss, gradients = gradient_program(config, None)(params, ids, mask)
@@ -175,28 +175,28 @@ def test_the_gradient_of_every_weight_is_that_of_torch_and_reaches_all_that_took
     variant.theirs.zero_grad()
     reference.backward()
     np.testing.assert_allclose(loss, reference.item(), rtol=1e-5)
-    # Written as a checkpoint and read by transformers, our gradients have its names and shapes.
+    # Written as a checkpoint and read by transformers, the gradients have its names and shapes.
     save_pretrained(dataclasses.replace(variant.model, params=gradients), tmp_path / "gradients")
     ours = dict(load(transformers.AutoModelForCausalLM, tmp_path / "gradients").named_parameters())
     theirs = {name: parameter.grad for name, parameter in variant.theirs.named_parameters()}
     assert ours.keys() == theirs.keys()
     largest = max(gradient.abs().max().item() for gradient in theirs.values())
     for name, gradient in theirs.items():
-        # What softmax cannot see (below) is zero but for rounding; the floor is a millionth of the largest element.
+        # Gradients that cancel in softmax (below) are zero except for rounding; the floor is 1e-6 of the largest.
         scale = max(2e-4 * gradient.abs().max().item(), 1e-6 * largest)
         assert (ours[name] - gradient).abs().max().item() <= scale, name
 
-    learns = mask & (np.cumsum(mask, axis=1) < mask.sum(axis=1, keepdims=True))  # all but the last token of a row
+    learns = mask & (np.cumsum(mask, axis=1) < mask.sum(axis=1, keepdims=True))  # all except the last token of a row
     seen = mask if config.experts else learns  # the loss that balances the routers counts the last token too
     took_part = np.zeros(config.padded_vocab, bool)
     took_part[ids[seen]] = True
     if config.experts:
         experts = chosen_experts(variant.theirs, ids, mask, seen)
-        experts[-1] = chosen_experts(variant.theirs, ids, mask, learns)[-1]  # no router comes behind these
+        experts[-1] = chosen_experts(variant.theirs, ids, mask, learns)[-1]  # no router follows these
     for path, gradient in gradients.items():
         gradient = np.abs(np.asarray(gradient))
         if path == "embed/tokens":
-            # A tied head is moved by every token that could have been next; the vocabulary's padding never is.
+            # A tied head gets a gradient for every possible next token, but never for the padding of the vocabulary.
             real = took_part | (config.tied & (np.arange(config.padded_vocab) < config.vocab_size))
             np.testing.assert_array_equal(gradient.any(axis=1), real)
         elif path.startswith("head/"):
@@ -206,7 +206,7 @@ def test_the_gradient_of_every_weight_is_that_of_torch_and_reaches_all_that_took
             used = np.arange(config.position_rows) - config.position_offset
             np.testing.assert_array_equal(gradient.any(axis=1), (used >= 0) & (used < learns.sum(axis=1).max()))
         elif path == "layers/attention/k/bias" and config.rope is None and config.qk_norm == "none":
-            # Every score of a query has the same from it, which softmax cannot see unless keys are turned or normed.
+            # It adds the same to every score of a query, which cancels in softmax unless keys are rotated or normed.
             assert not config.attention_softcap and gradient.max() <= 1e-6 * largest
         elif "/experts/" in path:
             np.testing.assert_array_equal(gradient.any(axis=(2, 3)), experts, err_msg=path)
@@ -216,7 +216,7 @@ def test_the_gradient_of_every_weight_is_that_of_torch_and_reaches_all_that_took
 
 
 @pytest.mark.parametrize("name", LEARN_ON_EIGHT)
-def test_the_gradient_on_eight_devices_is_that_on_one(name, tmp_path):
+def test_the_gradient_on_eight_devices_equals_that_on_one(name, tmp_path):
     variant = Variant(name, tmp_path)
     config, (ids, mask) = variant.model.config, variant.rows("right")
     loss, gradients = gradient_program(config, None)(variant.model.params, ids, mask)
@@ -229,7 +229,7 @@ def test_the_gradient_on_eight_devices_is_that_on_one(name, tmp_path):
         np.testing.assert_allclose(gradients8[path], gradient, atol=1e-4 * scale, rtol=0, err_msg=path)
 
 
-def test_eight_devices_hold_slices_and_give_the_same_answers(example):
+def test_eight_devices_hold_shards_and_give_the_same_answers(example):
     model = from_pretrained(example.source, mesh=eight_devices())
     for path, leaf in abstract_params(model.config).items():
         shards = model.params[path].addressable_shards
@@ -239,10 +239,10 @@ def test_eight_devices_hold_slices_and_give_the_same_answers(example):
     assert_same_answers(model, example)
 
 
-def test_adapters_merged_equal_adapters_beside_the_base(example):
+def test_merged_adapters_equal_separate_adapters(example):
     config, (ids, mask) = example.model.config, example.rows("right")
     rng, leaves = np.random.default_rng(0), abstract_params(dataclasses.replace(config, lora=LORA))
-    # Larger ones sharpen attention until rounding alone, one unit in every kernel, shows more than the 1e-5 below.
+    # Larger adapters sharpen attention until rounding alone, one unit in every kernel, exceeds the 1e-5 below.
     adapters = {path: 0.1 * rng.standard_normal(leaf.shape) for path, leaf in leaves.items() if is_adapter(path)}
     params = example.model.params | {path: jnp.asarray(leaf, jnp.float32) for path, leaf in adapters.items()}
 
@@ -259,8 +259,8 @@ def test_adapters_merged_equal_adapters_beside_the_base(example):
     assert_close(np.asarray(apply(merged, ids, mask))[mask], extra, relative=5e-5)
 
 
-def test_scores_equal_transformers_and_survive_the_way_out(example, tmp_path):
-    """Of ...ForSequenceClassification; where transformers has none for the family, our own folder survives."""
+def test_scores_equal_transformers_and_are_unchanged_by_an_export(example, tmp_path):
+    """Compares with ...ForSequenceClassification, or, for a family without that class, with a re-read export."""
     if example.family.scalar is None:
         scorer = reward_from_pretrained(example.source)
     else:
@@ -283,16 +283,23 @@ def test_scores_equal_transformers_and_survive_the_way_out(example, tmp_path):
             np.testing.assert_array_equal(torch_logits(exported, ids, mask)[:, 0], reference)
 
 
-def test_a_base_model_saved_without_its_prefix_scores_as_the_whole(example, tmp_path):
+def test_a_base_model_saved_without_its_prefix_gives_the_same_scores(example, tmp_path):
     example.theirs.base_model.save_pretrained(tmp_path / "base")
     ids, mask = example.rows("right")
     whole, base = (score(reward_from_pretrained(path), ids, mask) for path in (example.source, tmp_path / "base"))
     np.testing.assert_array_equal(whole, base)
 
 
-def test_every_family_has_a_variant_and_is_exported_as_the_classes_of_transformers():
+def test_every_family_has_a_variant_and_exports_the_class_names_of_transformers():
     assert {settings["model_type"] for settings in VARIANTS.values()} == FAMILIES.keys()
     auto = transformers.models.auto.modeling_auto
     for name, family in FAMILIES.items():
         assert family.causal == auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
         assert family.scalar == auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(name)
+
+
+def test_the_readme_contains_the_current_table_of_families():
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    begin, end = "<!-- families -->", "<!-- /families -->"
+    assert begin in text and end in text, "python tests/parity/family_table.py prints what belongs between the marks"
+    assert text.partition(begin)[2].partition(end)[0].strip() == table().strip()

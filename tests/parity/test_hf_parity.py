@@ -1,4 +1,4 @@
-"""Folders of checkpoints as transformers has them: what may be in them, what is refused, what an export leaves."""
+"""Checkpoint folders as transformers writes them: what they may contain, what is rejected, what an export writes."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ SETTINGS = {
 
 
 def random_checkpoint(name, folder, **changes):
-    """The torch model of this family, saved to `folder`."""
+    """The random torch model of this family, saved to `folder`."""
     model = build(SETTINGS[name] | changes)
     model.save_pretrained(folder)
     return model
@@ -33,7 +33,7 @@ def eight_devices():
     return make_mesh(MeshConfig(fsdp=4, tensor=2), jax.devices()[:8])
 
 
-def test_rows_that_do_not_divide_over_the_devices_give_the_same_logits(tmp_path):
+def test_rows_that_do_not_divide_among_the_devices_give_the_same_logits(tmp_path):
     theirs, model = random_checkpoint("llama", tmp_path), from_pretrained(tmp_path, mesh=eight_devices())
     ids, mask = padded_rows("left", 150)
     for rows in (8, 3):
@@ -41,7 +41,7 @@ def test_rows_that_do_not_divide_over_the_devices_give_the_same_logits(tmp_path)
         assert_close(np.asarray(apply(model, ids[:rows], mask[:rows]))[mask[:rows]], reference)
 
 
-def test_a_sharded_model_is_exported_as_it_came(tmp_path):
+def test_a_sharded_model_is_exported_unchanged(tmp_path):
     random_checkpoint("llama", tmp_path / "source")
     save_pretrained(from_pretrained(tmp_path / "source", mesh=eight_devices()), tmp_path / "copy")
     source, copy = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "copy"))
@@ -50,7 +50,7 @@ def test_a_sharded_model_is_exported_as_it_came(tmp_path):
         np.testing.assert_array_equal(copy[name], tensor, err_msg=name)
 
 
-def test_an_id_of_the_hub_is_read_from_the_cache_of_a_machine_without_network(tmp_path, monkeypatch):
+def test_a_hub_id_is_read_from_the_cache_without_network(tmp_path, monkeypatch):
     repository, revision = tmp_path / "hub" / "models--someone--model", "0123456789" * 4
     theirs = random_checkpoint("llama", repository / "snapshots" / revision)
     (repository / "refs").mkdir()
@@ -62,7 +62,7 @@ def test_an_id_of_the_hub_is_read_from_the_cache_of_a_machine_without_network(tm
 
 
 @pytest.mark.parametrize("name", ["opt", "llama"])
-def test_a_base_model_without_its_prefix_gives_the_same_logits_as_the_whole(name, tmp_path):
+def test_a_base_model_saved_without_its_prefix_gives_the_same_logits(name, tmp_path):
     theirs = random_checkpoint(name, tmp_path / "whole", tie_word_embeddings=True)
     theirs.model.save_pretrained(tmp_path / "base")
     assert not any(key.startswith("model.") for key in load_file(tmp_path / "base" / "model.safetensors"))
@@ -71,7 +71,7 @@ def test_a_base_model_without_its_prefix_gives_the_same_logits_as_the_whole(name
     np.testing.assert_array_equal(whole, base)
 
 
-def test_a_language_model_becomes_a_reward_model_with_a_new_head_and_says_so(tmp_path, caplog):
+def test_a_language_model_becomes_a_reward_model_with_a_new_head_and_logs_it(tmp_path, caplog):
     random_checkpoint("llama", tmp_path)
     with caplog.at_level(logging.WARNING):
         first, second = reward_from_pretrained(tmp_path), reward_from_pretrained(tmp_path, seed=1)
@@ -89,7 +89,7 @@ def test_a_language_model_becomes_a_reward_model_with_a_new_head_and_says_so(tmp
         score(first, np.ones((1, 41), int), np.ones((1, 41), int))
 
 
-def test_a_checkpoint_that_does_not_fit_lists_every_tensor_and_a_pickle_is_refused(tmp_path):
+def test_a_checkpoint_that_does_not_fit_is_rejected_with_every_tensor_listed_and_so_is_a_pickle(tmp_path):
     theirs = random_checkpoint("opt", tmp_path)
     weights = tmp_path / "model.safetensors"
     tensors = load_file(weights)
@@ -108,7 +108,7 @@ def test_a_checkpoint_that_does_not_fit_lists_every_tensor_and_a_pickle_is_refus
         from_pretrained(tmp_path)
 
 
-def test_the_conversion_that_the_refusal_of_a_pickle_names_works(tmp_path, word_tokenizer):
+def test_the_conversion_command_in_the_error_for_a_pickle_works(tmp_path, word_tokenizer):
     theirs = random_checkpoint("opt", tmp_path / "opt")
     word_tokenizer.save_pretrained(tmp_path / "opt")
     (tmp_path / "opt" / "model.safetensors").unlink()
@@ -133,12 +133,12 @@ def word_tokenizer():
     )
 
 
-def test_what_was_not_trained_leaves_as_it_came_with_every_file_of_its_tokenizer(tmp_path, word_tokenizer):
+def test_an_untrained_model_is_exported_unchanged_with_all_files_of_its_tokenizer(tmp_path, word_tokenizer):
     random_checkpoint("llama", tmp_path / "source", eos_token_id=9)
     word_tokenizer.chat_template = "{{ messages }}"
     word_tokenizer.save_pretrained(tmp_path / "source")
     (tmp_path / "source" / "generation_config.json").write_text(json.dumps({"eos_token_id": [7], "top_p": 0.9}))
-    # Older transformers wrote it.
+    # Written by older versions of transformers.
     (tmp_path / "source" / "special_tokens_map.json").write_text('{"pad_token": "<pad>"}')
     save_pretrained(from_pretrained(tmp_path / "source", dtype="bfloat16"), tmp_path / "copy")
     generation = json.loads((tmp_path / "copy" / "generation_config.json").read_text())
@@ -147,7 +147,7 @@ def test_what_was_not_trained_leaves_as_it_came_with_every_file_of_its_tokenizer
     assert source.keys() == copy.keys() and {"tokenizer.json", "special_tokens_map.json"} < copy.keys()
     assert {name for name in source if source[name] != copy[name]} == {
         "config.json",
-        "generation_config.json",  # by its spaces
+        "generation_config.json",  # differs in whitespace
         "model.safetensors",
     }
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "copy")
@@ -156,7 +156,7 @@ def test_what_was_not_trained_leaves_as_it_came_with_every_file_of_its_tokenizer
     assert exported.dtype == torch.bfloat16 and exported.generation_config.eos_token_id == [7]
 
 
-def test_a_tokenizer_that_was_changed_leaves_as_it_is_now(tmp_path, word_tokenizer):
+def test_a_changed_tokenizer_is_exported_with_its_changes(tmp_path, word_tokenizer):
     random_checkpoint("llama", tmp_path / "source")
     word_tokenizer.save_pretrained(tmp_path / "source")
     model = from_pretrained(tmp_path / "source")
@@ -165,7 +165,7 @@ def test_a_tokenizer_that_was_changed_leaves_as_it_is_now(tmp_path, word_tokeniz
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "copy").chat_template == "{{ messages[0] }}"
 
 
-def test_a_reward_model_whose_score_is_missing_is_damaged_and_gets_no_new_one(tmp_path):
+def test_a_reward_model_without_its_score_head_is_rejected_and_gets_no_new_head(tmp_path):
     build(SETTINGS["llama"], scalar_head=True).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["score.weight"]
@@ -174,16 +174,16 @@ def test_a_reward_model_whose_score_is_missing_is_damaged_and_gets_no_new_one(tm
         reward_from_pretrained(tmp_path)
 
 
-def test_a_tied_model_whose_file_has_another_head_is_refused(tmp_path):
+def test_a_tied_model_whose_file_has_a_different_head_is_rejected(tmp_path):
     random_checkpoint("llama", tmp_path, tie_word_embeddings=False)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     with pytest.raises(ValueError, match="its lm_head.weight is not its model.embed_tokens.weight: set tie_word_emb"):
         from_pretrained(tmp_path)
-    reward_from_pretrained(tmp_path)  # which has no use for it
+    reward_from_pretrained(tmp_path)  # which does not use the head
 
 
-def test_an_export_replaces_a_folder_only_where_told_to_and_leaves_nothing_beside_it(tmp_path):
+def test_an_export_replaces_a_folder_only_with_overwrite_and_leaves_no_temporary_files(tmp_path):
     random_checkpoint("llama", tmp_path / "source")
     model = from_pretrained(tmp_path / "source")
     (tmp_path / "copy").mkdir()
@@ -199,7 +199,7 @@ def test_an_export_replaces_a_folder_only_where_told_to_and_leaves_nothing_besid
         "model.safetensors",
     }
     assert {path.name for path in tmp_path.iterdir()} == {"source", "copy"}
-    # What a user may have beside it is his, and what fails leaves nothing.
+    # Other files of a user next to it are kept, and a failed export leaves no files.
     for name in ("copy.old", "copy.unfinished"):
         (tmp_path / name).mkdir()
     broken = dataclasses.replace(model, params=dict.fromkeys(model.params))
@@ -209,7 +209,7 @@ def test_an_export_replaces_a_folder_only_where_told_to_and_leaves_nothing_besid
     assert {path.name for path in tmp_path.iterdir()} == {"source", "copy", "copy.old", "copy.unfinished"}
 
 
-def test_wrong_folders_and_wrong_tokenizers_are_told_in_one_line(tmp_path, word_tokenizer):
+def test_wrong_folders_and_wrong_tokenizers_are_reported_in_one_line(tmp_path, word_tokenizer):
     with pytest.raises(ValueError, match="there is no folder"):
         from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="neither a folder here nor to be had from the Hugging Face hub"):

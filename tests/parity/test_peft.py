@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's format: what PEFT saves computes the same here, and what we save computes the same there."""
+"""LoRA adapters in PEFT's format: adapters saved by PEFT compute the same here, and those saved here do in PEFT."""
 
 import dataclasses
 import functools
@@ -16,10 +16,10 @@ from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.lora import LoraConfig, is_adapter, merge_adapters
 from rlhf_jax.models.pretrained import apply, from_pretrained, reward_from_pretrained, save_adapter, score
 
-# Every warning fails the tests, so PEFT loads what we write without one; this one is between it and transformers.
+# Every warning fails the tests, so PEFT loads our files without one; this one is between PEFT and transformers.
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")]
 
-# Modules to adapt, by the names that PEFT's users give: fused ones, grouped ones and plain ones.
+# Modules to adapt, by the names that users give to PEFT: fused, grouped and plain ones.
 TARGETS = {
     "opt": ["q_proj", "v_proj", "out_proj", "fc2"],
     "gpt2": ["c_attn", "mlp.c_proj"],
@@ -55,7 +55,7 @@ def torch_base(folder, scalar_head=False):
 
 
 def peft_adapter(base, folder, *, scalar_head=False, **settings):
-    """The torch model with an adapter that PEFT has made of these settings, all of it random, and saved to `folder`."""
+    """The torch model with a random adapter that PEFT created from these settings and saved to `folder`."""
     model = torch_base(base, scalar_head)
     settings = {"r": 4, "lora_alpha": 8, "task_type": "SEQ_CLS" if scalar_head else "CAUSAL_LM"} | settings
     settings["fan_in_fan_out"] = model.config.model_type == "gpt2"
@@ -70,7 +70,7 @@ def peft_adapter(base, folder, *, scalar_head=False, **settings):
 
 
 def our_adapter(base, lora, *, scalar_head=False, mesh=None):
-    """Our model with random adapters beside it."""
+    """This package's model with random separate adapters."""
     model = (reward_from_pretrained if scalar_head else from_pretrained)(base, mesh=mesh)
     rng = np.random.default_rng(2)
     params = dict(model.params)
@@ -85,7 +85,7 @@ def same_logits(model, theirs):
     ids, mask = padded_rows("right", model.config.vocab_size)
     logits, expected = np.asarray(apply(model, ids, mask)), torch_logits(theirs, ids, mask)
     assert_close(logits[mask], expected[mask])
-    with theirs.disable_adapter():  # if the adapter did nothing, equality would say nothing
+    with theirs.disable_adapter():  # an adapter without effect would make the equality trivial
         plain = torch_logits(theirs, ids, mask)
     assert np.abs(plain[mask] - expected[mask]).max() > 0.05 * np.abs(expected[mask]).max()
 
@@ -103,11 +103,11 @@ def same_params(left, right):
         np.testing.assert_array_equal(left.params[path], right.params[path], err_msg=path)
 
 
-# ---- PEFT's adapters here
+# ---- Adapters saved by PEFT, loaded here
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_an_adapter_of_peft_gives_its_logits(name, base, tmp_path):
+def test_an_adapter_saved_by_peft_gives_the_same_logits(name, base, tmp_path):
     theirs = peft_adapter(base(name), tmp_path / "adapter", target_modules=TARGETS[name])
     model = from_pretrained(base(name), tmp_path / "adapter")
     assert model.config.lora.rank == 4 and model.config.lora.alpha == 8.0
@@ -115,7 +115,7 @@ def test_an_adapter_of_peft_gives_its_logits(name, base, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if name != "mixtral"])
-def test_all_linear_with_rank_stabilised_scale_gives_its_logits(name, base, tmp_path):
+def test_all_linear_with_rank_stabilised_scale_gives_the_same_logits(name, base, tmp_path):
     theirs = peft_adapter(base(name), tmp_path / "adapter", target_modules="all-linear", use_rslora=True)
     model = from_pretrained(base(name), tmp_path / "adapter")
     adapted = {path.split("/")[2] for path in model.params if is_adapter(path)}
@@ -130,7 +130,7 @@ def test_all_linear_with_rank_stabilised_scale_gives_its_logits(name, base, tmp_
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("name", TARGETS)
-def test_ranks_and_scales_of_single_modules_and_layers_give_its_logits(name, rslora, base, tmp_path):
+def test_ranks_and_scales_of_single_modules_and_layers_give_the_same_logits(name, rslora, base, tmp_path):
     first, *_, last = TARGETS[name]
     theirs = peft_adapter(
         base(name),
@@ -146,7 +146,7 @@ def test_ranks_and_scales_of_single_modules_and_layers_give_its_logits(name, rsl
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_layers_without_an_adapter_get_one_of_zeros(name, base, tmp_path):
+def test_layers_without_an_adapter_get_a_zero_adapter(name, base, tmp_path):
     settings = {"target_modules": TARGETS[name], "layers_to_transform": [1]}
     theirs = peft_adapter(base(name), tmp_path / "adapter", **settings)
     model = from_pretrained(base(name), tmp_path / "adapter")
@@ -170,18 +170,18 @@ def test_layers_without_an_adapter_get_one_of_zeros(name, base, tmp_path):
         {"target_modules": ["q_proj"], "modules_to_save": ["score"]},
     ],
 )
-def test_modules_are_chosen_as_peft_chooses_them(settings, base, tmp_path):
+def test_target_modules_match_as_in_peft(settings, base, tmp_path):
     theirs = peft_adapter(base("llama"), tmp_path / "adapter", **settings)
     same_logits(from_pretrained(base("llama"), tmp_path / "adapter"), theirs)
 
 
-def test_all_linear_by_its_name_is_every_linear(base, tmp_path):
+def test_the_name_all_linear_selects_every_linear_layer(base, tmp_path):
     theirs = peft_adapter(base("llama"), tmp_path / "adapter", target_modules="all-linear")
     change(tmp_path / "adapter", target_modules="all-linear")
     same_logits(from_pretrained(base("llama"), tmp_path / "adapter"), theirs)
 
 
-def test_names_with_the_adapters_own_name_and_other_dtypes_are_read(base, tmp_path):
+def test_tensor_names_with_the_adapter_name_and_other_dtypes_are_read(base, tmp_path):
     peft_adapter(base("llama"), tmp_path / "adapter", target_modules=["q_proj"])
     plain = from_pretrained(base("llama"), tmp_path / "adapter")
     rename(tmp_path / "adapter", lambda name: name.replace(".weight", ".default.weight"))
@@ -192,7 +192,7 @@ def test_names_with_the_adapters_own_name_and_other_dtypes_are_read(base, tmp_pa
     np.testing.assert_array_equal(half.params[a], np.asarray(plain.params[a]).astype(np.float16).astype(np.float32))
 
 
-def test_a_fused_adapter_read_and_written_stays_as_it_was(base, tmp_path):
+def test_a_fused_adapter_is_unchanged_after_a_round_trip(base, tmp_path):
     peft_adapter(base("phi3"), tmp_path / "theirs", target_modules=TARGETS["phi3"])
     save_adapter(from_pretrained(base("phi3"), tmp_path / "theirs"), tmp_path / "ours", base="x")
     theirs, ours = (load_file(tmp_path / one / "adapter_model.safetensors") for one in ("theirs", "ours"))
@@ -201,7 +201,7 @@ def test_a_fused_adapter_read_and_written_stays_as_it_was(base, tmp_path):
         np.testing.assert_array_equal(theirs[name], ours[name])
 
 
-def test_a_fused_adapter_of_some_layers_keeps_its_rank_when_its_parts_have_gone_apart(base, tmp_path):
+def test_a_fused_adapter_of_some_layers_keeps_its_rank_after_its_parts_have_diverged(base, tmp_path):
     settings = {"target_modules": TARGETS["phi3"], "layers_to_transform": [1]}
     peft_adapter(base("phi3"), tmp_path / "theirs", **settings)
     model = from_pretrained(base("phi3"), tmp_path / "theirs")
@@ -214,18 +214,18 @@ def test_a_fused_adapter_of_some_layers_keeps_its_rank_when_its_parts_have_gone_
     same_params(model, from_pretrained(base("phi3"), tmp_path / "ours"))
 
 
-def test_an_adapter_of_zeros_is_refused(base, tmp_path):
+def test_a_zero_adapter_is_rejected(base, tmp_path):
     peft_adapter(base("llama"), tmp_path / "adapter", target_modules=["q_proj"])
     rename(tmp_path / "adapter", scale=0.0)
     with pytest.raises(ValueError, match="is zero: load the base without it"):
         from_pretrained(base("llama"), tmp_path / "adapter")
 
 
-# ---- Our adapters there
+# ---- Adapters saved here, loaded by PEFT
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_our_adapter_gives_its_logits_in_peft(name, base, tmp_path):
+def test_an_exported_adapter_gives_the_same_logits_in_peft(name, base, tmp_path):
     model = our_adapter(base(name), LORA)
     save_adapter(model, tmp_path / "adapter", base=str(base(name)))
     same_logits(model, peft.PeftModel.from_pretrained(torch_base(base(name)), str(tmp_path / "adapter")))
@@ -237,14 +237,14 @@ def test_our_adapter_gives_its_logits_in_peft(name, base, tmp_path):
 
 @pytest.mark.parametrize("targets", [("v",), ("q", "v", "down"), ("k", "up")])
 @pytest.mark.parametrize("name", ["gpt2", "falcon-40b", "phi3", "llama"])
-def test_some_linears_of_a_fused_module_can_have_one_alone(name, targets, base, tmp_path):
+def test_single_linears_of_a_fused_module_can_be_adapted(name, targets, base, tmp_path):
     model = our_adapter(base(name), LoraConfig(rank=2, alpha=8.0, targets=targets))
     save_adapter(model, tmp_path / "adapter", base=str(base(name)))
     same_logits(model, peft.PeftModel.from_pretrained(torch_base(base(name)), str(tmp_path / "adapter")))
     same_params(model, from_pretrained(base(name), tmp_path / "adapter"))
 
 
-def test_merged_equals_beside(base, tmp_path):
+def test_merged_adapters_equal_separate_adapters(base, tmp_path):
     peft_adapter(base("phi3"), tmp_path / "adapter", target_modules="all-linear", rank_pattern={"qkv_proj": 7})
     model = from_pretrained(base("phi3"), tmp_path / "adapter")
     merged = dataclasses.replace(
@@ -255,7 +255,7 @@ def test_merged_equals_beside(base, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "falcon-40b"])
-def test_adapters_are_read_and_written_split_over_a_mesh(name, base, tmp_path):
+def test_adapters_are_read_and_written_sharded_over_a_mesh(name, base, tmp_path):
     mesh = make_mesh(MeshConfig(1, 2, 2), jax.devices()[:4])
     model = our_adapter(base(name), LORA, mesh=mesh)
     save_adapter(model, tmp_path / "adapter", base="x")
@@ -270,7 +270,7 @@ def test_adapters_are_read_and_written_split_over_a_mesh(name, base, tmp_path):
 
 
 @pytest.mark.parametrize("name", SCALAR)
-def test_an_adapter_of_a_classifier_brings_its_head_both_ways(name, base, tmp_path):
+def test_an_adapter_of_a_classifier_carries_its_head_in_both_directions(name, base, tmp_path):
     source = base(name, True)
     theirs = peft_adapter(source, tmp_path / "theirs", scalar_head=True, target_modules=TARGETS[name])
     model = reward_from_pretrained(source, tmp_path / "theirs")
@@ -287,7 +287,7 @@ def test_an_adapter_of_a_classifier_brings_its_head_both_ways(name, base, tmp_pa
     same_scores(reward_from_pretrained(source, tmp_path / "ours"), auto)
 
 
-def test_an_adapter_of_a_language_model_leaves_the_scalar_head_to_the_base(base, tmp_path):
+def test_an_adapter_of_a_language_model_keeps_the_scalar_head_of_the_base(base, tmp_path):
     peft_adapter(base("llama"), tmp_path / "adapter", target_modules=["q_proj"])
     plain, adapted = (reward_from_pretrained(base("llama", True), adapter) for adapter in (None, tmp_path / "adapter"))
     np.testing.assert_array_equal(plain.params["score/kernel"], adapted.params["score/kernel"])
@@ -296,7 +296,7 @@ def test_an_adapter_of_a_language_model_leaves_the_scalar_head_to_the_base(base,
         reward_from_pretrained(base("llama", True), tmp_path / "adapter")
 
 
-# ---- Refusals
+# ---- Rejected adapters
 
 
 def change(folder, **settings):
@@ -337,7 +337,7 @@ def adapter(base, tmp_path):
         {"a_setting_of_tomorrow": {"on": 1}},
     ],
 )
-def test_what_is_not_plain_lora_is_refused_by_name(settings, base, adapter):
+def test_settings_beyond_plain_lora_are_rejected_by_name(settings, base, adapter):
     change(adapter, **settings)
     ((key, value),) = settings.items()
     with pytest.raises(ValueError, match=f"{key}.*merge it into its base") as error:
@@ -354,14 +354,14 @@ def test_what_is_not_plain_lora_is_refused_by_name(settings, base, adapter):
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_adapters_of_other_modules_are_refused_by_name(name, settings, base, tmp_path):
+def test_adapters_of_other_modules_are_rejected_by_name(name, settings, base, tmp_path):
     peft_adapter(base(name), tmp_path / "adapter", **settings)
     with pytest.raises(ValueError, match="changes .*(embed_tokens|lm_head|project_in).* merge it into its base"):
         from_pretrained(base(name), tmp_path / "adapter")
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_adapters_of_experts_and_routers_are_refused(base, tmp_path):
+def test_adapters_of_experts_and_routers_are_rejected(base, tmp_path):
     settings = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}
     peft_adapter(base("mixtral"), tmp_path / "adapter", **settings)
     with pytest.raises(ValueError, match="target_parameters"):
@@ -371,7 +371,7 @@ def test_adapters_of_experts_and_routers_are_refused(base, tmp_path):
         from_pretrained(base("mixtral"), tmp_path / "adapter")
 
 
-def test_tensors_that_do_not_fit_are_told_all_at_once(base, adapter):
+def test_tensors_that_do_not_fit_are_reported_all_at_once(base, adapter):
     q, v = (f"base_model.model.model.layers.{i}.self_attn.{one}_proj" for i, one in ((0, "q"), (1, "v")))
     rename(adapter, drop=[f"{q}.lora_A.weight"], **{f"{v}.lora_B.weight": np.zeros((5, 4), "f")})
     change(adapter, exclude_modules=["layers.1.self_attn.q_proj"])
@@ -383,7 +383,7 @@ def test_tensors_that_do_not_fit_are_told_all_at_once(base, adapter):
     assert "misshaped: model.layers.1.self_attn.v_proj.lora_B ([5, 4] in place of [" in reported
 
 
-def test_an_adapter_of_another_base_is_refused(base, adapter):
+def test_an_adapter_of_another_base_is_rejected(base, adapter):
     with pytest.raises(ValueError, match=r"changes model.layers.0.self_attn.k_proj|changes model.layers.0.self_attn.q"):
         from_pretrained(base("gpt2"), adapter)
     change(adapter, target_modules=["c_attn"])
@@ -391,19 +391,19 @@ def test_an_adapter_of_another_base_is_refused(base, adapter):
         from_pretrained(base("llama"), adapter)
 
 
-def test_tensors_of_another_dtype_are_refused(base, adapter):
+def test_tensors_of_an_unsupported_dtype_are_rejected(base, adapter):
     rename(adapter, dtype=np.float64)
     with pytest.raises(ValueError, match="are not F32, F16, BF16"):
         from_pretrained(base("llama"), adapter)
 
 
-def test_a_pickle_is_refused_with_the_command_that_converts_it(base, adapter):
+def test_a_pickle_is_rejected_with_the_command_that_converts_it(base, adapter):
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"a pickle can run any code.*python -c .*save_file"):
         from_pretrained(base("llama"), adapter)
 
 
-def test_absent_and_damaged_files_are_told(base, adapter):
+def test_absent_and_damaged_files_are_reported(base, adapter):
     (adapter / "adapter_model.safetensors").write_bytes(b"1234567890")
     with pytest.raises(ValueError, match="is damaged.*download it again"):
         from_pretrained(base("llama"), adapter)

@@ -1,6 +1,6 @@
-"""Tiny configurations of the GPTs, BLOOM, Falcon and Phi: for each family, every choice that its checkpoints make.
+"""Tiny configurations of the GPTs, BLOOM, Falcon and Phi: for each family, every option of its checkpoints.
 
-They are keyword arguments of transformers' configuration classes. Norms have an epsilon that shows.
+They are keyword arguments of transformers' configuration classes. Norms have an epsilon large enough to change logits.
 """
 
 from __future__ import annotations

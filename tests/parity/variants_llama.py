@@ -1,6 +1,6 @@
-"""Tiny configurations of the LLaMA-like, Gemma-like and sparse families: every choice of them once, at least.
+"""Tiny configurations of the LLaMA-like, Gemma-like and sparse families: every option at least once.
 
-Sequences of the tests have 12 tokens, so that windows of 3 and 4 hide most of them.
+Sequences of the tests have 12 tokens, so windows of 3 and 4 hide most of them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _family(model_type: str, **usual: Any) -> Callable[..., dict[str, Any]]:
     return config
 
 
-# Heads of 16 are wider in sum than hidden_size, and 24 is no head's size.
+# Heads of 16 are wider in total than hidden_size, and no head has size 24.
 _llama, _mistral, _qwen2, _olmo2 = (_family(name) for name in ("llama", "mistral", "qwen2", "olmo2"))
 _qwen3 = _family("qwen3", head_dim=16)
 _phi3 = _family("phi3", original_max_position_embeddings=64)

@@ -1,4 +1,4 @@
-"""The ground that all tests stand on: eight simulated CPU devices, no network, compiled programs kept between runs."""
+"""Configuration of all tests: eight simulated CPU devices, no network, compiled programs cached between runs."""
 
 import gc
 import importlib.util
@@ -17,7 +17,7 @@ import pytest
 
 CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 LONG = tomllib.loads((Path(__file__).parent / "long.toml").read_text(encoding="utf-8"))
-# Begun first, so that at the end no process is left alone with one of them.
+# Started first, so that at the end no process still runs one of them alone.
 LONGEST = ("parity/test_family_parity", "test_train_step", "test_engine", "parity/test_peft", "test_train")
 LONGEST += ("test_plan", "test_quantised", "test_slots", "test_decode", "test_unstacked", "test_configs")
 COLLECTED = pytest.StashKey[set[str]]()
@@ -25,27 +25,27 @@ COLLECTED = pytest.StashKey[set[str]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     assert "jax" not in sys.modules, "the environment of jax must be set before its first import"
-    # On a busy machine any example may be slow; a hanging one is seen by who waits.
+    # On a busy machine any example may be slow, so there is no deadline.
     hypothesis.settings.register_profile("here", deadline=None, max_examples=50)
     hypothesis.settings.load_profile("here")
     os.environ["HF_HUB_OFFLINE"] = "1"
-    # What the tests tokenise is kept as long as they run.
+    # Tokenised data are cached for the duration of the test session.
     caches = tempfile.TemporaryDirectory(prefix="rlhf_jax-tests-")
     os.environ["XDG_CACHE_HOME"] = caches.name
     config.add_cleanup(caches.cleanup)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if config.option.markexpr == "cuda":  # compiles for GPUs, and runs on the CPU what else there is
+    if config.option.markexpr == "cuda":  # compiles for GPUs and runs everything else on the CPU
         os.environ["JAX_PLATFORMS"] = "cpu"
-        return  # a program from the cache comes without the text that these tests read
-    if config.option.markexpr != "gpu":  # `pytest -m gpu` runs on whatever the machine has
+        return  # cached programs lack the text that these tests read
+    if config.option.markexpr != "gpu":  # `pytest -m gpu` runs on the machine's devices
         os.environ["JAX_PLATFORMS"] = "cpu"
-        # Tiny programs, many of them: compiling costs more than running, so compile with the least effort.
+        # Many tiny programs: compiling costs more than running, so compile with the least effort.
         flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-        # The older emitters of fusions compile in a quarter of the time, and one LLVM module a program in a third less.
+        # The older fusion emitters compile in a quarter of the time, and one LLVM module per program saves a third.
         flags += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
         # Eight devices on a busy machine of two cores may wait for each other longer than the 40 s that XLA allows.
         flags += " --xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
-        # Collectives of a program may start in another order on each device, and one that waits holds a thread.
+        # Collectives may start in a different order on each device, and each waiting one occupies a thread.
         os.environ.setdefault("PJRT_NPROC", "64")
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     if hasattr(config, "cache"):
@@ -54,7 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def is_form(form: str, patterns: Iterable[str]) -> bool:
-    """Whether what stands in the brackets of a test's id is one of these, in which "*" is any text."""
+    """Whether the bracketed part of a test's id matches one of the patterns, in which "*" is any text."""
     return any(re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), form) for pattern in patterns)
 
 
@@ -91,7 +91,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs() -> Iterator[None]:
-    """Let go of what a file of tests has compiled: thousands of programs are more than a process may map."""
+    """Clears compiled programs after each test file: thousands of programs exceed the memory maps of a process."""
     yield
     if jax := sys.modules.get("jax"):
         jax.clear_caches()
@@ -105,7 +105,7 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture
 def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
-    """`write_jsonl(rows, name="rows.jsonl")` writes one JSON object a line and returns the path."""
+    """`write_jsonl(rows, name="rows.jsonl")` writes one JSON object per line and returns the path."""
 
     def write(rows: Iterable[dict], name: str = "rows.jsonl") -> Path:
         path = tmp_path / name

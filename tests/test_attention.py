@@ -1,4 +1,4 @@
-"""Fused attention: where it is chosen and why, and that what it is asked for is what `attention` computes."""
+"""Fused attention: when it is chosen and why, and that its calls compute the same as `attention`."""
 
 import dataclasses
 import functools
@@ -48,7 +48,7 @@ def kernel(config=tiny.LLAMA, dtype=BFLOAT16, platform="gpu", length=16, choice=
         {"length": 511},
     ],
 )
-def test_attention_is_fused_where_gpu_dtype_and_model_allow_it(allowed):
+def test_attention_is_fused_if_gpu_dtype_and_model_allow_it(allowed):
     assert kernel(**allowed).name == "cudnn"
 
 
@@ -70,23 +70,23 @@ OBSTACLES = [
 
 
 @pytest.mark.parametrize(("circumstance", "reason"), OBSTACLES)
-def test_attention_is_left_to_xla_elsewhere_and_says_why(circumstance, reason):
+def test_otherwise_attention_is_xlas_with_the_reason(circumstance, reason):
     chosen = kernel(**circumstance)
     assert chosen.name == "xla" and reason in chosen.reason
 
 
 @pytest.mark.parametrize(("circumstance", "reason"), OBSTACLES[:-1])
-def test_fused_attention_that_is_asked_for_and_impossible_is_an_error_with_the_mend(circumstance, reason):
+def test_requesting_impossible_fused_attention_is_an_error_with_the_fix(circumstance, reason):
     with pytest.raises(ValueError, match='model.attention="cudnn" is impossible') as error:
         kernel(**circumstance, choice="cudnn")
     assert reason in str(error.value) and 'set it to "auto" or "xla"' in str(error.value)
 
 
-def test_on_these_devices_attention_is_left_to_xla():
+def test_attention_on_cpus_is_xlas():
     assert kernel_for_mesh(single_device_mesh(), tiny.LLAMA, BFLOAT16, 16, "auto").name == "xla"
 
 
-def test_what_a_run_says_names_the_phases():
+def test_the_log_line_of_a_run_names_the_phases():
     said = describe_kernel(kernel(), "scoring and prefill", decodes=True)
     assert said == "cuDNN for scoring and prefill (bfloat16, causal), XLA for decoding (one query)"
     assert describe_kernel(kernel(dtype=FLOAT32), "training", decodes=True).startswith(
@@ -94,7 +94,7 @@ def test_what_a_run_says_names_the_phases():
     )
 
 
-def test_windows_that_no_row_fills_are_none():
+def test_windows_longer_than_the_rows_are_dropped():
     assert [uniform_window(ALTERNATING, length) for length in (4, 5, 6)] == [0, 0, None]
     assert [uniform_window(WINDOWED, length) for length in (5, 6)] == [0, 5]
 
@@ -107,13 +107,13 @@ def arrays(dtype, heads, kv_heads, batch=3, length=12, size=8):
 
 
 def attention_output(q, k, v, mask, window):
-    """By `attention`, with all that its mask says: real tokens, none after the query, and the window."""
+    """The result of `attention` with the full mask: real tokens, none after the query, within the window."""
     back = np.arange(q.shape[1])[:, None] - np.arange(q.shape[1])
     visible = (back >= 0) & (back < (window or q.shape[1])) & mask[:, None, :]
     return attention(q, *(rearrange(y, "b t k d -> b k t d") for y in (k, v)), visible, scale=0.3)
 
 
-# float32: sums in another order. bfloat16: both round the weights of the values, and the result, to 8 bits.
+# float32: sums in another order. bfloat16: both round the attention weights and the result to 8 bits.
 TOLERANCE = {FLOAT32: 1e-6, BFLOAT16: 2e-2}
 GRIDS = [
     pytest.mark.parametrize("window", [0, 1, 5]),
@@ -129,7 +129,7 @@ def in_all_cases(test):
 
 @in_all_cases
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
-def test_fused_attention_is_asked_for_the_same_function_on_right_padded_rows(heads, window, dtype):
+def test_fused_attention_computes_the_same_on_right_padded_rows(heads, window, dtype):
     q, k, v = arrays(dtype, *heads)
     mask = np.arange(12) < np.array([12, 7, 1])[:, None]
     fused = fused_attention(q, k, v, scale=0.3, window=window, implementation="xla")
@@ -141,7 +141,7 @@ def test_fused_attention_is_asked_for_the_same_function_on_right_padded_rows(hea
 
 @in_all_cases
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
-def test_fused_attention_of_left_padded_rows_is_that_of_the_rolled_ones(heads, window, dtype):
+def test_fused_attention_of_left_padded_rows_equals_that_of_rolled_rows(heads, window, dtype):
     q, k, v = arrays(dtype, *heads)
     padding = np.array([0, 5, 11])
     mask = np.arange(12) >= padding[:, None]
@@ -152,7 +152,7 @@ def test_fused_attention_of_left_padded_rows_is_that_of_the_rolled_ones(heads, w
     assert difference[mask].max() < TOLERANCE[dtype]
 
 
-def test_padding_gets_no_gradient_and_gives_none_through_fused_attention():
+def test_no_gradient_flows_into_or_out_of_padding_through_fused_attention():
     q, k, v = arrays(FLOAT32, 4, 2)
     mask = np.arange(12) < np.array([12, 7, 1])[:, None]
 
@@ -168,7 +168,7 @@ def test_padding_gets_no_gradient_and_gives_none_through_fused_attention():
 
 @pytest.fixture
 def fused_calls(monkeypatch):
-    """As on a GPU, with XLA in cuDNN's place; yields the (query heads, window) of every call of fused attention."""
+    """Behaves as on a GPU, with XLA in place of cuDNN; yields (query heads, window) of every fused attention call."""
     calls = []
 
     def call(q, k, v, *, scale, window):
@@ -189,7 +189,7 @@ FUSED = {"opt": tiny.OPT, "llama": tiny.LLAMA, "sparse": tiny.SPARSE, "windowed"
 
 @pytest.mark.parametrize("remat", ["none", "layers"])
 @pytest.mark.parametrize("family", FUSED)
-def test_states_and_gradients_of_right_padded_rows_are_those_without_fusing(fused_calls, family, remat):
+def test_states_and_gradients_of_right_padded_rows_equal_those_without_fusing(fused_calls, family, remat):
     config, layout = FUSED[family], Layout(single_device_mesh(), TRAIN)
     params = tiny.random_params(config, layout.mesh)
     tokens, mask = tiny.prompts(config, [12, 7, 1], 12, side="right")
@@ -215,7 +215,7 @@ def test_states_and_gradients_of_right_padded_rows_are_those_without_fusing(fuse
 
 @pytest.mark.parametrize("mesh_name", ["one", "data2-fsdp2-tensor2"])
 @pytest.mark.parametrize("family", FUSED)
-def test_a_fused_prefill_leaves_the_logits_and_the_cache_of_one_that_is_not(fused_calls, family, mesh_name):
+def test_a_fused_prefill_gives_the_same_logits_and_cache_as_an_unfused_one(fused_calls, family, mesh_name):
     config, mesh = FUSED[family], tiny.mesh_of(mesh_name)
     layout = Layout(mesh, GENERATE)
     params = tiny.random_params(config, mesh)
@@ -236,7 +236,7 @@ def test_a_fused_prefill_leaves_the_logits_and_the_cache_of_one_that_is_not(fuse
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_states_of_either_padding_side_are_the_same_fused(fused_calls, side):
+def test_fused_states_do_not_depend_on_the_padding_side(fused_calls, side):
     config, layout = tiny.LLAMA, Layout(single_device_mesh(), TRAIN)
     params = tiny.random_params(config, layout.mesh)
     tokens, mask = tiny.prompts(config, [12, 7, 1], 12, side=side)
@@ -248,7 +248,7 @@ def test_states_of_either_padding_side_are_the_same_fused(fused_calls, side):
 
 @pytest.mark.gpu
 @in_all_cases
-def test_cudnn_attends_as_xla_does_in_bfloat16(heads, window):
+def test_cudnn_attention_equals_xlas_in_bfloat16(heads, window):
     q, k, v = arrays(BFLOAT16, *heads, length=192, size=64)
     mask = np.arange(192) < np.array([192, 70, 1])[:, None]
 

@@ -1,4 +1,4 @@
-"""Batches: every row once an epoch, resume by arithmetic, padding that comes off again, few shapes, packed rows."""
+"""Batches: every row once per epoch, resume by arithmetic, removable padding, few shapes, packed rows."""
 
 import dataclasses
 import itertools
@@ -21,7 +21,7 @@ NOTHING = RowStats()
 
 
 def source(lengths: list[int], per_row: int = 1, first: int = 1, name: str = "made") -> SourceRows:
-    """Sequence s holds first + s, first + s + 1, ...; learned is all but its first token, but the second of three."""
+    """Sequence s holds first + s, first + s + 1, ...; all tokens but the first have a loss."""
     num = len(lengths) // per_row
     sequences = [
         Encoding(np.arange(first + s, first + s + length, dtype=np.int32), np.array([[1, length]], np.int32))
@@ -48,7 +48,7 @@ BUCKETS = st.sampled_from([1, 3])
 
 @settings(deadline=None)
 @given(lengths=LENGTHS, seed=SEEDS, buckets=BUCKETS, data=st.data())
-def test_every_row_comes_once_an_epoch_but_for_the_incomplete_batch(lengths, seed, buckets, data):
+def test_every_row_occurs_once_per_epoch_except_in_the_incomplete_batch(lengths, seed, buckets, data):
     batch_size = data.draw(st.integers(1, len(lengths)))
     batches = Batches(make_rows(lengths), batch_size=batch_size, seed=seed, buckets=buckets)
     steps = batches.steps_per_epoch
@@ -61,7 +61,7 @@ def test_every_row_comes_once_an_epoch_but_for_the_incomplete_batch(lengths, see
 
 @settings(deadline=None)
 @given(lengths=LENGTHS, seed=SEEDS, buckets=BUCKETS, start=st.integers(0, 200))
-def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(lengths, seed, buckets, start):
+def test_a_resumed_run_gets_the_batches_of_an_uninterrupted_one(lengths, seed, buckets, start):
     rows = make_rows(lengths)
     uninterrupted = Batches(rows, batch_size=2, seed=seed, buckets=buckets)
     for step in range(start):
@@ -72,21 +72,21 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(lengths, seed, bucket
             np.testing.assert_array_equal(old, new)
 
 
-def test_epochs_and_seeds_have_different_orders_and_no_shuffle_has_that_of_the_rows():
+def test_epochs_and_seeds_have_different_orders_and_without_shuffling_rows_keep_theirs():
     rows = make_rows([1] * 50)
     orders = [Batches(rows, batch_size=50, seed=seed).draws(epoch)[1].tolist() for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
     assert Batches(rows, batch_size=10, seed=0, shuffle=False).draws(7)[1].tolist() == list(range(20, 30))
 
 
-def test_the_order_is_the_same_under_every_numpy():
+def test_the_order_is_the_same_with_every_numpy_version():
     assert Batches(make_rows([1] * 8), batch_size=8, seed=3).draws(2)[1].tolist() == [0, 5, 1, 3, 6, 7, 2, 4]
     assert Batches(make_rows([1] * 5000), batch_size=4, seed=3).draws(2)[1].tolist() == [2865, 517, 3600, 1331]
 
 
 @given(lengths=LENGTHS, side=st.sampled_from(["left", "right"]), per_row=st.sampled_from([1, 2]))
 @settings(max_examples=50, deadline=None)
-def test_padding_on_either_side_gives_the_sequences_back(lengths, side, per_row):
+def test_sequences_are_recovered_from_padding_on_either_side(lengths, side, per_row):
     rows = make_rows(lengths, per_row)
     batches = Batches(rows, batch_size=len(rows), seed=0, side=side, shuffle=False)
     batch, (part,) = batches[0], rows.parts
@@ -104,7 +104,7 @@ def test_padding_on_either_side_gives_the_sequences_back(lengths, side, per_row)
         assert not tokens[~mask].any()
 
 
-def test_buckets_give_few_shapes_and_take_away_most_of_the_padding():
+def test_buckets_give_few_shapes_and_remove_most_of_the_padding():
     rng = np.random.RandomState(0)
     lengths = np.minimum(rng.lognormal(4, 0.8, 40 * BUCKET_WINDOW), 500).astype(int) + 1
     shares = []
@@ -116,7 +116,7 @@ def test_buckets_give_few_shapes_and_take_away_most_of_the_padding():
         shares.append(1 - np.mean([batch.mask.sum() for batch in made]) / np.mean([batch.mask.size for batch in made]))
     assert shares[0] > 0.8 and shares[1] < 0.5
     first = [batch.tokens.shape[1] for batch in made[:BUCKET_WINDOW]]
-    assert first != sorted(first)  # steps of short and of long rows come in no order
+    assert first != sorted(first)  # steps of short and long rows alternate randomly
 
 
 @given(st.lists(st.integers(1, 96), min_size=1, max_size=30), st.integers(1, 3))
@@ -138,7 +138,7 @@ DOCUMENTS = st.lists(st.integers(2, 30), min_size=1, max_size=60)
 
 @settings(deadline=None)
 @given(lengths=DOCUMENTS, seed=SEEDS)
-def test_packing_loses_and_doubles_no_token_and_tells_the_documents_apart(lengths, seed):
+def test_packing_keeps_every_token_once_and_separates_the_documents(lengths, seed):
     part = pack_rows(source(lengths), 32)
     rows = Rows((part,), 1, (len(part),), "")
     batch = Batches(rows, batch_size=len(part), seed=seed, width=32)[0]
@@ -154,10 +154,10 @@ def test_packing_loses_and_doubles_no_token_and_tells_the_documents_apart(length
     assert sorted(found) == sorted(list(range(1 + s, 1 + s + length)) for s, length in enumerate(lengths))
 
 
-def test_a_packed_row_is_named_by_its_first_document():
+def test_a_packed_row_has_the_name_of_its_first_document():
     part = pack_rows(source([20, 9, 20, 9, 9]), 32)
     for row in range(len(part)):
-        first = part.documents(row)[0][0].tokens[0]  # sequence s begins with s + 1, and is example s
+        first = part.documents(row)[0][0].tokens[0]  # sequence s starts with s + 1 and is example s
         assert part.number(row) == first - 1
 
 
@@ -172,7 +172,7 @@ def test_the_rows_of_a_step_are_counted_by_source():
     assert Batches(make_rows([2, 2]), batch_size=1, seed=0).counts(0) == {}
 
 
-def test_each_process_reads_its_own_rows_of_a_batch_and_together_they_have_all():
+def test_each_process_reads_its_own_rows_of_a_batch_and_together_they_read_all():
     rows = make_rows([3] * 24)
     whole = Batches(rows, batch_size=12, seed=1)[1]
     parts = [Batches(rows, batch_size=12, seed=1, process=(i, 3))[1] for i in range(3)]
@@ -183,18 +183,18 @@ def test_each_process_reads_its_own_rows_of_a_batch_and_together_they_have_all()
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 4])
-def test_a_batch_that_the_rows_cannot_fill_is_refused_with_the_largest_that_they_can(batch_size):
+def test_a_batch_larger_than_the_rows_is_rejected_with_the_largest_that_fits(batch_size):
     with pytest.raises(ValueError, match=f"batch size {batch_size} does not fit 3 rows: from 1 to 3 is possible"):
         Batches(make_rows([1, 2, 3]), batch_size=batch_size, seed=0)
 
 
-def test_batches_cannot_be_iterated_because_they_have_no_end():
+def test_batches_are_endless_and_cannot_be_iterated():
     with pytest.raises(TypeError):
         iter(Batches(make_rows([1, 2, 3]), batch_size=1, seed=0))
 
 
 class Slow:
-    """Batches that take 20 ms and remember who asked."""
+    """Batches that take 20 ms each and record the requested steps."""
 
     def __init__(self):
         self.asked: list[tuple[int, str]] = []
@@ -207,7 +207,7 @@ class Slow:
         return step * step
 
 
-def test_batches_are_made_ahead_once_each_and_not_beyond_the_last_step():
+def test_each_batch_is_prefetched_once_and_none_beyond_the_last_step():
     slow = Slow()
     prefetch = Prefetch(slow, stop=5)
     for step in range(5):
@@ -216,7 +216,7 @@ def test_batches_are_made_ahead_once_each_and_not_beyond_the_last_step():
     assert all(name.startswith("batches") for _, name in slow.asked)
 
 
-def test_the_next_batch_is_ready_when_a_step_took_as_long_as_making_it():
+def test_the_next_batch_is_ready_if_a_step_takes_as_long_as_making_it():
     prefetch, waited = Prefetch(Slow(), stop=6), []
     for step in range(6):
         start = time.perf_counter()
@@ -226,15 +226,15 @@ def test_the_next_batch_is_ready_when_a_step_took_as_long_as_making_it():
     assert waited[0] > 0.019 and max(waited[1:]) < 0.015
 
 
-def test_what_goes_wrong_ahead_is_raised_by_the_step_that_needs_it_and_any_step_may_be_asked_for():
+def test_a_prefetch_error_is_raised_at_the_step_that_needs_the_batch_and_any_step_can_be_requested():
     prefetch = Prefetch(Slow(), stop=10)
-    assert prefetch[5] == 25  # 6 and 7 are being made
+    assert prefetch[5] == 25  # 6 and 7 are being prefetched
     with pytest.raises(ValueError, match="row 7 is broken"):
         prefetch[7]
     assert prefetch[2] == 4 and prefetch[9] == 81
 
 
-def test_rows_of_two_bytes_and_of_four_are_the_same():
+def test_rows_of_uint16_and_int32_tokens_give_equal_batches():
     part = source([5, 9])
     wide = [
         Encoding(sequence.tokens.astype(np.int32), sequence.spans)

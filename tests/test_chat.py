@@ -1,4 +1,4 @@
-"""The conversation in the terminal: its commands, its memory, and what is shown of an answer while it comes."""
+"""The chat in the terminal: its commands, its history, and the text shown while an answer is generated."""
 
 import dataclasses
 import io
@@ -39,7 +39,7 @@ def talk(patch, folder, text: str, *options: str) -> int:
 
 
 def patch_answers(patch, *answers: str) -> list:
-    """Let the speaker say these answers, in pieces of three letters; returns the dialogues that it was asked with."""
+    """Make the speaker give these answers in pieces of three letters; returns the list of dialogues it receives."""
     asked, left = [], iter(answers)
 
     def answer(self, turns, key):
@@ -52,12 +52,12 @@ def patch_answers(patch, *answers: str) -> list:
 
 
 def patch_tokens(patch, ids: list[int]) -> None:
-    """Let the model choose these tokens, one after the other."""
+    """Make the model choose these tokens in order."""
     left = iter(ids)
     patch.setattr(rlhf_jax.chat, "sample_next", lambda *args: (jnp.array([next(left)], jnp.int32), None))
 
 
-def test_the_second_question_is_asked_with_the_first_exchange(folder, monkeypatch, capsys):
+def test_the_second_question_includes_the_first_exchange(folder, monkeypatch, capsys):
     asked = patch_answers(monkeypatch, "Paris it is.", "So did I.")
     assert talk(monkeypatch, folder, "Where?\n\n  I thought so. \n") == 0
     assert asked == [
@@ -67,16 +67,16 @@ def test_the_second_question_is_asked_with_the_first_exchange(folder, monkeypatc
     assert capsys.readouterr().out.splitlines()[1:] == ["Paris it is.", "So did I."]
 
 
-def test_clear_forgets_and_quit_leaves(folder, monkeypatch, capsys):
+def test_clear_forgets_the_dialogue_and_quit_exits(folder, monkeypatch, capsys):
     asked = patch_answers(monkeypatch, "A.", "B.")
     assert talk(monkeypatch, folder, "one\n/clear\ntwo\n/quit\nthree\n") == 0
     assert asked == [(("user", "one"),), (("user", "two"),)]
     assert capsys.readouterr().out.splitlines()[1:] == ["A.", "(forgotten)", "B."]
 
 
-def test_an_unknown_command_says_what_there_is_and_is_not_asked(folder, monkeypatch, capsys):
+def test_an_unknown_command_lists_the_commands_and_is_not_sent_to_the_model(folder, monkeypatch, capsys):
     asked = patch_answers(monkeypatch)
-    assert talk(monkeypatch, folder, "/help\n") == 0  # and the end of the file leaves
+    assert talk(monkeypatch, folder, "/help\n") == 0  # the end of the input exits
     assert asked == []
     assert "unknown command /help: /clear forgets the dialogue, /quit leaves" in capsys.readouterr().out
 
@@ -96,7 +96,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(folder, monkeypatch, c
     assert "I was (stopped)\nI was\n" in capsys.readouterr().out
 
 
-def test_ctrl_c_at_the_prompt_leaves_without_a_word_of_checkpoints(folder, monkeypatch, capsys):
+def test_ctrl_c_at_the_prompt_exits_without_a_message_about_checkpoints(folder, monkeypatch, capsys):
     def interrupted():
         raise KeyboardInterrupt
         yield
@@ -106,8 +106,8 @@ def test_ctrl_c_at_the_prompt_leaves_without_a_word_of_checkpoints(folder, monke
     assert capsys.readouterr().err == "rlhf-jax: interrupted\n"
 
 
-def test_the_greedy_answer_is_that_of_generate(model, tmp_path, monkeypatch, capsys):
-    # What has learned a little says blanks only; a random model whose layers are loud says all sorts of things.
+def test_the_greedy_answer_equals_that_of_generate(model, tmp_path, monkeypatch, capsys):
+    # A slightly trained model answers only blanks; a random model with large layer weights gives varied answers.
     rng = np.random.default_rng(0)
     loud = {path: rng.standard_normal(leaf.shape, np.float32) for path, leaf in model.params.items()}
     params = {path: jnp.asarray(loud[path]) if path.endswith("kernel") else leaf for path, leaf in model.params.items()}
@@ -135,7 +135,7 @@ def test_the_greedy_answer_is_that_of_generate(model, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "nf4"])
-def test_the_speaker_reads_the_kernels_as_they_were_loaded_and_holds_no_copy(folder, monkeypatch, capsys, dtype):
+def test_the_speaker_uses_the_loaded_kernels_without_a_copy(folder, monkeypatch, capsys, dtype):
     speakers, Original = [], rlhf_jax.chat.ChatModel
 
     class Watched(Original):
@@ -154,14 +154,14 @@ def test_the_speaker_reads_the_kernels_as_they_were_loaded_and_holds_no_copy(fol
     assert said == "".join(ChatModel(same, GREEDY).answer(QUESTION, jax.random.key(0))) + "\n"
 
 
-def test_a_seed_gives_the_same_sampled_answer_and_another_seed_another(model):
+def test_the_same_seed_samples_the_same_answer_and_another_seed_another(model):
     speaker = ChatModel(model, SampleConfig(max_new_tokens=12))
     one, again, other = ("".join(speaker.answer(QUESTION, jax.random.key(seed))) for seed in (1, 1, 2))
     assert one == again != other
 
 
 @pytest.mark.parametrize("text", ["Sure! 3 + 4 = 7.", "  naïve 😀 Straße\n\n東京 ", "e\N{COMBINING ACUTE ACCENT}"])
-def test_pieces_are_whole_characters_and_joined_they_are_the_text(model, monkeypatch, text):
+def test_pieces_are_whole_characters_that_join_to_the_text(model, monkeypatch, text):
     ids = model.tokenizer(text, add_special_tokens=False).input_ids
     patch_tokens(monkeypatch, [*ids, model.tokenizer.eos_token_id])
     speaker = ChatModel(model, SampleConfig(max_new_tokens=64))
@@ -171,14 +171,14 @@ def test_pieces_are_whole_characters_and_joined_they_are_the_text(model, monkeyp
     assert len([piece for piece in pieces if piece]) > 1  # it streams
 
 
-def test_half_a_character_at_the_end_is_never_shown(model, monkeypatch):
+def test_an_incomplete_character_at_the_end_is_never_shown(model, monkeypatch):
     ids = model.tokenizer("ab😀", add_special_tokens=False).input_ids
     patch_tokens(monkeypatch, [*ids[:-1], model.tokenizer.eos_token_id])
     assert "".join(ChatModel(model, SampleConfig(max_new_tokens=64)).answer(QUESTION, jax.random.key(0))) == "ab"
 
 
-def test_a_dialogue_that_is_too_long_loses_its_oldest_exchange_and_says_so(folder, model, monkeypatch, capsys):
-    text, count = "three and four", 1  # 160 positions less 12 for the answer
+def test_a_dialogue_that_is_too_long_loses_its_oldest_exchange_with_a_message(folder, model, monkeypatch, capsys):
+    text, count = "three and four", 1  # 160 positions minus 12 for the answer
     exchange = (("user", text), ("assistant", text))
     while len(encode_prompt(model.tokenizer, exchange * (count - 1) + exchange[:1])) <= 148:
         count += 1
@@ -189,7 +189,7 @@ def test_a_dialogue_that_is_too_long_loses_its_oldest_exchange_and_says_so(folde
     assert "(the oldest 1 exchange(s) no longer fit the model's positions and are forgotten)" in capsys.readouterr().err
 
 
-def test_a_message_that_is_too_long_is_refused_and_the_conversation_goes_on(folder, monkeypatch, capsys):
+def test_a_message_that_is_too_long_is_rejected_and_the_conversation_continues(folder, monkeypatch, capsys):
     asked = patch_answers(monkeypatch, "A.", "B.")
     assert talk(monkeypatch, folder, "one\n" + "7 " * 160 + "\ntwo\n") == 0
     assert asked == [(("user", "one"),), (("user", "one"), ("assistant", "A."), ("user", "two"))]
@@ -201,18 +201,18 @@ def test_a_message_that_is_too_long_is_refused_and_the_conversation_goes_on(fold
 def test_answers_take_at_most_half_of_the_positions_and_chat_says_so(folder, monkeypatch, capsys):
     asked = patch_answers(monkeypatch, "A.")
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\n"))
-    assert main(["chat", str(folder)]) == 0  # 256 tokens by default, of a model of 160 positions
+    assert main(["chat", str(folder)]) == 0  # 256 tokens by default, for a model with 160 positions
     assert asked == [(("user", "one"),)]
     assert "(the model has 160 positions: answers are cut at 80 tokens" in capsys.readouterr().out
 
 
-def test_bytes_that_are_no_text_become_question_marks(folder, monkeypatch):
+def test_bytes_that_are_not_utf_8_become_question_marks(folder, monkeypatch):
     asked = patch_answers(monkeypatch, "A.")
     assert talk(monkeypatch, folder, "caf\udce9\n") == 0
     assert asked == [(("user", "caf?"),)]
 
 
-def test_an_answer_that_fills_all_positions_is_finished(folder, model, monkeypatch, capsys):
+def test_an_answer_that_fills_all_positions_ends(folder, model, monkeypatch, capsys):
     said = "7 " * 60
     size = len(encode_prompt(model.tokenizer, (("user", said.strip()),)))
     assert 100 < size < 160
@@ -228,12 +228,12 @@ def test_an_answer_that_fills_all_positions_is_finished(folder, model, monkeypat
         (["--max-new-tokens", "0"], "max_new_tokens=0: at least 1"),
     ],
 )
-def test_options_that_name_no_distribution_are_refused(folder, capsys, options, reported):
+def test_options_that_define_no_distribution_are_rejected(folder, capsys, options, reported):
     assert main(["chat", str(folder), *options]) == 2
     assert reported in capsys.readouterr().err
 
 
-def test_a_folder_without_tokenizer_or_eos_is_refused(folder, tmp_path, capsys):
+def test_a_folder_without_a_tokenizer_or_eos_is_rejected(folder, tmp_path, capsys):
     bare = tmp_path / "bare"
     shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("tokenizer*"))
     assert main(["chat", str(bare)]) == 2
@@ -249,7 +249,7 @@ def test_a_folder_without_tokenizer_or_eos_is_refused(folder, tmp_path, capsys):
     assert "no EOS" in capsys.readouterr().err
 
 
-def test_chat_is_the_function_behind_the_command(folder, monkeypatch, capsys):
+def test_the_chat_command_calls_the_public_function(folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("/quit\n"))
     chat(str(folder), GREEDY, 0)
     assert capsys.readouterr().out == f"{folder}: /clear forgets the dialogue, /quit leaves\n"

@@ -1,4 +1,4 @@
-"""Chat templates: one BOS, answers that end on an end, text that cannot forge control tokens."""
+"""Chat templates: one BOS, an end token after every answer, text that cannot forge control tokens."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ KINDS = [gpt2_like, opt_like, chatml_like, llama_like]
 GPT2, CHATML_LIKE, LLAMA_LIKE = (prepare_tokenizer(kind()) for kind in (gpt2_like, chatml_like, llama_like))
 
 
-def test_the_default_template_is_that_of_hh_rlhf_with_an_end_after_every_answer():
+def test_the_default_template_is_that_of_hh_rlhf_with_an_end_token_after_every_answer():
     text = "\n\nHuman: Hi.\n\nAssistant: Hello!</s>\n\nHuman: What is 3 + 4?\n\nAssistant:"
     assert GPT2.decode(encode_prompt(GPT2, HISTORY)) == text
     assert GPT2.decode(encode_response(GPT2, HISTORY, "7.")) == " 7.</s>"
@@ -38,7 +38,7 @@ def test_a_system_message_comes_before_the_first_turn():
     assert text == "Be brief.\n\nHuman: What is 3 + 4?\n\nAssistant:"
 
 
-def test_bos_comes_first_and_once_where_the_tokenizer_puts_it_before_a_text():
+def test_bos_comes_first_and_once_if_the_tokenizer_adds_one():
     tokenizer = prepare_tokenizer(opt_like())
     assert tokenizer("a").input_ids[0] == 1
     prompt = encode_prompt(tokenizer, QUESTION)
@@ -47,21 +47,21 @@ def test_bos_comes_first_and_once_where_the_tokenizer_puts_it_before_a_text():
     assert prompt[1:] == encode_prompt(GPT2, QUESTION)
 
 
-def test_there_is_no_bos_where_the_tokenizer_puts_none():
+def test_there_is_no_bos_if_the_tokenizer_adds_none():
     assert 0 not in encode_prompt(GPT2, QUESTION)
 
 
-def test_a_tokenizer_without_padding_pads_with_eos_and_another_keeps_its_own():
+def test_a_tokenizer_without_a_pad_token_pads_with_eos_and_others_keep_their_own():
     assert GPT2.pad_token_id == GPT2.eos_token_id == 1
     assert prepare_tokenizer(gpt2_like(pad_token="<s>")).pad_token_id == 0
 
 
-def test_a_tokenizer_without_eos_is_refused():
+def test_a_tokenizer_without_eos_is_rejected():
     with pytest.raises(ValueError, match="no EOS token, so no answer can end: set its eos_token"):
         prepare_tokenizer(gpt2_like(eos_token=None))
 
 
-def test_a_template_of_its_own_is_kept_and_its_answers_end_on_the_end_of_turn():
+def test_a_tokenizer_keeps_its_own_template_and_answers_end_with_its_end_of_turn():
     assert CHATML_LIKE.chat_template == CHATML
     response = encode_response(CHATML_LIKE, HISTORY, "7.")
     assert CHATML_LIKE.decode(response) == "7.<|im_end|>"  # without the line break that the template writes after it
@@ -69,7 +69,7 @@ def test_a_template_of_its_own_is_kept_and_its_answers_end_on_the_end_of_turn():
     assert stop_ids(GPT2) == (1,)
 
 
-def test_eos_is_added_where_a_template_ends_an_answer_with_no_control_token():
+def test_eos_is_added_if_the_template_ends_answers_without_a_control_token():
     tokenizer = prepare_tokenizer(
         gpt2_like(chat_template="{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}")
     )
@@ -77,7 +77,7 @@ def test_eos_is_added_where_a_template_ends_an_answer_with_no_control_token():
     assert tokenizer.decode(encode_response(tokenizer, QUESTION, "7.")) == "7.\n</s>"
 
 
-def test_a_template_whose_prompt_is_no_beginning_of_the_dialogue_is_refused():
+def test_a_template_whose_prompt_is_not_a_prefix_of_the_dialogue_is_rejected():
     template = (
         "{% if add_generation_prompt %}Question: {% endif %}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     )
@@ -88,14 +88,14 @@ def test_a_template_whose_prompt_is_no_beginning_of_the_dialogue_is_refused():
         encode_response(tokenizer, QUESTION, "7.")
 
 
-def test_a_dialogue_that_the_template_refuses_is_a_clear_error():
+def test_a_dialogue_rejected_by_the_template_is_a_clear_error():
     template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ValueError, match="chat template refuses a dialogue: roles must alternate"):
         encode_prompt(prepare_tokenizer(gpt2_like(chat_template=template)), QUESTION)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_template_survives_saving_and_loading(tmp_path, kind):
+def test_the_template_is_unchanged_after_saving_and_loading(tmp_path, kind):
     tokenizer = prepare_tokenizer(kind())
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
@@ -122,12 +122,12 @@ def test_text_that_spells_a_special_token_stays_text(kind, text):
 
 
 TEXT = st.text(st.sampled_from("ab 1.:\n<>/|s_imtarned\u00e9\U0001f600"), min_size=1).map(str.strip).filter(bool)
-PLAIN = TEXT.map(lambda text: text.replace("<", "").strip()).filter(bool)  # spells no control token
+PLAIN = TEXT.map(lambda text: text.replace("<", "").strip()).filter(bool)  # contains no control token
 
 
 @pytest.mark.parametrize("tokenizer", [GPT2, CHATML_LIKE], ids=["default", "chatml"])
 @given(question=TEXT, answer=TEXT)
-def test_prompt_and_response_together_are_the_dialogue(tokenizer, question, answer):
+def test_prompt_and_response_concatenate_to_the_dialogue(tokenizer, question, answer):
     turns = (("user", question),)
     ids = encode_prompt(tokenizer, turns) + encode_response(tokenizer, turns, answer)
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -136,7 +136,7 @@ def test_prompt_and_response_together_are_the_dialogue(tokenizer, question, answ
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_many_dialogues_at_once_equal_one_at_a_time(kind):
+def test_encoding_many_dialogues_at_once_equals_one_at_a_time(kind):
     tokenizer = prepare_tokenizer(kind())
     histories = [(("user", f"{i} </s>" if i % 5 == 0 else f"number {i}"),) for i in range(30)] + [HISTORY]
     answers = [f"{i} <s>" if i % 7 == 0 else str(i) for i in range(31)]
@@ -152,7 +152,7 @@ def test_many_dialogues_at_once_equal_one_at_a_time(kind):
 
 @pytest.mark.parametrize("tokenizer", [GPT2, CHATML_LIKE, LLAMA_LIKE], ids=["default", "chatml", "metaspace"])
 @given(texts=st.lists(TEXT, min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0))
-def test_the_spans_are_what_the_assistant_says_and_its_ends_and_nothing_else(tokenizer, texts):
+def test_the_spans_cover_exactly_the_answers_with_their_end_tokens(tokenizer, texts):
     turns = tuple((("user", "assistant")[i % 2], text) for i, text in enumerate(texts))
     (encoded,) = encode_dialogues(tokenizer, [turns], all_turns=True)
     said = [tokenizer.decode(encoded.tokens[a : b - 1]).strip() for a, b in encoded.spans]
@@ -164,7 +164,7 @@ def test_the_spans_are_what_the_assistant_says_and_its_ends_and_nothing_else(tok
 
 @pytest.mark.parametrize("tokenizer", [GPT2, CHATML_LIKE, LLAMA_LIKE], ids=["default", "chatml", "metaspace"])
 @given(texts=st.lists(PLAIN, min_size=2, max_size=6).filter(lambda texts: len(texts) % 2 == 0))
-def test_the_spans_by_bytes_are_those_by_parts(tokenizer, texts):
+def test_spans_found_by_byte_offsets_equal_those_found_by_parts(tokenizer, texts):
     turns = tuple((("user", "assistant")[i % 2], text) for i, text in enumerate(texts))
     asked = []
 
@@ -176,13 +176,13 @@ def test_the_spans_by_bytes_are_those_by_parts(tokenizer, texts):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chat_template, "_encode_by_parts", by_parts)
         encoded = encode_dialogues(tokenizer, chats, all_turns=True)
-    assert len(asked) == 1  # the first, to compare; the two others went by bytes
+    assert len(asked) == 1  # the first, for comparison; the two others use byte offsets
     whole = exact(*asked[0])
     for each in encoded:
         assert np.array_equal(each.tokens, whole.tokens) and np.array_equal(each.spans, whole.spans)
 
 
-def test_a_dialogue_that_the_template_refuses_leaves_the_others_in_their_places():
+def test_a_dialogue_rejected_by_the_template_does_not_shift_the_others():
     strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}" + CHATML
     tokenizer = prepare_tokenizer(gpt2_like(chat_template=strict))
     good, bad = (*QUESTION, ("assistant", "7.")), (("system", "x"), *QUESTION, ("assistant", "7."))
@@ -193,8 +193,8 @@ def test_a_dialogue_that_the_template_refuses_leaves_the_others_in_their_places(
     assert isinstance(prompts[0], ValueError) and tokenizer.decode(prompts[1]).endswith("assistant\n")
 
 
-def test_an_answer_that_joins_the_token_before_it_is_refused_wherever_it_stands():
-    # The opening ends on a blank, which the tokenizer joins to the word that follows: "Paris" alone is other tokens.
+def test_an_answer_that_merges_with_the_token_before_it_is_rejected_at_any_turn():
+    # The opening ends with a blank, which the tokenizer merges with the next word: "Paris" alone has other tokens.
     joined = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
     joined += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     tokenizer = prepare_tokenizer(gpt2_like(chat_template=joined))
@@ -202,13 +202,13 @@ def test_an_answer_that_joins_the_token_before_it_is_refused_wherever_it_stands(
     assert all("encodes a prompt differently" in str(each) for each in encode_dialogues(tokenizer, dialogues))
 
 
-def test_a_template_of_the_configuration_takes_the_place_of_the_tokenizers():
+def test_a_template_in_the_configuration_replaces_that_of_the_tokenizer():
     assert prepare_tokenizer(gpt2_like(chat_template=CHATML), "{{ messages }}").chat_template == "{{ messages }}"
     with pytest.raises(ValueError, match="data.template, line 1: no Jinja template"):
         prepare_tokenizer(gpt2_like(), "{% for %}")
 
 
-def test_no_text_is_cut_at_the_longest_length_that_the_tokenizer_claims():
+def test_no_text_is_truncated_at_the_model_max_length_of_the_tokenizer():
     tokenizer = prepare_tokenizer(gpt2_like(model_max_length=16, truncation_side="left"))
     assert len(encode_response(tokenizer, QUESTION, "yes " * 100)) > 100
 

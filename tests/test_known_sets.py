@@ -1,8 +1,8 @@
-"""Known data sets: a row in each set's own schema gives each kind exactly these examples, and what a user sets wins.
+"""Known data sets: a row in the schema of each set gives exactly these examples, and user settings take precedence.
 
-Rows have all fields of the set, as its public description or its readers name them; the texts are made up. No set was
-at hand to look into but hh-rlhf and gsm8k. Where the description leaves open how a text looks (yitingxie, pvduy), the
-row is what DeepSpeed-Chat's reader makes sense of, and known_sets.toml says so.
+Rows have all fields of the set, as named in its public description or its readers; the texts are made up. Only hh-rlhf
+and gsm8k were available for inspection. Where the description does not specify the text (yitingxie, pvduy), the
+row has the form that DeepSpeed-Chat's reader expects, and known_sets.toml says so.
 """
 
 import tomllib
@@ -34,7 +34,7 @@ class Case(NamedTuple):
 
 
 def same(row: dict, question: str | tuple, texts: tuple, reward: bool) -> Case:
-    """A set whose stages get the same example, or the reward kind none."""
+    """A case whose stages all get the same example; `reward`: whether the reward stage gets it too."""
     return Case(row, question, [texts], [texts] * reward, [texts])
 
 
@@ -205,7 +205,7 @@ def examples(row: dict, kind: str, path: str) -> list[Example]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_row_of_a_known_set_gives_each_stage_what_is_in_it(name):
+def test_a_row_of_a_known_set_gives_each_stage_its_examples(name):
     row, question, *by_stage = CASES[name]
     turns = (("user", question),) if isinstance(question, str) else question
     source = resolve_format(SourceConfig(name))
@@ -214,7 +214,7 @@ def test_a_row_of_a_known_set_gives_each_stage_what_is_in_it(name):
         assert provides(source, kind) == bool(wanted)
 
 
-def test_every_known_set_has_a_case_here_and_sets_no_key_in_vain():
+def test_every_known_set_has_a_case_here_and_no_redundant_key():
     tables = tomllib.loads(resources.files(module.__package__).joinpath("known_sets.toml").read_text(encoding="utf-8"))
     assert list(CASES) == sorted(tables, key=list(CASES).index) and set(known_sets()) == {n.casefold() for n in CASES}
     for name, table in tables.items():
@@ -222,7 +222,7 @@ def test_every_known_set_has_a_case_here_and_sets_no_key_in_vain():
         assert not [key for key, value in table.items() if getattr(default, key) == value], name
 
 
-# What DeepSpeed-Chat skips, and the ties that it does not.
+# Rows that DeepSpeed-Chat skips, and ties, which it does not skip.
 
 
 def test_a_query_without_a_negative_passage_makes_no_pair_but_trains_the_other_stages():
@@ -243,34 +243,34 @@ def test_a_query_without_a_negative_passage_makes_no_pair_but_trains_the_other_s
         ("pvduy/sharegpt_alpaca_oa_vicuna_format", {"prompt": ""}),
     ],
 )
-def test_rows_without_an_answer_are_left_out_of_sft_where_the_set_has_such(name, lack):
+def test_sft_skips_rows_without_an_answer_in_sets_that_have_such_rows(name, lack):
     assert examples(CASES[name].row | lack, "demonstration", name) == []
 
 
-def test_a_field_that_a_known_set_should_have_is_missed():
+def test_a_missing_field_of_a_known_set_is_an_error():
     with pytest.raises(BadRow, match="row 1: no field 'RESPONSE'; the fields are INSTRUCTION"):
         examples({"INSTRUCTION": "为什么?"}, "demonstration", "wangrui6/Zhihu-KOL")
 
 
-def test_equal_scores_make_no_pair_and_the_first_answer_is_learned():
-    # DeepSpeed-Chat calls answer_0 the better one; to those who gathered the scores a tie says that neither is.
+def test_equal_scores_make_no_pair_and_sft_uses_the_first_answer():
+    # DeepSpeed-Chat takes answer_0 as the better one; for the authors of the scores a tie means that neither is better.
     row = WEBGPT | {"score_0": 0.0, "score_1": 0.0}
     assert [len(examples(row, kind, "openai/webgpt_comparisons")) for kind in KINDS] == [1, 0, 1]
     assert examples(row, "demonstration", "openai/webgpt_comparisons")[0].answer == "Light."
 
 
-def test_the_other_answer_of_shp_is_chosen_where_its_score_is_higher():
+def test_the_second_answer_of_shp_is_chosen_if_its_score_is_higher():
     (given_back,) = examples(SHP | {"score_A": 30, "labels": 1}, "pair", "stanfordnlp/SHP")
     assert (given_back.chosen, given_back.rejected) == ("Dunno.", "Because.")
 
 
-def test_the_local_file_of_deepspeed_chat_is_read_by_the_defaults():
+def test_the_local_file_format_of_deepspeed_chat_is_read_with_the_defaults():
     row = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
     wanted = [Example((("user", "Why?"),), "So.", "So.", "No.", "data/train.json", 1)]
     assert [examples(row, kind, "data/train.json") for kind in KINDS] == [wanted] * 3
 
 
-# Which source is a known set, and what a user's keys do.
+# Recognition of known sets, and keys set by the user.
 
 SPLITS = {
     "Dahoas/rm-static": ("", "train", "test"),
@@ -288,7 +288,7 @@ def test_a_known_set_has_its_own_splits(name):
     assert (source.name, source.split, source.eval_split) == SPLITS[name]
 
 
-def test_letters_of_either_case_and_a_folder_before_the_name_are_the_same_set(tmp_path):
+def test_the_name_of_a_known_set_matches_in_either_case_and_below_a_folder(tmp_path):
     assert resolve_format(SourceConfig("STANFORDNLP/shp")) == resolve_format(SourceConfig("stanfordnlp/SHP"))
     copy = resolve_format(SourceConfig("/data/stanfordnlp/SHP/"))
     assert (copy.path, copy.format, copy.eval_split) == ("/data/stanfordnlp/SHP/", "ranking", "validation")
@@ -296,7 +296,7 @@ def test_letters_of_either_case_and_a_folder_before_the_name_are_the_same_set(tm
     assert resolve_format(SourceConfig("stanfordnlp/SHP2")).format == "fields"
 
 
-def test_a_local_copy_has_the_splits_of_the_set_only_where_it_was_saved_with_them(tmp_path):
+def test_a_local_copy_has_the_splits_of_the_set_only_if_saved_with_them(tmp_path):
     copy = tmp_path / "HuggingFaceH4" / "ultrachat_200k"
     copy.mkdir(parents=True)
     files = resolve_format(SourceConfig(str(copy)))
@@ -311,7 +311,7 @@ def test_a_local_copy_has_the_splits_of_the_set_only_where_it_was_saved_with_the
     )
 
 
-def test_a_name_of_deepspeed_chat_gives_way_to_the_name_on_the_hub_unless_it_is_a_folder_here(tmp_path, monkeypatch):
+def test_a_deepspeed_chat_name_is_replaced_by_the_hub_name_unless_a_local_folder_has_it(tmp_path, monkeypatch):
     assert (
         resolve_format(SourceConfig("mkqa-japanese")).path == resolve_format(SourceConfig("mkqa")).path == "apple/mkqa"
     )
@@ -321,7 +321,7 @@ def test_a_name_of_deepspeed_chat_gives_way_to_the_name_on_the_hub_unless_it_is_
     assert (here.path, here.prompt) == ("mkqa-Japanese", "queries.ja")
 
 
-def test_what_a_user_sets_stands_and_the_rest_is_what_is_known():
+def test_user_settings_override_the_known_mapping():
     source = SourceConfig(
         "apple/mkqa", prompt="queries.ko", answer="answers.ko.0.text", split="train[:10%]", weight=2.0
     )
@@ -339,12 +339,12 @@ def test_what_a_user_sets_stands_and_the_rest_is_what_is_known():
     )
 
 
-def test_a_named_format_takes_nothing_of_what_is_known():
+def test_a_configured_format_disables_the_known_mapping():
     source = SourceConfig("Dahoas/rm-static", format="fields")
     assert resolve_format(source) == source
     assert resolve_format(SourceConfig("Dahoas/rm-static", eval_path="held.jsonl")).eval_split == ""
 
 
-def test_resolving_twice_is_resolving_once():
+def test_resolving_twice_equals_resolving_once():
     for name in [*CASES, "mine.jsonl"]:
         assert resolve_format(resolve_format(SourceConfig(name))) == resolve_format(SourceConfig(name))

@@ -16,14 +16,14 @@ def arrays(rng):
 
 
 def by_numpy(hidden, head, targets):
-    """float64 log-probabilities and entropy, written plainly."""
+    """(log-probabilities, entropy) in float64, by the definition."""
     logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     chosen = np.take_along_axis(log_p, np.asarray(targets)[..., None], -1)[..., 0]
     return chosen, -(np.exp(log_p) * log_p).sum(-1)
 
 
-def test_probabilities_of_one_half_one_quarter_one_quarter():
+def test_logprobs_and_entropy_of_probabilities_one_half_one_quarter_one_quarter():
     logits = jnp.log(jnp.array([[[0.5, 0.25, 0.25], [0.5, 0.25, 0.25]]])) + 3.0
     chosen, entropy = logprobs.from_logits(logits, jnp.array([[0, 2]]))
     np.testing.assert_allclose(chosen, [[-0.6931472, -1.3862944]], rtol=1e-6)  # -log 2, -log 4
@@ -37,7 +37,7 @@ def test_logits_of_ten_thousand_do_not_overflow():
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 2, 3, 7, 100])
-def test_every_chunk_gives_what_numpy_gives(arrays, chunk):
+def test_every_chunk_size_gives_the_numpy_result(arrays, chunk):
     chosen, entropy = logprobs.token_logprobs_and_entropy(*arrays, chunk=chunk)
     want_chosen, want_entropy = by_numpy(*arrays)
     assert chosen.shape == entropy.shape == (B, T) and chosen.dtype == entropy.dtype == jnp.float32
@@ -47,7 +47,7 @@ def test_every_chunk_gives_what_numpy_gives(arrays, chunk):
 
 
 @pytest.mark.parametrize("chunk", [0, 3])
-def test_gradients_equal_those_through_whole_logits(arrays, chunk):
+def test_gradients_equal_those_through_unchunked_logits(arrays, chunk):
     hidden, head, targets = arrays
     weight = jnp.linspace(-1.0, 2.0, B * T).reshape(B, T)
 
@@ -66,7 +66,7 @@ def test_gradients_equal_those_through_whole_logits(arrays, chunk):
 
 
 @pytest.mark.parametrize("chunk", [0, 3])
-def test_padding_columns_of_the_vocabulary_do_not_exist(arrays, chunk):
+def test_padding_columns_of_the_vocabulary_have_no_effect(arrays, chunk):
     hidden, head, targets = arrays
 
     def loss(hidden, head):
@@ -95,7 +95,7 @@ def largest_array(jaxpr):
     return max(sizes)
 
 
-def test_no_array_is_larger_than_the_logits_of_one_chunk_even_backwards():
+def test_no_array_is_larger_than_the_logits_of_one_chunk_forward_or_backward():
     length, vocab, chunk = 64, 1000, 8
     hidden, head = jnp.ones((B, length, 4)), jnp.ones((4, vocab))
     targets = jnp.zeros((B, length), jnp.int32)
@@ -108,10 +108,10 @@ def test_no_array_is_larger_than_the_logits_of_one_chunk_even_backwards():
         return largest_array(jax.make_jaxpr(step)(hidden, head).jaxpr)
 
     assert largest(chunk) == B * chunk * vocab
-    assert largest(0) == B * length * vocab  # the measure sees what it is to forbid
+    assert largest(0) == B * length * vocab  # the measure detects unchunked logits
 
 
-def test_bfloat16_inputs_are_summed_in_float32(arrays):
+def test_sums_over_bfloat16_inputs_are_float32(arrays):
     hidden, head, targets = arrays
     hidden, head = hidden.astype(jnp.bfloat16), head.astype(jnp.bfloat16)
     chosen = logprobs.token_logprobs(hidden, head, targets, chunk=2)
@@ -119,7 +119,7 @@ def test_bfloat16_inputs_are_summed_in_float32(arrays):
     np.testing.assert_allclose(chosen, by_numpy(hidden, head, targets)[0], rtol=2e-5, atol=2e-6)
 
 
-def test_a_head_sharded_over_its_vocabulary_gives_the_same(arrays):
+def test_a_head_sharded_over_the_vocabulary_gives_the_same_result(arrays):
     hidden, head, targets = arrays
     mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     padded = jax.device_put(jnp.pad(head, [(0, 0), (0, 1)]), jax.NamedSharding(mesh, jax.P(None, "tensor")))
@@ -128,6 +128,6 @@ def test_a_head_sharded_over_its_vocabulary_gives_the_same(arrays):
     np.testing.assert_allclose(chosen, by_numpy(hidden, head, targets)[0], rtol=2e-5, atol=2e-6)
 
 
-def test_a_negative_chunk_is_refused(arrays):
+def test_a_negative_chunk_size_is_rejected(arrays):
     with pytest.raises(ValueError, match="chunk is -1: give the positions per chunk, or 0"):
         logprobs.token_logprobs(*arrays, chunk=-1)

@@ -38,7 +38,7 @@ def test_one_entry_has_variance_0_and_whitens_to_0():
 
 
 @pytest.mark.parametrize("junk", [np.nan, np.inf, 1e30])
-def test_what_stands_outside_the_mask_reaches_neither_value_nor_gradient(junk):
+def test_values_outside_the_mask_affect_neither_value_nor_gradient(junk):
     def loss(x):
         return masked.var(x, MASK) + masked.mean(x, MASK) + (masked.whiten(x, MASK) ** 3).sum()
 
@@ -49,7 +49,7 @@ def test_what_stands_outside_the_mask_reaches_neither_value_nor_gradient(junk):
     np.testing.assert_array_equal(gradient[~MASK], np.zeros(3))
 
 
-def test_bfloat16_is_summed_in_float32():
+def test_sums_over_bfloat16_are_float32():
     x = jnp.ones((1, 1000), jnp.bfloat16)  # a bfloat16 sum of ones stops at 256
     assert masked.mean(x, jnp.ones((1, 1000), bool)).item() == 1.0
     assert masked.mean(x, x).dtype == jnp.float32

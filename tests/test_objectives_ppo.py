@@ -5,7 +5,7 @@ import pytest
 
 from rlhf_jax.objectives import masked, ppo
 
-# Rows: a full answer, one that ended on its second token, one of a single token, one that is nothing at all.
+# Rows: a full answer, one that ended on its second token, one of a single token, one without any token.
 MASK = jnp.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
 
 
@@ -31,7 +31,7 @@ def test_the_last_real_token_carries_the_clipped_score_and_every_token_pays_its_
     assert rewards.dtype == jnp.float32
 
 
-def test_rewards_sum_to_the_score_less_the_kl_of_the_answer(draw):
+def test_rewards_sum_to_the_score_minus_the_kl_of_the_answer(draw):
     logprobs, ref_logprobs, score = draw(), draw(), jnp.array([1.0, -2.0, 0.5, 4.0])
     rewards = ppo.token_rewards(score, logprobs, ref_logprobs, MASK, kl_coef=0.2, clip=5.0)
     kl = ppo.sequence_kl(logprobs, ref_logprobs, MASK)
@@ -41,7 +41,7 @@ def test_rewards_sum_to_the_score_less_the_kl_of_the_answer(draw):
 # Advantages
 
 
-def test_gae_of_two_tokens_by_hand():
+def test_gae_of_two_tokens_equals_hand_arithmetic():
     rewards, values = jnp.array([[1.0, 2.0]]), jnp.array([[0.5, 1.0]])
     advantages, returns = ppo.gae(rewards, values, jnp.ones((1, 2), bool), gamma=0.9, lam=0.5)
     # d_2 = 2 - 1 = 1;  d_1 = 1 + 0.9 * 1 - 0.5 = 1.4;  A_1 = 1.4 + 0.45 * 1
@@ -49,7 +49,7 @@ def test_gae_of_two_tokens_by_hand():
     np.testing.assert_allclose(returns, [[2.35, 2.0]], rtol=1e-6)
 
 
-def test_gae_of_one_token_is_its_reward_less_its_value():
+def test_gae_of_one_token_is_its_reward_minus_its_value():
     advantages, returns = ppo.gae(
         jnp.array([[3.0, 9.0]]), jnp.array([[1.0, 9.0]]), jnp.array([[True, False]]), gamma=0.9, lam=0.95
     )
@@ -57,7 +57,7 @@ def test_gae_of_one_token_is_its_reward_less_its_value():
     np.testing.assert_array_equal(returns, [[3.0, 0.0]])
 
 
-def test_with_gamma_and_lambda_1_the_return_is_the_sum_of_the_rewards_to_come(draw):
+def test_with_gamma_and_lambda_1_the_return_is_the_sum_of_future_rewards(draw):
     rewards = draw()
     _, returns = ppo.gae(rewards, draw(), MASK, gamma=1.0, lam=1.0)
     to_come = np.cumsum(np.where(MASK, rewards, 0.0)[:, ::-1], axis=1)[:, ::-1]
@@ -79,7 +79,7 @@ def test_gae_equals_the_sum_of_its_definition(draw, gamma, lam):
     np.testing.assert_allclose(returns, np.where(MASK, want + values, 0.0), rtol=1e-5, atol=1e-6)
 
 
-def test_gae_steps_over_a_hole_in_the_mask_as_if_it_were_not_there(draw):
+def test_gae_skips_masked_positions_between_tokens(draw):
     rewards, values = draw()[:1], draw()[:1]
     closed = ppo.gae(rewards[:, [0, 1, 3]], values[:, [0, 1, 3]], jnp.ones((1, 3), bool), gamma=0.9, lam=0.8)
     holed = ppo.gae(rewards, values, jnp.array([[True, True, False, True]]), gamma=0.9, lam=0.8)
@@ -101,21 +101,21 @@ ADVANTAGES = jnp.array([[1.0, 1.0], [-2.0, -1.0]])
 WHOLE = jnp.ones((2, 2), bool)
 
 
-def test_policy_loss_of_four_ratios_by_hand():
+def test_policy_loss_of_four_ratios_equals_hand_arithmetic():
     old = jnp.full((2, 2), -1.0)
     loss = ppo.policy_loss(old + jnp.log(RATIOS), old, ADVANTAGES, WHOLE, clip=0.2)
     assert loss.item() == pytest.approx((-1.2 - 0.5 + 2.2 + 1.5) / 4, rel=1e-6)
     fraction = ppo.policy_clip_fraction(old + jnp.log(RATIOS), old, ADVANTAGES, WHOLE, clip=0.2)
-    assert fraction.item() == 0.25  # only the first: where the ratio has gone too far already
+    assert fraction.item() == 0.25  # only the first, whose ratio is already beyond the clip
 
 
-def test_policy_gradient_vanishes_exactly_where_the_clip_bites():
+def test_policy_gradient_is_zero_exactly_where_the_clip_is_active():
     old = jnp.full((2, 2), -1.0)
     gradient = jax.grad(ppo.policy_loss)(old + jnp.log(RATIOS), old, ADVANTAGES, WHOLE, clip=0.2)
     np.testing.assert_allclose(gradient, [[0.0, -0.5 / 4], [2.2 / 4, 1.5 / 4]], rtol=1e-5)
 
 
-def test_before_the_first_update_the_gradient_is_that_of_plain_policy_gradient(draw):
+def test_before_the_first_update_the_gradient_is_the_plain_policy_gradient(draw):
     logprobs, advantages = draw(), draw()
     loss, gradient = jax.value_and_grad(ppo.policy_loss)(logprobs, logprobs, advantages, MASK, clip=0.2)
     assert loss.item() == pytest.approx(-masked.mean(advantages, MASK).item(), rel=1e-5)
@@ -123,13 +123,13 @@ def test_before_the_first_update_the_gradient_is_that_of_plain_policy_gradient(d
     assert ppo.policy_clip_fraction(logprobs, logprobs, advantages, MASK, clip=0.2).item() == 0.0
 
 
-def test_the_eos_has_a_gradient_of_its_own(draw):
+def test_the_eos_token_has_a_gradient(draw):
     logprobs = draw()
     gradient = jax.grad(ppo.policy_loss)(logprobs, logprobs, jnp.ones(MASK.shape), MASK, clip=0.2)
     assert gradient[1, 1].item() == pytest.approx(-1 / 7)
 
 
-def test_value_loss_of_three_values_by_hand():
+def test_value_loss_of_three_values_equals_hand_arithmetic():
     values, old, returns = jnp.array([[1.0, 0.5, 3.0]]), jnp.array([[0.0, 0.5, 0.0]]), jnp.array([[2.0, 1.0, 0.1]])
     arguments = (values, old, returns, jnp.ones((1, 3), bool))
     # free: 1, 0.25, 8.41; clipped to 0.2, 0.5, 0.2: 3.24, 0.25, 0.01
@@ -139,10 +139,10 @@ def test_value_loss_of_three_values_by_hand():
     np.testing.assert_allclose(gradient, [[0.0, -0.5 / 3, 2.9 / 3]], rtol=1e-5)
 
 
-# What is logged
+# Metrics
 
 
-def test_approximate_kl_by_hand():
+def test_approximate_kl_equals_hand_arithmetic():
     # (2 - 1) - log 2, and (1/2 - 1) + log 2
     logprobs = jnp.log(jnp.array([[2.0, 0.5]]))
     kl = ppo.approximate_kl(logprobs, jnp.zeros((1, 2)), jnp.ones((1, 2), bool))
@@ -150,7 +150,7 @@ def test_approximate_kl_by_hand():
 
 
 def test_approximate_kl_is_unbiased():
-    """Tokens weighted by the old probabilities stand for all samples from old."""
+    """Weights all tokens by their old probabilities, which gives the exact expectation under the old policy."""
     old, new = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.2, 0.6])
     per_token = [
         ppo.approximate_kl(jnp.log(jnp.full((1, 1), q)), jnp.log(jnp.full((1, 1), p)), jnp.ones((1, 1), bool)).item()
@@ -160,17 +160,17 @@ def test_approximate_kl_is_unbiased():
     assert min(per_token) > 0
 
 
-def test_sequence_kl_sums_each_answer():
+def test_sequence_kl_is_the_sum_over_each_answer():
     ref = jnp.array([[-2.0, -0.5, -3.0, -1.0]] * 4)
     np.testing.assert_allclose(ppo.sequence_kl(jnp.full((4, 4), -1.0), ref, MASK), [2.5, 0.5, 1.0, 0.0])
 
 
-def test_explained_variance_of_a_perfect_a_constant_and_a_bad_critic():
+def test_explained_variance_of_perfect_constant_and_bad_values():
     returns, mask = jnp.array([[1.0, 2.0, 6.0, 99.0]]), jnp.array([[True, True, True, False]])
     assert ppo.explained_variance(returns, returns, mask).item() == 1.0
     assert ppo.explained_variance(jnp.full((1, 4), 5.0), returns, mask).item() == pytest.approx(0.0, abs=1e-6)
     assert ppo.explained_variance(-returns, returns, mask).item() == pytest.approx(-3.0)
-    assert ppo.explained_variance(returns, jnp.full((1, 4), 5.0), mask).item() == 0.0  # nothing to explain
+    assert ppo.explained_variance(returns, jnp.full((1, 4), 5.0), mask).item() == 0.0  # returns without variance
     assert ppo.explained_variance(returns, returns, mask & False).item() == 0.0
 
 
@@ -191,7 +191,7 @@ IN_TOKENS = {  # name: (function of [B, T] arrays and the mask, how many arrays)
 
 
 @pytest.mark.parametrize("name", IN_TOKENS)
-def test_masked_positions_reach_neither_a_result_nor_a_gradient(draw, name):
+def test_masked_positions_affect_neither_result_nor_gradient(draw, name):
     function, count = IN_TOKENS[name]
     arrays = [draw() for _ in range(count)]
     weights = draw()

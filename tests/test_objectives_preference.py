@@ -6,7 +6,7 @@ import pytest
 from rlhf_jax.objectives import preference
 
 
-def test_pairwise_loss_of_two_pairs_by_hand():
+def test_pairwise_loss_of_two_pairs_equals_hand_arithmetic():
     # -log sigmoid(log 3) = log(4/3); -log sigmoid(0) = log 2
     loss = preference.pairwise_loss(jnp.array([1.0986123, 2.0]), jnp.array([0.0, 2.0]))
     assert loss.item() == pytest.approx((0.2876821 + 0.6931472) / 2, rel=1e-6)
@@ -24,12 +24,12 @@ def test_pairwise_gradient_is_minus_the_probability_of_the_wrong_order():
     np.testing.assert_allclose(gradients, [[-0.25], [0.25]], rtol=1e-6)
 
 
-def test_pairwise_loss_sees_only_the_difference():
+def test_pairwise_loss_depends_only_on_the_difference():
     chosen, rejected = jnp.array([0.5, -1.0]), jnp.array([0.25, 1.0])
     assert preference.pairwise_loss(chosen + 8, rejected + 8) == preference.pairwise_loss(chosen, rejected)
 
 
-def test_dpo_loss_by_hand():
+def test_dpo_loss_equals_hand_arithmetic():
     # margin = 0.1 ((-10 + 12) - (-20 + 11)) = 1.1, and 0.1 ((-5 + 5) - (-7 + 7)) = 0
     arguments = jnp.array([[-10.0, -5.0], [-20.0, -7.0], [-12.0, -5.0], [-11.0, -7.0]])
     loss = preference.dpo_loss(*arguments, beta=0.1, label_smoothing=0.0)
@@ -39,7 +39,7 @@ def test_dpo_loss_by_hand():
     assert smoothed.item() - loss.item() == pytest.approx(0.2 * 1.1 / 2, rel=1e-5)
 
 
-def test_dpo_loss_of_the_reference_itself_is_log_2_whatever_the_smoothing():
+def test_dpo_loss_of_the_reference_itself_is_log_2_for_any_smoothing():
     logprobs = jnp.array([[-3.0], [-4.0], [-3.0], [-4.0]])
     for share in (0.0, 0.3):
         assert preference.dpo_loss(*logprobs, beta=0.5, label_smoothing=share).item() == pytest.approx(0.6931472)

@@ -5,7 +5,7 @@ import pytest
 
 from rlhf_jax.objectives import sft
 
-# Three tokens of probability 1/2, 1/4 and 1/8 for their targets; the last position is never learned from.
+# Three positions with target probabilities 1/2, 1/4 and 1/8; the last position has no loss.
 LOGITS = jnp.log(
     jnp.array(
         [
@@ -38,7 +38,7 @@ def test_an_empty_mask_gives_0_with_a_gradient_of_0():
     np.testing.assert_array_equal(gradient, np.zeros_like(LOGITS))
 
 
-def test_masked_logits_and_targets_change_nothing():
+def test_masked_logits_and_targets_do_not_change_the_loss():
     keep = MASK[..., None]
     loss, gradient = jax.value_and_grad(sft.next_token_loss)(LOGITS, TARGETS, MASK)
     other = jax.value_and_grad(sft.next_token_loss)(jnp.where(keep, LOGITS, 7e3), jnp.where(MASK, TARGETS, 1), MASK)

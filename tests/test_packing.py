@@ -1,4 +1,4 @@
-"""Bins of sequences: nothing lost, nothing over the capacity, as few bins as best-fit decreasing, and fast."""
+"""Bin packing of sequences: none lost, none over the capacity, as few bins as best-fit decreasing, and fast."""
 
 import time
 
@@ -14,14 +14,14 @@ anything = settings(max_examples=300, deadline=None)
 
 @st.composite
 def problems(draw):
-    """Lengths and a capacity: few or many lengths, equal or not, against rows that hold one or many."""
+    """(lengths, capacity): few or many lengths, equal or not, and rows that hold one or many sequences."""
     capacity = draw(st.integers(1, 60))
     return np.array(draw(st.lists(st.integers(1, capacity), max_size=200)), np.int64), capacity
 
 
 @st.composite
 def cut_rows(draw):
-    """Full rows cut into pieces, shuffled: lengths whose best packing has exactly so many rows."""
+    """(lengths, capacity, rows): full rows cut into shuffled pieces, whose optimal packing has exactly `rows` rows."""
     capacity, pieces = draw(st.integers(2, 100)), []
     num_rows = draw(st.integers(1, 25))
     for _ in range(num_rows):
@@ -31,12 +31,12 @@ def cut_rows(draw):
 
 
 def rooms_of(bins: Bins, lengths: np.ndarray, capacity: int) -> list[int]:
-    """What is left in each bin."""
+    """Free room in each bin."""
     return [capacity - int(lengths[part].sum()) for part in np.split(bins.members, bins.offsets[1:-1])]
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[int]:
-    """What is left in each bin, one sequence after the other."""
+    """Free room in each bin, placing one sequence at a time."""
     rooms: list[int] = []
     for length in sorted(lengths.tolist(), reverse=True):
         fits = [i for i, room in enumerate(rooms) if room >= length]
@@ -48,7 +48,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[int]:
 
 
 def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> int:
-    """The number of bins."""
+    """The number of bins of first-fit decreasing."""
     rooms: list[int] = []
     for length in sorted(lengths.tolist(), reverse=True):
         nth = next((i for i, room in enumerate(rooms) if room >= length), len(rooms))
@@ -57,14 +57,14 @@ def first_fit_decreasing(lengths: np.ndarray, capacity: int) -> int:
 
 
 def lognormal(num: int, capacity: int) -> np.ndarray:
-    """Lengths with a mean of about 200, as answers have."""
+    """Log-normal lengths with a mean of about 200, like those of answers."""
     drawn = np.random.default_rng(0).lognormal(np.log(200) - 0.32, 0.8, num)
     return np.clip(drawn.astype(np.int64), 1, capacity)
 
 
 @anything
 @given(problems())
-def test_every_sequence_is_in_one_bin_and_none_holds_more_than_its_capacity(problem):
+def test_every_sequence_is_in_one_bin_and_no_bin_exceeds_its_capacity(problem):
     lengths, capacity = problem
     bins = pack(lengths, capacity)
     assert sorted(bins.members.tolist()) == list(range(len(lengths)))
@@ -79,7 +79,7 @@ def test_every_sequence_is_in_one_bin_and_none_holds_more_than_its_capacity(prob
 
 @anything
 @given(problems())
-def test_ranges_of_bins_are_filled_as_best_fit_decreasing_fills_bins_one_sequence_at_a_time(problem):
+def test_filling_ranges_of_bins_equals_best_fit_decreasing_one_sequence_at_a_time(problem):
     lengths, capacity = problem
     bins = pack(lengths, capacity)
     expected = best_fit_decreasing(lengths, capacity)
@@ -90,14 +90,14 @@ def test_ranges_of_bins_are_filled_as_best_fit_decreasing_fills_bins_one_sequenc
 
 @anything
 @given(cut_rows())
-def test_bins_are_at_most_11_ninths_of_the_fewest_possible_and_one(problem):
+def test_bins_number_at_most_11_ninths_of_the_optimum_plus_one(problem):
     lengths, capacity, fewest = problem
     assert fewest == -(-lengths.sum() // capacity) <= len(pack(lengths, capacity)) <= 11 / 9 * fewest + 1
 
 
 @anything
 @given(problems())
-def test_the_same_lengths_give_the_same_bins_whatever_their_integer_type(problem):
+def test_the_same_lengths_give_the_same_bins_for_every_integer_dtype(problem):
     lengths, capacity = problem
     one = pack(lengths, capacity)
     for again in (pack(lengths.copy(), capacity), pack(lengths.astype(np.uint8), capacity)):
@@ -117,7 +117,7 @@ BY_HAND = [
 
 
 @pytest.mark.parametrize(("lengths", "capacity", "rows"), BY_HAND)
-def test_bins_by_hand(lengths, capacity, rows):
+def test_bins_equal_those_packed_by_hand(lengths, capacity, rows):
     bins = pack(np.array(lengths, np.int64), capacity)
     parts = [bins.members[start:stop] for start, stop in zip(bins.offsets, bins.offsets[1:], strict=False)]
     assert sorted(sorted(lengths[i] for i in part) for part in parts) == sorted(rows)
@@ -125,14 +125,14 @@ def test_bins_by_hand(lengths, capacity, rows):
 
 
 @pytest.mark.parametrize(("lengths", "named"), [([3, 11, 12], "sequence 1 has 11 tokens"), ([3, 0], "1 has 0 tokens")])
-def test_a_sequence_that_is_empty_or_longer_than_a_row_is_refused_with_the_mend(lengths, named):
+def test_a_sequence_that_is_empty_or_longer_than_a_row_is_rejected_with_the_fix(lengths, named):
     with pytest.raises(ValueError, match=named) as error:
         pack(np.array(lengths), 10)
     assert "cut or drop what is longer" in str(error.value)
 
 
 @pytest.mark.parametrize("capacity", [1024, 2048])
-def test_twenty_thousand_sequences_fill_no_more_rows_than_by_first_fit_decreasing(capacity):
+def test_twenty_thousand_sequences_need_no_more_rows_than_first_fit_decreasing(capacity):
     lengths = lognormal(20_000, capacity)
     bins = pack(lengths, capacity)
     assert len(bins) <= first_fit_decreasing(lengths, capacity)
@@ -140,7 +140,7 @@ def test_twenty_thousand_sequences_fill_no_more_rows_than_by_first_fit_decreasin
 
 
 @pytest.mark.parametrize("capacity", [1024, 2048])
-def test_a_million_sequences_are_packed_in_well_under_a_second(capacity):
+def test_a_million_sequences_are_packed_in_under_a_second(capacity):
     lengths = lognormal(1_000_000, capacity)
     seconds = []
     for _ in range(3):
@@ -148,26 +148,26 @@ def test_a_million_sequences_are_packed_in_well_under_a_second(capacity):
         bins = pack(lengths, capacity)
         seconds.append(time.perf_counter() - start)
     assert bins.fill > 0.999
-    assert min(seconds) < 0.8  # 0.08 on two cores, ten times that on a machine that does much else
+    assert min(seconds) < 0.8  # 0.08 on two idle cores, up to ten times that on a busy machine
 
 
-def test_as_many_lengths_as_sequences_are_packed_too():
+def test_sequences_of_20000_distinct_lengths_are_packed():
     lengths = np.random.default_rng(0).permutation(np.arange(1, 20_001))
     assert pack(lengths, 20_000).fill > 0.99
 
 
-def test_the_order_of_bins_and_of_the_sequences_in_one_has_nothing_of_their_lengths():
+def test_the_order_of_bins_and_of_sequences_in_a_bin_is_independent_of_their_lengths():
     lengths = lognormal(50_000, 1024)
     bins = pack(lengths, 1024)
     packed, count = lengths[bins.members], np.diff(bins.offsets)
-    # Of 9,600 independent numbers the correlation is about 0.01; in the order of filling it is 0.80 and -0.95.
+    # 9,600 independent numbers have a correlation of about 0.01; in filling order it is 0.80 and -0.95.
     for of in (count, np.maximum.reduceat(packed, bins.offsets[:-1])):
         assert abs(np.corrcoef(np.arange(len(bins)), of)[0, 1]) < 0.05
     first, last = (packed[places][count > 1].mean() for places in (bins.offsets[:-1], bins.offsets[1:] - 1))
     assert first == pytest.approx(last, rel=0.03)
 
 
-def test_segments_count_the_documents_of_a_row_from_one_and_padding_as_none():
+def test_segments_number_the_documents_of_a_row_from_one_and_padding_is_zero():
     segments = segment_ids(np.array([3, 1, 2]), 8)
     assert segments.tolist() == [1, 1, 1, 2, 3, 3, 0, 0] and segments.dtype == np.int32
     assert segment_ids(np.array([], np.int64), 2).tolist() == [0, 0]

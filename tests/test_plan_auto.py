@@ -1,4 +1,4 @@
-"""What "auto" becomes: the first that fits of all combinations in the order of their seconds, and what is said."""
+"""Resolution of "auto": the first combination that fits, in order of expected seconds, and the reasons given."""
 
 import dataclasses
 import itertools
@@ -33,7 +33,7 @@ def with_auto(recipe, *keys):
     return with_values(recipe, dict.fromkeys(keys or SWITCHES, "auto"))
 
 
-def test_where_devices_do_not_tell_their_memory_little_is_held_and_nothing_is_offloaded(tmp_path):
+def test_devices_that_do_not_report_their_memory_get_the_fallbacks_without_offloading(tmp_path):
     recipe = with_auto(recipe_of(tmp_path))
     chosen, reported = resolve_auto(recipe, tiny.mesh_of("one"), None, ("ppo",))
     assert {key: get_value(chosen, key) for key in SWITCHES} == FALLBACKS
@@ -42,7 +42,7 @@ def test_where_devices_do_not_tell_their_memory_little_is_held_and_nothing_is_of
     assert len(reported) == 6 and all("do not tell their memory" in text for text in reported)
 
 
-def test_what_is_not_automatic_is_left_alone(tmp_path):
+def test_settings_other_than_auto_are_kept(tmp_path):
     recipe = recipe_of(tmp_path)
     assert resolve_auto(recipe, tiny.mesh_of("one"), 10**9, ("ppo",)) == (recipe, [])
     mixed = with_auto(recipe, "model.remat")
@@ -50,7 +50,7 @@ def test_what_is_not_automatic_is_left_alone(tmp_path):
     assert chosen == with_values(recipe, {"model.remat": "none"}) and len(reported) == 1
 
 
-def test_with_memory_enough_nothing_is_recomputed_offloaded_or_split_further_than_need_be(tmp_path):
+def test_with_enough_memory_nothing_is_recomputed_offloaded_or_sharded_more_than_necessary(tmp_path):
     recipe = with_auto(recipe_of(tmp_path, "lora-float32"))
     chosen, reported = choose_by_arithmetic(recipe, abstract_mesh(recipe.mesh, 1), A100, ("ppo",), 10**12)
     plain = {"model.remat": "none", "mesh.zero": 3} | dict.fromkeys(list(SWITCHES)[3:], False)
@@ -63,7 +63,7 @@ def test_with_memory_enough_nothing_is_recomputed_offloaded_or_split_further_tha
 
 @pytest.mark.parametrize("setting", ["whole", "lora-float32"])
 @pytest.mark.parametrize("share", [1.0, 0.9, 0.7, 0.5])
-def test_what_is_chosen_is_the_fastest_of_all_that_fit(setting, share, tmp_path):
+def test_the_choice_is_the_fastest_combination_that_fits(setting, share, tmp_path):
     recipe = with_auto(recipe_of(tmp_path, setting))
     mesh = abstract_mesh(recipe.mesh, 1)
     ordered = candidates(recipe, mesh, A100, ("ppo",))
@@ -81,7 +81,7 @@ def test_what_is_chosen_is_the_fastest_of_all_that_fit(setting, share, tmp_path)
     assert len(reported) == len(SWITCHES)
 
 
-def test_the_order_is_that_of_the_expected_seconds_of_an_iteration(tmp_path):
+def test_combinations_are_ordered_by_the_expected_seconds_of_an_iteration(tmp_path):
     recipe = with_auto(recipe_of(tmp_path, "whole", "fsdp4-tensor2"))
     mesh, where = abstract_mesh(recipe.mesh, 8), parse_machine("8xA100-80GB")
     ordered = candidates(recipe, mesh, where, ("ppo",))
@@ -91,7 +91,7 @@ def test_the_order_is_that_of_the_expected_seconds_of_an_iteration(tmp_path):
     assert seconds == sorted(seconds) and seconds[0] < seconds[-1]
 
 
-def test_what_holds_too_much_already_is_never_compiled(tmp_path):
+def test_a_combination_whose_arrays_alone_do_not_fit_is_never_compiled(tmp_path):
     recipe = with_auto(recipe_of(tmp_path), "model.remat")
     mesh = abstract_mesh(recipe.mesh, 1)
     usable = estimate_bytes(with_values(recipe, FALLBACKS), mesh, ("ppo",), trust=0.0) - 1
@@ -105,7 +105,7 @@ def test_what_holds_too_much_already_is_never_compiled(tmp_path):
         check_fits(chosen, mesh, usable, ("ppo",))
 
 
-def test_the_reason_names_what_the_other_value_needs(tmp_path):
+def test_the_reason_gives_the_memory_that_the_other_value_needs(tmp_path):
     recipe = with_auto(recipe_of(tmp_path), "model.remat")
 
     def need(candidate):
@@ -116,7 +116,7 @@ def test_the_reason_names_what_the_other_value_needs(tmp_path):
     assert reported == ["remat = layers: remat = dots needs 77.0 GiB of 75.0"]
 
 
-def test_combinations_that_the_program_refuses_are_passed_over(tmp_path):
+def test_combinations_that_the_program_rejects_are_skipped(tmp_path):
     recipe = with_auto(recipe_of(tmp_path), "model.remat")
 
     def need(candidate):
@@ -128,43 +128,43 @@ def test_combinations_that_the_program_refuses_are_passed_over(tmp_path):
     assert chosen.model.remat == "layers"
 
 
-def test_an_automatic_run_keeps_auto_in_its_folder_and_says_what_it_took(tmp_path, capsys):
+def test_an_automatic_run_keeps_auto_in_its_folder_and_logs_the_choice(tmp_path, capsys):
     path = tiny_recipe.write_recipe(tmp_path)
     overrides = ["model.remat=auto", "mesh.zero=auto", "sft.steps=1", "sft.eval_batches=0"]
-    for _ in range(2):  # the second finds its own configuration, and nothing left to do
+    for _ in range(2):  # the second run finds its own configuration and has nothing to do
         assert tiny_recipe.run("sft", path, f"run.dir={tmp_path / 'run'}", *overrides) == 0
         assert "auto: remat = layers" in capsys.readouterr().err
     kept = (tmp_path / "run" / "config.toml").read_text()
     assert 'remat = "auto"' in kept and 'zero = "auto"' in kept
 
 
-# Seconds of each switch. N trained weights are those of the actor, in float32.
+# Cost of each setting. The N trained weights are those of the actor, in float32.
 def needs_with(recipe, values, mesh_name="fsdp4-tensor2"):
     mesh = abstract_mesh(recipe.mesh, tiny.mesh_of(mesh_name).size)
     found = phases(with_values(recipe, FALLBACKS), mesh, ("ppo",))
     return work_of_phases(with_values(recipe, FALLBACKS | values), found, mesh)
 
 
-def test_offloaded_moments_cross_to_the_gpu_and_back_once_an_update(tmp_path):
+def test_offloaded_moments_are_moved_to_the_gpu_and_back_once_per_update(tmp_path):
     recipe = recipe_of(tmp_path, "whole", "fsdp4-tensor2", batch_size=8)
     weights = V * D + (P + 2) * D + L * (4 * (D * D + D) + 2 * D * F + F + D + 4 * D) + 2 * D
     host = needs_with(recipe, {"model.offload_optimizer": True})["ppo/actor"].host
-    assert host == 2 * (2 * 2 * 4 * weights / 8)  # two updates; two moments, two ways, an eighth of each
+    assert host == 2 * (2 * 2 * 4 * weights / 8)  # two updates; two moments, both directions, an eighth of each
     assert needs_with(recipe, {})["ppo/actor"].host == 0
     assert needs_with(recipe, {"model.offload_reference": True})["ppo/score"].host == 4 * weights / 8
 
 
-def test_a_stage_of_zero_moves_no_more_than_the_next_and_less_where_there_are_micro_batches(tmp_path):
+def test_a_lower_zero_stage_moves_no_more_bytes_and_fewer_with_micro_batches(tmp_path):
     recipe = recipe_of(tmp_path, "whole", "fsdp4-tensor2", micro_batch_size=8)
     link = {zero: needs_with(recipe, {"mesh.zero": zero})["ppo/actor"].link for zero in (1, 2, 3)}
     assert link[2] < link[1] and link[2] < link[3]
     assert needs_with(recipe, {"mesh.zero": 2})["ppo/publish"].link == 0
-    # What tensor splits is gathered at every stage.
+    # Weights sharded over tensor are gathered at every stage.
     score = [needs_with(recipe, {"mesh.zero": zero})["ppo/score"].link for zero in (2, 3)]
     assert score[0] / score[1] == pytest.approx((1 - 1 / 2) / (1 - 1 / 8))
 
 
-def test_recomputing_layers_costs_a_pass_and_recomputing_attention_its_share_of_one(tmp_path):
+def test_recomputing_layers_costs_a_forward_pass_and_recomputing_attention_its_share_of_one(tmp_path):
     recipe = recipe_of(tmp_path)
     flops = {
         kind: needs_with(recipe, {"model.remat": kind}, "one")["ppo/actor"].flops for kind in ("none", "dots", "layers")
@@ -174,7 +174,7 @@ def test_recomputing_layers_costs_a_pass_and_recomputing_attention_its_share_of_
     assert flops["layers"] == pytest.approx(flops["none"] * 4 / 3)
 
 
-def test_one_copy_reads_the_adapters_at_every_token_and_moves_nothing_to_publish(tmp_path):
+def test_one_copy_reads_the_adapters_at_every_token_and_publishing_moves_nothing(tmp_path):
     recipe = recipe_of(tmp_path, "lora-float32", "fsdp4-tensor2")
     two, one = needs_with(recipe, {}), needs_with(recipe, {"model.one_copy": True})
     rank = LORA["rank"]
@@ -183,7 +183,7 @@ def test_one_copy_reads_the_adapters_at_every_token_and_moves_nothing_to_publish
     assert one["ppo/publish"].link == 0 < two["ppo/publish"].link
 
 
-def test_every_switch_can_be_automatic_and_every_value_of_it_is_one_of_the_configuration(tmp_path):
+def test_every_setting_can_be_auto_and_each_of_its_values_is_valid_in_the_configuration(tmp_path):
     recipe = recipe_of(tmp_path, "lora-float32")
     for key, values in SWITCHES.items():
         for value in itertools.chain(values, ["auto"]):

@@ -1,4 +1,4 @@
-"""Places: files, globs, folders, saved data sets and the hub; errors with the mend; flat memory; keys of contents."""
+"""Sources: files, globs, folders, saved data sets and the hub; errors with the fix; flat memory; content keys."""
 
 import json
 import os
@@ -21,16 +21,16 @@ def read(path, **options) -> list[Row]:
     return list(sources.read_rows(str(path), **options))
 
 
-def lay_out(tmp_path, *names: str) -> None:
+def write_rows_to(tmp_path, *names: str) -> None:
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"file": name}) + "\n")
 
 
-def test_folders_and_globs_are_read_in_the_order_of_their_names_through_all_levels(tmp_path):
-    lay_out(tmp_path, "c.jsonl", "a/2.json", "a/10.jsonl", "b.json", "README.md", ".hidden.jsonl", ".git/x.json")
-    lay_out(tmp_path, "dataset_infos.json")
-    os.symlink(tmp_path, tmp_path / "a" / "up")  # and so on without end
+def test_folders_and_globs_are_read_recursively_in_order_of_path(tmp_path):
+    write_rows_to(tmp_path, "c.jsonl", "a/2.json", "a/10.jsonl", "b.json", "README.md", ".hidden.jsonl", ".git/x.json")
+    write_rows_to(tmp_path, "dataset_infos.json")
+    os.symlink(tmp_path, tmp_path / "a" / "up")  # a cycle
     in_order = ["a/10.jsonl", "a/2.json", "b.json", "c.jsonl"]
     assert [row.fields["file"] for row in read(tmp_path)] == in_order
     assert [row.file for row in read(tmp_path)] == [str(tmp_path / name) for name in in_order]
@@ -42,12 +42,12 @@ def test_folders_and_globs_are_read_in_the_order_of_their_names_through_all_leve
     assert [row.fields["file"] for row in read(tmp_path / "[bc].json*")] == ["b.json", "c.jsonl"]
 
 
-def test_a_file_whose_name_holds_a_bracket_is_found(tmp_path):
-    lay_out(tmp_path, "rows[1].jsonl")
+def test_a_file_with_a_bracket_in_its_name_is_found(tmp_path):
+    write_rows_to(tmp_path, "rows[1].jsonl")
     assert len(read(tmp_path / "rows[1].jsonl")) == 1
 
 
-def test_the_built_in_set_is_read_by_its_seed_and_rows():
+def test_the_built_in_set_is_generated_from_its_seed_and_rows():
     rows = read("builtin:assistant", builtin_seed=3, builtin_rows=20)
     assert [row.fields for row in rows] == list(builtin.make_rows(3, 20)) and rows[19].number == 20
     with pytest.raises(ValueError, match="no built-in set 'builtin:assistent', only 'builtin:assistant'"):
@@ -63,7 +63,7 @@ def saved_folder(tmp_path, datasets):
     sets["test"].save_to_disk(tmp_path / "one")
 
 
-def test_a_data_set_that_was_saved_to_disk_is_read_by_its_split(tmp_path):
+def test_a_data_set_saved_to_disk_is_read_by_split(tmp_path):
     saved_folder(tmp_path, pytest.importorskip("datasets"))
     assert [row.fields["a"] for row in read(tmp_path / "both")] == [f"train{i}" for i in range(5)]
     assert [row.fields["a"] for row in read(tmp_path / "both", split="test")] == [f"test{i}" for i in range(5)]
@@ -80,7 +80,7 @@ def hub(monkeypatch, load):
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
 
 
-def test_another_name_is_read_from_the_hub_at_once_or_streaming(monkeypatch):
+def test_any_other_name_is_read_from_the_hub_at_once_or_as_a_stream(monkeypatch):
     asked = []
 
     def load(*args, **options):
@@ -110,7 +110,7 @@ def test_another_name_is_read_from_the_hub_at_once_or_streaming(monkeypatch):
         (ValueError("Unknown split \"dev\". Should be one of ['train']."), "'train'].; set data.sources.split"[7:]),
     ],
 )
-def test_a_hub_set_that_cannot_be_had_is_named_with_the_mend(monkeypatch, error, message):
+def test_an_unavailable_hub_dataset_is_reported_with_the_fix(monkeypatch, error, message):
     def load(*_, **__):
         raise error
 
@@ -120,7 +120,7 @@ def test_a_hub_set_that_cannot_be_had_is_named_with_the_mend(monkeypatch, error,
             reader("someone/pairs")
 
 
-def test_a_stream_that_breaks_off_says_after_which_row(monkeypatch):
+def test_an_interrupted_stream_reports_the_last_row_read(monkeypatch):
     def rows():
         yield {"a": 1}
         raise ConnectionError("no net")
@@ -153,9 +153,7 @@ def test_a_stream_that_breaks_off_says_after_which_row(monkeypatch):
         ("none.parquet", "none.parquet: holds no rows"),
     ],
 )
-def test_a_place_that_cannot_be_used_is_named_with_the_mend_and_never_asked_of_the_hub(
-    tmp_path, monkeypatch, path, message
-):
+def test_an_unusable_path_is_reported_with_the_fix_and_never_looked_up_on_the_hub(tmp_path, monkeypatch, path, message):
     monkeypatch.chdir(tmp_path)
     hub(monkeypatch, lambda *_, **__: pytest.fail("asked the hub"))
     (tmp_path / "folder").mkdir()
@@ -169,15 +167,15 @@ def test_a_place_that_cannot_be_used_is_named_with_the_mend_and_never_asked_of_t
         sources.read_rows(path)
 
 
-def test_an_empty_file_among_others_is_no_fault(tmp_path):
+def test_an_empty_file_among_others_is_accepted(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"")
     (tmp_path / "b.jsonl").write_bytes(GOOD)
     assert [row.fields for row in read(tmp_path)] == [{"a": 1}]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_what_may_not_be_read_is_named(tmp_path):
-    lay_out(tmp_path, "a/b.jsonl")
+def test_an_unreadable_file_is_reported_by_name(tmp_path):
+    write_rows_to(tmp_path, "a/b.jsonl")
     for place, mode in ((tmp_path / "a" / "b.jsonl", 0o600), (tmp_path / "a", 0o700)):
         place.chmod(0)
         try:
@@ -196,8 +194,8 @@ def test_what_may_not_be_read_is_named(tmp_path):
         (OSError(5, "Input/output error"), "b.jsonl: cannot be read: Input/output error"),
     ],
 )
-def test_a_file_that_cannot_be_opened_when_its_turn_comes_stops_the_reading(tmp_path, monkeypatch, error, message):
-    lay_out(tmp_path, "a.jsonl", "b.jsonl")
+def test_a_file_that_cannot_be_opened_during_reading_stops_it(tmp_path, monkeypatch, error, message):
+    write_rows_to(tmp_path, "a.jsonl", "b.jsonl")
 
     def refuse(path, *args):
         if path.endswith("b.jsonl"):
@@ -211,7 +209,7 @@ def test_a_file_that_cannot_be_opened_when_its_turn_comes_stops_the_reading(tmp_
         next(rows)
 
 
-def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch):
+def test_an_unlistable_folder_is_reported_by_name(tmp_path, monkeypatch):
     def refuse(folder):
         raise PermissionError(13, "Permission denied", str(folder))
 
@@ -243,7 +241,7 @@ def test_a_file_of_50_mib_is_read_in_4_mib_of_memory(tmp_path, name):
     assert peak < 4 << 20
 
 
-# Keys of contents
+# Content keys
 
 
 def key_of(path, tmp_path, **options) -> str:
@@ -251,17 +249,17 @@ def key_of(path, tmp_path, **options) -> str:
     return sources.content_key(str(path), **{**arguments, **options})
 
 
-def test_a_copy_has_the_same_key_and_one_changed_byte_another(tmp_path):
+def test_a_copy_has_the_same_key_and_a_changed_byte_gives_another(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(GOOD)
     (tmp_path / "copy.jsonl").write_bytes(GOOD)
     key = key_of(tmp_path / "a.jsonl", tmp_path)
     assert key == key_of(tmp_path / "copy.jsonl", tmp_path) and len(key) == 32
-    (tmp_path / "a.jsonl").write_bytes(GOOD.replace(b"1", b"2"))  # at once, and of the same size
+    (tmp_path / "a.jsonl").write_bytes(GOOD.replace(b"1", b"2"))  # immediately, with the same size
     changed = key_of(tmp_path / "a.jsonl", tmp_path)
     assert changed != key and key_of(tmp_path / "[ac]*.jsonl", tmp_path) not in (key, changed)
 
 
-def test_the_order_of_the_files_and_their_format_count(tmp_path):
+def test_the_key_depends_on_the_order_and_the_format_of_files(tmp_path):
     for folder, names in {"x": ("a.jsonl", "b.jsonl"), "y": ("b.jsonl", "a.jsonl"), "z": ("a.txt", "b.txt")}.items():
         (tmp_path / folder).mkdir()
         (tmp_path / folder / names[0]).write_bytes(GOOD)
@@ -269,18 +267,18 @@ def test_the_order_of_the_files_and_their_format_count(tmp_path):
     assert len({key_of(tmp_path / folder, tmp_path) for folder in "xyz"}) == 3
 
 
-def test_the_key_of_the_built_in_set_is_that_of_its_seed_and_rows(tmp_path):
+def test_the_key_of_the_built_in_set_consists_of_its_seed_and_rows(tmp_path):
     keys = [key_of("builtin:assistant", tmp_path, builtin_seed=s, builtin_rows=r) for s, r in [(0, 9), (1, 9), (0, 8)]]
     assert len(set(keys)) == 3 and keys[0] == key_of("builtin:assistant", tmp_path, builtin_seed=0, builtin_rows=9)
 
 
-def test_the_key_of_a_hub_set_is_that_of_its_name_and_fingerprint(tmp_path, monkeypatch):
+def test_the_key_of_a_hub_dataset_consists_of_its_name_and_fingerprint(tmp_path, monkeypatch):
     hub(monkeypatch, lambda path, name, split: types.SimpleNamespace(_fingerprint="f" + path[-1]))
     asked = [("x/a", "", "train"), ("x/b", "", "train"), ("x/a", "en", "train"), ("x/a", "", "test")]
     assert len({key_of(path, tmp_path, name=name, split=split) for path, name, split in asked}) == 4
 
 
-def test_the_key_of_a_missing_file_names_it(tmp_path):
+def test_a_missing_file_is_reported_by_name_when_its_key_is_computed(tmp_path):
     with pytest.raises(ValueError, match="none.jsonl: no such file"):
         key_of(tmp_path / "none.jsonl", tmp_path)
 
@@ -290,7 +288,7 @@ def old(path, content: bytes) -> str:
     return str(path)
 
 
-def test_a_file_in_the_memo_is_not_read_again_until_it_changes(tmp_path, monkeypatch):
+def test_a_file_in_the_memo_is_read_again_only_after_a_change(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "SETTLED", -1)
     memo, path = tmp_path / "memo.json", old(tmp_path / "a.jsonl", GOOD)
     (first,) = sources.file_digests([path], memo)
@@ -299,12 +297,12 @@ def test_a_file_in_the_memo_is_not_read_again_until_it_changes(tmp_path, monkeyp
     known[path][-1] = "from the memo"
     memo.write_text(json.dumps(known))
     assert sources.file_digests([path], memo) == ["from the memo"]
-    time.sleep(0.02)  # longer than the clock of the file system stands still
+    time.sleep(0.02)  # longer than the resolution of the file system's clock
     (tmp_path / "a.jsonl").write_bytes(GOOD)
     assert sources.file_digests([path], memo) == [first]
 
 
-def test_a_file_that_has_just_changed_is_not_kept_in_the_memo(tmp_path):
+def test_a_recently_changed_file_is_not_stored_in_the_memo(tmp_path):
     sources.file_digests([old(tmp_path / "a.jsonl", GOOD)], tmp_path / "memo.json")
     assert not (tmp_path / "memo.json").exists()
 
@@ -312,7 +310,7 @@ def test_a_file_that_has_just_changed_is_not_kept_in_the_memo(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[1]", b"\xff\0", b'{"FILE": 7}', b'{"FILE": []}', b'{"FILE": [1, 2]}']
 )
-def test_a_broken_memo_is_made_anew(tmp_path, monkeypatch, content):
+def test_a_corrupt_memo_is_rebuilt(tmp_path, monkeypatch, content):
     monkeypatch.setattr(sources, "SETTLED", -1)
     memo, path = tmp_path / "memo.json", old(tmp_path / "a.jsonl", GOOD)
     memo.write_bytes(content.replace(b"FILE", path.encode()))
@@ -321,7 +319,7 @@ def test_a_broken_memo_is_made_anew(tmp_path, monkeypatch, content):
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "memo.json"]
 
 
-def test_the_entries_that_another_process_wrote_meanwhile_stay(tmp_path, monkeypatch):
+def test_entries_written_concurrently_by_another_process_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "SETTLED", -1)
     memo = tmp_path / "memo.json"
     inner = sources._stat
@@ -336,7 +334,7 @@ def test_the_entries_that_another_process_wrote_meanwhile_stay(tmp_path, monkeyp
     assert set(json.loads(memo.read_bytes())) == {"/other", path}
 
 
-def test_a_memo_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch):
+def test_an_unwritable_memo_only_costs_time(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "SETTLED", -1)
-    path = old(tmp_path / "a.jsonl", GOOD)  # also in the place of a folder
+    path = old(tmp_path / "a.jsonl", GOOD)  # a file in the place of a folder is unwritable too
     assert len(sources.file_digests([path], tmp_path / "a.jsonl" / "memo.json")) == 1

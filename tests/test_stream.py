@@ -1,4 +1,4 @@
-"""Streams: windows that follow each other without a gap, resume anywhere, and are trained on like any rows."""
+"""Streams: windows follow each other without a gap, resume anywhere, and are trained on like stored rows."""
 
 import dataclasses
 import json
@@ -53,7 +53,7 @@ def numbers(rows: Rows, windows: int) -> list[list[int]]:
     return [[part.number(w * 20 + i) for i in range(20)] for w in range(windows)]
 
 
-def test_windows_follow_each_other_through_the_source_and_then_from_its_beginning(tmp_path):
+def test_windows_follow_each_other_through_the_source_and_then_start_over(tmp_path):
     rows = rows_for(config_of(write(tmp_path / "rows.jsonl", 53), tmp_path / "cache"))
     found = sum(numbers(rows, 8), [])
     assert found == [1 + i % 53 for i in range(160)]
@@ -62,7 +62,7 @@ def test_windows_follow_each_other_through_the_source_and_then_from_its_beginnin
 
 @settings(deadline=None, max_examples=20)
 @given(count=st.integers(1, 90), asked=st.lists(st.integers(0, 9), min_size=1, max_size=6))
-def test_any_window_may_be_asked_for_at_any_time_by_any_process(tmp_path_factory, count, asked):
+def test_any_process_can_request_any_window_at_any_time(tmp_path_factory, count, asked):
     folder = tmp_path_factory.mktemp("stream")
     config = config_of(write(folder / "rows.jsonl", count), folder / "cache")
     expected = [1 + i % count for i in range(200)]
@@ -74,22 +74,22 @@ def test_any_window_may_be_asked_for_at_any_time_by_any_process(tmp_path_factory
     assert made == [f"{n:06}" for n in range(len(made))] and max(asked) < len(made)
 
 
-def test_two_readers_of_one_folder_make_each_window_once_and_agree(tmp_path):
+def test_two_readers_of_one_folder_build_each_window_once_and_agree(tmp_path):
     config = config_of(write(tmp_path / "rows.jsonl", 53), tmp_path / "cache")
     one, two = rows_for(config).parts[0], rows_for(config).parts[0]
     found = {n: (one, two)[n % 2].make_window(n)[0].numbers().tolist() for n in range(10)}
     assert sum(found.values(), []) == [1 + i % 53 for i in range(200)]
-    # What is counted is counted once: ten windows of twenty rows, and the rest of the last block.
+    # Every row is counted once: ten windows of twenty rows, and the rest of the last block.
     tally = one.make_window(9)[1]
     assert tally.share == tally.rows and 200 <= tally.rows < 207
 
 
-def test_two_threads_may_read_one_stream_at_places_far_apart(tmp_path):
+def test_two_threads_can_read_one_stream_at_distant_positions(tmp_path):
     (part,) = rows_for(config_of(write(tmp_path / "rows.jsonl", 53), tmp_path / "cache")).parts
     expected = [part.number(20 * window) for window in range(8)]
     orders = [np.random.RandomState(seed).randint(0, 8, 2000).tolist() for seed in range(2)]
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # so that the threads meet everywhere
+    sys.setswitchinterval(1e-6)  # so that the threads interleave everywhere
     try:
         with ThreadPoolExecutor(2) as pool:
             readers = [pool.submit(lambda order: [part.number(20 * n) for n in order], order) for order in orders]
@@ -99,7 +99,7 @@ def test_two_threads_may_read_one_stream_at_places_far_apart(tmp_path):
     assert found == [[expected[n] for n in order] for order in orders]
 
 
-def test_prompts_of_other_stages_and_held_out_ones_are_left_out_of_a_stream(tmp_path):
+def test_a_stream_skips_prompts_of_other_stages_and_held_out_prompts(tmp_path):
     path, held = write(tmp_path / "rows.jsonl", 400), write(tmp_path / "held.jsonl", 100, first=350)
     whole = select_rows(
         config_of(path, tmp_path / "cache", split=split_of("1,1,0"), held_out=0.2, sources=(SourceConfig(str(path)),)),
@@ -112,7 +112,7 @@ def test_prompts_of_other_stages_and_held_out_ones_are_left_out_of_a_stream(tmp_
     config = config_of(path, tmp_path / "cache", split=split_of("1,1,0"), held_out=0.2)
     found = sum(numbers(rows_for(config), 12), [])
     assert 120 < len(expected) < 200 and found[: len(expected)] == expected and found[len(expected)] == expected[0]
-    # Held out by a file of its own: then by it alone.
+    # A separate evaluation file alone decides what is held out.
     apart = dataclasses.replace(config.sources[0], eval_path=str(held))
     config = dataclasses.replace(config, sources=(apart,), split=split_of("1,0,0"))
     found = sum(numbers(rows_for(config), 30), [])
@@ -138,7 +138,7 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(tmp_path_factory, see
     assert np.array_equal(Batches(rows_for(fresh), batch_size=5, seed=seed)[start].tokens, steps[start])
 
 
-def test_each_window_is_trained_in_an_order_of_its_own_and_each_of_its_rows_once(tmp_path):
+def test_each_window_has_its_own_order_and_each_of_its_rows_occurs_once(tmp_path):
     config = config_of(write(tmp_path / "rows.jsonl", 1000), tmp_path / "cache")
     batches = Batches(rows_for(config), batch_size=5, seed=3)
     orders = []
@@ -148,7 +148,7 @@ def test_each_window_is_trained_in_an_order_of_its_own_and_each_of_its_rows_once
         assert sorted(seen) == sorted(f"q{i}" for i in range(window * 20, window * 20 + 20))
         orders.append([int(text[1:]) - window * 20 for text in seen])
     assert all(one != other for one, other in pairwise(orders))
-    assert batches.lengths == (512,)  # nobody knows the rows to come
+    assert batches.lengths == (512,)  # the lengths of future rows are unknown
 
 
 def test_streams_and_stored_rows_are_blended_by_weight(tmp_path):
@@ -176,26 +176,26 @@ def test_bad_rows_of_a_stream_are_counted_and_stop_it_when_they_are_too_many(tmp
         numbers(rows, 3)
     tolerant = rows_for(config_of(path, tmp_path / "cache", max_bad_rows=1))
     good = [i for i in range(1, 61) if i != 31]
-    assert sum(numbers(tolerant, 6), []) == (good * 3)[:120]  # the second time round it is the same bad row
+    assert sum(numbers(tolerant, 6), []) == (good * 3)[:120]  # in the second pass it is the same bad row
 
 
-def test_a_set_of_the_hub_is_streamed_as_it_comes_over_the_net(tmp_path, monkeypatch):
+def test_a_hub_dataset_is_streamed_from_the_network(tmp_path, monkeypatch):
     asked = []
 
-    def over_the_net(path, name, split):
+    def load_stream(path, name, split):
         asked.append((path, name, split))
         return (Row(f"{path} ({split})", i, {"prompt": f"q{i}", "chosen": "a"}) for i in range(1, 51))
 
-    monkeypatch.setattr(stream, "read_hub_stream", over_the_net)
+    monkeypatch.setattr(stream, "read_hub_stream", load_stream)
     config = config_of(Path("someone/dialogues"), tmp_path / "cache")
     assert sum(numbers(rows_for(config), 4), []) == [1 + i % 50 for i in range(80)]
     assert set(asked) == {("someone/dialogues", "", "train")}
 
 
-def test_what_cannot_be_streamed_is_refused(tmp_path):
+def test_sources_that_cannot_be_streamed_are_rejected(tmp_path):
     path = write(tmp_path / "rows.jsonl", 60)
     config = config_of(path, tmp_path / "cache")
-    with pytest.raises(ValueError, match="ppo: there are no rows to train on"):  # a stream serves SFT alone
+    with pytest.raises(ValueError, match="ppo: there are no rows to train on"):  # a stream serves only SFT
         select_rows(config, TOKENIZER, SPECS["ppo"], held_out=False)
     with pytest.raises(ValueError, match="rows of a stream are not packed: set sft.pack_length = 0"):
         select_rows(config, TOKENIZER, dataclasses.replace(SPECS["sft"], pack_length=512), held_out=False)

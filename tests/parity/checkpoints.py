@@ -31,7 +31,7 @@ def torch_model(name: str, *, scalar_head: bool = False, seed: int = 0):
 
 
 def build(settings: dict, *, scalar_head: bool = False, seed: int = 0):
-    """The torch model of a config's settings, including "model_type"; the values of `SHOWN` make small effects visible."""
+    """The torch model of config settings with "model_type"; the values of `SHOWN` make small effects visible."""
     config = transformers.AutoConfig.for_model(**SPECIAL | settings | ({"num_labels": 1} if scalar_head else {}))
     for key, value in SHOWN.items():
         if hasattr(config, key) and key not in settings:

@@ -739,7 +739,7 @@ def test_a_cache_path_that_cannot_be_a_folder_is_reported(tmp_path, place):
         rows_of(GOOD, config)
 
 
-@pytest.mark.parametrize("where", ["FileLock", "write"])
+@pytest.mark.parametrize("where", ["FileLock", "write_store"])
 def test_an_unwritable_cache_is_reported(tmp_path, monkeypatch, where):
     def refuse(*_):
         raise OSError(28, "No space left on device")

@@ -296,10 +296,3 @@ def test_every_family_has_a_variant_and_exports_the_class_names_of_transformers(
     for name, family in FAMILIES.items():
         assert family.causal == auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
         assert family.scalar == auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(name)
-
-
-def test_the_readme_contains_the_current_table_of_families():
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    begin, end = "<!-- families -->", "<!-- /families -->"
-    assert begin in text and end in text, "python tests/parity/family_table.py prints what belongs between the marks"
-    assert text.partition(begin)[2].partition(end)[0].strip() == table().strip()

@@ -1,4 +1,4 @@
-"""The built-in data, its judge, and the tokenizer that is trained on it."""
+"""The built-in data, their judge, and the tokenizer trained on them."""
 
 import ast
 import math
@@ -22,7 +22,7 @@ FIRST_ROW = {
 }
 
 
-def test_first_row_of_seed_0_is_this_one_on_every_machine():
+def test_the_first_row_of_seed_0_is_the_same_on_every_machine():
     assert next(make_rows(0, 1)) == FIRST_ROW
 
 
@@ -31,12 +31,12 @@ def test_equal_seeds_give_equal_rows_and_more_rows_only_append():
     assert list(make_rows(3, 50)) != list(make_rows(4, 50))
 
 
-def test_zero_rows_are_refused():
+def test_zero_rows_are_rejected():
     with pytest.raises(ValueError, match="at least one row, not 0"):
         next(make_rows(0, 0))
 
 
-def test_judge_names_exactly_the_faults_that_an_answer_was_made_with():
+def test_the_judge_names_exactly_the_faults_with_which_an_answer_was_generated():
     for row in ROWS:
         for answer in (row.demonstration, row.chosen, row.rejected):
             verdict = judge(row.prompt, answer.text, ended=True)
@@ -44,7 +44,7 @@ def test_judge_names_exactly_the_faults_that_an_answer_was_made_with():
             assert verdict.good == (answer.faults == ())
 
 
-def test_share_of_good_demonstrations_is_a_half_within_four_standard_errors():
+def test_the_share_of_good_demonstrations_is_one_half_within_four_standard_errors():
     share = sum(judge(row.prompt, row.demonstration.text, ended=True).good for row in ROWS) / len(ROWS)
     assert abs(share - GOOD_SHARE) < 4 * math.sqrt(GOOD_SHARE * (1 - GOOD_SHARE) / len(ROWS))
 
@@ -55,7 +55,7 @@ def test_one_fault_is_three_times_as_frequent_as_two():
     assert counts.count(1) / counts.count(2) == pytest.approx(3, rel=0.2)
 
 
-def test_chosen_answer_has_the_strictly_smaller_penalty_by_the_judges_faults():
+def test_the_chosen_answer_has_a_strictly_smaller_penalty_by_the_faults_of_the_judge():
     penalty = {"opening": 2, "close": 2, "rambling": 2, "no answer": 2, "wrong": 3}
 
     def penalties(prompt: str, text: str) -> int:
@@ -65,8 +65,8 @@ def test_chosen_answer_has_the_strictly_smaller_penalty_by_the_judges_faults():
         assert penalties(row.prompt, row.chosen.text) < penalties(row.prompt, row.rejected.text)
 
 
-def test_a_tenth_of_the_pairs_differ_in_nothing_but_that_one_is_right_and_the_other_wrong():
-    """The pairs that are made so, and those of independent draws that come out so but for their choice of words."""
+def test_a_tenth_of_the_pairs_differ_only_in_the_correctness_of_the_answer():
+    """The share includes independent draws that differ only in correctness and choice of words."""
     alike = [row.rejected.faults == tuple(sorted((*row.chosen.faults, "wrong"))) for row in ROWS]
     assert CONTENT_PAIRS < sum(alike) / len(ROWS) < CONTENT_PAIRS + 0.1
 
@@ -140,22 +140,22 @@ PLACE = "In the box is a red hat. Where is the hat?"
         (PLACE, "Sure! The hat is the box. Anything else?", ("no answer",)),
     ],
 )
-def test_judge_on_answers_written_by_hand(prompt, response, faults):
+def test_the_judge_finds_the_faults_of_answers_written_by_hand(prompt, response, faults):
     verdict = judge(prompt, response, ended=True)
     assert verdict.faults == faults
     assert verdict.good == (faults == ())
 
 
-def test_an_answer_that_was_cut_before_its_end_token_is_unfinished():
+def test_an_answer_truncated_before_its_end_token_is_unfinished():
     assert judge(SUM, "Sure! 3 + 4 = 7. Anything else?", ended=False).faults == ("unfinished",)
 
 
-def test_judge_refuses_a_prompt_of_another_kind():
+def test_the_judge_rejects_a_prompt_of_an_unknown_kind():
     with pytest.raises(ValueError, match="not a prompt of the built-in data"):
         judge("What is the capital of France?", "Sure! Paris. Anything else?", ended=True)
 
 
-def test_only_evaluate_imports_the_judge_and_the_judge_imports_nothing_of_the_package():
+def test_only_evaluate_imports_the_judge_which_imports_nothing_from_the_package():
     package = Path(rlhf_jax.__file__).parent
     users = {
         path.relative_to(package).as_posix()
@@ -167,7 +167,7 @@ def test_only_evaluate_imports_the_judge_and_the_judge_imports_nothing_of_the_pa
 
 
 def _imported(path: Path) -> list[str]:
-    """Every imported name of a file, dotted; relative imports keep their last part."""
+    """All dotted names that a file imports; of relative imports the part after the dots."""
     names = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -182,23 +182,23 @@ def tokenizer():
     return train_tokenizer((f"{row.prompt}\n{row.demonstration.text}" for row in ROWS), 512)
 
 
-def test_tokenizer_gives_every_text_back(tokenizer):
+def test_the_tokenizer_reproduces_every_text(tokenizer):
     for text in ["Sure! 3 + 4 = 7. Anything else?", "\n\nHuman: two  spaces\tand a tab\n", "Grüße, 东京 🙂", " 10,000"]:
         assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-def test_tokenizer_spells_digits_singly_and_common_words_whole(tokenizer):
+def test_the_tokenizer_splits_digits_and_keeps_common_words_whole(tokenizer):
     assert tokenizer.tokenize(" = 12345.") == ["Ġ=", "Ġ1", "2", "3", "4", "5", "."]
     assert tokenizer.tokenize(" Anything else?") == ["ĠAnything", "Ġelse", "?"]
 
 
-def test_special_tokens_are_distinct_and_nothing_is_added_around_a_text(tokenizer):
+def test_special_tokens_are_distinct_and_none_is_added_around_a_text(tokenizer):
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     assert tokenizer("").input_ids == []
     assert len(tokenizer) == 512
 
 
-def test_saved_tokenizer_opens_with_auto_tokenizer_and_encodes_alike(tokenizer, tmp_path):
+def test_a_saved_tokenizer_loads_with_auto_tokenizer_and_encodes_equally(tokenizer, tmp_path):
     from transformers import AutoTokenizer, LlamaConfig
 
     tokenizer.save_pretrained(tmp_path)
@@ -216,6 +216,6 @@ def test_tokenizer_training_is_deterministic(tokenizer):
     assert again.get_vocab() == tokenizer.get_vocab()
 
 
-def test_vocabulary_too_small_for_the_bytes_is_refused():
+def test_a_vocabulary_too_small_for_all_bytes_is_rejected():
     with pytest.raises(ValueError, match="use 259 or more"):
         train_tokenizer(["a"], 100)

@@ -1,4 +1,4 @@
-"""Tokenised once: kept under all that it depends on, built by one process at a time, never half."""
+"""The token cache: keyed by everything that tokens depend on, built by one process at a time, never incomplete."""
 
 import dataclasses
 import json
@@ -71,14 +71,14 @@ def changed_source(config: DataConfig, **change) -> DataConfig:
         lambda config: (config, TOKENIZER, "sft", {"learn": "everything"}),
     ],
 )
-def test_what_the_tokens_depend_on_makes_a_build_of_its_own(config, change):
+def test_a_change_of_anything_that_tokens_depend_on_gives_a_new_build(config, change):
     rows_for(config)
     changed, tokenizer, stage, options = change(config)
     rows_for(changed, tokenizer, stage, **options)
     assert len(cached_folders(config)) == 2
 
 
-def test_what_they_do_not_depend_on_makes_none(config, tmp_path):
+def test_a_change_of_anything_else_gives_no_new_build(config, tmp_path):
     first = rows_for(config)
     moved = shutil.copy(config.sources[0].path, tmp_path / "copy.jsonl")
     for other in (
@@ -91,7 +91,7 @@ def test_what_they_do_not_depend_on_makes_none(config, tmp_path):
     assert len(cached_folders(config)) == 1
 
 
-def test_one_changed_byte_makes_a_build_of_its_own_even_at_the_same_size_and_time(config):
+def test_one_changed_byte_gives_a_new_build_even_with_the_same_size_and_time(config):
     path, first = Path(config.sources[0].path), rows_for(config)
     before = path.stat()
     path.write_bytes(path.read_bytes().replace(b"good 7", b"best 7"))
@@ -101,14 +101,14 @@ def test_one_changed_byte_makes_a_build_of_its_own_even_at_the_same_size_and_tim
     assert second.fingerprint != first.fingerprint
 
 
-def test_other_code_makes_a_build_of_its_own(config, monkeypatch):
+def test_changed_code_gives_a_new_build(config, monkeypatch):
     rows_for(config)
     monkeypatch.setattr(cache, "code_key", lambda: "another version")
     rows_for(config)
     assert len(cached_folders(config)) == 2
 
 
-def test_a_build_that_fails_leaves_nothing_and_the_next_one_is_whole(config, monkeypatch):
+def test_a_failed_build_leaves_nothing_and_the_next_one_is_complete(config, monkeypatch):
     encode, calls = tokenize.encode_examples, []
 
     def broken(*args):
@@ -134,7 +134,7 @@ print(len(rows_for(config)), rows_for(config).fingerprint, len(calls) > 0)
 """
 
 
-def test_of_three_processes_at_once_one_builds_and_all_have_the_same(tmp_path):
+def test_of_three_concurrent_processes_one_builds_and_all_get_the_same_rows(tmp_path):
     path = write(tmp_path / "rows.jsonl", 20_000)
     script = SCRIPT.format(tests=str(Path(__file__).parent), path=str(path), cache=str(tmp_path / "cache"))
     running = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) for _ in range(3)]
@@ -145,12 +145,12 @@ def test_of_three_processes_at_once_one_builds_and_all_have_the_same(tmp_path):
     assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
 
 
-def test_blocks_come_in_their_order_whoever_is_done_first():
+def test_blocks_keep_their_order_whichever_thread_finishes_first():
     done = list(tokenize.map_in_order(lambda block: block, tokenize.split_blocks(range(1000), 7)))
     assert done == [list(range(i, min(i + 7, 1000))) for i in range(0, 1000, 7)]
 
 
-def test_few_blocks_wait_at_a_time_however_many_there_are():
+def test_only_a_few_blocks_are_queued_at_a_time():
     read = []
 
     def blocks():
@@ -162,7 +162,7 @@ def test_few_blocks_wait_at_a_time_however_many_there_are():
         assert len(read) - taken <= tokenize.THREADS + 3
 
 
-def test_how_tokenizers_work_elsewhere_is_left_as_it_was(monkeypatch):
+def test_the_tokenizers_parallelism_setting_is_restored(monkeypatch):
     for value in ("true", None):
         if value is None:
             monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
@@ -172,13 +172,13 @@ def test_how_tokenizers_work_elsewhere_is_left_as_it_was(monkeypatch):
         assert os.environ.get("TOKENIZERS_PARALLELISM") == value
 
 
-def test_a_file_on_disk_and_one_in_memory_hold_the_same_rows_and_pages_go_back(config, monkeypatch):
+def test_stores_on_disk_and_in_memory_hold_the_same_rows_and_pages_can_be_released(config, monkeypatch):
     from rlhf_jax.data import store
 
     monkeypatch.setattr(store, "READ_BEFORE_RELEASE", 1)
     rows = rows_for(config)
     (part,) = rows.parts
     before = [each.tokens.tolist() for row in range(len(part)) for (each,) in part.documents(row)]
-    part.store.release()  # the pages come again
+    part.store.release()  # the pages are read again
     assert [each.tokens.tolist() for row in range(len(part)) for (each,) in part.documents(row)] == before
     assert np.array_equal(part.lengths[:, 0], [len(tokens) for tokens in before])

@@ -1,4 +1,4 @@
-"""Every shipped configuration: what its header says, that its sizes divide, that it can fit, and which one is taken."""
+"""Every shipped configuration: its header, that its sizes divide, that it fits its hardware, and how one is chosen."""
 
 import importlib.util
 import re
@@ -22,7 +22,7 @@ DEPLOYMENTS = {"single_gpu": (1, 1), "single_node": (1, 8), "multi_node": (8, 8)
 
 
 def script(path: str):
-    """A script as a module."""
+    """The script as a module."""
     name = Path(path).stem
     spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
@@ -32,7 +32,7 @@ def script(path: str):
 
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch):
-    """Models as on a machine that has neither them nor a network."""
+    """Removes access to models, as on a machine without them and without a network."""
 
     def nothing(name):
         raise ValueError(f"{name}: no network here")
@@ -43,7 +43,7 @@ def no_hub(monkeypatch):
     abstract._hub_config.cache_clear()
 
 
-def test_there_are_configurations_for_every_size_and_machine():
+def test_every_model_size_and_machine_has_a_configuration():
     assert len(PLANNED) == 27 and {path.stem for path in ALL} - {path.stem for path in PLANNED} == {
         "demo",
         "real_data",
@@ -51,13 +51,13 @@ def test_there_are_configurations_for_every_size_and_machine():
 
 
 @pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
-def test_a_header_begins_with_what_it_is_and_the_command_that_trains_it(path):
+def test_a_header_starts_with_its_purpose_and_the_training_command(path):
     first, second = path.read_text().splitlines()[:2]
     assert first.startswith("# ") and second.startswith(f"#   rlhf-jax train configs/{path.name}")
 
 
 @pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
-def test_the_hardware_of_a_header_is_what_the_name_says_and_a_plan_follows_it(path):
+def test_the_hardware_of_a_header_matches_the_file_name_and_is_followed_by_a_plan(path):
     lines = path.read_text().splitlines()
     assert all(len(line) <= 150 for line in lines), "the plan is the longest line"
     where = parse_machine(hardware_of_config(path))
@@ -69,7 +69,7 @@ def test_the_hardware_of_a_header_is_what_the_name_says_and_a_plan_follows_it(pa
 
 
 @pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
-def test_a_configuration_divides_its_devices_with_four_sequences_each_and_holds_less_than_its_card(path):
+def test_a_configuration_divides_among_its_devices_at_four_sequences_each_and_holds_less_than_its_card(path):
     recipe, where = load_config(path, [], Recipe), parse_machine(hardware_of_config(path))
     mesh = abstract_mesh(recipe.mesh, where.count)
     shards = Layout(mesh, TRAIN).shards("batch")
@@ -93,7 +93,7 @@ def test_actor_and_reward_model_share_a_vocabulary(path):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
-def test_a_configuration_compiled_for_its_hardware_fits_95_percent_of_the_card(path):
+def test_a_configuration_compiled_for_its_hardware_fits_in_95_percent_of_the_card(path):
     plan = make_plan(load_config(path, [], Recipe), hardware_of_config(path), search=False)
     assert plan["compiled_for"] == parse_machine(hardware_of_config(path)).gpu.name
     assert plan["fits"], {(row["stage"], row["phase"]): row["headroom"] for row in plan["phases"]}
@@ -113,14 +113,14 @@ def test_a_configuration_compiled_for_its_hardware_fits_95_percent_of_the_card(p
         ("opt-1", "single_gpu", "A100-80GB", None),
     ],
 )
-def test_the_single_script_takes_the_recipe_of_the_largest_card_that_is_no_larger_than_the_one_here(
+def test_the_single_script_takes_the_recipe_of_the_largest_card_that_is_no_larger_than_the_attached_one(
     name, deployment, card, stem
 ):
     found = script("scripts/train.py").choose(name, deployment, GPUS[card].memory if card else 0)
     assert (found and found.stem) == stem
 
 
-def test_the_single_script_starts_the_recipe_with_what_was_asked_and_no_other_reward_model(monkeypatch, capsys):
+def test_the_single_script_starts_the_recipe_with_its_arguments_and_rejects_other_reward_models(monkeypatch, capsys):
     train, started = script("scripts/train.py"), []
     monkeypatch.setattr(train, "rlhf_jax", lambda argv: started.append(argv) or 0)
     monkeypatch.setattr(train, "memory_here", lambda: 0)
@@ -138,7 +138,7 @@ def test_the_single_script_starts_the_recipe_with_what_was_asked_and_no_other_re
     assert "opt-30b-nf4-single_gpu" in capsys.readouterr().err
 
 
-def test_a_header_is_rewritten_from_the_plans_numbers_and_from_nothing_else(tmp_path, monkeypatch, capsys):
+def test_a_header_is_rewritten_only_from_the_numbers_of_the_plan(tmp_path, monkeypatch, capsys):
     fit = script("benchmarks/fit.py")
     path = tmp_path / "opt-1.3b-single_gpu.toml"
     path.write_text((ROOT / "configs" / path.name).read_text())

@@ -108,7 +108,7 @@ def by_hand(config, arrays, tokens):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_logits_of_every_row_equal_the_formula_written_out_in_numpy_on_either_padding_side(family):
+def test_logits_of_every_row_equal_the_formula_in_numpy_with_padding_on_either_side(family):
     config, arrays = tiny.FAMILIES[family], tiny.random_arrays(tiny.FAMILIES[family])
     params = tiny.on_mesh(config, arrays, single_device_mesh())
     for side in ("right", "left"):
@@ -121,7 +121,7 @@ def test_logits_of_every_row_equal_the_formula_written_out_in_numpy_on_either_pa
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])
-def test_what_stands_under_the_padding_changes_nothing(family):
+def test_token_ids_under_the_padding_have_no_effect(family):
     config = tiny.FAMILIES[family]
     params = tiny.random_params(config, single_device_mesh())
     for side in ("right", "left"):
@@ -132,7 +132,7 @@ def test_what_stands_under_the_padding_changes_nothing(family):
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])
-def test_no_position_sees_a_later_token(family):
+def test_no_position_attends_to_a_later_token(family):
     config = tiny.FAMILIES[family]
     params = tiny.random_params(config, single_device_mesh())
     tokens, mask = tiny.prompts(config, [11, 11, 11, 11], 11)
@@ -145,7 +145,7 @@ def test_no_position_sees_a_later_token(family):
 
 @pytest.mark.parametrize("name", EIGHT)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_one_device_gives_the_logits_of_eight(family, name):
+def test_eight_devices_give_the_logits_of_one(family, name):
     config = tiny.FAMILIES[family]
     tokens, mask = tiny.prompts(config, [11, 1, 6, 10, 2, 3, 4, 5], 11)
     results = []
@@ -157,7 +157,7 @@ def test_one_device_gives_the_logits_of_eight(family, name):
 
 
 @pytest.mark.parametrize("again", ["layers", "dots"])
-def test_recomputing_in_the_backward_pass_leaves_the_gradient_as_it_is(again):
+def test_recomputing_in_the_backward_pass_does_not_change_the_gradient(again):
     params = tiny.random_params(tiny.OPT, single_device_mesh())
     tokens, mask = tiny.prompts(tiny.OPT, [11, 1, 6, 10], 11)
 
@@ -170,7 +170,7 @@ def test_recomputing_in_the_backward_pass_leaves_the_gradient_as_it_is(again):
         np.testing.assert_allclose(again[path], kept[path], atol=1e-5 * max(1.0, largest), err_msg=path)
 
 
-# What every device holds whole: one vector of the hidden size a layer, and the thin side of an adapter.
+# Replicated arrays: one vector of the hidden size per layer, and the thin side of an adapter.
 WHOLE = re.compile(r"norm/|(o|down)/bias$|(q|k|v|gate|up)/lora_a$|(o|down)/lora_b$|^score/")
 
 
@@ -187,7 +187,7 @@ def initial_params():
 
 
 @pytest.mark.parametrize("name", EIGHT)
-def test_parameters_and_adapters_are_born_in_their_shards(initial_params, name):
+def test_parameters_and_adapters_are_created_in_their_shards(initial_params, name):
     params = initial_params[0][name]
     assert params.keys() == abstract_params(tiny.with_lora(tiny.LLAMA, tiny.LORA)).keys()
     for path, leaf in params.items():
@@ -197,7 +197,7 @@ def test_parameters_and_adapters_are_born_in_their_shards(initial_params, name):
 
 @pytest.mark.parametrize("scalar_head", [False, True])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_only_vectors_and_thin_sides_of_adapters_are_whole_on_every_device(family, scalar_head):
+def test_only_vectors_and_thin_sides_of_adapters_are_replicated(family, scalar_head):
     config = tiny.scalar(tiny.FAMILIES[family]) if scalar_head else tiny.FAMILIES[family]
     layout = Layout(tiny.mesh_of("fsdp4-tensor2"), TRAIN)
     leaves = abstract_params(tiny.with_lora(config, tiny.LORA))
@@ -205,7 +205,7 @@ def test_only_vectors_and_thin_sides_of_adapters_are_whole_on_every_device(famil
     assert whole == {path for path in leaves if WHOLE.search(path)}
 
 
-def test_the_program_that_initialises_never_holds_a_whole_weight(initial_params):
+def test_the_initialisation_program_never_holds_a_whole_weight(initial_params):
     leaves = abstract_params(tiny.with_lora(tiny.LLAMA, tiny.LORA))
     split = {leaf.shape for path, leaf in leaves.items() if not WHOLE.search(path)}
     split -= {leaf.shape for path, leaf in leaves.items() if WHOLE.search(path)}
@@ -224,7 +224,7 @@ def test_the_same_key_gives_the_same_parameters_on_one_device_and_eight(initial_
 
 
 @pytest.mark.parametrize("config", [tiny.OPT, tiny.LLAMA])
-def test_fresh_kernels_and_tables_keep_variance_biases_are_zero_scales_one_and_layers_differ(config):
+def test_initial_kernels_and_tables_preserve_variance_biases_are_zero_scales_one_and_layers_differ(config):
     params = init_params(config, jax.random.key(0), Layout(single_device_mesh(), TRAIN))
     for path, leaf in params.items():
         if path.endswith("bias"):
@@ -238,7 +238,7 @@ def test_fresh_kernels_and_tables_keep_variance_biases_are_zero_scales_one_and_l
     assert np.abs(up[0] - up[1]).max() > 0.01
 
 
-def test_the_paths_shapes_and_axes_of_every_family_are_the_floor_plan():
+def test_the_parameter_paths_shapes_and_axes_of_every_family_are_as_documented():
     opt, llama = abstract_params(tiny.OPT), abstract_params(tiny.LLAMA)
     assert {path: leaf.shape for path, leaf in llama.items()} == {
         "embed/tokens": (64, 32),
@@ -266,13 +266,13 @@ def test_the_paths_shapes_and_axes_of_every_family_are_the_floor_plan():
     assert critic["score/kernel"].shape == (32, 1) and "head/kernel" not in critic
 
 
-def test_parameters_that_do_not_fit_the_configuration_are_an_assertion_that_names_the_paths():
+def test_parameters_that_do_not_match_the_configuration_raise_an_assertion_with_the_paths():
     params = tiny.random_params(tiny.LLAMA, single_device_mesh())
     with pytest.raises(AssertionError, match="head/kernel"):
         bind(tiny.LLAMA_TIED, params)
 
 
-def test_a_mesh_of_two_tensor_shards_alone_gives_the_same_logits():
+def test_a_mesh_with_only_two_tensor_shards_gives_the_same_logits():
     tokens, mask = tiny.prompts(tiny.LLAMA, [11, 1], 11)
     results = []
     for mesh in (single_device_mesh(), make_mesh(MeshConfig(1, 1, 2), jax.devices()[:2])):

@@ -1,4 +1,4 @@
-"""SFT beside PPO on prompts that nobody trained on."""
+"""Evaluation: SFT and PPO side by side on held-out prompts."""
 
 import json
 
@@ -24,7 +24,7 @@ def finished_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluation(tmp_path_factory):
-    """(run folder, what was printed)"""
+    """(run folder, printed text)."""
     folder = tiny_recipe.finished_run(tmp_path_factory)
     with pytest.MonkeyPatch.context() as patch:
         said = []
@@ -33,7 +33,7 @@ def evaluation(tmp_path_factory):
     return folder, "\n".join(said)
 
 
-def test_the_numbers_and_all_answers_are_written(evaluation):
+def test_the_metrics_and_all_answers_are_written(evaluation):
     folder, _ = evaluation
     numbers, rows = json.loads((folder / "evaluate.json").read_text()), records(folder / "evaluate.jsonl")
     assert numbers["prompts"] == len(rows) == 8
@@ -48,7 +48,7 @@ def test_the_numbers_and_all_answers_are_written(evaluation):
     assert numbers["reward_accuracy"] * 12 == pytest.approx(round(numbers["reward_accuracy"] * 12))
 
 
-def test_the_same_prompts_are_printed_with_both_answers_and_their_scores(evaluation):
+def test_prompts_are_printed_with_both_answers_and_their_scores(evaluation):
     folder, said = evaluation
     for row in records(folder / "evaluate.jsonl")[:2]:
         assert row["prompt"][-1][1] in said
@@ -59,7 +59,7 @@ def test_the_same_prompts_are_printed_with_both_answers_and_their_scores(evaluat
     assert "reward model's accuracy on held-out pairs" in said
 
 
-def test_no_prompt_of_the_evaluation_trains_any_stage(evaluation):
+def test_no_evaluation_prompt_is_trained_on_in_any_stage(evaluation):
     folder, _ = evaluation
     data = load_config(folder / "config.toml", [], Recipe).data
     asked = {prompt_key(tuple(map(tuple, row["prompt"]))) for row in records(folder / "evaluate.jsonl")}
@@ -68,7 +68,7 @@ def test_no_prompt_of_the_evaluation_trains_any_stage(evaluation):
         assert asked & trained == set()
 
 
-def test_a_second_evaluation_and_one_on_eight_devices_give_the_same_answers(evaluation):
+def test_repeating_the_evaluation_on_one_or_eight_devices_gives_the_same_answers(evaluation):
     folder, _ = evaluation
     before = (folder / "evaluate.jsonl").read_bytes()
     recipe = folder.parent / "tiny.toml"
@@ -79,19 +79,19 @@ def test_a_second_evaluation_and_one_on_eight_devices_give_the_same_answers(eval
         assert line["ppo_answer"] == json.loads(old)["ppo_answer"]
 
 
-def test_an_evaluation_attends_as_model_attention_says(finished_folder, capsys):
+def test_an_evaluation_uses_the_configured_attention(finished_folder, capsys):
     recipe = finished_folder.parent / "tiny.toml"
     assert tiny_recipe.run("evaluate", recipe, f"run.dir={finished_folder}", "model.attention=cudnn") == 2
     assert 'model.attention="cudnn" is impossible: fused attention runs on GPUs' in capsys.readouterr().err
 
 
-def test_fused_attention_that_was_asked_for_is_never_left_out_for_rows_that_do_not_divide(finished_folder):
+def test_requested_fused_attention_is_rejected_for_rows_that_do_not_divide(finished_folder):
     scorer = rlhf_jax.reward_from_pretrained(finished_folder / "reward/export", mesh=tiny.mesh_of("fsdp4-tensor2"))
     with pytest.raises(ValueError, match='wants rows that 8 devices divide, and there are 3: pad them, or set "auto"'):
         rlhf_jax.score(scorer, np.ones((3, 4), np.int32), np.ones((3, 4), bool), attention="cudnn")
 
 
-def test_a_score_does_not_depend_on_padding_or_on_who_else_is_in_the_batch(finished_folder):
+def test_a_score_does_not_depend_on_padding_or_on_other_rows_of_the_batch(finished_folder):
     scorer = rlhf_jax.reward_from_pretrained(finished_folder / "reward/export")
     rng = np.random.default_rng(0)
     tokens, mask = rng.integers(3, 300, (5, 12)).astype(np.int32), np.zeros((5, 12), bool)
@@ -101,12 +101,12 @@ def test_a_score_does_not_depend_on_padding_or_on_who_else_is_in_the_batch(finis
         float(rlhf_jax.score(scorer, tokens[i : i + 1, : mask[i].sum()], mask[i : i + 1, mask[i]])[0]) for i in range(5)
     ]
     np.testing.assert_allclose(score_sequences(scorer, tokens, mask, 2), alone, rtol=1e-5, atol=1e-6)
-    # 200 columns are more than the model's 160 positions, but no row has so many tokens.
+    # 200 columns are more than the model's 160 positions, but no row has more than 160 tokens.
     wide = [np.pad(x, ((0, 0), (150, 38))) for x in (tokens, mask)]
     np.testing.assert_allclose(score_sequences(scorer, *wide, 4), alone, rtol=1e-5, atol=1e-6)
 
 
-def test_data_that_no_program_can_judge_has_no_share_of_good_answers():
+def test_data_without_a_judge_have_no_share_of_good_answers():
     records = [
         {"prompt": (("user", "Hm?"),), "sft_answer": "a", "ppo_answer": "b", "sft_score": -1.0, "ppo_score": 2.0}
     ]
@@ -119,7 +119,7 @@ def test_data_that_no_program_can_judge_has_no_share_of_good_answers():
     assert "75.0%" in reported
 
 
-def test_a_run_that_is_not_finished_is_not_evaluated(tmp_path, capsys):
+def test_an_unfinished_run_is_not_evaluated(tmp_path, capsys):
     recipe = tiny_recipe.write_recipe(tmp_path)
     assert tiny_recipe.run("evaluate", recipe, f"run.dir={tmp_path / 'run'}") == 2
     error = capsys.readouterr().err
@@ -136,7 +136,7 @@ def test_a_run_without_a_policy_or_a_scorer_is_not_evaluated(tmp_path, capsys):
     assert capsys.readouterr().err == f"rlhf-jax: {reported}\n"
 
 
-def test_a_run_is_not_evaluated_on_data_of_which_it_may_have_seen_the_held_out_part(finished_folder, capsys):
+def test_a_run_is_not_evaluated_on_data_whose_held_out_part_it_may_have_trained_on(finished_folder, capsys):
     recipe = finished_folder.parent / "tiny.toml"
     assert tiny_recipe.run("evaluate", recipe, f"run.dir={finished_folder}", "data.held_out=0.5") == 2
     error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What all families share: choosing one, what is refused of any, tolerated tensors, the config.json of an export."""
+"""All families: selection, rejected configurations, ignored tensors, and the config.json of an export."""
 
 import dataclasses
 
@@ -51,7 +51,7 @@ LLAMA_2_7B = {
 CODEGEN = GPTS["codegen"]
 
 
-def test_opt_350m_is_post_norm_with_projections_and_no_final_norm():
+def test_opt_350m_is_post_norm_with_projections_and_without_a_final_norm():
     config = decoder_config(OPT_350M, scalar_head=False)
     assert (config.residual, config.final_norm, config.tied, config.rope) == ("post", False, True, None)
     assert (config.hidden_size, config.embed_size, config.num_kv_heads, config.head_dim) == (1024, 512, 16, 64)
@@ -68,7 +68,7 @@ def test_opt_350m_is_post_norm_with_projections_and_no_final_norm():
     assert not {"final_norm/scale", "head/kernel", "project_in/bias"} & tensors.keys()
 
 
-def test_other_opt_sizes_are_pre_norm_and_may_lack_the_final_norm_or_the_biases():
+def test_other_opt_sizes_are_pre_norm_and_can_lack_the_final_norm_or_the_biases():
     hf = OPT_350M | {"do_layer_norm_before": True, "word_embed_proj_dim": 1024}
     config = decoder_config(hf, scalar_head=False)
     assert (config.residual, config.final_norm, config.embed_size) == ("pre", True, 1024)
@@ -96,7 +96,7 @@ def test_other_opt_sizes_are_pre_norm_and_may_lack_the_final_norm_or_the_biases(
         ({k: v for k, v in LLAMA_2_7B.items() if k != "vocab_size"}, "vocab_size has to be a whole number"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(hf, reported):
+def test_unsupported_configurations_are_rejected_by_name(hf, reported):
     with pytest.raises(ValueError, match=reported):
         decoder_config(hf, scalar_head=False)
 
@@ -120,7 +120,7 @@ def test_every_parameter_has_a_name_in_every_layout_and_none_is_named_twice(name
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_what_lies_fused_is_divided_among_its_parts_without_rest(name):
+def test_fused_tensors_are_divided_among_their_parts_without_remainder(name):
     config = decoder_config(VARIANTS[name], scalar_head=False)
     leaves = abstract_params(config)
     for tensors in (hf_tensors(config), *alternative_tensors(config)):
@@ -136,7 +136,7 @@ def test_what_lies_fused_is_divided_among_its_parts_without_rest(name):
             assert covered == list(range(period))
 
 
-def test_only_an_unused_head_and_buffers_are_tolerated():
+def test_only_an_unused_head_and_buffers_are_ignored():
     untied = decoder_config(LLAMA_2_7B, scalar_head=False)
     assert ignored_names(untied).fullmatch("model.layers.3.self_attn.rotary_emb.inv_freq")
     assert not ignored_names(untied).fullmatch("lm_head.weight")
@@ -146,7 +146,7 @@ def test_only_an_unused_head_and_buffers_are_tolerated():
             assert not ignored_names(other).fullmatch(name)
 
 
-def test_a_familys_own_buffers_and_head_are_tolerated_with_the_prefix_and_without():
+def test_buffers_and_heads_of_a_family_are_ignored_with_and_without_the_prefix():
     gpt2 = ignored_names(decoder_config(GPTS["gpt2"], scalar_head=False))
     for buffer in ("h.0.attn.bias", "h.11.attn.masked_bias"):
         assert gpt2.fullmatch(buffer) and gpt2.fullmatch(f"transformer.{buffer}")
@@ -162,7 +162,7 @@ def test_base_models_lack_the_prefix_of_their_family():
         assert base_prefix(decoder_config(VARIANTS[name], scalar_head=False)) == prefix
 
 
-def test_the_exported_config_is_the_source_with_what_changed():
+def test_the_exported_config_is_that_of_the_source_with_the_changes():
     config = decoder_config(OPT_350M, scalar_head=False)
     exported = hf_config(OPT_350M, config, dtype="float32", pad_token_id=1)
     assert exported == OPT_350M | {"architectures": ["OPTForCausalLM"], "torch_dtype": "float32"}
@@ -171,13 +171,13 @@ def test_the_exported_config_is_the_source_with_what_changed():
     assert decoder_config(exported, scalar_head=False) == config
 
 
-def test_a_config_without_a_pad_token_stays_so_and_names_no_code_that_is_not_exported():
+def test_an_exported_config_adds_no_pad_token_and_names_no_remote_code():
     source = LLAMA_2_7B | {"auto_map": {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}}
     exported = hf_config(source, decoder_config(source, scalar_head=False), dtype="bfloat16", pad_token_id=None)
     assert exported == LLAMA_2_7B | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
 
 
-def test_a_scalar_head_is_exported_as_one_label_whose_name_stays():
+def test_a_scalar_head_is_exported_as_one_label_with_its_name_kept():
     scorer = decoder_config(LLAMA_2_7B, scalar_head=True)
     source = LLAMA_2_7B | {"num_labels": 3, "problem_type": "single_label_classification"}
     exported = hf_config(source, scorer, dtype="bfloat16", pad_token_id=0)
@@ -188,25 +188,25 @@ def test_a_scalar_head_is_exported_as_one_label_whose_name_stays():
     assert hf_config(named, scorer, dtype="bfloat16", pad_token_id=0) == named
 
 
-def test_a_classifier_of_two_labels_is_no_reward_model():
+def test_a_classifier_with_two_labels_is_rejected_as_a_reward_model():
     hf = LLAMA_2_7B | {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "bad", "1": "good"}}
     with pytest.raises(ValueError, match="the model has 2 labels, and a reward model has one"):
         decoder_config(hf, scalar_head=True)
 
 
-def test_the_vocabulary_is_padded_to_what_any_number_of_devices_divides():
+def test_the_vocabulary_is_padded_to_a_multiple_of_any_number_of_devices():
     for parts, rows in ((1, 32000), (8, 32000), (3, 32256), (96, 32256), (256, 32000), (512, 32256)):
         config = decoder_config(LLAMA_2_7B, scalar_head=False, vocab_parts=parts)
         assert (config.vocab_size, config.padded_vocab) == (32000, rows) and rows % parts == 0
 
 
 @pytest.mark.parametrize("wrong", [{"rms_norm_eps": []}, {"head_dim": "64"}])
-def test_a_value_of_a_wrong_kind_is_told_and_no_crash(wrong):
+def test_a_config_value_of_a_wrong_type_is_reported_without_a_crash(wrong):
     with pytest.raises(ValueError, match="config.json of this llama has a value of a wrong kind"):
         decoder_config(LLAMA_2_7B | wrong, scalar_head=False)
 
 
-def test_a_scalar_head_that_transformers_does_not_have_is_named_as_our_own():
+def test_a_scalar_head_that_transformers_lacks_is_exported_under_a_name_of_this_package():
     assert FAMILIES["codegen"].scalar is None
     exported = hf_config(CODEGEN, decoder_config(CODEGEN, scalar_head=True), dtype="float32", pad_token_id=1)
     assert exported["architectures"] == ["CodeGenForScalarHead"]

@@ -1,4 +1,4 @@
-"""config.json -> DecoderConfig, and names of tensors, of OPT, the GPTs, CodeGen, BLOOM, Falcon and Phi."""
+"""config.json -> DecoderConfig and tensor names for OPT, the GPTs, CodeGen, BLOOM, Falcon and Phi."""
 
 import json
 
@@ -16,7 +16,7 @@ from rlhf_jax.models.families import (
 )
 from rlhf_jax.models.families.tensors import HfTensor, Stripe
 
-# As they lie on the hub, but for keys of generation and of classifiers.
+# As on the hub, without the keys for generation and classifiers.
 GPT2_XL = {
     "activation_function": "gelu_new",
     "architectures": ["GPT2LMHeadModel"],
@@ -277,7 +277,7 @@ def sizes(config):
     )
 
 
-def test_gpt2_xl_has_a_table_of_positions_and_fused_kernels_that_are_not_transposed():
+def test_gpt2_xl_has_a_position_table_and_fused_kernels_that_are_not_transposed():
     config = read(GPT2_XL)
     assert sizes(config) == (1600, 48, 25, 25, 64, 6400, 1024)
     assert (config.position_rows, config.position_offset, config.residual, config.tied) == (1024, 0, "pre", True)
@@ -299,12 +299,12 @@ def test_gpt2_xl_has_a_table_of_positions_and_fused_kernels_that_are_not_transpo
     assert not ignored_names(config).fullmatch("h.0.attn.c_attn.bias")
 
 
-def test_gpt2_may_leave_its_scores_unscaled_and_have_an_mlp_of_any_width():
+def test_gpt2_can_have_unscaled_scores_and_an_mlp_of_any_width():
     config = read(GPT2_XL, scale_attn_weights=False, n_inner=100, reorder_and_upcast_attn=True)
     assert (config.attention_scale, config.mlp_size) == (1.0, 100)
 
 
-def test_gpt_neo_sees_all_and_the_last_256_keys_in_turn_and_scales_no_score():
+def test_gpt_neo_alternates_full_attention_and_a_window_of_256_and_does_not_scale_scores():
     config = read(GPT_NEO_1_3B)
     assert sizes(config) == (2048, 24, 16, 16, 128, 8192, 2048)
     assert config.windows == (0, 256) * 12 and config.attention_scale == 1.0
@@ -351,7 +351,7 @@ def test_codegen_has_queries_values_and_keys_in_four_groups():
         (GPT_NEOX_20B, (6144, 44, 64, 64, 96, 24576, 2048), "gelu_tanh", 24),
     ],
 )
-def test_gpt_neox_halves_are_parallel_and_a_quarter_of_each_head_rotates(hf, expected, activation, rotated):
+def test_gpt_neox_has_parallel_halves_and_rotates_a_quarter_of_each_head(hf, expected, activation, rotated):
     config = read(hf)
     assert sizes(config) == expected
     assert (config.residual, config.activation, config.tied) == ("parallel", activation, False)
@@ -361,7 +361,7 @@ def test_gpt_neox_halves_are_parallel_and_a_quarter_of_each_head_rotates(hf, exp
     assert value.shape == (3 * config.hidden_size, config.hidden_size) and value.strip == Stripe(2 * d, d, 3 * d)
 
 
-def test_gpt_neox_spells_its_rotation_in_two_ways_and_its_head_too():
+def test_both_spellings_of_the_rotation_and_of_the_head_of_gpt_neox_are_read():
     old = read(PYTHIA_1_4B, rotary_emb_base=500, rotary_pct=0.5)
     bare = {key: value for key, value in PYTHIA_1_4B.items() if not key.startswith("rotary")}
     new = read(bare, rope_parameters={"rope_type": "default", "rope_theta": 500, "partial_rotary_factor": 0.5})
@@ -381,7 +381,7 @@ def test_gpt_neox_spells_its_rotation_in_two_ways_and_its_head_too():
     ("hf", "expected"),
     [(BLOOM_560M, (1024, 24, 16, 16, 64, 4096, 2048)), (BLOOMZ_7B1, (4096, 30, 32, 32, 128, 16384, 2048))],
 )
-def test_bloom_has_linear_biases_and_a_norm_behind_its_embedding(hf, expected):
+def test_bloom_has_linear_biases_and_a_norm_after_its_embedding(hf, expected):
     config = read(hf)
     assert sizes(config) == expected
     assert (config.embed_norm, config.tied, config.activation, config.rope) == (True, True, "gelu_tanh", None)
@@ -391,7 +391,7 @@ def test_bloom_has_linear_biases_and_a_norm_behind_its_embedding(hf, expected):
     assert read(hf, seq_length=512).max_positions == 512
 
 
-def test_slopes_are_powers_of_two_and_past_a_power_of_two_those_between():
+def test_alibi_slopes_are_powers_of_two_and_further_heads_get_slopes_in_between():
     assert read(BLOOM_560M, num_attention_heads=8).alibi.slopes == tuple(2.0**-i for i in range(1, 9))
     assert read(BLOOM_560M, n_embed=1200, num_attention_heads=12).alibi.slopes == (
         *(2.0**-i for i in range(1, 9)),
@@ -399,7 +399,7 @@ def test_slopes_are_powers_of_two_and_past_a_power_of_two_those_between():
     )
 
 
-def test_falcon_7b_has_one_key_head_behind_its_71_query_heads():
+def test_falcon_7b_has_one_key_head_for_its_71_query_heads():
     config = read(FALCON_7B)
     assert sizes(config) == (4544, 32, 71, 1, 64, 18176, 2048)
     assert (config.residual, config.activation, config.tied) == ("parallel_shared", "gelu", True)
@@ -409,7 +409,7 @@ def test_falcon_7b_has_one_key_head_behind_its_71_query_heads():
     assert query.shape == key.shape == (4672, 4544)
     assert query.strip == Stripe(0, 4544, 4672) and key.strip == Stripe(4544, 64, 4672)
     assert tensors["layers/attention_norm/scale"].name == "transformer.h.{i}.input_layernorm.weight"
-    assert read(FALCON_7B, num_kv_heads=71) == config  # as newer folders have it, for nothing
+    assert read(FALCON_7B, num_kv_heads=71) == config  # newer folders have this key, which has no effect
 
 
 def test_falcon_40b_has_eight_groups_of_heads_and_two_norms_or_one():
@@ -422,7 +422,7 @@ def test_falcon_40b_has_eight_groups_of_heads_and_two_norms_or_one():
     shared = read(FALCON_40B, num_ln_in_parallel_attn=1)
     assert shared.residual == "parallel_shared"
     assert hf_tensors(shared)["layers/attention_norm/bias"].name == "transformer.h.{i}.input_layernorm.bias"
-    # The spelling of before the model was part of transformers, which would take its own defaults in an export.
+    # The spelling from before the model was part of transformers, which would use its own defaults for an export.
     old = {"n_head" if key == "num_attention_heads" else key: value for key, value in FALCON_40B.items()}
     with pytest.raises(ValueError, match="num_attention_heads has to be a whole number"):
         read(old)
@@ -438,7 +438,7 @@ def test_falcon_rw_is_serial_and_its_biases_are_rounded_and_scaled():
     assert hf_tensors(config)["layers/attention/v/bias"].strip == Stripe(128, 64, 192)
 
 
-def test_phi_2_rotates_32_of_80_dimensions_and_half_where_nothing_is_said():
+def test_phi_2_rotates_32_of_80_dimensions_and_half_of_them_by_default():
     config = read(PHI_2)
     assert sizes(config) == (2560, 32, 32, 32, 80, 10240, 2048)
     assert 2 * len(config.rope.frequencies) == 32
@@ -473,7 +473,7 @@ def test_phi_2_rotates_32_of_80_dimensions_and_half_where_nothing_is_said():
         (PHI_2, {"head_dim": 64}, "phi with head_dim=64"),
     ],
 )
-def test_what_would_change_the_mathematics_is_refused_by_name(hf, changes, message):
+def test_unsupported_options_that_change_the_mathematics_are_rejected_by_name(hf, changes, message):
     with pytest.raises(ValueError, match=message):
         read(hf, **changes)
 

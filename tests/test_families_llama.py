@@ -1,4 +1,4 @@
-"""config.json -> DecoderConfig, and names of tensors, of LLaMA, families like it, the Gemmas and the sparse ones."""
+"""config.json -> DecoderConfig and tensor names for LLaMA, similar families, the Gemmas and the sparse families."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from rlhf_jax.models.config import Experts
 from rlhf_jax.models.families import FAMILIES, alternative_tensors, base_prefix, decoder_config, hf_tensors
 from rlhf_jax.models.families.tensors import HfTensor, Stripe
 
-# As they lie on the hub, but for keys of training, generation and remote code.
+# As on the hub, without the keys for training, generation and remote code.
 LLAMA_2_70B = {
     "model_type": "llama",
     "hidden_act": "silu",
@@ -157,7 +157,7 @@ PHI_3_MINI_4K = {
 }
 PHI_3_MINI_128K = PHI_3_MINI_4K | {
     "max_position_embeddings": 131072,
-    # The hub's have three digits; what matters here is that there are 48 of each.
+    # Those on the hub have three digits; here only their number, 48 of each, matters.
     "rope_scaling": {"short_factor": [1.1] * 48, "long_factor": [1.0 + i for i in range(48)], "type": "longrope"},
     "sliding_window": 262144,
 }
@@ -266,7 +266,7 @@ def sizes(config):
 
 
 def theta(rope, dim):
-    """Of an embedding without scaling, from its second frequency."""
+    """Theta of a rotary embedding without scaling, from its second frequency."""
     return pytest.approx(rope.frequencies[1] ** (-dim / 2), rel=1e-4)
 
 
@@ -283,7 +283,7 @@ def test_llama_2_70b_has_eight_key_value_heads_of_128():
     assert not any(path.endswith("bias") for path in tensors)
 
 
-def test_llama_3_scales_its_rotation_and_its_small_ones_tie_the_head():
+def test_llama_3_scales_its_rotation_and_its_small_models_tie_the_head():
     config = read(LLAMA_3_1_8B)
     assert sizes(config) == (4096, 32, 32, 8, 128, 14336, 131072)
     assert config.rope.frequencies[-1] == pytest.approx(5e5 ** (-126 / 128) / 8, rel=1e-5)
@@ -293,13 +293,13 @@ def test_llama_3_scales_its_rotation_and_its_small_ones_tie_the_head():
     assert small.rope.frequencies[-1] == pytest.approx(5e5 ** (-62 / 64) / 32, rel=1e-5)
 
 
-def test_llama_may_have_biases_in_both_halves():
+def test_llama_can_have_biases_in_attention_and_mlp():
     biased = hf_tensors(read(LLAMA_2_70B, attention_bias=True, mlp_bias=True))
     linears = ["attention/q", "attention/k", "attention/v", "attention/o", "mlp/gate", "mlp/up", "mlp/down"]
     assert {path for path in biased if path.endswith("bias")} == {f"layers/{linear}/bias" for linear in linears}
 
 
-def test_mistral_sees_4096_keys_and_later_versions_all():
+def test_mistral_has_a_window_of_4096_and_later_versions_none():
     assert sizes(read(MISTRAL_7B)) == (4096, 32, 32, 8, 128, 14336, 32768)
     assert read(MISTRAL_7B).windows == (4096,) * 32
     assert read(MISTRAL_7B, sliding_window=None).windows == ()
@@ -309,7 +309,7 @@ def test_mistral_sees_4096_keys_and_later_versions_all():
     assert read(MISTRAL_7B, layer_types=["sliding_attention"] * 32) == read(MISTRAL_7B)
 
 
-def test_mixtral_sends_each_token_to_two_of_eight_experts():
+def test_mixtral_routes_each_token_to_two_of_eight_experts():
     config = read(MIXTRAL_8X7B)
     assert sizes(config) == (4096, 32, 32, 8, 128, 14336, 32768)
     assert config.experts == Experts(count=8, per_token=2, renormalised=True, aux_coef=0.02)
@@ -322,7 +322,7 @@ def test_mixtral_sends_each_token_to_two_of_eight_experts():
     assert experts["down"] == HfTensor(f"{moe}.experts.{{j}}.w2.weight", (4096, 14336), transpose=True)
 
 
-def test_experts_that_lie_as_one_are_an_alternative():
+def test_stacked_experts_are_an_alternative_layout():
     (together,) = alternative_tensors(read(MIXTRAL_8X7B))
     name, strip = "model.layers.{i}.mlp.experts.gate_up_proj", Stripe(14336, 14336, 28672)
     assert together["layers/experts/up/kernel"] == HfTensor(name, (8, 28672, 4096), transpose=True, strip=strip)
@@ -330,7 +330,7 @@ def test_experts_that_lie_as_one_are_an_alternative():
     assert alternative_tensors(read(MISTRAL_7B)) == []
 
 
-def test_qwen_2_has_biases_of_queries_keys_and_values_and_windows_only_where_told():
+def test_qwen_2_has_query_key_and_value_biases_and_windows_only_if_enabled():
     config = read(QWEN_2_5_7B)
     assert sizes(config) == (3584, 28, 28, 4, 128, 18944, 131072)
     assert (config.qkv_bias, config.o_bias, config.windows, config.padded_vocab) == (True, False, (), 152064)
@@ -346,7 +346,7 @@ def test_qwen_2_has_biases_of_queries_keys_and_values_and_windows_only_where_tol
     assert read(QWEN_2_5_7B, rope_scaling=yarn).rope.factor == pytest.approx(1.1386294)
 
 
-def test_qwen_3_normalises_each_head_and_has_heads_of_128_whatever_its_width():
+def test_qwen_3_normalises_each_head_and_has_heads_of_128_at_every_width():
     config = read(QWEN_3_8B)
     assert sizes(config) == (4096, 36, 32, 8, 128, 12288, 40960)
     assert (config.qk_norm, config.qkv_bias, 1e6) == ("head", False, theta(config.rope, 128))
@@ -369,7 +369,7 @@ def test_sparse_qwen_3_has_128_narrow_experts():
     assert read(renamed) == config
 
 
-def test_phi_3_lies_fused_and_serves_the_positions_of_its_short_factors():
+def test_phi_3_stores_fused_tensors_and_serves_the_positions_of_its_short_factors():
     config = read(PHI_3_MINI_4K)
     assert sizes(config) == (3072, 32, 32, 32, 96, 8192, 4096)
     assert config.windows == (2047,) * 32
@@ -380,12 +380,12 @@ def test_phi_3_lies_fused_and_serves_the_positions_of_its_short_factors():
     long = read(PHI_3_MINI_128K)
     assert long.max_positions == 4096 and long.rope.factor == pytest.approx(math.sqrt(1 + 5 / 12))
     np.testing.assert_allclose(long.rope.frequencies, np.array(config.rope.frequencies) / 1.1, rtol=1e-6)
-    for name in ("su", "yarn"):  # of its first release
+    for name in ("su", "yarn"):  # names from its first release
         assert read(PHI_3_MINI_128K, rope_scaling=PHI_3_MINI_128K["rope_scaling"] | {"type": name}) == long
     assert len(read(PHI_3_MINI_4K, partial_rotary_factor=0.75).rope.frequencies) == 36
 
 
-def test_olmo_2_normalises_what_each_half_gives_and_all_heads_together():
+def test_olmo_2_normalises_the_output_of_each_half_and_all_heads_together():
     config = read(OLMO_2_7B, num_key_value_heads=8)
     assert sizes(config) == (4096, 32, 32, 8, 128, 11008, 4096)
     assert (config.residual, config.qk_norm, config.norm_eps) == ("output", "width", 1e-6)
@@ -395,7 +395,7 @@ def test_olmo_2_normalises_what_each_half_gives_and_all_heads_together():
     assert not {"layers/attention_norm/scale", "layers/mlp_norm/scale"} & tensors.keys()
 
 
-def test_stablelm_rotates_a_quarter_of_each_head_and_may_be_parallel_with_a_norm_for_each():
+def test_stablelm_rotates_a_quarter_of_each_head_and_can_have_parallel_halves_and_head_norms():
     config = read(STABLELM_2_1_6B)
     assert sizes(config) == (2048, 24, 32, 32, 64, 5632, 4096)
     assert (config.norm, config.residual, config.qkv_bias, config.o_bias) == ("layer", "pre", True, False)
@@ -408,7 +408,7 @@ def test_stablelm_rotates_a_quarter_of_each_head_and_may_be_parallel_with_a_norm
     assert "layers/mlp_norm/scale" not in hf_tensors(big)
 
 
-def test_gemma_scales_its_embeddings_and_its_gelu_is_the_approximation():
+def test_gemma_scales_its_embeddings_and_uses_the_approximate_gelu():
     config = read(GEMMA_2B)
     assert sizes(config) == (2048, 18, 8, 1, 256, 16384, 8192)
     assert (config.norm, config.tied, config.activation) == ("rms_plus_one", True, "gelu_tanh")
@@ -416,7 +416,7 @@ def test_gemma_scales_its_embeddings_and_its_gelu_is_the_approximation():
     assert read(GEMMA_2B, hidden_activation=None, head_dim=None) == config
 
 
-def test_gemma_2_caps_its_scores_and_every_second_layer_has_a_window():
+def test_gemma_2_caps_its_scores_and_has_a_window_in_every_second_layer():
     config = read(GEMMA_2_9B)
     assert sizes(config) == (3584, 42, 16, 8, 256, 14336, 8192)
     assert (config.attention_softcap, config.final_softcap, config.residual) == (50.0, 30.0, "sandwich")
@@ -431,7 +431,7 @@ def test_gemma_2_caps_its_scores_and_every_second_layer_has_a_window():
         assert hf_tensors(config)[f"layers/{ours}/scale"].name == f"model.layers.{{i}}.{theirs}_layernorm.weight"
 
 
-def test_gemma_3_has_one_layer_in_six_that_sees_everything_and_turns_slower():
+def test_gemma_3_has_full_attention_with_slower_rotation_in_every_sixth_layer():
     config = read(GEMMA_3_1B)
     assert sizes(config) == (1152, 26, 4, 1, 256, 6912, 32768)
     assert config.windows == (512, 512, 512, 512, 512, 0) * 4 + (512, 512)
@@ -444,7 +444,7 @@ def test_gemma_3_has_one_layer_in_six_that_sees_everything_and_turns_slower():
     assert (everything.windows, everything.local_rope) == ((), None)
 
 
-def test_gemma_3_spells_its_two_rotations_in_two_ways():
+def test_both_spellings_of_the_two_rotations_of_gemma_3_are_read():
     old = read(GEMMA_3_1B, rope_scaling={"factor": 8.0, "rope_type": "linear"}, rope_local_base_freq=500)
     parameters = {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000},
@@ -482,13 +482,13 @@ def test_gemma_3_spells_its_two_rotations_in_two_ways():
         (QWEN_3_30B_A3B, {"mlp_only_layers": [0]}, r"qwen3_moe with mlp_only_layers=\[0\]"),
     ],
 )
-def test_what_would_change_the_mathematics_is_refused_by_name(hf, changes, message):
+def test_unsupported_options_that_change_the_mathematics_are_rejected_by_name(hf, changes, message):
     with pytest.raises(ValueError, match=message):
         read(hf, **changes)
 
 
 def tensor_names(config, tensors):
-    """{name: shape} of all that `tensors` stands for."""
+    """{name: shape} of all tensors that the patterns in `tensors` name."""
     names = {}
     for path, (name, shape, *_) in tensors.items():
         many = config.experts.count if "/experts/" in path else config.num_heads

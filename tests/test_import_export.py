@@ -1,4 +1,4 @@
-"""`rlhf-jax import` and `rlhf-jax export`, and what a LoRA stage leaves for them."""
+"""`rlhf-jax import` and `rlhf-jax export`, and the adapters that a LoRA stage exports."""
 
 import json
 
@@ -48,7 +48,7 @@ def model(*, scalar_head: bool = False) -> Pretrained:
 
 
 def trained_state(base: Pretrained, settings: ModelConfig = SETTINGS):
-    """Parameters with adapters that do something."""
+    """Parameters with adapters that have an effect."""
     state, frozen = make_state(base, settings, optax.sgd(0.1), 0)
     rng = np.random.default_rng(0)
     for path, leaf in state.trainable.items():
@@ -58,7 +58,7 @@ def trained_state(base: Pretrained, settings: ModelConfig = SETTINGS):
 
 @pytest.fixture
 def run(tmp_path):
-    """A run folder as LoRA stages leave it: SFT and reward model finished, PPO not."""
+    """A run folder written by LoRA stages: SFT and reward model finished, PPO not."""
     folder = tmp_path / "run"
     save_pretrained(model(), tmp_path / "base")
     folder.mkdir()
@@ -81,7 +81,7 @@ def inputs():
     return jnp.asarray(ids), jnp.asarray(mask)
 
 
-def test_a_lora_stage_leaves_the_adapter_beside_the_merged_model_and_both_are_the_same_model(run, tmp_path):
+def test_a_lora_stage_exports_an_adapter_and_a_merged_model_that_are_equivalent(run, tmp_path):
     merged = apply(from_pretrained(run / "sft" / "export"), *inputs())
     assert main(["export", str(run), str(tmp_path / "adapter"), "--stage", "sft", "--adapter"]) == 0
     extra = from_pretrained(tmp_path / "base", tmp_path / "adapter")
@@ -93,7 +93,7 @@ def test_a_lora_stage_leaves_the_adapter_beside_the_merged_model_and_both_are_th
     assert (tmp_path / "adapter" / "tokenizer_config.json").exists()
 
 
-def test_adapters_are_merged_shard_by_shard_where_the_model_is_split_over_eight_devices(tmp_path):
+def test_adapters_are_merged_shard_by_shard_on_eight_devices(tmp_path):
     lora = LoraConfig(rank=4, alpha=8.0)
     config = decoder_config({**HF, "vocab_size": 360, "num_key_value_heads": 4}, scalar_head=False)
     config = tiny.with_lora(config, lora)
@@ -115,7 +115,7 @@ def test_the_adapter_of_a_reward_model_carries_its_scalar_head(run, tmp_path):
     np.testing.assert_allclose(score(reward_from_pretrained(tmp_path / "base", adapter), *inputs()), merged, atol=1e-5)
 
 
-def test_import_merges_an_adapter_casts_and_keeps_every_other_key_of_the_configuration(run, tmp_path, capsys):
+def test_import_merges_an_adapter_casts_and_keeps_all_other_keys_of_the_configuration(run, tmp_path, capsys):
     out = tmp_path / "out"
     adapter = ["--adapter", str(run / "sft" / "export_adapter")]
     assert main(["import", str(tmp_path / "base"), str(out), *adapter, "--dtype", "bfloat16"]) == 0
@@ -123,13 +123,13 @@ def test_import_merges_an_adapter_casts_and_keeps_every_other_key_of_the_configu
     assert {array.dtype for array in load_file(out / "model.safetensors").values()} == {jnp.dtype("bfloat16")}
     source, copy = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "base", out))
     assert {key for key in source.keys() | copy.keys() if source.get(key) != copy.get(key)} == {"dtype"}
-    # Merged in the base's float32, and rounded once.
+    # Merged in the base's float32 and rounded once.
     got, want = (load_file(folder / "model.safetensors") for folder in (out, run / "sft" / "export"))
     for name in want:
         np.testing.assert_array_equal(got[name], want[name].astype(jnp.bfloat16), err_msg=name)
 
 
-def test_import_keeps_dtype_and_kind_and_changes_not_one_bit(run, tmp_path):
+def test_import_keeps_dtype_and_kind_and_changes_no_bit(run, tmp_path):
     for name, place in {"language": tmp_path / "base", "scalar": run / "reward" / "export"}.items():
         assert main(["import", str(place), str(tmp_path / name)]) == 0
         source, copy = (load_file(folder / "model.safetensors") for folder in (place, tmp_path / name))
@@ -137,7 +137,7 @@ def test_import_keeps_dtype_and_kind_and_changes_not_one_bit(run, tmp_path):
         assert (place / "config.json").read_text() == (tmp_path / name / "config.json").read_text()
 
 
-def test_import_takes_the_dtype_of_the_files_whatever_the_configuration_says(run, tmp_path):
+def test_import_uses_the_dtype_of_the_files_regardless_of_the_configuration(run, tmp_path):
     save_pretrained(from_pretrained(tmp_path / "base"), tmp_path / "half", dtype="bfloat16")
     config = json.loads((tmp_path / "half" / "config.json").read_text())
     (tmp_path / "half" / "config.json").write_text(json.dumps(config | {"dtype": None}))
@@ -147,14 +147,14 @@ def test_import_takes_the_dtype_of_the_files_whatever_the_configuration_says(run
     }
 
 
-def test_import_of_a_reward_adapter_over_a_language_model_gives_the_reward_model(run, tmp_path):
+def test_importing_a_reward_adapter_over_a_language_model_gives_the_reward_model(run, tmp_path):
     arguments = [str(tmp_path / "base"), str(tmp_path / "out"), "--adapter", str(run / "reward" / "export_adapter")]
     assert main(["import", *arguments]) == 0
     got, want = (score(reward_from_pretrained(f), *inputs()) for f in (tmp_path / "out", run / "reward" / "export"))
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-def test_what_a_run_does_not_have_is_told_in_one_line(run, tmp_path, capsys):
+def test_missing_parts_of_a_run_are_reported_in_one_line(run, tmp_path, capsys):
     out = str(tmp_path / "out")
     assert main(["export", str(tmp_path / "base"), out]) == 2
     assert "is no run folder (it has no config.toml)" in one_line_error(capsys)
@@ -171,7 +171,7 @@ def test_what_a_run_does_not_have_is_told_in_one_line(run, tmp_path, capsys):
     assert "is there already and not empty" in one_line_error(capsys)
 
 
-def test_an_adapter_and_a_reward_model_given_as_a_model_are_told_what_they_are(run):
+def test_an_adapter_or_a_reward_model_in_place_of_a_model_is_identified_in_the_error(run):
     with pytest.raises(ValueError, match="is a PEFT adapter: give the folder of its base, and this one as `adapter`"):
         from_pretrained(run / "sft" / "export_adapter")
     with pytest.raises(ValueError, match=r"LlamaForSequenceClassification\), such as a reward model.*reward_from_pre"):

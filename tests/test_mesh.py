@@ -33,13 +33,13 @@ EIGHT = [name for name in tiny.MESHES if name != "one"]
         (MeshConfig(2, 4, -1), (2, 4, 1)),
     ],
 )
-def test_minus_one_takes_what_is_left_of_eight_devices(config, sizes):
+def test_minus_one_takes_the_remaining_of_eight_devices(config, sizes):
     mesh = make_mesh(config)
     assert mesh.axis_names == AXES and mesh.devices.shape == sizes
     assert list(mesh.devices.flat) == jax.devices(), "every mesh has the one order of devices"
 
 
-def test_without_a_mesh_there_is_the_first_device_alone():
+def test_the_default_mesh_is_the_first_device():
     assert list(single_device_mesh().devices.flat) == jax.devices()[:1]
 
 
@@ -55,35 +55,35 @@ def test_without_a_mesh_there_is_the_first_device_alone():
         (MeshConfig(1, 16, 1), ["multiply to 16", "make them multiply to 8, or"]),
     ],
 )
-def test_a_mesh_that_does_not_cover_the_devices_is_refused_with_the_nearest_that_do(config, reported):
+def test_a_mesh_that_does_not_cover_the_devices_is_rejected_with_the_nearest_that_do(config, reported):
     with pytest.raises(ValueError) as error:
         make_mesh(config)
     for part in reported:
         assert part in str(error.value)
 
 
-def test_a_mesh_that_covers_its_devices_with_all_sizes_given_is_not_refused_for_being_larger_than_one():
+def test_a_mesh_with_all_sizes_given_that_covers_the_devices_is_accepted():
     assert make_mesh(MeshConfig(1, 1, 2), jax.devices()[:2]).shape == {"data": 1, "fsdp": 1, "tensor": 2}
 
 
-def test_the_three_nearest_of_the_divisors_of_24_are_told_in_order():
+def test_the_three_nearest_divisors_of_24_are_reported_in_order():
     assert nearest_sizes(5, [1, 2, 3, 4, 6, 8, 12, 24]) == "3, 4, 6"
     assert nearest_sizes(100, [1, 2]) == "1, 2"
 
 
 @pytest.mark.parametrize(("size", "near"), [(10, "[8, 12]"), (3, "[4]"), (0, "[4]"), (-5, "[4]"), (13, "[12, 16]")])
-def test_a_size_that_four_parts_do_not_divide_names_its_two_neighbours(size, near):
+def test_a_size_that_is_not_divisible_by_four_is_rejected_with_its_two_neighbours(size, near):
     with pytest.raises(ValueError) as error:
         check_divides("sft.batch_size", size, 4, "devices of the mesh")
     wanted = f"sft.batch_size={size} does not divide over 4 devices of the mesh; nearest that do: {near}"
     assert str(error.value) == wanted
 
 
-def test_a_size_that_divides_passes():
+def test_a_divisible_size_is_accepted():
     check_divides("n", 12, 4, "parts")
 
 
-def test_a_tensor_axis_that_splits_heads_unevenly_names_the_heads_and_the_sizes_that_do_not():
+def test_a_tensor_axis_that_splits_heads_unevenly_is_rejected_with_the_heads_and_the_valid_sizes():
     mesh = make_mesh(MeshConfig(1, 1, 8))
     check_model_divides({"attention heads": 8, "key-value heads": 16}, mesh)
     with pytest.raises(ValueError) as error:
@@ -95,7 +95,7 @@ def test_a_tensor_axis_that_splits_heads_unevenly_names_the_heads_and_the_sizes_
         check_model_divides({"attention heads": 12, "key-value heads": 12}, mesh)
 
 
-def test_training_splits_tensor_major_and_the_batch_over_the_same_axes_in_the_same_order():
+def test_training_shards_tensor_major_and_the_batch_over_the_same_axes_in_the_same_order():
     layout = Layout(tiny.mesh_of("fsdp4-tensor2"), TRAIN)
     assert layout.spec(("layers", "embed", "heads")) == PartitionSpec(None, None, ("tensor", "fsdp"))
     assert layout.spec(("vocab", None)) == PartitionSpec(("tensor", "fsdp"), None)
@@ -103,7 +103,7 @@ def test_training_splits_tensor_major_and_the_batch_over_the_same_axes_in_the_sa
     assert layout.shards("batch") == layout.shards("mlp") == 8 and layout.shards("embed") == 1
 
 
-def test_generation_keeps_the_tensor_part_and_gives_the_rest_to_the_batch():
+def test_generation_keeps_the_tensor_sharding_and_uses_the_other_axes_for_the_batch():
     layout = Layout(tiny.mesh_of("fsdp4-tensor2"), GENERATE)
     assert layout.spec(("layers", "embed", "mlp")) == PartitionSpec(None, None, ("tensor",))
     assert layout.spec((None, "positions")) == PartitionSpec(None, None)
@@ -115,7 +115,7 @@ def test_generation_keeps_the_tensor_part_and_gives_the_rest_to_the_batch():
     ("zero", "tables"),
     [(3, (TRAIN, TRAIN, TRAIN)), (2, (WHOLE, TRAIN, TRAIN)), (1, (WHOLE, WHOLE, TRAIN)), (0, (WHOLE, WHOLE, WHOLE))],
 )
-def test_a_stage_of_zero_is_a_table_of_parameters_one_of_gradients_and_one_of_moments(zero, tables):
+def test_a_zero_stage_is_one_table_each_for_parameters_gradients_and_moments(zero, tables):
     layout = train_layout(tiny.mesh_of("fsdp4-tensor2"), zero)
     assert (layout.table, layout.gradients.table, layout.moments.table) == tables and layout.moments_in is None
     assert layout.shards("batch") == 8 and layout.shards("mlp") == (8 if zero == 3 else 2)
@@ -123,14 +123,14 @@ def test_a_stage_of_zero_is_a_table_of_parameters_one_of_gradients_and_one_of_mo
     assert offloaded.moments_in == "pinned_host" and offloaded.moments == layout.moments, "there to be updated"
 
 
-def test_weights_of_the_lower_stages_lie_as_in_generation_on_every_axis_but_the_batch():
+def test_weights_at_lower_zero_stages_are_sharded_as_in_generation_on_every_axis_except_the_batch():
     differing = [axis for axis, names in vars(WHOLE).items() if names != getattr(GENERATE, axis)]
     assert differing == ["batch"] and WHOLE.batch == TRAIN.batch
 
 
 @pytest.mark.parametrize("axis", ["vocab", "heads", "kv_heads", "mlp", "positions"])
 @pytest.mark.parametrize("name", EIGHT)
-def test_what_a_device_trains_lies_inside_what_it_generates_with(name, axis):
+def test_the_training_shard_of_a_device_is_part_of_its_generation_shard(name, axis):
     mesh = tiny.mesh_of(name)
     train, serve = (Layout(mesh, table).sharding((axis,)).devices_indices_map((64,)) for table in (TRAIN, GENERATE))
     for device in mesh.devices.flat:
@@ -139,7 +139,7 @@ def test_what_a_device_trains_lies_inside_what_it_generates_with(name, axis):
 
 
 @pytest.mark.parametrize("name", EIGHT)
-def test_put_asks_the_host_only_for_the_shards(name):
+def test_put_reads_only_the_shards_from_the_host(name):
     layout, asked = Layout(tiny.mesh_of(name), TRAIN), []
 
     class Host(np.ndarray):
@@ -155,7 +155,7 @@ def test_put_asks_the_host_only_for_the_shards(name):
     np.testing.assert_array_equal(array, whole)
 
 
-def test_put_batch_splits_the_rows_of_every_leaf_over_all_eight_devices():
+def test_put_batch_shards_the_rows_of_every_leaf_over_all_eight_devices():
     layout = Layout(tiny.mesh_of("data2-fsdp2-tensor2"), TRAIN)
     batch = layout.put_batch({"tokens": np.zeros((16, 5), np.int32), "score": np.zeros(16, np.float32)})
     assert {shard.data.shape for shard in batch["tokens"].addressable_shards} == {(2, 5)}

@@ -22,7 +22,7 @@ def rates(config, total, steps):
     return [float(rate(step)) for step in steps]
 
 
-def test_cosine_rises_over_the_warmup_and_falls_to_nothing():
+def test_cosine_rises_over_the_warmup_and_decays_to_zero():
     config = OptimConfig(learning_rate=2.0, schedule="cosine", warmup_steps=4)
     np.testing.assert_allclose(
         rates(config, 12, [0, 1, 3, 4, 8, 10, 12, 20]),
@@ -31,17 +31,17 @@ def test_cosine_rises_over_the_warmup_and_falls_to_nothing():
     )
 
 
-def test_linear_falls_to_the_share_that_is_to_be_left():
+def test_linear_decays_to_the_configured_final_share():
     config = OptimConfig(learning_rate=1.0, schedule="linear", final_lr_share=0.2)
     np.testing.assert_allclose(rates(config, 10, [0, 5, 10]), [1.0, 0.6, 0.2], rtol=1e-6)
 
 
-def test_constant_stays_after_the_warmup():
+def test_constant_stays_at_the_peak_after_the_warmup():
     config = OptimConfig(learning_rate=3.0, schedule="constant", warmup_steps=2, final_lr_share=0.5)
     np.testing.assert_allclose(rates(config, 10, [0, 1, 9]), [1.5, 3.0, 3.0])
 
 
-def test_a_run_that_is_all_warmup_ends_at_the_peak():
+def test_a_run_of_only_warmup_ends_at_the_peak():
     config = OptimConfig(learning_rate=1.0, warmup_steps=4)
     np.testing.assert_allclose(rates(config, 4, [0, 3]), [0.25, 1.0])
 
@@ -65,17 +65,17 @@ def test_the_rate_is_float32_under_jit_for_a_traced_step():
         ({"final_lr_share": 1.5}, "final_lr_share is 1.5"),
     ],
 )
-def test_nonsense_is_refused_by_name(wrong, message):
+def test_invalid_settings_are_rejected_by_name(wrong, message):
     with pytest.raises(ValueError, match=message):
         OptimConfig(**{"learning_rate": 1e-3, **wrong})
 
 
-def test_every_wrong_field_is_named_at_once():
+def test_all_invalid_fields_are_reported_at_once():
     with pytest.raises(ValueError, match="beta1 .*; eps "):
         OptimConfig(learning_rate=1e-3, beta1=2.0, eps=-1.0)
 
 
-def test_a_warmup_longer_than_the_run_is_refused():
+def test_a_warmup_longer_than_the_run_is_rejected():
     config = OptimConfig(learning_rate=1e-3, warmup_steps=100)
     with pytest.raises(ValueError, match="warmup_steps is 100, longer than the run of 30 steps"):
         learning_rate(config, 30)
@@ -85,7 +85,7 @@ def test_a_warmup_longer_than_the_run_is_refused():
         learning_rate(config, 0)
 
 
-def test_biases_and_scales_do_not_decay_wherever_they_stand():
+def test_biases_and_scales_do_not_decay_at_any_path():
     leaf = jnp.zeros(1)
     flat = {"layers/attention/q/kernel": leaf, "layers/attention/q/bias": leaf, "final_norm/scale": leaf}
     plain = {"layers/attention/q/kernel": True, "layers/attention/q/bias": False, "final_norm/scale": False}
@@ -93,7 +93,7 @@ def test_biases_and_scales_do_not_decay_wherever_they_stand():
     assert decay_mask({"actor": flat}) == {"actor": plain}
 
 
-def test_a_zero_gradient_leaves_only_the_decay():
+def test_a_zero_gradient_applies_only_weight_decay():
     params = {"a/kernel": jnp.full(2, 3.0), "a/bias": jnp.full(2, 3.0)}
     optimizer = make_optimizer(OptimConfig(learning_rate=0.1, schedule="constant", weight_decay=0.5), 10)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
@@ -102,7 +102,7 @@ def test_a_zero_gradient_leaves_only_the_decay():
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
-def test_parameters_updated_one_by_one_after_the_clip_are_those_updated_together(clip_norm, rng):
+def test_updating_parameters_one_by_one_after_the_clip_equals_updating_them_together(clip_norm, rng):
     config = OptimConfig(learning_rate=0.01, schedule="linear", weight_decay=0.1, clip_norm=clip_norm)
     optimizer = make_optimizer(config, 10)
     params = {path: jnp.asarray(rng.normal(size=4), jnp.float32) for path in ("a/kernel", "a/bias", "b/scale")}
@@ -118,13 +118,13 @@ def test_parameters_updated_one_by_one_after_the_clip_are_those_updated_together
             steps |= step
             states.append(state)
         apart = functools.reduce(join_states, states)
-        # To the last place or two: arrays of other sizes are computed by other loops, which round in another order.
+        # To one or two units in the last place: loops over arrays of other sizes round in another order.
         close = functools.partial(np.testing.assert_allclose, rtol=2.5e-7)
         jax.tree.map(close, steps, updates)
         jax.tree.map(close, apart, together)
 
 
-def test_a_state_of_one_path_has_its_moments_and_shares_the_counters():
+def test_the_state_of_one_path_has_its_moments_and_shares_the_counters():
     state = make_optimizer(OptimConfig(learning_rate=0.1), 10).init({"a": jnp.zeros(2), "b": jnp.zeros(3)})
     moments, counters = select_path(state, "b")
     assert [leaf.shape for leaf in jax.tree.leaves(moments)] == [(3,), (3,)]
@@ -132,13 +132,13 @@ def test_a_state_of_one_path_has_its_moments_and_shares_the_counters():
 
 
 @pytest.mark.parity
-def test_three_steps_equal_torch_adamw_with_its_clip_and_its_groups():
+def test_three_steps_equal_torch_adamw_with_clipping_and_parameter_groups():
     import torch
 
     rng = np.random.default_rng(0)
     start = {"a/kernel": rng.normal(size=(3, 2)), "a/bias": rng.normal(size=2)}
     gradients = [{path: 4 * rng.normal(size=x.shape) for path, x in start.items()} for _ in range(3)]
-    gradients[1] = {path: 0.01 * x for path, x in gradients[1].items()}  # one that the clip leaves alone
+    gradients[1] = {path: 0.01 * x for path, x in gradients[1].items()}  # a gradient below the clip norm
 
     config = OptimConfig(learning_rate=0.01, schedule="linear", warmup_steps=1, weight_decay=0.1)
     optimizer = make_optimizer(config, 4)
@@ -167,7 +167,7 @@ def test_three_steps_equal_torch_adamw_with_its_clip_and_its_groups():
 
 
 def running_mean_after(config, gradient):
-    """Adam hides the size of a gradient in its updates, not in its running mean, (1 - beta1) g."""
+    """The first moment (1 - beta1) g after one step, which shows the norm of the gradient; Adam's update does not."""
     params = {"kernel": jnp.zeros(1)}
     optimizer = make_optimizer(config, 5)
     _, state = optimizer.update({"kernel": jnp.full(1, gradient)}, optimizer.init(params), params)

@@ -1,4 +1,4 @@
-"""What is drawn, against NumPy and against transformers: penalties, bans and cuts, in the order of transformers."""
+"""Sampling against NumPy and transformers: penalties, bans and truncation, in the order of transformers."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ from rlhf_jax.sampling import (
 
 FLOAT32 = jnp.dtype("float32")
 VOCAB, NEW, DRAWS = 12, 8, 40_000
-SIGNIFICANCE = 0.001  # of each chi-square test; draws and keys are fixed, so a test passes always or never
+SIGNIFICANCE = 0.001  # of each chi-square test; keys are fixed, so a test passes always or never
 EOS = (2, 7)
 PROMPT = np.array([1, 4, 4, 9])
 PENALISED = SampleConfig(NEW, repetition_penalty=1.7)
@@ -49,7 +49,7 @@ def log_softmax(x):
 
 
 def reference(logits, sample, prefix, drawn):
-    """[V] float64 log-probabilities of the next token after `prefix`, of which `drawn` tokens are the answer."""
+    """[V] float64 log-probabilities of the next token after `prefix`, whose last `drawn` tokens are the answer."""
     x = logits.astype(np.float64).copy()
     for token in set(prefix.tolist()) if sample.repetition_penalty != 1 else ():
         x[token] = x[token] * sample.repetition_penalty if x[token] < 0 else x[token] / sample.repetition_penalty
@@ -82,7 +82,7 @@ def draws(sample, drawn, logits, seen, keys):
 
 @pytest.mark.parametrize("drawn", [0, 2, 3])
 @pytest.mark.parametrize("sample", SETTINGS)
-def test_forty_thousand_draws_fit_the_numpy_reference_by_chi_square(sample, drawn):
+def test_forty_thousand_samples_fit_the_numpy_reference_by_chi_square(sample, drawn):
     logits, seen = some_logits(), np.isin(np.arange(VOCAB), PROMPT)
     tokens, logprobs = draws(sample, drawn, logits, seen, jax.random.split(jax.random.key(4), DRAWS))
     logp = reference(logits, sample, PROMPT, drawn)
@@ -95,7 +95,7 @@ def test_forty_thousand_draws_fit_the_numpy_reference_by_chi_square(sample, draw
     assert statistic <= chi2.ppf(1 - SIGNIFICANCE, max(kept.sum() - 1, 1))
 
 
-def test_a_wrong_order_or_a_missing_part_would_not_pass_the_chi_square_test():
+def test_a_wrong_order_or_a_missing_step_fails_the_chi_square_test():
     logits, seen = some_logits(), np.isin(np.arange(VOCAB), PROMPT)
     keys = jax.random.split(jax.random.key(4), DRAWS)
     for other in (
@@ -109,7 +109,7 @@ def test_a_wrong_order_or_a_missing_part_would_not_pass_the_chi_square_test():
         assert statistic > chi2.ppf(1 - SIGNIFICANCE, VOCAB - 1), other
 
 
-def test_min_p_keeps_what_is_at_least_that_share_of_the_likeliest_after_top_p():
+def test_min_p_keeps_tokens_of_at_least_that_share_of_the_likeliest_after_top_p():
     logits = jnp.log(jnp.array([[0.5, 0.26, 0.14, 0.1]]))
     for p, kept in [(0.19, 4), (0.21, 3), (0.27, 3), (0.29, 2), (0.53, 1), (1.0, 1)]:
         assert np.isfinite(truncate_logits(logits, SampleConfig(1, min_p=p))).sum() == kept
@@ -117,7 +117,7 @@ def test_min_p_keeps_what_is_at_least_that_share_of_the_likeliest_after_top_p():
     assert np.isfinite(truncate_logits(logits, SampleConfig(1, top_p=0.7, min_p=0.21))).sum() == 2
 
 
-def test_the_penalty_counts_real_tokens_only_and_each_once():
+def test_the_repetition_penalty_counts_only_real_tokens_and_each_once():
     tokens = jnp.array([[0, 0, 5, 5, 3]])
     seen = seen_ids(tokens, jnp.array([[False, False, True, True, True]]), 8)
     assert np.flatnonzero(seen[0]).tolist() == [3, 5], "padding is no token"
@@ -129,7 +129,7 @@ def test_the_penalty_counts_real_tokens_only_and_each_once():
 @pytest.mark.parity
 @pytest.mark.parametrize("drawn", [0, 2, 3])
 @pytest.mark.parametrize("sample", [*SETTINGS, SampleConfig(NEW, 0.7, 5, 0.8), dataclasses.replace(ALL, top_k=0)])
-def test_the_distribution_is_that_of_the_logits_processors_of_transformers(sample, drawn):
+def test_the_distribution_equals_that_of_the_logits_processors_of_transformers(sample, drawn):
     torch = pytest.importorskip("torch")
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -166,7 +166,7 @@ def whole_logits(config, params, tokens, mask):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 0.9])
 @pytest.mark.parametrize("sample", [SampleConfig(NEW), *SETTINGS])
-def test_a_rollout_tells_what_was_sampled_from_and_what_the_model_itself_says(sample, temperature):
+def test_a_rollout_has_the_logprobs_of_the_sampling_distribution_and_of_the_model(sample, temperature):
     sample = dataclasses.replace(sample, temperature=temperature)
     mesh, config = single_device_mesh(), tiny.LLAMA
     params = tiny.random_params(config, mesh)
@@ -212,7 +212,7 @@ def test_no_answer_ends_before_min_new_tokens_and_some_end_right_after():
         (dict(num_samples=0), "num_samples=0: at least 1"),
     ],
 )
-def test_settings_that_name_no_distribution_are_refused(change, reported):
+def test_settings_that_define_no_distribution_are_rejected(change, reported):
     with pytest.raises(ValueError, match=reported):
         check_sample(SampleConfig(NEW, **change))
 
@@ -227,10 +227,10 @@ def test_settings_that_name_no_distribution_are_refused(change, reported):
         (dict(min_new_tokens=1), "set min_new_tokens=0"),
     ],
 )
-def test_ppo_refuses_to_learn_from_another_distribution_than_it_trains_and_says_the_mend(change, fix):
+def test_ppo_rejects_sampling_settings_that_change_the_distribution_and_names_the_fix(change, fix):
     with pytest.raises(ValueError, match=fix):
         check_learnable(SampleConfig(NEW, **change))
 
 
-def test_ppo_learns_from_tempered_samples_and_from_several_of_a_prompt():
+def test_ppo_accepts_a_temperature_and_several_samples_per_prompt():
     check_learnable(SampleConfig(NEW, 0.7, num_samples=4))

@@ -1,4 +1,4 @@
-"""Slot refill: many prompts in few rows. The same answers as all at once, in fewer decode steps than by batches."""
+"""Slot refill: many prompts in few decode slots, with the same answers as one batch in fewer decode steps."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ EIGHT = [name for name in tiny.MESHES if name != "one"]
 FLOAT32 = jnp.dtype("float32")
 NEW = 12
 LENGTHS = [8, 1, 5, 3, 8, 2, 7, 4, 6, 6, 1, 8, 3, 5, 2, 7, 4, 4, 8, 1, 3]
-EOS = tuple(range(3, 61, 5))  # a fifth of the ids, so that answers are of many lengths
+EOS = tuple(range(3, 61, 5))  # a fifth of the ids, so that answers have many lengths
 KEY = jax.random.key(11)
 SAMPLE = SampleConfig(NEW, 0.7)
 RICH = SampleConfig(NEW, 1.2, top_k=30, min_p=0.01, repetition_penalty=1.3, min_new_tokens=2)
@@ -50,9 +50,9 @@ def assert_same(one, other):
         np.testing.assert_allclose(getattr(one, field), getattr(other, field), atol=1e-5, err_msg=field)
 
 
-# With windows, rotary and learned positions, ALiBi: whatever depends on where in the cache a token lies.
+# Windows, rotary and learned positions, ALiBi: everything that depends on a token's position in the cache.
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_few_rows_give_the_answers_of_all_at_once_in_the_order_of_the_prompts(family):
+def test_a_few_slots_give_the_answers_of_one_batch_in_the_order_of_the_prompts(family):
     whole = answers(family)
     sizes = whole.mask.sum(1)
     assert len(set(sizes.tolist())) > 4, "answers of several lengths"
@@ -61,36 +61,36 @@ def test_a_few_rows_give_the_answers_of_all_at_once_in_the_order_of_the_prompts(
 
 @pytest.mark.parametrize("sample", [SAMPLE, RICH, dataclasses.replace(RICH, temperature=0.0)])
 @pytest.mark.parametrize("rows", [1, 8, 21, 64, 2, 4, 16, 20])
-def test_any_number_of_rows_gives_the_same_samples(rows, sample):
+def test_any_number_of_slots_gives_the_same_samples(rows, sample):
     assert_same(answers("llama", rows=rows, sample=sample), answers("llama", sample=sample))
 
 
-def test_more_prompts_change_nothing_for_those_before_them():
+def test_further_prompts_do_not_change_the_answers_to_earlier_ones():
     whole, part = answers("llama", rows=4), answers("llama", rows=4, count=9)
     assert_same(part, jax.tree.map(lambda leaf: leaf[:9], whole))
 
 
 @pytest.mark.parametrize("rows", [8, 16])
 @pytest.mark.parametrize("name", EIGHT)
-def test_eight_devices_refill_their_own_rows_and_give_the_samples_of_one(name, rows):
+def test_eight_devices_refill_their_own_slots_and_give_the_samples_of_one(name, rows):
     for sample in (SAMPLE, RICH):
         assert_same(answers("llama", rows, name, sample), answers("llama", 4, sample=sample))
 
 
-def test_without_any_end_every_answer_is_cut_and_the_last_round_is_shorter():
+def test_without_an_eos_every_answer_is_truncated_and_the_last_round_is_shorter():
     whole, rows = answers("opt", eos=(-1,)), answers("opt", rows=8, eos=(-1,))
     assert_same(rows, whole)
     assert rows.mask.all() and not rows.ended.any()
     assert rows.steps.max() >= 3 * (NEW - 1), "21 prompts are three fillings of 8 rows"
 
 
-def test_where_every_first_token_is_an_end_nothing_is_decoded():
+def test_if_every_first_token_is_an_eos_nothing_is_decoded():
     rows = answers("llama", rows=4, eos=tuple(range(61)))
     assert rows.ended.all() and rows.mask.sum() == len(LENGTHS) and rows.steps.max() == 0
     assert_same(rows, answers("llama", eos=tuple(range(61))))
 
 
-def test_two_samples_a_prompt_are_those_of_the_prompt_given_twice():
+def test_two_samples_per_prompt_equal_those_of_the_prompt_given_twice():
     config, mesh = tiny.LLAMA, single_device_mesh()
     prompts = tiny.prompts(config, LENGTHS[:6], 8)
     pairs = dataclasses.replace(SAMPLE, num_samples=2)
@@ -105,7 +105,7 @@ def test_two_samples_a_prompt_are_those_of_the_prompt_given_twice():
         assert same.sum() <= 1, "samples of one prompt differ, but that two may be the same EOS and no more"
 
 
-def test_the_public_generate_takes_rows():
+def test_public_generate_accepts_a_number_of_slots():
     layout = Layout(single_device_mesh(), TRAIN)
     params = tiny.random_params(tiny.LLAMA, layout.mesh)
     model = Pretrained(tiny.LLAMA, params, None, {"eos_token_id": list(EOS)}, {}, layout)
@@ -116,14 +116,14 @@ def test_the_public_generate_takes_rows():
     np.testing.assert_array_equal(rollout.mask, whole.mask)
 
 
-def test_rows_that_the_devices_do_not_divide_are_refused_with_the_nearest():
+def test_slots_that_do_not_divide_among_the_devices_are_rejected_with_the_nearest_that_do():
     reported = "rows=6 does not divide over 4 devices of mesh.data x mesh.fsdp; nearest that do: [4, 8]"
     for rows, message in ((6, reported), (-4, "rows=-4 does not divide over 4")):
         with pytest.raises(ValueError, match=re.escape(message)):
             make_generate(tiny.LLAMA, SAMPLE, EOS, tiny.mesh_of("fsdp4-tensor2"), FLOAT32, rows)
 
 
-# Of a model whose every weight is 0 all 64 tokens are alike, and one of them is EOS: lengths are geometric, mean 64.
+# With all weights 0, all 64 tokens are equally likely, and one of them is EOS: lengths are geometric, mean 64.
 FLAT = dataclasses.replace(tiny.OPT, vocab_size=64, padded_vocab=64, max_positions=300, position_rows=302, num_layers=1)
 LONG = SampleConfig(256)
 
@@ -147,7 +147,7 @@ def test_geometric_answers_take_two_and_a_half_times_fewer_decode_steps_than_wai
     steps = sum(int(batch(prompts[i : i + rows], mask[i : i + rows]).steps.max()) for i in range(0, count, rows))
     assert steps > 0.6 * 256 * count / rows, "most batches wait for a long answer"
     assert times * refilled.steps.max() <= steps
-    # No program could do with less: each row makes one token a step, and the first comes with the prefill.
+    # The minimum for any program: each slot produces one token per step, and the first comes with the prefill.
     assert refilled.steps.max() >= (lengths - 1).sum() / rows
 
 
@@ -159,7 +159,7 @@ def test_a_second_rollout_of_the_same_shape_compiles_nothing():
     assert names == []
 
 
-def test_every_program_that_is_compiled_is_logged_with_the_bound_and_prompt_lengths_are_few(caplog):
+def test_every_compilation_is_logged_with_the_bound_and_prompts_have_few_lengths(caplog):
     config = dataclasses.replace(FLAT, max_positions=200, position_rows=202)
     params = {path: jnp.zeros_like(leaf) for path, leaf in tiny.random_params(config, single_device_mesh()).items()}
     weights = make_publish(config, single_device_mesh(), FLOAT32)(params)
@@ -175,7 +175,7 @@ def test_every_program_that_is_compiled_is_logged_with_the_bound_and_prompt_leng
     )
 
 
-def test_no_key_or_value_moves_between_devices():
+def test_no_key_or_value_is_moved_between_devices():
     config, mesh = tiny.LLAMA, tiny.mesh_of("fsdp4-tensor2")
     layout = Layout(mesh, GENERATE)
     tokens, mask = (layout.put(x, None, None) for x in tiny.prompts(config, LENGTHS, 8))
@@ -190,5 +190,5 @@ def test_no_key_or_value_moves_between_devices():
     assert moved, "tokens and log-probabilities are gathered"
     for what in moved:
         shape = [int(n) for n in re.search(r"\[([\d,]*)\]", what)[1].split(",") if n]
-        # 24 prompts, as the devices divide them, of 8 + 12 tokens.
+        # 24 prompts, divided among the devices, of 8 + 12 tokens.
         assert len(shape) <= 2 and np.prod(shape) <= 24 * NEW, f"more than a number a token: {what}"

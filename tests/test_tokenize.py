@@ -1,4 +1,4 @@
-"""Examples to token rows: masks, cuts and drops by hand."""
+"""Examples to token rows: masks, truncation and dropped rows by hand."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ def learned_texts(rows: Rows) -> list[str]:
 
 @pytest.mark.parametrize("kind", [gpt2_like, opt_like, chatml_like, llama_like])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_the_loss_is_on_the_answer_and_its_end_and_on_nothing_else(kind, side):
+def test_the_loss_is_on_the_answer_and_its_end_token_and_nothing_else(kind, side):
     tokenizer = prepare_tokenizer(kind())
     config = dataclasses.replace(CONFIG, max_prompt_length=90, max_length=150)
     examples = [example("Hi.", "Yes."), example("What is 3 + 4?", "Sure! 7. Anything else?")]
@@ -55,7 +55,7 @@ def test_the_loss_is_on_the_answer_and_its_end_and_on_nothing_else(kind, side):
 HISTORY = (("user", "Hi."), ("assistant", "Hello!"), ("user", "7?"))
 
 
-def test_the_loss_is_on_the_last_answer_on_every_one_or_on_all_but_the_first_token():
+def test_the_loss_is_on_the_last_answer_on_all_answers_or_on_everything_except_the_first_token():
     examples = [Example(HISTORY, "Yes.", "", "", "x.jsonl", 1)]
     assert learned_texts(rows_from_examples(examples, CONFIG, TOKENIZER, SPECS["sft"])) == [" Yes.</s>"]
     assert learned_texts(
@@ -67,7 +67,7 @@ def test_the_loss_is_on_the_last_answer_on_every_one_or_on_all_but_the_first_tok
     assert batch.mask[0, 0] and not batch.loss_mask[0, 0]
 
 
-def test_a_long_answer_is_cut_on_the_right_with_its_end_and_counted():
+def test_a_long_answer_is_truncated_on_the_right_with_its_end_token_and_counted():
     examples = [example("Hi.", "no " * 99 + "no"), example("Hi.", "Yes.")]
     rows = rows_from_examples(examples, CONFIG, TOKENIZER, SPECS["sft"])
     whole = encode_prompt(TOKENIZER, examples[0].turns) + encode_response(
@@ -79,7 +79,7 @@ def test_a_long_answer_is_cut_on_the_right_with_its_end_and_counted():
     assert rows.report == "2 rows, 1 cut at 60 tokens"
 
 
-def test_an_answer_that_just_fits_is_not_cut():
+def test_an_answer_that_exactly_fits_is_not_truncated():
     turns = (("user", "Hi."),)
     length = len(encode_prompt(TOKENIZER, turns)) + len(encode_response(TOKENIZER, turns, "a1 b2 c3"))
     for max_length, cut in [(length, ""), (length - 1, f", 1 cut at {length - 1} tokens")]:
@@ -88,7 +88,7 @@ def test_an_answer_that_just_fits_is_not_cut():
         assert (rows.longest, rows.report) == (max_length, "1 rows" + cut)
 
 
-def test_rows_cut_on_the_left_keep_the_end_of_the_prompt_and_the_whole_answer():
+def test_rows_truncated_on_the_left_keep_the_end_of_the_prompt_and_the_whole_answer():
     config = dataclasses.replace(CONFIG, long_rows="left")
     prompt, answer = "x" * 200 + "7", "y" * 30
     whole = encode_prompt(TOKENIZER, (("user", prompt),)) + encode_response(TOKENIZER, (("user", prompt),), answer)
@@ -99,14 +99,14 @@ def test_rows_cut_on_the_left_keep_the_end_of_the_prompt_and_the_whole_answer():
     assert rows.report == "1 rows, 1 cut at 60 tokens"
 
 
-def test_a_bos_stays_in_front_of_a_prompt_that_lost_its_beginning():
+def test_the_bos_is_kept_when_the_start_of_a_prompt_is_truncated():
     tokenizer = prepare_tokenizer(opt_like())
     config = dataclasses.replace(CONFIG, long_rows="left")
     (row,) = sequences(rows_from_examples([example("x" * 200, "no")], config, tokenizer, SPECS["ppo"]))
     assert len(row) == 40 and row[0] == 1 and row.count(1) == 1
 
 
-def test_both_answers_of_a_pair_follow_the_same_prompt_after_a_cut_on_the_left():
+def test_both_answers_of_a_pair_follow_the_same_prompt_after_truncation_on_the_left():
     config = dataclasses.replace(CONFIG, long_rows="left")
     one, other = sequences(
         rows_from_examples([example("x" * 100, "", "yes" * 10, "no")], config, TOKENIZER, SPECS["reward"])
@@ -116,7 +116,7 @@ def test_both_answers_of_a_pair_follow_the_same_prompt_after_a_cut_on_the_left()
     assert one[: ends[0]] == other[: ends[1]] and 0 < ends[0] < 40
 
 
-def test_rows_that_are_too_long_in_any_way_are_dropped_on_demand():
+def test_rows_that_are_too_long_are_dropped_if_configured():
     config = dataclasses.replace(CONFIG, long_rows="drop")
     examples = [example("x" * 99, "a"), example("Hi.", "no " * 99 + "no"), example("Hi.", "a")]
     rows = rows_from_examples(examples, config, TOKENIZER, SPECS["sft"])
@@ -132,14 +132,14 @@ def test_long_prompts_and_empty_texts_are_dropped_and_counted_by_reason():
     assert rows.parts[0].store.numbers().tolist() == [1]
 
 
-def test_when_nothing_is_left_the_report_is_the_error():
+def test_when_no_row_is_left_the_report_is_the_error():
     with pytest.raises(
         ValueError, match=r"there are no rows to train on \(0 rows, 1 dropped: prompt over 40 tokens\): add"
     ):
         rows_from_examples([example("x" * 99)], CONFIG, TOKENIZER, SPECS["ppo"])
 
 
-def test_a_pair_is_chosen_then_rejected_with_the_loss_on_both_answers():
+def test_a_pair_is_stored_chosen_then_rejected_with_the_loss_on_both_answers():
     examples = [example("Hi.", "", "Yes.", "Never."), example("Hi.", "", "a", "b")]
     rows = rows_from_examples(examples, CONFIG, TOKENIZER, SPECS["reward"])
     batches = Batches(rows, batch_size=2, seed=0, shuffle=False)
@@ -148,7 +148,7 @@ def test_a_pair_is_chosen_then_rejected_with_the_loss_on_both_answers():
     assert learned_texts(rows) == [" Yes.</s>", " Never.</s>", " a</s>", " b</s>"]
 
 
-def test_a_pair_that_is_equal_after_the_cut_is_dropped_and_one_that_is_not_is_cut():
+def test_a_pair_with_equal_answers_after_truncation_is_dropped_and_others_are_truncated():
     long = "no " * 100
     examples = [example("Hi.", "", long + "yes", long), example("Hi.", "", "Yes.", long), example("Hi.", "", "a", "a")]
     rows = rows_from_examples(examples, CONFIG, TOKENIZER, SPECS["reward"])
@@ -156,7 +156,7 @@ def test_a_pair_that_is_equal_after_the_cut_is_dropped_and_one_that_is_not_is_cu
     assert rows.parts[0].store.numbers().tolist() == [1]
 
 
-def test_prompts_come_once_and_nothing_of_them_is_trained():
+def test_each_prompt_occurs_once_and_has_no_loss():
     rows = rows_from_examples([example("Hi."), example("Ho."), example(" Hi.")], CONFIG, TOKENIZER, SPECS["ppo"])
     assert rows.report == "2 rows, 1 dropped: repeated prompt"
     batch = Batches(rows, batch_size=2, seed=0, side="left", shuffle=False)[0]
@@ -164,7 +164,7 @@ def test_prompts_come_once_and_nothing_of_them_is_trained():
     assert TOKENIZER.decode(batch.tokens[1][batch.mask[1]]) == "\n\nHuman: Ho.\n\nAssistant:"
 
 
-def test_a_document_is_learned_whole_in_pieces_of_which_none_is_lost():
+def test_a_document_is_split_into_pieces_that_all_have_a_loss():
     text = " ".join(map(str, range(200)))
     rows = rows_from_examples([document(text), document("</s> is text"), document("")], CONFIG, TOKENIZER, SPECS["sft"])
     pieces = sequences(rows)
@@ -176,7 +176,7 @@ def test_a_document_is_learned_whole_in_pieces_of_which_none_is_lost():
     assert (batch.loss_mask.sum(axis=1) == batch.mask.sum(axis=1) - 1).all()
 
 
-def test_an_example_that_the_template_refuses_is_named():
+def test_an_example_rejected_by_the_template_is_reported():
     strict = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}{{ messages }}"
     bad = Example((("system", "x"), ("user", "y")), "z", "", "", "x.jsonl", 7)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""One copy of a frozen base, read by training and generation alike, against the stacked base and its merged copy."""
+"""One copy of a frozen base, used by both training and generation, against the stacked base and its merged copy."""
 
 import dataclasses
 import functools
@@ -70,7 +70,7 @@ def folders(tmp_path_factory):
 
 
 def load_with_adapters(folder, mesh_name: str, *, one_copy: bool, dtype: str = "float32") -> Pretrained:
-    """The folder's model with random adapters."""
+    """The model in `folder` with random adapters."""
     model = from_pretrained(folder, mesh=tiny.mesh_of(mesh_name), dtype=dtype, one_copy=one_copy)
     config = tiny.with_lora(model.config, tiny.LORA)
     leaves, arrays = abstract_params(config), tiny.random_arrays(config)
@@ -83,7 +83,7 @@ def stack(leaf) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("name", "mesh_name"), CASES)
-def test_it_is_read_as_the_stacked_base_is_and_lies_as_generation_wants_it(folders, name, mesh_name):
+def test_one_copy_equals_the_stacked_base_and_has_the_shardings_of_generation(folders, name, mesh_name):
     one, other = (load_with_adapters(folders[name], mesh_name, one_copy=one_copy) for one_copy in (True, False))
     serving = Layout(one.layout.mesh, GENERATE)
     assert shared_paths(other.params) == set()
@@ -109,7 +109,7 @@ def loss(config, params, tokens, mask, remat, layout):
         (*CASES[3], "dots"),
     ],
 )
-def test_loss_and_gradients_are_those_over_the_stacked_base(folders, name, mesh_name, remat):
+def test_loss_and_gradients_equal_those_over_the_stacked_base(folders, name, mesh_name, remat):
     tokens, mask = tiny.prompts(decoder_config(HF[name], scalar_head=False), [8, 5, 7, 1, 2, 8, 8, 3], 8)
 
     def run(one_copy):
@@ -131,7 +131,7 @@ def test_loss_and_gradients_are_those_over_the_stacked_base(folders, name, mesh_
 
 
 @pytest.mark.parametrize(("name", "mesh_name"), CASES)
-def test_answers_are_those_of_the_merged_copy(folders, name, mesh_name):
+def test_answers_equal_those_of_the_merged_copy(folders, name, mesh_name):
     def answers(one_copy):
         model = load_with_adapters(folders[name], mesh_name, one_copy=one_copy)
         mesh = model.layout.mesh
@@ -147,7 +147,7 @@ def test_answers_are_those_of_the_merged_copy(folders, name, mesh_name):
 
 @pytest.mark.parametrize("dtype", ["float32", "nf4"])
 @pytest.mark.parametrize("mesh_name", ["one", "data2-fsdp2-tensor2"])
-def test_generation_reads_the_very_arrays_of_training_on_any_mesh(folders, mesh_name, dtype):
+def test_generation_uses_the_arrays_of_training_on_every_mesh(folders, mesh_name, dtype):
     model = load_with_adapters(folders["llama"], mesh_name, one_copy=True, dtype=dtype)
     weights = make_publish(model.config, model.layout.mesh, FLOAT32)(model.params)
 
@@ -157,13 +157,13 @@ def test_generation_reads_the_very_arrays_of_training_on_any_mesh(folders, mesh_
 
     mine = places([model.params[path] for path in shared_paths(model.params)])
     assert mine <= places(weights)
-    # Beside them generation has the adapters and what is a vector or a scale.
+    # In addition generation has the adapters, vectors and scales.
     added = [leaf for leaf in jax.tree.leaves(weights) if not places(leaf) <= mine]
     assert sum(leaf.size for leaf in added) < 0.5 * sum(leaf.size for leaf in jax.tree.leaves(weights))
 
 
 @pytest.mark.parametrize(("name", "mesh_name"), [CASES[1], ("sparse", "one")])
-def test_an_export_is_that_of_the_stacked_base(folders, tmp_path, name, mesh_name):
+def test_an_export_equals_that_of_the_stacked_base(folders, tmp_path, name, mesh_name):
     for one_copy in (True, False):
         model = load_with_adapters(folders[name], mesh_name, one_copy=one_copy)
         save_pretrained(model, tmp_path / f"merged-{one_copy}")
@@ -178,7 +178,7 @@ def test_an_export_is_that_of_the_stacked_base(folders, tmp_path, name, mesh_nam
         np.testing.assert_allclose(got[path], want[path], rtol=1e-6, atol=1e-6, err_msg=path)
 
 
-def test_a_step_moves_the_adapters_alone(folders):
+def test_a_step_changes_only_the_adapters(folders):
     model = load_with_adapters(folders["llama"], "fsdp4-tensor2", one_copy=True)
     tx, layout = make_optimizer(OptimConfig(1e-2), 10), model.layout
     trainable, frozen = partition(model.params, lambda path: is_trainable(path, tiny.LORA))
@@ -194,7 +194,7 @@ def test_a_step_moves_the_adapters_alone(folders):
         assert np.array_equal(stack(leaf), before[path]) == (not is_adapter(path)), path
 
 
-def test_the_loop_over_layers_of_their_own_is_the_scan_over_their_stack():
+def test_the_loop_over_separate_layers_equals_the_scan_over_their_stack():
     stacks = {"w": jnp.arange(12.0).reshape(3, 4), "v": jnp.arange(3.0), "none": None}
 
     def step(carry, layer):
@@ -208,7 +208,7 @@ def test_the_loop_over_layers_of_their_own_is_the_scan_over_their_stack():
     assert apart["w"].shape == (3, 4)
 
 
-def test_merging_layer_by_layer_is_merging_the_stack(folders):
+def test_merging_layer_by_layer_equals_merging_the_stack(folders):
     model = load_with_adapters(folders["opt"], "one", one_copy=False)
     merged = jax.jit(functools.partial(merge_adapters, lora=tiny.LORA))(model.params)["layers/mlp/up/kernel"]
     parts = (model.params[f"layers/mlp/up/{name}"] for name in ("kernel", "lora_a", "lora_b"))
@@ -219,7 +219,7 @@ def test_merging_layer_by_layer_is_merging_the_stack(folders):
 @pytest.mark.parametrize(
     "settings", [{}, {"lora": tiny.LORA, "frozen_dtype": "float32", "dtype": "bfloat16"}, {"frozen_dtype": "bfloat16"}]
 )
-def test_a_base_that_trains_or_that_generation_would_cast_cannot_be_shared(settings):
+def test_a_base_that_is_trained_or_cast_for_generation_cannot_be_shared(settings):
     with pytest.raises(ValueError, match=r"one_copy=true shares a base .* lora = { rank = 16 } and frozen_dtype="):
         ModelConfig(one_copy=True, **settings)
 
@@ -230,7 +230,7 @@ LORA_RUN = (
 )
 
 
-def test_a_run_with_one_copy_is_the_run_with_two(tmp_path):
+def test_a_run_with_one_copy_equals_the_run_with_two(tmp_path):
     recipe = write_recipe(tmp_path)
     for one_copy in ("true", "false"):
         folder = tmp_path / one_copy

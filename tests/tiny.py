@@ -1,4 +1,4 @@
-"""Models of a few thousand parameters in the manner of each family, with every bias and scale away from its start."""
+"""Models of a few thousand parameters in the style of each family, with no bias or scale at its initial value."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from rlhf_jax.models.config import DecoderConfig, Experts, Rope
 from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.lora import LoraConfig
 
-# 61 ids on 64 rows, and no two sizes that a shape could confuse: every sharded one divides by 8, every head count by 2.
+# 61 ids padded to 64 rows, and all sizes distinct: every sharded size divides by 8, every head count by 2.
 OPT = DecoderConfig(
     family="opt",
     vocab_size=61,
@@ -70,7 +70,7 @@ MESHES = {
 
 
 def mesh_of(name: str) -> Mesh:
-    """One of `MESHES`, over as many of the simulated devices as it needs."""
+    """The mesh of this name in `MESHES`, over the first simulated devices."""
     config = MESHES[name]
     return make_mesh(config, jax.devices()[: config.data * config.fsdp * config.tensor])
 
@@ -85,7 +85,7 @@ def with_lora(config: DecoderConfig, lora: LoraConfig) -> DecoderConfig:
 
 
 def random_arrays(config: DecoderConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Every parameter and adapter on the host, large enough that a wrong one shows; rows past the vocabulary are 0."""
+    """Every parameter and adapter on the host, large enough to show errors; rows of vocabulary padding are 0."""
     rng = np.random.default_rng(seed)
     arrays = {}
     for path, leaf in abstract_params(config).items():
@@ -100,7 +100,7 @@ def random_arrays(config: DecoderConfig, seed: int = 0) -> dict[str, np.ndarray]
 
 
 def on_mesh(config: DecoderConfig, arrays: dict[str, np.ndarray], mesh: Mesh):
-    """{path: array} in its training shards."""
+    """{path: array} with the training shardings."""
     leaves, layout = abstract_params(config), Layout(mesh, TRAIN)
     return {path: layout.put(array, *leaves[path].axes) for path, array in arrays.items()}
 
@@ -110,7 +110,7 @@ def random_params(config: DecoderConfig, mesh: Mesh, seed: int = 0):
 
 
 def prompts(config: DecoderConfig, lengths, width: int, *, side: str = "left", seed: int = 1):
-    """(ids [B, width], mask [B, width]): one row of random real ids for each length, padded on that side."""
+    """(ids [B, width], mask [B, width]): one row of random real ids per length, padded on `side`."""
     rng = np.random.default_rng(seed)
     place = np.arange(width) if side == "right" else np.arange(width)[::-1]
     mask = place[None] < np.asarray(lengths)[:, None]
@@ -121,7 +121,7 @@ def prompts(config: DecoderConfig, lengths, width: int, *, side: str = "left", s
 
 @contextlib.contextmanager
 def compilations():
-    """A list that receives the name of every function that is compiled meanwhile."""
+    """A list that receives the name of every function compiled while the block runs."""
     names: list[str] = []
 
     class Handler(logging.Handler):

@@ -1,4 +1,4 @@
-"""Whole runs of a few steps, started as a user starts them: by the command line, here in the same process."""
+"""Whole runs of a few steps through the command line, in the same process."""
 
 import json
 from pathlib import Path
@@ -69,14 +69,14 @@ def write_recipe(folder: Path, text: str = RECIPE) -> Path:
 
 
 def run(command: str, recipe: Path, *overrides: str, devices: int = 1) -> int:
-    """The exit code of `rlhf-jax COMMAND RECIPE OVERRIDES` as a machine with so many devices would give it."""
+    """The exit code of `rlhf-jax COMMAND RECIPE OVERRIDES` on a machine with `devices` devices."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rlhf_jax.mesh, "make_mesh", lambda config: make_mesh(config, jax.devices()[:devices]))
         return main([command, str(recipe), *overrides])
 
 
 def finished_run(factory: pytest.TempPathFactory) -> Path:
-    """The folder of one finished run with its recipe beside it, made once and only looked at."""
+    """The folder of one finished run, next to its recipe; made once and only read."""
     if not _finished:
         folder = factory.mktemp("finished")
         assert run("train", write_recipe(folder), f"run.dir={folder / 'run'}") == 0
@@ -89,7 +89,7 @@ def records(path: Path) -> list[dict]:
 
 
 def untimed_records(path: Path) -> list[dict]:
-    """Records of a metrics.jsonl but for what a clock says."""
+    """Records of a metrics.jsonl without the measured times."""
     return [
         {name: value for name, value in record.items() if not name.startswith(("seconds_", "tokens_per_second"))}
         for record in records(path)

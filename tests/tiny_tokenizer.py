@@ -1,4 +1,4 @@
-"""Small byte-level BPE tokenizers, trained in milliseconds, in the manners of real families."""
+"""Small byte-level BPE tokenizers, trained in milliseconds, in the style of real families."""
 
 import json
 
@@ -18,7 +18,7 @@ CHATML = (
 
 
 def gpt2_like(**options) -> PreTrainedTokenizerFast:
-    """Puts nothing before a text; <s> is 0, </s> is 1, <|im_start|> is 2, <|im_end|> is 3."""
+    """A tokenizer without a BOS; <s> is 0, </s> is 1, <|im_start|> is 2, <|im_end|> is 3."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -33,7 +33,7 @@ def gpt2_like(**options) -> PreTrainedTokenizerFast:
 
 
 def opt_like(**options) -> PreTrainedTokenizerFast:
-    """Puts </s> before a text, which is BOS and EOS at once."""
+    """A tokenizer that adds </s> before a text, which is both BOS and EOS."""
     tokenizer = gpt2_like(bos_token="</s>", **options)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="</s> $A", special_tokens=[("</s>", 1)]
@@ -42,12 +42,12 @@ def opt_like(**options) -> PreTrainedTokenizerFast:
 
 
 def chatml_like(**options) -> PreTrainedTokenizerFast:
-    """Has a chat template of its own, whose end of turn <|im_end|> is not the EOS </s>."""
+    """A tokenizer with its own chat template, whose end of turn <|im_end|> is not the EOS </s>."""
     return gpt2_like(chat_template=CHATML, **options)
 
 
 def llama_like(**options) -> PreTrainedTokenizerFast:
-    """Sentence-piece BPE as Llama 2 has it: no word boundaries, blanks as "▁", unknown characters as bytes."""
+    """SentencePiece BPE as in Llama 2: no word boundaries, blanks as "▁", unknown characters as bytes."""
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     # Trained on words, so that no piece runs across a blank; used on whole texts.
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
@@ -56,7 +56,7 @@ def llama_like(**options) -> PreTrainedTokenizerFast:
     pieces = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=480, special_tokens=[*control, *pieces], show_progress=False)
     backend.train_from_iterator(CORPUS, trainer)
-    # The bytes are pieces of the model and no added tokens, which would be found in the text.
+    # The bytes are pieces of the model, not added tokens, which would match in the text.
     state = json.loads(backend.to_str())
     state["pre_tokenizer"] = None
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in control]

@@ -1,4 +1,4 @@
-"""Exact resume: everything that the next step depends on, written while training goes on, read into any layout."""
+"""Checkpoints for exact resume: written while training goes on, restored into any layout."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Checkpoints:
     The state is any pytree of jax arrays (typed PRNG keys among them), numpy arrays, ints and floats. It is written
     under its paths, "params/layers/attention/q/kernel", so the containers may change between save and restore as long
     as the paths stay. A step is written under another name and renamed when all of it is on disk: a killed save leaves
-    nothing that is taken for a checkpoint.
+    nothing that could be mistaken for a checkpoint.
     """
 
     def __init__(self, folder: str | Path, *, keep: int = 2) -> None:
-        """Open, keeping the newest `keep` steps. One process at a time may have a folder open.
+        """Open the folder and keep its newest `keep` steps. One process at a time may have a folder open.
 
-        Opening makes the folder and removes what killed saves left. Raises ValueError for keep below 1.
+        Creates the folder and removes what killed saves left. Raises ValueError for keep below 1.
         """
         if keep < 1:
             raise ValueError(f"keep is {keep}: keep at least 1 checkpoint, or a run cannot be resumed")
@@ -32,19 +32,14 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self._folder,
             item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=LatestN(keep),
-                create=True,
-                cleanup_tmp_directories=True,
-                enable_async_checkpointing=True,
-            ),
+            options=ocp.CheckpointManagerOptions(preservation_policy=LatestN(keep), cleanup_tmp_directories=True),
         )
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Copy the state off the devices and return; a thread writes the copy. `state` may be donated afterwards.
 
-        step: above every step saved before. meta: what JSON can hold (tuples come back as lists).
-        A save still under way is waited for first, and its failure raised here.
+        step: greater than every step saved before. meta: JSON data (tuples come back as lists).
+        Waits for an unfinished save first, and raises its failure.
         """
         latest = self.latest_step()
         assert latest is None or step > latest, f"step {step} is not above {latest}"
@@ -55,17 +50,17 @@ class Checkpoints:
         )
 
     def latest_step(self) -> int | None:
-        """The newest step saved, one being written included, or None. A new process sees only finished ones."""
+        """The newest step saved, including one being written, or None. A new process sees only finished ones."""
         return self._manager.latest_step()
 
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
-        """The state and meta of a step, every array read straight into the sharding that `abstract` gives it.
+        """The state and meta of a step, every array read directly into the sharding that `abstract` gives it.
 
-        abstract: a pytree like the saved state; its jax leaves are `jax.ShapeDtypeStruct`s with a sharding, or arrays
-        (which are only looked at). Mesh and shardings may differ from those of the save. Ints and floats come back as
-        such, numpy arrays as such.
-        Raises ValueError if there is no such step, or naming every path that only one side has, or whose shape or
-        dtype differs.
+        abstract: a pytree like the saved state; its jax leaves are `jax.ShapeDtypeStruct`s with a sharding, or arrays,
+        of which shape, dtype and sharding are used. Mesh and shardings may differ from those of the save. Ints, floats
+        and numpy arrays keep their types.
+        Raises ValueError if there is no such step, or with every path that only one side has or whose shape or dtype
+        differs.
         """
         self.wait()
         if step not in self._manager.all_steps():
@@ -73,8 +68,8 @@ class Checkpoints:
             raise ValueError(f"no checkpoint of step {step} in {self._folder}: it has {known}")
         leaves = _by_path(abstract)
         wanted = {path: _as_array(leaf) for path, leaf in leaves.items()}
-        homeless = [path for path, leaf in wanted.items() if not isinstance(leaf, np.ndarray) and leaf.sharding is None]
-        assert not homeless, f"no sharding given for {homeless}"
+        missing = [path for path, leaf in wanted.items() if not isinstance(leaf, np.ndarray) and leaf.sharding is None]
+        assert not missing, f"no sharding given for {missing}"
         saved = self._manager.item_metadata(step).state
         if faults := _differences(saved, wanted):
             raise ValueError(
@@ -91,7 +86,7 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(abstract), values), restored.meta
 
     def wait(self) -> None:
-        """Return when the last save is on disk; raises what went wrong in it."""
+        """Return when the last save is on disk; raises its failure."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -118,15 +113,14 @@ def _as_array(leaf: Any) -> Any:
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """One line a path on which a checkpoint and the state that is to be restored disagree."""
+    """One line per path in which a checkpoint and the state to restore differ."""
     faults = [f"{path}: not in the checkpoint" for path in wanted if path not in saved]
     faults += [f"{path}: only in the checkpoint" for path in saved if path not in wanted]
     for path in wanted.keys() & saved.keys():
         leaf = wanted[path]
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # stored as its key data
             leaf = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-        have = f"{saved[path].dtype} {list(saved[path].shape)}"
-        want = f"{leaf.dtype} {list(leaf.shape)}"
+        have, want = (f"{each.dtype} {list(each.shape)}" for each in (saved[path], leaf))
         if have != want:
             faults.append(f"{path}: {have} in the checkpoint, {want} here")
     return sorted(faults)

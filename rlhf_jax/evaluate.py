@@ -46,13 +46,7 @@ class EvaluateConfig:
             raise ValueError(f"sample.num_samples={self.sample.num_samples}: one answer to a prompt is judged; set 1")
 
 
-def evaluate(
-    run: RunConfig,
-    mesh: Mesh,
-    data: DataConfig,
-    config: EvaluateConfig,
-    model: ModelConfig,
-) -> str:
+def evaluate(run: RunConfig, mesh: Mesh, data: DataConfig, config: EvaluateConfig, model: ModelConfig) -> str:
     """Answer held-out prompts by every policy of the run, score the answers by its reward model, report on both.
 
     Writes RUN/evaluate.json (the numbers) and RUN/evaluate.jsonl (every answer). On `builtin:assistant` a program also

@@ -1,9 +1,9 @@
-"""One named mesh, and two tables that say what lies where on it.
+"""One named mesh, and tables that map logical axes to mesh axes in each phase.
 
 A parameter names the *logical* axis of each of its dimensions ("vocab", "heads", ...); a `Table` maps those to
 mesh axes. `TRAIN` is ZeRO-3: the dimension that tensor parallelism would split is split over every device,
 tensor-major, and the batch over the same axes in the same order, so gradients are reduce-scattered. `GENERATE` keeps
-the tensor part of that split and replicates over fsdp. Going from one to the other is therefore one all-gather over
+the tensor part of that split and replicates over fsdp. Going from TRAIN to GENERATE is therefore one all-gather over
 fsdp, and back is a local slice. `WHOLE` is for the lower stages of ZeRO: weights as in generation, the batch as in
 training.
 """
@@ -21,12 +21,12 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
-HOST_MEMORY = "pinned_host"  # the memory kind of arrays that are fetched to the devices to be computed with
+HOST_MEMORY = "pinned_host"  # memory kind of arrays that are kept on the host and fetched for computation
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh; at most one of them is -1: all that are left."""
+    """Devices along each axis of the mesh; at most one size is -1: all remaining devices."""
 
     data: int = 1  # replicas of the whole training state
     fsdp: int = -1  # parameters, gradients and optimizer state are split over these; generation batches too
@@ -51,30 +51,21 @@ class Table:
     rank: tuple[str, ...] = ()
 
 
-_ALL_SHARDS = ("tensor", "fsdp")
-TRAIN = Table(
-    batch=("data", *_ALL_SHARDS),
-    vocab=_ALL_SHARDS,
-    heads=_ALL_SHARDS,
-    kv_heads=_ALL_SHARDS,
-    mlp=_ALL_SHARDS,
-    positions=_ALL_SHARDS,
-)
-GENERATE = Table(
-    batch=("data", "fsdp"), vocab=("tensor",), heads=("tensor",), kv_heads=("tensor",), mlp=("tensor",), positions=()
-)
+_ALL, _TENSOR = ("tensor", "fsdp"), ("tensor",)
+TRAIN = Table(batch=("data", *_ALL), vocab=_ALL, heads=_ALL, kv_heads=_ALL, mlp=_ALL, positions=_ALL)
+GENERATE = Table(("data", "fsdp"), vocab=_TENSOR, heads=_TENSOR, kv_heads=_TENSOR, mlp=_TENSOR, positions=())
 WHOLE = dataclasses.replace(GENERATE, batch=TRAIN.batch)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh with the table of one phase, and where a training state in it has other tables than its parameters.
+    """A mesh with the table of one phase, and the tables of the rest of a training state where they differ.
 
     Attributes:
-        table: of parameters and activations.
-        gradients_by: of the sum of gradients; None: `table`.
-        moments_by: of the optimizer's moments, and of whatever is computed from them; None: `table`.
-        moments_in: the memory kind in which moments rest between updates; None: the devices' own.
+        table: table of parameters and activations.
+        gradients_by: table of the summed gradients; None: `table`.
+        moments_by: table of the optimizer's moments, and of everything computed from them; None: `table`.
+        moments_in: memory kind in which moments are kept between updates; None: device memory.
     """
 
     mesh: Mesh
@@ -89,7 +80,7 @@ class Layout:
 
     @property
     def moments(self) -> Layout:
-        """On the devices, whatever they rest in."""
+        """The layout of moments while they are on the devices, whatever memory they are kept in."""
         return Layout(self.mesh, self.moments_by or self.table)
 
     def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
@@ -100,15 +91,15 @@ class Layout:
         return NamedSharding(self.mesh, self.spec(axes))
 
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
-        """Pin the layout of an activation inside jit."""
+        """Constrain the sharding of an activation inside jit."""
         return jax.lax.with_sharding_constraint(x, self.sharding(axes))
 
     def shards(self, axis: str) -> int:
-        """Parts that this logical axis is split into."""
+        """Number of parts that this logical axis is split into."""
         return math.prod(self.mesh.shape[name] for name in getattr(self.table, axis))
 
     def put(self, host: np.ndarray, *axes: str | None) -> jax.Array:
-        """A host array that every process holds whole -> device array, each device receiving only its shard."""
+        """Device array of a host array that every process holds whole; each device receives only its shard."""
         return jax.make_array_from_callback(host.shape, self.sharding(axes), lambda index: host[index])
 
     def put_batch(self, tree):
@@ -138,11 +129,8 @@ def mesh_sizes(config: MeshConfig, count: int) -> dict[str, int]:
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if count % fixed or (not free and fixed != count):
         asked = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-        fix = (
-            f"one of {nearest_sizes(fixed, _divisors(count))}"
-            if free
-            else f"{count}, or set one of them to -1 to take what is left"
-        )
+        nearest = f"one of {nearest_sizes(fixed, _divisors(count))}"
+        fix = nearest if free else f"{count}, or set one of them to -1 to take what is left"
         raise ValueError(
             f"mesh {asked} does not cover {count} device(s): the sizes that are not -1 multiply to {fixed}; "
             f"make them multiply to {fix}"
@@ -153,13 +141,13 @@ def mesh_sizes(config: MeshConfig, count: int) -> dict[str, int]:
 
 
 def train_layout(mesh: Mesh, zero: int, *, offload_moments: bool = False) -> Layout:
-    """How a training state lies at a stage of ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054), its batch by TRAIN.
+    """The layout of a training state at a ZeRO stage (Rajbhandari et al. 2020, arXiv 1910.02054), its batch by TRAIN.
 
-    Split over fsdp are at 0 nothing, at 1 the optimizer's moments, at 2 the sum of gradients too, at 3 parameters too.
-    Over tensor all of it is split at every stage.
+    Stage 0 splits nothing over fsdp, stage 1 the optimizer's moments, stage 2 the summed gradients too, stage 3 the
+    parameters too. Over tensor the whole state is split at every stage.
 
     Args:
-        offload_moments: whether they rest in pinned host memory.
+        offload_moments: whether moments are kept in pinned host memory.
     """
     assert zero in (0, 1, 2, 3) and offload_moments in (True, False), (zero, offload_moments)
     moments_in = HOST_MEMORY if offload_moments else None
@@ -169,7 +157,7 @@ def train_layout(mesh: Mesh, zero: int, *, offload_moments: bool = False) -> Lay
 
 
 def single_device_mesh() -> Mesh:
-    """The first device alone: the library's default when no mesh is given."""
+    """A mesh of the first device alone: the library's default when no mesh is given."""
     return make_mesh(MeshConfig(), jax.devices()[:1])
 
 
@@ -179,12 +167,12 @@ def in_host_memory(leaf: Any) -> bool:
 
 
 def to_host(tree: Any) -> Any:
-    """The same arrays in host memory, split as on the devices."""
+    """The same arrays in host memory, sharded as on the devices."""
     return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding.with_memory_kind(HOST_MEMORY)), tree)
 
 
 def to_devices(tree: Any) -> Any:
-    """The same arrays on the devices; those that are there already are returned, where `jax.device_put` would copy."""
+    """The same arrays on the devices; arrays already there are returned as they are: `jax.device_put` would copy."""
 
     def fetch(leaf: jax.Array) -> jax.Array:
         return jax.device_put(leaf, leaf.sharding.with_memory_kind(None)) if in_host_memory(leaf) else leaf

@@ -1,4 +1,4 @@
-"""One writer of a stage's numbers: to the log, to `metrics.jsonl` and to TensorBoard.
+"""Writes a stage's metrics to the log, to `metrics.jsonl` and to TensorBoard.
 
 with Metrics(run_dir, "sft", total_steps=100) as metrics:
     metrics.write(step, {"loss": loss})
@@ -12,23 +12,21 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 LOGGER = logging.getLogger(__name__)
-BAR = logging.getLogger(f"{__name__}.bar")  # writes nothing: where it is disabled no bar is drawn
-SECONDS_BETWEEN_LINES = 10.0  # where the output is a file, which a bar would fill with carriage returns
+BAR = logging.getLogger(f"{__name__}.bar")  # writes nothing; disabling it disables the progress bar
+SECONDS_BETWEEN_LINES = 10.0  # used where the output is a file, which a bar would fill with carriage returns
 
 
 class Metrics:
     """A stage's metrics in RUN/<stage>/metrics.jsonl and RUN/tensorboard, and its progress as a bar on stderr.
 
     A stage that resumes passes the last finished step as `start_step`: records of later steps, which an interrupted
-    run left behind and the resumed one writes again, are dropped, so both end with the same file. A `start_step` of 0
-    begins anew and drops all.
+    run left and the resumed run writes again, are dropped, so both runs end with the same file. A `start_step` of 0
+    starts over and drops all.
     """
 
     def __init__(self, run_dir: Path, stage: str, *, total_steps: int, start_step: int = 0):
@@ -51,18 +49,16 @@ class Metrics:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
         self._board.close()
         self._file.close()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Records `values`, {name: Python, numpy or jax scalar}, of `step` in metrics.jsonl and as <stage>/<name>.
+        """Record `values`, {name: Python, numpy or jax scalar}, of `step` in metrics.jsonl and as <stage>/<name>.
 
-        metrics.jsonl is on disk when this returns. Raises FloatingPointError for a NaN or infinite value, which is
-        recorded as the string "nan", "inf" or "-inf" (JSON has no number for it) like the rest before the error.
+        metrics.jsonl is on disk when this returns. Raises FloatingPointError for a NaN or infinite value, after all
+        values are recorded; such a value is recorded as the string "nan", "inf" or "-inf" (JSON has no number for it).
         """
         numbers = {name: _number(value) for name, value in values.items()}
         record = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
@@ -74,9 +70,9 @@ class Metrics:
             raise FloatingPointError(f"{self.stage} step {step}: {', '.join(wrong)}; lower the learning rate")
 
     def advance(self, step: int, headline: Mapping[str, Any] | None = None) -> None:
-        """Moves the progress bar to `step`, with the few values of `headline` beside it.
+        """Move the progress bar to `step` and show the few values of `headline` next to it.
 
-        Where no bar is drawn it logs a line for the first and the last step and now and then between them.
+        Where no bar is drawn, log a line at the first and the last step and every SECONDS_BETWEEN_LINES between them.
         """
         shown = {name: f"{_number(value):.4g}" for name, value in (headline or {}).items()}
         if shown:
@@ -98,22 +94,24 @@ def _number(value: Any) -> int | float:
 
 
 def _keep_until(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """Drops the records after `last_step`, and a line that a killed run left half written; returns what stays."""
+    """Drop the records after `last_step` and a last line that a killed run left incomplete; return the others."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() and last_step > 0 else []
     records = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
     kept = [(line, record) for line, record in records if record["step"] <= last_step]
-    # Written beside and renamed, so that a kill in this very moment loses nothing.
-    extra = path.with_name(path.name + ".kept")
-    extra.write_text("".join(line for line, _ in kept), encoding="utf-8")
-    extra.replace(path)
+    # Written to another name and then renamed, so that a kill at this moment loses nothing.
+    unfinished = path.with_name(path.name + ".kept")
+    unfinished.write_text("".join(line for line, _ in kept), encoding="utf-8")
+    unfinished.replace(path)
     return [record for _, record in kept]
 
 
-def _replay(folder: Path, stage: str, records: list[dict[str, Any]]) -> SummaryWriter:
-    """A TensorBoard writer whose past is exactly `records`.
+def _replay(folder: Path, stage: str, records: list[dict[str, Any]]) -> Any:
+    """A TensorBoard SummaryWriter whose history is exactly `records`.
 
-    TensorBoard's own purge_step is no help: it forgets the later steps of every stage in the folder.
+    TensorBoard's own purge_step does not help: it drops the later steps of every stage in the folder.
     """
+    from tensorboardX import SummaryWriter  # imports torch where that is installed, more than a second at any start
+
     for stale in folder.glob(f"events.out.tfevents.*.{stage}"):
         stale.unlink()
     board = SummaryWriter(str(folder), filename_suffix=f".{stage}", flush_secs=10)
@@ -123,6 +121,6 @@ def _replay(folder: Path, stage: str, records: list[dict[str, Any]]) -> SummaryW
     return board
 
 
-def _scalars(board: SummaryWriter, stage: str, step: int, numbers: Mapping[str, float]) -> None:
+def _scalars(board: Any, stage: str, step: int, numbers: Mapping[str, float]) -> None:
     for name, number in numbers.items():
         board.add_scalar(f"{stage}/{name}", number, step)

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW behind a global-norm clip, and the schedule of its learning rate."""
+"""The optimizer: global-norm clipping, then AdamW, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ import jax.numpy as jnp
 import optax
 
 Schedule = Literal["cosine", "linear", "constant"]
+# Progress p after the warmup, 0 to 1 -> fall f from 1.
+FALLS: dict[Schedule, Callable[[jax.Array], jax.Array]] = {
+    "cosine": lambda progress: 0.5 * (1.0 + jnp.cos(jnp.pi * progress)),
+    "linear": lambda progress: 1.0 - progress,
+    "constant": jnp.ones_like,
+}
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Raises ValueError for a value that no run can want."""
+    """Settings of one optimizer. Raises ValueError for a value outside its range."""
 
     learning_rate: float  # peak, reached at the end of the warmup
     schedule: Schedule = "cosine"  # how the learning rate falls after the warmup
@@ -45,7 +51,7 @@ class OptimConfig:
 
 
 def learning_rate(config: OptimConfig, total_steps: int) -> Callable[[Any], jax.Array]:
-    """step -> float32 rate of that optimizer step, counted from 0; `step` is an int or an int32 array.
+    """The schedule: step -> float32 rate of that optimizer step, counted from 0; `step` is an int or an int32 array.
 
     Warmup of W steps: rate = peak (step + 1) / W. Then, with p = (step - W) / (total_steps - W) up to 1 and the share
     s left at the end: peak (s + (1 - s) f(p)), f = (1 + cos(pi p)) / 2 for "cosine" (Loshchilov and Hutter 2017,
@@ -57,27 +63,20 @@ def learning_rate(config: OptimConfig, total_steps: int) -> Callable[[Any], jax.
         raise ValueError(f"the run has {total_steps} optimizer steps: give it at least one")
     if warmup > total_steps:
         raise ValueError(
-            f"warmup_steps is {warmup}, longer than the run of {total_steps} steps: lower it, or train longer"
+            f"warmup_steps is {warmup}, longer than the run of {total_steps} steps: lower it or run longer"
         )
 
     def rate(step: Any) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         progress = jnp.clip((step - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
-        match config.schedule:
-            case "cosine":
-                fall = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-            case "linear":
-                fall = 1.0 - progress
-            case "constant":
-                fall = jnp.ones_like(progress)
-        share = jnp.minimum((step + 1.0) / max(warmup, 1), config.final_lr_share + (1.0 - config.final_lr_share) * fall)
-        return config.learning_rate * share
+        share = config.final_lr_share + (1.0 - config.final_lr_share) * FALLS[config.schedule](progress)
+        return config.learning_rate * jnp.minimum((step + 1.0) / max(warmup, 1), share)
 
     return rate
 
 
 def decay_mask(params: Any) -> Any:
-    """The tree of `params` with False on every path that ends in bias or scale, True elsewhere."""
+    """The tree of `params` with False for every path that ends in bias or scale, True elsewhere."""
 
     def is_decayed(path: tuple[Any, ...], _: Any) -> bool:
         return jax.tree_util.keystr(path, simple=True, separator="/").rsplit("/", 1)[-1] not in ("bias", "scale")
@@ -86,13 +85,12 @@ def decay_mask(params: Any) -> Any:
 
 
 class Optimizer(NamedTuple):
-    """An `optax.GradientTransformation`, by its first two fields, that can also be run parameter by parameter.
+    """An `optax.GradientTransformation`, by its first two fields, that can also run parameter by parameter.
 
     Attributes:
-        init, update: as optax's, of all parameters together.
-        clip: all gradients -> the same, clipped; what looks at all of them, and keeps no state.
-        update_each: as `update`, on gradients that are clipped already and on the state `select_path` of some
-        parameters.
+        init, update: those of optax, for all parameters together.
+        clip: all gradients -> clipped gradients; the stateless part that needs all of them at once.
+        update_each: like `update`, for clipped gradients and the state of a part of the parameters (`select_path`).
     """
 
     init: Callable
@@ -104,46 +102,39 @@ class Optimizer(NamedTuple):
 def make_optimizer(config: OptimConfig, total_steps: int) -> Optimizer:
     """Global-norm clip, then AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) at `learning_rate`.
 
-    Weight decay goes where `decay_mask` says. Raises ValueError if the warmup is longer than the run.
+    Weight decay applies where `decay_mask` is True. Raises ValueError if the warmup is longer than the run.
     """
-    adamw = optax.adamw(
-        learning_rate(config, total_steps),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=decay_mask,
-    )
+    betas, decay = (config.beta1, config.beta2), config.weight_decay
+    adamw = optax.adamw(learning_rate(config, total_steps), *betas, config.eps, weight_decay=decay, mask=decay_mask)
     if not config.clip_norm:
         return Optimizer(adamw.init, adamw.update, lambda grads: grads, adamw.update)
     clip = optax.clip_by_global_norm(config.clip_norm)
-    whole, each = optax.chain(clip, adamw), optax.chain(optax.identity(), adamw)  # whose states are alike
+    whole, each = optax.chain(clip, adamw), optax.chain(optax.identity(), adamw)  # with equal states
     return Optimizer(whole.init, whole.update, lambda grads: clip.update(grads, clip.init(grads))[0], each.update)
 
 
 def map_nodes(function: Callable, opt_state: Any, *more: Any) -> Any:
-    """Map over an optax state, of which a dictionary by paths (moments) is one node, and a counter is another."""
+    """Map over the nodes of an optax state: each dictionary by path (moments) is one node, each counter another."""
     return jax.tree.map(function, opt_state, *more, is_leaf=_is_moments)
 
 
 def select_path(opt_state: Any, path: str) -> tuple[Any, Any]:
-    """(the moments of one parameter, the counters, which all share), in trees that `with_counters` puts together."""
+    """(moments of one parameter, counters, which all parameters share), as trees that `with_counters` joins."""
     moments = map_nodes(lambda node: {path: node[path]} if _is_moments(node) else None, opt_state)
     return moments, map_nodes(lambda node: None if _is_moments(node) else node, opt_state)
 
 
 def with_counters(moments: Any, counters: Any) -> Any:
-    """The inverse of `select_path`: an optax state of the parameters that `moments` has."""
-    return jax.tree.map(
-        lambda node, counter: counter if node is None else node,
-        moments,
-        counters,
-        is_leaf=lambda node: node is None or _is_moments(node),
-    )
+    """The inverse of `select_path`: the optax state of the parameters in `moments`."""
+
+    def is_node(node: Any) -> bool:
+        return node is None or _is_moments(node)
+
+    return jax.tree.map(lambda node, counter: counter if node is None else node, moments, counters, is_leaf=is_node)
 
 
 def join_states(opt_state: Any, other: Any) -> Any:
-    """One state of the parameters of both; counters are those of the second."""
+    """The state of the parameters of both; counters are those of the second."""
     return map_nodes(lambda one, two: {**one, **two} if _is_moments(one) else two, opt_state, other)
 
 

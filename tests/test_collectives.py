@@ -7,14 +7,7 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhf_jax.collectives import (
-    Collective,
-    collective_kinds,
-    collective_shapes,
-    collectives,
-    received_bytes,
-    run_counts,
-)
+from rlhf_jax.collectives import Collective, collectives, received_bytes, run_counts
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout
 
 # As XLA writes for GPUs: started apart from done, many arrays in one, with layouts and remarks in between.
@@ -60,8 +53,14 @@ def test_collectives_are_read_with_their_shapes_groups_and_runs():
         Collective("reduce-scatter", "bf16", (4,), 4, 1),
         Collective("collective-permute", "f32", (3,), 2, 1),
     ]
-    assert collective_kinds(TEXT) == {"all-gather", "all-to-all", "all-reduce", "reduce-scatter", "collective-permute"}
-    assert collective_shapes(TEXT, "all-gather") == [("bf16", (8, 32)), ("f32", (8,))]
+    assert tiny.collective_kinds(TEXT) == {
+        "all-gather",
+        "all-to-all",
+        "all-reduce",
+        "reduce-scatter",
+        "collective-permute",
+    }
+    assert tiny.collective_shapes(TEXT, "all-gather") == [("bf16", (8, 32)), ("f32", (8,))]
     assert run_counts(TEXT) == {"add": 2, "body": 5, "wrapped": 1, "main": 1}
 
 
@@ -111,4 +110,4 @@ def test_an_all_reduce_of_eight_devices_moves_seven_quarters_of_its_result():
     mesh = tiny.mesh_of("fsdp4-tensor2")
     x = Layout(mesh, TRAIN).put(np.ones((16, 32), np.float32), "batch", None)
     text = jax.jit(lambda x: Layout(mesh, GENERATE).constrain(jnp.sum(x, axis=0), None)).lower(x).compile().as_text()
-    assert collective_kinds(text) == {"all-reduce"} and received_bytes(text) == 32 * 4 * 7 // 4
+    assert tiny.collective_kinds(text) == {"all-reduce"} and received_bytes(text) == 32 * 4 * 7 // 4

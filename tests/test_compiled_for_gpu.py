@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from rlhf_jax.collectives import collective_kinds, collective_shapes, instructions, received_bytes, run_counts
+from rlhf_jax.collectives import instructions, received_bytes, run_counts
 from rlhf_jax.decode import Rollout
 from rlhf_jax.engine import (
     Architectures,
@@ -223,9 +223,9 @@ def split_leaves(config, lora=NO_LORA):
 @pytest.mark.parametrize("case", CASES)
 def test_publish_is_one_bfloat16_all_gather_per_sharded_weight_and_nothing_else(case):
     text = program(case, "publish").text
-    assert collective_kinds(text) == {"all-gather"}
+    assert tiny.collective_kinds(text) == {"all-gather"}
     split, layouts = split_leaves(CASES[case][0]), [Layout(mesh(), table) for table in (TRAIN, GENERATE)]
-    assert [dtype for dtype, _ in collective_shapes(text, "all-gather")] == ["bf16"] * len(split)
+    assert [dtype for dtype, _ in tiny.collective_shapes(text, "all-gather")] == ["bf16"] * len(split)
     lacking = 0  # (t - tg) / (t tg) of each weight
     for leaf in split.values():
         t, tg = (math.prod(layout.shards(axis) for axis in leaf.axes if axis) for layout in layouts)
@@ -243,15 +243,15 @@ def test_publish_of_one_copy_gathers_only_the_adapters(case):
         if any(layout.spec(leaf.axes))
     }
     wanted = [path for path in split if is_adapter(path) or not is_shareable(path)]
-    assert collective_kinds(text) == {"all-gather"}
-    assert [dtype for dtype, _ in collective_shapes(text, "all-gather")] == ["bf16"] * len(wanted)
+    assert tiny.collective_kinds(text) == {"all-gather"}
+    assert [dtype for dtype, _ in tiny.collective_shapes(text, "all-gather")] == ["bf16"] * len(wanted)
     assert received_bytes(text) < 2 * sum(math.prod(split[path].shape) for path in wanted)
 
 
 @pytest.mark.parametrize("name", ["score", "update"])
 @pytest.mark.parametrize("case", CASES | ONE_COPY)
 def test_no_weight_is_gathered_in_float32(case, name):
-    gathered = collective_shapes(program(case, name).text, "all-gather")
+    gathered = tiny.collective_shapes(program(case, name).text, "all-gather")
     assert sum(dtype == "bf16" for dtype, _ in gathered) >= 7, "the weights of a layer, at least"
     # Other float32 gathers have at most one number per action.
     assert [shape for dtype, shape in gathered if dtype == "f32" and math.prod(shape) > ROWS * NEW] == []
@@ -269,11 +269,11 @@ def test_gradients_of_sharded_weights_are_reduce_scattered_and_none_of_a_matrix_
                 shard = layout.sharding(leaf.axes).shard_shape(leaf.shape)[1:]
                 expected[tuple(sorted(size for size in shard if size > 1))] += 1
     scattered = Counter(
-        tuple(sorted(n for n in shape if n > 1)) for _, shape in collective_shapes(text, "reduce-scatter")
+        tuple(sorted(n for n in shape if n > 1)) for _, shape in tiny.collective_shapes(text, "reduce-scatter")
     )
     assert expected and not expected - scattered
     smallest = min(math.prod(leaf.shape[1:]) for path, leaf in abstract_params(config).items() if "q/kernel" in path)
-    assert [shape for _, shape in collective_shapes(text, "all-reduce") if math.prod(shape) >= smallest // 2] == []
+    assert [shape for _, shape in tiny.collective_shapes(text, "all-reduce") if math.prod(shape) >= smallest // 2] == []
 
 
 def layer_shapes(layout):
@@ -287,18 +287,18 @@ def layer_shapes(layout):
 
 
 def shapes_moved(text, kind):
-    return Counter(tuple(sorted(n for n in shape if n > 1)) for _, shape in collective_shapes(text, kind))
+    return Counter(tuple(sorted(n for n in shape if n > 1)) for _, shape in tiny.collective_shapes(text, kind))
 
 
 def test_at_zero_stage_2_gradients_are_reduce_scattered_and_new_parameters_gathered_once():
     text, train, whole = program("llama", "actor", 2).text, Layout(mesh(), TRAIN), Layout(mesh(), WHOLE)
     assert not layer_shapes(train) - shapes_moved(text, "reduce-scatter")
     smallest = math.prod(min(layer_shapes(train), key=math.prod))
-    assert [shape for _, shape in collective_shapes(text, "all-reduce") if math.prod(shape) >= smallest] == []
+    assert [shape for _, shape in tiny.collective_shapes(text, "all-reduce") if math.prod(shape) >= smallest] == []
     # The compiler may transpose the arrays that it moves.
     gathered = [
         shape
-        for dtype, shape in collective_shapes(text, "all-gather")
+        for dtype, shape in tiny.collective_shapes(text, "all-gather")
         if dtype == "f32" and math.prod(shape) > ROWS * NEW
     ]
     wanted = [whole.sharding(leaf.axes).shard_shape(leaf.shape) for leaf in split_leaves(LLAMA).values()]
@@ -310,7 +310,7 @@ def test_at_zero_stages_0_and_1_gradients_are_all_reduced():
     wanted = sum(count * math.prod(shape) for shape, count in layer_shapes(Layout(mesh(), WHOLE)).items())
     for zero in (0, 1):
         reduced = [
-            math.prod(shape) for _, shape in collective_shapes(program("llama", "actor", zero).text, "all-reduce")
+            math.prod(shape) for _, shape in tiny.collective_shapes(program("llama", "actor", zero).text, "all-reduce")
         ]
         assert sum(reduced) >= wanted, zero
 
@@ -326,7 +326,7 @@ def test_a_lower_zero_stage_needs_more_memory_per_device():
 @pytest.mark.parametrize("zero", [0, 1, 2])
 @pytest.mark.parametrize("case", ["llama", "opt-lora"])
 def test_publish_moves_nothing_when_parameters_are_not_sharded_over_fsdp(case, zero):
-    assert collective_kinds(program(case, "publish", zero).text) == set()
+    assert tiny.collective_kinds(program(case, "publish", zero).text) == set()
 
 
 def state_bytes(*trees):
@@ -361,7 +361,7 @@ def test_with_offloading_the_gradient_program_has_no_moments_and_a_step_reuses_i
 @pytest.mark.parametrize("case", ONE_COPY)
 def test_training_over_one_copy_gathers_the_tensor_shard_of_each_kernel_and_keeps_no_gradient_of_it(case):
     (_, state, frozen, _), reported = parts(case), program(case, "actor")
-    gathered = [shape for dtype, shape in collective_shapes(reported.text, "all-gather") if dtype == "bf16"]
+    gathered = [shape for dtype, shape in tiny.collective_shapes(reported.text, "all-gather") if dtype == "bf16"]
     widest = max(math.prod(leaf.shape[1:]) for path, leaf in frozen.actor.items() if is_quantisable(path))
     assert any(math.prod(shape) == widest for shape in gathered)
     base = state_bytes([leaf for path, leaf in frozen.actor.items() if is_quantisable(path)])

@@ -15,7 +15,7 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rlhf_jax.collectives import collective_kinds, collectives
+from rlhf_jax.collectives import collectives
 from rlhf_jax.engine import (
     Algorithm,
     Architectures,
@@ -360,7 +360,7 @@ def test_the_other_axis_order_would_need_more_than_all_gathers_and_is_detected()
     mesh = tiny.mesh_of("fsdp4-tensor2")
     minor = jax.device_put(np.zeros((64, 64), np.float32), NamedSharding(mesh, PartitionSpec(None, ("fsdp", "tensor"))))
     text = jax.jit(lambda x: Layout(mesh, GENERATE).constrain(x, None, "mlp")).lower(minor).compile().as_text()
-    assert collective_kinds(text) == {"all-gather", "collective-permute"}
+    assert tiny.collective_kinds(text) == {"all-gather", "collective-permute"}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from rlhf_jax.collectives import collectives
 from rlhf_jax.mesh import TRAIN, Layout, MeshConfig, make_mesh
 from rlhf_jax.models.config import DecoderConfig, Experts, Rope
 from rlhf_jax.models.decoder import abstract_params
@@ -135,3 +136,13 @@ def compilations():
             yield names
     finally:
         logger.removeHandler(handler)
+
+
+def collective_kinds(text: str) -> set[str]:
+    """The kinds of collectives in a compiled program."""
+    return {collective.kind for collective in collectives(text)}
+
+
+def collective_shapes(text: str, kind: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(dtype, shape) of every array that collectives of a kind return, however often each runs."""
+    return [(collective.dtype, collective.shape) for collective in collectives(text) if collective.kind == kind]

@@ -39,14 +39,7 @@ from rlhf_jax.sampling import SampleConfig, check_learnable
 from rlhf_jax.stages.batch_sizes import micro_batches, rows_per_source, total_steps
 from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.loop import train_loop
-from rlhf_jax.stages.models import (
-    ModelConfig,
-    copy_frozen,
-    export_model,
-    load_model,
-    log_attention,
-    make_state,
-)
+from rlhf_jax.stages.models import ModelConfig, copy_frozen, export_model, load_model, log_attention, make_state
 from rlhf_jax.train_step import Params, start_ema
 
 LOGGER = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""From a pretrained language model to an assistant by human feedback: SFT, reward model and PPO in JAX."""
+"""RLHF in JAX: supervised fine-tuning, reward model and PPO, from a pretrained language model to an assistant."""
 
 from rlhf_jax import objectives
 from rlhf_jax.decode import Rollout

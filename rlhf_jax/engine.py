@@ -1,8 +1,8 @@
-"""The hybrid engine: one set of weights, laid out by `train_layout` to learn and by GENERATE to answer, on one mesh.
+"""The hybrid engine: one set of weights on one mesh, sharded by `train_layout` to train and GENERATE to generate.
 
 `publish` reshards the actor for generation, `generate` samples answers, `score` runs the models over them, `update`
-takes one optimizer step of actor and critic. What to learn from an experience is an `Algorithm`. Critic, reference and
-reward model are each optional: what is None has no parameters, no pass and no fields in the experience.
+takes one optimizer step of actor and critic. An `Algorithm` defines advantages and losses. Critic, reference and reward
+model are each optional: a model that is None has no parameters, no forward pass and no fields in the experience.
 
 B rollouts, P prompt positions, N answer tokens, S = P + N.
 """
@@ -44,12 +44,12 @@ from rlhf_jax.trees import record
 
 @record
 class EngineState:
-    """What an update changes, and what a checkpoint therefore keeps.
+    """The state that an update changes, and that a checkpoint therefore keeps.
 
     Attributes:
         actor: with or without adapters.
         critic: with a scalar head; None: there is none.
-        average: float32 moving average of what the actor trains, in device or pinned host memory; {}: none is kept.
+        average: float32 moving average of the actor's trained parameters, in device or pinned host memory; {}: none.
     """
 
     actor: TrainState
@@ -62,9 +62,9 @@ class FrozenParams:
     """The parameters that no update changes. They are never donated, so that models may share them.
 
     Attributes:
-        actor, critic: what of them does not train.
+        actor, critic: their parameters that do not train.
         reference: the policy that the KL is measured to, in device or pinned host memory; {} where the actor has
-            adapters: then it is the actor's base without them, and no copy exists.
+            adapters: the reference is then the actor's base without them, and no copy exists.
         reward: the reward model.
     """
 
@@ -76,17 +76,17 @@ class FrozenParams:
 
 @record
 class ScoredRollout:
-    """Rollouts with what the models say of them. Sequences are right-padded; action n of row b is at starts[b] + n.
+    """Rollouts with the outputs of the models. Sequences are right-padded; action n of row b is at starts[b] + n.
 
     Attributes:
         tokens, mask: [B, S] int32, bool: prompt and answer.
-        starts: [B] int32, tokens of the prompt.
+        starts: [B] int32, number of tokens of the prompt.
         actions, action_mask: [B, N] int32, bool: the answer, up to and including EOS.
-        ended: [B] bool, by EOS.
-        logprobs: [B, N] float32 by the actor before any update.
-        ref_logprobs: [B, N] float32 by the reference; None: there is none.
-        values: [B, N] float32, the critic's before each action; None: there is none.
-        score: [B] float32 of the whole answer: the reward model's at the last token, or the caller's.
+        ended: [B] bool, whether the answer ended by EOS.
+        logprobs: [B, N] float32, of the actor before any update.
+        ref_logprobs: [B, N] float32, of the reference; None: there is none.
+        values: [B, N] float32, of the critic before each action; None: there is none.
+        score: [B] float32 of the whole answer: by the reward model at the last token, or given by the caller.
     """
 
     tokens: jax.Array
@@ -103,11 +103,11 @@ class ScoredRollout:
 
 @record
 class Experience(ScoredRollout):
-    """A scored rollout with all that the losses need, as an `Algorithm` estimates it.
+    """A scored rollout with the estimates of an `Algorithm`: all inputs of the losses.
 
     Attributes:
         rewards, advantages: [B, N] float32.
-        returns: [B, N] float32, the critic's targets; None: there is no critic.
+        returns: [B, N] float32, targets of the critic; None: there is no critic.
     """
 
     rewards: jax.Array
@@ -121,12 +121,12 @@ Estimates = tuple[jax.Array, jax.Array, jax.Array | None]
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What is learned from rollouts.
+    """Advantage estimator and losses: what is learned from rollouts.
 
     Attributes:
         estimate: scored rollouts of one iteration -> (rewards, advantages, returns), see `Experience`.
         actor_loss: (logprobs, entropy, experience) -> (mean loss over the tokens of a micro-batch, {name: mean}).
-        critic_loss: (values, experience) -> the same; None: there is no critic.
+        critic_loss: (values, experience) -> the same pair; None: there is no critic.
     """
 
     estimate: Callable[[ScoredRollout], Estimates]
@@ -146,12 +146,12 @@ class Architectures:
 
 @dataclass(frozen=True)
 class Optimizers:
-    """How the models of an engine are trained.
+    """The optimizers of an engine.
 
     Attributes:
-        ema_decay: of the moving average that a state may hold: it follows the actor at every optimizer step.
-            (DeepSpeed-Chat's follows at every micro-batch, even those that only accumulate; where an update is one
-            micro-batch they are equal.)
+        ema_decay: decay of the moving average that a state may hold, updated at every optimizer step of the actor.
+            (DeepSpeed-Chat updates it at every micro-batch, even those that only accumulate; both are equal where an
+            update is one micro-batch.)
     """
 
     actor: optax.GradientTransformation
@@ -166,7 +166,7 @@ class Sampling:
     Attributes:
         config: temperature, filters and lengths.
         eos_ids: tokens that end an answer.
-        rows: answers decoded at a time, a row that ends taking the next prompt; 0: all at once.
+        rows: answers decoded at a time, a slot that ends taking the next prompt; 0: all at once.
     """
 
     config: SampleConfig
@@ -179,9 +179,9 @@ class Execution:
     """Where and how an engine computes.
 
     Attributes:
-        layout: of all that is trained and scored, as `train_layout` gives it.
+        layout: layout of all models that train or score, from `train_layout`.
         num_micro: micro-batches of one update.
-        num_score_micro: parts that a rollout is scored in, one after the other.
+        num_score_micro: parts in which a rollout is scored, one after the other.
     """
 
     layout: Layout
@@ -196,9 +196,9 @@ class Programs(NamedTuple):
     Attributes:
         publish: (params) -> weights.
         generate: (weights, prompts [B, P], mask, key) -> Rollout, on the devices.
-        score: (state, frozen, rollout, scores), of models on the devices, without an average.
+        score: (state, frozen, rollout, scores) -> Experience, of models on the devices, without an average.
         actor, critic: (state, frozen, experience) -> (state, {name: scalar}); None: there is no critic.
-        average: (average, weights) -> average, of one array.
+        average: (average, weights) -> average, for one array.
     """
 
     publish: Publish
@@ -211,7 +211,7 @@ class Programs(NamedTuple):
 
 class Engine(NamedTuple):
     """publish(params) -> weights; generate(weights, prompts, prompt_mask, key) -> Rollout, on host arrays [B, P];
-    score(state, frozen, rollout, scores=None) -> Experience, `scores` [B] in place of a reward model;
+    score(state, frozen, rollout, scores=None) -> Experience, `scores` [B] instead of a reward model;
     update(state, frozen, experience) -> (state, {name: scalar}), with the state donated.
     """
 
@@ -224,7 +224,7 @@ class Engine(NamedTuple):
 
 
 def answer_hidden(hidden: jax.Array, starts: jax.Array, num_actions: int) -> jax.Array:
-    """[B, S, E] -> [B, N, E]: the states from which each answer token was predicted."""
+    """The states from which each answer token was predicted: [B, S, E] -> [B, N, E]."""
     index = (starts - 1)[:, None] + jnp.arange(num_actions)
     return jnp.take_along_axis(hidden, index[..., None], axis=1)
 
@@ -232,9 +232,9 @@ def answer_hidden(hidden: jax.Array, starts: jax.Array, num_actions: int) -> jax
 def make_score(
     models: Architectures, estimate: Callable[[ScoredRollout], Estimates], execution: Execution, temperature: float
 ) -> Callable[..., Experience]:
-    """Compile (state, frozen, rollout, scores) -> Experience: up to four forward passes in one program.
+    """The jitted (state, frozen, rollout, scores) -> Experience: up to four forward passes in one program.
 
-    The passes are over parts of the rollout, one after the other; advantages are of all of it.
+    The passes run over parts of the rollout, one after the other; advantages are estimated over the whole rollout.
     """
     layout, compute = execution.layout, dataclasses.replace(execution.compute, remat="none")
 
@@ -257,8 +257,8 @@ def make_score(
 
         learned, reference = logprobs(models.actor, state.actor.params(frozen.actor)), frozen.reference
         if models.reference and not reference:
-            # Of one base the compiler would gather each kernel once for both passes, and where layers are unrolled hold
-            # those of the whole model from the first to the second.
+            # For a shared base the compiler would gather each kernel once for both passes, and with unrolled layers
+            # keep those of the whole model from the first pass to the second.
             learned, reference = jax.lax.optimization_barrier((learned, frozen.actor))
         critic = state.critic.params(frozen.critic) if models.critic else {}
         if models.reward:
@@ -289,11 +289,11 @@ def make_score(
 def make_updates(
     models: Architectures, algorithm: Algorithm, optimizers: Optimizers, execution: Execution, temperature: float
 ) -> tuple[Update, Update | None]:
-    """One optimizer step of the actor, and one of the critic where there is one, each by `make_update`."""
+    """One optimizer step of the actor, and one of the critic if there is one, each from `make_update`."""
     layout, compute = execution.layout, execution.compute
 
     def answer_states(config: DecoderConfig, params: Params, experience: Experience) -> tuple[jax.Array, jax.Array]:
-        """What the head reads at each answer token, and the balance loss."""
+        """The input of the head at each answer token, and the balance loss."""
         decoder = bind(config, params)
         hidden, balance = decoder.with_balance_loss(experience.tokens, experience.mask, compute, layout)
         return answer_hidden(hidden, experience.starts, experience.actions.shape[1]), balance
@@ -321,15 +321,16 @@ def make_updates(
 def make_engine(
     models: Architectures, algorithm: Algorithm, optimizers: Optimizers, sampling: Sampling, execution: Execution
 ) -> Engine:
-    """Build the programs of these models; nothing is compiled before the first call."""
+    """The engine of these models; nothing is compiled before the first call."""
     check_learnable(sampling.config)
     has_critic = models.critic is not None
     assert has_critic == (algorithm.critic_loss is not None) == (optimizers.critic is not None), "all three or none"
     layout, compute, temperature = execution.layout, execution.compute, sampling.config.temperature
     generation = models.actor, sampling.config, sampling.eos_ids, layout.mesh, compute.dtype, sampling.rows
+    generation += (compute.attention,)
     programs = Programs(
         make_publish(models.actor, layout.mesh, compute.dtype, layout.table),
-        generate_program(*generation, compute.attention),
+        generate_program(*generation),
         make_score(models, algorithm.estimate, execution, temperature),
         *make_updates(models, algorithm, optimizers, execution, temperature),
         make_ema_step(optimizers.ema_decay),
@@ -338,7 +339,7 @@ def make_engine(
     def score(state: EngineState, frozen: FrozenParams, rollout: Rollout, scores=None) -> Experience:
         if (scores is None) == (models.reward is None):
             raise ValueError("give the scores of the answers where the engine has no reward model, and only there")
-        # A reference in host memory is on the devices for this alone.
+        # A reference in host memory is on the devices only while it scores.
         frozen = dataclasses.replace(frozen, reference=to_devices(frozen.reference))
         scores = None if scores is None else np.asarray(scores, np.float32)
         return programs.score(dataclasses.replace(state, average={}), frozen, rollout, scores)
@@ -354,5 +355,4 @@ def make_engine(
         average = ema_update(programs.average, state.average, states["actor"].trainable)
         return EngineState(**states, average=average), stats
 
-    generate = make_generate(*generation, compute.attention)
-    return Engine(models, programs.publish, generate, score, update, programs)
+    return Engine(models, programs.publish, make_generate(*generation), score, update, programs)

@@ -1,4 +1,4 @@
-"""A finished run, measured on prompts and pairs that no stage trained on: its policies side by side."""
+"""Evaluation of a finished run on prompts and pairs that no stage trained on: its policies side by side."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ from rlhf_jax.stages.models import ModelConfig, log_devices
 from rlhf_jax.stages.run_folder import RunConfig
 from rlhf_jax.stages.table import exporters
 
-EXAMPLES_READ_PER_PROMPT = 32  # held-out rows read for each prompt that is asked
+EXAMPLES_READ_PER_PROMPT = 32  # held-out rows read per prompt that is answered
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
+    """The [evaluate] section."""
+
     prompts: int = 256  # held-out prompts that are answered, at most
     pairs: int = 1024  # held-out pairs that the reward model is measured on, at most
     batch_size: int = 64  # prompts answered, and sequences scored, at once
@@ -43,17 +45,17 @@ class EvaluateConfig:
         if min(self.prompts, self.pairs, self.batch_size) < 1:
             raise ValueError("prompts, pairs and batch_size: each at least 1")
         if self.sample.num_samples != 1:
-            raise ValueError(f"sample.num_samples={self.sample.num_samples}: one answer to a prompt is judged; set 1")
+            raise ValueError(f"sample.num_samples={self.sample.num_samples}: one answer per prompt is judged; set 1")
 
 
 def evaluate(run: RunConfig, mesh: Mesh, data: DataConfig, config: EvaluateConfig, model: ModelConfig) -> str:
     """Answer held-out prompts by every policy of the run, score the answers by its reward model, report on both.
 
     Writes RUN/evaluate.json (the numbers) and RUN/evaluate.jsonl (every answer). On `builtin:assistant` a program also
-    judges whether each answer is good; nothing that trains sees that judge.
+    judges whether each answer is good; training never uses that judge.
 
     Args:
-        model: of which dtype and attention count; two models are in memory at a time.
+        model: only its dtype and attention are used; two models are in memory at a time.
     Returns:
         The report, as text for a terminal.
     Raises:
@@ -63,7 +65,7 @@ def evaluate(run: RunConfig, mesh: Mesh, data: DataConfig, config: EvaluateConfi
     policies, scorers = (exporters(kind, run.stages) for kind in ("policy", "scorer"))
     if not policies or not scorers:
         raise ValueError(
-            f"run.stages = {list(run.stages)}: evaluate needs a stage that leaves a policy and one that leaves a scorer"
+            f"run.stages = {list(run.stages)}: evaluate needs a stage that exports a policy and one that exports a scorer"
         )
     missing = [stage for stage in (*policies, scorers[-1]) if not run.export(stage).exists()]
     if missing:
@@ -72,42 +74,37 @@ def evaluate(run: RunConfig, mesh: Mesh, data: DataConfig, config: EvaluateConfi
     scorer = reward_from_pretrained(run.export(scorers[-1]), mesh=mesh, dtype=dtype)
     numbers = {"reward_accuracy": reward_accuracy(scorer, scorers[-1], data, config, attention)}
 
-    asked, prompts = held_out_prompts(scorer, policies[-1], data, config.prompts)
-    count = len(asked)
-    judged = all(example.source == BUILTIN for example in asked)
+    examples, prompts = held_out_prompts(scorer, policies[-1], data, config.prompts)
+    is_judged = all(example.source == BUILTIN for example in examples)
 
-    said, scores, good = {}, {}, {}
+    answers, scores, good = {}, {}, {}  # columns of evaluate.jsonl
     for stage in policies:
         policy = from_pretrained(run.export(stage), mesh=mesh, dtype=dtype, one_copy=True)
-        texts, ended, lengths, scores[stage] = sample_and_score(policy, scorer, prompts, config, attention)
+        texts, ended, lengths, rewards = sample_and_score(policy, scorer, prompts, config, attention)
         del policy
-        said[stage] = texts
-        numbers |= {f"{stage}_score": float(scores[stage].mean()), f"{stage}_length": float(lengths.mean())}
-        numbers[f"{stage}_ended"] = float(np.mean(ended))
-        if judged:
-            verdicts = zip(asked, texts, ended, strict=True)
-            good[stage] = [builtin_judge.judge(e.turns[-1][1], text, end).good for e, text, end in verdicts]
-            numbers[f"{stage}_good"] = float(np.mean(good[stage]))
-    first = scores[policies[0]]
-    for stage in policies[1:]:
-        numbers[f"{stage}_win_rate"] = float((scores[stage] > first).mean() + 0.5 * (scores[stage] == first).mean())
+        answers[f"{stage}_answer"], scores[f"{stage}_score"] = texts, rewards.tolist()
+        measured = {"score": rewards, "length": lengths, "ended": ended}
+        if is_judged:
+            judged = zip(examples, texts, ended, strict=True)
+            measured["good"] = [builtin_judge.judge(e.turns[-1][1], text, end).good for e, text, end in judged]
+            good[f"{stage}_good"] = measured["good"]
+        numbers |= {f"{stage}_{name}": float(np.mean(values)) for name, values in measured.items()}
+    first, *others = map(np.asarray, scores.values())
+    for stage, other in zip(policies[1:], others, strict=True):
+        numbers[f"{stage}_win_rate"] = float((other > first).mean() + 0.5 * (other == first).mean())
 
-    records = [
-        {"prompt": example.turns, **{f"{s}_answer": said[s][i] for s in policies}}
-        | {f"{s}_score": float(scores[s][i]) for s in policies}
-        | {f"{s}_good": good[s][i] for s in good}
-        for i, example in enumerate(asked)
-    ]
+    columns = {"prompt": [example.turns for example in examples]} | answers | scores | good
+    records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     (Path(run.dir) / "evaluate.jsonl").write_text(lines, encoding="utf-8")
-    (Path(run.dir) / "evaluate.json").write_text(json.dumps({"prompts": count, **numbers}, indent=2) + "\n")
-    return format_report(policies, records[: config.show], numbers, count)
+    (Path(run.dir) / "evaluate.json").write_text(json.dumps({"prompts": len(records), **numbers}, indent=2) + "\n")
+    return format_report(policies, records[: config.show], numbers, len(records))
 
 
 def reward_accuracy(
     scorer: Pretrained, stage: str, data: DataConfig, config: EvaluateConfig, attention: Choice
 ) -> float:
-    """Share of held-out pairs whose chosen answer has the higher score; `stage` trained the scorer."""
+    """Share of held-out pairs whose chosen answer scores higher; `stage` is the stage that trained the scorer."""
     tokenizer = prepare_tokenizer(scorer.tokenizer, data.template)
     rows = select_rows(data, tokenizer, RowSpec("pair", stage), held_out=True)
     count = min(config.pairs, len(rows))
@@ -119,13 +116,13 @@ def reward_accuracy(
 
 
 def held_out_prompts(scorer: Pretrained, stage: str, data: DataConfig, limit: int) -> tuple[list[Example], Batch]:
-    """At most `limit` held-out examples whose prompts fit, no prompt twice, and the batch of those prompts.
+    """At most `limit` held-out examples with distinct prompts that fit, and the batch of those prompts.
 
     Raises:
         ValueError: there are none.
     """
     tokenizer, spec = prepare_tokenizer(scorer.tokenizer, data.template), RowSpec("prompt", stage)
-    # Some are dropped, and rows of one prompt are many in preference data: enough are read that the rest suffice.
+    # Some examples are dropped, and preference data repeat prompts: enough are read that `limit` remain.
     examples = list(itertools.islice(read_examples(data, spec, held_out=True), EXAMPLES_READ_PER_PROMPT * limit))
     if not examples:
         raise ValueError("there are no held-out prompts: train with data.held_out or an eval_path")
@@ -140,13 +137,13 @@ def score_sequences(
     scorer: Pretrained, tokens: np.ndarray, mask: np.ndarray, batch_size: int, attention: Choice = "auto"
 ) -> np.ndarray:
     """[B] scores of [B, T] sequences, `batch_size` at a time."""
-    real = mask.any(axis=0)  # padding that all rows share counts as positions, of which the model may not have so many
+    real = mask.any(axis=0)  # without the padding that all rows share, which may exceed the model's positions
     parts = chunks(batch_size, tokens[:, real], mask[:, real])
     return np.concatenate([np.asarray(score(scorer, *part, attention=attention)) for part in parts])[: len(tokens)]
 
 
 def chunks(size: int, *arrays: np.ndarray) -> list[tuple[np.ndarray, ...]]:
-    """`size` rows of each array at a time; the last chunk is filled up with its last row, so that one is compiled."""
+    """Chunks of `size` rows of each array; the last repeats its last row, so that one shape is compiled."""
     rows = len(arrays[0])
     filled = [np.pad(x, ((0, -rows % size), (0, 0)), mode="edge") for x in arrays]
     return [tuple(x[i : i + size] for x in filled) for i in range(0, rows, size)]
@@ -173,7 +170,7 @@ def sample_and_score(
 
 
 def format_report(policies: Sequence[str], records: list[dict], numbers: dict[str, float], count: int) -> str:
-    """The same prompts answered by every policy, and the numbers over all of them, as text for a terminal."""
+    """The answers of every policy to the same prompts, and the metrics over all prompts, as text for a terminal."""
     lines = []
     for record in records:
         lines.append("\n" + record["prompt"][-1][1])

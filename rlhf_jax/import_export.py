@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out of the command line: `rlhf-jax import` and `rlhf-jax export`."""
+"""Import and export of Hugging Face folders: `rlhf-jax import` and `rlhf-jax export`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ LOGGER = logging.getLogger(__name__)
 def import_model(source: str, destination: str, *, adapter: str | None = None, dtype: str | None = None) -> None:
     """Read a Hugging Face folder or hub id as training would, over all devices, and write it to `destination`.
 
-    What it does: check every tensor against config.json, merge an adapter, change the dtype, split or join files.
+    Checks every tensor against config.json, merges an adapter, changes the dtype, splits or joins files.
 
     Args:
         adapter: a PEFT folder whose LoRA is merged; with a scalar head the result is a reward model.
-        dtype: of the result; None: that of the source's files.
+        dtype: dtype of the result; None: that of the source's files.
     Raises:
-        ValueError: what `from_pretrained` and `save_pretrained` raise.
+        ValueError: errors of `from_pretrained` and `save_pretrained`.
     """
     check_absent(Path(destination))
     folder, load = local_folder(source), from_pretrained
@@ -39,18 +39,18 @@ def import_model(source: str, destination: str, *, adapter: str | None = None, d
     save_pretrained(model, destination, dtype=dtype or stored)
     kind = "reward model" if model.config.scalar_head else "language model"
     count = sum(leaf.size for leaf in model.params.values())
-    LOGGER.info(f"a {model.config.family} {kind} of {count:,} parameters, {dtype or stored}, lies in {destination}")
+    LOGGER.info(f"wrote a {model.config.family} {kind} of {count:,} parameters, {dtype or stored}, to {destination}")
 
 
 def export_run(run: str, destination: str, *, stage: str = "", adapter: bool = False, dtype: str | None = None) -> None:
-    """Write what a run has trained to a folder of its own.
+    """Write a model that a run has trained to the folder `destination`.
 
     Args:
         stage: a key of `export_folders`; "": the last stage of the run that exports a policy.
-        adapter: the LoRA adapter alone, for PEFT, in place of the whole model.
-        dtype: of the whole model; None: that of the run's export.
+        adapter: write the LoRA adapter alone, for PEFT, instead of the whole model.
+        dtype: dtype of the whole model; None: that of the run's export.
     Raises:
-        ValueError: no run, a stage that is not finished, no adapter, a destination that is there and not empty.
+        ValueError: no run, a stage that is not finished, no adapter, a destination that exists and is not empty.
     """
     if not (Path(run) / "config.toml").exists():
         raise ValueError(f"{run} is no run folder (it has no config.toml): give the run.dir of a training")
@@ -60,9 +60,9 @@ def export_run(run: str, destination: str, *, stage: str = "", adapter: bool = F
     if not folder.exists():
         done = ", ".join(name for name, place in folders.items() if (Path(run) / place).exists()) or "none"
         fix = ", or was trained without (ppo.ema_decay = 0)" if stage == "ema" else ""
-        raise ValueError(f"{stage} of {run} is not finished ({folder} is not there){fix}; finished: {done}")
+        raise ValueError(f"{stage} of {run} is not finished ({folder} does not exist){fix}; finished: {done}")
     if adapter and dtype:
-        raise ValueError("--dtype is of a whole model, an adapter is float32: leave one of them out")
+        raise ValueError("--dtype is for a whole model, an adapter is float32: leave one of them out")
     if not adapter:
         import_model(str(folder), destination, dtype=dtype)
         return
@@ -72,4 +72,4 @@ def export_run(run: str, destination: str, *, stage: str = "", adapter: bool = F
     with replace_folder(Path(destination)) as unfinished:
         shutil.copytree(folder, unfinished, dirs_exist_ok=True)
     base = read_json(folder / "adapter_config.json")["base_model_name_or_path"]
-    LOGGER.info(f"a LoRA adapter of {base} lies in {destination}")
+    LOGGER.info(f"wrote a LoRA adapter of {base} to {destination}")

@@ -63,7 +63,7 @@ def learning_rate(config: OptimConfig, total_steps: int) -> Callable[[Any], jax.
         raise ValueError(f"the run has {total_steps} optimizer steps: give it at least one")
     if warmup > total_steps:
         raise ValueError(
-            f"warmup_steps is {warmup}, longer than the run of {total_steps} steps: lower it or run longer"
+            f"warmup_steps is {warmup}, longer than the run of {total_steps} steps: lower it, or train longer"
         )
 
     def rate(step: Any) -> jax.Array:

@@ -1,4 +1,4 @@
-"""A configuration file: one section for each thing that reads it."""
+"""A configuration file: one section per component that reads it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ from rlhf_jax.stages.table import STAGES, check_stages, sources
 
 @dataclass(frozen=True)
 class Recipe:
+    """The whole configuration of a run.
+
+    Raises:
+        ValueError: stages that cannot run in this order, or a stage without a share of the data.
+    """
+
     data: DataConfig
     run: RunConfig = RunConfig()
     mesh: MeshConfig = MeshConfig()
@@ -40,15 +46,15 @@ class Recipe:
         object.__setattr__(self, "data", replace(self.data, split=split))
 
     def row_spec(self, stage: str) -> RowSpec:
-        """The rows that a stage asks for."""
+        """The rows that a stage needs."""
         config = getattr(self, stage)
         return RowSpec(STAGES[stage].rows, stage, getattr(config, "learn", "answer"), getattr(config, "pack_length", 0))
 
     def context(self, stage: str, mesh: Mesh) -> StageContext:
-        """What the stage is given; what it starts from need not be there yet."""
+        """The inputs of the stage; the exports that it starts from need not exist yet."""
         start = {kind: self.run.export(name) for kind, name in sources(stage, self.run.stages, self.model).items()}
         return StageContext(stage, self.row_spec(stage), self.run, self.layout(mesh), self.model, self.data, start)
 
     def layout(self, mesh: Mesh | AbstractMesh) -> Layout:
-        """Where all that is trained lies on the mesh of these settings."""
+        """The layout of everything that trains on this mesh."""
         return train_layout(mesh, self.mesh.zero, offload_moments=self.model.offload_optimizer)

@@ -1,4 +1,4 @@
-"""The stages of a run in order, skipping what is finished and resuming what is not."""
+"""Runs the stages of a run in order: skips finished stages and resumes interrupted ones."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ LOGGER = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe, mesh: Mesh, stages: Sequence[str] = ()) -> None:
-    """Run these stages of `run.stages`, or all of them, each unless its export is there already.
+    """Run these stages of `run.stages`, or all of them, skipping stages whose export exists.
 
     Raises:
-        ValueError: a stage that `run.stages` does not name or whose predecessors are not finished, a run that cannot
-            fit the devices, a run folder of another configuration, or what a stage says.
+        ValueError: a stage that `run.stages` does not name or whose predecessors are not finished, a run that does not
+            fit the devices, a run folder of another configuration, or an error of a stage.
     """
     run, stages = recipe.run, tuple(stages or recipe.run.stages)
     for name in stages:
         check_named(name, run.stages)
-    # RUN/config.toml may be a CONFIG later, and must not ask for deletion once more; it keeps "auto" where that stands.
-    lasting = dump_config(dataclasses.replace(recipe, run=dataclasses.replace(run, overwrite=False)))
-    kept = () if run.overwrite else [name for name in stages if run.export(name).exists()]
-    limit, waiting = device_limit(mesh), [name for name in stages if name not in kept]
+    # RUN/config.toml may be a CONFIG later, and must not delete that run then; settings that are "auto" stay "auto".
+    merged = dump_config(dataclasses.replace(recipe, run=dataclasses.replace(run, overwrite=False)))
+    waiting = [name for name in stages if run.overwrite or not run.export(name).exists()]
+    limit = device_limit(mesh)
     recipe, chosen = resolve_auto(recipe, mesh, limit, waiting)
     for text in chosen:
         LOGGER.info(f"auto: {text}")
     if limit is not None:
         check_fits(recipe, mesh, limit, waiting)
-    open_run(run, lasting)
-    # What would stop a later stage is refused before the earlier ones have run.
+    open_run(run, merged)
+    # Settings that would stop a later stage are rejected before the earlier stages run.
     for name in stages:
         with prefix_errors(name):
             getattr(recipe, name).check(name, recipe.layout(mesh))
     log_devices(mesh, recipe.model)
     for name in stages:
         if run.export(name).exists():
-            LOGGER.info(f"{name}: finished already, {run.export(name)} is there")
+            LOGGER.info(f"{name}: finished already, {run.export(name)} exists")
             continue
         context = recipe.context(name, mesh)
         if missing := [folder.parent.name for folder in context.start.values() if not folder.exists()]:
             raise ValueError(
-                f"{name} starts from what {' and '.join(missing)} leaves in {run.dir}, which is not finished: "
+                f"{name} starts from the export of {' and '.join(missing)} in {run.dir}, which is not finished: "
                 "run it first, or `train`, which runs all in order"
             )
         with prefix_errors(name):
@@ -61,7 +61,7 @@ def train(recipe: Recipe, mesh: Mesh, stages: Sequence[str] = ()) -> None:
 
 @contextmanager
 def prefix_errors(stage: str) -> Iterator[None]:
-    """Let a ValueError of the body begin with the name of the stage."""
+    """Prefix ValueErrors of the body with the name of the stage."""
     try:
         yield
     except ValueError as error:

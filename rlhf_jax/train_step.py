@@ -1,4 +1,4 @@
-"""Program two: micro-batched gradients and one optimizer step, on state that stays in its shards, by `train_layout`."""
+"""Micro-batched gradients and one optimizer step, on a training state that stays sharded by `train_layout`."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from rlhf_jax.optim import Optimizer, join_states, map_nodes, select_path, with_
 from rlhf_jax.trees import record
 
 Params = dict[str, jax.Array]
-# (parameters and adapters, micro-batch) -> (mean loss, (what the mean is over, {name: mean over the same}))
+# (parameters and adapters, micro-batch) -> (mean loss, (number of things the mean is over, {name: mean over the same}))
 LossFn = Callable[[Params, Any], tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]]
 
 
 @record
 class TrainState:
-    """What a step changes, and what a checkpoint therefore keeps.
+    """The state that a step changes, and that a checkpoint therefore keeps.
 
-    The parameters that do not train are an argument of their own wherever a state goes: `frozen`, {path: array} in any
-    dtype. They are never donated, so that several models may share them.
+    The parameters that do not train are passed separately from a state, as `frozen`, {path: array} in any dtype. They
+    are never donated, so that several models may share them.
 
     Attributes:
         step: [] int32, optimizer steps taken.
         trainable: {path: float32 array} that the optimizer changes: all parameters, or adapters and scalar head.
-        opt_state: optax state over `trainable`, split like it.
+        opt_state: optax state over `trainable`, sharded like it.
     """
 
     step: jax.Array
@@ -51,14 +51,14 @@ class Update(Protocol):
     def __call__(self, state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]: ...
 
     def lower(self, state: TrainState, frozen: Params, batch: Any) -> jax.stages.Lowered:
-        """Of arrays or of their abstract shapes."""
+        """The lowered program, from arrays or their abstract shapes."""
         ...
 
 
 def state_shardings(state: TrainState, leaves: Mapping[str, Leaf], layout: Layout) -> TrainState:
-    """A sharding for every leaf of a (possibly abstract) state: by its path where it has one, else replicated.
+    """A sharding for every leaf of a (possibly abstract) state: by its path if it has one, else replicated.
 
-    Moments lie by `layout.moments` in the memory that they rest in; counters are on the devices.
+    Moments are sharded by `layout.moments`, in the memory kind in which they are kept; counters are on the devices.
     """
 
     def sharding_by(layout: Layout, memory: str | None = None):
@@ -66,8 +66,8 @@ def state_shardings(state: TrainState, leaves: Mapping[str, Leaf], layout: Layou
             path = next((key.key for key in reversed(key_path) if isinstance(key, jax.tree_util.DictKey)), None)
             if path not in leaves or not leaf.ndim:
                 return layout.sharding(())
-            where = layout.sharding(leaves[path].axes)
-            return where.with_memory_kind(memory) if memory else where
+            by_axes = layout.sharding(leaves[path].axes)
+            return by_axes.with_memory_kind(memory) if memory else by_axes
 
         return sharding
 
@@ -79,9 +79,9 @@ def state_shardings(state: TrainState, leaves: Mapping[str, Leaf], layout: Layou
 def init_state(
     trainable: Params, tx: optax.GradientTransformation, leaves: Mapping[str, Leaf], layout: Layout
 ) -> TrainState:
-    """The state of step 0: the optimizer's moments are born in their shards, the parameters taken as they are.
+    """The state of step 0: the optimizer's moments are created in their shards; parameters are used as they are.
 
-    Moments that rest in host memory are born there, by way of the devices, one parameter's after the other.
+    Moments kept in host memory are computed on the devices and moved there, one parameter at a time.
     """
 
     def init(trainable):
@@ -95,18 +95,19 @@ def init_state(
     on_device, opt_states = dataclasses.replace(layout, moments_in=None), []
     for path, leaf in trainable.items():
         state = fresh({path: leaf}, on_device)
-        resting = jax.device_put(state, state_shardings(state, leaves, layout))
-        opt_states.append(jax.block_until_ready(resting).opt_state)
+        kept = jax.device_put(state, state_shardings(state, leaves, layout))
+        opt_states.append(jax.block_until_ready(kept).opt_state)
     return TrainState(state.step, trainable, functools.reduce(join_states, opt_states))
 
 
 @dataclasses.dataclass(frozen=True)
 class OffloadedUpdate:
-    """An update by two kinds of programs, with the moments of no more than one parameter on the devices.
+    """An update by two kinds of programs, with the moments of at most one parameter on the devices.
 
-    All gradients first, clipped. Then parameter by parameter: its moments come, `step` runs, they go back, and only
-    then the next begins: memory is given to whatever is started, so what is not started cannot take any. A gradient is
-    freed with its step, and the smallest parameters are first, so few gradients are left beside the largest moments.
+    First all gradients, clipped. Then parameter by parameter: its moments are fetched, `step` runs, and they return
+    before the next parameter starts: memory is allocated when a program is enqueued, so programs not yet enqueued hold
+    none. A gradient is freed with its step, and the smallest parameters are first, so few gradients are left when the
+    largest moments are on the devices.
     """
 
     gradients: Any  # jitted: (step, trainable, frozen, batch) -> (step + 1, gradients, metrics); donates nothing
@@ -118,11 +119,11 @@ class OffloadedUpdate:
         taken, grads, stats = self.gradients(state.step, state.trainable, frozen, batch)
         trainable, opt_states = dict(state.trainable), []
         for path in self.order(trainable):
-            resting, counters = select_path(state.opt_state, path)
-            moments = jax.device_put(resting, self.layout.moments.sharding(self.leaves[path].axes))
+            kept, counters = select_path(state.opt_state, path)
+            moments = jax.device_put(kept, self.layout.moments.sharding(self.leaves[path].axes))
             param, moments, counters = self.step({path: trainable[path]}, {path: grads.pop(path)}, moments, counters)
-            moments = jax.block_until_ready(jax.device_put(moments, jax.tree.map(lambda x: x.sharding, resting)))
-            jax.tree.map(lambda x: x.delete(), resting)
+            moments = jax.block_until_ready(jax.device_put(moments, jax.tree.map(lambda x: x.sharding, kept)))
+            jax.tree.map(lambda x: x.delete(), kept)
             trainable |= param
             opt_states.append(with_counters(moments, counters))
         return TrainState(taken, trainable, functools.reduce(join_states, opt_states)), stats
@@ -133,15 +134,15 @@ class OffloadedUpdate:
         return sorted(trainable, key=lambda path: (trainable[path].size, path))
 
     def lower(self, state: TrainState, frozen: Params, batch) -> jax.stages.Lowered:
-        """`gradients`, of arrays or of their abstract shapes."""
+        """The lowered `gradients`, from arrays or their abstract shapes."""
         return self.gradients.lower(state.step, state.trainable, frozen, batch)
 
     def arguments(self, state: TrainState, path: str) -> tuple:
         """Abstract arguments of the `step` of one parameter, on the devices."""
 
         def on_device(layout: Layout, tree):
-            where = layout.sharding(self.leaves[path].axes)
-            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+            sharding = layout.sharding(self.leaves[path].axes)
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
         moments, counters = select_path(state.opt_state, path)
         param = {path: state.trainable[path]}
@@ -149,7 +150,7 @@ class OffloadedUpdate:
 
 
 def split_micro_batches(tree, parts: int, layout: Layout):
-    """[B, ...] -> [parts, B / parts, ...] of every leaf; strided, so that every device keeps the rows it holds."""
+    """Split every leaf [B, ...] -> [parts, B / parts, ...]; strided, so that every device keeps its rows."""
 
     def split(leaf: jax.Array) -> jax.Array:
         rows = rearrange(leaf, "(b n) ... -> n b ...", n=parts)
@@ -170,17 +171,17 @@ def join_micro_batches(tree, layout: Layout):
 def make_update(
     loss_fn: LossFn, tx: optax.GradientTransformation, leaves: Mapping[str, Leaf], layout: Layout, num_micro: int
 ) -> Update:
-    """One optimizer step: update(state, frozen, batch) -> (state, metrics), compiled; all of the state is donated.
+    """One optimizer step: the jitted update(state, frozen, batch) -> (state, metrics); the whole state is donated.
 
-    Gradients of `num_micro` micro-batches are summed, each weighted by what its mean is over, and divided by the
-    total: the same as one large batch, however tokens fall. Metrics are averaged alike, and "grad_norm" is added.
-    A batch is a pytree of arrays with the batch as their first dimension.
+    Gradients of `num_micro` micro-batches are summed, each weighted by the number of things that its mean is over, and
+    divided by the total: equal to one large batch, however tokens are distributed. Metrics are averaged the same way,
+    and "grad_norm" is added. A batch is a pytree of arrays with the batch as their first dimension.
 
-    The step is computed where the moments are (ZeRO-1 and -2): each device makes its part of the new parameters, and
-    the parts are gathered to where parameters lie. Offloaded moments need an `Optimizer`.
+    The step is computed in the sharding of the moments (ZeRO-1 and -2): each device computes its part of the new
+    parameters, and the parts are gathered to the sharding of the parameters. Offloaded moments need an `Optimizer`.
     """
 
-    def laid_out(tree: Params, layout: Layout) -> Params:
+    def shard(tree: Params, layout: Layout) -> Params:
         return {path: layout.constrain(leaf, *leaves[path].axes) for path, leaf in tree.items()}
 
     def micro_step(trainable: Params, frozen: Params, micro) -> tuple[Params, jax.Array, dict]:
@@ -192,51 +193,51 @@ def make_update(
         return summed[1], weight, summed[0]
 
     def mean_gradients(trainable: Params, frozen: Params, batch) -> tuple[Params, dict]:
-        """By `layout.moments`, and the metrics."""
+        """The gradients, sharded by `layout.moments`, and the metrics."""
         micros = split_micro_batches(batch, num_micro, layout)
         first = jax.tree.map(lambda leaf: leaf[0], micros)
 
         def add(total, micro):
             grads, weight, stats = micro_step(trainable, frozen, micro)
-            return jax.tree.map(jnp.add, total, (laid_out(grads, layout.gradients), weight, stats)), None
+            return jax.tree.map(jnp.add, total, (shard(grads, layout.gradients), weight, stats)), None
 
         shapes = jax.eval_shape(micro_step, trainable, frozen, first)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        (grads, weight, stats), _ = jax.lax.scan(add, (laid_out(zeros[0], layout.gradients), *zeros[1:]), micros)
+        (grads, weight, stats), _ = jax.lax.scan(add, (shard(zeros[0], layout.gradients), *zeros[1:]), micros)
         grads, stats = jax.tree.map(lambda leaf: leaf / jnp.maximum(weight, 1), (grads, stats))
-        grads = laid_out(grads, layout.moments)
+        grads = shard(grads, layout.moments)
         return grads, stats | {"grad_norm": optax.tree.norm(grads)}
 
-    def stepped(tx_update, trainable: Params, grads: Params, opt_state) -> tuple[Params, optax.OptState]:
-        parts = laid_out(trainable, layout.moments)
+    def apply(tx_update, trainable: Params, grads: Params, opt_state) -> tuple[Params, optax.OptState]:
+        parts = shard(trainable, layout.moments)
         updates, opt_state = tx_update(grads, opt_state, parts)
-        parts = laid_out(optax.apply_updates(parts, updates), layout.moments)
-        opt_state = map_nodes(lambda x: laid_out(x, layout.moments) if isinstance(x, dict) else x, opt_state)
-        return laid_out(parts, layout), opt_state
+        parts = shard(optax.apply_updates(parts, updates), layout.moments)
+        opt_state = map_nodes(lambda x: shard(x, layout.moments) if isinstance(x, dict) else x, opt_state)
+        return shard(parts, layout), opt_state
 
     def update(state: TrainState, frozen: Params, batch) -> tuple[TrainState, dict]:
         grads, stats = mean_gradients(state.trainable, frozen, batch)
-        trainable, opt_state = stepped(tx.update, state.trainable, grads, state.opt_state)
+        trainable, opt_state = apply(tx.update, state.trainable, grads, state.opt_state)
         return TrainState(state.step + 1, trainable, opt_state), stats
 
     def gradients(step: jax.Array, trainable: Params, frozen: Params, batch) -> tuple[jax.Array, Params, dict]:
         grads, stats = mean_gradients(trainable, frozen, batch)
-        return step + 1, laid_out(tx.clip(grads), layout.moments), stats
+        return step + 1, shard(tx.clip(grads), layout.moments), stats
 
     def step(param: Params, grad: Params, moments, counters) -> tuple[Params, Any, Any]:
-        param, opt_state = stepped(tx.update_each, param, grad, with_counters(moments, counters))
+        param, opt_state = apply(tx.update_each, param, grad, with_counters(moments, counters))
         (path,) = param
         return param, *select_path(opt_state, path)
 
     if not layout.moments_in:
         return jax.jit(update, donate_argnums=0, compiler_options=RUN_OPTIONS)
-    assert isinstance(tx, Optimizer), "moments that come one by one are stepped one by one"
+    assert isinstance(tx, Optimizer), "offloaded moments need an optimizer that updates parameters one by one"
     all_gradients = jax.jit(gradients, compiler_options=RUN_OPTIONS)
     return OffloadedUpdate(all_gradients, jax.jit(step, donate_argnums=(0, 2)), leaves, layout)
 
 
 def start_ema(trainable: Params, *, offload: bool) -> Params:
-    """The moving average of step 0: copies of what trains, split as that is; `offload`: in pinned host memory."""
+    """The moving average of step 0: copies of `trainable`, sharded like it; `offload`: in pinned host memory."""
     return to_host(trainable) if offload else jax.tree.map(jnp.copy, trainable)
 
 
@@ -246,17 +247,17 @@ def make_ema_step(decay: float):
 
 
 def ema_update(step, average: Params, trainable: Params) -> Params:
-    """The average after a step of `trainable`, path by path by a `make_ema_step`; the old one is deleted.
+    """The average after a step of `trainable`, path by path with `step` of `make_ema_step`; the old one is deleted.
 
-    An average in host memory comes to the devices one path at a time, and the next when that one is back, so no more
-    than the largest array of it is ever there.
+    An average in host memory is fetched to the devices one path at a time, the next after that one has returned, so at
+    most its largest array is ever on the devices.
     """
 
-    def move(leaf: jax.Array, weights: jax.Array) -> jax.Array:
+    def update(leaf: jax.Array, weights: jax.Array) -> jax.Array:
         if not in_host_memory(leaf):
             return step(leaf, weights)
         back = jax.block_until_ready(jax.device_put(step(to_devices(leaf), weights), leaf.sharding))
         leaf.delete()
         return back
 
-    return {path: move(leaf, trainable[path]) for path, leaf in average.items()}
+    return {path: update(leaf, trainable[path]) for path, leaf in average.items()}

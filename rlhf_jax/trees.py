@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def record(cls: type[T]) -> type[T]:
-    """A frozen dataclass that is also a pytree: every field is a child, in the order of declaration."""
+    """Make a class a frozen dataclass and a pytree: every field is a child, in the order of declaration."""
     cls = dataclasses.dataclass(frozen=True)(cls)
     return jax.tree_util.register_dataclass(cls, [f.name for f in dataclasses.fields(cls)], [])
 

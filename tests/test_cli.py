@@ -302,8 +302,10 @@ def test_a_model_without_a_tokenizer_cannot_be_trained(error_line, checkpoint):
 
 def test_a_stage_without_its_predecessor_is_rejected_with_the_missing_stage(error_line, tmp_path):
     error = error_line(command="ppo")
-    assert error.startswith(f"ppo starts from what sft and reward leaves in {tmp_path / 'run'}, which is not finished")
-    assert "reward starts from what sft leaves" in error_line(command="reward")
+    assert error.startswith(
+        f"ppo starts from the export of sft and reward in {tmp_path / 'run'}, which is not finished"
+    )
+    assert "reward starts from the export of sft" in error_line(command="reward")
 
 
 def test_a_run_of_another_configuration_is_never_overwritten_unless_the_user_asks_for_it(error_line, finished_folder):
@@ -312,7 +314,7 @@ def test_a_run_of_another_configuration_is_never_overwritten_unless_the_user_ask
     assert error == (
         f"{finished_folder} holds a run of another configuration (sft.steps: 5 -> 7; ppo.kl_coef: 0.1 -> 0.2): "
         "choose another "
-        "run.dir, or set run.overwrite=true to delete that run and begin anew"
+        "run.dir, or set run.overwrite=true to delete that run and start over"
     )
     assert tree(finished_folder) == before
 

@@ -159,7 +159,7 @@ def test_missing_parts_of_a_run_are_reported_in_one_line(run, tmp_path, capsys):
     assert main(["export", str(tmp_path / "base"), out]) == 2
     assert "is no run folder (it has no config.toml)" in one_line_error(capsys)
     assert main(["export", str(run), out]) == 2
-    assert one_line_error(capsys).endswith("is not there); finished: sft, reward")
+    assert one_line_error(capsys).endswith("does not exist); finished: sft, reward")
     whole = ModelConfig()
     base = from_pretrained(tmp_path / "base")
     export_model(base, trained_state(base, whole), whole, run / "ppo" / "export")

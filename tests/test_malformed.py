@@ -823,4 +823,4 @@ def test_a_run_whose_data_have_changed_does_not_resume(tmp_path, capsys):
     path.write_bytes(path.read_bytes() + lines(pair(99)))
     capsys.readouterr()
     assert tiny_recipe.run("sft", recipe, *options) == 2
-    assert "the training data is no longer what the first 2 steps saw: bring it back" in capsys.readouterr().err
+    assert "the training data is no longer what the first 2 steps saw: restore it" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""How many steps and micro-batches a stage has, and which rows it is measured on."""
+"""Micro-batches of a stage, checks of its sizes, and the batches that it is measured on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from rlhf_jax.mesh import Layout, check_divides
 
 
 def micro_batches(stage: str, batch_size: int, micro_batch_size: int, layout: Layout) -> int:
-    """Micro-batches of one optimizer step; ValueError where sizes do not divide, with the nearest that do."""
+    """Number of micro-batches of one optimizer step.
+
+    Raises:
+        ValueError: sizes do not divide, with the nearest that do.
+    """
     shards = layout.shards("batch")
     check_divides(f"{stage}.batch_size", batch_size, shards, "devices of the mesh")
     micro = micro_batch_size or batch_size
@@ -20,27 +24,26 @@ def micro_batches(stage: str, batch_size: int, micro_batch_size: int, layout: La
 
 
 def total_steps(steps: int, epochs: int, steps_per_epoch: int) -> int:
-    """`steps` where it is given, else all of `epochs`."""
+    """`steps`, or if that is 0 the steps of all `epochs`."""
     return steps or epochs * steps_per_epoch
 
 
 def check_row_lengths(stage: str, rows: Rows, max_positions: int) -> None:
     """Raise ValueError for a row that is longer than the model's positions."""
-    longest = rows.longest
-    if longest > max_positions:
+    if rows.longest > max_positions:
         raise ValueError(
-            f"{stage}: the longest row has {longest} tokens, and the model has {max_positions} positions: "
+            f"{stage}: the longest row has {rows.longest} tokens, and the model has {max_positions} positions: "
             f"set data.max_length to at most {max_positions}"
         )
 
 
 def rows_per_source(batches: Batches, step: int) -> dict[str, int]:
-    """How many rows of a step come from each source, as metrics "rows/NAME"; {} where there is one source."""
+    """Number of rows of a step from each source, as metrics "rows/NAME"; {} if there is one source."""
     return {f"rows/{name}": count for name, count in batches.counts(step).items()}
 
 
 def held_out_batches(rows: Rows | None, batch_size: int, limit: int, layout: Layout) -> list[Batch]:
-    """At most `limit` batches of held-out rows, the same ones at every call, as large as the rows and mesh allow.
+    """At most `limit` batches of held-out rows, the same at every call, of `batch_size` or as many rows as there are.
 
     Raises:
         ValueError: fewer rows than devices.

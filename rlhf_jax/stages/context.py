@@ -1,4 +1,4 @@
-"""What a run gives to each of its stages."""
+"""The inputs that a run passes to each of its stages."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ ModelKind = Literal["policy", "scorer"]
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a stage is given in addition to its own section of the configuration."""
+    """The inputs of a stage in addition to its own section of the configuration."""
 
-    name: str  # of the stage: of its folder, and the first word of its messages
-    rows: RowSpec  # what it learns from
+    name: str  # name of the stage and of its folder, and the first word of its messages
+    rows: RowSpec  # the rows that it learns from
     run: RunConfig
-    layout: Layout  # of everything that is trained
+    layout: Layout  # layout of everything that is trained
     model: ModelConfig
     data: DataConfig
     start: Mapping[ModelKind, Path]  # the exports that it starts from, one for each kind that it needs

@@ -1,4 +1,4 @@
-"""Stage 0, only where model.actor is "new": a tokenizer and a random model, as an ordinary Hugging Face folder."""
+"""A new tokenizer and a random model as an ordinary Hugging Face folder, for model.actor = "new"."""
 
 from __future__ import annotations
 
@@ -22,34 +22,30 @@ from rlhf_jax.models.pretrained import Pretrained, save_pretrained
 from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.models import ModelConfig, NewModelConfig
 
+LOGGER = logging.getLogger(__name__)
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")  # ids 0, 1, 2
 NUM_BYTES = 256
 
-# A word with the space before it, one digit, a run of other signs, or white space. Digits never join: a model of a few
-# layers adds and sorts far better when every number is spelled in the same ten signs.
+# A word with the space before it, one digit, a run of other characters, or whitespace. Digits never merge: a model of a
+# few layers adds and sorts far better when every number is written with the same ten tokens.
 PIECES = Regex(r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, so that every text has an encoding and comes back equal.
+    """A byte-level BPE tokenizer: every text has an encoding, and decoding returns the same text.
 
     The vocabulary is <pad>, <s>, </s>, the 256 bytes and merges learned from `texts`; it is smaller than `vocab_size`
-    where the texts have no more merges to give. Nothing is added around a text. `save_pretrained` writes a folder that
+    if the texts have too few merges. No tokens are added around a text. `save_pretrained` writes a folder that
     `AutoTokenizer` opens. Raises ValueError if `vocab_size` is below 259.
     """
     smallest = len(SPECIAL_TOKENS) + NUM_BYTES
     if vocab_size < smallest:
-        raise ValueError(
-            f"vocab_size {vocab_size} cannot hold the bytes and the special tokens: use {smallest} or more"
-        )
+        raise ValueError(f"vocab_size {vocab_size} cannot hold the bytes and special tokens: use {smallest} or more")
     pad, bos, eos = SPECIAL_TOKENS
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(PIECES, behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(PIECES, behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -63,11 +59,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-LOGGER = logging.getLogger(__name__)
-
-
 def make_hf_config(new: NewModelConfig, vocab_size: int) -> dict[str, Any]:
-    """The config.json of a new model, without the ids of its tokenizer."""
+    """The config.json of a new model, without the token ids of its tokenizer."""
     return {
         "model_type": "llama",
         "vocab_size": vocab_size,
@@ -91,18 +84,15 @@ def make_tokenizer(model: ModelConfig, data: DataConfig, rows: RowSpec) -> PreTr
 
 
 def make_base_model(context: StageContext) -> str:
-    """The folder that training starts from: RUN/base, made where it is not there yet, or what model.actor names."""
+    """The folder that training starts from: model.actor, or for "new" RUN/base, which is created if missing."""
     run, model = context.run, context.model
     if model.actor != "new":
         return model.actor
     folder = run.folder("base")
     if not folder.exists():
         tokenizer = make_tokenizer(model, context.data, context.rows)
-        hf = make_hf_config(model.new, len(tokenizer)) | {
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
+        ids = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad")}
+        hf = make_hf_config(model.new, len(tokenizer)) | ids
         config, layout = decoder_config(hf, scalar_head=False), Layout(context.layout.mesh, TRAIN)
         params = init_params(config, jax.random.key(run.seed), layout)
         save_pretrained(Pretrained(config, params, tokenizer, hf, {}, layout), folder)

@@ -1,4 +1,4 @@
-"""The loop that every stage runs in: resume, step, log, evaluate, save."""
+"""The training loop of every stage: resume, step, log, evaluate, save."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def train_loop(
     """Run steps up to `total_steps` from the last checkpoint, or from `state` where there is none.
 
     Args:
-        state: what a checkpoint keeps, a pytree of arrays. They are the loop's own: deleted where a checkpoint
-            replaces them.
+        state: the checkpointed pytree of arrays. The loop owns them: it deletes them where a checkpoint replaces them.
         step_fn: (state, step counted from 0) -> (state, metrics of the step). It depends on nothing else, so a resumed
             run equals an uninterrupted one.
-        rows: what the stage trains on; a run resumes only on the same.
-        headline: the metrics on the progress bar.
-        evaluate: held-out metrics: before the first step, every `eval_every` steps (0: never) and after the last.
+        rows: the training rows; a run resumes only with the same ones.
+        headline: metrics on the progress bar.
+        evaluate: returns held-out metrics: called before the first step, every `eval_every` steps (0: never) and after
+            the last.
     Raises:
         ValueError: the rows have changed since the checkpoint.
     """
@@ -51,7 +51,7 @@ def train_loop(
             LOGGER.info(f"{stage} {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in held_out.items()))
 
     def log(step: int, stats: Mapping[str, Any]) -> None:
-        # What is not finite is always written, which stops the run before a checkpoint can keep it.
+        # Values that are not finite are always written, which stops the run before they reach a checkpoint.
         is_wrong = not all(map(math.isfinite, stats.values()))
         if is_wrong or step == total_steps or step % run.log_every == 0:
             metrics.write(step, stats)
@@ -61,33 +61,33 @@ def train_loop(
         start = checkpoints.latest_step() or 0
         if start:
             abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-            # Freed before the saved ones come, as the caller may hold them too, and memory may have room for one state.
+            # Freed before the saved arrays are read: the caller may hold these too, and memory may fit only one state.
             jax.tree.map(lambda x: x.delete(), state)
             state, meta = checkpoints.restore(start, abstract)
             if meta["data"] != rows.fingerprint:
                 raise ValueError(
-                    f"{stage}: the training data is no longer what the first {start} steps saw: bring it back, choose "
-                    f"another run.dir, or delete {context.folder} to begin the stage anew"
+                    f"{stage}: the training data is no longer what the first {start} steps saw: restore it, choose "
+                    f"another run.dir, or delete {context.folder} to restart the stage"
                 )
         with Metrics(Path(run.dir), stage, total_steps=total_steps, start_step=start) as metrics:
             if start:
                 LOGGER.info(f"{stage}: resumed at step {start} of {total_steps}")
             else:
                 measure(0)
-            late: tuple[int, Mapping[str, Any]] | None = None
+            unlogged: tuple[int, Mapping[str, Any]] | None = None
             for step in range(start, total_steps):
                 state, stats = step_fn(state, step)
                 done = step + 1
                 is_last = done == total_steps
                 is_measured = is_last or (eval_every > 0 and done % eval_every == 0)
                 is_saved = is_last or done % run.save_every == 0
-                # A step's metrics are read one step later, so that the host never waits for what it has just started.
-                if late:
-                    log(*late)
-                late = (done, stats)
+                # A step's metrics are read one step later, so that the host never waits for the step just started.
+                if unlogged:
+                    log(*unlogged)
+                unlogged = (done, stats)
                 if is_measured or is_saved:
-                    log(*late)
-                    late = None
+                    log(*unlogged)
+                    unlogged = None
                 if is_measured:
                     measure(done)
                 if is_saved:

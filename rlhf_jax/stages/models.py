@@ -1,4 +1,4 @@
-"""The models of a run: where they come from, what of them trains, and how they leave."""
+"""Loading, training state and export of the models of a run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from rlhf_jax.trees import partition
 
 LOGGER = logging.getLogger(__name__)
 Dtype = Literal["float32", "bfloat16"]
-Switch = Literal[True, False, "auto"]  # "auto": as the plan chooses
+Switch = Literal[True, False, "auto"]  # "auto": the plan chooses
 FrozenDtype = Literal["float32", "bfloat16", "int8", "nf4"]
 
 
@@ -65,7 +65,7 @@ class ModelConfig:
     frozen_dtype: FrozenDtype = "float32"
     export_dtype: Dtype = "float32"  # dtype of the exported folders
     # What the backward pass recomputes. "layers": all but each layer's input, least memory and a third more work;
-    # "dots": all but those and the products' outputs (over one copy a GPU recomputes nothing then); "none".
+    # "dots": all but those and the products' outputs (with one_copy a GPU then recomputes nothing); "none".
     remat: Literal["layers", "dots", "none", "auto"] = "layers"
     one_copy: Switch = False  # under LoRA: generate from the training base with unmerged adapters, not from a copy
     offload_optimizer: Switch = False  # keep optimizer moments in pinned host memory, on the devices one at a time
@@ -78,7 +78,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.frozen_dtype in QUANTISED_KINDS and not self.lora.rank:
             raise ValueError(
-                f'frozen_dtype="{self.frozen_dtype}" is of a base under LoRA, and here every weight of the actor '
+                f'frozen_dtype="{self.frozen_dtype}" is for a base under LoRA, and here every weight of the actor '
                 'trains: set lora = { rank = 16 }, or frozen_dtype = "bfloat16"'
             )
         if self.one_copy is True and not self.can_share:
@@ -102,7 +102,7 @@ class ModelConfig:
         return Compute(jnp.dtype(self.dtype), self.remat, self.logprob_chunk, self.attention)
 
     def stored_dtype(self, *, scalar_head: bool) -> Dtype:
-        """What a model is loaded in: what trains is float32, so only a base under adapters may be smaller."""
+        """The dtype to load a model in: trained weights are float32, so only a base under LoRA may be smaller."""
         lora = self.reward_lora if scalar_head else self.lora
         return self.frozen_dtype if lora.rank else "float32"
 
@@ -120,15 +120,15 @@ def load_model(
     seed: int = 0,
     one_copy: bool = False,
 ) -> Pretrained:
-    """A model with its tokenizer, its parameters where `layout` has them.
+    """A model with its tokenizer, its parameters sharded by `layout`.
 
     Args:
-        seed: of a new scalar head.
-        one_copy: lay out for generation what that can share.
+        seed: seed of a new scalar head.
+        one_copy: shard by GENERATE the parameters that generation can share.
     Raises:
-        ValueError: what `from_pretrained` says, no tokenizer, or a tensor axis that does not divide the model.
+        ValueError: an error of `from_pretrained`, no tokenizer, or a tensor axis that does not divide the model.
     """
-    assert isinstance(one_copy, bool), "the plan has chosen before anything is loaded"
+    assert isinstance(one_copy, bool), "the plan chooses before models are loaded"
     dtype, mesh = settings.stored_dtype(scalar_head=scalar_head), layout.mesh
     if scalar_head:
         model = reward_from_pretrained(path, mesh=mesh, dtype=dtype, seed=seed)
@@ -144,26 +144,24 @@ def load_model(
 
 
 def relayout(model: Pretrained, layout: Layout) -> Pretrained:
-    """A model that is split by TRAIN, in another layout; each of its arrays is let go as its successor comes."""
+    """A model that is sharded by TRAIN, in another layout; each array is freed once its replacement exists."""
     if layout.table == TRAIN:
         return dataclasses.replace(model, layout=layout)
     params = {}
-    for path, axes in {path: leaf.axes for path, leaf in abstract_params(model.config).items()}.items():
-        leaf = model.params.pop(path)
-        if not isinstance(leaf, Unstacked):  # which lies by GENERATE already
-            where = (
-                quantised_shardings(axes, leaf.kind, layout) if isinstance(leaf, Quantised) else layout.sharding(axes)
-            )
-            leaf = jax.block_until_ready(jax.device_put(leaf, where))
-        params[path] = leaf
+    for path, abstract in abstract_params(model.config).items():
+        leaf, target = model.params.pop(path), layout.sharding(abstract.axes)
+        if isinstance(leaf, Quantised):
+            target = quantised_shardings(abstract.axes, leaf.kind, layout)
+        # Unstacked weights are sharded by GENERATE already.
+        params[path] = leaf if isinstance(leaf, Unstacked) else jax.block_until_ready(jax.device_put(leaf, target))
     return dataclasses.replace(model, params=params, layout=layout)
 
 
 def log_devices(mesh: Mesh, settings: ModelConfig) -> None:
-    """Log the devices, and the attention where the models have no say in it.
+    """Log the devices, and the attention kernel where it does not depend on the models.
 
     Raises:
-        ValueError: model.attention is "cudnn" and these devices cannot.
+        ValueError: model.attention is "cudnn" and these devices do not support it.
     """
     kernel, device = kernel_for_devices(mesh, jnp.dtype(settings.dtype), settings.attention), mesh.devices.flat[0]
     attention = f"; attention: XLA ({kernel.reason})" if kernel.name == "xla" else ""
@@ -180,12 +178,12 @@ def log_attention(
     decodes: bool = False,
     packed: bool = False,
 ) -> None:
-    """Log which kernel attends on rows of up to `length` tokens, and why, unless `log_devices` has.
+    """Log the attention kernel for rows of up to `length` tokens, and why, unless `log_devices` has logged it.
 
     Args:
         packed: whether a row may hold several documents.
     Raises:
-        ValueError: model.attention is "cudnn" and this model, or packed rows, cannot.
+        ValueError: model.attention is "cudnn" and this model, or packed rows, do not support it.
     """
     mesh, dtype = model.layout.mesh, jnp.dtype(settings.dtype)
     kernel = kernel_for_mesh(mesh, model.config, dtype, length, settings.attention, packed=packed)
@@ -196,7 +194,7 @@ def log_attention(
 def make_state(
     model: Pretrained, settings: ModelConfig, tx: optax.GradientTransformation, seed: int
 ) -> tuple[TrainState, Params]:
-    """The training state of a loaded model and what of it is frozen. New adapters change nothing yet."""
+    """The training state of a loaded model, and its frozen parameters. New adapters do not change the model."""
     config, layout = settings.with_lora(model.config), model.layout
     lora, adapters = config.lora, init_params(config, jax.random.key(seed), layout, only=is_adapter)
     if lora.rank and not adapters:
@@ -207,9 +205,9 @@ def make_state(
 
 
 def copy_frozen(params: Params, dtype: FrozenDtype) -> Params:
-    """The same weights in `dtype` and in arrays of their own, split as they are.
+    """Copies of the weights in `dtype` and with the same shardings.
 
-    Quantised ones stay what they are; what was trained whole is not quantised, but bfloat16.
+    Quantised weights keep their dtype; for a quantised `dtype` all others are copied in bfloat16.
     """
     dtype = UNQUANTISED_DTYPE if dtype in QUANTISED_KINDS else dtype
 
@@ -220,7 +218,7 @@ def copy_frozen(params: Params, dtype: FrozenDtype) -> Params:
 
 
 def export_model(model: Pretrained, params: Params, settings: ModelConfig, folder: Path) -> None:
-    """Write what was trained as a Hugging Face folder, adapters merged; and adapters alone to `folder`_adapter."""
+    """Write the trained model as a Hugging Face folder, adapters merged; and adapters alone to `folder`_adapter."""
     config, pad = settings.with_lora(model.config), {"pad_token_id": model.tokenizer.pad_token_id}
     ids = {key: model.hf_config[key] for key in ("bos_token_id",) if model.hf_config.get(key) is not None}
     ends = sorted({*eos_ids(model), *stop_ids(model.tokenizer)})
@@ -229,7 +227,7 @@ def export_model(model: Pretrained, params: Params, settings: ModelConfig, folde
         config=config,
         params=params,
         generation_config=ids | model.generation_config | pad | {"eos_token_id": ends},
-        # Whoever scores with the model pads by its tokenizer, and transformers looks for the padding by this id.
+        # Callers that score with the model pad with its tokenizer, and transformers finds the padding by this id.
         hf_config={**model.hf_config, **(pad if model.config.scalar_head else {})},
     )
     if config.lora.rank:  # before the whole model, whose folder says that the stage is finished

@@ -1,4 +1,4 @@
-"""Stage 3, PPO against the reward model (Ouyang et al. 2022, section 3.5), through the hybrid engine."""
+"""Stage 3: PPO against the reward model (Ouyang et al. 2022, section 3.5), run by the hybrid engine."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from rlhf_jax.engine import (
     Optimizers,
     Sampling,
     ScoredRollout,
+    Stats,
     make_engine,
 )
 from rlhf_jax.mesh import Layout, check_divides, to_devices, to_host
@@ -41,12 +42,15 @@ from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.loop import train_loop
 from rlhf_jax.stages.models import ModelConfig, copy_frozen, export_model, load_model, log_attention, make_state
 from rlhf_jax.train_step import Params, start_ema
+from rlhf_jax.trees import partition
 
 LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PPOConfig:
+    """The [ppo] section."""
+
     epochs: int = 1  # passes over the prompts
     steps: int = 0  # iterations of generate, score and update; 0: as `epochs` says
     rollout_batch_size: int = 64  # prompts answered in one iteration, over all devices, each sample.num_samples times
@@ -72,7 +76,7 @@ class PPOConfig:
             raise ValueError(f"ema_decay={self.ema_decay:g}: at least 0 (no average) and below 1, such as 0.992")
 
     def check(self, name: str, layout: Layout) -> None:
-        """Raise ValueError for sizes that do not divide, a policy without ratios, and schedules that do not fit."""
+        """Raise ValueError for sizes that do not divide, filtered sampling, and schedules that do not fit the steps."""
         ppo_sizes(self, layout)
         check_learnable(self.sample)
         if self.steps:
@@ -81,21 +85,21 @@ class PPOConfig:
 
     @property
     def rollouts(self) -> int:
-        """Answers of one iteration."""
+        """Number of answers of one iteration."""
         return self.rollout_batch_size * self.sample.num_samples
 
     @property
     def update_size(self) -> int:
-        """Rollouts of one optimizer step."""
+        """Number of rollouts of one optimizer step."""
         return self.batch_size or self.rollouts
 
     def updates(self, steps: int) -> int:
-        """Optimizer steps of so many iterations."""
+        """Number of optimizer steps in `steps` iterations."""
         return steps * self.ppo_epochs * self.rollouts // self.update_size
 
 
 def ppo_sizes(config: PPOConfig, layout: Layout) -> tuple[int, int]:
-    """Rollouts and micro-batches of one optimizer step; ValueError where sizes do not divide."""
+    """Rollouts and micro-batches of one optimizer step. Raises ValueError where sizes do not divide."""
     check_divides("ppo.rollout_batch_size", config.rollout_batch_size, layout.shards("batch"), "devices of the mesh")
     batch_size = config.update_size
     num_micro = micro_batches("ppo", batch_size, config.micro_batch_size, layout)
@@ -106,14 +110,13 @@ def ppo_sizes(config: PPOConfig, layout: Layout) -> tuple[int, int]:
 
 
 def ppo_optimizers(config: PPOConfig, updates: int) -> Optimizers:
-    """Of a run of so many optimizer steps."""
+    """The optimizers of a run of `updates` optimizer steps."""
     return Optimizers(make_optimizer(config.actor, updates), make_optimizer(config.critic, updates), config.ema_decay)
 
 
 def ppo_algorithm(config: PPOConfig) -> Algorithm:
     """Generalised advantages, clipped policy loss, clipped value loss."""
-    parts = (functools.partial(part, config=config) for part in (estimate, actor_loss, critic_loss))
-    return Algorithm(*parts)
+    return Algorithm(*(functools.partial(part, config=config) for part in (estimate, actor_loss, critic_loss)))
 
 
 def ppo_engine(
@@ -139,71 +142,66 @@ def ppo_engine(
 def ppo_models(
     actor: Pretrained, critic: Pretrained, model: ModelConfig, optimizers: Optimizers, seed: int
 ) -> tuple[EngineState, FrozenParams]:
-    """What PPO trains and what is frozen, from a loaded actor and a loaded reward model that the critic starts from.
+    """The trained state and the frozen parameters, from a loaded actor and a loaded reward model.
 
-    Reference and moving average lie where `model.offload_reference` and `model.offload_ema` say.
+    The critic starts from the reward model. Reference and moving average are in host memory if
+    `model.offload_reference` and `model.offload_ema` are set, else on the devices.
     """
     assert "auto" not in (model.offload_reference, model.offload_ema), "the plan resolves this"
-    # What training donates must not be what scores, so of that reference and reward model have copies of their own.
+    # Training donates its parameters, so reference and reward model have copies of all parameters that train.
     reference = {} if model.lora.rank else copy_frozen(actor.params, model.frozen_dtype)
     if model.offload_reference:
         reference = to_host(reference)
     critic_state, critic_frozen = make_state(critic, model, optimizers.critic, seed)
-    reward = {path: leaf for path, leaf in critic.params.items() if path in critic_frozen}
-    reward |= copy_frozen(
-        {path: leaf for path, leaf in critic.params.items() if path not in reward}, model.frozen_dtype
-    )
+    reward, copied = partition(critic.params, lambda path: path in critic_frozen)
+    reward |= copy_frozen(copied, model.frozen_dtype)
     actor_state, actor_frozen = make_state(actor, model, optimizers.actor, seed)
     average = start_ema(actor_state.trainable, offload=model.offload_ema) if optimizers.ema_decay else {}
     state = EngineState(actor_state, critic_state, average)
     return state, FrozenParams(actor_frozen, critic_frozen, reference, reward)
 
 
-def log_lengths(actor: Pretrained, critic: Pretrained, model: ModelConfig, longest: int, new: int) -> None:
-    """Log the attention of both models on prompts of up to `longest` tokens and `new` ones.
+def log_models(name: str, actor: Pretrained, critic: Pretrained, model: ModelConfig, config: PPOConfig, longest: int):
+    """Log the attention of both models on prompts of up to `longest` tokens, and offload settings without effect.
 
     Raises:
-        ValueError: a model has fewer positions.
+        ValueError: a model has too few positions.
     """
     for each in (actor, critic):
-        check_positions(each.config, longest, new)
-    length = bucket_length(longest) + new
-    log_attention("ppo, actor", actor, model, length, phases="training, scoring and prefill", decodes=True)
-    log_attention("ppo, critic and reward model", critic, model, length, phases="training and scoring")
-
-
-def log_offload(model: ModelConfig, config: PPOConfig) -> None:
-    """Log which switches of offload have nothing to do."""
+        check_positions(each.config, longest, config.sample.max_new_tokens)
+    length = bucket_length(longest) + config.sample.max_new_tokens
+    log_attention(f"{name}, actor", actor, model, length, phases="training, scoring and prefill", decodes=True)
+    log_attention(f"{name}, critic and reward model", critic, model, length, phases="training and scoring")
     if model.offload_reference and model.lora.rank:
-        LOGGER.info("ppo: offload_reference has nothing to do: the reference is the actor's base without adapters")
+        LOGGER.info(f"{name}: offload_reference has nothing to do: the reference is the actor's base without adapters")
     if model.offload_ema and not config.ema_decay:
-        LOGGER.info("ppo: offload_ema has nothing to do: there is no moving average (ppo.ema_decay = 0)")
+        LOGGER.info(f"{name}: offload_ema has nothing to do: there is no moving average ({name}.ema_decay = 0)")
 
 
-def log_publish(publish: Publish, params: Params, model: ModelConfig) -> dict[str, float]:
-    """`publish_bytes` of a compiled publish; where they cannot be counted the reason is logged, and {} returned."""
+def count_publish_bytes(name: str, publish: Publish, params: Params, model: ModelConfig) -> dict[str, float]:
+    """`publish_bytes` of a compiled publish; {} where they cannot be counted, with the reason logged."""
     try:
         return publish_bytes(publish, params, model.compute.dtype)
     except ValueError as error:
-        LOGGER.info(f"ppo: the bytes of publish are not counted: {error}")
+        LOGGER.info(f"{name}: the bytes of publish are not counted: {error}")
         return {}
 
 
 def run_ppo(context: StageContext, config: PPOConfig) -> None:
     """Train a policy against the reward model of the same run.
 
-    Leaves RUN/NAME/export and export_critic, and with `ema_decay` export_ema: the moving average of the actor, which is
-    of the adapters under LoRA, and then merged.
+    Writes RUN/NAME/export and export_critic, and with `ema_decay` export_ema: the moving average of the actor; under
+    LoRA that of the adapters, merged.
     """
-    run, layout, model = context.run, context.layout, context.model
+    name, run, layout, model = context.name, context.run, context.layout, context.model
     actor = load_model(context.start["policy"], model, layout, one_copy=model.one_copy)
     critic = load_model(context.start["scorer"], model, layout, scalar_head=True)
     tokenizer = prepare_tokenizer(actor.tokenizer, context.data.template)
     if tokenizer.get_vocab() != critic.tokenizer.get_vocab():
         raise ValueError("actor and reward model have different vocabularies: PPO scores the actor's own tokens")
     rows = select_rows(context.data, tokenizer, context.rows, held_out=False)
-    LOGGER.info(f"ppo: prompts: {rows.report}")
-    log_lengths(actor, critic, model, rows.longest, config.sample.max_new_tokens)
+    LOGGER.info(f"{name}: prompts: {rows.report}")
+    log_models(name, actor, critic, model, config, rows.longest)
     prompts = Batches(rows, batch_size=config.rollout_batch_size, seed=run.seed, side="left")
     steps = total_steps(config.steps, config.epochs, prompts.steps_per_epoch)
     prefetch, updates = Prefetch(prompts, steps), config.updates(steps)
@@ -211,13 +209,23 @@ def run_ppo(context: StageContext, config: PPOConfig) -> None:
     optimizers = ppo_optimizers(config, updates)
     engine = ppo_engine(config, model, actor.config, critic.config, optimizers, eos_ids(actor), layout)
     state, frozen = ppo_models(actor, critic, model, optimizers, run.seed)
-    log_offload(model, config)
     publish = engine.publish.compile(state.actor.params(frozen.actor))
-    constants, shapes = log_publish(publish, state.actor.params(frozen.actor), model), set()
+    constants, shapes = count_publish_bytes(name, publish, state.actor.params(frozen.actor), model), set()
     rates = learning_rate(config.actor, updates), learning_rate(config.critic, updates)
 
+    def update_passes(state: EngineState, experience: Experience, step: int) -> tuple[EngineState, list[Stats]]:
+        """`ppo_epochs` passes over the rollouts, each in its own order; also the metrics of each optimizer step."""
+        collected = []
+        for epoch in range(config.ppo_epochs):
+            order = np.random.RandomState([run.seed, step, epoch]).permutation(config.rollouts)
+            for index in order.reshape(-1, config.update_size):
+                part = experience if len(index) == config.rollouts else take_rows(experience, index)
+                state, stats = engine.update(state, frozen, part)
+                collected.append(stats)
+        return state, collected
+
     def step_fn(state: EngineState, step: int):
-        """One iteration, by the steps of Ouyang et al. 2022, figure 2, step 3."""
+        """One iteration, in the steps of Ouyang et al. 2022, figure 2, step 3."""
         # 1. New prompts are sampled from the data set.
         clock, batch = PhaseTimer(), prefetch[step]
         # 2. The policy generates outputs.
@@ -230,54 +238,35 @@ def run_ppo(context: StageContext, config: PPOConfig) -> None:
         experience = clock.lap("score", engine.score(state, frozen, rollout))
         clock.lap("keep", write_rollouts(context, step + 1, tokenizer, rollout, experience))
         # 4. The rewards are used to update the policy, and the critic, by PPO.
-        state, collected = update_passes(engine, state, frozen, experience, config, (run.seed, step))
+        state, collected = update_passes(state, experience, step)
         clock.lap("update", collected)
         stats = {**rollout_metrics(experience, rollout), "decode_steps": rollout.steps.max()}
-        stats |= {name: float(np.mean([float(part[name]) for part in collected])) for name in collected[0]}
+        stats |= {key: float(np.mean([float(part[key]) for part in collected])) for key in collected[0]}
         stats |= {"actor_learning_rate": rates[0](state.actor.step - 1)}
         stats |= {"critic_learning_rate": rates[1](state.critic.step - 1)}
-        tokens = int(experience.mask.sum())  # prompts and answers, over the whole iteration
-        stats |= rows_per_source(prompts, step)
-        stats |= constants | clock.seconds | {"tokens_per_second": tokens / sum(clock.seconds.values())}
-        return state, stats
+        stats |= rows_per_source(prompts, step) | constants | clock.seconds
+        tokens = int(experience.mask.sum())  # prompts and answers of the whole iteration
+        return state, stats | {"tokens_per_second": tokens / sum(clock.seconds.values())}
 
     headline = ("score_mean", "kl", "response_length")
     state = train_loop(context, steps, state, step_fn, rows=rows, headline=headline)
     lengths = len({bucket_length(n) for n in range(1, rows.longest + 1)})
-    LOGGER.info(f"ppo: programs of generation: {len(shapes)}, of at most {lengths} for these prompts")
+    LOGGER.info(f"{name}: programs of generation: {len(shapes)}, of at most {lengths} for these prompts")
     export_model(critic, state.critic.params(frozen.critic), model, context.folder / "export_critic")
     if state.average:
-        # On the devices it takes the room that an update needs for the gradients.
+        # On the devices the average takes the memory that an update needs for the gradients.
         export_model(actor, frozen.actor | to_devices(state.average), model, context.folder / "export_ema")
     export_model(actor, state.actor.params(frozen.actor), model, context.export)
 
 
 @jax.jit
 def take_rows(experience: Experience, index: np.ndarray) -> Experience:
+    """The rollouts at `index` [n] of the batch."""
     return jax.tree.map(lambda leaf: leaf[index], experience)
 
 
-def update_passes(
-    engine: Engine,
-    state: EngineState,
-    frozen: FrozenParams,
-    experience: Experience,
-    config: PPOConfig,
-    seed: tuple[int, ...],
-) -> tuple[EngineState, list[dict[str, jax.Array]]]:
-    """`ppo_epochs` passes over the rollouts, each in an order of its own; the metrics of each optimizer step."""
-    collected = []
-    for epoch in range(config.ppo_epochs):
-        order = np.random.RandomState([*seed, epoch]).permutation(config.rollouts)
-        for index in order.reshape(-1, config.update_size):
-            part = experience if len(index) == config.rollouts else take_rows(experience, index)
-            state, stats = engine.update(state, frozen, part)
-            collected.append(stats)
-    return state, collected
-
-
 def shaped_rewards(scored: ScoredRollout, config: PPOConfig) -> jax.Array:
-    """[B, N]: the KL penalty of every token, and the score, less the penalty for no EOS, on the last."""
+    """[B, N]: the KL penalty on every token, and on the last the score minus the penalty for a missing EOS."""
     score = scored.score - config.missing_eos_penalty * ~scored.ended
     logprobs, mask = (scored.logprobs, scored.ref_logprobs), scored.action_mask
     return ppo.token_rewards(score, *logprobs, mask, kl_coef=config.kl_coef, clip=config.score_clip)
@@ -285,25 +274,22 @@ def shaped_rewards(scored: ScoredRollout, config: PPOConfig) -> jax.Array:
 
 def estimate(scored: ScoredRollout, config: PPOConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rewards, advantages and returns, [B, N] each."""
-    gained, mask = shaped_rewards(scored, config), scored.action_mask
-    advantages, returns = ppo.gae(gained, scored.values, mask, gamma=config.gamma, lam=config.lam)
-    return gained, masked.whiten(advantages, mask) if config.whiten_advantages else advantages, returns
+    rewards, mask = shaped_rewards(scored, config), scored.action_mask
+    advantages, returns = ppo.gae(rewards, scored.values, mask, gamma=config.gamma, lam=config.lam)
+    return rewards, masked.whiten(advantages, mask) if config.whiten_advantages else advantages, returns
 
 
 def actor_loss(logprobs: jax.Array, entropy: jax.Array, experience: Experience, config: PPOConfig):
-    """The clipped policy loss of a micro-batch, and what is logged of it."""
+    """The clipped policy loss of a micro-batch, and its metrics."""
     old, mask = experience.logprobs, experience.action_mask
-    loss = ppo.policy_loss(logprobs, old, experience.advantages, mask, clip=config.clip)
-    stats = {
-        "clip_fraction": ppo.policy_clip_fraction(logprobs, old, experience.advantages, mask, clip=config.clip),
-        "approx_kl": ppo.approximate_kl(logprobs, old, mask),
-        "entropy": masked.mean(entropy, mask),
-    }
-    return loss, stats
+    ratios = logprobs, old, experience.advantages, mask
+    stats = {"clip_fraction": ppo.policy_clip_fraction(*ratios, clip=config.clip)}
+    stats |= {"approx_kl": ppo.approximate_kl(logprobs, old, mask), "entropy": masked.mean(entropy, mask)}
+    return ppo.policy_loss(*ratios, clip=config.clip), stats
 
 
 def critic_loss(values: jax.Array, experience: Experience, config: PPOConfig):
-    """The clipped value loss of a micro-batch, and what is logged of it."""
+    """The clipped value loss of a micro-batch, and its metrics."""
     old, returns, mask = experience.values, experience.returns, experience.action_mask
     loss = ppo.value_loss(values, old, returns, mask, clip=config.value_clip)
     return loss, {"clip_fraction": ppo.value_clip_fraction(values, old, returns, mask, clip=config.value_clip)}
@@ -311,7 +297,7 @@ def critic_loss(values: jax.Array, experience: Experience, config: PPOConfig):
 
 @jax.jit
 def rollout_metrics(experience: Experience, rollout: Rollout) -> dict[str, jax.Array]:
-    """What an iteration's experience tells: score, KL, lengths, how good the critic was."""
+    """Metrics of an iteration's experience: score, KL, lengths, quality of the critic."""
     mask = experience.action_mask
     kl = ppo.sequence_kl(experience.logprobs, experience.ref_logprobs, mask)
     return {
@@ -324,7 +310,7 @@ def rollout_metrics(experience: Experience, rollout: Rollout) -> dict[str, jax.A
         "explained_variance": ppo.explained_variance(experience.values, experience.returns, mask),
         "response_length": mask.sum(axis=1).mean(),
         "ended_by_eos": experience.ended.mean(),
-        # How far what was sampled from is from what is trained; 0 but for rounding.
+        # Difference between the policy that sampled and the one that trains; 0 except for rounding.
         "logprob_mismatch": masked.mean(jnp.abs(rollout.logprobs - experience.logprobs), mask),
     }
 
@@ -351,13 +337,14 @@ def write_rollouts(context: StageContext, step: int, tokenizer, rollout: Rollout
 
 
 class PhaseTimer:
-    """Seconds of each phase, from the end of the one before to when its arrays are there."""
+    """Seconds of each phase, from the end of the previous phase until its arrays are ready."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, phase: str, result):
+        """End `phase` when the arrays of `result` are ready, and return `result`."""
         jax.block_until_ready(result)
         now = time.perf_counter()
         self.seconds[f"seconds_{phase}"] = now - self._last

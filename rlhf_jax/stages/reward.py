@@ -31,7 +31,7 @@ def reward_objective(config: DecoderConfig, compute: Compute, layout: Layout) ->
     """The pairwise loss of a scalar head on preference pairs."""
 
     def scores(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """[B, 2] of the chosen and the rejected answer, and the balance loss."""
+        """Scores [B, 2] of the chosen and the rejected answer, and the balance loss."""
         tokens, mask = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.mask))
         hidden, balance = bind(config, params).with_balance_loss(tokens, mask, compute, layout)
         return scalar_scores(params, last_hidden(hidden, mask)).reshape(-1, 2), balance
@@ -47,7 +47,7 @@ def reward_objective(config: DecoderConfig, compute: Compute, layout: Layout) ->
         lengths = np.concatenate([batch.mask.sum(-1) for batch in batches])
         return {
             "held_out_accuracy": float((scored[:, 0] > scored[:, 1]).mean()),
-            # What a judge of length alone would reach; ties count half.
+            # The accuracy of a judge that prefers the longer answer; ties count half.
             "held_out_longer_is_chosen": float((0.5 + 0.5 * np.sign(lengths[:, 0] - lengths[:, 1])).mean()),
             "held_out_chosen_score": float(scored[:, 0].mean()),
             "held_out_rejected_score": float(scored[:, 1].mean()),
@@ -58,6 +58,6 @@ def reward_objective(config: DecoderConfig, compute: Compute, layout: Layout) ->
 
 
 def run_reward(context: StageContext, config: RewardConfig) -> None:
-    """Train a scalar head, and the model under it: this run's policy, or the one that model.reward names."""
+    """Train a scalar head and its model, which starts from this run's policy or the model that model.reward names."""
     start = context.start.get("policy", context.model.reward)
     run_supervised(context, config, start, reward_objective, scalar_head=True)

@@ -1,4 +1,4 @@
-"""The run folder: where a run lies, and which configuration it belongs to."""
+"""The run folder, and the configuration that it belongs to."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 from rlhf_jax.config import differences
 from rlhf_jax.data.splits import named_shares
 
-# Of the models, what says how and where they are computed and leaves the results alone but for rounding.
+# Settings of how and where models are computed, which change results by rounding only.
 EXECUTION_KEYS = ("remat", "one_copy", "offload_optimizer", "offload_reference", "offload_ema")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run lies, its stages, and how often it is saved."""
+    """The folder of a run, its stages, and how often it is saved."""
 
     dir: str = "runs/run"  # the run folder
-    # The stages in their order. Each starts from what the latest stage before it left of what it needs.
+    # The stages in order. Each starts from the latest exports before it of the kinds that it needs.
     stages: tuple[str, ...] = ("sft", "reward", "ppo")
     seed: int = 0  # seed of initialisation, data order and sampling, but not of the split of the data
     overwrite: bool = False  # start over in a folder that holds a run of another configuration, deleting that run
@@ -40,12 +40,12 @@ class RunConfig:
         return Path(self.dir) / stage
 
     def export(self, stage: str) -> Path:
-        """The stage's Hugging Face folder; it appears whole, so where it is the stage is finished."""
+        """The stage's Hugging Face folder; it appears complete, so if it exists the stage is finished."""
         return self.folder(stage) / "export"
 
 
 def open_run(run: RunConfig, merged: str) -> None:
-    """Make the run folder and write its config.toml, or check that the one there says the same.
+    """Create the run folder and write its config.toml, or check that the existing one is the same.
 
     Args:
         merged: the merged configuration as TOML.
@@ -56,17 +56,17 @@ def open_run(run: RunConfig, merged: str) -> None:
     if path.exists():
         old, new = tomllib.loads(path.read_text()), tomllib.loads(merged)
         names = list(dict.fromkeys([*_stages(old), *_stages(new)]))
-        # A stage that has not begun has nothing to lose: its corrected section takes the place of the old one.
+        # A stage that has not begun has nothing to lose: its corrected section replaces the old one.
         begun = [name for name in names if (folder / name).exists()]
         changed = differences(_result_settings(old, begun), _result_settings(new, begun))
         if changed and begun and not run.overwrite:
             raise ValueError(
                 f"{folder} holds a run of another configuration ({'; '.join(changed)}): choose another run.dir, or set "
-                "run.overwrite=true to delete that run and begin anew"
+                "run.overwrite=true to delete that run and start over"
             )
         if changed:
             for name in (*names, "base", "tensorboard"):
-                if (folder / name).exists():  # what cannot be deleted is an error: a stage would resume from it
+                if (folder / name).exists():  # a failure to delete is an error: a stage would resume from the rest
                     shutil.rmtree(folder / name)
             for name in ("evaluate.json", "evaluate.jsonl"):
                 (folder / name).unlink(missing_ok=True)
@@ -77,7 +77,7 @@ def open_run(run: RunConfig, merged: str) -> None:
 
 
 def check_same_data(run: RunConfig, merged: str) -> None:
-    """Check that the run was trained on the data of this configuration, so that what is held out was never seen.
+    """Check that the run was trained on the data of this configuration, so that held-out rows were never trained on.
 
     Raises:
         ValueError: it was not.
@@ -87,7 +87,7 @@ def check_same_data(run: RunConfig, merged: str) -> None:
         before, now = ({"data": _data(tomllib.loads(text))} for text in (path.read_text(), merged))
         if changed := differences(before, now):
             raise ValueError(
-                f"{run.dir} was trained on other data ({'; '.join(changed)}), so it may have seen what these hold out: "
+                f"{run.dir} was trained on other data ({'; '.join(changed)}), so it may have trained on held-out rows: "
                 f"evaluate it with its own configuration, {path}"
             )
 
@@ -97,9 +97,9 @@ def _stages(tables: Mapping[str, Any]) -> list[str]:
 
 
 def _result_settings(tables: Mapping[str, Any], begun: Sequence[str]) -> dict[str, Any]:
-    """What of a configuration the results of the stages that have begun depend on.
+    """The settings that the results of the stages that have begun depend on.
 
-    Not where the run lies, how often it is saved, what it runs on, or which stages come later.
+    Without the folder of the run, save interval, hardware, and stages that come later.
     """
     names = _stages(tables)
     last = max((names.index(name) for name in begun if name in names), default=-1)
@@ -112,8 +112,8 @@ def _result_settings(tables: Mapping[str, Any], begun: Sequence[str]) -> dict[st
 
 
 def _data(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """The data of a configuration, but for where their tokens are kept."""
+    """The data settings of a configuration, except for the folder that caches tokens."""
     split = tables["data"]["split"]
-    if isinstance(split, str):  # as older versions wrote it
+    if isinstance(split, str):  # the notation of older versions
         split = named_shares(split, RunConfig.stages, {})
     return {key: value for key, value in tables["data"].items() if key != "cache_dir"} | {"split": split}

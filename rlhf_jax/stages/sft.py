@@ -27,7 +27,7 @@ class SFTConfig(SupervisedConfig):
     """The [sft] section."""
 
     learn: Learn = "answer"  # the last answer, every turn of the "assistant", or "everything"
-    pack_length: int = 0  # tokens of a row that holds several documents, none of which sees another; 0: one document
+    pack_length: int = 0  # tokens per row of several documents, which do not attend to each other; 0: one document
     optim: OptimConfig = OptimConfig(learning_rate=9.65e-6)  # the optimizer
 
 
@@ -35,7 +35,7 @@ def sft_objective(config: DecoderConfig, compute: Compute, layout: Layout) -> Ob
     """The mean negative log-likelihood of the tokens in the loss mask."""
 
     def losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The mean over the learned tokens, the balance loss, and how many tokens are learned."""
+        """The mean over the tokens with loss, the balance loss, and the number of those tokens."""
         rows = batch.tokens, batch.mask
         hidden, balance = bind(config, params).with_balance_loss(*rows, compute, layout, batch.segments)
         head, options = head_kernel(config, params), head_options(config, params)

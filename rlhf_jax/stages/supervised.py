@@ -1,4 +1,4 @@
-"""The page that the supervised stages share: load, batches, held-out rows, loop, export."""
+"""What supervised stages share: model, batches, held-out rows, training loop, export."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SupervisedConfig:
     steps: int = 0  # optimizer steps; 0: as `epochs` says
     batch_size: int = 64  # rows of one optimizer step, over all devices; a pair is one row
     micro_batch_size: int = 0  # rows of one forward and backward pass, over all devices; 0: batch_size
-    length_buckets: int = 1  # lengths that rows are padded to, at most; each is compiled once
+    length_buckets: int = 1  # number of lengths that rows are padded to, at most; each is compiled once
     eval_every: int = 0  # steps between held-out measurements; 0: only at the start and the end
     eval_batches: int = 8  # held-out batches, at most; 0: never measure
     optim: OptimConfig = OptimConfig(learning_rate=1e-5)  # the optimizer
@@ -50,22 +50,19 @@ class SupervisedConfig:
 
 
 class Objective(NamedTuple):
-    """What a supervised stage learns, and how it is measured.
+    """Loss and held-out metrics of a supervised stage.
 
     Attributes:
-        loss: (params, batch) -> (loss, (weight, metrics)), as `make_update` takes it.
+        loss: (params, batch) -> (loss, (weight, metrics)), the `LossFn` of `make_update`.
         measure: (params, batch) -> arrays of a held-out batch; to be jitted.
-        summarize: (what `measure` gives for each held-out batch, those batches) -> held-out metrics.
-        headline: the metrics on the progress bar.
+        summarize: (results of `measure` for each held-out batch, those batches) -> held-out metrics.
+        headline: metrics on the progress bar.
     """
 
     loss: Callable
     measure: Callable
     summarize: Callable[[Sequence[Any], Sequence[Batch]], Mapping[str, float]]
     headline: tuple[str, ...]
-
-
-MakeObjective = Callable[[DecoderConfig, Compute, Layout], Objective]
 
 
 def make_programs(
@@ -80,11 +77,11 @@ def run_supervised(
     context: StageContext,
     config: SupervisedConfig,
     start: str | Path,
-    make_objective: MakeObjective,
+    make_objective: Callable[[DecoderConfig, Compute, Layout], Objective],
     *,
     scalar_head: bool = False,
 ) -> None:
-    """Train the model in the folder (or with the hub id) `start`; leaves RUN/NAME/export."""
+    """Train the model in the folder (or with the hub id) `start`; writes RUN/NAME/export."""
     name, run, layout, model = context.name, context.run, context.layout, context.model
     pretrained = load_model(start, model, layout, scalar_head=scalar_head, seed=run.seed)
     tokenizer = prepare_tokenizer(pretrained.tokenizer, context.data.template)
@@ -98,9 +95,8 @@ def run_supervised(
     rows = rows_of(held_out=False)
     held_out = rows_of(held_out=True) if config.eval_batches else None
     LOGGER.info(f"{name}: training data: {rows.report}; held out: {held_out.report if held_out else 'unused'}")
-    batches = Batches(
-        rows, batch_size=config.batch_size, seed=run.seed, buckets=config.length_buckets, width=context.rows.pack_length
-    )
+    lengths = dict(buckets=config.length_buckets, width=context.rows.pack_length)
+    batches = Batches(rows, batch_size=config.batch_size, seed=run.seed, **lengths)
     log_attention(name, pretrained, model, batches.lengths[-1], packed=rows.is_packed)
     measured = held_out_batches(held_out, config.batch_size // num_micro, config.eval_batches * num_micro, layout)
     if rows.endless and not config.steps:
@@ -122,14 +118,6 @@ def run_supervised(
         each = [jax.device_get(measure(state.params(frozen), layout.put_batch(batch))) for batch in measured]
         return objective.summarize(each, measured) if measured else {}
 
-    state = train_loop(
-        context,
-        steps,
-        state,
-        step_fn,
-        rows=rows,
-        evaluate=evaluate,
-        eval_every=config.eval_every,
-        headline=objective.headline,
-    )
+    held_out_metrics = dict(evaluate=evaluate, eval_every=config.eval_every)
+    state = train_loop(context, steps, state, step_fn, rows=rows, headline=objective.headline, **held_out_metrics)
     export_model(pretrained, state.params(frozen), model, context.export)

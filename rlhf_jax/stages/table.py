@@ -1,4 +1,4 @@
-"""The table of stages: the one place that lists them.
+"""The table of stages, the only list of them.
 
 A new stage is its own file, its objective, one row here, and its section in the recipe.
 """
@@ -24,15 +24,15 @@ class Stage:
     """One row of the table.
 
     Attributes:
-        name: of its command, its section of the configuration and its folder in the run folder.
-        help: of its command.
-        rows: the kind of row that it learns from.
-        share: of the prompts, where `data.split` does not say.
-        exports: the kind of model in RUN/NAME/export.
-        run: (context, its section of the configuration) -> None; leaves the exports.
-        needs: the kinds of models that it starts from, each left by an earlier stage of the run.
-        objective: of a supervised stage, for the plan.
-        more_exports: {name for `rlhf-jax export --stage`: folder in RUN/NAME} of what else it leaves.
+        name: name of its command, its section of the configuration and its folder in the run folder.
+        help: help text of its command.
+        rows: kind of row that it learns from.
+        share: its share of the prompts if `data.split` does not name it.
+        exports: kind of model in RUN/NAME/export.
+        run: (context, its section of the configuration) -> None; writes the exports.
+        needs: kinds of models that it starts from, each exported by an earlier stage of the run.
+        objective: objective of a supervised stage, for the plan.
+        more_exports: {name for `rlhf-jax export --stage`: folder in RUN/NAME} of its other exports.
     """
 
     name: str
@@ -49,19 +49,22 @@ class Stage:
 _ROWS = (
     Stage("sft", "supervised fine-tuning alone", "demonstration", 2.0, "policy", run_sft, objective=sft_objective),
     Stage(
-        *("reward", "the reward model alone", "pair", 4.0, "scorer", run_reward),
+        name="reward",
+        help="the reward model alone",
+        rows="pair",
+        share=4.0,
+        exports="scorer",
+        run=run_reward,
         needs=lambda model: ("policy",) if model.reward_from_policy else (),
         objective=reward_objective,
     ),
     Stage(
-        *(
-            "ppo",
-            "PPO alone, after a policy and a reward model in the same run folder",
-            "prompt",
-            4.0,
-            "policy",
-            run_ppo,
-        ),
+        name="ppo",
+        help="PPO alone, after a policy and a reward model in the same run folder",
+        rows="prompt",
+        share=4.0,
+        exports="policy",
+        run=run_ppo,
         needs=lambda model: ("policy", "scorer"),
         more_exports={"critic": "export_critic", "ema": "export_ema"},
     ),
@@ -70,7 +73,7 @@ STAGES: Mapping[str, Stage] = {stage.name: stage for stage in _ROWS}
 
 
 def check_stages(names: Sequence[str], model: ModelConfig) -> None:
-    """Raise ValueError for `run.stages` with an unknown or repeated name, or a stage without what it starts from."""
+    """Raise ValueError for `run.stages` with an unknown or repeated name, or a stage without a model to start from."""
     if unknown := [name for name in names if name not in STAGES]:
         raise ValueError(f"run.stages names {', '.join(unknown)}; the stages are {', '.join(STAGES)}")
     if not names or len(set(names)) < len(names):
@@ -93,7 +96,7 @@ def check_named(name: str, names: Sequence[str]) -> None:
 
 
 def exporters(kind: ModelKind, names: Iterable[str]) -> list[str]:
-    """Of these stages the names of those that export such a model, in order."""
+    """The names of those of these stages that export a model of this kind, in order."""
     return [name for name in names if STAGES[name].exports == kind]
 
 
@@ -105,14 +108,12 @@ def sources(name: str, names: Sequence[str], model: ModelConfig) -> dict[ModelKi
 
 
 def latest_export(kind: ModelKind, run: RunConfig) -> Path | None:
-    """The export of the last stage of the run that has left such a model; None where none has."""
+    """The export of the last stage of the run that has exported a model of this kind; None if there is none."""
     folders = [run.export(name) for name in exporters(kind, run.stages)]
     return next((folder for folder in reversed(folders) if folder.exists()), None)
 
 
 def export_folders() -> dict[str, str]:
     """{name for `rlhf-jax export --stage`: folder in the run folder} of everything that any stage exports."""
-    folders = {name: f"{name}/export" for name in STAGES}
-    for name, stage in STAGES.items():
-        folders |= {other: f"{name}/{folder}" for other, folder in stage.more_exports.items()}
-    return folders
+    more = {other: f"{name}/{path}" for name, stage in STAGES.items() for other, path in stage.more_exports.items()}
+    return {name: f"{name}/export" for name in STAGES} | more

@@ -64,9 +64,7 @@ def evaluate(run: RunConfig, mesh: Mesh, data: DataConfig, config: EvaluateConfi
     dtype, attention = model.dtype, model.attention
     policies, scorers = (exporters(kind, run.stages) for kind in ("policy", "scorer"))
     if not policies or not scorers:
-        raise ValueError(
-            f"run.stages = {list(run.stages)}: evaluate needs a stage that exports a policy and one that exports a scorer"
-        )
+        raise ValueError(f"run.stages = {list(run.stages)}: evaluate needs stages that export a policy and a scorer")
     missing = [stage for stage in (*policies, scorers[-1]) if not run.export(stage).exists()]
     if missing:
         raise ValueError(f"{run.dir}: {', '.join(missing)} not finished (no export folder): run `rlhf-jax train` first")

@@ -15,7 +15,7 @@ from rlhf_jax.models.decoder import bind, last_hidden, scalar_scores
 from rlhf_jax.objectives.preference import pairwise_loss
 from rlhf_jax.optim import OptimConfig
 from rlhf_jax.stages.context import StageContext
-from rlhf_jax.stages.supervised import Objective, SupervisedConfig, run_supervised
+from rlhf_jax.stages.supervised import Objective, SupervisedConfig, run_supervised_stage
 from rlhf_jax.train_step import Params
 
 
@@ -60,4 +60,4 @@ def reward_objective(config: DecoderConfig, compute: Compute, layout: Layout) ->
 def run_reward(context: StageContext, config: RewardConfig) -> None:
     """Train a scalar head and its model, which starts from this run's policy or the model that model.reward names."""
     start = context.start.get("policy", context.model.reward)
-    run_supervised(context, config, start, reward_objective, scalar_head=True)
+    run_supervised_stage(context, config, start, reward_objective, scalar_head=True)

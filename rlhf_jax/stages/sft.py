@@ -18,7 +18,7 @@ from rlhf_jax.objectives.sft import nll
 from rlhf_jax.optim import OptimConfig
 from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.from_scratch import make_base_model
-from rlhf_jax.stages.supervised import Objective, SupervisedConfig, run_supervised
+from rlhf_jax.stages.supervised import Objective, SupervisedConfig, run_supervised_stage
 from rlhf_jax.train_step import Params
 
 
@@ -56,4 +56,4 @@ def sft_objective(config: DecoderConfig, compute: Compute, layout: Layout) -> Ob
 
 def run_sft(context: StageContext, config: SFTConfig) -> None:
     """Fine-tune the language model that model.actor names."""
-    run_supervised(context, config, make_base_model(context), sft_objective)
+    run_supervised_stage(context, config, make_base_model(context), sft_objective)

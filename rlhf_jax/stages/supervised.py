@@ -73,7 +73,7 @@ def make_programs(
     return update, jax.jit(objective.measure, compiler_options=RUN_OPTIONS)
 
 
-def run_supervised(
+def run_supervised_stage(
     context: StageContext,
     config: SupervisedConfig,
     start: str | Path,

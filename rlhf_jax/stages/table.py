@@ -89,7 +89,7 @@ def check_stages(names: Sequence[str], model: ModelConfig) -> None:
                 )
 
 
-def check_named(name: str, names: Sequence[str]) -> None:
+def check_stage_name(name: str, names: Sequence[str]) -> None:
     """Raise ValueError for a stage that is not one of `run.stages`."""
     if name not in names:
         raise ValueError(f"{name} is not a stage of this run, run.stages = {list(names)}: add it there")

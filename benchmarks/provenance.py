@@ -43,9 +43,10 @@ def record(name: str, result: dict[str, Any], *keys: str, machine: str = "") -> 
 
 
 def command() -> str:
-    """What was typed, as `python -m benchmarks.demo --seeds 0`."""
-    module = sys.modules["__main__"].__spec__.name.removesuffix(".__main__")
-    return shlex.join(["python", "-m", module, *sys.argv[1:]])
+    """The command line of this process, such as `python -m benchmarks.demo --seeds 0`."""
+    spec = sys.modules["__main__"].__spec__  # None for a script that was not started by `-m`
+    program = ["-m", spec.name.removesuffix(".__main__")] if spec else sys.argv[:1]
+    return shlex.join(["python", *program, *sys.argv[1:]])
 
 
 def commit() -> str:

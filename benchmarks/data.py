@@ -1,10 +1,10 @@
-"""One million dialogues through `data/`: how fast they are tokenised, how much memory that takes, how soon a second run
-begins, and how fast batches are served, compared with what a model consumes.
+"""One million dialogues through `data/`: the speed and memory of tokenisation, the time until a second run
+starts, and the rate of batches compared with what a model consumes.
 
     python -m benchmarks.data [--rows 1000000] [--folder runs/data]
 
 Everything is generated: the text (about 1 KB per dialogue, words by Zipf's law) and a byte-level BPE of 16,000 tokens
-trained on some of it. Each part runs in its own process, so that its memory is its own.
+trained on a part of it. Each part runs in its own process, so that its memory is measured separately.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.provenance import record
 
-WORDS_PER_ROW = (40, 130)  # of the prompt and of the answer, on average
+WORDS_PER_ROW = (40, 130)  # means of the prompt and the answer
 VOCABULARY = 60_000
 SEED = 0
 
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def make_rows(path: Path, count: int) -> None:
-    """Dialogues as JSON lines with prompt and answer, unless the file is there."""
+    """Dialogues as JSON lines with prompt and answer, unless the file exists."""
     if path.exists():
         return
     rng = np.random.default_rng(SEED)
@@ -98,7 +98,7 @@ def rows_in(folder: Path, tokenizer):
 
 
 def tokenizers_alone(folder: Path) -> dict[str, float]:
-    """The rendered texts of a tenth of the rows through the tokenizers library, in batches of 1024, nothing kept."""
+    """Tokenizes the texts of a tenth of the rows with the tokenizers library alone, in batches of 1024."""
     tokenizer = tokenizer_in(folder)
     size = (folder / "dialogues.jsonl").stat().st_size
     with open(folder / "dialogues.jsonl", encoding="utf-8") as file:
@@ -118,7 +118,7 @@ def tokenizers_alone(folder: Path) -> dict[str, float]:
 
 
 def first_run(folder: Path) -> dict[str, float]:
-    """Everything from the file to the rows, nothing kept before."""
+    """Everything from the file to the rows, with an empty cache."""
     import shutil
 
     shutil.rmtree(folder / "cache", ignore_errors=True)
@@ -166,7 +166,7 @@ def second_run(folder: Path) -> dict[str, float]:
 
 
 def consumption(folder: Path) -> dict[str, float]:
-    """SFT of the demo's model on such rows: what a step of 64 takes on this machine."""
+    """SFT of the demo's model on these rows: the time of a step of 64 rows on this machine."""
     import dataclasses
 
     import jax
@@ -217,7 +217,7 @@ PARTS = {
 
 
 class Memory:
-    """Resident memory while the body runs, in bytes: the most, and how much it grew after a fifth of the samples."""
+    """Resident memory while the body runs, in bytes: the peak, and the growth after a fifth of the samples."""
 
     def __enter__(self) -> Memory:
         self._samples: list[int] = []

@@ -1,8 +1,8 @@
-"""The demo for several seeds: seconds of each stage, and its held-out figures with sampled and with greedy answers.
+"""The demo for several seeds: seconds of each stage, and held-out metrics with sampled and with greedy answers.
 
     python -m benchmarks.demo [--seeds 0 1 2] [key=value ...]
 
-Five minutes of two cores per seed. Runs in runs/benchmark-demo/SEED, with caches of its own, so that the seconds
+Five minutes on two cores per seed. Runs in runs/benchmark-demo/SEED with separate caches, so that the seconds
 include compiling and tokenising. `key=value` changes keys of configs/demo.toml.
 """
 

@@ -1,11 +1,11 @@
-"""What fits which card, by plans compiled for cards that are not attached; nothing is run and nothing is timed.
+"""Which models fit which card, by plans compiled for cards that are not attached; nothing is run or timed.
 
-    python -m benchmarks.fit [NAME ...]            # DeepSpeed-Chat's largest model for each card, and what fits here
+    python -m benchmarks.fit [NAME ...]            # DeepSpeed-Chat's largest model per card, and what fits here
     python -m benchmarks.fit --headers [NAME ...]  # writes each configuration's plan into its header
-    python -m benchmarks.fit --check [NAME ...]    # says which headers are no longer what the plan says
+    python -m benchmarks.fit --check [NAME ...]    # lists headers that differ from the plan
 
-Needs JAX's CUDA plugin, no GPU, no network (rlhf_jax/plan/known_models.toml has what is needed of the models). NAME is
-a file of configs/ without its ending.
+Needs JAX's CUDA plugin, no GPU, no network (rlhf_jax/plan/known_models.toml describes the models). NAME is
+a file of configs/ without its suffix.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rlhf_jax.recipe import Recipe
 CONFIGS = Path(__file__).parent.parent / "configs"
 GIB = 2**30
 PHASES = ("publish", "generate", "score", "actor", "critic")
-# The largest models of DeepSpeed-Chat's published tables, with ZeRO, LoRA and offload as it sees fit; and ours.
+# The largest models in DeepSpeed-Chat's published tables, with ZeRO, LoRA and offloading as used there; and ours.
 LARGEST = (
     ("1xA6000-48GB", "OPT-6.7B", ("opt-13b-a6000-single_gpu", "opt-30b-nf4-single_gpu")),
     ("1xA100-40GB", "OPT-6.7B", ("opt-13b-single_gpu",)),
@@ -64,7 +64,7 @@ def main() -> int:
 
 
 def planned_configs() -> list[Path]:
-    """Those that name their hardware."""
+    """The configurations that name their hardware."""
     return [path for path in sorted(CONFIGS.glob("*.toml")) if hardware_of_config(path)]
 
 
@@ -84,7 +84,7 @@ def header(plan: dict[str, Any]) -> str:
 
 
 def largest_models(names: list[str]) -> Iterator[dict[str, Any]]:
-    """Per configuration of LARGEST the card, the models, how the actor trains, and bytes on one GPU by phase of PPO."""
+    """For each entry of LARGEST: card, models, how the actor trains, and bytes on one GPU per phase of PPO."""
     for gpus, largest, configs in LARGEST:
         for name in configs:
             if names and name not in names:

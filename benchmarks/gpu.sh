@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Measures this machine's NVIDIA GPU in under nine minutes: parity tests, decoding, peak memory against the plan, and the
-# seconds of PPO's phases. Writes benchmarks/results/DEVICE-DATE.json and .md; exit code 1 if a part failed, whose error
-# is then in both. Takes the Python that PYTHON names (python3) where its JAX sees a GPU and all that is needed is
-# there; else makes .venv and installs (minutes more, the first time).
-#   benchmarks/gpu.sh            all of it, on the GPU
-#   benchmarks/gpu.sh --small    the same at toy size, on a CPU too: tries the script, and tells nothing of a GPU
+# Measures this machine's NVIDIA GPU in under nine minutes: parity tests, decoding, peak memory against the plan, and
+# the seconds of PPO's phases. Writes benchmarks/results/DEVICE-DATE.json and .md; exit code 1 if a part failed, whose
+# error is then in both. Uses the Python named by PYTHON (python3) if its JAX sees a GPU and all dependencies are
+# installed; otherwise makes .venv and installs them (some more minutes, the first time).
+#   benchmarks/gpu.sh            everything, on the GPU
+#   benchmarks/gpu.sh --small    the same at toy size, also on a CPU: tests the script, and says nothing about a GPU
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -27,7 +27,7 @@ if [[ -z $python ]] || ! said=$(serves "$python" 2>&1); then
         echo "this machine has no nvidia-smi, so no NVIDIA GPU: try the script at toy size with --small" >&2
         exit 1
     fi
-    echo "${PYTHON:-python3} does not serve (${said:+$(tail -n 1 <<<"$said")}): using .venv" >&2
+    echo "${PYTHON:-python3} cannot be used (${said:+$(tail -n 1 <<<"$said")}): using .venv" >&2
     source scripts/venv.sh
     extra=test
     if [[ $wanted == gpu ]]; then

@@ -1,9 +1,9 @@
-"""A random OPT-1.3B in and out on eight simulated devices: peak memory, and speed against a plain copy.
+"""Import and export of a random OPT-1.3B on eight simulated devices: peak memory, and speed against a plain copy.
 
     python -m benchmarks.import_export [FOLDER]
 
-Makes the checkpoint, 2.6 GB of float16 in four files, in FOLDER (default: runs/opt-1.3b-random) unless it is there, and
-needs twice as much disk besides, which is freed. Linux only.
+Makes the checkpoint, 2.6 GB of float16 in four files, in FOLDER (default: runs/opt-1.3b-random) unless it exists, and
+needs twice as much additional disk space, which is freed. Linux only.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from benchmarks.provenance import record
 
 HIDDEN, WIDTH, LAYERS, HEADS, VOCAB, POSITIONS = 2048, 8192, 24, 32, 50272, 2048
 DEVICES = 8
-TRIALS = 3  # the fastest counts; memory is that of the first
-WARM_BYTES = 6 * 10**9  # touched and given back first: what a virtual machine was never given before comes slowly
+TRIALS = 3  # the fastest is reported; memory is that of the first
+WARM_BYTES = 6 * 10**9  # touched and freed first: pages new to a virtual machine are slow
 CONFIG = {
     "architectures": ["OPTForCausalLM"],
     "model_type": "opt",
@@ -53,7 +53,7 @@ def main(folder: Path) -> None:
         make_checkpoint(folder)
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
-        file.read_bytes()  # so that all that follows finds them in the page cache
+        file.read_bytes()  # so that they are in the page cache
     for dtype in ("float32", "float16"):
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
         environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
@@ -63,7 +63,7 @@ def main(folder: Path) -> None:
 
 
 def make_checkpoint(folder: Path) -> None:
-    """Six layers a file, the embeddings in the first."""
+    """Writes six layers per file, with the embeddings in the first."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     weight_map = {}
@@ -77,7 +77,7 @@ def make_checkpoint(folder: Path) -> None:
         save_file(tensors, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(shapes, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(CONFIG))  # last: with it the checkpoint is there
+    (folder / "config.json").write_text(json.dumps(CONFIG))  # last: it marks the checkpoint as complete
 
 
 def outer_shapes() -> dict[str, tuple[int, ...]]:
@@ -100,12 +100,12 @@ def layer_shapes(layer: str) -> dict[str, tuple[int, ...]]:
 
 
 class Watch(threading.Thread):
-    """Seconds, and peaks of memory above that of the beginning, of a call."""
+    """Measures the seconds of a call and its peak memory above that at the start."""
 
     def __init__(self):
         super().__init__(daemon=True)
         self.ended = threading.Event()
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         self.before = self.peak = memory("VmHWM", "RssAnon")
 
     def run(self) -> None:
@@ -122,12 +122,12 @@ class Watch(threading.Thread):
         return result
 
     def peaks(self) -> tuple[int, ...]:
-        """Bytes of resident memory, as the kernel keeps them, and of that which is no page of a file, as sampled."""
+        """Peak bytes of resident memory (from the kernel) and of anonymous memory (sampled)."""
         return tuple(peak - before for peak, before in zip(self.peak, self.before, strict=True))
 
 
 def memory(*names: str) -> tuple[int, ...]:
-    """Bytes of this process, by the kernel's names."""
+    """Bytes of this process for these names in /proc."""
     lines = Path("/proc/self/status").read_text().splitlines()
     found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
     return tuple(found[name] for name in names)
@@ -140,13 +140,13 @@ def measure(folder: Path, dtype: str) -> None:
     from rlhf_jax.mesh import MeshConfig, make_mesh
 
     mesh = make_mesh(MeshConfig(fsdp=DEVICES))
-    jax.block_until_ready(jax.jit(lambda x: x + 1)(np.zeros(3)))  # what the compiler loads belongs to no import
+    jax.block_until_ready(jax.jit(lambda x: x + 1)(np.zeros(3)))  # loads the compiler, which is not part of the import
     np.ones(WARM_BYTES, np.uint8)
     files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     out, copy = folder.with_name(f"{folder.name}.out"), folder.with_name(f"{folder.name}.copy")
     loading, saving, copying = [], [], []
     for trial in range(TRIALS):
-        model = None  # the last trial's is given back before the next one's comes
+        model = None  # frees the model of one trial before the next
         gc.collect()
         watch = Watch()
         model = watch.call(lambda: rlhf_jax.from_pretrained(folder, mesh=mesh, dtype=dtype))

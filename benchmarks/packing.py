@@ -1,8 +1,8 @@
-"""The padding of SFT's rows with one document per row, and with several packed into a row.
+"""The padding of SFT rows with one document per row and with several packed into a row.
 
     python -m benchmarks.packing FILE [--length 512] [--vocab-size 8192]
 
-FILE is JSON lines with the fields prompt and chosen. A BPE tokenizer is trained on its chosen answers.
+FILE is JSON lines with the fields prompt and chosen. A BPE tokenizer is trained on the chosen answers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every file of benchmarks/results/ names: the command, the commit, the date and the machine of a measurement."""
+"""Provenance in every file of benchmarks/results/: command, commit, date and machine of a measurement."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def record(name: str, result: dict[str, Any], *keys: str, machine: str = "") -> 
 
     Args:
         result: the numbers, JSON values.
-        keys: a run whose result has the same values of these is replaced, and the others stay; none: all are replaced.
-        machine: the accelerator that was measured; "": this machine's CPU.
+        keys: runs whose results have the same values for these keys are replaced, others kept; none: all are replaced.
+        machine: the accelerator measured; "": this machine's CPU.
     """
     run = {
         "command": command(),
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
         "machine": machine or cpu(),
-        "result": json.loads(json.dumps(result)),  # as it reads back: seeds compare as they are stored
+        "result": json.loads(json.dumps(result)),  # as read back from JSON, so that keys compare equal
     }
     path = RESULTS / f"{name}.json"
     runs = json.loads(path.read_text(encoding="utf-8")) if keys and path.exists() else []
@@ -50,7 +50,7 @@ def command() -> str:
 
 
 def commit() -> str:
-    """The checked-out commit, with "-dirty" where tracked files other than results and documents differ from it."""
+    """The checked-out commit, with "-dirty" if tracked files other than results and documents differ from it."""
     git = ["git", "-C", str(RESULTS.parent)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     if head.returncode:
@@ -61,7 +61,7 @@ def commit() -> str:
 
 
 def cpu() -> str:
-    """The processor's name and how many cores this process may use."""
+    """The name of the processor and the number of cores that this process may use."""
     described = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name = re.search(r"^model name\s*: (.+)$", described, re.MULTILINE)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

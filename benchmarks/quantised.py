@@ -1,10 +1,10 @@
-"""What a quantised base costs: errors of a trained model's kernels and logits, and LoRA on it against LoRA on float32.
+"""The cost of a quantised base: errors of a trained model's kernels and logits, and LoRA on it against float32.
 
-    python -m benchmarks.quantised                                        (seed 0, seven minutes of two cores)
+    python -m benchmarks.quantised                                        (seed 0, seven minutes on two cores)
     python -m benchmarks.quantised --seeds 0 1 2 --steps 750 --kinds nf4  (a quarter of an hour per seed)
 
-Trains the demo's model by SFT on questions about numbers alone (runs/quantised/SEED/base). From there LoRA over a
-float32, an int8 and an NF4 base learns to look up facts, of which the base has seen nothing, on the same rows. No GPU,
+Trains the demo's model by SFT on questions about numbers only (runs/quantised/SEED/base). From there LoRA over a
+float32, an int8 and an NF4 base learns, on the same rows, to look up facts, which the base has never seen. No GPU,
 no network.
 """
 
@@ -37,7 +37,7 @@ from rlhf_jax.stages.from_scratch import make_base_model
 
 CONFIG, RUNS = "configs/demo.toml", Path("runs/quantised")
 BASE_STEPS = 150
-LOOK_UP = re.compile(r"The |In the |.* (lives in|likes) ")  # how a prompt begins that states the fact it asks for
+LOOK_UP = re.compile(r"The |In the |.* (lives in|likes) ")  # start of a prompt that states the requested fact
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def one_seed(seed: int, runs: Path, args: argparse.Namespace) -> dict:
     shutil.rmtree(runs, ignore_errors=True)
     options = [f"run.seed={seed}", f"data.builtin_seed={seed}"]
     numbers, look_ups = write_kinds(load_config(CONFIG, options, Recipe).data, runs)
-    # The tokenizer is of all questions, as a pretrained model's knows more than it was last trained on.
+    # The tokenizer is trained on all questions, as that of a pretrained model covers more than its fine-tuning data.
     recipe = load_config(CONFIG, [*options, f"run.dir={runs / 'new'}", "run.overwrite=true"], Recipe)
     new = make_base_model(recipe.context("sft", single_device_mesh()))
     base = runs / "base"
@@ -85,7 +85,7 @@ def one_seed(seed: int, runs: Path, args: argparse.Namespace) -> dict:
 
 
 def write_kinds(data, folder: Path) -> tuple[Path, Path]:
-    """The built-in dialogues as two files: numbers, look-ups."""
+    """Writes the built-in dialogues to two files: (numbers, look-ups)."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = list(builtin.make_rows(data.builtin_seed, data.builtin_rows))
     paths = folder / "numbers.jsonl", folder / "look_ups.jsonl"

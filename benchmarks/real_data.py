@@ -1,4 +1,4 @@
-"""Real dialogues, a random OPT of 10M parameters, LoRA, 8 simulated devices: train, then check the export with torch.
+"""Real dialogues, a random OPT with 10M parameters, LoRA, 8 simulated devices: train, then check the export in torch.
 
     pip install torch==2.13.0
     python -m benchmarks.real_data [key=value ...]
@@ -40,7 +40,7 @@ def main(overrides: list[str]) -> None:
 
 
 def make_base() -> None:
-    """A random OPT by transformers, and a tokenizer trained on the data."""
+    """Writes a random OPT made by transformers, and a tokenizer trained on the data."""
     texts = [json.loads(line)["chosen"] for path in SOURCES for line in path.open()]
     tokenizer = train_tokenizer(texts, 8192)
     torch.manual_seed(0)
@@ -73,7 +73,7 @@ def training_numbers() -> dict[str, float]:
 
 
 def parity() -> dict[str, float]:
-    """The exported actor in torch transformers and here: logits, and greedy answers to eight real prompts."""
+    """Compares the exported actor here and in torch transformers: logits, and greedy answers to eight real prompts."""
     import jax
 
     import rlhf_jax

@@ -1,10 +1,10 @@
-"""Rollouts of many prompts in few decode slots, and in batches that wait for their slowest answer: steps and seconds.
+"""Rollouts of many prompts with slot refill and in batches that wait for their longest answer: steps and seconds.
 
     python -m benchmarks.slot_refill [PROMPTS] [ROWS]
 
-A decoder of 4 layers, 128 wide, whose head is 0, so that each of its 64 tokens is as likely, and one is EOS: answer
-lengths are geometric with mean 64, cut at 256, as in `tests/test_slots.py`. Prompts of 32 tokens. The first call of
-each way compiles and is not timed; of two more the faster counts.
+A decoder of 4 layers, 128 wide, whose head is 0, so that all 64 tokens are equally likely and one is EOS: answer
+lengths are geometric with mean 64, cut at 256, as in `tests/test_slots.py`. Prompts have 32 tokens. The first call of
+each method compiles and is not timed; the faster of two further calls is reported.
 """
 
 from __future__ import annotations

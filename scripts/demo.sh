@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a small assistant: makes .venv, installs the package, trains SFT, reward model and PPO on the built-in
-# data, and shows what PPO changed. Under ten minutes on two CPU cores; a second run continues where the first ended.
+# Trains a small assistant from scratch: makes .venv, installs the package, runs SFT, reward model and PPO on built-in
+# data, and shows what PPO changed. Under ten minutes on two CPU cores; a second run continues where the first stopped.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
@@ -10,7 +10,7 @@ install -e .
 
 cat <<'END'
 
-Everything lies in runs/demo:
+Results are in runs/demo:
   runs/demo/config.toml             the configuration that ran
   runs/demo/*/metrics.jsonl         the numbers of every step, and in runs/demo/tensorboard
   runs/demo/ppo/rollouts/           every answer that PPO sampled, with its score

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes .venv, installs what the tests need, checks the style and runs the tests that need no GPU, but for those that
+# Makes .venv, installs what the tests need, checks the style and runs the tests that need no GPU, except those that
 # tests/long.toml lists; with --long those too. Other arguments go to pytest: scripts/test.sh -m long runs only the
-# listed ones, scripts/test.sh tests/test_config.py one file. Two processes, a file of tests to each at a time.
+# listed ones, scripts/test.sh tests/test_config.py one file. Two processes, each running one test file at a time.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 

@@ -1,4 +1,4 @@
-"""The single script: pick a recipe of configs/ by the actor and the machine, and train all stages or some.
+"""The single script: choose a recipe in configs/ by the actor and the machine, and train some or all stages.
 
     python scripts/train.py --actor-model facebook/opt-1.3b --reward-model facebook/opt-350m \
         --deployment-type single_gpu [--step 1 2 3] [--output-dir runs/mine] [key=value ...]
@@ -56,7 +56,7 @@ def choose(name: str, deployment: str, memory: int) -> Path | None:
     """The recipe NAME-DEPLOYMENT or NAME-VARIANT-DEPLOYMENT of the largest card that is no larger than this machine's.
 
     Args:
-        memory: bytes of each card here; 0: not known. Then, and where all want more, the one without a variant.
+        memory: bytes of each card here; 0: unknown. If unknown or too small for all, the recipe without a variant.
     """
     stem = glob.escape(name)
     files = [*CONFIGS.glob(f"{stem}-{deployment}.toml"), *sorted(CONFIGS.glob(f"{stem}-*-{deployment}.toml"))]
@@ -66,7 +66,7 @@ def choose(name: str, deployment: str, memory: int) -> Path | None:
 
 
 def memory_here() -> int:
-    """Bytes that a card of this machine has; 0 where none is known."""
+    """Bytes of a card of this machine; 0 if unknown."""
     try:
         return parse_machine(local_gpus()).gpu.memory
     except ValueError:

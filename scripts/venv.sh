@@ -1,4 +1,4 @@
-# Sourced by the scripts beside it: goes to the repository's root and makes venv (.venv) there, or keeps the one that works.
+# Sourced by the other scripts: changes to the repository's root and makes venv (.venv) there, or keeps a working one.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${venv:-.venv}
 

@@ -1,4 +1,4 @@
-"""The rows that the three stages of a recipe ask for, and `data.split` as a recipe hands it down."""
+"""The row specifications of the three stages of a recipe, and `data.split` as a recipe passes it on."""
 
 from rlhf_jax.data.records import RowSpec
 from rlhf_jax.data.splits import named_shares

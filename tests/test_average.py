@@ -1,4 +1,4 @@
-"""The moving average of what trains, against hand arithmetic, on the devices and in host memory."""
+"""The moving average of trainable weights against hand arithmetic, on the devices and in host memory."""
 
 import functools
 
@@ -12,23 +12,23 @@ from rlhf_jax.train_step import ema_update, make_ema_step, start_ema
 
 
 def follow_by(decay):
-    """(average, weights) -> average."""
+    """The compiled update (average, weights) -> average."""
     return functools.partial(ema_update, make_ema_step(decay))
 
 
-def test_three_steps_are_those_of_hand_arithmetic():
+def test_three_steps_equal_hand_arithmetic():
     follow, weights = (
         follow_by(0.75),
         [{"w": jnp.array(w)} for w in ([4.0, 1.0], [8.0, 1.0], [0.0, 1.0])],
     )
     average = start_ema({"w": jnp.array([0.0, 1.0])}, offload=False)
-    # A quarter of the way: 0 -> 1 -> 2.75 -> 2.0625; what does not move stays, to the last bit.
+    # A quarter of the way: 0 -> 1 -> 2.75 -> 2.0625; unchanged weights keep their average to the last bit.
     for each, expected in zip(weights, ([1.0, 1.0], [2.75, 1.0], [2.0625, 1.0]), strict=True):
         average = follow(average, each)
         np.testing.assert_array_equal(average["w"], expected)
 
 
-def test_weights_that_stay_as_they_are_have_themselves_as_average():
+def test_constant_weights_are_their_own_average():
     weights = {"w": jax.random.normal(jax.random.key(0), (64,))}
     average, follow = start_ema(weights, offload=False), follow_by(0.992)
     for _ in range(5):
@@ -37,7 +37,7 @@ def test_weights_that_stay_as_they_are_have_themselves_as_average():
 
 
 @pytest.mark.parametrize("name", ["one", "fsdp4-tensor2"])
-def test_an_average_in_host_memory_is_bit_for_bit_the_one_on_the_devices_and_stays_there(name):
+def test_an_average_in_host_memory_is_bit_equal_to_that_on_the_devices_and_stays_there(name):
     mesh, follow = tiny.mesh_of(name), follow_by(0.992)
     start, *later = (tiny.random_params(tiny.LLAMA, mesh, seed=seed) for seed in range(4))
     there, away = (start_ema(start, offload=offloaded) for offloaded in (False, True))
@@ -55,7 +55,7 @@ def test_an_average_in_host_memory_is_bit_for_bit_the_one_on_the_devices_and_sta
         np.testing.assert_allclose(there[path], expected, atol=1e-6, err_msg=path)
 
 
-def test_no_more_of_an_average_in_host_memory_is_on_the_devices_than_its_largest_array(monkeypatch):
+def test_at_most_one_array_of_an_average_in_host_memory_is_on_the_devices_at_a_time(monkeypatch):
     weights = tiny.random_params(tiny.LLAMA, tiny.mesh_of("one"))
     average, follow, put = (
         start_ema(weights, offload=True),
@@ -76,7 +76,7 @@ def test_no_more_of_an_average_in_host_memory_is_on_the_devices_than_its_largest
 
     monkeypatch.setattr(jax, "device_put", putting)
     follow(average, weights)
-    # Each comes when none is there, and goes as the only one.
+    # Each array is fetched when none is on the devices and is the only one when it returns.
     assert seen == [size for leaf in weights.values() for size in (0, leaf.nbytes)]
     assert on_devices() == extra
 

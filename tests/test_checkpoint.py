@@ -73,7 +73,7 @@ def assert_bit_equal(ours, theirs):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (8, 1), (2, 4)])
-def test_a_state_saved_on_four_by_two_devices_comes_back_bit_equal_on_another_mesh(tmp_path, shape):
+def test_a_state_saved_on_four_by_two_devices_is_restored_bit_equal_on_another_mesh(tmp_path, shape):
     state = shard_state(make_state(), mesh_of(4, 2))
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(7, state, {"epoch": 3, "name": "sft"})
@@ -115,7 +115,7 @@ def test_numbers_and_numpy_arrays_keep_their_type(tmp_path):
     assert restored["order"].dtype == np.int16 and restored["order"].tolist() == [0, 1, 2]
 
 
-def test_a_save_under_way_does_not_see_what_happens_to_donated_buffers(tmp_path):
+def test_an_ongoing_save_is_not_affected_by_reuse_of_donated_buffers(tmp_path):
     @jax.jit
     def filled(value):
         return {"kernel": jnp.full((1024, 4096), value)}
@@ -139,7 +139,7 @@ def test_a_save_under_way_does_not_see_what_happens_to_donated_buffers(tmp_path)
         assert bool((state["kernel"] == -1.0).all())
 
 
-def test_only_the_newest_are_kept(tmp_path):
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.latest_step() is None
         for step in (1, 5, 9):
@@ -151,8 +151,8 @@ def test_only_the_newest_are_kept(tmp_path):
         assert restored["x"].tolist() == [5, 5]
 
 
-def test_a_save_killed_before_its_last_rename_is_never_taken_for_a_finished_one(tmp_path):
-    """The second save dies at the rename that would have finished it, as if by `kill -9`."""
+def test_a_save_killed_before_its_last_rename_is_never_mistaken_for_a_finished_one(tmp_path):
+    """The second save dies at its final rename, as if by `kill -9`."""
     program = """
         import os, sys
         import jax.numpy as jnp
@@ -177,7 +177,7 @@ def test_a_save_killed_before_its_last_rename_is_never_taken_for_a_finished_one(
     )
     assert killed.returncode == 9
     left = [path.name for path in tmp_path.iterdir() if path.name != "1"]
-    assert len(left) == 1 and left[0].startswith("2.")  # all of step 2 but its name
+    assert len(left) == 1 and left[0].startswith("2.")  # all of step 2 except its final name
 
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest_step() == 1
@@ -190,7 +190,7 @@ def test_a_save_killed_before_its_last_rename_is_never_taken_for_a_finished_one(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
-def test_a_state_that_does_not_fit_is_refused_with_every_path_named(tmp_path):
+def test_a_state_that_does_not_match_is_rejected_with_every_path(tmp_path):
     saved = {"params": {"q/kernel": jnp.zeros((4, 2)), "q/bias": jnp.zeros(2), "k/kernel": jnp.zeros(3)}, "step": 1}
     wanted = {
         "params": {"q/kernel": jnp.zeros((4, 3)), "q/bias": jnp.zeros(2, jnp.bfloat16), "v/kernel": jnp.zeros(3)},
@@ -208,14 +208,14 @@ def test_a_state_that_does_not_fit_is_refused_with_every_path_named(tmp_path):
     ]
 
 
-def test_a_key_of_another_generator_is_refused(tmp_path):
+def test_a_key_of_another_generator_is_rejected(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, {"key": jax.random.key(0)}, {})
         with pytest.raises(ValueError, match=r"key: uint32 \[2\] in the checkpoint, uint32 \[4\] here"):
             checkpoints.restore(1, {"key": jax.random.key(0, impl="rbg")})
 
 
-def test_wrong_use_is_refused(tmp_path):
+def test_wrong_use_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="keep is 0"):
         Checkpoints(tmp_path, keep=0)
     with Checkpoints(tmp_path) as checkpoints:

@@ -1,4 +1,4 @@
-"""Bytes over links, counted from the text of programs: against hand arithmetic, and on eight simulated devices."""
+"""Bytes over links, counted from the text of programs, against hand arithmetic and on eight simulated devices."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rlhf_jax.collectives import Collective, collectives, received_bytes, run_counts
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout
 
-# As XLA writes for GPUs: started apart from done, many arrays in one, with layouts and remarks in between.
+# HLO as for GPUs: separate start and done, several arrays per collective, with layouts and comments in between.
 TEXT = """HloModule jit_f, is_scheduled=true, num_partitions=8
 
 %add (x: f32[], y: f32[]) -> f32[] {
@@ -43,7 +43,7 @@ ENTRY %main (p: bf16[8,8]) -> bf16[8,8] {
 TEXT = TEXT.replace("GROUPS", 'replica_groups=[2,4]<=[4,2]T(1,0), metadata={op_name="all-reduce("}')
 
 
-def test_collectives_are_read_with_their_shapes_groups_and_runs():
+def test_collectives_are_parsed_with_shapes_groups_and_run_counts():
     assert collectives(TEXT) == [
         Collective("all-gather", "bf16", (8, 32), 4, 5),
         Collective("all-gather", "f32", (8,), 4, 5),
@@ -64,7 +64,7 @@ def test_collectives_are_read_with_their_shapes_groups_and_runs():
     assert run_counts(TEXT) == {"add": 2, "body": 5, "wrapped": 1, "main": 1}
 
 
-def test_received_bytes_are_those_of_a_ring():
+def test_received_bytes_are_those_of_ring_algorithms():
     by_hand = [5 * 512 * 3 // 4, 5 * 32 * 3 // 4, 64 // 2, 2 * 40 * 7 // 8, 2 * 7 // 8, 3 * 8, 12]
     assert [collective.received_bytes for collective in collectives(TEXT)] == by_hand
     assert received_bytes(TEXT) == sum(by_hand)
@@ -80,19 +80,19 @@ def test_received_bytes_are_those_of_a_ring():
         ("mesh['a'=2,'b'=4] {'a','b':(1)2}, dimensions={0}", 4),
     ],
 )
-def test_groups_of_devices_are_understood_in_every_notation(groups, size):
+def test_every_replica_group_notation_is_parsed(groups, size):
     text = TEXT.replace("{{0,1,2,3},{4,5,6,7}}, dimensions={0}", groups)
     assert [each.group for each in collectives(text) if each.kind == "reduce-scatter"] == [size]
 
 
-def test_no_text_and_groups_in_an_unknown_notation_are_told():
+def test_a_missing_text_and_an_unknown_replica_group_notation_raise():
     with pytest.raises(ValueError, match="without its text"):
         received_bytes("")
     with pytest.raises(ValueError, match="not understood: %rs = .*replica_groups=strange"):
         received_bytes(TEXT.replace("{{0,1,2,3},{4,5,6,7}}", "strange"))
 
 
-def test_a_gather_in_a_loop_of_five_turns_moves_five_times_the_bytes():
+def test_a_gather_in_a_loop_of_five_iterations_moves_five_times_the_bytes():
     mesh = tiny.mesh_of("fsdp4-tensor2")
     train, serve = (NamedSharding(mesh, PartitionSpec(None, axes)) for axes in (("tensor", "fsdp"), ("tensor",)))
     x = jax.device_put(np.ones((8, 64), np.float32), train)
@@ -102,11 +102,11 @@ def test_a_gather_in_a_loop_of_five_turns_moves_five_times_the_bytes():
         return jax.lax.with_sharding_constraint(gathered**2, train), None
 
     text = jax.jit(lambda x: jax.lax.scan(turn, x, None, length=5)[0]).lower(x).compile().as_text()
-    # Of its half of the array a device has a quarter, and receives three.
+    # A device has one quarter of its half of the array and receives three.
     assert received_bytes(text) == 5 * (8 * 64 * 4) // 2 * 3 // 4
 
 
-def test_an_all_reduce_of_eight_devices_moves_seven_quarters_of_its_result():
+def test_an_all_reduce_over_eight_devices_moves_seven_quarters_of_its_result():
     mesh = tiny.mesh_of("fsdp4-tensor2")
     x = Layout(mesh, TRAIN).put(np.ones((16, 32), np.float32), "batch", None)
     text = jax.jit(lambda x: Layout(mesh, GENERATE).constrain(jnp.sum(x, axis=0), None)).lower(x).compile().as_text()

@@ -75,13 +75,13 @@ def load(path, *overrides):
     return config.load_config(path, overrides, Schema)
 
 
-def test_a_file_gives_the_values_it_names_and_the_defaults_of_the_rest(path):
+def test_a_file_gives_its_values_and_the_defaults_for_all_other_keys(path):
     assert load(path) == Schema(
         data=Data((Source("a.jsonl"), Source("b.jsonl", 7))), sft=Sft(batch_size=32), actor="gpt"
     )
 
 
-def test_a_table_given_in_part_keeps_the_default_that_its_parent_chose(path):
+def test_a_partial_table_keeps_the_defaults_chosen_by_its_parent(path):
     loaded = load(path, "sft.optimizer.weight_decay=0.1")
     assert loaded.sft.optimizer == Optimizer(learning_rate=9e-6, weight_decay=0.1)
 
@@ -124,7 +124,7 @@ def test_the_last_of_two_overrides_of_one_key_wins(path):
     assert load(path, "sft.batch_size=1", "sft.batch_size=2").sft.batch_size == 2
 
 
-def test_a_whole_number_becomes_a_float_where_a_float_is_wanted(path):
+def test_an_integer_becomes_a_float_for_a_float_field(path):
     rate = load(path, "sft.optimizer.learning_rate=1").sft.optimizer.learning_rate
     assert isinstance(rate, float) and rate == 1.0
 
@@ -169,7 +169,7 @@ def test_a_whole_number_becomes_a_float_where_a_float_is_wanted(path):
         ),
     ],
 )
-def test_a_wrong_override_is_refused_with_the_key_and_the_mend(path, override, message):
+def test_a_wrong_override_is_rejected_with_the_key_and_the_fix(path, override, message):
     with pytest.raises(ValueError) as error:
         load(path, override)
     assert message in str(error.value)
@@ -193,14 +193,14 @@ def test_a_wrong_override_is_refused_with_the_key_and_the_mend(path, override, m
         ),
     ],
 )
-def test_a_wrong_file_is_refused_with_its_name(path, text, message):
+def test_a_wrong_file_is_rejected_with_its_name(path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError) as error:
         load(path)
     assert message in str(error.value)
 
 
-def test_an_override_adds_to_the_table_of_the_file_and_not_to_a_text(path):
+def test_an_override_adds_to_a_table_of_the_file_but_not_to_a_text(path):
     path.write_text("[data]\nsources = []\nsplit = { sft = 1, ppo = 2 }")
     assert load(path, "data.split.ppo=3").data.split == {"sft": 1.0, "ppo": 3.0}
     path.write_text("[data]\nsources = []\nsplit = '2,4,4'")
@@ -209,13 +209,13 @@ def test_an_override_adds_to_the_table_of_the_file_and_not_to_a_text(path):
 
 
 @pytest.mark.parametrize("text", ["sft = 3", "sft = [1]", "[[sft]]"])
-def test_an_override_into_a_table_that_the_file_wrote_wrong_blames_the_file(path, text):
+def test_an_override_into_a_malformed_table_is_reported_as_an_error_of_the_file(path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"demo.toml: 'sft' is .*, which 'sft.batch_size' cannot be set in"):
         load(path, "sft.batch_size=3")
 
 
-def test_a_file_that_cannot_be_read_is_refused_with_a_near_name(path):
+def test_a_file_that_cannot_be_read_is_rejected_with_a_similar_name(path):
     with pytest.raises(ValueError, match=r"dem.toml: no such file; did you mean '.*demo.toml'\?"):
         load(path.with_name("dem.toml"))
     with pytest.raises(ValueError, match="no such file; give the path"):
@@ -227,7 +227,7 @@ def test_a_file_that_cannot_be_read_is_refused_with_a_near_name(path):
         load(path)
 
 
-def test_parse_names_where_a_mapping_came_from():
+def test_parse_errors_name_the_origin_of_the_mapping():
     assert config.parse_config(Optimizer, {"learning_rate": 2}, "here") == Optimizer(2.0)
     with pytest.raises(ValueError, match=r"^here: unknown key 'rate'"):
         config.parse_config(Optimizer, {"rate": 2}, "here")

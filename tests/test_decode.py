@@ -311,7 +311,7 @@ def test_a_prompt_and_an_answer_that_fill_all_positions_are_accepted():
     np.testing.assert_array_equal(rollout.tokens, token_by_token(family, sample, (34, 3), 34)[0])
 
 
-def pretrained(family, name="one", eos=-1, **more):
+def load(family, name="one", eos=-1, **more):
     layout = Layout(tiny.mesh_of(name), TRAIN)
     model = Pretrained(tiny.FAMILIES[family], params_of(family, name), None, {"eos_token_id": eos}, {}, layout)
     return dataclasses.replace(model, **more)
@@ -323,7 +323,7 @@ def test_public_generate_accepts_padding_on_either_side():
     for side in ("left", "right"):
         tokens, mask = tiny.prompts(tiny.FAMILIES[family], LENGTHS, 8, side=side)
         for ids, attended in ((tokens, mask), (np.where(mask, tokens, 9).astype(np.int64), mask.astype(np.int64))):
-            rollout = rlhf_jax.generate(pretrained(family), ids, attended, sample, KEY)
+            rollout = rlhf_jax.generate(load(family), ids, attended, sample, KEY)
             np.testing.assert_array_equal(rollout.tokens, expected.tokens)
             np.testing.assert_allclose(rollout.logprobs, expected.logprobs, atol=1e-5)
 
@@ -331,7 +331,7 @@ def test_public_generate_accepts_padding_on_either_side():
 def test_public_generate_on_eight_devices_equals_one_with_any_number_of_rows():
     tokens, mask = tiny.prompts(tiny.LLAMA, LENGTHS[:3], 8, side="right")
     one, eight = (
-        rlhf_jax.generate(pretrained("llama", name), tokens, mask, SampleConfig(NEW, 0.7), KEY)
+        rlhf_jax.generate(load("llama", name), tokens, mask, SampleConfig(NEW, 0.7), KEY)
         for name in ("one", "fsdp4-tensor2")
     )
     np.testing.assert_array_equal(eight.tokens, one.tokens)
@@ -339,7 +339,7 @@ def test_public_generate_on_eight_devices_equals_one_with_any_number_of_rows():
 
 
 def test_greedy_answers_are_the_argmax_of_public_apply():
-    model = pretrained("llama")
+    model = load("llama")
     tokens, mask = tiny.prompts(tiny.LLAMA, LENGTHS, 8)
     rollout = rlhf_jax.generate(model, tokens, mask, SampleConfig(NEW, 0.0), KEY)
     whole = np.concatenate([tokens, rollout.tokens], axis=1)
@@ -353,16 +353,16 @@ def test_greedy_answers_are_the_argmax_of_public_apply():
 def test_an_eos_named_in_any_configuration_file_ends_answers():
     free = answers("llama", SampleConfig(NEW, 0.7))
     one, other = int(free.tokens[0, 0]), int(free.tokens[1, 0])
-    model = pretrained("llama", eos=one, generation_config={"eos_token_id": [other]})
+    model = load("llama", eos=one, generation_config={"eos_token_id": [other]})
     tokens, mask = tiny.prompts(tiny.LLAMA, LENGTHS, 8)
     rollout = rlhf_jax.generate(model, tokens, mask, SampleConfig(NEW, 0.7), KEY)
     assert rollout.ended[:2].all() and rollout.mask[:2].sum() == 2
     with pytest.raises(ValueError, match="names no EOS token, .* set eos_token_id"):
-        rlhf_jax.generate(pretrained("llama", eos=None), tokens, mask, SampleConfig(NEW), KEY)
+        rlhf_jax.generate(load("llama", eos=None), tokens, mask, SampleConfig(NEW), KEY)
 
 
 def test_a_model_with_a_scalar_head_cannot_generate():
-    model = pretrained("llama", config=tiny.scalar(tiny.LLAMA))
+    model = load("llama", config=tiny.scalar(tiny.LLAMA))
     with pytest.raises(ValueError, match="scalar head and cannot generate: load it with from_pretrained"):
         rlhf_jax.generate(model, *tiny.prompts(tiny.LLAMA, [2], 2), SampleConfig(NEW), KEY)
 

@@ -46,13 +46,13 @@ def sparse(x, experts, router, gate, up, down, layout=None):
 
 @pytest.mark.parametrize("renormalised", [True, False])
 @pytest.mark.parametrize("per_token", [1, 2, 4])
-def test_every_token_gets_its_experts_in_their_weights_and_none_is_dropped(rng, per_token, renormalised):
+def test_every_token_gets_its_experts_with_their_weights_and_none_is_dropped(rng, per_token, renormalised):
     experts = dataclasses.replace(EXPERTS, per_token=per_token, renormalised=renormalised)
     x, weights = rng.standard_normal((3, 5, 8)).astype(np.float32), kernels(rng)
     np.testing.assert_allclose(sparse(x, experts, **weights), by_hand(x, experts, **weights), rtol=1e-4, atol=1e-4)
 
 
-def test_a_router_that_sends_every_token_to_one_expert_loses_none(rng):
+def test_a_router_that_sends_every_token_to_one_expert_drops_none(rng):
     experts = dataclasses.replace(EXPERTS, per_token=1)
     x, weights = np.abs(rng.standard_normal((3, 5, 8))).astype(np.float32), kernels(rng)
     weights["router"] = np.zeros((8, 4), np.float32)
@@ -86,7 +86,7 @@ def test_each_of_eight_devices_holds_an_eighth_of_every_expert():
         assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 8}
 
 
-def test_the_balance_loss_counts_real_tokens_only_and_is_least_where_experts_are_used_alike():
+def test_the_balance_loss_counts_only_real_tokens_and_is_minimal_for_equally_used_experts():
     even = np.full((1, 4, 4), 0.25, np.float32)
     chosen = np.array([[[0, 1], [2, 3], [0, 1], [2, 3]]], np.int32)
     routing = route(EXPERTS, np.zeros((1, 4, 8), np.float32), np.zeros((8, 4), np.float32))
@@ -94,7 +94,7 @@ def test_the_balance_loss_counts_real_tokens_only_and_is_least_where_experts_are
     routing = routing._replace(chosen=chosen)
     loads = router_load(EXPERTS, routing, np.ones((1, 4), bool))
     np.testing.assert_allclose(loads, [[0.5] * 4, [0.25] * 4])
-    # 0.02 x 4 experts x sum of 4 x (0.5 x 0.25): the number of experts a token, times the coefficient.
+    # 0.02 x 4 experts x sum of 4 x (0.5 x 0.25): the number of experts per token times the coefficient.
     np.testing.assert_allclose(balance_loss(EXPERTS, loads[None]), 0.04, rtol=1e-6)
     first = np.array([[True, False, False, False]])
     np.testing.assert_allclose(router_load(EXPERTS, routing, first), [[1, 1, 0, 0], [0.25] * 4])
@@ -105,7 +105,7 @@ def balance_of(config, params, tokens, mask):
     return bind(config, params).with_balance_loss(tokens, mask, Compute(jnp.float32))[1]
 
 
-def test_the_decoder_charges_for_uneven_routing_and_the_router_learns_from_it():
+def test_the_decoder_returns_the_balance_loss_and_the_router_gets_its_gradient():
     params = tiny.random_params(tiny.SPARSE, single_device_mesh())
     tokens, mask = tiny.prompts(tiny.SPARSE, [11, 3, 7], 11)
     charge, grads = jax.value_and_grad(lambda p: balance_of(tiny.SPARSE, p, tokens, mask))(params)
@@ -122,11 +122,11 @@ def test_the_balance_loss_equals_that_of_transformers_over_layers_and_padding():
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     rng = np.random.default_rng(3)
-    logits = rng.standard_normal((2, 3, 5, 4)).astype(np.float32)  # of two layers
+    logits = rng.standard_normal((2, 3, 5, 4)).astype(np.float32)  # two layers
     mask = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]])
     flat = tuple(torch.tensor(layer.reshape(-1, 4)) for layer in logits)
     theirs = load_balancing_loss_func(flat, num_experts=4, top_k=2, attention_mask=torch.tensor(mask))
-    # The identity as router: the input is the logits.
+    # With the identity as router, the input is the logits.
     loads = [
         router_load(EXPERTS, route(EXPERTS, jnp.asarray(layer), jnp.eye(4)), mask.astype(bool)) for layer in logits
     ]

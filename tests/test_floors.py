@@ -36,7 +36,7 @@ def name_of(path: Path, package: Path) -> str:
 
 
 def imports_of(path: Path, package: Path, modules: set[str]) -> set[str]:
-    """The modules of the package that `path` names in any import, wherever it stands in the file."""
+    """The modules of the package that `path` names in any import, anywhere in the file."""
     here = name_of(path, package).split(".") if name_of(path, package) else []
     folder = here if path.name == "__init__.py" else here[:-1]
     found = set()
@@ -76,11 +76,11 @@ def violations(graph: dict[str, set[str]]) -> list[str]:
 
 
 def reach(graph: dict[str, set[str]], name: str) -> set[str]:
-    """Everything that importing `name` runs: its imports, theirs, and the __init__ of the folders on the way."""
+    """All modules that importing `name` executes: its imports, theirs, and the __init__ of all parent folders."""
     seen, todo = set(), [name]
     while todo:
         module = todo.pop()
-        # The package's own __init__ is left out: it runs before everything, and shows everything.
+        # The package's own __init__ is left out: it runs before everything and imports everything.
         parents = [folder for folder in [module.rpartition(".")[0]] if folder]
         if module and module not in seen:
             seen.add(module)
@@ -99,12 +99,12 @@ def test_no_module_imports_from_its_own_or_a_higher_floor():
     assert violations(GRAPH) == []
 
 
-def test_nothing_that_learns_reaches_the_judge_of_the_builtin_data():
+def test_no_training_module_imports_the_judge_of_the_builtin_data():
     learners = [name for name in GRAPH if name.split(".")[0] in LEARNERS]
     assert [name for name in learners if JUDGE in reach(GRAPH, name)] == []
 
 
-def test_the_data_folder_uses_nothing_of_jax_but_record():
+def test_the_data_folder_uses_nothing_of_jax_except_record():
     for path in sorted((PACKAGE / "data").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
@@ -140,7 +140,7 @@ def test_few_files_name_a_stage():
         ("cli.py", "from rlhf_jax import apply, chat, config\nimport json, jax", []),
     ],
 )
-def test_an_import_is_judged_however_it_is_written(tmp_path, file, text, expected):
+def test_every_form_of_import_is_checked(tmp_path, file, text, expected):
     package = tmp_path / "rlhf_jax"
     for name in [
         *("__init__", "chat", "cli", "config", "engine", "report", "trees"),

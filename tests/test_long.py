@@ -1,4 +1,4 @@
-"""The list of the tests that the default run leaves out."""
+"""The list of the tests that the default run skips."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import conftest
 import pytest
 
 
-def test_every_line_of_the_list_names_tests_and_leaves_out_no_more_than_it_says(request):
+def test_every_line_of_the_list_matches_existing_tests(request):
     if any("::" in argument for argument in request.config.args):
         pytest.skip("whole files are needed")
     collected = request.config.stash[conftest.COLLECTED]
@@ -34,5 +34,5 @@ def test_every_line_of_the_list_names_tests_and_leaves_out_no_more_than_it_says(
         ("a", [], False),
     ],
 )
-def test_a_pattern_stands_for_whole_forms(form, patterns, expected):
+def test_a_pattern_matches_whole_forms(form, patterns, expected):
     assert conftest.is_form(form, patterns) is expected

@@ -15,7 +15,7 @@ from rlhf_jax.trees import partition
 LINEARS = {
     "opt": {"attention/q", "attention/k", "attention/v", "attention/o", "mlp/up", "mlp/down"},
     "llama": {"attention/q", "attention/k", "attention/v", "attention/o", "mlp/gate", "mlp/up", "mlp/down"},
-    "mixtral": {"attention/q", "attention/k", "attention/v", "attention/o"},  # experts have none
+    "mixtral": {"attention/q", "attention/k", "attention/v", "attention/o"},  # experts have no adapters
 }
 
 
@@ -26,7 +26,7 @@ def hidden(config, params, lora=NO_LORA):
     return np.asarray(states)[mask]
 
 
-def test_merge_by_hand_adds_twice_the_product_when_alpha_is_twice_the_rank():
+def test_merging_adds_twice_the_product_when_alpha_is_twice_the_rank():
     kernel, a, b = jnp.ones((1, 2, 2)), jnp.array([[[1.0], [2.0]]]), jnp.array([[[3.0, 4.0]]])
     params = {"layers/mlp/up/kernel": kernel, "layers/mlp/up/lora_a": a, "layers/mlp/up/lora_b": b, "score/kernel": a}
     merged = merge_adapters(params, LoraConfig(rank=1, alpha=2.0))
@@ -35,7 +35,7 @@ def test_merge_by_hand_adds_twice_the_product_when_alpha_is_twice_the_rank():
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_merged_adapters_equal_adapters_beside_the_base(family):
+def test_merged_adapters_equal_separate_adapters(family):
     config = tiny.FAMILIES[family]
     params = tiny.random_params(tiny.with_lora(config, tiny.LORA), single_device_mesh())
     extra, merged = hidden(config, params, tiny.LORA), hidden(config, merge_adapters(params, tiny.LORA))
@@ -45,7 +45,7 @@ def test_merged_adapters_equal_adapters_beside_the_base(family):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_fresh_adapters_are_the_identity_and_merged_change_not_one_bit(family):
+def test_new_adapters_are_the_identity_and_merging_them_changes_no_bit(family):
     config, layout = tiny.FAMILIES[family], Layout(single_device_mesh(), TRAIN)
     base = tiny.random_params(config, layout.mesh)
     adapters = init_params(tiny.with_lora(config, tiny.LORA), jax.random.key(3), layout, only=is_adapter)
@@ -56,7 +56,7 @@ def test_fresh_adapters_are_the_identity_and_merged_change_not_one_bit(family):
         np.testing.assert_array_equal(merged[path], base[path], err_msg=path)
 
 
-def test_fresh_a_is_uniform_within_one_over_the_root_of_its_inputs_and_differs_by_layer():
+def test_a_new_a_is_uniform_within_one_over_the_root_of_its_inputs_and_differs_by_layer():
     config, layout = (
         dataclasses.replace(tiny.LLAMA, hidden_size=256, embed_size=256),
         Layout(single_device_mesh(), TRAIN),
@@ -82,7 +82,7 @@ def test_every_linear_of_the_layers_is_adapted_and_nothing_else(family):
     assert {path.rpartition("/")[0].removeprefix("layers/") for path in paths} == LINEARS[config.family]
 
 
-def test_two_targets_give_adapters_to_those_two_and_merge_leaves_the_others_alone():
+def test_two_targets_get_adapters_and_merging_does_not_change_the_others():
     lora = LoraConfig(rank=2, alpha=2.0, targets=("q", "v"))
     params = tiny.random_params(tiny.with_lora(tiny.LLAMA, lora), single_device_mesh())
     assert {p for p in params if is_adapter(p)} == {
@@ -105,7 +105,7 @@ def test_a_bfloat16_base_stays_bfloat16_and_is_rounded_once():
     assert np.all(np.abs(np.asarray(merged, np.float64) - exact) <= np.abs(exact) * 2**-8 + 1e-6)
 
 
-def test_with_adapters_only_they_and_the_scalar_head_train_and_without_everything_does():
+def test_with_adapters_only_they_and_the_scalar_head_are_trainable_and_without_them_everything():
     config = tiny.scalar(tiny.LLAMA)
     leaves = abstract_params(tiny.with_lora(config, tiny.LORA))
     trainable, frozen = partition(leaves, lambda path: is_trainable(path, tiny.LORA))
@@ -122,6 +122,6 @@ def test_with_adapters_only_they_and_the_scalar_head_train_and_without_everythin
         ({"rank": -1}, "rank=-1: at least 0"),
     ],
 )
-def test_adapters_that_would_train_nothing_are_refused(settings, reported):
+def test_settings_without_trainable_adapters_are_rejected(settings, reported):
     with pytest.raises(ValueError, match=reported):
         LoraConfig(**settings)

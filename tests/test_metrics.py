@@ -43,7 +43,7 @@ def scalars(run_dir):
     return found
 
 
-def test_a_record_holds_step_stage_and_values_and_tensorboard_the_same(tmp_path):
+def test_a_record_holds_step_stage_and_values_as_tensorboard_does(tmp_path):
     run(tmp_path, "sft", [1, 2, 4])
     assert records(tmp_path, "sft") == [
         {"step": 1, "stage": "sft", "loss": 1.0, "tokens": 10},
@@ -73,7 +73,7 @@ def test_a_record_is_on_disk_as_soon_as_it_is_written(tmp_path):
         assert [record["step"] for record in records(tmp_path, "sft")] == [1]
 
 
-def test_a_nan_stops_the_run_after_everything_is_recorded(tmp_path):
+def test_a_nan_stops_the_run_after_all_metrics_are_recorded(tmp_path):
     with Metrics(tmp_path, "reward", total_steps=9) as writer:
         message = "reward step 7: 'loss' is nan, 'scale' is -inf; lower"
         with pytest.raises(FloatingPointError, match=message):
@@ -96,14 +96,14 @@ def test_a_resumed_stage_ends_with_the_files_of_an_uninterrupted_one(tmp_path):
     assert [path.name for path in (tmp_path / "cut" / "sft").iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_stage_that_begins_anew_drops_everything_that_it_left_before(tmp_path):
+def test_a_stage_that_starts_over_drops_all_its_earlier_records(tmp_path):
     run(tmp_path, "sft", [1, 2, 3])
     run(tmp_path, "sft", [1], value=lambda step: 7.0)
     assert records(tmp_path, "sft") == [{"step": 1, "stage": "sft", "loss": 7.0, "tokens": 10}]
     assert scalars(tmp_path) == {("sft/loss", 1): [7.0], ("sft/tokens", 1): [10.0]}
 
 
-def test_resuming_one_stage_leaves_the_scalars_of_the_others(tmp_path):
+def test_resuming_one_stage_keeps_the_scalars_of_the_others(tmp_path):
     run(tmp_path, "sft", [1, 2, 3, 4, 5])
     run(tmp_path, "ppo", [1, 2, 3])
     run(tmp_path, "ppo", [2, 3], start_step=1)
@@ -122,8 +122,8 @@ def test_a_terminal_shows_a_bar_with_stage_step_and_headline(tmp_path, monkeypat
     assert "sft" in screen.getvalue() and "5/5" in screen.getvalue() and "loss=0.1" in screen.getvalue()
 
 
-def test_a_file_gets_a_plain_line_now_and_then(tmp_path, monkeypatch, caplog):
-    clock = iter(range(10_000))  # a second passes at every look
+def test_progress_in_a_file_is_an_occasional_plain_line(tmp_path, monkeypatch, caplog):
+    clock = iter(range(10_000))  # every reading of the clock is one second later
     monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
     with caplog.at_level("INFO", "rlhf_jax"), Metrics(tmp_path, "sft", total_steps=25) as writer:
         for step in range(1, 26):

@@ -1,4 +1,4 @@
-"""The plan's arithmetic against programs compiled for GPUs that need not be there: peaks, and bytes over links."""
+"""The plan's arithmetic against programs compiled for GPUs that need not be attached: peaks, and bytes over links."""
 
 import re
 from collections import Counter
@@ -36,7 +36,7 @@ def computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def received(text: str, count: int) -> Counter:
-    """{collective: bytes that one of `count` devices receives}, each as often as the loops around it turn."""
+    """{collective: bytes that one of `count` devices receives}, multiplied by the trip counts of enclosing loops."""
     found, entry = computations(text)
     total: Counter = Counter()
 
@@ -47,7 +47,7 @@ def received(text: str, count: int) -> Counter:
                 walk(loop[1], times * (int(turns[1]) if turns else 1))
             elif move := MOVES.search(line):
                 shapes = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", re.sub(r"\{[^{}]*\}|/\*.*?\*/", "", move[1]))
-                if move[3] and move[2] != "all-reduce":  # what starts names its operands before its results
+                if move[3] and move[2] != "all-reduce":  # asynchronous starts list operands before results
                     shapes = shapes[len(shapes) // 2 :]
                 for dtype, dims in shapes:
                     size = BYTES[dtype]
@@ -65,7 +65,7 @@ def received(text: str, count: int) -> Counter:
 
 
 @pytest.mark.parametrize("remat", ["layers", "none"])
-def test_bytes_over_the_links_agree_with_the_compiled_text_to_a_tenth(remat):
+def test_bytes_over_the_links_agree_with_the_compiled_program_within_a_tenth(remat):
     overrides = ["mesh.tensor=1", f"model.remat={remat}", "ppo.rollout_batch_size=128", "ppo.micro_batch_size=64"]
     recipe = load_config(CONFIGS / "opt-1.3b-single_node.toml", overrides, Recipe)
     mesh = make_mesh(recipe.mesh, compile_only_devices("8xA100-80GB"))
@@ -79,7 +79,7 @@ def test_bytes_over_the_links_agree_with_the_compiled_text_to_a_tenth(remat):
 
 
 @pytest.mark.parametrize("name", ["opt-1.3b-single_gpu", "opt-6.7b-single_node"])
-def test_peaks_by_arithmetic_are_within_a_tenth_of_the_compiled(name):
+def test_peaks_by_arithmetic_are_within_a_tenth_of_those_of_the_compiler(name):
     recipe = load_config(CONFIGS / f"{name}.toml", [], Recipe)
     where = {"opt-1.3b-single_gpu": "A100-80GB", "opt-6.7b-single_node": "8xA100-80GB"}[name]
     mesh, plain = (
@@ -92,7 +92,7 @@ def test_peaks_by_arithmetic_are_within_a_tenth_of_the_compiled(name):
             assert quick == pytest.approx(measure(real).peak(real), rel=0.1), (phase.stage, phase.name)
 
 
-def test_a_loop_in_the_compiled_text_is_counted_by_its_turns():
+def test_a_loop_in_the_compiled_text_counts_with_its_trip_count():
     text = """
 %body (x: f32[8]) -> f32[8] {
   %g = bf16[64,32]{1,0} all-gather(bf16[8,32]{1,0} %x), dimensions={0}

@@ -1,4 +1,4 @@
-"""Frequencies of rotary embeddings: values by hand, and transformers' own functions."""
+"""Frequencies of rotary embeddings against values by hand and the functions of transformers."""
 
 import math
 
@@ -23,7 +23,7 @@ def config(scaling=None, positions=2048, **keys):
     return {"model_type": "llama", "max_position_embeddings": positions, "rope_scaling": scaling} | keys
 
 
-def test_without_scaling_the_frequencies_fall_from_one_by_equal_ratios():
+def test_without_scaling_the_frequencies_decrease_geometrically_from_one():
     rotary, positions = rope(config(), 8, theta=10000.0)
     np.testing.assert_allclose(rotary.frequencies, [1.0, 0.1, 0.01, 0.001], rtol=1e-6)
     assert (rotary.factor, rotary.interleaved, positions) == (1.0, False, 2048)
@@ -55,7 +55,7 @@ def test_a_scaling_is_read_in_its_old_and_new_spelling():
     np.testing.assert_allclose(rope(old, 4)[0].frequencies, [0.5, 0.05], rtol=1e-6)
 
 
-def test_part_of_a_head_is_rotated_by_either_spelling_of_the_factor():
+def test_either_spelling_of_the_partial_rotary_factor_is_read():
     assert rotary_dim(config(), 80) == 80
     assert rotary_dim(config(), 80, 0.25) == 20
     assert rotary_dim(config(partial_rotary_factor=0.5), 80, 0.25) == 40
@@ -64,7 +64,7 @@ def test_part_of_a_head_is_rotated_by_either_spelling_of_the_factor():
     assert rope_parameters(inner) == {"partial_rotary_factor": 0.4, "rope_theta": None, "rope_type": "default"}
 
 
-def test_dynamic_scaling_is_none_up_to_the_positions_it_was_trained_on():
+def test_dynamic_scaling_has_no_effect_up_to_the_trained_positions():
     assert rope(config({"type": "dynamic", "factor": 4.0}), 16) == rope(config(), 16)
 
 
@@ -79,11 +79,11 @@ def test_llama_3_keeps_short_wavelengths_and_divides_long_ones():
     assert len(between) == 6 and (np.diff(between) < 0).all() and 1 / 8 < between[-1] < between[0] < 1
 
 
-def test_yarn_keeps_short_wavelengths_divides_long_ones_and_scales_what_it_turns():
+def test_yarn_keeps_short_wavelengths_divides_long_ones_and_scales_the_rotated_vectors():
     plain, _ = rope(config(None, 32768, rope_theta=1e6), 128)
     yarn, positions = rope(config(YARN, 32768, rope_theta=1e6), 128)
     ratio = np.array(yarn.frequencies) / np.array(plain.frequencies)
-    # By hand: 64 log(32768 / 2 pi r) / log(1e6) is 23.6 of r = 32 rotations, and 39.6 of 1.
+    # By hand: 64 log(32768 / 2 pi r) / log(1e6) is 23.6 for r = 32 rotations and 39.6 for r = 1.
     np.testing.assert_allclose(ratio[:24], 1.0, rtol=1e-6)
     np.testing.assert_allclose(ratio[40:], 0.25, rtol=1e-6)
     np.testing.assert_allclose(ratio[24:40], 1 - 0.75 * np.arange(1, 17) / 17, rtol=1e-6)
@@ -114,7 +114,7 @@ def test_longrope_serves_the_positions_of_its_short_factors():
         ({"model_type": "llama"}, 8, "max_position_embeddings has to be a whole number"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(hf, dim, reported):
+def test_unsupported_scalings_are_rejected_by_name(hf, dim, reported):
     with pytest.raises(ValueError, match=reported):
         rope(hf, dim)
 
@@ -141,7 +141,7 @@ def test_what_is_not_supported_is_refused_by_name(hf, dim, reported):
         (LONGROPE, 131072, {"head_dim": 32, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 4096}),
     ],
 )
-def test_frequencies_and_factor_are_those_of_transformers(scaling, positions, keys):
+def test_frequencies_and_factor_equal_those_of_transformers(scaling, positions, keys):
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

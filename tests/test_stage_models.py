@@ -1,4 +1,4 @@
-"""What goes into a stage and what leaves it: precision of merged adapters, and the tokens that end an answer."""
+"""Models of a stage: precision of merged adapters, EOS tokens of exports, frozen copies."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def model(dtype: str = "float32") -> Pretrained:
     return Pretrained(config, params, prepare_tokenizer(chatml_like()), HF, {}, layout)
 
 
-def test_an_export_ends_answers_at_the_templates_end_of_turn_as_well_as_at_eos(tmp_path):
+def test_an_export_has_both_the_end_of_turn_of_the_template_and_eos_as_eos_tokens(tmp_path):
     settings = ModelConfig()
     pretrained = model()
     assert eos_ids(pretrained) == (1,)
@@ -50,7 +50,7 @@ def test_an_export_ends_answers_at_the_templates_end_of_turn_as_well_as_at_eos(t
     assert eos_ids(from_pretrained(tmp_path / "out")) == (1, 3)
 
 
-def test_an_export_keeps_what_adapters_add_below_the_rounding_of_a_frozen_bfloat16_base(tmp_path):
+def test_an_export_keeps_adapter_updates_below_the_rounding_of_a_frozen_bfloat16_base(tmp_path):
     settings = ModelConfig(lora=LoraConfig(rank=2, alpha=2.0, targets=("up",)), frozen_dtype="bfloat16")
     pretrained = model("bfloat16")
     state, frozen = make_state(pretrained, settings, optax.sgd(0.1), 0)
@@ -62,13 +62,13 @@ def test_an_export_keeps_what_adapters_add_below_the_rounding_of_a_frozen_bfloat
     np.testing.assert_allclose(got - base, 2e-6, rtol=0.2)  # 2 ranks of 1e-3 times 1e-3
 
 
-def test_adapters_on_linears_that_the_family_lacks_are_refused():
+def test_adapters_on_linears_that_the_family_lacks_are_rejected():
     settings = ModelConfig(lora=LoraConfig(rank=2, targets=("gate",)))
     with pytest.raises(ValueError, match="targets gate is a linear of this model"):
         make_state(model(), settings, optax.sgd(0.1), 0)
 
 
-def test_reward_adapters_on_linears_that_the_family_lacks_are_refused_though_a_head_would_train():
+def test_reward_adapters_on_linears_that_the_family_lacks_are_rejected_although_the_head_would_train():
     settings = ModelConfig(reward_lora=LoraConfig(rank=2, targets=("gate",)))
     scorer = model()
     config = dataclasses.replace(scorer.config, scalar_head=True)
@@ -77,7 +77,7 @@ def test_reward_adapters_on_linears_that_the_family_lacks_are_refused_though_a_h
         make_state(scorer, settings, optax.sgd(0.1), 0)
 
 
-def test_a_frozen_copy_outlives_the_arrays_it_was_made_from():
+def test_a_frozen_copy_remains_valid_after_its_source_arrays_are_deleted():
     params = {"w": jnp.arange(4.0)}
     copies = {dtype: copy_frozen(params, dtype) for dtype in ("float32", "bfloat16")}
     jax.tree.map(lambda x: x.delete(), params)

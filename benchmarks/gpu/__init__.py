@@ -1,2 +1,2 @@
-"""What `benchmarks/gpu.sh` measures; each part is a program of its own, `python -m benchmarks.gpu.PART OUT [--small]`,
-and writes what it has so far to OUT, as JSON, after everything that it measures."""
+"""The parts of `benchmarks/gpu.sh`; each is a separate program, `python -m benchmarks.gpu.PART OUT [--small]`, which
+rewrites OUT with its results so far, as JSON, after each measurement."""

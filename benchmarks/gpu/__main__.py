@@ -1,8 +1,8 @@
-"""All parts, each in processes of its own with a time limit, and the two files that they end in.
+"""Run all parts, each in separate processes with a time limit, and write the two result files.
 
     python -m benchmarks.gpu [--small]
 
-A part that fails or is cut is told as failed, with its error and with what it had measured by then.
+A part that fails or exceeds its limit is reported as failed, with its error and its measurements up to then.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from pathlib import Path
 from benchmarks.gpu.table import render
 from benchmarks.provenance import RESULTS, commit, record
 
-# Without a GPU the same tests run with XLA's attention in cuDNN's place.
+# Without a GPU the same tests run with XLA's attention in place of cuDNN's.
 TESTS = ["-m", "pytest", "tests/test_on_gpu.py", "tests/test_attention.py", "-v", "--tb=short", "-W", "default"]
-TOLD = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)", re.MULTILINE)
-TOGETHER = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # memory as it is needed: these share the GPU
+OUTCOMES = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)", re.MULTILINE)
+TOGETHER = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # allocate on demand: these parts share the GPU
 ALONE = {"XLA_CLIENT_MEM_FRACTION": "0.9"}
 IDENTITY = """
 import json, jax
@@ -42,7 +42,7 @@ print(json.dumps({
 
 @dataclass(frozen=True)
 class Part:
-    """A process: what it is, its arguments for Python, and where it writes ("": what it prints is parsed)."""
+    """A process: its name, its arguments for Python, and its additional environment variables."""
 
     name: str
     arguments: list[str]
@@ -52,7 +52,7 @@ class Part:
 def main(arguments: list[str]) -> int:
     small = ["--small"] if "--small" in arguments else []
     began, who = time.monotonic(), identity()
-    limits = (1500, 600, 600) if small else (225, 160, 140)  # a small run may have a slow CPU, and promises no time
+    limits = (1500, 600, 600) if small else (225, 160, 140)  # a small run may use a slow CPU and has no time goal
     if who["backend"] != "gpu" and not small:
         sys.exit(f"this machine's JAX sees no GPU ({who['backend']}): try the script at toy size with --small")
     with tempfile.TemporaryDirectory() as folder:
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
         on_gpu = ["-m", "gpu"] if who["backend"] == "gpu" else ["-m", "not gpu", "-k", "on_gpu"]
         parity = Part("parity", [*TESTS, "-p", "no:cacheprovider", *on_gpu], TOGETHER)
         memory = [measured("memory", TOGETHER, name) for name in ("125m-whole", "350m-lora", "1.3b-lora")]
-        # What is timed has the GPU to itself; what is not shares it, since most of its time is the compiler's.
+        # Timed parts have the GPU to themselves; the others share it, because they mostly compile.
         parts = run_together([parity, *memory], limits[0], folder)
         parts |= run_together([measured("decode", ALONE)], limits[1], folder)
         parts |= run_together([measured("phases", ALONE)], limits[2], folder)
@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> int:
 
 
 def identity() -> dict:
-    """The device and the versions of what runs on it."""
+    """The device and the versions of the software."""
     run = subprocess.run([sys.executable, "-c", IDENTITY], capture_output=True, text=True, env=environment(TOGETHER))
     if run.returncode:
         sys.exit(f"JAX does not start: {(run.stderr.strip().splitlines() or ['no word'])[-1]}")
@@ -94,12 +94,12 @@ def identity() -> dict:
 
 
 def environment(more: dict[str, str]) -> dict[str, str]:
-    """Nothing from the cache of compiled programs: those tell no memory, and seconds of compiling would not be any."""
+    """The environment without a compile cache: cached programs report no memory, and compilation is to be timed."""
     return {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"} | more
 
 
 def run_together(parts: list[Part], limit: float, folder: str) -> dict[str, dict]:
-    """{name: {"seconds", "error", "result"}} of parts that start together and are ended after `limit` seconds."""
+    """Starts the parts together and ends them after `limit` seconds; {name: {"seconds", "error", "result", "log"}}."""
     began, running = time.monotonic(), {}
     for part in parts:
         print(f"{part.name}: at most {limit:.0f} s", flush=True)
@@ -118,14 +118,14 @@ def run_together(parts: list[Part], limit: float, folder: str) -> dict[str, dict
             error = error or complaint(part, process.returncode, result, said)
             print(f"{name}: {error or 'done'}", flush=True)
             done[name] = {"seconds": seconds, "error": error, "result": result, "log": said[-6000:] if error else ""}
-    finally:  # an interrupted run leaves nothing running
+    finally:  # an interrupted run leaves no processes
         for _, _, process in running.values():
             ended(process, 0)
     return done
 
 
 def ended(process: subprocess.Popen, seconds: float) -> bool:
-    """Wait so long, then end it and all that it started; whether that was needed."""
+    """Wait up to `seconds`, then kill the process and its children; whether it was killed."""
     try:
         process.wait(seconds)
         return False
@@ -136,7 +136,7 @@ def ended(process: subprocess.Popen, seconds: float) -> bool:
 
 
 def complaint(part: Part, code: int, result: dict, said: str) -> str:
-    """What went wrong in a part that came to its end; "" if nothing did."""
+    """The error of a finished part; "" if there is none."""
     if code:
         lines = [line for line in said.splitlines() if line.strip()]
         return "; ".join(result.get("failed", [])) or (lines[-1] if lines else f"exit code {code}")
@@ -146,9 +146,9 @@ def complaint(part: Part, code: int, result: dict, said: str) -> str:
 
 
 def outcome(part: Part, said: str) -> dict:
-    """What a part has measured so far."""
+    """The results of a part so far."""
     if part.name == "parity":
-        reported = {name: word for name, word in TOLD.findall(said)}
+        reported = {name: word for name, word in OUTCOMES.findall(said)}
         kinds = {"passed": ("PASSED",), "failed": ("FAILED", "ERROR"), "skipped": ("SKIPPED",)}
         return {kind: [name for name, word in reported.items() if word in words] for kind, words in kinds.items()}
     out = Path(part.arguments[2])

@@ -1,13 +1,13 @@
-"""Decoding: tokens a second, and how much of the memory's measured bandwidth that is, by layout and batch.
+"""Decoding: tokens per second, and the share of the measured memory bandwidth, by weight layout and batch size.
 
 python -m benchmarks.gpu.decode OUT [--small]
 
-OPT-1.3B of random bfloat16 weights, 256 tokens of prompt and 256 new. What a decode step must read, by arithmetic:
-the weights but the embedding, of which it looks up a row for each answer, and the keys and values that its query looks
-at, on average those of the prompt and of half the answer.
+OPT-1.3B with random bfloat16 weights, 256 prompt tokens and 256 new ones. Bytes that a decode step must read:
+the weights except the embedding, of which it looks up one row per answer, and the keys and values that its query
+attends to, on average those of the prompt and half the answer.
 
-The final norm's scale is 0, so that the logits depend on the head alone: one head never ends an answer, another ends
-all at their first token, which is what the prefill takes, by the same compiled program.
+The scale of the final norm is 0, so that the logits depend only on the head: one head never ends an answer, another
+ends all at their first token, which times the prefill with the same compiled program.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from rlhf_jax.sampling import SampleConfig
 from rlhf_jax.train_step import Params
 
 DTYPE, TRIALS, END = jnp.dtype("bfloat16"), 3, 7
-BATCHES = (64, 1, 16)  # the most telling first
+BATCHES = (64, 1, 16)  # the most informative first
 # (config, mesh, parameters, sample) -> (program(weights, prompts, mask, key) -> Rollout, its weights)
 Variant = Callable[[DecoderConfig, Mesh, Params, SampleConfig], tuple[Any, Any]]
 
 
 def published_program(config: DecoderConfig, mesh: Mesh, params: Params, sample: SampleConfig) -> tuple[Any, Weights]:
-    """As the engine does: every layer's arrays by themselves."""
+    """The program of the engine: every layer has separate arrays."""
     program = generate_program(config, sample, (END,), mesh, DTYPE)
     return program, make_publish(config, mesh, DTYPE)(params)
 
 
 def stacked_program(config: DecoderConfig, mesh: Mesh, params: Params, sample: SampleConfig) -> tuple[Any, Weights]:
-    """The same arrays, but of all layers in one as training has them, and a layer sliced where it is used."""
+    """The same weights stacked over layers as in training, with each layer sliced where it is used."""
     decoding = Decoding(Inference(config, Layout(mesh, GENERATE), DTYPE), sample, (END,))
     weights = make_publish(config, mesh, DTYPE)(params)
     names = [path.removeprefix("layers/0/") for path in weights if path.startswith("layers/0/")]
@@ -65,7 +65,7 @@ VARIANTS: dict[str, Variant] = {"a layer's arrays by themselves": published_prog
 
 
 class Sliced(Mapping):
-    """Stacked weights by the names of single layers."""
+    """Stacked weights under the names of single layers."""
 
     def __init__(self, weights: Weights):
         self.weights = weights
@@ -95,7 +95,7 @@ def main(out: str, small: bool) -> None:
     params["final_norm/bias"] = jnp.ones_like(params["final_norm/bias"])
     prompts = np.random.default_rng(0).integers(END + 1, config.vocab_size, (max(BATCHES), prompt)).astype(np.int32)
     built = {name: variant(config, mesh, params, sample) for name, variant in VARIANTS.items()}
-    cases = [(batch, name) for batch in BATCHES for name in built]  # if time runs out, it is the last that are missed
+    cases = [(batch, name) for batch in BATCHES for name in built]  # if time runs out, the last ones are missing
 
     def compiled(case: tuple[int, str]):
         program, weights = built[case[1]]
@@ -104,7 +104,7 @@ def main(out: str, small: bool) -> None:
     def given(batch: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         return jnp.asarray(prompts[:batch]), jnp.ones((batch, prompt), bool), jax.random.key(0)
 
-    with ThreadPoolExecutor(len(cases)) as pool:  # compiling takes the most time, and nothing is timed meanwhile
+    with ThreadPoolExecutor(len(cases)) as pool:  # compiling takes most of the time, and nothing is timed yet
         programs = list(pool.map(compiled, cases))
     for (batch, name), program in zip(cases, programs, strict=True):
         weights, run = built[name][1], {"variant": name, "batch": batch}
@@ -122,7 +122,7 @@ def main(out: str, small: bool) -> None:
 
 
 def bandwidth(size: int) -> float:
-    """Bytes a second, read and written, of adding 1 to `size` float32 numbers; the best of ten."""
+    """Bytes per second, read and written, of adding 1 to `size` float32 numbers; the best of ten."""
     x, add = jnp.zeros(size, jnp.float32), jax.jit(lambda x: x + 1)
     seconds = []
     jax.block_until_ready(add(x))
@@ -134,7 +134,7 @@ def bandwidth(size: int) -> float:
 
 
 def fastest(program, *args) -> tuple[float, int]:
-    """(seconds of the best trial after one that warms up, decode steps)"""
+    """(seconds of the best trial after a warm-up, decode steps)."""
     steps, seconds = int(jax.block_until_ready(program(*args)).steps.max()), []
     for _ in range(TRIALS):
         start = time.perf_counter()

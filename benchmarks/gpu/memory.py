@@ -1,8 +1,8 @@
-"""The most memory that PPO takes on one GPU, by the allocator's count, against the plan's: one model a process.
+"""Peak memory of PPO on one GPU, from the allocator, against the plan: one model per process.
 
 python -m benchmarks.gpu.memory OUT [--small] 125m-whole|350m-lora|1.3b-lora
 
-The allocator tells the largest count since the process began, so both are told as the largest up to each phase.
+The allocator reports the peak since the process started, so both are reported as the largest up to each phase.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(out: str, small: bool, name: str) -> None:
     mesh, device = single_device_mesh(), jax.devices()[0]
 
     def peak() -> int | None:
-        """Bytes; None where the device does not tell, as CPUs."""
+        """Peak bytes; None if the device does not report them, as on CPUs."""
         return (device.memory_stats() or {}).get("peak_bytes_in_use")
 
     with tempfile.TemporaryDirectory() as folder:
@@ -37,7 +37,7 @@ def main(out: str, small: bool, name: str) -> None:
         result = {"model": name, "plan": {phase.name: measure(phase).peak(phase) for phase in found}, "phases": {}}
         keep(out, result)
         engine, state, frozen = engine_of(recipe, mesh)
-        result["loading"] = peak()  # if this is above the plan, what follows tells nothing
+        result["loading"] = peak()  # if this exceeds the plan, later peaks mean nothing
         planned = 0
 
         def reported(phase: str, value):

@@ -1,4 +1,4 @@
-"""Random models of OPT's sizes in the recipe of configs/opt-1.3b-single_gpu.toml: nothing is downloaded."""
+"""Random models with OPT's sizes in the recipe of configs/opt-1.3b-single_gpu.toml; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.ppo import ppo_engine, ppo_models, ppo_optimizers
 
 CONFIG = "configs/opt-1.3b-single_gpu.toml"
-NEVER = (-1,)  # no token ends an answer: every one has all its tokens
+NEVER = (-1,)  # no token ends an answer, so all answers have full length
 # hidden size, layers, heads, MLP width, size of the embedding
 SIZES = {
     "opt-125m": (768, 12, 12, 3072, 768),
@@ -33,7 +33,7 @@ TOY += ["ppo.micro_batch_size=4", "model.lora.rank=4"]
 
 
 def hf_config(name: str) -> dict:
-    """The config.json of an OPT of that size."""
+    """The config.json of an OPT of this size."""
     hidden, layers, heads, mlp, embed = SIZES[name]
     return {
         "model_type": "opt",
@@ -49,7 +49,7 @@ def hf_config(name: str) -> dict:
 
 
 def recipe_of(folder: str | Path, actor: str, critic: str, *overrides: str, small: bool = False) -> Recipe:
-    """The recipe with models that are a config.json each; `small`: toys in their place."""
+    """The recipe with models that consist of a config.json; `small`: with toy models instead."""
     for role, name in (("actor", actor), ("critic", critic)):
         path = Path(folder) / role / "config.json"
         path.parent.mkdir(exist_ok=True)
@@ -60,12 +60,12 @@ def recipe_of(folder: str | Path, actor: str, critic: str, *overrides: str, smal
 
 
 def engine_of(recipe: Recipe, mesh: Mesh) -> tuple[Engine, EngineState, FrozenParams]:
-    """The engine that runs the recipe, and random models as `ppo` holds them."""
+    """The engine of the recipe, and random models as `ppo` holds them."""
     layout, loaded = recipe.layout(mesh), []
     for seed, decoder in enumerate(decoder_configs(recipe, layout.shards("vocab"))):
         drawn = init_params(decoder, jax.random.key(seed), layout)
         dtype = recipe.model.stored_dtype(scalar_head=decoder.scalar_head)
-        params = {path: drawn.pop(path).astype(dtype) for path in list(drawn)}  # one float32 leaf less with each
+        params = {path: drawn.pop(path).astype(dtype) for path in list(drawn)}  # frees the float32 leaves one by one
         loaded.append(Pretrained(decoder, params, None, {}, {}, layout))
     actor, critic = loaded
     optimizers = ppo_optimizers(recipe.ppo, max(recipe.ppo.actor.warmup_steps, recipe.ppo.critic.warmup_steps) + 1)
@@ -74,20 +74,20 @@ def engine_of(recipe: Recipe, mesh: Mesh) -> tuple[Engine, EngineState, FrozenPa
 
 
 def prompts_of(recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
-    """(ids [B, P], mask) of prompts that fill their positions."""
+    """(ids [B, P], mask) of prompts without padding."""
     vocab = decoder_configs(recipe, 1)[0].vocab_size
     shape = recipe.ppo.rollout_batch_size, prompt_positions(recipe, decoder_configs(recipe, 1)[0].max_positions)
     return np.random.default_rng(0).integers(3, vocab, shape).astype(np.int32), np.ones(shape, bool)
 
 
 def keep(out: str, result: dict) -> None:
-    """Write what there is so far; never half a file."""
+    """Write the results so far, atomically."""
     part = Path(f"{out}.part")
     part.write_text(json.dumps(result))
     os.replace(part, out)
 
 
 def arguments() -> tuple[str, bool, list[str]]:
-    """(where to write, whether at toy size, the rest)."""
+    """(output file, whether at toy size, other arguments)."""
     out, *rest = sys.argv[1:]
     return out, "--small" in rest, [each for each in rest if each != "--small"]

@@ -1,8 +1,8 @@
-"""Seconds of publish, generate, score and the two updates of one PPO iteration, beside the plan's floor and guess.
+"""Seconds of publish, generate, score and both updates of one PPO iteration, against the plan's floor and estimate.
 
 python -m benchmarks.gpu.phases OUT [--small]
 
-OPT-1.3B with LoRA, OPT-350M as critic and reward model, 32 prompts of 256 tokens and 256 new ones, on all GPUs.
+OPT-1.3B with LoRA, OPT-350M as critic and reward model, 32 prompts of 256 tokens and 256 new tokens, on all GPUs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main(out: str, small: bool) -> None:
             actor, _ = timed("actor", engine.programs.actor, state.actor, frozen.actor, experience)
             critic, _ = timed("critic", engine.programs.critic, state.critic, frozen.critic, experience)
             state = dataclasses.replace(state, actor=actor, critic=critic)
-            if trial == 0:  # with the compilation
+            if trial == 0:  # includes compilation
                 result["first"] = {phase: seconds.pop() for phase, seconds in result["seconds"].items()}
             keep(out, result)
 
@@ -57,13 +57,13 @@ def rows_and_tokens(recipe) -> dict[str, int]:
 
 
 def plan_of(recipe, small: bool) -> dict:
-    """{"gpus", "phases": {name: {"floor", "expected"}}}; why there is none, where the plan does not know this GPU."""
+    """{"gpus", "phases": {name: {"floor", "expected"}}}; the reason, if the plan does not know this GPU."""
     try:
         gpus = local_gpus()
     except ValueError as error:
         if not small:
             return {"gpus": "", "phases": {}, "error": str(error)}
-        gpus = "A100-80GB"  # which the toy does not run on: its numbers mean nothing
+        gpus = "A100-80GB"  # not the device of the toy run, whose numbers mean nothing
     wanted = parse_machine(gpus)
     mesh = abstract_mesh(recipe.mesh, wanted.count)
     table = estimate_times(recipe, phases(recipe, mesh, ("ppo",)), mesh, wanted, 0.0)

@@ -6,9 +6,9 @@ MIB = 2**20
 
 
 def render(result: dict) -> str:
-    """What `benchmarks/results/*.md` holds."""
+    """The Markdown text of `benchmarks/results/*.md`."""
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    what = f"{result['count']} x {result['device']}" + " (toy size: tells nothing of speed)" * result["small"]
+    what = f"{result['count']} x {result['device']}" + " (toy size: says nothing about speed)" * result["small"]
     about = f"{result['date']}, commit {result['commit']}, {versions}, {' '.join(result['platform'].split())}"
     lines = [f"# {what}", "", f"{about}; {result['seconds']:.0f} s in all.", ""]
     for name, part in result["parts"].items():
@@ -44,7 +44,7 @@ def decode(found: dict) -> list[str]:
     title = "Decoding"
     if found:
         title += f", {found['prompt']} + {found['new']} tokens; measured bandwidth {found['bandwidth'] / 1e9:,.0f} GB/s"
-    head = ("weights", "batch", "tokens/s", "MiB a step", "of the bandwidth", "prefill, s", "prefill and decode, s")
+    head = ("weights", "batch", "tokens/s", "MiB per step", "of the bandwidth", "prefill, s", "prefill and decode, s")
     return table(title, head, rows)
 
 
@@ -53,10 +53,10 @@ def memory(found: list[dict]) -> list[str]:
     for part in found:
         for phase, reported in part.get("phases", {}).items():
             planned, got, off = reported["planned"], reported["measured"], reported["off"]
-            shown = ("not told", "") if got is None else (f"{got / MIB:,.0f}", f"{off:+.1%}")
+            shown = ("not reported", "") if got is None else (f"{got / MIB:,.0f}", f"{off:+.1%}")
             rows.append((part["model"], phase, f"{planned / MIB:,.0f}", *shown))
     head = ("model", "up to", "planned, MiB", "measured, MiB", "off")
-    return table("Peak memory of PPO, one GPU (wanted: within 10%)", head, rows)
+    return table("Peak memory of PPO, one GPU (goal: within 10%)", head, rows)
 
 
 def phases(found: dict) -> list[str]:
@@ -69,7 +69,7 @@ def phases(found: dict) -> list[str]:
         floor = (f"{planned['floor']:.4f}", f"{planned['expected']:.4f}") if planned else ("", "")
         share = f"{planned['floor'] / best:.0%}" if planned else ""
         rows.append((phase, f"{best:.4f}", *floor, share, f"{first:.1f}"))
-    title = "Seconds of an iteration of PPO"
+    title = "Seconds of a PPO iteration"
     if found:
         tokens = found["tokens"]
         title += f", {tokens['rows']} x ({tokens['prompt']} + {tokens['new']}) tokens, plan for "

@@ -24,7 +24,8 @@ class Checkpoints:
     def __init__(self, folder: str | Path, *, keep: int = 2) -> None:
         """Open the folder and keep its newest `keep` steps. One process at a time may have a folder open.
 
-        Creates the folder and removes what killed saves left. Raises ValueError for keep below 1.
+        Creates the folder; a background thread then removes the leftovers of killed saves. Raises ValueError for
+        `keep` below 1.
         """
         if keep < 1:
             raise ValueError(f"keep is {keep}: keep at least 1 checkpoint, or a run cannot be resumed")

@@ -2,7 +2,7 @@
 
     python scripts/write_docs.py
 
-What stands between `<!-- NAME -->` and `<!-- /NAME -->` is written by BLOCKS[NAME]: from benchmarks/results/NAME.json
+The text between `<!-- NAME -->` and `<!-- /NAME -->` is written by BLOCKS[NAME]: from benchmarks/results/NAME.json
 for a measurement, from the package's source for the rest.
 """
 
@@ -67,10 +67,10 @@ def documents() -> list[Path]:
 
 
 def fill(text: str) -> str:
-    """The text with its generated parts as they should be.
+    """The text with its generated parts filled in.
 
     Raises:
-        KeyError: no block has the name between the marks.
+        KeyError: no block has the name in a mark.
     """
     marks = re.compile(r"^<!-- (\w+) -->\n.*?^<!-- /\1 -->$", re.DOTALL | re.MULTILINE)
     return marks.sub(lambda found: f"<!-- {found[1]} -->\n{BLOCKS[found[1]]()}\n<!-- /{found[1]} -->", text)
@@ -83,21 +83,21 @@ def runs_of(name: str) -> list[dict[str, Any]]:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def measured(name: str, head: list[str], row: Callable[[dict], list[str]]) -> str:
-    """A table with one row per run, and what the runs' file says of their origin."""
+def table_of_runs(name: str, head: list[str], row: Callable[[dict], list[str]]) -> str:
+    """A table with one row per run, followed by the origin of the runs."""
     runs = runs_of(name)
     return f"{table(head, [row(run['result']) for run in runs])}\n\n{origin(runs)}"
 
 
-def transposed(name: str, head: list[str], rows: dict[str, Callable[[dict], str]]) -> str:
-    """The same with one column per run."""
+def transposed_table(name: str, head: list[str], rows: dict[str, Callable[[dict], str]]) -> str:
+    """A table with one column per run, followed by the origin of the runs."""
     runs = runs_of(name)
     cells = [[label, *(show(run["result"]) for run in runs)] for label, show in rows.items()]
     return f"{table(head, cells)}\n\n{origin(runs)}"
 
 
 def origin(runs: list[dict[str, Any]]) -> str:
-    """Command, commit, date and machine of the runs; where they differ, of which rows."""
+    """Command, commit, date and machine of the runs; if they differ, with the rows of each."""
     groups: dict[str, list[str]] = {}
     for number, run in enumerate(runs, 1):
         note = f" ({run['note']})" if "note" in run else ""
@@ -118,7 +118,7 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def demo() -> str:
-    """Of the demo as it is shipped: seed 0 alone."""
+    """The table of the demo as shipped: seed 0 only."""
     return demo_table([run for run in runs_of("demo") if run["result"]["seed"] == 0])
 
 
@@ -145,7 +145,7 @@ def fit() -> str:
         sizes = [*(result["peaks"][phase] for phase in PHASES), result["headroom"]]
         return [result["card"], result["deepspeed_chat"], ours, *(f"{size / 2**30:.1f}" for size in sizes)]
 
-    return measured("fit", ["card", "DeepSpeed-Chat's largest", "here", *PHASES, "headroom"], row)
+    return table_of_runs("fit", ["card", "DeepSpeed-Chat's largest", "here", *PHASES, "headroom"], row)
 
 
 def import_export() -> str:
@@ -163,7 +163,7 @@ def import_export() -> str:
         "export, MB/s of the files written": megabytes("export"),
         "plain copy of the files read, MB/s": megabytes("copy"),
     }
-    return transposed("import_export", ["", *(run["result"]["dtype"] for run in runs_of("import_export"))], rows)
+    return transposed_table("import_export", ["", *(run["result"]["dtype"] for run in runs_of("import_export"))], rows)
 
 
 def data() -> str:
@@ -183,7 +183,7 @@ def data() -> str:
             f"{r['serving_rss_bytes'] / 1e6:,.0f} MB; {r['serving_rss_growth_after_a_fifth'] / 1e6:.0f} MB"
         ),
     }
-    return transposed("data", ["", "measured"], rows)
+    return transposed_table("data", ["", "measured"], rows)
 
 
 def quantised_errors() -> str:
@@ -212,7 +212,7 @@ def quantised() -> str:
         over = {kind: entry["over_float32"] for kind, entry in result["lora"].items() if kind != "float32"}
         return [*cells, ", ".join(f"{kind} {share:+.2%}" for kind, share in over.items())]
 
-    return measured("quantised", ["seed", "steps", "float32", "NF4", "int8", "after, over float32"], row)
+    return table_of_runs("quantised", ["seed", "steps", "float32", "NF4", "int8", "after, over float32"], row)
 
 
 def slot_refill() -> str:
@@ -221,7 +221,9 @@ def slot_refill() -> str:
         sizes = [f"{ways[result['way']]}", str(result["prompts"]), str(result["rows"]), f"{result['steps']:,}"]
         return [*sizes, f"{result['seconds']:.2f}", f"{result['tokens_per_second']:,.0f}"]
 
-    return measured("slot_refill", ["", "prompts", "at a time", "decode steps", "seconds", "tokens per second"], row)
+    return table_of_runs(
+        "slot_refill", ["", "prompts", "at a time", "decode steps", "seconds", "tokens per second"], row
+    )
 
 
 def packing() -> str:
@@ -230,7 +232,7 @@ def packing() -> str:
         return [result["file"], *counts, f"{result['packed_rows']:,}", percent(result["packed_padding"])]
 
     head = ["file", "documents", "tokens per row", "padding, one document per row", "packed rows", "padding, packed"]
-    return measured("packing", head, row)
+    return table_of_runs("packing", head, row)
 
 
 def real_data() -> str:
@@ -274,7 +276,7 @@ def history() -> str:
 
 
 def families() -> str:
-    """Raises KeyError: a family has no name here."""
+    """The table of model families; raises KeyError if a family has no name here."""
     exports = {name: FAMILIES[name].scalar for name in [*MODELS, *(FAMILIES.keys() - MODELS.keys())]}
     rows = [[MODELS[name], f"`{name}`", f"`{scalar}`" if scalar else "own folder"] for name, scalar in exports.items()]
     return table(["models", "`model_type`", "reward model, exported as"], rows)
@@ -347,14 +349,14 @@ def key_rows(schema: type, places: list[tuple[str, Any, bool]]) -> Iterator[list
         if not comments.get(field.name):
             raise ValueError(f"{schema.__name__}.{field.name} has no comment that says what it means")
         kind = get_type_hints(schema)[field.name]
-        defaults = {place: shown(default_of(field, value)) for place, value, _ in places}
+        defaults = {place: toml_value(default_of(field, value)) for place, value, _ in places}
         same = len(set(defaults.values())) == 1
         default = next(iter(defaults.values())) if same else ", ".join(f"{v} ({p})" for p, v in defaults.items())
         yield [f"`{field.name}`", type_name(kind), default, comments[field.name].replace("|", "\\|")]
 
 
 def meanings(schema: type) -> dict[str, str]:
-    """{field: its comment} of a dataclass and those it inherits from: that on its lines, or else that above them."""
+    """{field: its comment} of a dataclass and its bases: the one on its lines, or else the one above them."""
     found: dict[str, str] = {}
     for parent in reversed([parent for parent in schema.__mro__ if dataclasses.is_dataclass(parent)]):
         source = textwrap.dedent(inspect.getsource(parent))
@@ -368,7 +370,7 @@ def meanings(schema: type) -> dict[str, str]:
 
 
 def comments_of(source: str) -> tuple[dict[int, str], dict[int, str]]:
-    """{line: comment} of the lines that are nothing else, and of the others."""
+    """{line: comment} of lines that are only a comment, and of the other lines."""
     whole, trailing = {}, {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
@@ -378,11 +380,11 @@ def comments_of(source: str) -> tuple[dict[int, str], dict[int, str]]:
 
 
 def type_name(kind: Any) -> str:
-    """A type as a reader of TOML would say it."""
+    """A type in terms of TOML."""
     if dataclasses.is_dataclass(kind):
         return "table"
     if get_origin(kind) is Literal:
-        return ", ".join(shown(choice) for choice in get_args(kind))
+        return ", ".join(toml_value(choice) for choice in get_args(kind))
     if get_origin(kind) is tuple:
         return f"array of {type_name(get_args(kind)[0])}s"
     if get_origin(kind) is dict:
@@ -392,8 +394,8 @@ def type_name(kind: Any) -> str:
     return TYPES[kind]
 
 
-def shown(value: Any) -> str:
-    """A value as TOML."""
+def toml_value(value: Any) -> str:
+    """A value in TOML syntax."""
     if value is dataclasses.MISSING:
         return "required"
     if dataclasses.is_dataclass(value):

@@ -160,13 +160,13 @@ def test_only_evaluate_imports_the_judge_which_imports_nothing_from_the_package(
     users = {
         path.relative_to(package).as_posix()
         for path in package.rglob("*.py")
-        if any("assistant_judge" in name for name in _imported(path))
+        if any("assistant_judge" in name for name in _imported_names(path))
     }
     assert users <= {"evaluate.py"}
-    assert not [name for name in _imported(package / "data/builtin_judge.py") if name.startswith("rlhf_jax")]
+    assert not [name for name in _imported_names(package / "data/builtin_judge.py") if name.startswith("rlhf_jax")]
 
 
-def _imported(path: Path) -> list[str]:
+def _imported_names(path: Path) -> list[str]:
     """All dotted names that a file imports; of relative imports the part after the dots."""
     names = []
     for node in ast.walk(ast.parse(path.read_text())):

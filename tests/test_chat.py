@@ -97,11 +97,11 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(folder, monkeypatch, c
 
 
 def test_ctrl_c_at_the_prompt_exits_without_a_message_about_checkpoints(folder, monkeypatch, capsys):
-    def interrupted():
+    def interrupt():
         raise KeyboardInterrupt
         yield
 
-    monkeypatch.setattr(rlhf_jax.chat, "read_questions", interrupted)
+    monkeypatch.setattr(rlhf_jax.chat, "read_questions", interrupt)
     assert main(["chat", str(folder)]) == 130
     assert capsys.readouterr().err == "rlhf-jax: interrupted\n"
 
@@ -121,12 +121,12 @@ def test_the_greedy_answer_equals_that_of_generate(model, tmp_path, monkeypatch,
     chosen = []
     choose = rlhf_jax.chat.sample_next
 
-    def watched(*args):
+    def record_and_sample(*args):
         result = choose(*args)
         chosen.append(int(result[0][0]))
         return result
 
-    monkeypatch.setattr(rlhf_jax.chat, "sample_next", watched)
+    monkeypatch.setattr(rlhf_jax.chat, "sample_next", record_and_sample)
     pieces = list(ChatModel(model, GREEDY).answer(QUESTION, jax.random.key(7)))
     assert chosen == ours.tolist()
     assert "".join(pieces) == whole.rstrip("\N{REPLACEMENT CHARACTER}").lstrip()

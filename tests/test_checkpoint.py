@@ -117,12 +117,12 @@ def test_numbers_and_numpy_arrays_keep_their_type(tmp_path):
 
 def test_an_ongoing_save_is_not_affected_by_reuse_of_donated_buffers(tmp_path):
     @jax.jit
-    def filled(value):
+    def fill(value):
         return {"kernel": jnp.full((1024, 4096), value)}
 
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
     for on_mesh in (False, True):
-        state = filled(3.0)
+        state = fill(3.0)
         if on_mesh:
             state = jax.device_put(state, jax.NamedSharding(mesh_of(4, 2), jax.P("fsdp", "tensor")))
         wanted = abstract_of(state)

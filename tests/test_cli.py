@@ -237,7 +237,7 @@ def test_faults_of_a_data_file_are_reported_with_file_and_line(error_line, write
 
 
 def test_a_hub_dataset_without_network_is_reported_in_one_line(error_line):
-    assert "nobody/nothing" in error_line('data.sources=[{path="nobody/nothing"}]')
+    assert "absent/model" in error_line('data.sources=[{path="absent/model"}]')
 
 
 # Models.
@@ -281,8 +281,8 @@ def test_a_folder_without_a_model_and_a_hub_id_without_network_are_rejected(erro
     (tmp_path / "empty").mkdir()
     assert "config.json: is" in error_line(f"model.actor={tmp_path / 'empty'}")
     assert f"there is no folder {tmp_path / 'gone'}" in error_line(f"model.actor={tmp_path / 'gone'}")
-    error = error_line("model.actor=nobody/nothing")
-    assert "nobody/nothing is neither a folder here nor to be had from the Hugging Face hub" in error
+    error = error_line("model.actor=absent/model")
+    assert "absent/model is neither a folder here nor to be had from the Hugging Face hub" in error
     assert main(["chat", str(tmp_path / "empty")]) == 2
     assert one_line_error(capsys).endswith(
         "empty is no Hugging Face folder (no config.json): name RUN/ppo/export or RUN/sft/export"

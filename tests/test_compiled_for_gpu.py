@@ -286,13 +286,13 @@ def layer_shapes(layout):
     return shapes
 
 
-def shapes_moved(text, kind):
+def moved_shapes(text, kind):
     return Counter(tuple(sorted(n for n in shape if n > 1)) for _, shape in tiny.collective_shapes(text, kind))
 
 
 def test_at_zero_stage_2_gradients_are_reduce_scattered_and_new_parameters_gathered_once():
     text, train, whole = program("llama", "actor", 2).text, Layout(mesh(), TRAIN), Layout(mesh(), WHOLE)
-    assert not layer_shapes(train) - shapes_moved(text, "reduce-scatter")
+    assert not layer_shapes(train) - moved_shapes(text, "reduce-scatter")
     smallest = math.prod(min(layer_shapes(train), key=math.prod))
     assert [shape for _, shape in tiny.collective_shapes(text, "all-reduce") if math.prod(shape) >= smallest] == []
     # The compiler may transpose the arrays that it moves.

@@ -42,7 +42,7 @@ def by_hand(config, arrays, tokens):
         bias = w[f"{name}/bias"] if i is None else w[f"{name}/bias"][i]
         return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + config.norm_eps) * scale + bias
 
-    def turned(x, position):
+    def rotate(x, position):
         if not config.rope:
             return x
         angle = position * np.array(config.rope.frequencies)
@@ -55,8 +55,8 @@ def by_hand(config, arrays, tokens):
         for head in range(config.num_heads):
             shared = head // (config.num_heads // config.num_kv_heads)
             for t in range(length):
-                query = turned(q[t, head], t)
-                scores = np.array([query @ turned(k[s, shared], s) for s in range(t + 1)]) / size**0.5
+                query = rotate(q[t, head], t)
+                scores = np.array([query @ rotate(k[s, shared], s) for s in range(t + 1)]) / size**0.5
                 weights = np.exp(scores - scores.max())
                 out[t, head] = weights / weights.sum() @ v[: t + 1, shared]
         return linear(out.reshape(length, -1), "layers/attention/o", i)

@@ -1,4 +1,4 @@
-"""README.md and docs/: what is generated agrees with its source, and what is written runs, loads and resolves."""
+"""README.md and docs/: generated parts agree with their sources; commands, configurations and links work."""
 
 import datetime
 import importlib.util
@@ -18,7 +18,7 @@ from rlhf_jax.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-# Numbers with a unit that nothing measured: constants of the code, tolerances of tests, sizes of downloads.
+# Numbers with a unit that are not measurements: constants of the code, tolerances of tests, sizes of downloads.
 STATED = {"95%", "2%", "5 GB"}
 MEASURED = re.compile(r"(?<![\w.])\d[\d,.]*(?:%| (?:s|ms|min|MB|GB|GiB|MB/s|GB/s)\b)")
 PARTS = re.compile(r"^<!-- (\w+) -->$.*?^<!-- /\1 -->$", re.DOTALL | re.MULTILINE)
@@ -61,7 +61,7 @@ def test_every_generated_part_is_in_some_document():
 
 
 @EACH
-def test_no_number_with_a_unit_stands_outside_the_generated_parts(path):
+def test_no_number_with_a_unit_is_outside_the_generated_parts(path):
     assert set(MEASURED.findall(prose(path))) <= STATED
 
 
@@ -89,19 +89,19 @@ def test_every_relative_link_resolves(path):
 
 
 @EACH
-def test_every_file_that_is_named_by_its_path_exists(path):
+def test_every_file_named_by_its_path_exists(path):
     names = re.findall(r"\b(?:configs|scripts|tests|benchmarks|docs)/[\w./-]+\.(?:toml|sh|py|md)\b", TEXTS[path])
     assert [name for name in names if not (ROOT / name).exists()] == []
     modules = re.findall(r"-m (benchmarks\.[a-z_]+)", TEXTS[path])
     assert [name for name in modules if not (ROOT / f"{name.replace('.', '/')}.py").exists()] == []
 
 
-def test_there_are_commands():
+def test_the_documents_contain_commands():
     assert len(commands()) > 15
 
 
 @pytest.mark.parametrize("arguments", commands(), ids=" ".join)
-def test_a_command_parses_and_its_configuration_loads_with_its_changes(arguments):
+def test_a_command_parses_and_its_configuration_loads_with_its_overrides(arguments):
     args = cli.parse_args(arguments)
     if getattr(args, "config", "").startswith("configs/"):
         assert load_config(ROOT / args.config, args.overrides, Recipe)
@@ -109,7 +109,7 @@ def test_a_command_parses_and_its_configuration_loads_with_its_changes(arguments
         assert getattr(args, "config", "mine.toml") == "mine.toml"
 
 
-def test_every_example_of_a_configuration_loads():
+def test_every_example_configuration_loads():
     examples = [code for text in TEXTS.values() for language, code in FENCES.findall(text) if language == "toml"]
     assert len(examples) >= 2
     for code in examples:
@@ -117,7 +117,7 @@ def test_every_example_of_a_configuration_loads():
 
 
 @EACH
-def test_every_key_that_is_named_exists(path):
+def test_every_configuration_key_in_the_text_exists(path):
     known = {
         f"{place}.{row[0].strip('`')}"
         for schema, places in WRITE.sections().items()
@@ -129,7 +129,7 @@ def test_every_key_that_is_named_exists(path):
     assert [name for name in named if name not in known and not (ROOT / "rlhf_jax" / name).exists()] == []
 
 
-def test_a_key_without_a_comment_is_refused(tmp_path, monkeypatch):
+def test_a_key_without_a_comment_is_rejected(tmp_path, monkeypatch):
     (tmp_path / "schemas.py").write_text(
         "import dataclasses\n\n\n@dataclasses.dataclass(frozen=True)\nclass Given:\n"
         "    # what a\n    # does\n    a: int = 1\n    b: str = 'x#y'  # what b does\n    c: float = 0.5\n"
@@ -142,7 +142,7 @@ def test_a_key_without_a_comment_is_refused(tmp_path, monkeypatch):
         list(WRITE.key_rows(Given, [("given", Given(), False)]))
 
 
-def test_a_part_without_a_source_is_refused():
+def test_a_generated_part_without_a_source_is_rejected():
     with pytest.raises(KeyError, match="nothing_like_it"):
         WRITE.fill("<!-- nothing_like_it -->\n<!-- /nothing_like_it -->\n")
 
@@ -158,7 +158,7 @@ def test_a_result_replaces_the_run_with_the_same_keys_and_keeps_the_others(tmp_p
     assert [run["result"] for run in json.loads((tmp_path / "made.json").read_text())] == [{"other": 1}]
 
 
-def test_the_demo_benchmark_trains_and_evaluates_each_seed_and_its_table_has_a_row_for_each(tmp_path, monkeypatch):
+def test_the_demo_benchmark_trains_and_evaluates_each_seed_and_its_table_has_one_row_per_seed(tmp_path, monkeypatch):
     ran = []
 
     def stub(command, settings, run):

@@ -419,7 +419,7 @@ def test_scoring_does_not_copy_a_reference_on_the_devices_and_frees_one_fetched_
     trained = run("llama")
     engine, frozen = trained.engine, trained.frozen
 
-    def held(kind):
+    def live_bytes(kind):
         return sum(leaf.nbytes for leaf in jax.live_arrays() if leaf.sharding.memory_kind == kind)
 
     def pointers(params):
@@ -427,9 +427,9 @@ def test_scoring_does_not_copy_a_reference_on_the_devices_and_frees_one_fetched_
 
     assert pointers(to_devices(frozen.reference)) == pointers(frozen.reference)
     away = dataclasses.replace(frozen, reference=to_host(frozen.reference))
-    before = held("device")
+    before = live_bytes("device")
     scored = jax.block_until_ready(engine.score(trained.state, away, trained.rollout_there))
-    assert held("device") - before == sum(leaf.nbytes for leaf in jax.tree.leaves(scored))
+    assert live_bytes("device") - before == sum(leaf.nbytes for leaf in jax.tree.leaves(scored))
 
 
 @pytest.mark.parametrize(
@@ -619,7 +619,7 @@ import test_engine, tiny
 from rlhf_jax.rollout import make_publish
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout
 
-mesh, told = tiny.mesh_of("fsdp4-tensor2"), {}
+mesh, report = tiny.mesh_of("fsdp4-tensor2"), {}
 
 
 def say(what):
@@ -635,7 +635,7 @@ params = tiny.random_params(tiny.with_lora(tiny.LLAMA, tiny.LORA), mesh)
 with tempfile.TemporaryDirectory() as folder:
     options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
     make_publish(tiny.with_lora(tiny.LLAMA, tiny.LORA), mesh, jnp.dtype("bfloat16")).lower(params).compile(options)
-    told["partitioned"] = open(glob.glob(f"{folder}/*after_spmd-partitioning*")[0]).read()
+    report["partitioned"] = open(glob.glob(f"{folder}/*after_spmd-partitioning*")[0]).read()
 
 for case, dtype in (("llama", "bfloat16"), ("opt-lora", "float32")):
     engine, state, frozen = test_engine.engine_of(case, mesh, jnp.dtype(dtype))
@@ -645,7 +645,7 @@ for case, dtype in (("llama", "bfloat16"), ("opt-lora", "float32")):
     rollout = engine.generate(engine.publish(state.actor.params(frozen.actor)), *prompts, jax.random.key(0))
     jax.block_until_ready(engine.update(state, frozen, engine.score(state, frozen, rollout)))
 say("end")
-print(json.dumps(told))
+print(json.dumps(report))
 """
 
 

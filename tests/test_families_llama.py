@@ -507,7 +507,7 @@ def test_the_table_names_every_tensor_that_transformers_saves_with_its_shape(nam
     transformers = pytest.importorskip("transformers")
     from safetensors.numpy import load_file
 
-    def saved(**options):
+    def saved_shapes(**options):
         theirs.save_pretrained(tmp_path, **options)
         return {name: tensor.shape for name, tensor in load_file(tmp_path / "model.safetensors").items()}
 
@@ -516,7 +516,7 @@ def test_the_table_names_every_tensor_that_transformers_saves_with_its_shape(nam
     settings = VARIANTS[name] | {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 0}
     labels = {"num_labels": 1} if scalar_head else {}
     theirs = auto.from_config(transformers.AutoConfig.for_model(**settings, **labels))
-    names = saved()
+    names = saved_shapes()
     assert type(theirs).__name__ == (family.scalar if scalar_head else family.causal)
     # The saved config.json and the keyword arguments, which have old spellings, describe the same model.
     config = decoder_config(json.loads((tmp_path / "config.json").read_text()), scalar_head=scalar_head)
@@ -524,4 +524,4 @@ def test_the_table_names_every_tensor_that_transformers_saves_with_its_shape(nam
     assert theirs.base_model_prefix + "." == base_prefix(config)
     assert tensor_names(config, hf_tensors(config)) == names
     for layout in alternative_tensors(config):
-        assert tensor_names(config, layout) == saved(save_original_format=False)
+        assert tensor_names(config, layout) == saved_shapes(save_original_format=False)

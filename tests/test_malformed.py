@@ -254,10 +254,10 @@ CASES: dict[str, Case] = {
         "reward",
         transcripts,
     ),
-    "nobody answers": middle_case(
+    "no assistant turn": middle_case(
         with_fields(transcripts(3), chosen="\n\nHuman: q"), "field 'chosen': no transcript", good=transcripts
     ),
-    "nobody asks": middle_case(
+    "no user turn": middle_case(
         with_fields(transcripts(3), chosen="\n\nAssistant: a"), "field 'chosen': no transcript", "reward", transcripts
     ),
     "words before the first speaker": middle_case(
@@ -321,7 +321,7 @@ CASES: dict[str, Case] = {
     "gzip that is cut": damaged_case(
         "rows.jsonl.gz", CUT_GZ, f"{ENDS} {IN_CUT_GZ}: {CANNOT}: Compressed file ended", IN_CUT_GZ
     ),
-    "gzip with something behind it": damaged_case(
+    "gzip with trailing bytes": damaged_case(
         "rows.jsonl.gz", gzip.compress(FOUR) + b"no gzip", f"{ENDS} 4: {CANNOT}: Not a gzipped file", 4
     ),
     "what is no gzip": damaged_case("rows.jsonl.gz", FOUR, f"{ENDS} 0: {CANNOT}: Not a gzipped file", 0),
@@ -489,7 +489,9 @@ def test_the_data_command_reports_a_fault_in_one_line(tmp_path, capsys, model, n
     assert_reported(case, path, error)
 
 
-@pytest.mark.parametrize("name", [*SAMPLE, "messages with an unknown role", "CSV with other columns", "nobody answers"])
+@pytest.mark.parametrize(
+    "name", [*SAMPLE, "messages with an unknown role", "CSV with other columns", "no assistant turn"]
+)
 def test_training_reports_a_fault_in_one_line(tmp_path, capsys, name):
     case = CASES[name]
     path = write_case(tmp_path, case)
@@ -799,11 +801,11 @@ def test_a_bad_row_of_a_copy_is_reported_with_the_path_of_the_copy(tmp_path):
 def test_leftovers_of_a_killed_run_are_not_used_as_rows(tmp_path, monkeypatch):
     config = dataclasses.replace(good(tmp_path), cache_dir=str(tmp_path / "cache"))
 
-    def killed(*_):
+    def kill(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache.os, "fsync", killed)
+        patch.setattr(cache.os, "fsync", kill)
         with pytest.raises(KeyboardInterrupt):
             rows_of(GOOD, config)
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]

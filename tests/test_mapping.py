@@ -469,7 +469,7 @@ IMPOSSIBLE = {
     "no prompt": {"prompt": ""},
     "no transcript": {"format": "transcript", "chosen": ""},
     "one speaker": {"speakers": ("USER:",)},
-    "a nameless speaker": {"speakers": ("USER:", " ")},
+    "a blank speaker": {"speakers": ("USER:", " ")},
     "scores for some": {"format": "ranking", "answers": ("a", "b", "c"), "scores": ("a", "b")},
     "no answers": {"format": "ranking", "answers": ()},
     "no expression": {"strip": "["},

@@ -56,11 +56,11 @@ def test_gradients_equal_those_through_unchunked_logits(arrays, chunk):
         entropy = -(jnp.exp(log_p) * log_p).sum(-1)
         return (weight * jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0] + entropy**2).sum()
 
-    def chunked(hidden, head):
+    def with_chunks(hidden, head):
         chosen, entropy = logprobs.token_logprobs_and_entropy(hidden, head, targets, chunk=chunk)
         return (weight * chosen + entropy**2).sum()
 
-    ours, theirs = jax.grad(chunked, (0, 1))(hidden, head), jax.grad(whole, (0, 1))(hidden, head)
+    ours, theirs = jax.grad(with_chunks, (0, 1))(hidden, head), jax.grad(whole, (0, 1))(hidden, head)
     for one, other in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 

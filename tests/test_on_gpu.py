@@ -191,11 +191,11 @@ class Scored:
     def actor_params(self):
         return self.state.actor.params(self.frozen.actor)
 
-    def sampled(self):
+    def sample_rollout(self):
         prompts, weights = tiny.prompts(self.config, LENGTHS, WIDTH), self.engine.publish(self.actor_params())
         return self.engine.generate(weights, *prompts, jax.random.key(7))
 
-    def updated(self, experience):
+    def update(self, experience):
         """({path: change of the actor and critic}, stats)."""
         before = [jax.device_get(jax.tree.map(jnp.copy, x.trainable)) for x in (self.state.actor, self.state.critic)]
         after, stats = self.engine.update(self.state, self.frozen, experience)
@@ -207,7 +207,7 @@ class Scored:
 @pytest.mark.parametrize(("family", "kind"), CASES)
 def test_sampled_logprobs_equal_the_scored_ones_and_the_first_ratio_is_one(family, kind):
     run = Scored(family, kind)
-    rollout = run.sampled()
+    rollout = run.sample_rollout()
     experience = run.engine.score(run.state, run.frozen, rollout)
     host, mask = jax.tree.map(np.asarray, rollout), np.asarray(rollout.mask)
     assert len(set(mask.sum(1))) >= 4 and 0 < host.ended.mean() < 1, "answers of several lengths"
@@ -216,7 +216,7 @@ def test_sampled_logprobs_equal_the_scored_ones_and_the_first_ratio_is_one(famil
     error = max(rms(scored - exact, mask), rms(sampled - exact, mask))
     assert 0 < error < 0.03
     assert rms(sampled - scored, mask) <= ALLOWED * error
-    _, stats = run.updated(experience)
+    _, stats = run.update(experience)
     assert stats["actor_ratio_off"] ** 0.5 <= ALLOWED * error, "the root of the mean square of ratio - 1"
     assert abs(stats["actor_loss"]) <= ALLOWED * error, "minus the mean of whitened advantages, had all ratios been 1"
 
@@ -225,10 +225,10 @@ def test_one_micro_batch_gives_the_update_of_four_and_of_float32():
     one, four = Scored("opt", "float32"), Scored("opt", "float32", num_micro=4)
     exact = Scored("opt", "float32", dtype=FLOAT32, attention="xla")
     with jax.default_matmul_precision("highest"):
-        experience = exact.engine.score(exact.state, exact.frozen, exact.sampled())
-        truth, _ = exact.updated(experience)
+        experience = exact.engine.score(exact.state, exact.frozen, exact.sample_rollout())
+        truth, _ = exact.update(experience)
     # With their own old log-probabilities, bfloat16 programs would have ratios that differ from 1 by roundings.
-    (first, _), (second, _) = one.updated(experience), four.updated(experience)
+    (first, _), (second, _) = one.update(experience), four.update(experience)
     for want, whole, parts in zip(truth, first, second, strict=True):
         size = np.sqrt(sum(np.square(x).sum() for x in want.values()))
         error, other, apart = (

@@ -139,11 +139,11 @@ def test_gradients_of_a_packed_row_are_the_sum_over_its_documents(family, remat)
 
     @functools.partial(jax.jit, static_argnames="remat")
     def gradients(params, tokens, mask, learned, segments=None, remat="none"):
-        def summed(params):
+        def summed_loss(params):
             scores = logits_of(config, params, tokens, mask, segments, remat=remat)[:, :-1]
             return next_token_loss(scores, tokens[:, 1:], learned[:, 1:]) * learned.sum()
 
-        return jax.grad(summed)(params)
+        return jax.grad(summed_loss)(params)
 
     tokens, mask, segments = pack_documents(documents)
     together = gradients(params, tokens, mask, mask & (token_positions(mask, segments) > 0), segments, remat=remat)
@@ -240,11 +240,11 @@ def test_packed_rows_use_masked_attention_where_other_rows_use_fused_attention(m
     def choose(mesh, config, dtype, length, choice, packed=False):
         return AttentionKernel("xla" if packed else "cudnn", "")
 
-    def fused(*arrays, **options):
+    def fail(*arrays, **options):
         raise AssertionError("fused attention keeps no documents apart")
 
     monkeypatch.setattr(decoder, "kernel_for_mesh", choose)
-    monkeypatch.setattr(transformer, "fused_attention", fused)
+    monkeypatch.setattr(transformer, "fused_attention", fail)
     config, documents = tiny.LLAMA, documents_of(tiny.LLAMA)
     layout = Layout(single_device_mesh(), TRAIN)
     params = tiny.random_params(config, layout.mesh)

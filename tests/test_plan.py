@@ -118,7 +118,7 @@ def on_first_device(tree, memory="device") -> int:
     return sum(shard.data.nbytes for shard in shards if shard.device == device)
 
 
-def shared_as_generated(decoder, params, layout):
+def share_params(decoder, params, layout):
     """Parameters with one copy for both training and generation."""
     result = dict(params)
     for path in filter(is_shareable, params):
@@ -141,7 +141,7 @@ def test_the_arrays_of_an_engine_have_the_planned_bytes_within_two_percent(setti
         dtype = model.stored_dtype(scalar_head=decoder.scalar_head)
         params = {path: leaf.astype(dtype) for path, leaf in tiny.random_params(decoder, mesh).items()}
         if model.one_copy and not decoder.scalar_head:
-            params = shared_as_generated(decoder, params, Layout(mesh, GENERATE))
+            params = share_params(decoder, params, Layout(mesh, GENERATE))
         loaded.append(relayout(Pretrained(decoder, params, None, HF, {}, Layout(mesh, TRAIN)), layout))
     optimizers = ppo_optimizers(recipe.ppo, 1)
     state, frozen = ppo_models(*loaded, model, optimizers, 0)
@@ -167,11 +167,11 @@ def test_the_arrays_of_an_engine_have_the_planned_bytes_within_two_percent(setti
 
 
 def test_arrays_in_host_memory_are_on_the_device_only_during_use_as_computed_by_hand(tmp_path):
-    def planned(setting):
+    def plan_phases(setting):
         recipe = recipe_of(tmp_path, setting)
         return {phase.name: phase for phase in phases(recipe, abstract_mesh(recipe.mesh, 1), ("ppo",))}
 
-    plain, away, adapted = (planned(setting) for setting in ("average", "all-offloaded", "lora-offloaded"))
+    plain, away, adapted = (plan_phases(setting) for setting in ("average", "all-offloaded", "lora-offloaded"))
     assert {phase.live["moving average"] for phase in plain.values()} == {4 * WEIGHTS}
     assert {phase.host for phase in plain.values()} == {0}
     assert {name: phase.live["moving average"] for name, phase in away.items()} == {
@@ -351,7 +351,7 @@ def test_without_attached_or_named_gpus_the_plan_says_how_to_name_them(tmp_path,
 
 def test_a_model_without_an_available_config_is_rejected_by_name(tmp_path):
     recipe = recipe_of(tmp_path)
-    for actor, reported in (("nobody/nothing", "config.json of nobody/nothing"), (str(tmp_path / "no"), "no folder")):
+    for actor, reported in (("absent/model", "config.json of absent/model"), (str(tmp_path / "no"), "no folder")):
         lost = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, actor=actor))
         with pytest.raises(ValueError, match=reported):
             phases(lost, abstract_mesh(recipe.mesh, 1))

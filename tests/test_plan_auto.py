@@ -70,11 +70,11 @@ def test_the_choice_is_the_fastest_combination_that_fits(setting, share, tmp_pat
     need = {each: 1000 + int(9000 * (i + 1) / len(ordered)) for i, each in enumerate(reversed(ordered))}
     asked = []
 
-    def measured(candidate):
+    def measure(candidate):
         asked.append(candidate)
         return need[candidate] * 10**6
 
-    chosen, reported = choose_switches(recipe, mesh, A100, ("ppo",), int(share * 10**10), measured)
+    chosen, reported = choose_switches(recipe, mesh, A100, ("ppo",), int(share * 10**10), measure)
     fitting = [each for each in ordered if need[each] * 10**6 <= share * 10**10]
     assert chosen == fitting[0] and auto_switches(chosen) == []
     assert asked == ordered[: ordered.index(chosen) + 1], "no more is compiled than what is faster"

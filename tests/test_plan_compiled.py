@@ -35,7 +35,7 @@ def computations(text: str) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
-def received(text: str, count: int) -> Counter:
+def count_bytes(text: str, count: int) -> Counter:
     """{collective: bytes that one of `count` devices receives}, multiplied by the trip counts of enclosing loops."""
     found, entry = computations(text)
     total: Counter = Counter()
@@ -74,7 +74,7 @@ def test_bytes_over_the_links_agree_with_the_compiled_program_within_a_tenth(rem
     for phase in found:
         if phase.name in ("publish", "score", "actor"):
             text = phase.program.lower(*phase.args).compile(COMPILE_OPTIONS).as_text()
-            moved = sum(received(text, 8).values())
+            moved = sum(count_bytes(text, 8).values())
             assert moved == pytest.approx(reported[f"ppo/{phase.name}"].link, rel=0.1), phase.name
 
 
@@ -103,5 +103,5 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   %r = (f32[10]{0}, f32[6]{0}) all-reduce-start(f32[10]{0} %a, f32[6]{0} %b)
 }
 """
-    moved = received(text, 8)
+    moved = count_bytes(text, 8)
     assert moved == {"all-gather": 24 * 64 * 32 * 2 * 7 / 8, "reduce-scatter": 24 * 32 * 4 * 7, "all-reduce": 112}

@@ -207,11 +207,11 @@ def test_each_device_holds_only_its_shard_and_every_element_is_read_once(tmp_pat
     save_file(checkpoint(), tmp_path / "model.safetensors")
     copied = []
 
-    def watched(to, source):
+    def count_and_copy(to, source):
         copied.append(to.size)
         to[...] = source
 
-    monkeypatch.setattr(reading, "copy", watched)
+    monkeypatch.setattr(reading, "copy", count_and_copy)
     params = read(tmp_path, on(fsdp=4, tensor=2))
     assert sum(copied) == sum(tensor.size for tensor in checkpoint().values())
     for path, leaf in LEAVES.items():

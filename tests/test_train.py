@@ -119,13 +119,13 @@ def stop_in(patch: pytest.MonkeyPatch, stage: str, at: int) -> None:
     loop = module.train_loop
 
     def stopping(context, total, state, step_fn, **options):
-        def stopped(state, step):
+        def stop(state, step):
             result = step_fn(state, step)
             if step == at and context.name == stage:
                 raise KeyboardInterrupt
             return result
 
-        return loop(context, total, state, stopped, **options)
+        return loop(context, total, state, stop, **options)
 
     patch.setattr(module, "train_loop", stopping)
 
@@ -238,10 +238,10 @@ def test_a_run_killed_between_the_last_checkpoint_and_the_export_resumes_with_th
     recipe, folder = write_recipe(tmp_path), tmp_path / "run"
     with monkeypatch.context() as patch:
 
-        def killed(*args):
+        def kill(*args):
             raise KeyboardInterrupt
 
-        patch.setattr(rlhf_jax.stages.supervised, "export_model", killed)
+        patch.setattr(rlhf_jax.stages.supervised, "export_model", kill)
         assert tiny_recipe.run("sft", recipe, f"run.dir={folder}", "sft.steps=2") == 130
     before = untimed_records(folder / "sft/metrics.jsonl")
     capsys.readouterr()
@@ -260,7 +260,7 @@ def before_ppo(folder, finished_folder, *overrides):
     return ["ppo", finished_folder.parent / "tiny.toml", *options]
 
 
-def keep_trained(patch, kept):
+def record_trainable(patch, kept):
     """Appends the trained weights of the actor to `kept`, before PPO and after each of its steps."""
     loop = rlhf_jax.stages.ppo.train_loop
 
@@ -283,7 +283,7 @@ def test_the_exported_average_equals_hand_arithmetic_and_is_bit_equal_when_resum
     overrides = ["ppo.steps=3", "ppo.ema_decay=0.75", *(LORA[:1] if lora else [])]
     whole, stopped, kept = tmp_path / "whole", tmp_path / "stopped", []
     with monkeypatch.context() as patch:
-        keep_trained(patch, kept)
+        record_trainable(patch, kept)
         assert tiny_recipe.run(*before_ppo(whole, finished_folder, *overrides)) == 0
     assert re.search("programs of generation: [123], of at most 3 for these prompts", capsys.readouterr().err)
     command = before_ppo(stopped, finished_folder, *overrides, *AVERAGED[1:])

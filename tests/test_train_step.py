@@ -176,13 +176,13 @@ def test_each_device_holds_the_bytes_of_its_zero_stage_before_and_after_updates(
         axes = [axis for axis in leaf.axes if axis not in (None, "layers", "embed", "rank", "experts")]
         return (8 if zero >= stage else 1 if axes == ["positions"] else 2) if axes else 1
 
-    def expected(paths, stage, width):
+    def expected_bytes(paths, stage, width):
         return sum(width * np.prod(trained.leaves[path].shape) // parts(trained.leaves[path], stage) for path in paths)
 
     for state in (trained.first_bytes, trained.last_bytes):
-        assert state["trainable"] == expected(trained.state.trainable, 3, 4)
-        assert state["frozen"] == expected(trained.frozen, 3, 4)
-        moments, counters = expected(trained.state.trainable, 1, 8), 8
+        assert state["trainable"] == expected_bytes(trained.state.trainable, 3, 4)
+        assert state["frozen"] == expected_bytes(trained.frozen, 3, 4)
+        moments, counters = expected_bytes(trained.state.trainable, 1, 8), 8
         assert state["optimizer"] == ((counters, moments) if offload else (counters + moments, 0))
 
 

@@ -57,18 +57,18 @@ def main(arguments: list[str]) -> int:
         sys.exit(f"this machine's JAX sees no GPU ({who['backend']}): try the script at toy size with --small")
     with tempfile.TemporaryDirectory() as folder:
 
-        def measured(module: str, environment: dict[str, str], *more: str) -> Part:
+        def gpu_part(module: str, environment: dict[str, str], *more: str) -> Part:
             name = " ".join((module, *more))
             out = str(Path(folder) / f"{module}{'-'.join(more)}.json")
             return Part(name, ["-m", f"benchmarks.gpu.{module}", out, *small, *more], environment)
 
         on_gpu = ["-m", "gpu"] if who["backend"] == "gpu" else ["-m", "not gpu", "-k", "on_gpu"]
         parity = Part("parity", [*TESTS, "-p", "no:cacheprovider", *on_gpu], TOGETHER)
-        memory = [measured("memory", TOGETHER, name) for name in ("125m-whole", "350m-lora", "1.3b-lora")]
+        memory = [gpu_part("memory", TOGETHER, name) for name in ("125m-whole", "350m-lora", "1.3b-lora")]
         # Timed parts have the GPU to themselves; the others share it, because they mostly compile.
         parts = run_together([parity, *memory], limits[0], folder)
-        parts |= run_together([measured("decode", ALONE)], limits[1], folder)
-        parts |= run_together([measured("phases", ALONE)], limits[2], folder)
+        parts |= run_together([gpu_part("decode", ALONE)], limits[1], folder)
+        parts |= run_together([gpu_part("phases", ALONE)], limits[2], folder)
     result = who | {"small": bool(small), "seconds": round(time.monotonic() - began, 1), "parts": parts}
     text = render(result)
     slug = re.sub(r"[^a-z0-9]+", "-", who["device"].lower()).strip("-")
@@ -111,7 +111,7 @@ def run_together(parts: list[Part], limit: float, folder: str) -> dict[str, dict
     done = {}
     try:
         for name, (part, log, process) in running.items():
-            late = ended(process, max(0.1, began + limit - time.monotonic()))
+            late = wait_or_kill(process, max(0.1, began + limit - time.monotonic()))
             seconds, said = round(time.monotonic() - began, 1), log.read_text(errors="replace")
             result = outcome(part, said)
             error = f"ended after {limit:.0f} s; what it had measured by then is kept" if late else ""
@@ -120,11 +120,11 @@ def run_together(parts: list[Part], limit: float, folder: str) -> dict[str, dict
             done[name] = {"seconds": seconds, "error": error, "result": result, "log": said[-6000:] if error else ""}
     finally:  # an interrupted run leaves no processes
         for _, _, process in running.values():
-            ended(process, 0)
+            wait_or_kill(process, 0)
     return done
 
 
-def ended(process: subprocess.Popen, seconds: float) -> bool:
+def wait_or_kill(process: subprocess.Popen, seconds: float) -> bool:
     """Wait up to `seconds`, then kill the process and its children; whether it was killed."""
     try:
         process.wait(seconds)

@@ -97,7 +97,7 @@ def main(out: str, small: bool) -> None:
     built = {name: variant(config, mesh, params, sample) for name, variant in VARIANTS.items()}
     cases = [(batch, name) for batch in BATCHES for name in built]  # if time runs out, the last ones are missing
 
-    def compiled(case: tuple[int, str]):
+    def compile_case(case: tuple[int, str]):
         program, weights = built[case[1]]
         return program.lower(weights, *given(case[0])).compile()
 
@@ -105,7 +105,7 @@ def main(out: str, small: bool) -> None:
         return jnp.asarray(prompts[:batch]), jnp.ones((batch, prompt), bool), jax.random.key(0)
 
     with ThreadPoolExecutor(len(cases)) as pool:  # compiling takes most of the time, and nothing is timed yet
-        programs = list(pool.map(compiled, cases))
+        programs = list(pool.map(compile_case, cases))
     for (batch, name), program in zip(cases, programs, strict=True):
         weights, run = built[name][1], {"variant": name, "batch": batch}
         for kind, sign, steps in (("never ends", -1.0, new - 1), ("ends at once", 1.0, 0)):

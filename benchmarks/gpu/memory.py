@@ -40,7 +40,7 @@ def main(out: str, small: bool, name: str) -> None:
         result["loading"] = peak()  # if this exceeds the plan, later peaks mean nothing
         planned = 0
 
-        def reported(phase: str, value):
+        def record(phase: str, value):
             nonlocal planned
             jax.block_until_ready(value)
             planned, got = max(planned, result["plan"][phase]), peak()
@@ -49,12 +49,12 @@ def main(out: str, small: bool, name: str) -> None:
             keep(out, result)
             return value
 
-        weights = reported("publish", engine.publish(state.actor.params(frozen.actor)))
-        rollout = reported("generate", engine.generate(weights, *prompts_of(recipe), jax.random.key(0)))
+        weights = record("publish", engine.publish(state.actor.params(frozen.actor)))
+        rollout = record("generate", engine.generate(weights, *prompts_of(recipe), jax.random.key(0)))
         del weights
-        experience = reported("score", engine.score(state, frozen, rollout))
-        reported("actor", engine.programs.actor(state.actor, frozen.actor, experience))
-        reported("critic", engine.programs.critic(state.critic, frozen.critic, experience))
+        experience = record("score", engine.score(state, frozen, rollout))
+        record("actor", engine.programs.actor(state.actor, frozen.actor, experience))
+        record("critic", engine.programs.critic(state.critic, frozen.critic, experience))
 
 
 if __name__ == "__main__":

@@ -32,19 +32,19 @@ def main(out: str, small: bool) -> None:
         engine, state, frozen = engine_of(recipe, make_mesh(recipe.mesh))
         prompts = prompts_of(recipe)
 
-        def timed(phase: str, function, *args):
+        def time_phase(phase: str, function, *args):
             start = time.perf_counter()
             value = jax.block_until_ready(function(*args))
             result["seconds"].setdefault(phase, []).append(time.perf_counter() - start)
             return value
 
         for trial in range(TRIALS + 1):
-            weights = timed("publish", engine.publish, state.actor.params(frozen.actor))
-            rollout = timed("generate", engine.generate, weights, *prompts, jax.random.key(trial))
+            weights = time_phase("publish", engine.publish, state.actor.params(frozen.actor))
+            rollout = time_phase("generate", engine.generate, weights, *prompts, jax.random.key(trial))
             del weights
-            experience = timed("score", engine.score, state, frozen, rollout)
-            actor, _ = timed("actor", engine.programs.actor, state.actor, frozen.actor, experience)
-            critic, _ = timed("critic", engine.programs.critic, state.critic, frozen.critic, experience)
+            experience = time_phase("score", engine.score, state, frozen, rollout)
+            actor, _ = time_phase("actor", engine.programs.actor, state.actor, frozen.actor, experience)
+            critic, _ = time_phase("critic", engine.programs.critic, state.critic, frozen.critic, experience)
             state = dataclasses.replace(state, actor=actor, critic=critic)
             if trial == 0:  # includes compilation
                 result["first"] = {phase: seconds.pop() for phase, seconds in result["seconds"].items()}

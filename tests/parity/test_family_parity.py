@@ -247,11 +247,11 @@ def test_merged_adapters_equal_separate_adapters(example):
     params = example.model.params | {path: jnp.asarray(leaf, jnp.float32) for path, leaf in adapters.items()}
 
     @jax.jit
-    def adapted(params, ids, mask):
+    def logits_with_adapters(params, ids, mask):
         decoder = bind(dataclasses.replace(config, lora=LORA), params)
         return logits(config, params, decoder(ids, mask, Compute(jnp.float32, "none")))
 
-    extra = np.asarray(adapted(params, ids, mask))[mask]
+    extra = np.asarray(logits_with_adapters(params, ids, mask))[mask]
     merged = dataclasses.replace(example.model, params=merge_adapters(params, LORA))
     base = np.asarray(apply(example.model, ids, mask))[mask]
     assert (np.abs(extra - base).max(axis=-1) > 1e-2 * np.abs(base).max(axis=-1)).mean() > 0.9

@@ -41,12 +41,12 @@ def base(tmp_path_factory):
     """base(name, scalar_head) -> the folder of a tiny checkpoint."""
 
     @functools.cache
-    def made(name, scalar_head=False):
+    def make(name, scalar_head=False):
         folder = tmp_path_factory.mktemp("base") / name
         checkpoint(name, folder, scalar_head=scalar_head)
         return folder
 
-    return made
+    return make
 
 
 def torch_base(folder, scalar_head=False):

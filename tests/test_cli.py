@@ -452,7 +452,7 @@ def test_messages_go_to_stderr_as_text_or_json_or_not_at_all(finished_folder, ca
 
 
 @pytest.mark.parametrize("options", [["--quiet"], ["--json-logs"]])
-def test_an_error_is_reported_whatever_the_log_format_is(tmp_path, capsys, options):
+def test_an_error_is_reported_in_every_log_format(tmp_path, capsys, options):
     assert main([*options, "train", str(tmp_path / "gone.toml")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     reported = f"rlhf-jax: {tmp_path / 'gone.toml'}: no such file; give the path of a TOML file"
@@ -518,4 +518,4 @@ def test_simulated_devices_get_spare_threads_unless_the_user_sets_their_number()
     )
     environ = {key: value for key, value in os.environ.items() if key != "PJRT_NPROC"} | flags
     done = subprocess.run([sys.executable, "-c", script], env=environ, check=True, capture_output=True, text=True)
-    assert int(done.stdout) == 64, "XLA reads it no longer"
+    assert int(done.stdout) == 64, "XLA no longer reads this flag"

@@ -252,7 +252,7 @@ def test_publish_of_one_copy_gathers_only_the_adapters(case):
 @pytest.mark.parametrize("case", CASES | ONE_COPY)
 def test_no_weight_is_gathered_in_float32(case, name):
     gathered = tiny.collective_shapes(program(case, name).text, "all-gather")
-    assert sum(dtype == "bf16" for dtype, _ in gathered) >= 7, "the weights of a layer, at least"
+    assert sum(dtype == "bf16" for dtype, _ in gathered) >= 7, "at least the weights of a layer"
     # Other float32 gathers have at most one number per action.
     assert [shape for dtype, shape in gathered if dtype == "f32" and math.prod(shape) > ROWS * NEW] == []
 
@@ -366,7 +366,7 @@ def test_training_over_one_copy_gathers_the_tensor_shard_of_each_kernel_and_keep
     assert any(math.prod(shape) == widest for shape in gathered)
     base = state_bytes([leaf for path, leaf in frozen.actor.items() if is_quantisable(path)])
     assert reported.memory.alias_size_in_bytes >= state_bytes(state.actor)
-    assert reported.memory.temp_size_in_bytes < 60 * base, "see the number"
+    assert reported.memory.temp_size_in_bytes < 60 * base, "temporaries are below 60 times the base"
 
 
 def added_by_a_layer(family, name):
@@ -423,9 +423,9 @@ def test_attention_is_cudnns_in_every_program_over_whole_rows(case):
     each = layers * MICRO  # layers of one model, over the micro-batches
     assert calls["generate"] == {"Softmax": layers}, "the prefill"
     assert calls["score"] == {"Softmax": 4 * each}, "once in each layer of four models"
-    assert calls["update"] == {"Softmax": 4 * each, "SoftmaxBackward": 2 * each}, "forward, again, and backward"
+    assert calls["update"] == {"Softmax": 4 * each, "SoftmaxBackward": 2 * each}, "forward, recomputed, and backward"
     for name in ("score", "update"):
-        assert f"{PROMPT + NEW},{PROMPT + NEW}]" not in program(case, name).text, "no scores and no mask in memory"
+        assert f"{PROMPT + NEW},{PROMPT + NEW}]" not in program(case, name).text, "scores or mask in memory"
 
 
 def loops(text: str) -> list[list[tuple[str, str, int, str]]]:

@@ -124,7 +124,7 @@ def test_with_top_k_and_top_p_logprobs_are_those_of_the_truncated_distribution(s
     np.testing.assert_array_equal(rollout.tokens, tokens)
     np.testing.assert_allclose(rollout.logprobs, logprobs, atol=1e-5)
     plain = token_by_token("llama", dataclasses.replace(sample, top_k=0, top_p=1.0))[1]
-    assert np.abs(plain - logprobs).max() > 0.1, "the cut shows"
+    assert np.abs(plain - logprobs).max() > 0.1, "truncation changes the samples"
 
 
 @pytest.mark.parametrize(
@@ -165,10 +165,10 @@ def test_a_row_ends_at_its_eos_without_affecting_the_others():
     cut = answers("llama", sample, eos=eos)
     is_end = np.isin(free.tokens, eos)
     sizes = np.where(is_end.any(1), is_end.argmax(1) + 1, NEW)
-    assert sizes[0] == 1 and sizes[1] <= 3 and not is_end.any(1).all(), "several lengths, and rows without an end"
+    assert sizes[0] == 1 and sizes[1] <= 3 and not is_end.any(1).all(), "several lengths, and rows without an EOS"
     np.testing.assert_array_equal(cut.mask, np.arange(NEW) < sizes[:, None])
     np.testing.assert_array_equal(cut.ended, is_end.any(1))
-    assert sizes[late] == NEW and cut.ended[late], "an EOS as the last token that fits is an end"
+    assert sizes[late] == NEW and cut.ended[late], "an EOS as the last token ends the answer"
     np.testing.assert_array_equal(cut.tokens[cut.mask], free.tokens[cut.mask])
     np.testing.assert_allclose(cut.logprobs[cut.mask], free.logprobs[cut.mask], atol=1e-5)
     assert not cut.logprobs[~cut.mask].any()
@@ -179,7 +179,7 @@ def test_a_row_ends_at_its_eos_without_affecting_the_others():
 def test_the_loop_ends_when_every_row_has_ended():
     rollout = answers("llama", SampleConfig(NEW, 0.7), eos=tuple(range(61)))
     assert rollout.ended.all() and rollout.mask.sum() == 8
-    assert rollout.tokens[:, 0].any() and not rollout.tokens[:, 1:].any(), "nothing was drawn after the first token"
+    assert rollout.tokens[:, 0].any() and not rollout.tokens[:, 1:].any(), "nothing is sampled after the first token"
 
 
 def test_one_new_token_after_a_one_token_prompt_equals_the_first_of_many():
@@ -244,7 +244,7 @@ def test_forty_thousand_samples_fit_the_distribution_of_a_numpy_reference(sample
     logp = truncate_logprobs(logits, sample)
     seen, expected = np.bincount(tokens, minlength=12), count * np.exp(logp)
     kept = expected > 0
-    assert not seen[~kept].any(), "nothing outside the cut is ever drawn"
+    assert not seen[~kept].any(), "truncated tokens are never sampled"
     np.testing.assert_allclose(logprobs, logp[tokens], atol=1e-5)
     statistic = ((seen - expected)[kept] ** 2 / expected[kept]).sum()
     assert statistic <= chi2.ppf(0.999, max(kept.sum() - 1, 1))

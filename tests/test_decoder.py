@@ -214,7 +214,7 @@ def test_the_initialisation_program_never_holds_a_whole_weight(initial_params):
         for dims in re.findall(r"\b\w\d+\[([\d,]+)\]", initial_params[1]["fsdp4-tensor2"])
     }
     assert len(split) == 11 and split & found == set(), "the compiled text has an array of a whole weight's shape"
-    assert (2, 32, 8) in found, "the shard of a query kernel, [2, 32, 64] over eight devices, is what it does have"
+    assert (2, 32, 8) in found, "the compiled text has the shard of a query kernel, [2, 32, 64] over eight devices"
 
 
 @pytest.mark.parametrize("name", EIGHT)

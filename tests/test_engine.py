@@ -199,7 +199,7 @@ def test_the_reference_is_a_separate_model_or_the_base_without_adapters(case):
     by_hand = logprobs_of(trained, params, NO_LORA, trained.temperature)
     mask = trained.rollout.mask
     np.testing.assert_allclose(trained.experience.ref_logprobs[mask], by_hand[mask], atol=1e-5)
-    assert np.abs(by_hand - trained.rollout.logprobs)[mask].max() > 0.1, "the actor has left it"
+    assert np.abs(by_hand - trained.rollout.logprobs)[mask].max() > 0.1, "the actor differs from the reference"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -353,7 +353,9 @@ def test_publish_moves_nothing_when_parameters_are_not_sharded_over_fsdp(zero, l
     publish = make_publish(config, layout.mesh, FLOAT32, layout.table)
     assert collectives(publish.lower(params).compile().as_text()) == []
     by_train = make_publish(config, layout.mesh, FLOAT32)
-    assert collectives(by_train.lower(params).compile().as_text()) != [], "as it would, pinned to where they are not"
+    assert collectives(by_train.lower(params).compile().as_text()) != [], (
+        "moves them if constrained to another sharding"
+    )
 
 
 def test_the_other_axis_order_would_need_more_than_all_gathers_and_is_detected():
@@ -376,7 +378,9 @@ def test_published_weights_have_the_requested_dtype_and_norms_keep_theirs(dtype)
 def test_new_prompts_a_new_key_and_updated_models_compile_nothing(case, name):
     trained = run(case, name)
     # Publishing and generating may already be compiled by another test; an update program belongs to its engine.
-    assert trained.first_compiled.count("jit(update)") == 2, "one for the actor, one for the critic, and none again"
+    assert trained.first_compiled.count("jit(update)") == 2, (
+        "one for the actor, one for the critic, and no recompilation"
+    )
     assert trained.later_compiled == []
 
 
@@ -666,7 +670,7 @@ REMAT = "Involuntary full rematerialization"
 
 def test_no_program_of_the_engine_makes_the_compiler_replicate_a_whole_array(compile_logs):
     said = compile_logs[0]
-    assert REMAT in said["control"], "the compiler no longer says so where it does: find how it does now"
+    assert REMAT in said["control"], "the control program must trigger the compiler's message: update the pattern"
     assert [name for name, text in said.items() if REMAT in text] == ["control"]
     assert said.keys() == {"control", "publish", "llama", "opt-lora", "end"}
 

@@ -104,7 +104,7 @@ def test_no_training_module_imports_the_judge_of_the_builtin_data():
     assert [name for name in learners if JUDGE in reach(GRAPH, name)] == []
 
 
-def test_the_data_folder_uses_nothing_of_jax_except_record():
+def test_the_data_folder_uses_only_record_of_jax():
     for path in sorted((PACKAGE / "data").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):

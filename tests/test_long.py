@@ -12,7 +12,7 @@ def test_every_line_of_the_list_matches_existing_tests(request):
     collected = request.config.stash[conftest.COLLECTED]
     files, unknown = {test.partition("::")[0] for test in collected}, []
     for file, tests in conftest.LONG.items():
-        assert (Path(conftest.__file__).parents[1] / file).exists(), f"{file} of tests/long.toml is not there"
+        assert (Path(conftest.__file__).parents[1] / file).exists(), f"{file} of tests/long.toml does not exist"
         for name, entry in tests.items() if file in files else ():
             assert entry.keys() <= {"seconds", "forms", "but"} and entry["seconds"] >= 0, f"{name} in tests/long.toml"
             ids = [test for test in collected if test.partition("[")[0] == f"{file}::{name}"]
@@ -20,7 +20,7 @@ def test_every_line_of_the_list_matches_existing_tests(request):
             for pattern in entry.get("forms", ["*"]) + entry.get("but", []):
                 if not any(conftest.is_form(form, [pattern]) for form in forms):
                     unknown.append(f"{file}::{name}[{pattern}]")
-    assert unknown == [], "tests/long.toml lists what is not there: correct or delete these lines"
+    assert unknown == [], "tests/long.toml lists tests that do not exist: correct or delete these lines"
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_merged_adapters_equal_separate_adapters(family):
     params = tiny.random_params(tiny.with_lora(config, tiny.LORA), single_device_mesh())
     extra, merged = hidden(config, params, tiny.LORA), hidden(config, merge_adapters(params, tiny.LORA))
     base = hidden(config, {path: leaf for path, leaf in params.items() if not is_adapter(path)})
-    assert np.abs(extra - base).max() > 0.1, "adapters that do nothing show nothing"
+    assert np.abs(extra - base).max() > 0.1, "adapters without effect test nothing"
     np.testing.assert_allclose(merged, extra, atol=1e-5)
 
 

@@ -161,11 +161,11 @@ ROLES = {
     "no messages": ([], "has no assistant turn that answers a user turn"),
     "no answer": ([message("user", "q")], "has no assistant turn that answers a user turn"),
     "an answer before the question": ([message("assistant", "a"), message("user", "q")], "the assistant speaks first"),
-    "a system turn amid": (
+    "a system turn in the middle": (
         [message("user", "q"), message("system", "s"), message("assistant", "a")],
         "a system turn comes after other turns; it must come first",
     ),
-    "a message of a text": (["q", "a"], "has in message 1 what is none: it must be an object, not str"),
+    "a message that is text": (["q", "a"], "has in message 1 what is none: it must be an object, not str"),
     "a message without a role": ([{"content": "q"}], "it wants role and content, or from and value, but has content"),
     "messages that are text": ("q", "must be a list of messages, not str"),
     "messages that are null": (None, "must be a list of messages, not NoneType"),
@@ -174,23 +174,23 @@ WRONG = {"number": (3, "int"), "null": (None, "NoneType"), "bool": (True, "bool"
 
 CASES: dict[str, Case] = {
     # JSON
-    "JSON that is cut": middle_case('{"prompt": "q", "chosen": "a"', "malformed JSON (Expecting ',' delimiter"),
-    "a comma too many": middle_case('{"prompt": "q", "chosen": "a",}', "malformed JSON ("),
+    "truncated JSON": middle_case('{"prompt": "q", "chosen": "a"', "malformed JSON (Expecting ',' delimiter"),
+    "a surplus comma": middle_case('{"prompt": "q", "chosen": "a",}', "malformed JSON ("),
     "single quotes": middle_case("{'prompt': 'q', 'chosen': 'a'}", "malformed JSON (Expecting property name"),
-    "two objects in a line": middle_case(json.dumps(pair(3)) * 2, "malformed JSON (Extra data"),
+    "two objects in one line": middle_case(json.dumps(pair(3)) * 2, "malformed JSON (Extra data"),
     "a word": middle_case("prompt", "malformed JSON (Expecting value"),
     "a number": middle_case("3", "holds a int; there must be one object on every line"),
     "a text": middle_case('"q"', "holds a str; there must be one object on every line"),
     "a null": middle_case("null", "holds a NoneType; there must be one object on every line"),
     "an array in a line": middle_case('["q", "a"]', "holds a list; there must be one object on every line"),
-    "JSON that is too deep": middle_case("[" * 100_000, "malformed JSON ("),
+    "deeply nested JSON": middle_case("[" * 100_000, "malformed JSON ("),
     "a NUL byte": middle_case(b'{"prompt": "q\0", "chosen": "a"}', "malformed JSON (Invalid control character"),
     "a surrogate in an escape": middle_case(r'{"prompt": "q", "chosen": "a \ud83d"}', f"field 'chosen' holds {HALF}"),
-    "bytes that are no UTF-8": middle_case(
+    "bytes that are not UTF-8": middle_case(
         b'{"prompt": "q", "chosen": "a \xed\xa0\xbd"}', "malformed JSON ('utf-8' codec"
     ),
     "a line of 16 MiB": middle_case(json.dumps(pair(3) | {"note": "x" * MAX_ROW}), "longer than 16 MiB"),
-    "an array that breaks off": Case(
+    "an array without an end": Case(
         ARRAY[: ARRAY.index(b'"q2"')], "{path}, row 3: malformed JSON (", 2, name="rows.json"
     ),
     "an array with a number in it": Case(
@@ -240,7 +240,7 @@ CASES: dict[str, Case] = {
     "blank answer": drop_case(with_fields(pair(3), chosen=" \n"), "empty answer", "reward"),
     "blank rejected": drop_case(with_fields(pair(3), rejected="  "), "empty answer", "reward"),
     "an equal pair": drop_case(with_fields(pair(3), rejected="good 3 "), "chosen and rejected equal", "reward"),
-    "a pair that is equal once cut": drop_case(
+    "a pair that is equal after truncation": drop_case(
         with_fields(pair(3), chosen="x" * 99 + "y", rejected="x" * 99 + "z"),
         "chosen and rejected equal",
         "reward",
@@ -260,7 +260,7 @@ CASES: dict[str, Case] = {
     "no user turn": middle_case(
         with_fields(transcripts(3), chosen="\n\nAssistant: a"), "field 'chosen': no transcript", "reward", transcripts
     ),
-    "words before the first speaker": middle_case(
+    "text before the first speaker": middle_case(
         with_fields(transcripts(3), chosen="Well.\n\nHuman: q\n\nAssistant: a"),
         "field 'chosen': no transcript: a turn 'Human: ...' must come first",
         "sft",
@@ -285,7 +285,7 @@ CASES: dict[str, Case] = {
         "field 'conversations' has in message 2 what is none: its role 'moon' is none of",
         good=conversations,
     ),
-    "a speaker who says nothing": middle_case(
+    "a speaker without text": middle_case(
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt"}]},
         "field 'conversations' has in message 2 what is none: it wants role and content",
         good=conversations,
@@ -295,8 +295,8 @@ CASES: dict[str, Case] = {
         with_fields(instruction(3), output=None), "field 'output' must be text, not NoneType", good=instruction
     ),
     "Alpaca with an empty output": drop_case(with_fields(instruction(3), output=" "), "empty answer", good=instruction),
-    "a score too few": middle_case(with_fields(ranking(3), scores=[1]), "2 answers have 1 scores", "reward", ranking),
-    "a score that is no number": middle_case(
+    "a missing score": middle_case(with_fields(ranking(3), scores=[1]), "2 answers have 1 scores", "reward", ranking),
+    "a score that is not a number": middle_case(
         lines(with_fields(ranking(3), scores=[1, float("nan")])).strip(),
         "field 'scores' holds as number 2 what must be a number, not nan",
         "reward",
@@ -314,23 +314,23 @@ CASES: dict[str, Case] = {
     # Files
     "an empty file": damaged_case("rows.jsonl", b"", ": holds no rows, it is empty", None),
     "blank lines": damaged_case("rows.jsonl", b"\n \n\t\n", ": holds no rows", None),
-    "an unknown ending": damaged_case("rows.xml", b"a", ": unknown ending; the known ones are .jsonl", None),
+    "an unknown suffix": damaged_case("rows.xml", b"a", ": unknown ending; the known ones are .jsonl", None),
     "UTF-16": damaged_case(
         "rows.jsonl", lines(pair(1)).decode().encode("utf-16"), f"{ENDS} 0: {CANNOT}: the text is UTF-16", 0
     ),
-    "gzip that is cut": damaged_case(
+    "truncated gzip": damaged_case(
         "rows.jsonl.gz", CUT_GZ, f"{ENDS} {IN_CUT_GZ}: {CANNOT}: Compressed file ended", IN_CUT_GZ
     ),
     "gzip with trailing bytes": damaged_case(
         "rows.jsonl.gz", gzip.compress(FOUR) + b"no gzip", f"{ENDS} 4: {CANNOT}: Not a gzipped file", 4
     ),
-    "what is no gzip": damaged_case("rows.jsonl.gz", FOUR, f"{ENDS} 0: {CANNOT}: Not a gzipped file", 0),
-    "Zstandard that is cut": damaged_case(
+    "not gzip": damaged_case("rows.jsonl.gz", FOUR, f"{ENDS} 0: {CANNOT}: Not a gzipped file", 0),
+    "truncated Zstandard": damaged_case(
         "rows.jsonl.zst", CUT_ZST, f"{ENDS} {IN_CUT_ZST}: {CANNOT}: Truncated", IN_CUT_ZST
     ),
-    "what is no Zstandard": damaged_case("rows.jsonl.zst", FOUR, f"{ENDS} 0: {CANNOT}", 0),
-    "what is no Parquet": damaged_case("rows.parquet", FOUR, f"{ENDS} 0: {CANNOT}: Parquet magic", 0),
-    "Parquet that is cut": damaged_case("rows.parquet", PARQUET[:-9], f"{ENDS} 0: {CANNOT}: Parquet", 0),
+    "not Zstandard": damaged_case("rows.jsonl.zst", FOUR, f"{ENDS} 0: {CANNOT}", 0),
+    "not Parquet": damaged_case("rows.parquet", FOUR, f"{ENDS} 0: {CANNOT}: Parquet magic", 0),
+    "truncated Parquet": damaged_case("rows.parquet", PARQUET[:-9], f"{ENDS} 0: {CANNOT}: Parquet", 0),
     "Parquet with numbers": damaged_case("rows.parquet", parquet(chosen=[1, 2, 3, 4]), f", row 1|{CHOSEN} int", 0, 4),
     "Parquet with nulls": damaged_case(
         "rows.parquet", parquet(chosen=["a", None, "b", "c"]), f", row 2{CHOSEN} NoneType", 3
@@ -342,13 +342,13 @@ CASES: dict[str, Case] = {
         f"{ENDS} 0: {CANNOT}: columns must be named once",
         0,
     ),
-    "what is no Arrow": damaged_case("rows.arrow", FOUR, f"{ENDS} 0: {CANNOT}", 0),
+    "not Arrow": damaged_case("rows.arrow", FOUR, f"{ENDS} 0: {CANNOT}", 0),
     "CSV with a short row": damaged_case("rows.csv", CSV % b"q,a", ", row 2: has 2 columns, and 3 are named", 2),
     "CSV with a long row": damaged_case("rows.csv", CSV % b"q,a,b,c", ", row 2: has 4 columns, and 3 are named", 2),
-    "CSV with a quote left open": damaged_case(
+    "CSV with an unclosed quote": damaged_case(
         "rows.csv", CSV % b'q,"a,b', ", row 2: malformed CSV (unexpected end", 2
     ),
-    "CSV with bytes that are no UTF-8": damaged_case(
+    "CSV with bytes that are not UTF-8": damaged_case(
         "rows.csv", CSV % b"q,a\xff,b", ", row 2: field 'chosen' is not UTF-8", 2
     ),
     "CSV with NUL bytes": damaged_case("rows.csv", CSV % b"q,a\0,b", ", row 2: |NUL", 2),
@@ -362,7 +362,7 @@ CASES: dict[str, Case] = {
     "CSV with a column named twice": damaged_case(
         "rows.csv", b"prompt,prompt\nq,a\n", ", names of the columns: columns must be named once", 0
     ),
-    "text that is no UTF-8": dataclasses.replace(
+    "text that is not UTF-8": dataclasses.replace(
         damaged_case("rows.txt", b"one\n\xff\xfe\xfd\nthree\n", ", line 2: not UTF-8", 2), source={"format": "text"}
     ),
 }
@@ -393,7 +393,7 @@ BAD = {name: case for name, case in CASES.items() if case.bad}
 DROPPED = {name: case for name, case in CASES.items() if not case.bad}
 
 
-def test_the_table_is_as_long_as_it_claims():
+def test_the_table_has_over_80_faults_and_over_8_dropped_rows():
     assert len(BAD) > 80 and len(DROPPED) > 8
 
 
@@ -472,7 +472,7 @@ def recipe_of(folder: Path, config: DataConfig, model: Path | str) -> Path:
 
 
 SAMPLE = [
-    "JSON that is cut",
+    "truncated JSON",
     "no field chosen",
     "a number in chosen",
     "UTF-16",
@@ -764,11 +764,11 @@ SPOILT = {
     "nothing": lambda folder: [path.unlink() for path in folder.iterdir()],
     "no report": lambda folder: (folder / "report.json").unlink(),
     "no rows": lambda folder: (folder / "rows.arrow").unlink(),
-    "a report that is cut": lambda folder: (folder / "report.json").write_text("{"),
-    "a report of nothing": lambda folder: (folder / "report.json").write_text("{}"),
+    "a truncated report": lambda folder: (folder / "report.json").write_text("{"),
+    "an empty report": lambda folder: (folder / "report.json").write_text("{}"),
     "a report of another kind": lambda folder: (folder / "report.json").write_text("[]"),
     "empty rows": lambda folder: (folder / "rows.arrow").write_bytes(b""),
-    "rows that are cut": lambda folder: os.truncate(folder / "rows.arrow", (folder / "rows.arrow").stat().st_size - 50),
+    "truncated rows": lambda folder: os.truncate(folder / "rows.arrow", (folder / "rows.arrow").stat().st_size - 50),
     "zeros": lambda folder: (folder / "rows.arrow").write_bytes(bytes((folder / "rows.arrow").stat().st_size)),
 }
 

@@ -354,7 +354,7 @@ UNFIT = {
         user_and_assistant("q", "a")[1:] + user_and_assistant("q", "a"),
         "the assistant speaks first; a user turn must come before",
     ),
-    "system late": (
+    "system after user": (
         [*user_and_assistant("q", "a"), {"role": "system", "content": "s"}],
         "a system turn comes after other turns",
     ),

@@ -36,7 +36,7 @@ EIGHT = [name for name in tiny.MESHES if name != "one"]
 def test_minus_one_takes_the_remaining_of_eight_devices(config, sizes):
     mesh = make_mesh(config)
     assert mesh.axis_names == AXES and mesh.devices.shape == sizes
-    assert list(mesh.devices.flat) == jax.devices(), "every mesh has the one order of devices"
+    assert list(mesh.devices.flat) == jax.devices(), "every mesh has the same device order"
 
 
 def test_the_default_mesh_is_the_first_device():
@@ -120,7 +120,9 @@ def test_a_zero_stage_is_one_table_each_for_parameters_gradients_and_moments(zer
     assert (layout.table, layout.gradients.table, layout.moments.table) == tables and layout.moments_in is None
     assert layout.shards("batch") == 8 and layout.shards("mlp") == (8 if zero == 3 else 2)
     offloaded = train_layout(layout.mesh, zero, offload_moments=True)
-    assert offloaded.moments_in == "pinned_host" and offloaded.moments == layout.moments, "there to be updated"
+    assert offloaded.moments_in == "pinned_host" and offloaded.moments == layout.moments, (
+        "offloaded moments keep their sharding"
+    )
 
 
 def test_weights_at_lower_zero_stages_are_sharded_as_in_generation_on_every_axis_except_the_batch():

@@ -217,8 +217,8 @@ def test_sampled_logprobs_equal_the_scored_ones_and_the_first_ratio_is_one(famil
     assert 0 < error < 0.03
     assert rms(sampled - scored, mask) <= ALLOWED * error
     _, stats = run.update(experience)
-    assert stats["actor_ratio_off"] ** 0.5 <= ALLOWED * error, "the root of the mean square of ratio - 1"
-    assert abs(stats["actor_loss"]) <= ALLOWED * error, "minus the mean of whitened advantages, had all ratios been 1"
+    assert stats["actor_ratio_off"] ** 0.5 <= ALLOWED * error, "root mean square of ratio - 1"
+    assert abs(stats["actor_loss"]) <= ALLOWED * error, "minus the mean of whitened advantages, if all ratios were 1"
 
 
 def test_one_micro_batch_gives_the_update_of_four_and_of_float32():
@@ -275,11 +275,11 @@ def test_slot_refill_gives_the_greedy_answers_of_one_batch(family):
     exact = exact_logits(config, NO_LORA, params, once)
     error = rms((answer_logits(config, NO_LORA, params, once, BFLOAT16, "cudnn") - exact)[once.mask])
     assert refilled.steps.max() > once.steps.max() and len(set(once.mask.sum(1))) >= 3, (
-        "rows come free at several times"
+        "slots become free at different times"
     )
     same = (once.tokens == refilled.tokens).all(1)
     assert same.mean() >= 0.5
     for row in np.flatnonzero(~same):  # matmuls of 4 and 16 rows may sum in different orders: a near tie flipped
         at = int(np.argmax(once.tokens[row] != refilled.tokens[row]))
         tie = exact[row, at][[once.tokens[row, at], refilled.tokens[row, at]]]
-        assert abs(tie[0] - tie[1]) <= 4 * 2**0.5 * ALLOWED * error, f"row {row} left at token {at}"
+        assert abs(tie[0] - tie[1]) <= 4 * 2**0.5 * ALLOWED * error, f"row {row} differs at token {at}"

@@ -156,8 +156,8 @@ BAD_LINES = {
     "not UTF-8": (b'{"a": "\xff"}\n', "malformed JSON ('utf-8' codec can't decode byte 0xff"),
     "an encoded surrogate": (b'{"a": "\xed\xa0\x80"}\n', "malformed JSON ('utf-8' codec can't decode byte 0xed"),
     "half a character": (b'{"b": "x", "a": {"c": ["", "\\ud83d"]}}\n', "field 'a.c.1' holds half a character"),
-    "its other half": (b'{"a": "\\uDE42 \\ud83d\\ude42"}\n', "field 'a' holds half a character"),
-    "half a name": (b'{"\\ud83d": 1}\n', "field '\\ud83d' holds half a character"),
+    "a lone low surrogate": (b'{"a": "\\uDE42 \\ud83d\\ude42"}\n', "field 'a' holds half a character"),
+    "a lone surrogate in a name": (b'{"\\ud83d": 1}\n', "field '\\ud83d' holds half a character"),
     "too deep": (b'{"a": ' + b"[" * 100_000 + b"\n", "malformed JSON (maximum recursion depth"),
     "too many digits": (b'{"a": ' + b"1" * 5000 + b"}\n", "malformed JSON (Exceeds the limit"),
     "NULs": (b"\0\0\0\0\n", "malformed JSON"),
@@ -194,15 +194,15 @@ def test_a_line_of_40_mib_is_one_bad_row_and_takes_less_than_18_mib_of_memory(tm
 
 BROKEN_ARRAYS = {
     "cut": (b'[{"a": 1}, {"a": 1}, {"a"', "Expecting"),
-    "cut after a comma": (b'[{"a": 1}, {"a": 1},', "Expecting value"),
-    "cut after a row": (b'[{"a": 1}, {"a": 1}', ", or ] expected, not the end of the file"),
-    "cut in a text": (b'[{"a": 1}, {"a": 1}, {"b": "x', "Unterminated string"),
-    "broken in its midst": (b'[{"a": 1}, {"a": 1}, {"b": oops}, {"a": 2}' + b" " * 99 + b"]", "Expecting value"),
+    "truncated after a comma": (b'[{"a": 1}, {"a": 1},', "Expecting value"),
+    "truncated after a row": (b'[{"a": 1}, {"a": 1}', ", or ] expected, not the end of the file"),
+    "truncated in a text": (b'[{"a": 1}, {"a": 1}, {"b": "x', "Unterminated string"),
+    "broken in the middle": (b'[{"a": 1}, {"a": 1}, {"b": oops}, {"a": 2}' + b" " * 99 + b"]", "Expecting value"),
     "without a comma": (b'[{"a": 1}, {"a": 1} {"a": 2}]', ", or ] expected, not '{'"),
     "followed by bytes": (b'[{"a": 1}, {"a": 1}] \xff', "[ or { expected, not '\\udcff'"),
     "followed by text": (b'[{"a": 1}, {"a": 1}] oops', "[ or { expected, not 'o'"),
     "two arrays in one object": (b'{"x": [{"a": 1}, {"a": 1}], "y": [{"a": 1}]}', "two lists of objects, 'x' and 'y'"),
-    "no end of its frame": (b'{"x": [{"a": 1}, {"a": 1}]', ", or } expected, not the end of the file"),
+    "no end of the enclosing object": (b'{"x": [{"a": 1}, {"a": 1}]', ", or } expected, not the end of the file"),
 }
 
 

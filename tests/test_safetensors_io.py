@@ -376,17 +376,17 @@ DAMAGED = {
     "has a list for a header": struct.pack("<Q", 2) + b"[]",
     "has brackets for a header": struct.pack("<Q", 100_000) + b"[" * 100_000,
     "describes a tensor by a number": header(a=1),
-    "does not say a dtype": header(a={"shape": [2], "data_offsets": [0, 8]}) + bytes(8),
+    "has no dtype": header(a={"shape": [2], "data_offsets": [0, 8]}) + bytes(8),
     "has a list for a dtype": header(a=entry(dtype=["F32"])) + bytes(8),
     "has one offset": header(a=entry(ends=(8,))) + bytes(8),
     "has a shape of another size": header(a=entry(shape=(3,))) + bytes(8),
     "has a negative shape": header(a=entry(shape=(-1, -2))) + bytes(8),
-    "has offsets that are no integers": header(a=entry(ends=(0.0, 8.0))) + bytes(8),
+    "has offsets that are not integers": header(a=entry(ends=(0.0, 8.0))) + bytes(8),
     "has negative offsets": header(a=entry(ends=(-8, 0))) + bytes(8),
-    "has offsets that go down": header(a=entry("I8", (8,), (8, 0))) + bytes(8),
+    "has decreasing offsets": header(a=entry("I8", (8,), (8, 0))) + bytes(8),
     "has tensors that overlap": header(a=entry(), b=entry(ends=(4, 12))) + bytes(12),
-    "is cut": header(a=entry()) + bytes(7),
-    "goes on": header(a=entry()) + bytes(9),
+    "is truncated": header(a=entry()) + bytes(7),
+    "has trailing bytes": header(a=entry()) + bytes(9),
 }
 
 

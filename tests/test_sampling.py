@@ -88,9 +88,9 @@ def test_forty_thousand_samples_fit_the_numpy_reference_by_chi_square(sample, dr
     logp = reference(logits, sample, PROMPT, drawn)
     seen_often, expected = np.bincount(tokens, minlength=VOCAB), DRAWS * np.exp(logp)
     kept = expected > 0
-    assert not seen_often[~kept].any(), "nothing that is cut or forbidden is ever drawn"
+    assert not seen_often[~kept].any(), "truncated and forbidden tokens are never sampled"
     np.testing.assert_allclose(logprobs, logp[np.asarray(tokens)], atol=1e-5)
-    assert expected[kept].min() > 5, "chi-square is good from five expected on"
+    assert expected[kept].min() > 5, "the chi-square test needs an expected count of five"
     statistic = ((seen_often - expected)[kept] ** 2 / expected[kept]).sum()
     assert statistic <= chi2.ppf(1 - SIGNIFICANCE, max(kept.sum() - 1, 1))
 
@@ -120,7 +120,7 @@ def test_min_p_keeps_tokens_of_at_least_that_share_of_the_likeliest_after_top_p(
 def test_the_repetition_penalty_counts_only_real_tokens_and_each_once():
     tokens = jnp.array([[0, 0, 5, 5, 3]])
     seen = seen_ids(tokens, jnp.array([[False, False, True, True, True]]), 8)
-    assert np.flatnonzero(seen[0]).tolist() == [3, 5], "padding is no token"
+    assert np.flatnonzero(seen[0]).tolist() == [3, 5], "padding is not counted"
     logits = jnp.array([[1.0, 1.0, 1.0, -2.0, 1.0, 3.0, 1.0, 1.0]])
     penalised = penalise_logits(logits, SampleConfig(1, repetition_penalty=2.0), seen, jnp.zeros(1, int), EOS)
     assert penalised[0].tolist() == [1.0, 1.0, 1.0, -4.0, 1.0, 1.5, 1.0, 1.0]

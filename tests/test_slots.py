@@ -81,7 +81,7 @@ def test_without_an_eos_every_answer_is_truncated_and_the_last_round_is_shorter(
     whole, rows = answers("opt", eos=(-1,)), answers("opt", rows=8, eos=(-1,))
     assert_same(rows, whole)
     assert rows.mask.all() and not rows.ended.any()
-    assert rows.steps.max() >= 3 * (NEW - 1), "21 prompts are three fillings of 8 rows"
+    assert rows.steps.max() >= 3 * (NEW - 1), "21 prompts fill 8 slots three times"
 
 
 def test_if_every_first_token_is_an_eos_nothing_is_decoded():
@@ -102,7 +102,7 @@ def test_two_samples_per_prompt_equal_those_of_the_prompt_given_twice():
         assert rollout.tokens.shape == (12, NEW)
         assert_same(rollout, jax.tree.map(np.asarray, expected))
         same = (rollout.tokens[0::2] == rollout.tokens[1::2]).all(axis=1)
-        assert same.sum() <= 1, "samples of one prompt differ, but that two may be the same EOS and no more"
+        assert same.sum() <= 1, "samples of one prompt differ, except that two may both be a single EOS"
 
 
 def test_public_generate_accepts_a_number_of_slots():
@@ -191,4 +191,4 @@ def test_no_key_or_value_is_moved_between_devices():
     for what in moved:
         shape = [int(n) for n in re.search(r"\[([\d,]*)\]", what)[1].split(",") if n]
         # 24 prompts, divided among the devices, of 8 + 12 tokens.
-        assert len(shape) <= 2 and np.prod(shape) <= 24 * NEW, f"more than a number a token: {what}"
+        assert len(shape) <= 2 and np.prod(shape) <= 24 * NEW, f"more than one number per token: {what}"

@@ -126,7 +126,7 @@ def text_of(tokens: np.ndarray, mask: np.ndarray) -> str:
 
 @settings(deadline=None, max_examples=10)
 @given(seed=st.integers(0, 99), start=st.integers(0, 30))
-def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(tmp_path_factory, seed, start):
+def test_a_resumed_run_gets_the_batches_of_an_uninterrupted_one(tmp_path_factory, seed, start):
     folder = tmp_path_factory.mktemp("stream")
     config = config_of(write(folder / "rows.jsonl", 53), folder / "cache")
     batches = Batches(rows_for(config), batch_size=5, seed=seed)

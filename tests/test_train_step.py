@@ -131,7 +131,9 @@ def assert_same(one, other, atol=1e-5):
 @pytest.mark.parametrize("case", CASES)
 def test_parameters_after_one_and_two_updates_equal_those_of_one_device(case, name):
     one, eight = run(case, "one"), run(case, name)
-    assert max(np.abs(one.two[path] - one.start[path]).max() for path in one.two) > 0.01, "the steps show"
+    assert max(np.abs(one.two[path] - one.start[path]).max() for path in one.two) > 0.01, (
+        "the updates change parameters"
+    )
     assert_same(one.one, eight.one)
     assert_same(one.two, eight.two)
     for ours, theirs in zip(one.stats, eight.stats, strict=True):
@@ -192,7 +194,7 @@ def test_offloaded_moments_are_on_the_device_for_their_own_parameter_only():
     update, (state, frozen) = trained.update, fresh_state(trained.config, trained.lora, layout, tx)
 
     def step(param, grad, moments, counters):
-        assert not any(is_alive() for is_alive in before), "the moments of the one before"
+        assert not any(is_alive() for is_alive in before), "moments of the previous parameter"
         given = jax.tree.leaves(moments)
         assert len(given) == 2 and {leaf.sharding.memory_kind for leaf in given} == {"device"}
         seen.append(*param)
@@ -203,7 +205,9 @@ def test_offloaded_moments_are_on_the_device_for_their_own_parameter_only():
 
     moved, _ = dataclasses.replace(update, step=step)(state, frozen, trained.batch)
     sizes = [trained.leaves[path].shape for path in seen]
-    assert sorted(seen) == sorted(state.trainable) and sizes == sorted(sizes, key=np.prod), "the smallest first"
+    assert sorted(seen) == sorted(state.trainable) and sizes == sorted(sizes, key=np.prod), (
+        "the smallest parameter first"
+    )
     old = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     assert {leaf.sharding.memory_kind for leaf in old} == {"pinned_host"} and all(leaf.is_deleted() for leaf in old)
     assert {x.sharding.memory_kind for x in jax.tree.leaves(moved.opt_state) if x.ndim} == {"pinned_host"}
@@ -397,11 +401,13 @@ def test_the_gradient_reaches_every_layer_of_every_trainable_parameter(family, l
         layers = np.asarray(gradient) if path.startswith("layers/") else np.asarray(gradient)[None]
         largest = np.abs(layers).reshape(len(layers), -1).max(axis=1)
         if path == "layers/attention/k/bias":
-            assert (largest < 1e-4).all(), "softmax cannot see what all keys share"
+            assert (largest < 1e-4).all(), "softmax cancels what all keys share"
         else:
             assert (largest > 1e-3).all(), path
     if "embed/tokens" in trainable:
-        assert not np.any(gradients["embed/tokens"][config.vocab_size :]), "no id is there"
+        assert not np.any(gradients["embed/tokens"][config.vocab_size :]), (
+            "padding rows of the vocabulary have no gradient"
+        )
 
 
 def test_a_state_is_sharded_by_its_paths_and_scalars_are_replicated():

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 VARIANTS = variants_gpt.VARIANTS | variants_llama.VARIANTS
-assert len(VARIANTS) == len(variants_gpt.VARIANTS) + len(variants_llama.VARIANTS), "a name is there twice"
+assert len(VARIANTS) == len(variants_gpt.VARIANTS) + len(variants_llama.VARIANTS), "duplicate names"
 
 EOS, PAD = 0, 1
 SPECIAL = {"pad_token_id": PAD, "bos_token_id": 2, "eos_token_id": EOS}

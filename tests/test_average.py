@@ -11,14 +11,14 @@ import tiny
 from rlhf_jax.train_step import ema_update, make_ema_step, start_ema
 
 
-def follow_by(decay):
+def ema_with_decay(decay):
     """The compiled update (average, weights) -> average."""
     return functools.partial(ema_update, make_ema_step(decay))
 
 
 def test_three_steps_equal_hand_arithmetic():
     follow, weights = (
-        follow_by(0.75),
+        ema_with_decay(0.75),
         [{"w": jnp.array(w)} for w in ([4.0, 1.0], [8.0, 1.0], [0.0, 1.0])],
     )
     average = start_ema({"w": jnp.array([0.0, 1.0])}, offload=False)
@@ -30,7 +30,7 @@ def test_three_steps_equal_hand_arithmetic():
 
 def test_constant_weights_are_their_own_average():
     weights = {"w": jax.random.normal(jax.random.key(0), (64,))}
-    average, follow = start_ema(weights, offload=False), follow_by(0.992)
+    average, follow = start_ema(weights, offload=False), ema_with_decay(0.992)
     for _ in range(5):
         average = follow(average, weights)
     np.testing.assert_array_equal(average["w"], weights["w"])
@@ -38,7 +38,7 @@ def test_constant_weights_are_their_own_average():
 
 @pytest.mark.parametrize("name", ["one", "fsdp4-tensor2"])
 def test_an_average_in_host_memory_is_bit_equal_to_that_on_the_devices_and_stays_there(name):
-    mesh, follow = tiny.mesh_of(name), follow_by(0.992)
+    mesh, follow = tiny.mesh_of(name), ema_with_decay(0.992)
     start, *later = (tiny.random_params(tiny.LLAMA, mesh, seed=seed) for seed in range(4))
     there, away = (start_ema(start, offload=offloaded) for offloaded in (False, True))
     for weights in later:
@@ -59,7 +59,7 @@ def test_at_most_one_array_of_an_average_in_host_memory_is_on_the_devices_at_a_t
     weights = tiny.random_params(tiny.LLAMA, tiny.mesh_of("one"))
     average, follow, put = (
         start_ema(weights, offload=True),
-        follow_by(0.9),
+        ema_with_decay(0.9),
         jax.device_put,
     )
     follow(start_ema(weights, offload=True), weights)
@@ -70,11 +70,11 @@ def test_at_most_one_array_of_an_average_in_host_memory_is_on_the_devices_at_a_t
 
     extra, seen = on_devices(), []
 
-    def putting(leaf, where):
+    def check_put(leaf, where):
         seen.append(on_devices() - extra)
         return put(leaf, where)
 
-    monkeypatch.setattr(jax, "device_put", putting)
+    monkeypatch.setattr(jax, "device_put", check_put)
     follow(average, weights)
     # Each array is fetched when none is on the devices and is the only one when it returns.
     assert seen == [size for leaf in weights.values() for size in (0, leaf.nbytes)]
@@ -84,7 +84,7 @@ def test_at_most_one_array_of_an_average_in_host_memory_is_on_the_devices_at_a_t
 def test_a_second_step_compiles_nothing():
     weights, follow = (
         tiny.random_params(tiny.OPT, tiny.mesh_of("fsdp4-tensor2")),
-        follow_by(0.5),
+        ema_with_decay(0.5),
     )
     for offloaded in (False, True):
         average = follow(start_ema(weights, offload=offloaded), weights)

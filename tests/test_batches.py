@@ -124,12 +124,12 @@ def test_the_lengths_are_those_that_pad_the_rows_least(row_lengths, buckets):
     longest = -(-max(row_lengths) // 8) * 8
     lengths = bucket_lengths(np.array(row_lengths), longest, buckets)
 
-    def room(candidate) -> int:
+    def padded_size(candidate) -> int:
         return sum(next(length for length in candidate if length >= row) for row in row_lengths)
 
     multiples = range(8, longest, 8)
     choices = [c for k in range(buckets) for c in itertools.combinations(multiples, k)]
-    assert room(lengths) == min(room((*choice, longest)) for choice in choices)
+    assert padded_size(lengths) == min(padded_size((*choice, longest)) for choice in choices)
     assert lengths[-1] == longest and len(lengths) <= buckets and list(lengths) == sorted(set(lengths))
 
 

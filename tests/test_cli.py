@@ -436,16 +436,16 @@ def test_a_run_of_an_older_version_has_the_default_stages(recipe, finished_folde
 def test_messages_go_to_stderr_as_text_or_json_or_not_at_all(finished_folder, capsys, before):
     command = ["sft", str(finished_folder.parent / "tiny.toml"), f"run.dir={finished_folder}"]
 
-    def said(*options: str) -> list[str]:
+    def log_lines(*options: str) -> list[str]:
         assert main([*options, *command] if before else [*command, *options]) == 0
         out, err = capsys.readouterr()
         assert out == ""
         return err.splitlines()
 
-    plain = said()
+    plain = log_lines()
     assert plain[0].startswith("devices: ") and plain[1].startswith("sft: finished already")
-    assert said("--quiet") == []
-    lines = [json.loads(line) for line in said("--json-logs")]
+    assert log_lines("--quiet") == []
+    lines = [json.loads(line) for line in log_lines("--json-logs")]
     assert [line["message"] for line in lines] == plain
     assert {tuple(line) for line in lines} == {("time", "level", "logger", "message")}
     assert lines[1]["level"] == "INFO" and lines[1]["logger"] == "rlhf_jax.train"

@@ -52,7 +52,7 @@ EOS = (3, 15, 24, 39, 42, 53)
 OPTIM = OptimConfig(learning_rate=0.02, schedule="constant", eps=1e-3)
 
 
-def on_host(tree):
+def copy_to_host(tree):
     """Copies the leaves: on a CPU, a NumPy view would share the buffer, which could then not be donated."""
     return jax.device_get(jax.tree.map(jnp.copy, tree))
 
@@ -107,13 +107,13 @@ class Run:
         self.engine, self.state, self.frozen = engine_of(case, self.mesh)
         self.key = jax.random.key(7)
         self.prompts = tiny.prompts(self.config, LENGTHS, WIDTH)
-        self.start = on_host((*params_of(self.state, self.frozen), self.frozen.reference))
-        self.reward = on_host(self.frozen.reward)
+        self.start = copy_to_host((*params_of(self.state, self.frozen), self.frozen.reference))
+        self.reward = copy_to_host(self.frozen.reward)
         with tiny.compilations() as self.first_compiled:
             self.weights = self.engine.publish(params_of(self.state, self.frozen)[0])
             self.rollout_there = self.engine.generate(self.weights, *self.prompts, self.key)
             self.experience = self.engine.score(self.state, self.frozen, self.rollout_there)
-        self.rollout = on_host(self.rollout_there)
+        self.rollout = copy_to_host(self.rollout_there)
         self.shards = jax.tree.map(shard, self.state)
         self.first_state = self.state
         self.after, self.stats = [], []
@@ -121,7 +121,7 @@ class Run:
             with tiny.compilations() as names:
                 self.state, stats = self.engine.update(self.state, self.frozen, self.experience)
             self.first_compiled += names
-            self.after.append(on_host(params_of(self.state, self.frozen)))
+            self.after.append(copy_to_host(params_of(self.state, self.frozen)))
             self.stats.append(jax.device_get(stats))
         others, key = tiny.prompts(self.config, LENGTHS[3:] + LENGTHS[:3], WIDTH, seed=5), jax.random.key(8)
         with tiny.compilations() as self.later_compiled:
@@ -403,14 +403,14 @@ def test_reference_and_average_in_host_memory_change_no_bit_and_the_average_foll
     there = dataclasses.replace(there, average=start_ema(there.actor.trainable, offload=False))
     away = dataclasses.replace(away, average=start_ema(away.actor.trainable, offload=True))
     frozen_away = dataclasses.replace(frozen_away, reference=to_host(frozen_away.reference))
-    expected = jax.tree.map(lambda leaf: leaf.astype(np.float64), on_host(there.average))
+    expected = jax.tree.map(lambda leaf: leaf.astype(np.float64), copy_to_host(there.average))
     assert expected.keys() == {path for path in trained.start[0] if is_trainable(path, trained.lora)}
     for _ in range(2):
         there, away = (
             engine.update(state, kept, engine.score(state, kept, trained.rollout_there))[0]
             for state, kept in ((there, frozen), (away, frozen_away))
         )
-        moved = on_host(there.actor.trainable)
+        moved = copy_to_host(there.actor.trainable)
         expected = {path: decay * leaf + (1 - decay) * moved[path] for path, leaf in expected.items()}
     resting = jax.tree.leaves((frozen_away.reference, away.average))
     assert {leaf.sharding.memory_kind for leaf in resting} == {"pinned_host"}
@@ -528,14 +528,14 @@ def actor_alone(mesh):
 def run_alone(name):
     """Rollout, experience, parameters before and after an update, its metrics, and the log-probabilities after it."""
     engine, state, frozen = actor_alone(tiny.mesh_of(name))
-    before = on_host(state.actor.trainable)
+    before = copy_to_host(state.actor.trainable)
     prompts = tiny.prompts(tiny.LLAMA, LENGTHS[::2], WIDTH)
     rollout = engine.generate(engine.publish(state.actor.params(frozen.actor)), *prompts, jax.random.key(7))
     scores = np.asarray(rollout.tokens[:, 0]) % 7
     experience = engine.score(state, frozen, rollout, scores)
     state, stats = engine.update(state, frozen, experience)
     after = engine.score(state, frozen, rollout, scores).logprobs
-    return on_host((rollout, experience, before, state.actor.trainable, stats, after))
+    return copy_to_host((rollout, experience, before, state.actor.trainable, stats, after))
 
 
 @pytest.mark.parametrize("name", ["one", "fsdp4-tensor2"])

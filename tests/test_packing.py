@@ -30,7 +30,7 @@ def cut_rows(draw):
     return np.array(draw(st.permutations(pieces)), np.int64), capacity, num_rows
 
 
-def rooms_of(bins: Bins, lengths: np.ndarray, capacity: int) -> list[int]:
+def free_rooms(bins: Bins, lengths: np.ndarray, capacity: int) -> list[int]:
     """Free room in each bin."""
     return [capacity - int(lengths[part].sum()) for part in np.split(bins.members, bins.offsets[1:-1])]
 
@@ -71,7 +71,7 @@ def test_every_sequence_is_in_one_bin_and_no_bin_exceeds_its_capacity(problem):
     assert bins.offsets[0] == 0 and bins.offsets[-1] == len(lengths)
     assert (np.diff(bins.offsets) > 0).all(), "a bin is empty"
     if len(lengths):
-        rooms = rooms_of(bins, lengths, capacity)
+        rooms = free_rooms(bins, lengths, capacity)
         assert min(rooms) >= 0
         assert bins.fill == pytest.approx(1 - sum(rooms) / (len(bins) * capacity))
         assert all((np.diff(part) > 0).all() for part in np.split(bins.members, bins.offsets[1:-1]))
@@ -85,7 +85,7 @@ def test_filling_ranges_of_bins_equals_best_fit_decreasing_one_sequence_at_a_tim
     expected = best_fit_decreasing(lengths, capacity)
     assert len(bins) == len(expected)
     if len(lengths):
-        assert sorted(rooms_of(bins, lengths, capacity)) == sorted(expected)
+        assert sorted(free_rooms(bins, lengths, capacity)) == sorted(expected)
 
 
 @anything

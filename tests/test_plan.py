@@ -402,14 +402,14 @@ def test_train_stops_before_loading_or_writing_anything_when_the_devices_are_too
 @pytest.mark.parametrize("asked", [1, 4, 16])
 @pytest.mark.parametrize("largest", [0, 1, 2, 8, 16])
 def test_the_largest_micro_batch_equals_the_result_of_trying_all(asked, largest, tmp_path, monkeypatch):
-    def learning(recipe, mesh, stages):
+    def one_phase(recipe, mesh, stages):
         return [Phase("sft", "update", None, (recipe.sft.micro_batch_size,), {"state": 5000})]
 
     def linear(phase):
         tried.append(phase.args[0])
         return Memory(arguments=5000, outputs=5000, aliased=5000, temporaries=1000 * phase.args[0])
 
-    monkeypatch.setattr(compile, "phases", learning)
+    monkeypatch.setattr(compile, "phases", one_phase)
     monkeypatch.setattr(compile, "measure", linear)
     tried, recipe = [], with_micro_batch(recipe_of(tmp_path), "sft", asked)
     found = measure_all(recipe, tiny.mesh_of("one"), ("sft",), 5000 + 1000 * largest + 500)["micro_batch"]["sft"]
@@ -490,12 +490,12 @@ def test_each_known_config_has_the_published_number_of_parameters(name):
 
 @pytest.mark.parametrize("has_hub", [False, True])
 def test_a_known_model_is_planned_from_the_table_only_when_the_hub_is_unavailable(has_hub, tmp_path, monkeypatch):
-    def of_hub(name):
+    def hub_config(name):
         if not has_hub and name.startswith("facebook/"):
             raise ValueError("no network")
         return HF
 
-    monkeypatch.setattr(rlhf_jax.plan.abstract, "config_json", of_hub)
+    monkeypatch.setattr(rlhf_jax.plan.abstract, "config_json", hub_config)
     rlhf_jax.plan.abstract._hub_config.cache_clear()
     recipe = recipe_of(tmp_path)
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, actor="facebook/opt-125m"))

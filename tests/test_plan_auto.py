@@ -96,10 +96,10 @@ def test_a_combination_whose_arrays_alone_do_not_fit_is_never_compiled(tmp_path)
     mesh = abstract_mesh(recipe.mesh, 1)
     usable = estimate_bytes(with_values(recipe, FALLBACKS), mesh, ("ppo",), trust=0.0) - 1
 
-    def forbidden(candidate):
+    def fail(candidate):
         raise AssertionError("compiled for nothing")
 
-    chosen, reported = choose_switches(recipe, mesh, A100, ("ppo",), usable, forbidden)
+    chosen, reported = choose_switches(recipe, mesh, A100, ("ppo",), usable, fail)
     assert auto_switches(chosen) == [] and "nothing fits" in reported[0]
     with pytest.raises(ValueError, match="holds at least"):
         check_fits(chosen, mesh, usable, ("ppo",))

@@ -11,7 +11,7 @@ import optax
 import pytest
 import tiny
 from safetensors.numpy import load_file
-from test_train import stop_in
+from test_train import interrupt_stage
 from tiny_recipe import run, tensors, untimed_records, write_recipe
 
 from rlhf_jax.decode import Decoding, SampleConfig, generate
@@ -371,7 +371,7 @@ def test_all_stages_run_on_a_quantised_base_and_a_resumed_run_equals_an_uninterr
     assert first["logprob_mismatch"] < 1e-4  # generation and training see the same dequantised weights
     assert abs(first["kl"]) < 1e-4  # so does the reference, which is the actor's base
     with monkeypatch.context() as patch:
-        stop_in(patch, "ppo", 2)
+        interrupt_stage(patch, "ppo", 2)
         assert run("train", recipe, *LORA_RUN, f"run.dir={stopped}", devices=2) == 130
     assert run("train", recipe, *LORA_RUN, f"run.dir={stopped}", devices=2) == 0
     assert untimed_records(stopped / "ppo" / "metrics.jsonl") == untimed_records(whole / "ppo" / "metrics.jsonl")

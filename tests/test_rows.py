@@ -166,7 +166,7 @@ def test_no_source_is_read_again_because_another_has_its_own_held_out_rows(tmp_p
     counts, read_file = Counter(), sources.read_file
     monkeypatch.setattr(sources, "read_file", lambda path: counts.update([Path(path).stem]) or read_file(path))
 
-    def reads(*sources: SourceConfig) -> tuple[Counter, dict]:
+    def count_reads(*sources: SourceConfig) -> tuple[Counter, dict]:
         """How often each file is read by all stages in order, and the rows that they train and evaluate on."""
         counts.clear()
         cache = str(tmp_path / f"cache-{sources[0].eval_path != ''}")
@@ -174,12 +174,12 @@ def test_no_source_is_read_again_because_another_has_its_own_held_out_rows(tmp_p
         found = {stage: [texts(rows_for(config, stage, side)) for side in (False, True)] for stage in STAGES}
         return counts.copy(), found
 
-    alone, _ = reads(one, two, sums)
+    alone, _ = count_reads(one, two, sums)
     assert alone == {"one": 3, "two": 3, "sums": 2}  # once per stage; there are no pairs in sums
     apart = dataclasses.replace(one, eval_path=str(files["held"]))
-    first, found = reads(apart, two, sums)
+    first, found = count_reads(apart, two, sums)
     assert first == alone + Counter(held=4)  # prompts are read once, rows once per stage
-    again, same = reads(apart, two, sums)
+    again, same = count_reads(apart, two, sums)
     assert not again and same == found
     for stage in STAGES:
         trained, evaluated = ({re.search(r"q\d+|s", text)[0] for text in side} for side in found[stage])

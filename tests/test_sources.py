@@ -283,14 +283,14 @@ def test_a_missing_file_is_reported_by_name_when_its_key_is_computed(tmp_path):
         key_of(tmp_path / "none.jsonl", tmp_path)
 
 
-def old(path, content: bytes) -> str:
+def write_old_file(path, content: bytes) -> str:
     path.write_bytes(content)
     return str(path)
 
 
 def test_a_file_in_the_memo_is_read_again_only_after_a_change(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "SETTLED", -1)
-    memo, path = tmp_path / "memo.json", old(tmp_path / "a.jsonl", GOOD)
+    memo, path = tmp_path / "memo.json", write_old_file(tmp_path / "a.jsonl", GOOD)
     (first,) = sources.file_digests([path], memo)
     known = json.loads(memo.read_bytes())
     assert known[path][-1] == first
@@ -303,7 +303,7 @@ def test_a_file_in_the_memo_is_read_again_only_after_a_change(tmp_path, monkeypa
 
 
 def test_a_recently_changed_file_is_not_stored_in_the_memo(tmp_path):
-    sources.file_digests([old(tmp_path / "a.jsonl", GOOD)], tmp_path / "memo.json")
+    sources.file_digests([write_old_file(tmp_path / "a.jsonl", GOOD)], tmp_path / "memo.json")
     assert not (tmp_path / "memo.json").exists()
 
 
@@ -312,7 +312,7 @@ def test_a_recently_changed_file_is_not_stored_in_the_memo(tmp_path):
 )
 def test_a_corrupt_memo_is_rebuilt(tmp_path, monkeypatch, content):
     monkeypatch.setattr(sources, "SETTLED", -1)
-    memo, path = tmp_path / "memo.json", old(tmp_path / "a.jsonl", GOOD)
+    memo, path = tmp_path / "memo.json", write_old_file(tmp_path / "a.jsonl", GOOD)
     memo.write_bytes(content.replace(b"FILE", path.encode()))
     (digest,) = sources.file_digests([path], memo)
     assert json.loads(memo.read_bytes())[path][-1] == digest and len(digest) == 32
@@ -324,17 +324,17 @@ def test_entries_written_concurrently_by_another_process_are_kept(tmp_path, monk
     memo = tmp_path / "memo.json"
     inner = sources._stat
 
-    def meanwhile(file):
+    def write_concurrently(file):
         memo.write_text('{"/other": [1, 2, 3, 4, "digest"]}')
         return inner(file)
 
-    monkeypatch.setattr(sources, "_stat", meanwhile)
-    path = old(tmp_path / "a.jsonl", GOOD)
+    monkeypatch.setattr(sources, "_stat", write_concurrently)
+    path = write_old_file(tmp_path / "a.jsonl", GOOD)
     sources.file_digests([path], memo)
     assert set(json.loads(memo.read_bytes())) == {"/other", path}
 
 
 def test_an_unwritable_memo_only_costs_time(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "SETTLED", -1)
-    path = old(tmp_path / "a.jsonl", GOOD)  # a file in the place of a folder is unwritable too
+    path = write_old_file(tmp_path / "a.jsonl", GOOD)  # a file in the place of a folder is unwritable too
     assert len(sources.file_digests([path], tmp_path / "a.jsonl" / "memo.json")) == 1

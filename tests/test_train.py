@@ -113,12 +113,12 @@ def test_a_second_train_skips_all_three_stages_and_changes_nothing(finished_fold
     assert before["config.toml"][0] == after["config.toml"][0]
 
 
-def stop_in(patch: pytest.MonkeyPatch, stage: str, at: int) -> None:
+def interrupt_stage(patch: pytest.MonkeyPatch, stage: str, at: int) -> None:
     """Simulates Ctrl-C in the middle of step `at` (counted from 0) of the stage, when its state has been donated."""
     module = getattr(rlhf_jax.stages, stage if stage == "ppo" else "supervised")
     loop = module.train_loop
 
-    def stopping(context, total, state, step_fn, **options):
+    def interrupted_loop(context, total, state, step_fn, **options):
         def stop(state, step):
             result = step_fn(state, step)
             if step == at and context.name == stage:
@@ -127,7 +127,7 @@ def stop_in(patch: pytest.MonkeyPatch, stage: str, at: int) -> None:
 
         return loop(context, total, state, stop, **options)
 
-    patch.setattr(module, "train_loop", stopping)
+    patch.setattr(module, "train_loop", interrupted_loop)
 
 
 LORA = [f"model.{name}={{rank=2, alpha=4.0}}" for name in ("lora", "reward_lora")]
@@ -159,7 +159,7 @@ def test_a_run_stopped_in_every_stage_ends_bit_equal_to_an_uninterrupted_one(
     # Between two checkpoints, before the first one, and just after one was saved.
     for stage, at in (("sft", 3), ("reward", 1), ("ppo", 4)):
         with monkeypatch.context() as patch:
-            stop_in(patch, stage, at)
+            interrupt_stage(patch, stage, at)
             assert tiny_recipe.run("train", recipe, f"run.dir={stopped}", *overrides, devices=devices) == 130
         assert "goes on from the last checkpoint" in capsys.readouterr().err
         assert not (stopped / stage / "export").exists()
@@ -188,7 +188,7 @@ def test_a_run_does_not_resume_with_the_same_configuration_on_other_data(tmp_pat
     source = f'data.sources=[{{path="{data}", answer="answer"}}]'
     arguments = ["sft", write_recipe(tmp_path), f"run.dir={run}", source]
     with monkeypatch.context() as patch:
-        stop_in(patch, "sft", 3)
+        interrupt_stage(patch, "sft", 3)
         assert tiny_recipe.run(*arguments) == 130
     write([{**row, "answer": row["answer"] + "!"} for row in rows])
     capsys.readouterr()
@@ -251,7 +251,7 @@ def test_a_run_killed_between_the_last_checkpoint_and_the_export_resumes_with_th
     assert (folder / "sft/export/model.safetensors").exists()
 
 
-def before_ppo(folder, finished_folder, *overrides):
+def start_before_ppo(folder, finished_folder, *overrides):
     """A run folder with these settings and the SFT and reward stages of the finished run."""
     for stage in ("sft", "reward"):
         shutil.copytree(finished_folder / stage / "export", folder / stage / "export")
@@ -264,16 +264,16 @@ def record_trainable(patch, kept):
     """Appends the trained weights of the actor to `kept`, before PPO and after each of its steps."""
     loop = rlhf_jax.stages.ppo.train_loop
 
-    def keeping(context, total, state, step_fn, **options):
-        def stepping(state, step):
+    def record_loop(context, total, state, step_fn, **options):
+        def record_step(state, step):
             state, stats = step_fn(state, step)
             kept.append(jax.device_get(jax.tree.map(jnp.copy, state.actor.trainable)))
             return state, stats
 
         kept.append(jax.device_get(jax.tree.map(jnp.copy, state.actor.trainable)))
-        return loop(context, total, state, stepping, **options)
+        return loop(context, total, state, record_step, **options)
 
-    patch.setattr(rlhf_jax.stages.ppo, "train_loop", keeping)
+    patch.setattr(rlhf_jax.stages.ppo, "train_loop", record_loop)
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -284,11 +284,11 @@ def test_the_exported_average_equals_hand_arithmetic_and_is_bit_equal_when_resum
     whole, stopped, kept = tmp_path / "whole", tmp_path / "stopped", []
     with monkeypatch.context() as patch:
         record_trainable(patch, kept)
-        assert tiny_recipe.run(*before_ppo(whole, finished_folder, *overrides)) == 0
+        assert tiny_recipe.run(*start_before_ppo(whole, finished_folder, *overrides)) == 0
     assert re.search("programs of generation: [123], of at most 3 for these prompts", capsys.readouterr().err)
-    command = before_ppo(stopped, finished_folder, *overrides, *AVERAGED[1:])
+    command = start_before_ppo(stopped, finished_folder, *overrides, *AVERAGED[1:])
     with monkeypatch.context() as patch:
-        stop_in(patch, "ppo", 2)
+        interrupt_stage(patch, "ppo", 2)
         assert tiny_recipe.run(*command) == 130
     assert tiny_recipe.run(*command) == 0
     said = capsys.readouterr()
@@ -324,10 +324,10 @@ def test_a_run_resumed_with_other_memory_settings_ends_the_same_up_to_rounding(
 ):
     overrides, whole, stopped = ["ppo.steps=3", "ppo.ema_decay=0.75", *LORA], tmp_path / "whole", tmp_path / "stopped"
     changed = ["model.remat=layers", "model.one_copy=true", "model.offload_optimizer=true", *AVERAGED[1:]]
-    assert tiny_recipe.run(*before_ppo(whole, finished_folder, *overrides)) == 0
-    command = before_ppo(stopped, finished_folder, *overrides)
+    assert tiny_recipe.run(*start_before_ppo(whole, finished_folder, *overrides)) == 0
+    command = start_before_ppo(stopped, finished_folder, *overrides)
     with monkeypatch.context() as patch:
-        stop_in(patch, "ppo", 2)
+        interrupt_stage(patch, "ppo", 2)
         assert tiny_recipe.run(*command) == 130
     capsys.readouterr()
     assert tiny_recipe.run(*command, *changed, "mesh.zero=1", devices=2) == 0
@@ -351,7 +351,7 @@ def test_publish_is_logged_with_its_bytes_their_lower_bound_and_the_ratio(
         assert (record["publish_bytes"], record["publish_bytes_least"]) == (0, 0), "one device"
         assert "publish_bytes_ratio" not in record
     eight = tmp_path / "eight"
-    assert tiny_recipe.run(*before_ppo(eight, finished_folder, "ppo.steps=1", *MESH), devices=8) == 0
+    assert tiny_recipe.run(*start_before_ppo(eight, finished_folder, "ppo.steps=1", *MESH), devices=8) == 0
     (record,) = records(eight / "ppo/metrics.jsonl")
     # float32: the embedding, 300 ids padded to 384 rows, and the kernels; a device receives 3/8 of each.
     split = sum(leaf.size for leaf in tensors(eight / "sft/export").values() if leaf.ndim == 2) + (384 - 300) * 16
@@ -359,7 +359,7 @@ def test_publish_is_logged_with_its_bytes_their_lower_bound_and_the_ratio(
     assert record["publish_bytes_ratio"] == 1
 
     monkeypatch.setattr(rlhf_jax.rollout, "received_bytes", lambda text: rlhf_jax.collectives.received_bytes(""))
-    assert tiny_recipe.run(*before_ppo(tmp_path / "mute", finished_folder, "ppo.steps=1")) == 0
+    assert tiny_recipe.run(*start_before_ppo(tmp_path / "mute", finished_folder, "ppo.steps=1")) == 0
     assert "the bytes of publish are not counted: the compiled program comes without" in capsys.readouterr().err
     assert not {name for name in records(tmp_path / "mute/ppo/metrics.jsonl")[0] if name.startswith("publish")}
 
@@ -369,7 +369,7 @@ def test_ppo_with_slot_refill_samples_and_trains_as_without_it(tmp_path, finishe
     said, logged = [], []
     for rows in (0, 4):
         folder = tmp_path / str(rows)
-        assert tiny_recipe.run(*before_ppo(folder, finished_folder, *options, f"ppo.generate_rows={rows}")) == 0
+        assert tiny_recipe.run(*start_before_ppo(folder, finished_folder, *options, f"ppo.generate_rows={rows}")) == 0
         said.append([(line["prompt"], line["response"]) for line in records(folder / "ppo/rollouts/000001.jsonl")])
         logged += untimed_records(folder / "ppo/metrics.jsonl")
     assert len(said[0]) == 16 and said[0] == said[1]

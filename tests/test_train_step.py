@@ -84,21 +84,21 @@ class Run:
         state, self.frozen = fresh_state(self.config, lora, self.layout, tx)
         with tiny.compilations() as self.first_compiled:
             self.compiled = self.update.lower(state, self.frozen, self.batch).compile()
-        self.start, self.start_shards = on_host(state.params(self.frozen)), shards_of(state)
+        self.start, self.start_shards = copy_to_host(state.params(self.frozen)), shards_of(state)
         self.bytes, self.first_bytes = device_bytes(state), bytes_by_kind(state, self.frozen)
         self.first_state = state
         with tiny.compilations() as self.later_compiled:
             self.state, stats = self.update(state, self.frozen, self.batch)
-        self.one, self.stats = on_host(self.state.params(self.frozen)), [jax.device_get(stats)]
+        self.one, self.stats = copy_to_host(self.state.params(self.frozen)), [jax.device_get(stats)]
         with tiny.compilations() as more:
             self.state, stats = self.update(self.state, self.frozen, self.batch)
         self.later_compiled += more
-        self.two = on_host(self.state.params(self.frozen))
+        self.two = copy_to_host(self.state.params(self.frozen))
         self.last_bytes = bytes_by_kind(self.state, self.frozen)
         self.stats.append(jax.device_get(stats))
 
 
-def on_host(tree):
+def copy_to_host(tree):
     """Copies the leaves: on a CPU, a NumPy view would share the buffer, which could then not be donated."""
     return jax.device_get(jax.tree.map(jnp.copy, tree))
 
@@ -254,7 +254,7 @@ def resume_pair(case, first, second, folder):
     where = jax.tree.map(lambda x: x.sharding.memory_kind, (abstract, restored))
     assert where[0] == where[1], "restored in their memory kind"
     state, _ = two.update(restored, frozen, two.batch)
-    return two, on_host(state.params(frozen)), state
+    return two, copy_to_host(state.params(frozen)), state
 
 
 @pytest.mark.parametrize(("case", "name"), [("opt", "one"), ("llama-lora", "one")])

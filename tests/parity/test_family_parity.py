@@ -91,19 +91,19 @@ class Variant:
         return tokens, real
 
 
-def made_once(name, tmp_path_factory):
+def load_once(name, tmp_path_factory):
     yield Variant(name, tmp_path_factory.mktemp(name))
     jax.clear_caches()  # hundreds of programs that no other variant uses
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def variant(request, tmp_path_factory):
-    yield from made_once(request.param, tmp_path_factory)
+    yield from load_once(request.param, tmp_path_factory)
 
 
 @pytest.fixture(scope="module", params=SOME)
 def example(request, tmp_path_factory):
-    yield from made_once(request.param, tmp_path_factory)
+    yield from load_once(request.param, tmp_path_factory)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -73,7 +74,7 @@ def make_plan(
         "fits": fits,
         "chosen": chosen,
         "candidates_compiled": len(compiled),
-        "mends": [] if fits else list(suggestions(recipe, wanted.count, usable, stages, measured["micro_batch"])),
+        "suggestions": [] if fits else list(suggestions(recipe, wanted.count, usable, stages, measured["micro_batch"])),
         "micro_batch": measured["micro_batch"],
         "seconds": seconds,
         "price_per_gpu_hour": price or None,
@@ -186,31 +187,27 @@ def suggestions(
     if small:
         yield f"set {' '.join(small)}"
 
-    def least(changed: Recipe, devices: int = count) -> int:
+    def is_enough(change: dict[str, Any], devices: int = count) -> bool:
         try:
-            return lower_bound_bytes(changed, abstract_mesh(changed.mesh, devices), stages)[0]
-        except ValueError:  # sizes that do not divide so many devices
-            return usable + 1
+            changed = with_values(recipe, change)
+            return lower_bound_bytes(changed, abstract_mesh(changed.mesh, devices), stages)[0] <= usable
+        # Sizes that do not divide so many devices, a quantised base without adapters, one copy without a base to share.
+        except ValueError:
+            return False
 
-    if least(recipe) <= usable:
+    if is_enough({}):
         yield "what is held fits and temporaries do not: try smaller batches, shorter lengths or model.remat=layers"
         return
 
     def first(changes: Iterable[dict[str, Any]]) -> list[str]:
         """The first change that does."""
-        for change in filter(None, changes):
-            try:
-                is_enough = least(with_values(recipe, change)) <= usable
-            except ValueError:  # a quantised base without adapters, one copy without a base to share
-                continue
-            if is_enough:
-                return [f"try {' and '.join(ADAPTERS.get(key, f'{key}={str(change[key]).lower()}') for key in change)}"]
-        return []
+        change = next(filter(is_enough, filter(None, changes)), {})
+        named = [ADAPTERS.get(key, f"{key}={str(value).lower()}") for key, value in change.items()]
+        return [f"try {' and '.join(named)}"] if named else []
 
     model, useless = recipe.model, idle(recipe, count)
-    free = [
-        key for key in SWITCHES if SWITCHES[key] == (False, True) and key not in useless and not get_value(recipe, key)
-    ]
+    flags = [key for key, values in SWITCHES.items() if values == (False, True)]
+    free = [key for key in flags if key not in useless and not get_value(recipe, key)]
     together = [free[:size] for size in range(2, len(free) + 1)]
     yield from first(dict.fromkeys(keys, True) for keys in [*([key] for key in free), *together])
 
@@ -224,10 +221,10 @@ def suggestions(
         every = both | nf4 | dict.fromkeys([*free, "model.one_copy"], True)
         smaller = first([nf4, lora | nf4, both | nf4, every])
     yield from smaller
-    more = count
-    while more < MAX_DEVICES:
-        more *= 2
-        if least(recipe, more) <= usable:
-            yield f"take {more} devices in place of {count}, with batches that they divide"
-            return
-    yield "take a smaller model"
+    more = itertools.takewhile(lambda size: size < 2 * MAX_DEVICES, (count * 2**power for power in itertools.count(1)))
+    enough = next((size for size in more if is_enough({}, size)), None)
+    yield (
+        f"take {enough} devices in place of {count}, with batches that they divide"
+        if enough
+        else "take a smaller model"
+    )

@@ -78,17 +78,17 @@ def measure_all(
     """
     memories, found = {}, {}
     for phase in phases(recipe, mesh, stages):
-        memories[f"{phase.stage}/{phase.name}"] = (phase, measure(phase))
-        if stop and memories[f"{phase.stage}/{phase.name}"][1].peak(phase) > usable:
+        memories[f"{phase.stage}/{phase.name}"] = phase, (memory := measure(phase))
+        if stop and memory.peak(phase) > usable:
             search = False
             break
     for stage in stages if search else ():
         asked, legal = micro_batch_sizes(recipe, stage, Layout(mesh, TRAIN).shards("batch"))
-        tried = {asked: all(m.peak(p) <= usable for p, m in memories.values() if p.stage == stage and _is_update(p))}
+        tried = {asked: all(m.peak(p) <= usable for p, m in memories.values() if p.stage == stage and p.is_update)}
 
         def fits(micro: int, stage=stage, tried=tried) -> bool:
             if micro not in tried:
-                learning = [p for p in phases(with_micro_batch(recipe, stage, micro), mesh, (stage,)) if _is_update(p)]
+                learning = [p for p in phases(with_micro_batch(recipe, stage, micro), mesh, (stage,)) if p.is_update]
                 tried[micro] = all(measure(phase).peak(phase) <= usable for phase in learning)
             return tried[micro]
 
@@ -98,10 +98,6 @@ def measure_all(
             low, high = (middle + 1, high) if fits(legal[middle]) else (low, middle)
         found[stage] = {"asked": asked, "largest": legal[low - 1] if low else 0, "compilations": len(tried)}
     return {"phases": {name: memory._asdict() for name, (_, memory) in memories.items()}, "micro_batch": found}
-
-
-def _is_update(phase: Phase) -> bool:
-    return phase.name in ("update", "actor", "critic")
 
 
 def micro_batch_sizes(recipe: Recipe, stage: str, shards: int) -> tuple[int, list[int]]:
@@ -125,14 +121,6 @@ def measure_in_subprocess(
         RuntimeError: the compiler failed, with its last words.
     """
     wanted = parse_machine(gpus)
-    options = {"stop": stop, "search": search}
-    request = {
-        "recipe": dump_config(recipe),
-        "gpus": gpus,
-        "stages": list(stages),
-        "usable": usable,
-        "options": options,
-    }
     notes, too_old = [], cuda_plugin() == "jax_cuda13_plugin" and wanted.gpu.capability < "7.5"
     on_gpu = cuda_plugin() is not None and not too_old
     if not on_gpu:
@@ -150,10 +138,10 @@ def measure_in_subprocess(
     else:
         flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={wanted.count}"
         environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+    request = {"recipe": dump_config(recipe), "gpus": gpus, "stages": list(stages), "usable": usable, "on_gpu": on_gpu}
+    request["options"] = {"stop": stop, "search": search}
     command = [sys.executable, "-m", "rlhf_jax.plan.compile"]
-    run = subprocess.run(
-        command, input=json.dumps(request | {"on_gpu": on_gpu}), capture_output=True, text=True, env=environment
-    )
+    run = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, env=environment)
     if run.returncode:
         said = run.stderr.strip().splitlines() or ["no word"]
         raise RuntimeError(f"compiling for {gpus} failed (exit code {run.returncode}): {said[-1]}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -46,10 +47,30 @@ from rlhf_jax.sampling import check_learnable
 from rlhf_jax.stages.batch_sizes import micro_batches
 from rlhf_jax.stages.context import ModelKind
 from rlhf_jax.stages.from_scratch import make_hf_config
-from rlhf_jax.stages.ppo import PPOConfig, ppo_engine, ppo_optimizers
+from rlhf_jax.stages.ppo import PPOConfig, ppo_engine, ppo_optimizers, ppo_sizes
 from rlhf_jax.stages.supervised import make_programs
 from rlhf_jax.stages.table import STAGES, Stage, latest_export
-from rlhf_jax.train_step import OffloadedUpdate, Params, TrainState, Update
+from rlhf_jax.train_step import OffloadedUpdate, Params, TrainState
+
+
+class Pass(NamedTuple):
+    """The forward passes of one model in a program, for the arithmetic of FLOPs and temporaries.
+
+    Attributes:
+        decoder: its architecture, without adapters.
+        params: abstract parameters as the program reads them.
+        rows: sequences of one micro-batch, over all devices.
+        length: tokens of a sequence.
+        head_tokens: tokens of a sequence whose logits are computed.
+        cast: bytes on one device of the copy in the dtype of the computation.
+    """
+
+    decoder: DecoderConfig
+    params: Mapping[str, Any]
+    rows: int
+    length: int
+    head_tokens: int
+    cast: int = 0
 
 
 class Phase(NamedTuple):
@@ -64,6 +85,9 @@ class Phase(NamedTuple):
         added: bytes on one device that the program cannot do without beside `live`: the weights that it publishes, the
             cache, the sum of gradients.
         host: bytes of one device's arrays that rest in host memory then; not among `live`, and never arguments.
+        passes: the models that it passes tokens through; () for the steps over one parameter after the other.
+        micro: micro-batches of one run.
+        runs: how often it runs in one optimizer step (SFT, reward model) or one iteration (PPO).
     """
 
     stage: str
@@ -74,6 +98,14 @@ class Phase(NamedTuple):
     cache: int = 0
     added: int = 0
     host: int = 0
+    passes: tuple[Pass, ...] = ()
+    micro: int = 1
+    runs: int = 1
+
+    @property
+    def is_update(self) -> bool:
+        """Whether it computes gradients and steps, not the step alone of offloaded moments."""
+        return self.name in ("update", "actor", "critic")
 
     @property
     def lower_bound(self) -> int:
@@ -145,34 +177,32 @@ def _phases(recipe: Recipe, mesh: Mesh | AbstractMesh, stages: Sequence[str]) ->
 
 def _supervised_phases(stage: Stage, recipe: Recipe, decoder: DecoderConfig, layout: Layout) -> list[Phase]:
     """The update of a supervised stage, and the measuring of held-out batches with the whole training state there."""
-    name, model, config, rows = stage.name, recipe.model, getattr(recipe, stage.name), recipe.row_spec(stage.name)
+    name, model, config, spec = stage.name, recipe.model, getattr(recipe, stage.name), recipe.row_spec(stage.name)
     tx = _optimizer(config.optim)
-    length = _round8(min(rows.pack_length or recipe.data.max_length, decoder.max_positions))
+    length = _round8(min(spec.pack_length or recipe.data.max_length, decoder.max_positions))
     num_micro = micro_batches(name, config.batch_size, config.micro_batch_size, layout)
     objective = stage.objective(model.with_lora(decoder), model.compute, layout)
     update, measure = make_programs(objective, model.with_lora(decoder), layout, tx, num_micro)
     state, frozen = abstract_state(abstract_pretrained(decoder, model, layout), model, tx)
-    shape = (config.batch_size, 2, length) if rows.per_row > 1 else (config.batch_size, length)
-    kinds = (jnp.int32, jnp.bool, jnp.bool, *[jnp.int32] * bool(rows.pack_length))
+    shape = (config.batch_size, 2, length) if spec.per_row > 1 else (config.batch_size, length)
+    kinds = (jnp.int32, jnp.bool, jnp.bool, *[jnp.int32] * bool(spec.pack_length))
     batch = abstract_batch(Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in kinds)), layout)
     live = _state_bytes("", state, frozen) | {"batch": device_bytes(batch)}
     gradients = by_layout(state.trainable, model.with_lora(decoder), layout.gradients)
-    found = _update_phases(name, "update", update, (state, frozen, batch), live, gradients)
+    params = state.params(frozen)
+    measured = abstract_batch(_rows(batch, config.batch_size // num_micro), layout)
+    rows = math.prod(measured.tokens.shape[:-1])
+    cast = device_bytes([leaf for leaf in params.values() if getattr(leaf, "dtype", None) == "float32"]) // 2
+    passes = (Pass(decoder, params, rows, length, length, cast),)
+    whole = Phase(name, "update", update, (state, frozen, batch), live, passes=passes, micro=num_micro)
+    found = _update_phases(whole, gradients)
     if config.eval_batches:  # by micro-batches
-        measured = abstract_batch(_rows(batch, config.batch_size // num_micro), layout)
         at_hand = live | {"batch": device_bytes(measured)}
-        found.append(Phase(name, "evaluate", measure, (state.params(frozen), measured), at_hand))
+        found.append(Phase(name, "evaluate", measure, (params, measured), at_hand, passes=passes))
     return [phase._replace(host=host_bytes(state)) for phase in found]
 
 
-def _update_phases(
-    stage: str,
-    name: str,
-    update: Update,
-    args: tuple[TrainState, Params, Any],
-    live: Mapping[str, int],
-    gradients: Params,
-) -> list[Phase]:
+def _update_phases(whole: Phase, gradients: Params) -> list[Phase]:
     """One optimizer step: its one program, or with offloaded moments the two kinds of it, each at its largest.
 
     A step of one parameter runs beside all parameters, the gradients that still wait for theirs, its own among them,
@@ -181,7 +211,7 @@ def _update_phases(
     Moments are its arguments on the devices; those in host memory are arguments of no program, so that the compiler
     has none to count: peak = live + temporaries + outputs - aliased for both, as for any other phase.
     """
-    found, state = [Phase(stage, name, update, args, dict(live), added=device_bytes(gradients))], args[0]
+    found, update, state = [whole._replace(added=device_bytes(gradients))], whole.program, whole.args[0]
     if isinstance(update, OffloadedUpdate):
         arguments = [update.arguments(state, path) for path in update.order(state.trainable)]
         waiting = list(itertools.accumulate(device_bytes(grad) for _, grad, _, _ in reversed(arguments)))[::-1]
@@ -189,8 +219,8 @@ def _update_phases(
         is_gathered = update.layout.moments.table != update.layout.table
         gathered = [is_gathered * device_bytes(param) for param, _, _, _ in arguments]
         worst = max(range(len(arguments)), key=lambda k: waiting[k] + moments[k] + gathered[k])
-        extra = live | {"gradients": waiting[worst], "moments on the device": moments[worst]}
-        found.append(Phase(stage, f"{name} step", update.step, arguments[worst], extra))
+        extra = whole.live | {"gradients": waiting[worst], "moments on the device": moments[worst]}
+        found.append(Phase(whole.stage, f"{whole.name} step", update.step, arguments[worst], extra))
     return found
 
 
@@ -213,7 +243,7 @@ def engine_phases(
     held = _engine_bytes(state, frozen)
     rollout = _abstract_rollout(config, prompt_positions(recipe, positions), engine.publish.layout)
     found = _generation(stage, engine, recipe, state.actor.params(frozen.actor), held, rollout)
-    found += _learning_from(stage, engine, models, held, rollout, config.update_size, layout)
+    found += _learning_from(stage, engine, models, held, rollout, config, layout)
     return [phase._replace(host=host_bytes(models)) for phase in found]
 
 
@@ -254,9 +284,10 @@ def _generation(
     dtype = recipe.model.compute.dtype
     cache = device_bytes(output_shardings(jax.jit(lambda: empty_cache(actor, rows, length, dtype, layout))))
     live = {**held, "generation weights": added, "prompts": device_bytes(prompts)}
+    passes = (Pass(actor.without_lora(), weights, config.rollouts, rollout.prompts.shape[1], 1),)
     return [
-        Phase(stage, "publish", programs.publish, (params,), dict(held), added=added),
-        Phase(stage, "generate", generate, (weights, *prompts, key), live, cache=cache, added=cache),
+        Phase(stage, "publish", programs.publish, (params,), dict(held), added=added, passes=passes),
+        Phase(stage, "generate", generate, (weights, *prompts, key), live, cache=cache, added=cache, passes=passes),
     ]
 
 
@@ -266,7 +297,7 @@ def _learning_from(
     models: tuple[EngineState, FrozenParams],
     held: Mapping[str, int],
     rollout: Rollout,
-    batch_size: int,
+    config: PPOConfig,
     layout: Layout,
 ) -> list[Phase]:
     """Scoring, one optimizer step of each model that trains, and one of the moving average."""
@@ -277,18 +308,33 @@ def _learning_from(
     scores = None if engine.models.reward else jax.ShapeDtypeStruct(ended.shape, jnp.float32, sharding=ended.sharding)
     scored = dataclasses.replace(state, average={}), fetched, rollout, scores
     live = {**held, "rollout": device_bytes(rollout)}
-    reference = {"reference": device_bytes(fetched.reference)}
-    found = [Phase(stage, "score", programs.score, scored, live | reference)]
-    experience = output_shardings(programs.score, *scored)
+    new, (batch_size, micro) = rollout.tokens.shape[1], ppo_sizes(config, layout)
+    passes = {
+        name: Pass(
+            getattr(engine.models, name).without_lora(),
+            learner.params(getattr(frozen, name)),
+            *(batch_size // micro, rollout.prompts.shape[1] + new, new),
+            device_bytes(learner.trainable) // 2,
+        )
+        for name in ("actor", "critic")
+        if (learner := getattr(state, name))
+    }
+    score = Phase(
+        *(stage, "score", programs.score, scored, live | {"reference": device_bytes(fetched.reference)}),
+        passes=tuple(passes.values()),
+        micro=micro * config.rollouts // batch_size,
+    )
+    found, experience = [score], output_shardings(programs.score, *scored)
     part = abstract_batch(_rows(experience, batch_size), layout)
     live |= {"experience": device_bytes(experience)}
-    if batch_size < rollout.tokens.shape[0]:
+    if batch_size < config.rollouts:
         live |= {"part of the experience": device_bytes(part)}
-    for name in ("actor", "critic"):
-        if learner := getattr(state, name):
-            sums = by_layout(learner.trainable, getattr(engine.models, name), layout.gradients)
-            args = learner, getattr(frozen, name), part
-            found += _update_phases(stage, name, getattr(programs, name), args, live, sums)
+    for name, each in passes.items():
+        learner = getattr(state, name)
+        args = learner, getattr(frozen, name), part
+        whole = Phase(stage, name, getattr(programs, name), args, dict(live), passes=(each,), micro=micro)
+        sums = by_layout(learner.trainable, getattr(engine.models, name), layout.gradients)
+        found += _update_phases(whole._replace(runs=config.ppo_epochs * config.rollouts // batch_size), sums)
     if state.average:
         there = with_memory(state.average, None)
         largest = max(there, key=lambda path: device_bytes(there[path]))

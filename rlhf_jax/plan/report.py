@@ -37,7 +37,7 @@ def format_plan(plan: dict[str, Any]) -> str:
     ]
     if most := max(row["host"] for row in plan["phases"]):
         lines.append(f"in pinned host memory for each GPU: {most / unit:.2f}")
-    lines += ["fits" if plan["fits"] else "does not fit: " + "; or ".join(plan["mends"])]
+    lines += ["fits" if plan["fits"] else "does not fit: " + "; or ".join(plan["suggestions"])]
     lines += [""] + [_micro_batch_line(stage, found) for stage, found in plan["micro_batch"].items()]
     lines += ["", _row("seconds", ("floor", "expected"))]
     for stage, entry in plan["seconds"].items():

@@ -77,7 +77,7 @@ def header(plan: dict[str, Any]) -> str:
     worst = max(plan["phases"], key=lambda row: row["peak"])
     ppo = plan["seconds"]["ppo"]
     return (
-        f"# Plan: peak {worst['peak'] / GIB:.1f} GiB a GPU ({worst['stage']} {worst['phase']}), headroom "
+        f"# Plan: peak {worst['peak'] / GIB:.1f} GiB per GPU ({worst['stage']} {worst['phase']}), headroom "
         f"{worst['headroom'] / GIB:.1f} of {plan['usable'] / GIB:.1f}; a PPO iteration {ppo['floor']:.3g} s at least, "
         f"{ppo['expected']:.3g} expected; compiled for {plan['compiled_for']}, not run"
     )

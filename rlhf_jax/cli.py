@@ -15,18 +15,18 @@ from tqdm import tqdm
 from rlhf_jax.models.pretrained import DTYPES
 from rlhf_jax.stages.table import STAGES, export_folders, latest_export
 
-CONFIG_HELP = """CONFIG is a TOML file of configs/ or of your own. Every key can be changed after it:
+CONFIG_HELP = """CONFIG is a TOML file of configs/ or of your own. Any key can be overridden after it:
   rlhf-jax train configs/demo.toml run.dir=runs/mine sft.steps=200 ppo.kl_coef=0.05
 """
-PLAN_HELP = """CONFIG is what `train` would be given; the models' config.json is all that is read of them. Examples:
+PLAN_HELP = """CONFIG is the same as for `train`; of the models only config.json is read. Examples:
   rlhf-jax plan configs/opt-1.3b-single_gpu.toml --gpus A100-80GB
   rlhf-jax plan mine.toml mesh.tensor=8 --gpus 8xA100-80GB --price-per-gpu-hour 2.5 --json
   rlhf-jax plan mine.toml --gpus 4x8xH100-80GB
 With JAX's CUDA plugin installed the programs are compiled for the GPUs named; no GPU is needed. Without it they are
-compiled for simulated CPUs, which is said.
+compiled for simulated CPUs, and the output says so.
 """
-DATA_HELP = """CONFIG is what `train` would be given. What the model learns is bold green; where colours are not
-possible it stands between brackets. Tokenised rows are kept, so that `train` finds them ready. Examples:
+DATA_HELP = """CONFIG is the same as for `train`. Tokens with loss are bold green, or between brackets where
+colours are not possible. Tokenized rows are cached for `train`. Examples:
   rlhf-jax data configs/demo.toml
   rlhf-jax data mine.toml data.max_bad_rows=10 --examples 5
 """
@@ -43,10 +43,10 @@ Run = Callable[[argparse.Namespace], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0 on success, 2 after a one-line error for what a user can correct."""
+    """Run one command. Returns 0 on success, 2 after a one-line error that the user can fix."""
     args = parse_args(argv)
     set_logging(args)
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch: it is not needed
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about missing torch, which is not needed
     set_compile_cache(os.environ)
     set_xla_threads(os.environ)
     try:
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         LOGGER.error(f"rlhf-jax: {' '.join(str(error).split())}")
         return 2
     except KeyboardInterrupt:
-        hint = "; the same command goes on from the last checkpoint" if args.run is run_train else ""
+        hint = "; the same command resumes from the last checkpoint" if args.run is run_train else ""
         LOGGER.warning(f"rlhf-jax: interrupted{hint}")
         return 130
     return 0
@@ -77,12 +77,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         )
         command.set_defaults(run=run)
         if config:
-            changes = "change a key of it, section.key=value"
+            changes = "override a key, section.key=value"
             command.add_argument("config", metavar="CONFIG", help="a TOML file")
             command.add_argument("overrides", metavar="key=value", nargs="*", help=changes)
         return command
 
-    every = "all stages of the run in order, skipping what is finished, resuming what is not"
+    every = "all stages of the run in order, skipping finished stages and resuming unfinished ones"
     for name, text in {"train": every, **{name: stage.help for name, stage in STAGES.items()}}.items():
         add(name, run_train, text, CONFIG_HELP, config=True)
     text = "the finished run on held-out prompts: its policies side by side, and the reward model's accuracy"
@@ -90,21 +90,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     text = "what each source gives: counts, drops, lengths, and rows as the model sees them"
     command = add("data", run_data, text, DATA_HELP, config=True)
     command.add_argument("--examples", type=int, default=1, metavar="N", help="rows of each source (default: 1)")
-    text = "bytes, seconds and cost of every phase on GPUs that need not be there"
+    text = "bytes, seconds and cost of every phase on GPUs that need not be attached"
     add_plan_options(add("plan", run_plan, text, PLAN_HELP, config=True))
     text = "talk to an exported model in the terminal; /clear forgets the dialogue, /quit leaves"
     add_chat_options(add("chat", run_chat, text))
-    add_folder_options(
-        add(
-            "import",
-            run_import,
-            "check a Hugging Face folder and write it again: merged, in another dtype",
-            IMPORT_HELP,
-        ),
-        add(
-            "export", run_export, "write what a run has trained as a Hugging Face folder or a PEFT adapter", IMPORT_HELP
-        ),
-    )
+    text = "check a Hugging Face folder and write it again: merged, in another dtype"
+    command = add("import", run_import, text, IMPORT_HELP)
+    text = "export a trained model of a run as a Hugging Face folder or a PEFT adapter"
+    add_folder_options(command, add("export", run_export, text, IMPORT_HELP))
 
     args, late = parser.parse_known_args(argv)
     if late and ("overrides" not in args or any(text.startswith("-") for text in late)):
@@ -115,9 +108,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def log_options() -> argparse.ArgumentParser:
-    """The options that stand before or after the command."""
+    """The options that are accepted before and after the command."""
     options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    options.add_argument("--quiet", action="store_true", help="no messages but warnings and errors")
+    options.add_argument("--quiet", action="store_true", help="only warnings and errors")
     options.add_argument(
         "--json-logs", action="store_true", help="messages as JSON, one object per line: time, level, logger, message"
     )
@@ -125,8 +118,10 @@ def log_options() -> argparse.ArgumentParser:
 
 
 def add_plan_options(command: argparse.ArgumentParser) -> None:
-    machine = "8xNAME, or nodes x GPUs as 4x8xNAME; an unknown NAME lists the known (default: this machine's GPUs, or "
-    machine += "where it has none those that CONFIG's header names)"
+    machine = (
+        "8xNAME, or nodes x GPUs as 4x8xNAME; an unknown NAME lists the known ones (default: this machine's GPUs, or "
+    )
+    machine += "without any those of CONFIG's header)"
     command.add_argument("--gpus", metavar="8xA100-80GB", help=machine)
     command.add_argument("--price-per-gpu-hour", type=float, default=0.0, metavar="PRICE", help="for the cost")
     command.add_argument("--json", action="store_true", help="everything, in bytes and seconds, as one JSON object")
@@ -137,11 +132,11 @@ def add_chat_options(command: argparse.ArgumentParser) -> None:
     longest = "longest answer, in tokens (default: 256; never more than half of the model's positions)"
     command.add_argument("--max-new-tokens", type=int, default=256, help=longest)
     command.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1.0)")
-    command.add_argument("--top-p", type=float, default=1.0, help="nucleus to draw from (default: 1.0, everything)")
+    command.add_argument("--top-p", type=float, default=1.0, help="nucleus to sample from (default: 1.0, everything)")
     widths = "of weights, activations and cache; int8, nf4: kernels in 8.25 or 4.13 bits per weight, the rest bfloat16"
     kinds = ("float32", "bfloat16", "int8", "nf4")
     command.add_argument("--dtype", default="float32", choices=kinds, help=f"{widths} (default: %(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    command.add_argument("--seed", type=int, default=0, help="sampling seed (default: 0)")
     command.add_argument("--adapter", metavar="FOLDER", help=ADAPTER_HELP)
 
 
@@ -150,7 +145,7 @@ def add_folder_options(reads: argparse.ArgumentParser, writes: argparse.Argument
     reads.add_argument("source", metavar="SRC", help="a folder with safetensors, or a hub id")
     writes.add_argument("source", metavar="RUN", help="the run.dir of a training")
     for command in (reads, writes):
-        command.add_argument("destination", metavar="DST", help="the folder to write, which is not there yet or empty")
+        command.add_argument("destination", metavar="DST", help="the folder to write, which does not exist or is empty")
     reads.add_argument("--adapter", metavar="FOLDER", help=ADAPTER_HELP)
     reads.add_argument("--dtype", choices=DTYPES, help="default: that of SRC")
     writes.add_argument("--stage", choices=export_folders(), default="", help="default: the last policy of the run")
@@ -159,7 +154,7 @@ def add_folder_options(reads: argparse.ArgumentParser, writes: argparse.Argument
 
 
 class Terminal(logging.Handler):
-    """Writes messages to stderr, above a progress bar where there is one."""
+    """Writes messages to stderr, above the progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
@@ -178,7 +173,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_logging(args: argparse.Namespace) -> None:
-    """Send all messages to stderr, those of this package from INFO on, or with --quiet from WARNING on."""
+    """Send all messages to stderr, those of this package from INFO up, or with --quiet from WARNING up."""
     is_quiet, is_json = "quiet" in args, "json_logs" in args
     root, terminal = logging.getLogger(), Terminal()
     terminal.setFormatter(JsonFormatter() if is_json else None)
@@ -193,7 +188,7 @@ def set_logging(args: argparse.Namespace) -> None:
 def set_compile_cache(environ: Mapping[str, str]) -> None:
     """Let JAX keep compiled programs in the user's cache folder, so that the next run need not compile them.
 
-    JAX_COMPILATION_CACHE_DIR names another folder, and where it is empty none is kept: then JAX has read it already.
+    JAX_COMPILATION_CACHE_DIR names another folder, or if empty disables the cache; JAX has read it already.
     """
     import jax
 
@@ -203,17 +198,17 @@ def set_compile_cache(environ: Mapping[str, str]) -> None:
 
 
 def set_xla_threads(environ: MutableMapping[str, str]) -> None:
-    """Let XLA have more threads than simulated CPU devices, so that devices which wait for one another never fill them.
+    """Give XLA more threads than simulated CPU devices, so that devices waiting for each other never use them all.
 
-    One that waits in a collective holds a thread, and two collectives of a program may begin in another order on each
-    device: with a thread a device, which is XLA's default, a run may then stand still.
+    A device that waits in a collective holds a thread, and two collectives of a program may start in a different order
+    on each device: with one thread per device, XLA's default, a run may then hang.
     """
     if "xla_force_host_platform_device_count" in environ.get("XLA_FLAGS", ""):
         environ.setdefault("PJRT_NPROC", "64")
 
 
 def run_train(args: argparse.Namespace) -> None:
-    # Imported here, so that --help answers at once.
+    # Imported here so that --help is fast.
     from rlhf_jax.config import load_config
     from rlhf_jax.mesh import make_mesh
     from rlhf_jax.recipe import Recipe
@@ -221,7 +216,7 @@ def run_train(args: argparse.Namespace) -> None:
 
     recipe = load_config(args.config, args.overrides, Recipe)
     train(recipe, make_mesh(recipe.mesh), () if args.command == "train" else (args.command,))
-    LOGGER.info(f"{args.command}: everything lies in {recipe.run.dir}")
+    LOGGER.info(f"{args.command}: all output is in {recipe.run.dir}")
     if policy := latest_export("policy", recipe.run):
         LOGGER.info(f"talk to the result: rlhf-jax chat {policy}")
 

@@ -1,10 +1,10 @@
 """TOML and `section.key=value` into frozen dataclasses, and back.
 
 A schema is a frozen dataclass whose fields are `int`, `float`, `bool`, `str`, `Literal[...]`, `dict[str, T]` of those,
-`tuple[T, ...]` of those or of frozen dataclasses, frozen dataclasses, and unions of types that TOML tells apart. It
-stands beside the code that reads it and checks itself in `__post_init__` (a `ValueError` from there is passed on with
-the place it came from). There is no None: an absent choice is "" or 0, so that every configuration can be written as
-TOML.
+`tuple[T, ...]` of those or of frozen dataclasses, frozen dataclasses, and unions of types that TOML distinguishes.
+It is defined next to the code that reads it and checks itself in `__post_init__` (a `ValueError` from there is raised
+with the place it came from). There is no None: an absent choice is "" or 0, so that every configuration can be
+written as TOML.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ def _override(schema: type, mapping: dict[str, Any], override: str, path: str) -
     for depth, part in enumerate([*parents, last]):
         held = ".".join(parents[:depth])
         if not isinstance(node, dict | list) or isinstance(node, list) != part.isdecimal():
-            raise ValueError(f"{path}: '{held}' is {_toml_value(node)}, which '{key}' cannot be set in; mend the file")
+            raise ValueError(f"{path}: '{held}' is {_toml_value(node)}, which '{key}' cannot be set in; fix the file")
         if isinstance(node, list) and int(part) >= len(node):
             raise ValueError(
                 f"{where}: {path} has {len(node)} items in '{held}', so no item {part}; set '{held}=[...]'"
@@ -120,7 +120,7 @@ def _parse_override_value(text: str, wanted: Any) -> Any:
 def _type_at(schema: type, key: str, where: str) -> Any:
     wanted: Any = schema
     for part in key.split("."):
-        # Of several types the key leads into the table.
+        # In a union the key leads into the table.
         wanted = next((kind for kind in _members(wanted) if get_origin(kind) is dict), wanted)
         if dataclasses.is_dataclass(wanted) and part in get_type_hints(wanted):
             wanted = get_type_hints(wanted)[part]
@@ -200,7 +200,7 @@ def _unknown(schema: type, key: str, where: str) -> ValueError:
     siblings = [known.rpartition(".")[2] for known in keys if known.rpartition(".")[0] == section]
     near = difflib.get_close_matches(pattern, keys, 1)
     hint = "; see the sections of an example configuration"
-    if section and siblings and not difflib.get_close_matches(name, siblings, 1):  # near by its section alone
+    if section and siblings and not difflib.get_close_matches(name, siblings, 1):  # similar by its section alone
         hint = f"; '{key.rpartition('.')[0]}' has {', '.join(siblings)}"
     elif near:
         indices = iter([part for part in key.split(".") if part.isdecimal()])
@@ -219,7 +219,7 @@ def _keys(wanted: Any, key: str) -> Iterator[str]:
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Arrays of tables are entered; an array of scalars is one leaf, as a list whether it was read or made here."""
+    """Arrays of tables are traversed; an array of scalars is one leaf, always as a list."""
     is_array = isinstance(value, list | tuple)
     if isinstance(value, dict) or (is_array and value and isinstance(value[0], dict)):
         for name, item in enumerate(value) if is_array else value.items():

@@ -1,4 +1,4 @@
-"""`rlhf-jax data`: what each source gives each stage, and some rows as the model will see them."""
+"""`rlhf-jax data`: counts of each source for each stage, and some rows as the model will see them."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ from rlhf_jax.stages.from_scratch import make_tokenizer
 GREEN, DIM, PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 USES: dict[RowKind, str] = {"demonstration": "a dialogue", "pair": "a pair", "prompt": "a prompt"}
 LEGEND = """\
-share: rows whose prompt falls to the stage, or is held out; dropped: those of them that make no row, for the reasons
-told; used: the others; cut: those of the used that were too long; median, 95% and longest: tokens of a sequence;
+share: rows whose prompt belongs to the stage, or is held out; dropped: those of them that are unusable, for the reasons
+given; used: the others; cut: used rows that were truncated; median, 95% and longest: tokens of a sequence;
 tokens: of all sequences together\
 """
 COLUMNS = ("share", "dropped", "used", "cut", "median", "95%", "longest", "tokens")
 NAME, WIDTH = 32, 8  # characters of a source's name and of a column in a table
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a terminal might obey
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters of a terminal
 
 
 def show_data(recipe: Recipe, examples: int, out: TextIO | None = None) -> None:
     """Print for each stage and source counts, drops with reasons, lengths, and `examples` rows of each source.
 
-    What the model learns stands in bold green on a terminal, and between ⟦ and ⟧ elsewhere.
+    Tokens with loss are bold green on a terminal, and between ⟦ and ⟧ elsewhere.
 
     Raises:
-        ValueError: as `select_rows`, but where a stage has no rows that is printed.
+        ValueError: as `select_rows`, except that a stage without rows is printed.
     """
     out = out or sys.stdout
     tokenizer, data = load_tokenizer(recipe), resolve(recipe.data)
     colours = out.isatty() and not os.environ.get("NO_COLOR")
-    # All is read before anything is printed: what is bad stops the command, and how much was read is told once.
+    # Everything is read before anything is printed: bad data stops the command, and totals are reported once.
     specs = {stage: replace(recipe.row_spec(stage), pack_length=0) for stage in recipe.run.stages}
     found = {(s, side): _load_rows(data, tokenizer, spec, side) for s, spec in specs.items() for side in (False, True)}
     names = short_names([source.path for source in data.sources])
     lines = [
-        f"tokenizer: {recipe.model.actor}, {len(tokenizer):,} words",
+        f"tokenizer: {recipe.model.actor}, {len(tokenizer):,} tokens",
         "",
         *source_lines(data, names, specs, found),
         "",
@@ -78,11 +78,11 @@ def show_data(recipe: Recipe, examples: int, out: TextIO | None = None) -> None:
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """That of model.actor; of a new model its run's, or what would be trained now. ValueError where it has none."""
+    """The tokenizer of model.actor; of a new model the run's, or one trained now. ValueError without one."""
     base = recipe.run.folder("base")
     if recipe.model.actor == "new" and not base.exists():
         specs = map(recipe.row_spec, recipe.run.stages)
-        rows = min(specs, key=lambda spec: spec.kind != "demonstration")  # as `make_base_model` has them
+        rows = min(specs, key=lambda spec: spec.kind != "demonstration")  # as in `make_base_model`
         return make_tokenizer(recipe.model, recipe.data, rows)
     place = base if recipe.model.actor == "new" else recipe.model.actor
     try:
@@ -90,7 +90,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{place}: its tokenizer is neither in a folder here nor to be had from the Hugging Face hub ({reason}); "
+            f"{place}: its tokenizer is neither in a local folder nor available from the Hugging Face hub ({reason}); "
             "set model.actor to the folder of a model"
         ) from error
     return prepare_tokenizer(tokenizer, recipe.data.template)
@@ -104,7 +104,7 @@ def _load_rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase, spec: RowSp
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """Numbered, with as much of the end of each path as a column holds."""
+    """Numbered names, with as much of the end of each path as fits a column."""
     names = []
     for number, path in enumerate(paths, start=1):
         name = (
@@ -120,7 +120,7 @@ def source_lines(
     specs: Mapping[str, RowSpec],
     found: Mapping[tuple[str, bool], Rows | NoRows],
 ) -> list[str]:
-    """Of each source its place and format, how many rows were read, and which were bad."""
+    """The path and format of each source, how many rows were read, and which were bad."""
     lines = ["sources"]
     for at, (source, name) in enumerate(zip(data.sources, names, strict=True)):
         tallies = {False: {}, True: {}}  # of the training rows and of the held-out rows, {stage: tally}
@@ -137,7 +137,7 @@ def source_lines(
         else:
             held = f"{data.held_out:.1%} of its prompts" if data.held_out else "nothing"
             held += ", left out, as it is streamed" * (source.stream and data.held_out > 0)
-        counts[False] += " in its first window, of which all below is told" * source.stream
+        counts[False] += " in its first window, which is what all numbers below describe" * source.stream
         unserved = [f", not for {stage}" for stage, spec in specs.items() if not provides(source, spec.kind)]
         reported = f"{counts[False]}, format {source.format}{''.join(unserved)}; held out: {held}"
         lines.append(f"  {name.split()[0]} {source.path}{reported}")
@@ -152,7 +152,7 @@ def source_lines(
 
 
 def stage_table(serving: Sequence[str], rows: Rows | NoRows, held_out: bool) -> list[str]:
-    """A line for each source that serves the stage, one for all of several, and why rows were dropped."""
+    """One line per source of the stage, one for all if there are several, and why rows were dropped."""
     title = "held out" if held_out else "training"
     if isinstance(rows, NoRows):
         return [f"  {title}: {rows}"]
@@ -186,7 +186,7 @@ def _columns(name: str, values: Sequence[str]) -> str:
 def epoch_lines(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stage: str, rows: Rows, serving: Sequence[str]
 ) -> list[str]:
-    """What an epoch draws of each source, if not each row once, its steps, and what share of its batches is padding."""
+    """Rows drawn of each source per epoch, unless each row once; steps per epoch; and the share of padding."""
     lines, spec, config = [], recipe.row_spec(stage), getattr(recipe, stage)
     if spec.pack_length:
         rows = select_rows(recipe.data, tokenizer, spec, held_out=False)
@@ -196,7 +196,7 @@ def epoch_lines(
         lines.append(f"  drawn in an epoch: {len(rows):,} rows, {drawn}")
     size = getattr(config, "rollout_batch_size", config.batch_size)
     if size > len(rows):
-        return [*lines, f"  a batch has {size} rows, which are more than there are: add rows, or make it smaller"]
+        return [*lines, f"  a batch has {size} rows, more than there are: add rows, or make it smaller"]
     batches = Batches(rows, batch_size=size, seed=recipe.run.seed, buckets=getattr(config, "length_buckets", 1))
     steps = range(0, batches.steps_per_epoch, max(1, batches.steps_per_epoch // 32))
     real = np.mean([batches[step].mask.mean() for step in steps])
@@ -207,7 +207,7 @@ def epoch_lines(
 
 
 def row_text(row: Sequence[Encoding], tokenizer: PreTrainedTokenizerBase, colours: bool) -> list[str]:
-    """The text of a row, what is learned of it set off; of a pair the prompt once, and then both answers."""
+    """The text of a row with tokens with loss marked; for a pair the prompt once, then both answers."""
     if len(row) == 1:
         return _add_border(sequence_text(row[0], 0, tokenizer, colours))
     chosen, rejected = row
@@ -222,7 +222,7 @@ def row_text(row: Sequence[Encoding], tokenizer: PreTrainedTokenizerBase, colour
 
 
 def sequence_text(sequence: Encoding, first: int, tokenizer: PreTrainedTokenizerBase, colours: bool) -> str:
-    """The text of a sequence behind its `first` tokens, what is learned of it set off."""
+    """The text of a sequence after its `first` tokens, with tokens with loss marked."""
     bounds = [first, *(at for at in sequence.spans.reshape(-1).tolist() if at >= first), len(sequence.tokens)]
     text = ""
     for i, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
@@ -235,15 +235,15 @@ def sequence_text(sequence: Encoding, first: int, tokenizer: PreTrainedTokenizer
 
 
 def _text(tokens: np.ndarray, begin: int, end: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of tokens[begin:end], as it is behind those before it: some tokenizers begin a text without a blank."""
+    """The text of tokens[begin:end] in its context: some tokenizers strip a blank at the start of a text."""
     before, upto = (tokenizer.decode(tokens[:at], clean_up_tokenization_spaces=False) for at in (begin, end))
-    if not upto.startswith(before):  # a character of several tokens runs across the bound
+    if not upto.startswith(before):  # a character of several tokens crosses the bound
         before, upto = "", tokenizer.decode(tokens[begin:end], clean_up_tokenization_spaces=False)
     return CONTROL.sub(lambda found: repr(found[0])[1:-1], upto.removeprefix(before))
 
 
 def _paint(text: str, colour: str) -> str:
-    """Each line by itself, because pagers forget colours at the end of a line."""
+    """Colour each line separately, because pagers reset colours at the end of a line."""
     return "\n".join(f"{colour}{line}{PLAIN}" if line else "" for line in text.split("\n"))
 
 

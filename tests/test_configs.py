@@ -153,7 +153,7 @@ def test_a_header_is_rewritten_only_from_the_numbers_of_the_plan(tmp_path, monke
     monkeypatch.setattr(sys, "argv", ["fit.py", "--headers"])
     assert fit.main() == 0
     line = (
-        "# Plan: peak 3.0 GiB a GPU (sft update), headroom 1.0 of 4.0; a PPO iteration 1.5 s at least, 4.25 "
+        "# Plan: peak 3.0 GiB per GPU (sft update), headroom 1.0 of 4.0; a PPO iteration 1.5 s at least, 4.25 "
         "expected; compiled for A100-80GB, not run"
     )
     assert path.read_text().splitlines()[3] == line and load_config(path, [], Recipe)

@@ -39,7 +39,7 @@ def test_devices_that_do_not_report_their_memory_get_the_fallbacks_without_offlo
     assert {key: get_value(chosen, key) for key in SWITCHES} == FALLBACKS
     assert (FALLBACKS["model.remat"], FALLBACKS["mesh.zero"]) == ("layers", 3)
     assert not any(value for key, value in FALLBACKS.items() if "offload" in key or "copy" in key)
-    assert len(reported) == 6 and all("do not tell their memory" in text for text in reported)
+    assert len(reported) == 6 and all("do not report their memory" in text for text in reported)
 
 
 def test_settings_other_than_auto_are_kept(tmp_path):

@@ -183,7 +183,7 @@ def test_packed_rows_are_reported_next_to_the_table_of_their_documents(tmp_path,
 
 def test_fewer_rows_than_one_batch_are_reported(tmp_path, write_jsonl):
     text = printed_text(recipe_of(tmp_path, SourceConfig(str(write_jsonl(pairs(3)))), split="1,0,0", held_out=0.0))
-    assert "  a batch has 4 rows, which are more than there are: add rows, or make it smaller\n" in text
+    assert "  a batch has 4 rows, more than there are: add rows, or make it smaller\n" in text
 
 
 # Colours.
@@ -327,7 +327,7 @@ def test_a_stream_is_shown_by_its_first_window_next_to_stored_rows(tmp_path, wri
     recipe = recipe_of(tmp_path, SourceConfig(str(one), stream=True), SourceConfig(str(two)))
     text = printed_text(recipe, 1)
     assert "not for reward, not for ppo; held out: 20.0% of its prompts, left out, as it is streamed" in text
-    assert "rows in its first window, of which all below is told, format fields" in text
+    assert "rows in its first window, which is what all numbers below describe, format fields" in text
     assert text.count("two.jsonl, row") == 3 and text.count("one.jsonl, row") == 1
 
 

@@ -161,7 +161,7 @@ def test_a_run_stopped_in_every_stage_ends_bit_equal_to_an_uninterrupted_one(
         with monkeypatch.context() as patch:
             interrupt_stage(patch, stage, at)
             assert tiny_recipe.run("train", recipe, f"run.dir={stopped}", *overrides, devices=devices) == 130
-        assert "goes on from the last checkpoint" in capsys.readouterr().err
+        assert "resumes from the last checkpoint" in capsys.readouterr().err
         assert not (stopped / stage / "export").exists()
     assert tiny_recipe.run("train", recipe, f"run.dir={stopped}", *overrides, devices=devices) == 0
     assert "ppo: resumed at step 4 of 5" in capsys.readouterr().err

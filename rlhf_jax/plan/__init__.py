@@ -33,13 +33,13 @@ ADAPTERS = {
 def make_plan(
     recipe: Recipe, gpus: str, price: float = 0.0, stages: Sequence[str] | None = None, *, search: bool = True
 ) -> dict[str, Any]:
-    """What each phase needs on one of these GPUs, whether it fits, how long it takes. Plain values, for JSON.
+    """Memory of each phase on one of these GPUs, whether it fits, and how long it takes, as plain values for JSON.
 
     Args:
-        gpus: as `hardware.parse_machine` reads it.
+        gpus: machine description, see `hardware.parse_machine`.
         price: of one GPU for an hour, in any currency.
-        stages: of the run; None: all.
-        search: for the largest micro-batch of each stage, which takes some compilations more.
+        stages: stages of the run; None: all.
+        search: also search for the largest micro-batch of each stage, which takes a few more compilations.
     Raises:
         ValueError: unknown GPUs, no config.json, sizes that do not divide the devices, too few positions.
         RuntimeError: the compiler failed.
@@ -49,7 +49,7 @@ def make_plan(
     compiled: dict[Recipe, dict[str, Any]] = {}
 
     def need(candidate: Recipe) -> int:
-        """The largest peak of the phases that were compiled: of all, or up to the first that does not fit."""
+        """The largest peak of the compiled phases: all, or up to the first that does not fit."""
         compiled[candidate] = measure_in_subprocess(candidate, gpus, stages, usable, stop=True, search=search)
         memories = compiled[candidate]["phases"]
         named = {f"{phase.stage}/{phase.name}": phase for phase in phases(candidate, mesh, stages)}
@@ -85,10 +85,10 @@ def make_plan(
 
 
 def local_gpus(default: str = "") -> str:
-    """The GPUs of this machine, as `hardware.parse_machine` reads them; `default` where it has none that is known.
+    """The GPUs of this machine in the notation of `hardware.parse_machine`; `default` if it has no known GPU.
 
     Raises:
-        ValueError: none, and no default.
+        ValueError: no known GPU, and no default.
     """
     devices = jax.devices()
     known = [gpu.name for gpu in GPUS.values() if gpu.title == devices[0].device_kind]
@@ -96,14 +96,14 @@ def local_gpus(default: str = "") -> str:
         return default
     if not known:
         raise ValueError(
-            f"this machine has {len(devices)} x {devices[0].device_kind}, which is no GPU that plans are made for: "
+            f"this machine has {len(devices)} x {devices[0].device_kind}, which is not a GPU that plans know: "
             f"name the machine to plan, --gpus 8xNAME with one of {', '.join(GPUS)}"
         )
     return f"{len(devices)}x{known[0]}"
 
 
 def hardware_of_config(path: str | Path) -> str:
-    """The machine that a configuration is made for, by its header's line "# Hardware: 8xA100-80GB"; "" without one."""
+    """The machine of a configuration, from its header's line "# Hardware: 8xA100-80GB"; "" without one."""
     found = re.search(r"^# Hardware: (\S+)$", Path(path).read_text(encoding="utf-8"), re.MULTILINE)
     return found[1] if found else ""
 
@@ -134,48 +134,48 @@ def _notes(recipe: Recipe, wanted: Machine) -> list[str]:
     named |= {} if recipe.model.reward_from_policy else {"scorer": recipe.model.reward}
     for kind, name in named.items():
         if not latest_export(kind, recipe.run) and is_from_table(name):
-            notes.append(f"config.json of {name} from the plan's own table: neither a folder nor the hub gave one")
+            notes.append(f"config.json of {name} from the plan's own table: neither a folder nor the hub has one")
     if wanted.nodes > 1:
-        notes.append("this version trains in one process, so on one node: more nodes are a plan only")
+        notes.append("this version trains in one process, so on one node: more nodes can only be planned")
     if wanted.gpu.capability < "8.0" and recipe.model.dtype == "bfloat16":
         notes.append(f"{wanted.gpu.name} has no bfloat16 unit: speeds are those of float32")
     return notes
 
 
 def lower_bound_bytes(recipe: Recipe, mesh: Mesh | AbstractMesh, stages: Sequence[str]) -> tuple[int, str]:
-    """(bytes on one device, the phase that needs them) below which these stages cannot run; by arithmetic alone."""
+    """(bytes on one device, the phase that needs them) below which these stages cannot run, by arithmetic alone."""
     found = phases(recipe, mesh, tuple(stages))
     return max(((phase.lower_bound, f"{phase.stage}/{phase.name}") for phase in found), default=(0, ""))
 
 
 def device_limit(mesh: Mesh) -> int | None:
-    """Bytes that JAX may use on each device of the mesh; None where they do not tell, as CPUs."""
+    """Bytes that JAX may use on each device of the mesh; None where they do not report it, such as CPUs."""
     stats = [device.memory_stats() or {} for device in mesh.local_devices]
     limits = [each["bytes_limit"] for each in stats if "bytes_limit" in each]
     return min(limits) if len(limits) == len(stats) else None
 
 
 def check_fits(recipe: Recipe, mesh: Mesh, limit: int, stages: Sequence[str]) -> None:
-    """Stop before anything is loaded what could not fit, by the quick form of the plan.
+    """Raise for a run that cannot fit before anything is loaded, by arithmetic alone.
 
     Args:
         limit: bytes that JAX may use on each device.
     Raises:
-        ValueError: the models, caches and gradients alone are larger; the changes that would do are named.
+        ValueError: the models, caches and gradients alone are larger; the message names changes that make it fit.
     """
     needed, where = lower_bound_bytes(recipe, mesh, stages)
     if needed > limit:
         fix = "; or ".join(suggestions(recipe, mesh.size, limit, stages, {}))
         raise ValueError(
             f"{where} holds at least {needed / GIB:.2f} GiB on each of {mesh.size} device(s), and {limit / GIB:.2f} "
-            f"GiB may be used: {fix}; `rlhf-jax plan` tells the whole of it"
+            f"GiB may be used: {fix}; see `rlhf-jax plan` for details"
         )
 
 
 def suggestions(
     recipe: Recipe, count: int, usable: int, stages: Sequence[str], micro_batch: dict[str, dict[str, int]]
 ) -> Iterator[str]:
-    """The changes of the configuration or machine that would make a run fit, each by itself; the cheapest first.
+    """Changes of the configuration or machine that each would make a run fit, the cheapest first.
 
     By the arithmetic of `lower_bound_bytes`, so "try": temporaries come on top. Micro-batches are as compiled.
     """
@@ -191,16 +191,16 @@ def suggestions(
         try:
             changed = with_values(recipe, change)
             return lower_bound_bytes(changed, abstract_mesh(changed.mesh, devices), stages)[0] <= usable
-        # Sizes that do not divide so many devices, a quantised base without adapters, one copy without a base to share.
+        # Sizes that the devices do not divide, a quantised base without adapters, one copy without a base to share.
         except ValueError:
             return False
 
     if is_enough({}):
-        yield "what is held fits and temporaries do not: try smaller batches, shorter lengths or model.remat=layers"
+        yield "resident arrays fit and temporaries do not: try smaller batches, shorter lengths or model.remat=layers"
         return
 
     def first(changes: Iterable[dict[str, Any]]) -> list[str]:
-        """The first change that does."""
+        """The first sufficient change, as a text; [] without one."""
         change = next(filter(is_enough, filter(None, changes)), {})
         named = [ADAPTERS.get(key, f"{key}={str(value).lower()}") for key, value in change.items()]
         return [f"try {' and '.join(named)}"] if named else []

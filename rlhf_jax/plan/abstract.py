@@ -1,7 +1,7 @@
-"""The models, states and batches of a run without their numbers: shapes, dtypes and where each array would lie.
+"""Models, states and batches of a run as abstract arrays: shapes, dtypes and shardings.
 
 Made by the functions that make the real ones, under `jax.eval_shape`. The mesh may be an `AbstractMesh`, for
-arithmetic, or one of devices that are not there, for compilation.
+arithmetic, or one of compile-only devices, for compilation.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ from rlhf_jax.train_step import Params, TrainState, state_shardings
 
 
 def abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
-    """The mesh of `config` over `count` devices that need not be there; raises as `make_mesh`."""
+    """The mesh of `config` over `count` devices, which need not exist; raises as `make_mesh`."""
     return AbstractMesh(tuple(mesh_sizes(config, count).values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes on one device of (abstract) arrays with shardings; what rests in host memory is not there."""
+    """Bytes on one device of (abstract) arrays with shardings; arrays in host memory do not count."""
     return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if not in_host_memory(leaf))
 
 
 def host_bytes(tree: Any) -> int:
-    """Bytes of one device's shards that rest in host memory."""
+    """Bytes of one device's shards that are kept in host memory."""
     return sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if in_host_memory(leaf))
 
 
@@ -69,7 +69,7 @@ def with_sharding(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
 
 
 def relayout_bytes(actor: DecoderConfig, params: Mapping[str, Any], layout: Layout) -> int:
-    """Bytes on one device of what generation shares with training but has to lay out by itself."""
+    """Bytes on one device of the parameters that generation shares with training but has to shard differently."""
     moved = []
 
     def put(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -84,7 +84,7 @@ def relayout_bytes(actor: DecoderConfig, params: Mapping[str, Any], layout: Layo
 def abstract_pretrained(
     decoder: DecoderConfig, model: ModelConfig, layout: Layout, *, one_copy: bool = False
 ) -> Pretrained:
-    """What `stages.models.load_model` gives, without a tokenizer and with nothing in its arrays."""
+    """The result of `stages.models.load_model` with abstract arrays and without a tokenizer."""
     check_model_divides({"attention heads": decoder.num_heads}, layout.mesh)
     stored = model.stored_dtype(scalar_head=decoder.scalar_head)
     dtype = jnp.dtype("bfloat16" if stored in QUANTISED_KINDS else stored)
@@ -106,7 +106,7 @@ def abstract_pretrained(
 def abstract_state(
     loaded: Pretrained, model: ModelConfig, tx: optax.GradientTransformation
 ) -> tuple[TrainState, Params]:
-    """What `make_state` makes of it."""
+    """The abstract (state, frozen) that `make_state` makes of a loaded model."""
 
     def build(params):
         return make_state(dataclasses.replace(loaded, params=params), model, tx, 0)
@@ -118,7 +118,7 @@ def abstract_state(
 def abstract_models(
     actor: DecoderConfig, critic: DecoderConfig, model: ModelConfig, layout: Layout, optimizers: Optimizers
 ) -> tuple[EngineState, FrozenParams]:
-    """What `ppo_models` makes of two loaded models."""
+    """The abstract (state, frozen) that `ppo_models` makes of two loaded models."""
     first = abstract_pretrained(actor, model, layout, one_copy=model.one_copy)
     second = abstract_pretrained(critic, model, layout)
     on_devices = dataclasses.replace(model, offload_reference=False, offload_ema=False)
@@ -143,7 +143,7 @@ def abstract_models(
 
 
 def by_layout(params: Params, decoder: DecoderConfig, layout: Layout) -> Params:
-    """Abstract parameters of a model, or some of them, in a layout."""
+    """Abstract parameters of a model, or some of them, sharded by a layout."""
     leaves = abstract_params(decoder)
     return {path: with_sharding(leaf, layout.sharding(leaves[path].axes)) for path, leaf in params.items()}
 
@@ -154,8 +154,8 @@ def with_memory(params: Mapping[str, Any], memory: str | None) -> dict[str, Any]
 
 
 def output_shardings(program: Callable, *args: Any) -> Any:
-    """Abstract outputs of a jitted program, in the shardings that it pins them to; replicated where it pins none."""
-    # A program with compiler options of its own cannot be traced inside another.
+    """Abstract outputs of a jitted program, with the shardings that it constrains them to; else replicated."""
+    # A program with its own compiler options cannot be traced inside another.
     closed, shapes = jax.make_jaxpr(getattr(program, "__wrapped__", program), return_shape=True)(*args)
     jaxpr, pins = closed.jaxpr, _sharding_constraints(closed.jaxpr)
     mesh = next(iter(pins.values())).mesh
@@ -166,7 +166,7 @@ def output_shardings(program: Callable, *args: Any) -> Any:
 
 
 def _sharding_constraints(jaxpr: Any) -> dict[Any, NamedSharding]:
-    """{variable: the sharding that it is pinned or put to}, through whatever is jitted inside."""
+    """{variable: the sharding that it is constrained or moved to}, including the jitted functions inside."""
     pins = {}
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "sharding_constraint":
@@ -176,7 +176,7 @@ def _sharding_constraints(jaxpr: Any) -> dict[Any, NamedSharding]:
         elif eqn.primitive.name in ("jit", "pjit"):
             inner = eqn.params["jaxpr"].jaxpr
             inside = _sharding_constraints(inner)
-            # A literal has no hash, and is pinned to nothing.
+            # A literal has no hash and no sharding.
             named = [(out, var) for out, var in zip(eqn.outvars, inner.outvars, strict=True) if not hasattr(var, "val")]
             pins |= {out: inside[var] for out, var in named if var in inside}
     return pins
@@ -188,13 +188,13 @@ def _with_shardings(state: TrainState, loaded: Pretrained, model: ModelConfig) -
 
 
 def abstract_batch(tree: Any, layout: Layout) -> Any:
-    """Abstract arrays split by their first dimension."""
+    """Abstract arrays sharded along their first dimension."""
     return jax.tree.map(lambda leaf: with_sharding(leaf, layout.sharding(("batch", *[None] * (leaf.ndim - 1)))), tree)
 
 
 @functools.cache
 def known_models() -> Mapping[str, Mapping[str, Any]]:
-    """{hub id: what a plan needs of its config.json} of the table beside this module."""
+    """{hub id: the keys of its config.json that a plan needs}, from known_models.toml."""
     tables = tomllib.loads(resources.files(__package__).joinpath("known_models.toml").read_text())
     return {
         name: {"model_type": family} | {key: value for key, value in table.items() if key != "models"} | own
@@ -204,10 +204,10 @@ def known_models() -> Mapping[str, Mapping[str, Any]]:
 
 
 def config_of(path_or_id: str) -> Mapping[str, Any]:
-    """config.json of a folder or hub id; else of this plan's own table.
+    """config.json of a folder or hub id; else the entry of known_models.toml.
 
     Raises:
-        ValueError: not to be had, and not in the table.
+        ValueError: neither available nor in the table.
     """
     return config_json(path_or_id) if Path(path_or_id).expanduser().is_dir() else _hub_config(path_or_id)[0]
 
@@ -217,7 +217,7 @@ def is_from_table(path_or_id: str) -> bool:
     return not Path(path_or_id).expanduser().is_dir() and _hub_config(path_or_id)[1]
 
 
-@functools.cache  # a plan asks many times, and a hub that is out of reach answers slowly
+@functools.cache  # a plan asks many times, and an unreachable hub answers slowly
 def _hub_config(name: str) -> tuple[Mapping[str, Any], bool]:
     try:
         return config_json(name), False

@@ -1,4 +1,5 @@
-"""What the switches of memory that are set to "auto" stand for: of all that fits, what is expected to be fastest."""
+"""Values of the memory switches that are set to "auto": the fastest expected combination that fits, where temporaries
+come from arithmetic."""
 
 from __future__ import annotations
 
@@ -24,11 +25,11 @@ from rlhf_jax.stages.models import ModelConfig
 
 def temporary_bytes(recipe: Recipe, phase: Phase, mesh: Mesh | AbstractMesh) -> int:
     """Bytes of temporaries on one device, without the sum of gradients, the cache and the weights in `phase.added`."""
-    if not phase.passes:  # over one parameter after the other
+    if not phase.passes:  # one parameter at a time
         return device_bytes(phase.args)
     layout, model, (first, *_) = Layout(mesh, TRAIN), recipe.model, phase.passes
     if phase.is_update:
-        # Gradients of the micro-batch at hand are as large as their sum, which `phase.added` is.
+        # Gradients of the current micro-batch are as large as their sum, `phase.added`.
         return phase.added + _update_bytes(model, first, layout.shards("batch"), is_actor=phase.name == "actor")
     if phase.name == "publish":
         return _publish_bytes(first.decoder, layout, model)
@@ -37,7 +38,7 @@ def temporary_bytes(recipe: Recipe, phase: Phase, mesh: Mesh | AbstractMesh) -> 
         tokens = (slots or first.rows) // (mesh.shape["data"] * mesh.shape["fsdp"]) * first.length
         inner = decoder.mlp_size // mesh.shape["tensor"] + 3 * decoder.hidden_size
         hidden = tokens * model.compute.dtype.itemsize * inner
-        # All at once: keys and values of the prompts beside the cache that they are put in, and what moves on the way.
+        # All at once: keys and values of the prompts next to the cache that they are copied to, and hidden states.
         return hidden // 2 if slots else phase.cache * 3 // 4 + hidden
     passing = max(_forward_bytes(model, each, layout.shards("batch")) for each in phase.passes)
     return max(each.cast for each in phase.passes) + passing
@@ -54,7 +55,7 @@ def _is_split(each: Pass) -> bool:
 
 
 def _gathered_layer_bytes(model: ModelConfig, each: Pass) -> int:
-    """Bytes of three layers, of which two are on their way, and the embedding; 0 where each device has all of them."""
+    """Bytes of three gathered layers, of which two are in transfer, and the embedding; 0 where no weight is split."""
     if not _is_split(each):
         return 0
     decoder = each.decoder
@@ -63,7 +64,7 @@ def _gathered_layer_bytes(model: ModelConfig, each: Pass) -> int:
 
 
 def _forward_bytes(model: ModelConfig, each: Pass, count: int) -> int:
-    """One pass that keeps nothing: a layer, or the logits of a chunk beside the states that they are of."""
+    """A forward pass that keeps no activations: one layer, or the logits of a chunk and their hidden states."""
     decoder, width, rows = each.decoder, model.compute.dtype.itemsize, each.rows // count
     hidden = rows * each.length * width * decoder.hidden_size
     wide = 4 if decoder.gated_mlp else 1 + (model.with_lora(decoder).lora.rank > 0)
@@ -73,28 +74,28 @@ def _forward_bytes(model: ModelConfig, each: Pass, count: int) -> int:
 
 
 def _update_bytes(model: ModelConfig, each: Pass, count: int, *, is_actor: bool) -> int:
-    """The gradient of a micro-batch, without the gradients themselves."""
+    """Forward and backward pass of a micro-batch, without the gradients of the weights."""
     decoder, width, rows = each.decoder, model.compute.dtype.itemsize, each.rows // count
     wide = decoder.mlp_size * (1 + decoder.gated_mlp)
     heads = (decoder.num_heads + 2 * decoder.num_kv_heads) * decoder.head_dim
     kept = decoder.hidden_size
     if model.remat != "layers":  # outputs of the products
         kept += heads + 2 * decoder.hidden_size + wide
-    # Layers of their own keep everything under "dots", see `models.unstacked.remat_layer`.
-    if model.remat == "none" or (model.remat == "dots" and model.one_copy and is_actor):  # what lies between them
+    # Unstacked layers keep everything under "dots", see `models.unstacked.remat_layer`.
+    if model.remat == "none" or (model.remat == "dots" and model.one_copy and is_actor):  # and what is between
         kept += 4 * decoder.hidden_size + heads + 2 * wide
     working = 6 * decoder.hidden_size + 3 * decoder.mlp_size * (1 + 2 * decoder.gated_mlp)
     chunk = model.logprob_chunk or each.length
     logits = 0 if decoder.scalar_head else 3 * 4 * rows * chunk * decoder.padded_vocab
     scattered = 0
-    if _is_split(each) and not model.with_lora(decoder).lora.rank:  # a layer's gradient, whole
+    if _is_split(each) and not model.with_lora(decoder).lora.rank:  # the gradient of a layer before it is scattered
         scattered = 4 * sum(_layer_sizes(decoder).values()) // decoder.num_layers
     passes = rows * each.length * width * (decoder.num_layers * kept + working)
     return passes + logits + scattered + _gathered_layer_bytes(model, each)
 
 
 def _publish_bytes(actor: DecoderConfig, layout: Layout, model: ModelConfig) -> int:
-    """The largest stack of kernels on its way: merged in float32, or cast, and gathered to its tensor-parallel part."""
+    """The largest stack of kernels in transfer: merged in float32, or cast, and gathered to its tensor shard."""
     if model.one_copy:
         return 0
     largest = max(size for path, size in _layer_sizes(actor).items() if path.endswith("kernel"))
@@ -103,7 +104,7 @@ def _publish_bytes(actor: DecoderConfig, layout: Layout, model: ModelConfig) -> 
     return merged + (largest * width // tensor if shards > tensor else 0)
 
 
-# In the order in which they are tried where nothing else decides. ZeRO 0 holds more than 1 and is not faster.
+# In the order in which they are tried if expected seconds are equal. ZeRO 0 holds more than 1 and is not faster.
 SWITCHES: dict[str, tuple[Any, ...]] = {
     "model.remat": ("none", "dots", "layers"),
     "mesh.zero": (1, 2, 3),
@@ -112,10 +113,10 @@ SWITCHES: dict[str, tuple[Any, ...]] = {
     "model.offload_reference": (False, True),
     "model.offload_optimizer": (False, True),
 }
-# Where nobody knows how much memory there is.
+# If the memory of the devices is not known.
 FALLBACKS = {"model.remat": "layers", "mesh.zero": 3} | dict.fromkeys(list(SWITCHES)[2:], False)
 UNLIMITED = 2**63
-SAFETY_FACTOR = 1.15  # temporaries by arithmetic are off by this much, or less, where there is little besides them
+SAFETY_FACTOR = 1.15  # temporaries by arithmetic are off by at most this factor, where little else is resident
 
 
 def get_value(recipe: Recipe, key: str) -> Any:
@@ -139,7 +140,7 @@ def auto_switches(recipe: Recipe) -> list[str]:
 
 
 def idle(recipe: Recipe, fsdp: int) -> set[str]:
-    """The switches that change nothing in this recipe.
+    """The switches that have no effect in this recipe.
 
     Args:
         fsdp: size of that axis of the mesh.
@@ -156,7 +157,7 @@ def idle(recipe: Recipe, fsdp: int) -> set[str]:
 def candidates(recipe: Recipe, mesh: Mesh | AbstractMesh, where: Machine, stages: Sequence[str]) -> list[Recipe]:
     """The recipe with every combination of values of its automatic switches, the fastest first.
 
-    A switch that changes nothing here, as ZeRO without fsdp, has one value. Ties go to what is nearest to the plain.
+    A switch without effect here, such as ZeRO without fsdp, has one value. Ties go to the earlier value of each switch.
     """
     auto, useless = auto_switches(recipe), idle(recipe, mesh.shape["fsdp"])
     choices = [(FALLBACKS[key],) if key in useless else SWITCHES[key] for key in auto]
@@ -172,7 +173,7 @@ def candidates(recipe: Recipe, mesh: Mesh | AbstractMesh, where: Machine, stages
 def estimate_bytes(
     recipe: Recipe, mesh: Mesh | AbstractMesh, stages: Sequence[str], trust: float = SAFETY_FACTOR
 ) -> int:
-    """Bytes on one device at the peak of these stages, by arithmetic: what is held, and temporaries times `trust`."""
+    """Bytes on one device at the peak of these stages, by arithmetic: resident bytes, and temporaries times `trust`."""
     found = phases(recipe, mesh, tuple(stages))
     return max((phase.lower_bound + int(trust * temporary_bytes(recipe, phase, mesh)) for phase in found), default=0)
 
@@ -185,11 +186,11 @@ def choose_switches(
     usable: int,
     need: Callable[[Recipe], int],
 ) -> tuple[Recipe, list[str]]:
-    """(the recipe without "auto", for each switch what it became and why).
+    """(the recipe without "auto", a text per switch with its value and the reason).
 
     Args:
         usable: bytes on one device.
-        need: bytes that a recipe takes, more than `usable` where it does not fit; asked as seldom as may be.
+        need: bytes that a recipe needs, more than `usable` where it does not fit; called as rarely as possible.
     """
     auto = auto_switches(recipe)
     if not auto:
@@ -199,17 +200,17 @@ def choose_switches(
     def measured_need(candidate: Recipe) -> int:
         if candidate not in needed:
             try:
-                # What is held alone is a bound, and costs no compilation.
+                # Resident bytes alone are a lower bound that needs no compilation.
                 least = estimate_bytes(candidate, mesh, stages, trust=0.0)
                 needed[candidate] = need(candidate) if least <= usable else least
-            except ValueError:  # switches that exclude each other; what is wrong without them `candidates` has raised
+            except ValueError:  # switches that exclude each other; `candidates` has raised all other errors
                 needed[candidate] = UNLIMITED
         return needed[candidate]
 
     ordered = candidates(recipe, mesh, where, stages)
     chosen = next((each for each in ordered if measured_need(each) <= usable), None)
     fits = chosen is not None
-    if chosen is None:  # what comes nearest, so that the plan tells what is lacking
+    if chosen is None:  # the nearest, so that the plan shows how much memory is missing
         chosen = min(ordered, key=lambda each: needed[each])
     return chosen, [_reason(key, chosen, ordered, needed, usable, fits) for key in auto]
 
@@ -242,7 +243,7 @@ def _differing_switches(one: Recipe, other: Recipe) -> list[str]:
 def choose_by_arithmetic(
     recipe: Recipe, mesh: Mesh | AbstractMesh, where: Machine, stages: Sequence[str], usable: int
 ) -> tuple[Recipe, list[str]]:
-    """`choose_switches` by arithmetic alone, where there is no time to compile."""
+    """`choose_switches` by arithmetic alone, without compiling."""
     return choose_switches(recipe, mesh, where, stages, usable, lambda each: estimate_bytes(each, mesh, stages))
 
 
@@ -250,7 +251,7 @@ def resolve_auto(recipe: Recipe, mesh: Mesh, limit: int | None, stages: Sequence
     """`choose_by_arithmetic` for the devices of a run.
 
     Args:
-        limit: bytes that JAX may use on each device; None, not known: what takes little memory and no offload.
+        limit: bytes that JAX may use on each device; None if unknown: FALLBACKS, with little memory and no offload.
     """
     auto = auto_switches(recipe)
     if auto and limit is not None and stages:
@@ -259,6 +260,6 @@ def resolve_auto(recipe: Recipe, mesh: Mesh, limit: int | None, stages: Sequence
         return choose_by_arithmetic(
             recipe, abstract_mesh(recipe.mesh, mesh.size), Machine(gpu, 1, mesh.size), stages, limit
         )
-    why = "these devices do not tell their memory" if limit is None else "nothing is left to train"
+    why = "these devices do not report their memory" if limit is None else "nothing is left to train"
     reported = [f"{key.split('.')[1]} = {str(FALLBACKS[key]).lower()}: {why}" for key in auto]
     return with_values(recipe, {key: FALLBACKS[key] for key in auto}), reported

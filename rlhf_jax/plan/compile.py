@@ -1,8 +1,8 @@
-"""What the compiled programs need: for GPUs that are not there where the CUDA plugin is installed, else for CPUs.
+"""Memory of the compiled programs: for GPUs, attached or not, if the CUDA plugin is installed, else for CPUs.
 
-Compilation has a process of its own (`python -m rlhf_jax.plan.compile`, a request as JSON on stdin, the answer on
-stdout): the plugin and the number of simulated devices want environment variables before JAX is imported, and whoever
-asks may hold devices already.
+Compilation runs in a separate process (`python -m rlhf_jax.plan.compile`, a request as JSON on stdin, the answer on
+stdout): the plugin and the number of simulated devices need environment variables before JAX is imported, and the
+caller may already hold devices.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from rlhf_jax.recipe import Recipe
 
 
 class Memory(NamedTuple):
-    """Bytes on one device, by XLA's own account of a compiled program.
+    """Bytes on one device, as XLA reports them for a compiled program.
 
     Attributes:
-        arguments: that the program reads; what it is given and does not use is not among them.
-        outputs: of which `aliased` lie in donated arguments.
-        temporaries: activations, gradients, cache, and whatever else lives while it runs.
+        arguments: that the program reads; arguments that it does not use do not count.
+        outputs: of which `aliased` reuse donated arguments.
+        temporaries: activations, gradients, cache, and everything else allocated while it runs.
         cublas_only: compiled without Triton's matrix products, for some of which the compiler finds no tiles when it
-            cannot time them; cuBLAS may want a little more workspace.
+            cannot time them; cuBLAS may need a little more workspace.
     """
 
     arguments: int
@@ -43,12 +43,12 @@ class Memory(NamedTuple):
     cublas_only: bool = False
 
     def peak(self, phase: Phase) -> int:
-        """With all that lies on the device beside the arguments."""
+        """Peak including everything resident besides the arguments."""
         return sum(phase.live.values()) + self.temporaries + self.outputs - self.aliased
 
 
 def measure(phase: Phase) -> Memory:
-    """Compile one program for the devices of its arguments, and run nothing."""
+    """Compile one program for the devices of its arguments, without running it."""
     lowered, cublas_only = phase.program.lower(*phase.args), False
     try:
         compiled = lowered.compile(COMPILE_OPTIONS)
@@ -71,10 +71,10 @@ def measure_all(
 ) -> dict[str, Any]:
     """{"phases": {"stage/name": Memory}, "micro_batch": {stage: {"asked", "largest", "compilations"}}}.
 
-    With `stop` the first phase that does not fit `usable` bytes is the last that is compiled.
+    With `stop`, compilation ends with the first phase that does not fit `usable` bytes.
 
-    With `search` the largest micro-batch is found by bisection over those that divide the batch and the devices, each
-    tried by compiling: what a stage's updates hold at their peak grows with it. 0: not even the smallest fits.
+    With `search`, the largest micro-batch is found by bisection over those that divide the batch and the devices, each
+    tried by compiling: the peak of a stage's updates grows with it. 0: not even the smallest fits.
     """
     memories, found = {}, {}
     for phase in phases(recipe, mesh, stages):
@@ -101,24 +101,24 @@ def measure_all(
 
 
 def micro_batch_sizes(recipe: Recipe, stage: str, shards: int) -> tuple[int, list[int]]:
-    """(the micro-batch that is asked for, all that divide the batch and are divided by the devices, ascending)."""
+    """(the configured micro-batch, all that divide the batch and are divisible by the devices, ascending)."""
     config = getattr(recipe, stage)
     batch = config.batch_size or config.rollouts
     return config.micro_batch_size or batch, [n for n in range(shards, batch + 1, shards) if batch % n == 0]
 
 
 def with_micro_batch(recipe: Recipe, stage: str, micro: int) -> Recipe:
-    """The recipe with another micro-batch in one stage."""
+    """The recipe with the micro-batch of one stage replaced."""
     return dataclasses.replace(recipe, **{stage: dataclasses.replace(getattr(recipe, stage), micro_batch_size=micro)})
 
 
 def measure_in_subprocess(
     recipe: Recipe, gpus: str, stages: Sequence[str], usable: int, *, stop: bool = False, search: bool = True
 ) -> dict[str, Any]:
-    """`measure_all` in a process of its own, with "compiled_for" and "notes" beside it.
+    """`measure_all` in a separate process, with "compiled_for" and "notes" added.
 
     Raises:
-        RuntimeError: the compiler failed, with its last words.
+        RuntimeError: the compiler failed, with the last line of its output.
     """
     wanted = parse_machine(gpus)
     notes, too_old = [], cuda_plugin() == "jax_cuda13_plugin" and wanted.gpu.capability < "7.5"
@@ -130,11 +130,11 @@ def measure_in_subprocess(
             "and cache are the same on GPUs; temporaries are not (a "
             "CPU computes bfloat16 in float32 and fuses less), so peaks are estimates"
         )
-    # With its frames hidden, the last line of a traceback is not the error.
+    # If frames are hidden, the last line of a traceback is not the error.
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_TRACEBACK_FILTERING": "off"}
     if on_gpu:
         environment["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-        environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # what is not to be run is not to be kept
+        environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # programs that are never run are not cached
     else:
         flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={wanted.count}"
         environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
@@ -150,7 +150,7 @@ def measure_in_subprocess(
 
 
 def main() -> None:
-    """The other process."""
+    """Entry point of the separate process."""
     request = json.load(sys.stdin)
     recipe = parse_config(Recipe, tomllib.loads(request["recipe"]), "the plan's request")
     devices = compile_only_devices(request["gpus"]) if request["on_gpu"] else jax.devices()

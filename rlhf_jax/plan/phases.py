@@ -1,8 +1,8 @@
-"""What a run holds and runs, without its weights: abstract models, and every program with what lies beside it.
+"""The programs of a run, and what is resident while each runs, as abstract shapes.
 
 Built by the functions that build the real thing (`make_state`, `ppo_models`, `ppo_engine`, `make_programs`)
-under `jax.eval_shape`, so that what they hold twice is counted twice. The mesh may be an `AbstractMesh`, for
-arithmetic, or one of devices that are not there, for compilation.
+under `jax.eval_shape`, so that arrays that they hold twice are counted twice. The mesh may be an `AbstractMesh`, for
+arithmetic, or one of compile-only devices, for compilation.
 """
 
 from __future__ import annotations
@@ -74,20 +74,20 @@ class Pass(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """One program of a stage, at the moment when it runs.
+    """One program of a stage, and what is resident while it runs.
 
     Attributes:
         stage, name: for example "ppo" and "generate".
         program: jitted; `program.lower(*args)` compiles it.
         args: abstract arrays with their shardings.
-        live: {what: bytes on one device} of all that lies there then, arguments included.
+        live: {name: bytes on one device} of everything resident at that time, arguments included.
         cache: bytes on one device of keys and values; they are temporaries of the program.
-        added: bytes on one device that the program cannot do without beside `live`: the weights that it publishes, the
+        added: bytes on one device that the program needs in addition to `live`: the weights that it publishes, the
             cache, the sum of gradients.
-        host: bytes of one device's arrays that rest in host memory then; not among `live`, and never arguments.
-        passes: the models that it passes tokens through; () for the steps over one parameter after the other.
+        host: bytes of one device's arrays that are kept in host memory then; not in `live`, and never arguments.
+        passes: the models that compute in it; () for programs that step one parameter at a time.
         micro: micro-batches of one run.
-        runs: how often it runs in one optimizer step (SFT, reward model) or one iteration (PPO).
+        runs: number of runs in one optimizer step (SFT, reward model) or one iteration (PPO).
     """
 
     stage: str
@@ -104,23 +104,23 @@ class Phase(NamedTuple):
 
     @property
     def is_update(self) -> bool:
-        """Whether it computes gradients and steps, not the step alone of offloaded moments."""
+        """Whether it computes gradients; the separate step of offloaded moments is not an update."""
         return self.name in ("update", "actor", "critic")
 
     @property
     def lower_bound(self) -> int:
-        """A bound below the peak, by arithmetic alone."""
+        """A lower bound of the peak, by arithmetic alone."""
         return sum(self.live.values()) + self.added
 
 
 def decoder_configs(recipe: Recipe, parts: int) -> tuple[DecoderConfig, DecoderConfig]:
-    """(actor, reward model and critic) from config.json alone: of the run's exports where there are some, else of what
-    the configuration names (where it is not to be had, of `known.toml`).
+    """(actor, reward model and critic) from config.json alone: of the run's exports where they exist, else of what the
+    configuration names (where that is not available, from `known_models.toml`).
 
     Args:
-        parts: into how many the vocabulary is split.
+        parts: number of shards of the vocabulary.
     Raises:
-        ValueError: a config.json that is not to be had, or of no supported architecture.
+        ValueError: a config.json that is not available, or of an unsupported architecture.
     """
 
     def export_config(kind: ModelKind) -> Mapping[str, Any] | None:
@@ -141,7 +141,7 @@ def decoder_configs(recipe: Recipe, parts: int) -> tuple[DecoderConfig, DecoderC
 
 
 class SlotsProgram(NamedTuple):
-    """The generation program in rows that are refilled, to be lowered."""
+    """The generation program with refilled decode slots, with the `lower` of a jitted function."""
 
     program: Any
 
@@ -159,7 +159,7 @@ def phases(recipe: Recipe, mesh: Mesh | AbstractMesh, stages: Sequence[str] | No
     found = _phases(recipe, mesh, stages)
     if isinstance(mesh, AbstractMesh) or mesh.devices.flat[0].addressable_memories():
         return found
-    # Shardings over devices that are not there forget which memory they name; those over an abstract mesh do not.
+    # Shardings over compile-only devices lose their memory kind; those over an abstract mesh keep it.
     counted = _phases(recipe, mesh.abstract_mesh, stages)
     return [phase._replace(live=twin.live, host=twin.host) for phase, twin in zip(found, counted, strict=True)]
 
@@ -176,7 +176,7 @@ def _phases(recipe: Recipe, mesh: Mesh | AbstractMesh, stages: Sequence[str]) ->
 
 
 def _supervised_phases(stage: Stage, recipe: Recipe, decoder: DecoderConfig, layout: Layout) -> list[Phase]:
-    """The update of a supervised stage, and the measuring of held-out batches with the whole training state there."""
+    """The update of a supervised stage, and the evaluation of held-out batches while the training state is resident."""
     name, model, config, spec = stage.name, recipe.model, getattr(recipe, stage.name), recipe.row_spec(stage.name)
     tx = _optimizer(config.optim)
     length = _round8(min(spec.pack_length or recipe.data.max_length, decoder.max_positions))
@@ -203,13 +203,13 @@ def _supervised_phases(stage: Stage, recipe: Recipe, decoder: DecoderConfig, lay
 
 
 def _update_phases(whole: Phase, gradients: Params) -> list[Phase]:
-    """One optimizer step: its one program, or with offloaded moments the two kinds of it, each at its largest.
+    """One optimizer step: one program, or with offloaded moments its two kinds of program, each at its largest.
 
-    A step of one parameter runs beside all parameters, the gradients that still wait for theirs, its own among them,
+    While the step of one parameter runs, all parameters are resident, the gradients not yet applied, its own included,
     and its own moments. Of gradients of s_1 <= s_2 <= ... bytes, step k has s_k + s_k+1 + ... and 2 s_k of moments, and
-    under ZeRO-1 and -2 the gathered parameter before it takes the place of the old one; the worst k is the phase.
-    Moments are its arguments on the devices; those in host memory are arguments of no program, so that the compiler
-    has none to count: peak = live + temporaries + outputs - aliased for both, as for any other phase.
+    under ZeRO-1 and -2 the gathered parameter before it replaces the old one; the phase has the worst k.
+    Moments on the devices are its arguments; those in host memory are arguments of no program, so that the compiler
+    counts none: peak = live + temporaries + outputs - aliased for both, as for any other phase.
     """
     found, update, state = [whole._replace(added=device_bytes(gradients))], whole.program, whole.args[0]
     if isinstance(update, OffloadedUpdate):
@@ -237,7 +237,7 @@ def _ppo_phases(stage: str, recipe: Recipe, actor: DecoderConfig, critic: Decode
 def engine_phases(
     stage: str, engine: Engine, models: tuple[EngineState, FrozenParams], recipe: Recipe, layout: Layout
 ) -> list[Phase]:
-    """The programs of an engine in a stage that generates and learns by the keys of PPO's section."""
+    """The programs of an engine in a stage that generates and trains by the keys of PPO's section."""
     (state, frozen), config = models, getattr(recipe, stage)
     positions = min(each.max_positions for each in vars(engine.models).values() if each)
     held = _engine_bytes(state, frozen)
@@ -248,8 +248,8 @@ def engine_phases(
 
 
 def _engine_bytes(state: EngineState, frozen: FrozenParams) -> dict[str, int]:
-    """{what: bytes on one device} of the models of an engine between its programs."""
-    # A reward model shares with the critic what neither trains.
+    """{name: bytes on one device} of the models of an engine between its programs."""
+    # A reward model shares the parameters with the critic that neither trains.
     own = {path: leaf for path, leaf in frozen.reward.items() if path not in frozen.critic}
     held = _state_bytes("actor ", state.actor, frozen.actor)
     held |= _state_bytes("critic ", state.critic, frozen.critic) if state.critic else {}
@@ -268,7 +268,7 @@ def _abstract_rollout(config: PPOConfig, prompt: int, layout: Layout) -> Rollout
 def _generation(
     stage: str, engine: Engine, recipe: Recipe, params: Params, held: Mapping[str, int], rollout: Rollout
 ) -> list[Phase]:
-    """Publishing the weights, and decoding all answers, at once or in rows that are refilled."""
+    """Publishing the weights, and decoding all answers, at once or in refilled decode slots."""
     actor, layout, programs = engine.models.actor, engine.publish.layout, engine.programs
     weights = output_shardings(programs.publish.program, params)
     added = device_bytes(weights) + relayout_bytes(actor, params, layout)
@@ -300,9 +300,9 @@ def _learning_from(
     config: PPOConfig,
     layout: Layout,
 ) -> list[Phase]:
-    """Scoring, one optimizer step of each model that trains, and one of the moving average."""
+    """Scoring, one optimizer step of each trained model, and one update of the moving average."""
     (state, frozen), programs = models, engine.programs
-    # As the engine fetches them: the reference to score, of an average that rests in host memory one array at a time.
+    # As the engine fetches from host memory: the whole reference to score, and the average one array at a time.
     fetched = dataclasses.replace(frozen, reference=with_memory(frozen.reference, None))
     ended = rollout.ended
     scores = None if engine.models.reward else jax.ShapeDtypeStruct(ended.shape, jnp.float32, sharding=ended.sharding)
@@ -346,7 +346,7 @@ def _learning_from(
 
 
 def prompt_positions(recipe: Recipe, max_positions: int) -> int:
-    """P of the longest prompts that the configuration lets through, as `make_generate` cuts them."""
+    """P of the longest prompts that the configuration accepts, as `make_generate` truncates them."""
     longest = min(recipe.data.max_prompt_length, max_positions - recipe.ppo.sample.max_new_tokens)
     return min(_round8(longest), bucket_length(longest))
 
@@ -357,12 +357,12 @@ def _state_bytes(name: str, state: TrainState, frozen: Params) -> dict[str, int]
 
 
 def _optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """Its state has the same shapes however long the run is."""
+    """The optimizer for abstract states, whose shapes do not depend on the length of the run."""
     return make_optimizer(config, config.warmup_steps + 1)
 
 
 def _rows(tree: Any, count: int) -> Any:
-    """The same arrays with so many rows, without a sharding."""
+    """The same arrays with `count` rows, without a sharding."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), tree)
 
 

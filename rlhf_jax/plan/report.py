@@ -13,7 +13,7 @@ COLUMNS = ("resident", "arguments", "temporaries", "cache", "peak", "headroom")
 def format_plan(plan: dict[str, Any]) -> str:
     """The tables that `rlhf-jax plan` prints."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
-    # A small model's table in MiB, so that there is something to see.
+    # MiB for small models, whose sizes in GiB would all be 0.00.
     unit, name = (GIB, "GiB") if max(row["peak"] for row in plan["phases"]) >= GIB else (MIB, "MiB")
     source = "simulated CPUs" if plan["compiled_for"] == "cpu" else plan["compiled_for"]
     lines = [
@@ -32,7 +32,7 @@ def format_plan(plan: dict[str, Any]) -> str:
     held = sorted(worst["live"].items(), key=lambda item: -item[1])
     lines += [
         "",
-        f"most in {worst['stage']} {worst['phase']}, where the GPU holds "
+        f"peak in {worst['stage']} {worst['phase']}, where the GPU holds "
         + ", ".join(f"{what} {size / unit:.2f}" for what, size in held if size >= unit / 200),
     ]
     if most := max(row["host"] for row in plan["phases"]):
@@ -64,14 +64,14 @@ def _stage_line(stage: str, entry: dict[str, Any]) -> str:
     step = "iteration" if "generate" in entry["phases"] else "step"
     text = f"  {stage}: {_format_time(entry['floor'])} to {_format_time(entry['expected'])} s for one {step}"
     if entry["steps_per_epoch"]:
-        epoch = f"{entry['floor_epoch'] / 3600:.2f} to {entry['expected_epoch'] / 3600:.2f} h an epoch"
+        epoch = f"{entry['floor_epoch'] / 3600:.2f} to {entry['expected_epoch'] / 3600:.2f} h per epoch"
         text += f", {epoch} of {entry['steps_per_epoch']} {step}s"
     else:
         text += ", rows of an epoch not known without the data"
     if entry["steps"]:
         text += f"; {entry['steps']} {step}s in all: {entry['expected_stage'] / 3600:.2f} h expected"
     if entry["cost_of_step"] is not None:
-        text += f"; costs {entry['cost_of_step']:.2g} a {step}"
+        text += f"; costs {entry['cost_of_step']:.2g} per {step}"
     return text + (f", {entry['cost']:,.2f} in all" if entry["cost"] is not None else "")
 
 

@@ -1,8 +1,8 @@
-"""How long a run takes at least, and what to expect, from FLOPs, bytes and links; and what it costs.
+"""Lower bounds and expected durations of a run from FLOPs, bytes and links, and its cost.
 
-A floor takes the machine at its data sheet, with transfers hidden behind the work. What is expected divides by the
-efficiencies below and hides nothing. They are assumptions, named in every plan: nothing here was measured on a GPU.
-N weights in matrix products that a token passes, B sequences of T tokens.
+A floor assumes data-sheet rates and transfers that overlap with computation entirely. Expected durations divide by the
+efficiencies below and overlap nothing. They are assumptions, named in every plan: nothing here was measured on a GPU.
+N is the number of weights in matrix products per token, for B sequences of T tokens.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from rlhf_jax.plan.phases import Phase
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.table import STAGES
 
-# How often an update gathers each weight in a micro-batch, by the compiled text: once forward and once backward,
-# where what is recomputed and its gradients share the gathered weights.
+# Gathers of each weight per micro-batch of an update, by the compiled text: one forward and one backward, where
+# recomputation and gradients share the gathered weights.
 GATHERS_PER_PASS = 2
 
 
@@ -38,30 +38,30 @@ LINK_SHARE = 0.6  # of the links, and of PCIe to the host
 
 @dataclass(frozen=True)
 class Work:
-    """What one GPU does in a phase: FLOPs of matrix products, bytes of its memory, over its links and to the host."""
+    """The work of one GPU in a phase: FLOPs of matrix products, bytes of its memory, over its links and to the host."""
 
     flops: float = 0.0
     memory: float = 0.0
     link: float = 0.0
     host: float = 0.0
 
-    def floor(self, flops_rate: float, machine: Machine) -> float:
+    def floor_seconds(self, flops_rate: float, machine: Machine) -> float:
         moved = self.link / slowest_link(machine), self.host / host_link(machine.gpu)
         return max(self.flops / flops_rate, self.memory / machine.gpu.bandwidth, *moved)
 
-    def expected(self, flops_rate: float, machine: Machine) -> float:
+    def expected_seconds(self, flops_rate: float, machine: Machine) -> float:
         work = max(self.flops / flops_rate / MATMUL_SHARE, self.memory / machine.gpu.bandwidth / MEMORY_SHARE)
         moved = self.link / slowest_link(machine) + self.host / host_link(machine.gpu)
         return work + moved / LINK_SHARE
 
 
 def slowest_link(machine: Machine) -> float:
-    """Bytes a second of one GPU over what a collective of all has to cross."""
+    """Bytes per second of one GPU over the slowest link that a collective of all GPUs crosses."""
     return machine.gpu.network if machine.nodes > 1 else machine.gpu.link
 
 
 def host_link(gpu: Gpu) -> float:
-    """Bytes a second between one GPU and pinned host memory, each way: 16 lanes of its generation's PCIe."""
+    """Bytes per second between one GPU and pinned host memory, each way: 16 lanes of its generation's PCIe."""
     return {"7": 16e9, "8": 32e9}.get(gpu.capability[0], 64e9)
 
 
@@ -73,7 +73,7 @@ def matmul_rate(gpu: Gpu, dtype: str) -> float:
 
 
 def weights_per_token(config: DecoderConfig) -> tuple[int, int]:
-    """(N of the layers that one token passes, N of the head); an expert counts by its share of the tokens."""
+    """(N of the layers for one token, N of the head); an expert counts by its share of the tokens."""
     body = 0
     for path, leaf in abstract_params(config).items():
         if path.endswith("kernel") and not path.startswith(("head/", "score/")):
@@ -83,19 +83,19 @@ def weights_per_token(config: DecoderConfig) -> tuple[int, int]:
 
 
 def forward_flops(config: DecoderConfig, rows: int, length: int, head_tokens: int) -> float:
-    """2 N a token, and 4 T H d a token and layer for scores and their sum of values (every pair is computed)."""
+    """2 N per token, and 4 T H d per token and layer for scores and their sum of values (every pair is computed)."""
     body, head = weights_per_token(config)
     return rows * (length * (2.0 * body + attention_flops(config, length)) + head_tokens * 2.0 * head)
 
 
 def attention_flops(config: DecoderConfig, length: float) -> float:
-    """Of one token's scores over `length` tokens and their sum of values."""
+    """FLOPs of one token's scores over `length` tokens and their sum of values."""
     return 4.0 * length * config.num_heads * config.head_dim * config.num_layers
 
 
 def training_factor(lora_rank: int, remat: Remat) -> int:
-    """Forward passes that an update costs: 1, with recomputation 1 more, and 1 for the gradients of the activations,
-    1 for those of the weights, which adapters spare but for their own."""
+    """Cost of an update in forward passes: 1, with recomputation 1 more, 1 for the gradients of the activations, and 1
+    for those of the weights, which adapters save except for their own."""
     return 2 + (remat == "layers") + (lora_rank == 0)
 
 
@@ -113,7 +113,7 @@ def sampling_stages(found: list[Phase]) -> list[str]:
 
 
 def _publish_work(recipe: Recipe, phase: Phase, layout: Layout) -> Work:
-    """The weights read, and the generation weights written and moved; an offloaded average there and back."""
+    """Reading the weights, writing and moving the generation weights, and the round trip of an offloaded average."""
     model, shards, actor = recipe.model, layout.shards("vocab"), phase.passes[0]
     average = 2 * 4 * _num_parameters(actor.decoder) / shards
     host = average if getattr(recipe, phase.stage).ema_decay and model.offload_ema else 0.0
@@ -127,17 +127,17 @@ def _publish_work(recipe: Recipe, phase: Phase, layout: Layout) -> Work:
 
 
 def _generate_work(recipe: Recipe, phase: Phase, layout: Layout) -> Work:
-    """Prompts passed at once, then every answer token by token; tensor parallelism adds up what its parts give."""
+    """Prefill of all prompts, then decoding token by token, with the all-reduces of tensor parallelism."""
     ((actor, params, rows, prompt, *_),) = phase.passes
     mesh, tensor = layout.mesh, layout.mesh.shape["tensor"]
     new, width = getattr(recipe, phase.stage).sample.max_new_tokens, recipe.model.compute.dtype.itemsize
     local, seen = rows / (mesh.shape["data"] * mesh.shape["fsdp"]), prompt + new / 2  # rows of a tensor group
     weights = device_bytes(params)
     decode = forward_flops(actor, 1, 1, 1) + attention_flops(actor, seen)
-    # Of the embedding a few rows are looked up; the head beside it is read whole. On average half the answers' cache.
+    # Only a few rows of the embedding are read, but the whole head; and on average half of the answers' cache.
     reread = weights - actor.padded_vocab * actor.embed_size * width / tensor
     reads = new * (reread + phase.cache * seen / (prompt + new))
-    if recipe.model.one_copy:  # adapters beside the weights: read and multiplied at every token
+    if recipe.model.one_copy:  # separate adapters: read and multiplied at every token
         leaves = abstract_params(recipe.model.with_lora(actor))
         extra = sum(math.prod(leaf.shape) for path, leaf in leaves.items() if is_adapter(path))
         decode, reads = decode + 2.0 * extra, reads + new * extra * width / tensor
@@ -174,12 +174,12 @@ def _gather_bytes(recipe: Recipe, decoder: DecoderConfig, layout: Layout) -> flo
 
 
 def _update_work(recipe: Recipe, phase: Phase, layout: Layout) -> Work:
-    """Optimizer steps: passes; weights and gradients over the links, as the ZeRO stage has it; Adam reads 4 and
+    """All optimizer steps: passes; weights and gradients over the links, by the ZeRO stage; Adam reads 4 and
     writes 3 arrays of its shard, and offloaded moments come from the host and go back."""
     ((decoder, _, rows, length, head_tokens, _),), micro = phase.passes, phase.micro
     model, zero, mesh = recipe.model, recipe.mesh.zero, layout.mesh.shape
     count, shards = layout.shards("batch"), layout.shards("vocab")
-    trained = 4.0 * sum(math.prod(leaf.shape) for leaf in phase.args[0].trainable.values())  # bytes, over all devices
+    trained = 4.0 * sum(math.prod(leaf.shape) for leaf in phase.args[0].trainable.values())  # bytes over all devices
     shard = trained / (shards if zero else mesh["tensor"])
     passes = training_factor(model.with_lora(decoder).lora.rank, model.remat)
     work = forward_flops(decoder, micro * rows, length, head_tokens) * passes
@@ -192,42 +192,45 @@ def _update_work(recipe: Recipe, phase: Phase, layout: Layout) -> Work:
         link = micro * reduced * (1 - 1 / shards)
     else:
         link = micro * reduced * (1 - 1 / mesh["tensor"] + 2 * (1 - 1 / mesh["fsdp"]) / mesh["tensor"])
-    link += 2 * micro * (count > shards) * reduced / shards  # and over data
+    link += 2 * micro * (count > shards) * reduced / shards  # and all-reduced over data
     link += micro * GATHERS_PER_PASS * _gather_bytes(recipe, decoder, layout)
-    if zero in (1, 2):  # what each has stepped goes to all, in float32
+    if zero in (1, 2):  # each sends its updated parameters to all, in float32
         link += trained / mesh["tensor"] * (1 - 1 / mesh["fsdp"])
-    host = 4 * shard if model.offload_optimizer else 0.0  # two moments, there and back
+    host = 4 * shard if model.offload_optimizer else 0.0  # two moments, each way
     return Work(*(phase.runs * part for part in (work / count, 7 * shard, link, host)))
 
 
 def iteration_seconds(recipe: Recipe, found: list[Phase], mesh, machine: Machine) -> float:
-    """Expected seconds of an iteration of PPO; of a step of each stage that there is, where PPO is not one."""
+    """Expected seconds of an iteration of PPO; without PPO, of a step of each stage."""
     flops_rate, every = matmul_rate(machine.gpu, recipe.model.dtype), work_of_phases(recipe, found, mesh)
     sampled = [need for name, need in every.items() if name.split("/")[0] in sampling_stages(found)]
-    return sum(need.expected(flops_rate, machine) for need in sampled or every.values())
+    return sum(need.expected_seconds(flops_rate, machine) for need in sampled or every.values())
 
 
 def estimate_times(recipe: Recipe, found: list[Phase], mesh, machine: Machine, price: float) -> dict[str, dict]:
     """{stage: {"phases", "floor" and "expected" seconds of a step, an epoch and the stage, "steps", "cost", ...}}.
 
     Args:
-        price: of one GPU for an hour; 0: no cost is told.
+        price: of one GPU for an hour; 0: no cost is reported.
     """
     flops_rate = matmul_rate(machine.gpu, recipe.model.dtype)
     table: dict[str, dict] = {}
     for name, need in work_of_phases(recipe, found, mesh).items():
         stage, phase = name.split("/")
-        times = {"floor": need.floor(flops_rate, machine), "expected": need.expected(flops_rate, machine)}
+        times = {
+            "floor": need.floor_seconds(flops_rate, machine),
+            "expected": need.expected_seconds(flops_rate, machine),
+        }
         table.setdefault(stage, {"phases": {}})["phases"][phase] = times
     for stage, entry in table.items():
+        entry |= {kind: sum(each[kind] for each in entry["phases"].values()) for kind in ("floor", "expected")}
         config = getattr(recipe, stage)
-        is_packed = recipe.row_spec(stage).pack_length > 0  # then rows are known when they are tokenised
+        is_packed = recipe.row_spec(stage).pack_length > 0  # then the number of rows is known only after tokenization
         rows = None if is_packed else training_rows(recipe.data, recipe.row_spec(stage))
         size = config.rollout_batch_size if STAGES[stage].rows == "prompt" else config.batch_size
         steps = rows // size if rows else None  # of one epoch
         entry |= {"rows": rows, "steps_per_epoch": steps, "steps": config.steps or (steps and config.epochs * steps)}
         for kind in ("floor", "expected"):
-            entry[kind] = sum(times[kind] for times in entry["phases"].values())
             entry[f"{kind}_epoch"] = steps and entry[kind] * steps
             entry[f"{kind}_stage"] = entry["steps"] and entry[kind] * entry["steps"]
         rate = price * machine.count / 3600
@@ -237,7 +240,7 @@ def estimate_times(recipe: Recipe, found: list[Phase], mesh, machine: Machine, p
 
 
 def training_rows(data: DataConfig, spec: RowSpec) -> int | None:
-    """Rows of an epoch before any is dropped for length; None where a source is streamed, or would be downloaded."""
+    """Rows per epoch before any is dropped for its length; None if a source is streamed or would be downloaded."""
     if any(source.path != BUILTIN and not Path(source.path).is_file() for source in data.sources):
         return None
     if any(source.stream for source in data.sources):
@@ -247,13 +250,13 @@ def training_rows(data: DataConfig, spec: RowSpec) -> int | None:
 
 
 def assumptions(recipe: Recipe) -> list[str]:
-    """What the expected seconds rest on."""
+    """The assumptions of the expected seconds."""
     return [
         f"expected seconds assume {MATMUL_SHARE:.0%} of the GPU's matrix FLOP/s, {MEMORY_SHARE:.0%} of its memory "
-        f"bandwidth and {LINK_SHARE:.0%} of its links, transfers not hidden; none of this was measured",
+        f"bandwidth and {LINK_SHARE:.0%} of its links, transfers not overlapped; none of this was measured",
         f"every prompt fills its {recipe.data.max_prompt_length} tokens and every answer its "
         f"{recipe.ppo.sample.max_new_tokens}; rows of SFT and reward model fill {recipe.data.max_length}",
-        "a floor is the data sheet's speed with transfers hidden behind the work",
-        "what is offloaded crosses PCIe of 16 lanes, 32 GB/s each way on A100s and 64 on H100s, at the links' share",
+        "a floor is the data sheet's speed, with transfers that overlap with computation entirely",
+        "offloaded arrays cross PCIe of 16 lanes, 32 GB/s each way on A100s and 64 on H100s, at the links' share",
         "links: NVLink or PCIe inside a node, the network that NVIDIA sells with it between nodes",
     ]

@@ -111,17 +111,14 @@ def log_options() -> argparse.ArgumentParser:
     """The options that are accepted before and after the command."""
     options = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     options.add_argument("--quiet", action="store_true", help="only warnings and errors")
-    options.add_argument(
-        "--json-logs", action="store_true", help="messages as JSON, one object per line: time, level, logger, message"
-    )
+    text = "messages as JSON, one object per line: time, level, logger, message"
+    options.add_argument("--json-logs", action="store_true", help=text)
     return options
 
 
 def add_plan_options(command: argparse.ArgumentParser) -> None:
-    machine = (
-        "8xNAME, or nodes x GPUs as 4x8xNAME; an unknown NAME lists the known ones (default: this machine's GPUs, or "
-    )
-    machine += "without any those of CONFIG's header)"
+    machine = "8xNAME, or nodes x GPUs as 4x8xNAME; an unknown NAME lists the known ones (default: this machine's "
+    machine += "GPUs, or without any those of CONFIG's header)"
     command.add_argument("--gpus", metavar="8xA100-80GB", help=machine)
     command.add_argument("--price-per-gpu-hour", type=float, default=0.0, metavar="PRICE", help="for the cost")
     command.add_argument("--json", action="store_true", help="everything, in bytes and seconds, as one JSON object")
@@ -166,10 +163,8 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         time = self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z")
-        return json.dumps(
-            {"time": time, "level": record.levelname, "logger": record.name, "message": record.getMessage()},
-            ensure_ascii=False,
-        )
+        fields = {"time": time, "level": record.levelname, "logger": record.name, "message": record.getMessage()}
+        return json.dumps(fields, ensure_ascii=False)
 
 
 def set_logging(args: argparse.Namespace) -> None:

@@ -52,13 +52,8 @@ def show_data(recipe: Recipe, examples: int, out: TextIO | None = None) -> None:
     specs = {stage: replace(recipe.row_spec(stage), pack_length=0) for stage in recipe.run.stages}
     found = {(s, side): _load_rows(data, tokenizer, spec, side) for s, spec in specs.items() for side in (False, True)}
     names = short_names([source.path for source in data.sources])
-    lines = [
-        f"tokenizer: {recipe.model.actor}, {len(tokenizer):,} tokens",
-        "",
-        *source_lines(data, names, specs, found),
-        "",
-        LEGEND,
-    ]
+    title = f"tokenizer: {recipe.model.actor}, {len(tokenizer):,} tokens"
+    lines = [title, "", *source_lines(data, names, specs, found), "", LEGEND]
     for stage, spec in specs.items():
         serving = [name for name, source in zip(names, data.sources, strict=True) if provides(source, spec.kind)]
         lines += ["", _columns(f"{stage}: a row is {USES[spec.kind]}", COLUMNS)]
@@ -107,9 +102,8 @@ def short_names(paths: Sequence[str]) -> list[str]:
     """Numbered names, with as much of the end of each path as fits a column."""
     names = []
     for number, path in enumerate(paths, start=1):
-        name = (
-            f"{number} {'/'.join(PurePath(path).parts[-2:])}" if not path.startswith("builtin:") else f"{number} {path}"
-        )
+        end = path if path.startswith("builtin:") else "/".join(PurePath(path).parts[-2:])
+        name = f"{number} {end}"
         names.append(name if len(name) <= NAME else f"{number} …{name[-(NAME - len(str(number)) - 2) :]}")
     return names
 
@@ -130,10 +124,8 @@ def source_lines(
                 tallies[held_out][stage] = rows.parts[before].stats
         read = {side: next((tally.rows for tally in each.values()), None) for side, each in tallies.items()}
         counts = {side: "" if count is None else f", {count:,} rows" for side, count in read.items()}
-        if source.eval_path:
-            held = f"{source.eval_path}{counts[True]}"
-        elif source.eval_split:
-            held = f"split {source.eval_split}{counts[True]}"
+        if has_eval(source):
+            held = (source.eval_path or f"split {source.eval_split}") + counts[True]
         else:
             held = f"{data.held_out:.1%} of its prompts" if data.held_out else "nothing"
             held += ", left out, as it is streamed" * (source.stream and data.held_out > 0)

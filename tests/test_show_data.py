@@ -334,5 +334,5 @@ def test_a_stream_is_shown_by_its_first_window_next_to_stored_rows(tmp_path, wri
 def test_a_model_without_an_available_tokenizer_is_reported_with_the_fix(tmp_path, write_jsonl):
     recipe = recipe_of(tmp_path, SourceConfig(str(write_jsonl(pairs(30)))))
     nowhere = dataclasses.replace(recipe, model=ModelConfig(actor=str(tmp_path / "nowhere")))
-    with pytest.raises(ValueError, match="nowhere: its tokenizer is neither in a folder here.*set model.actor to the"):
+    with pytest.raises(ValueError, match="nowhere: its tokenizer is neither in a local folder.*set model.actor to the"):
         printed_text(nowhere)

@@ -752,6 +752,15 @@ def test_an_unwritable_cache_is_reported(tmp_path, monkeypatch, where):
         rows_of(GOOD, config)
 
 
+def test_a_cache_that_cannot_keep_held_out_prompts_is_reported(tmp_path, monkeypatch):
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_bytes(lines(pair(11)))
+    config = good(tmp_path, eval_path=str(held_out))
+    monkeypatch.setattr(cache, "keys_path", lambda *_: tmp_path / "gone" / "file.keys")
+    with pytest.raises(ValueError, match=r"gone: tokenised rows cannot be kept there \(No such file or directory\)"):
+        rows_of(GOOD, config)
+
+
 def write_empty(folder: Path) -> None:
     """Writes a valid file of the same columns without rows."""
     schema = pa.ipc.open_file(pa.py_buffer((folder / "rows.arrow").read_bytes())).schema

@@ -203,8 +203,11 @@ def record_keys(rows: Iterable[Row], source: SourceConfig, config: DataConfig) -
     report = {"keys": np.unique(np.concatenate(found)).tolist(), "bad": tally.bad, "bad_shown": tally.bad_shown}
     path = keys_path(source, config)
     unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
-    unfinished.write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
-    unfinished.rename(path)
+    try:
+        unfinished.write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
+        unfinished.rename(path)
+    except OSError as error:
+        raise ValueError(unwritable_message(path.parent, error)) from error
 
 
 def keys_path(source: SourceConfig, config: DataConfig) -> Path:

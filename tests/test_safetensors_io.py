@@ -442,7 +442,7 @@ def test_a_tensor_with_a_missing_part_is_not_written(tmp_path):
 def test_a_layer_is_fetched_equally_from_host_and_accelerator():
     data = jax.numpy.arange(24.0).reshape(2, 3, 4)
     for index in ([], [1], [1, 2]):
-        fetched = np.asarray(writing._copy_item([data], index, NO_LORA))  # the path for accelerators
+        fetched = np.asarray(writing._matrix([data], index, NO_LORA))  # the path for accelerators
         np.testing.assert_array_equal(fetched, writing._fetch([data], index, NO_LORA))
         assert not np.shares_memory(fetched, np.asarray(data))
 

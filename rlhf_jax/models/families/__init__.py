@@ -1,4 +1,4 @@
-"""What each family of checkpoints calls things: config.json <-> DecoderConfig, and our paths <-> tensor names.
+"""Families of checkpoints: config.json <-> DecoderConfig, and paths of parameters <-> names of tensors.
 
 A new family is a table, a reader of its config.json and, at most, one new choice in `DecoderConfig`.
 """
@@ -16,7 +16,7 @@ from rlhf_jax.models.families import bloom_falcon_phi, gemma, gpt, llama, moe
 from rlhf_jax.models.families.hf_fields import positive_int, refuse
 from rlhf_jax.models.families.tensors import Checkpoint, Family, Tensors
 
-# Embeddings and heads are padded to a multiple of this, so that any usual number of devices splits them evenly.
+# Embeddings and heads are padded to a multiple of this, so that common numbers of devices split them evenly.
 VOCAB_MULTIPLE = 128
 
 FAMILIES: dict[str, Family] = gpt.FAMILIES | bloom_falcon_phi.FAMILIES | llama.FAMILIES | gemma.FAMILIES | moe.FAMILIES
@@ -26,11 +26,11 @@ def decoder_config(hf: Mapping[str, Any], *, scalar_head: bool, vocab_parts: int
     """The architecture that a config.json describes.
 
     Args:
-        hf: the parsed config.json; what it leaves out, sizes excepted, takes the default of transformers.
-        scalar_head: a reward model or critic in place of a language model.
-        vocab_parts: into how many the vocabulary is going to be split.
+        hf: the parsed config.json; absent keys, other than sizes, take the default of transformers.
+        scalar_head: a reward model or critic instead of a language model.
+        vocab_parts: number of shards of the vocabulary.
     Raises:
-        ValueError: an unsupported model_type or variant, a size that is absent, or a value of a wrong kind.
+        ValueError: an unsupported model_type or variant, an absent size, or a value of a wrong kind.
     """
     family = hf.get("model_type")
     if f"{family}_text" in FAMILIES or hf.get("text_config") is not None:
@@ -57,36 +57,38 @@ def decoder_config(hf: Mapping[str, Any], *, scalar_head: bool, vocab_parts: int
 
 
 def _num_labels(hf: Mapping[str, Any]) -> int:
-    """Of a classifier; 0 where config.json is not of one or does not say."""
+    """Number of labels of a classifier; 0 where config.json describes none or does not give it."""
     is_classifier = any(name.endswith("ForSequenceClassification") for name in hf.get("architectures") or ())
     return len(hf.get("id2label") or ()) or hf.get("num_labels") or 0 if is_classifier else 0
 
 
 def hf_tensors(config: DecoderConfig) -> Tensors:
-    """{path: where a checkpoint has it}, for every parameter of this model, in the layout of the hub."""
-    table = FAMILIES[config.family].tensors(config)
-    return {path: table[path] for path in abstract_params(config.without_lora())}
+    """{path: its tensor in a checkpoint} of every parameter of this model, in the layout of the hub."""
+    return _select(config, FAMILIES[config.family].tensors(config))
 
 
 def alternative_tensors(config: DecoderConfig) -> list[Tensors]:
-    """The same in other layouts, where folders of this family may have them."""
-    tables = FAMILIES[config.family].alternatives(config)
-    return [{path: table[path] for path in abstract_params(config.without_lora())} for table in tables]
+    """The same in the other layouts that folders of this family may have."""
+    return [_select(config, table) for table in FAMILIES[config.family].alternatives(config)]
+
+
+def _select(config: DecoderConfig, table: Tensors) -> Tensors:
+    return {path: table[path] for path in abstract_params(config.without_lora())}
 
 
 def checkpoint_of(config: DecoderConfig, optional: tuple[str, ...] = ()) -> Checkpoint:
-    """What folders of this model hold, which may lack the parameters at the `optional` paths."""
+    """The tensors of folders of this model, which may lack the parameters at the `optional` paths."""
     layouts = [hf_tensors(config), *alternative_tensors(config)]
     return Checkpoint(layouts, base_prefix(config), optional, ignored_names(config), tied_names(config))
 
 
 def base_prefix(config: DecoderConfig) -> str:
-    """What names of the base model's tensors begin with, unless the folder holds a base model alone."""
+    """Prefix of the names of the base model's tensors, absent where the folder holds a base model alone."""
     return FAMILIES[config.family].prefix
 
 
 def ignored_names(config: DecoderConfig) -> re.Pattern[str]:
-    """Names that a checkpoint may have beyond `hf_tensors`: buffers, and a head that this model does not use."""
+    """Names that a checkpoint may have besides `hf_tensors`: buffers, and a head that this model does not use."""
     family = FAMILIES[config.family]
     names = [r".*\.rotary_emb\.inv_freq", rf"({re.escape(family.prefix)})?({family.buffers})"]
     if config.tied or config.scalar_head:
@@ -96,7 +98,7 @@ def ignored_names(config: DecoderConfig) -> re.Pattern[str]:
 
 
 def tied_names(config: DecoderConfig) -> dict[str, str]:
-    """{name of a head: name of the embedding} that have to be the same where a folder of a tied model has both."""
+    """{name of a head: name of the embedding} that have to be equal where a folder of a tied model has both."""
     if not config.tied or config.scalar_head:
         return {}
     (embedding,) = _all_names(config, "embed/tokens")
@@ -110,17 +112,17 @@ def _all_names(config: DecoderConfig, path: str) -> set[str]:
 
 
 def hf_config(source: Mapping[str, Any], config: DecoderConfig, *, dtype: str, pad_token_id: int | None) -> dict:
-    """The config.json of an export: the source's, with what the training changed.
+    """The config.json of an export: that of the source with the changes of training.
 
-    auto_map is left out, as it names code that is not in the folder that we write.
-    A scalar head of a family for which transformers has no such model gets an architecture of our own naming: we read
-    it, transformers does not.
+    auto_map is left out, as it names code that is not in the written folder.
+    A scalar head of a family for which transformers has no such model gets an architecture named by this package, which
+    reads it; transformers does not.
 
     Args:
-        source: the config.json that `config` came from.
+        source: the config.json that `config` was read from.
         dtype: of the exported tensors, "float32", "bfloat16" or "float16".
-        pad_token_id: transformers finds a sequence's last real token by it, so a scalar head needs one; None: the
-            source's stays.
+        pad_token_id: transformers finds a sequence's last real token by it, so a scalar head needs one; None: that of
+            the source.
     """
     family = FAMILIES[config.family]
     hf = {key: value for key, value in source.items() if key != "auto_map"}

@@ -11,7 +11,6 @@ import numpy as np
 from rlhf_jax.models.config import Alibi, DecoderConfig
 from rlhf_jax.models.families.hf_fields import (
     biases,
-    check_kv_heads,
     common_fields,
     kv_heads,
     multi_head_sizes,
@@ -34,7 +33,7 @@ from rlhf_jax.models.families.tensors import (
 
 
 def _slopes(heads: int) -> tuple[float, ...]:
-    """Of ALiBi: 2^(-8 i / n) of head i of n. Past a power of two, every second one of twice as many (Press et al.)."""
+    """ALiBi slopes: 2^(-8 i / n) of head i of n; past a power of two, every second one of 2 n heads (Press et al.)."""
     power = 1 << (heads.bit_length() - 1)
     between = range(1, 2 * (heads - power), 2)
     return tuple([2.0 ** (-8 * i / power) for i in range(1, power + 1)] + [2.0 ** (-4 * i / power) for i in between])
@@ -51,17 +50,13 @@ def _read_bloom(hf: Mapping[str, Any]) -> dict[str, Any]:
         n_head="num_attention_heads",
         seq_length="max_position_embeddings",
     )
-    sizes = multi_head_sizes(usual, max_position_embeddings=2048)  # those of its training; the biases have no end
-    return (
-        sizes
-        | biases(True)
-        | dict(
-            embed_norm=True,
-            norm_eps=value_or(hf, "layer_norm_epsilon", 1e-5),
-            alibi=Alibi(_slopes(sizes["num_heads"])),
-            activation="gelu_tanh",
-            tied=value_or(hf, "tie_word_embeddings", True),
-        )
+    fields = multi_head_sizes(usual, max_position_embeddings=2048)  # as in its training; ALiBi itself has no limit
+    return (fields | biases(True)) | dict(
+        embed_norm=True,
+        norm_eps=value_or(hf, "layer_norm_epsilon", 1e-5),
+        alibi=Alibi(_slopes(fields["num_heads"])),
+        activation="gelu_tanh",
+        tied=value_or(hf, "tie_word_embeddings", True),
     )
 
 
@@ -85,10 +80,10 @@ def _read_falcon(hf: Mapping[str, Any]) -> dict[str, Any]:
     heads, d = fields["num_heads"], fields["head_dim"]
     if value_or(hf, "new_decoder_architecture", False):  # Falcon 40B
         refuse(hf, parallel_attn=True)
-        keys, norms_a_layer = value_or(hf, "num_kv_heads", heads), value_or(hf, "num_ln_in_parallel_attn", 2)
-        if norms_a_layer != 1:
+        keys, norms_per_layer = value_or(hf, "num_kv_heads", heads), value_or(hf, "num_ln_in_parallel_attn", 2)
+        if norms_per_layer != 1:
             refuse(hf, num_ln_in_parallel_attn=2)
-        residual = "parallel" if norms_a_layer == 2 else "parallel_shared"
+        residual = "parallel" if norms_per_layer == 2 else "parallel_shared"
     else:
         keys = 1 if value_or(hf, "multi_query", True) else heads
         if keys == heads:
@@ -97,13 +92,14 @@ def _read_falcon(hf: Mapping[str, Any]) -> dict[str, Any]:
         if residual == "parallel_shared":
             refuse(hf, num_ln_in_parallel_attn=1)
     if value_or(hf, "alibi", False):
-        # Position, slope and their product were all rounded in training, and the biases scaled as the scores are.
+        # In training, position, slope and their product were all rounded, and the biases scaled as the scores are.
         rounded = np.asarray(_slopes(heads), jnp.dtype("bfloat16")).astype(float)
         fields["alibi"] = Alibi(tuple(rounded.tolist()), scale=d**-0.5, rounded=True)
     else:
         refuse({**rope_parameters(hf), "model_type": "falcon"}, partial_rotary_factor=1.0)
         fields["rope"], fields["max_positions"] = rope(hf, d, positions=fields["max_positions"])
-    fields |= dict(num_kv_heads=check_kv_heads(heads, keys), residual=residual)
+    usual = dict(num_attention_heads=heads, num_key_value_heads=keys)
+    fields |= dict(num_kv_heads=kv_heads(usual), residual=residual)
     return fields | biases(value_or(hf, "bias", False)) | common_fields(hf, ("activation", "gelu"), tied=True)
 
 
@@ -112,15 +108,13 @@ def _falcon(config: DecoderConfig) -> Tensors:
 
 
 def _read_phi(hf: Mapping[str, Any]) -> dict[str, Any]:
-    sizes = multi_head_sizes(hf) | dict(mlp_size=positive_int(hf, "intermediate_size"))
-    sizes |= biases(True) | common_fields(hf, ("hidden_act", "gelu_new"), tied=False, eps="layer_norm_eps")
-    refuse(hf, head_dim=sizes["head_dim"])
-    embedding, max_positions = rope(hf, rotary_dim(hf, sizes["head_dim"], default=0.5))
-    return sizes | dict(
+    fields = multi_head_sizes(hf) | dict(mlp_size=positive_int(hf, "intermediate_size"))
+    fields |= biases(True) | common_fields(hf, ("hidden_act", "gelu_new"), tied=False, eps="layer_norm_eps")
+    refuse(hf, head_dim=fields["head_dim"])
+    fields["rope"], fields["max_positions"] = rope(hf, rotary_dim(hf, fields["head_dim"], default=0.5))
+    return fields | dict(
         num_kv_heads=kv_heads(hf),
-        max_positions=max_positions,
         residual="parallel_shared",
-        rope=embedding,
         qk_norm="head" if value_or(hf, "qk_layernorm", False) else "none",
         head_bias=True,
     )
@@ -128,13 +122,12 @@ def _read_phi(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 def _phi(config: DecoderConfig) -> Tensors:
     layer = "model.layers.{i}"
-    heads = f"{layer}.self_attn"
+    names = {"layers/attention_norm": f"{layer}.input_layernorm", "final_norm": "model.final_layernorm"}
     return (
         embedding_and_heads(config, "model.embed_tokens")
-        | norms(config.hidden_size, {"layers/attention_norm": f"{layer}.input_layernorm"})
-        | norms(config.hidden_size, {"final_norm": "model.final_layernorm"})
-        | norms(config.head_dim, {f"layers/attention/{x}_norm": f"{heads}.{x}_layernorm" for x in "qk"})
-        | separate_attention(config, f"{heads}.q_proj", f"{heads}.k_proj", f"{heads}.v_proj", f"{heads}.dense")
+        | norms(config.hidden_size, names)
+        | norms(config.head_dim, {f"layers/attention/{x}_norm": f"{layer}.self_attn.{x}_layernorm" for x in "qk"})
+        | separate_attention(config, f"{layer}.self_attn", "dense")
         | mlp(config, up=f"{layer}.mlp.fc1", down=f"{layer}.mlp.fc2")
     )
 

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_jax.models.families.hf_fields import activation, positive_int, refuse, value_or, windows
-from rlhf_jax.models.families.llama import attention_biases, llama_fields, llama_tensors
+from rlhf_jax.models.families.hf_fields import activation, attention_biases, positive_int, refuse, value_or, windows
+from rlhf_jax.models.families.llama import llama_fields, llama_tensors
 from rlhf_jax.models.families.rope import rope
 from rlhf_jax.models.families.tensors import family
 
@@ -23,7 +23,7 @@ def _gemma_fields(hf: Mapping[str, Any], kv: int, theta: float = 10000.0) -> dic
 
 
 def _gemma(hf: Mapping[str, Any]) -> dict[str, Any]:
-    # The first checkpoints say "gelu" and mean its approximation, with which they were trained.
+    # The first checkpoints have "gelu" but were trained with its approximation.
     act = value_or(hf, "hidden_act", "gelu_pytorch_tanh")
     act = "gelu_pytorch_tanh" if act == "gelu" else act
     refuse(hf, hidden_activation=act)
@@ -31,7 +31,7 @@ def _gemma(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _windowed_fields(hf: Mapping[str, Any], pattern: int, theta: float = 10000.0) -> dict[str, Any]:
-    """Of Gemma 2 and 3. One layer in `pattern` sees everything, the others have a window."""
+    """Fields of Gemma 2 and 3. One layer in `pattern` attends to all positions, the others have a window."""
     usual = [(i + 1) % pattern != 0 for i in range(positive_int(hf, "num_hidden_layers"))]
     return _gemma_fields(hf, 4, theta) | dict(
         residual="sandwich",
@@ -48,12 +48,12 @@ def _gemma2(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gemma3(hf: Mapping[str, Any]) -> dict[str, Any]:
-    # transformers reads attn_logit_softcapping and does nothing with it; no released checkpoint has one.
+    # transformers reads attn_logit_softcapping and ignores it; no released checkpoint has one.
     refuse(hf, attn_logit_softcapping=None)
     each = hf.get("rope_parameters") or {}
     if each.keys() - {"full_attention", "sliding_attention"}:
         raise ValueError("gemma3_text has rope_parameters for full_attention and sliding_attention (config.json)")
-    # The old spelling is of the layers that see everything: rope_theta, and rope_scaling with the scaling only.
+    # The old spelling describes the layers without a window: rope_theta, and rope_scaling with the scaling only.
     full = {**(each.get("full_attention") or {}), **(hf.get("rope_scaling") or {})}
     local = each.get("sliding_attention") or {"rope_theta": hf.get("rope_local_base_freq")}
     fields = _windowed_fields({**hf, "rope_scaling": full}, value_or(hf, "sliding_window_pattern", 6), theta=1e6)

@@ -9,6 +9,7 @@ from typing import Any
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.families.hf_fields import (
     activation,
+    attention_biases,
     biases,
     common_fields,
     multi_head_sizes,
@@ -33,7 +34,7 @@ from rlhf_jax.models.families.tensors import (
     separate_attention,
 )
 
-_STANDARD_KEYS = dict(  # of GPT-2, GPT-J and CodeGen
+_STANDARD_KEYS = dict(  # for GPT-2, GPT-J and CodeGen
     n_embd="hidden_size",
     n_layer="num_hidden_layers",
     n_head="num_attention_heads",
@@ -46,27 +47,22 @@ _BUFFERS = r"(bias|masked_bias)"
 
 def _read_opt(hf: Mapping[str, Any]) -> dict[str, Any]:
     refuse(hf, layer_norm_elementwise_affine=True)
-    sizes = multi_head_sizes(hf)
+    fields = multi_head_sizes(hf) | biases(value_or(hf, "enable_bias", True))
     pre_norm = value_or(hf, "do_layer_norm_before", True)
-    return (
-        sizes
-        | biases(value_or(hf, "enable_bias", True))
-        | dict(
-            embed_size=value_or(hf, "word_embed_proj_dim", sizes["hidden_size"]),
-            mlp_size=positive_int(hf, "ffn_dim"),
-            position_rows=sizes["max_positions"] + 2,
-            position_offset=2,
-            residual="pre" if pre_norm else "post",
-            final_norm=pre_norm and not value_or(hf, "_remove_final_layer_norm", False),
-            activation=activation(hf, "activation_function", "relu"),
-            tied=value_or(hf, "tie_word_embeddings", True),
-        )
+    return fields | dict(
+        embed_size=value_or(hf, "word_embed_proj_dim", fields["hidden_size"]),
+        mlp_size=positive_int(hf, "ffn_dim"),
+        position_rows=fields["max_positions"] + 2,
+        position_offset=2,
+        residual="pre" if pre_norm else "post",
+        final_norm=pre_norm and not value_or(hf, "_remove_final_layer_norm", False),
+        activation=activation(hf, "activation_function", "relu"),
+        tied=value_or(hf, "tie_word_embeddings", True),
     )
 
 
 def _opt(config: DecoderConfig) -> Tensors:
     layer = "model.decoder.layers.{i}"
-    heads = f"{layer}.self_attn"
     return (
         embedding_and_heads(config, "model.decoder.embed_tokens")
         | positions(config, "model.decoder.embed_positions")
@@ -75,107 +71,89 @@ def _opt(config: DecoderConfig) -> Tensors:
         | layer_norms(
             config, f"{layer}.self_attn_layer_norm", f"{layer}.final_layer_norm", "model.decoder.final_layer_norm"
         )
-        | separate_attention(config, f"{heads}.q_proj", f"{heads}.k_proj", f"{heads}.v_proj", f"{heads}.out_proj")
+        | separate_attention(config, f"{layer}.self_attn", "out_proj")
         | mlp(config, up=f"{layer}.fc1", down=f"{layer}.fc2")
     )
 
 
 def _read_gpt2(hf: Mapping[str, Any]) -> dict[str, Any]:
     refuse(hf, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-    sizes = multi_head_sizes(with_standard_keys(hf, **_STANDARD_KEYS))
-    return (
-        sizes
-        | biases(True)
-        | common_fields(hf, _GELU_NEW, tied=True)
-        | dict(
-            position_rows=sizes["max_positions"],
-            attention_scale=sizes["attention_scale"] if value_or(hf, "scale_attn_weights", True) else 1.0,
-        )
-    )
+    fields = multi_head_sizes(with_standard_keys(hf, **_STANDARD_KEYS))
+    scale = fields["attention_scale"] if value_or(hf, "scale_attn_weights", True) else 1.0
+    fields |= biases(True) | common_fields(hf, _GELU_NEW, tied=True)
+    return fields | dict(position_rows=fields["max_positions"], attention_scale=scale)
 
 
 def _gpt2(config: DecoderConfig) -> Tensors:
-    layer, width = "transformer.h.{i}", config.hidden_size
+    width = config.hidden_size
     thirds = dict.fromkeys(("layers/attention/q", "layers/attention/k", "layers/attention/v"), width)
+    attention = fused_linears(thirds, f"{_LAYER}.attn.c_attn", width, groups=1)
+    attention |= linear("layers/attention/o", f"{_LAYER}.attn.c_proj", width, width)
+    table = _gpt(config, attention, "c_fc", "c_proj")
+    return table | conv1d({path: row for path, row in table.items() if path.startswith("layers/")})
+
+
+_LAYER = "transformer.h.{i}"
+
+
+def _gpt(config: DecoderConfig, attention: Tensors, up: str, down: str) -> Tensors:
+    """The table of GPT-2, GPT-Neo, GPT-J and CodeGen; the last two have neither wpe nor ln_2.
+
+    Args:
+        attention: entries of the projections of attention.
+        up, down: names of the projections of the MLP.
+    """
     return (
         embedding_and_heads(config, "transformer.wte")
         | positions(config, "transformer.wpe")
-        | _gpt_norms(config)
-        | conv1d(fused_linears(thirds, f"{layer}.attn.c_attn", width, groups=1))
-        | conv1d(linear("layers/attention/o", f"{layer}.attn.c_proj", width, width))
-        | conv1d(mlp(config, up=f"{layer}.mlp.c_fc", down=f"{layer}.mlp.c_proj"))
+        | layer_norms(config, f"{_LAYER}.ln_1", f"{_LAYER}.ln_2", "transformer.ln_f")
+        | attention
+        | mlp(config, up=f"{_LAYER}.mlp.{up}", down=f"{_LAYER}.mlp.{down}")
     )
 
 
-def _gpt_norms(config: DecoderConfig) -> Tensors:
-    """Of GPT-2, and of GPT-Neo, GPT-J and CodeGen after it (the last two have no ln_2)."""
-    return layer_norms(config, "transformer.h.{i}.ln_1", "transformer.h.{i}.ln_2", "transformer.ln_f")
-
-
 def _read_gpt_neo(hf: Mapping[str, Any]) -> dict[str, Any]:
-    sizes = multi_head_sizes(with_standard_keys(hf, num_layers="num_hidden_layers", num_heads="num_attention_heads"))
+    fields = multi_head_sizes(with_standard_keys(hf, num_layers="num_hidden_layers", num_heads="num_attention_heads"))
     pattern = value_or(hf, "attention_types", [[["global", "local"], 12]])
     kinds = value_or(hf, "attention_layers", [kind for group, times in pattern for kind in group * times])
-    if len(kinds) != sizes["num_layers"] or not set(kinds) <= {"global", "local"}:
+    if len(kinds) != fields["num_layers"] or not set(kinds) <= {"global", "local"}:
         raise ValueError(
-            f"config.json: attention_types has to name {sizes['num_layers']} layers, each global or local, not {kinds}"
+            f"config.json: attention_types has to name {fields['num_layers']} layers, each global or local, not {kinds}"
         )
     window = value_or(hf, "window_size", 256)
     return (
-        sizes
+        fields
+        | biases(True)
         | common_fields(hf, _GELU_NEW, tied=True)
         | dict(
-            position_rows=sizes["max_positions"],
+            position_rows=fields["max_positions"],
             windows=tuple(window if kind == "local" else 0 for kind in kinds) if "local" in kinds else (),
             attention_scale=1.0,
-            o_bias=True,
-            mlp_bias=True,
+            qkv_bias=False,
         )
     )
 
 
 def _gpt_neo(config: DecoderConfig) -> Tensors:
-    layer = "transformer.h.{i}"
-    heads = f"{layer}.attn.attention"
-    return (
-        embedding_and_heads(config, "transformer.wte")
-        | positions(config, "transformer.wpe")
-        | _gpt_norms(config)
-        | separate_attention(config, f"{heads}.q_proj", f"{heads}.k_proj", f"{heads}.v_proj", f"{heads}.out_proj")
-        | mlp(config, up=f"{layer}.mlp.c_fc", down=f"{layer}.mlp.c_proj")
-    )
+    return _gpt(config, separate_attention(config, f"{_LAYER}.attn.attention", "out_proj"), "c_fc", "c_proj")
 
 
 def _read_gptj(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Of CodeGen too, which is GPT-J but for how its tensors lie."""
-    sizes = multi_head_sizes(with_standard_keys(hf, **_STANDARD_KEYS))
-    turned = value_or(hf, "rotary_dim", 64)
-    if turned > sizes["head_dim"]:
-        raise ValueError(f"config.json: rotary_dim {turned} is more than the size of a head, {sizes['head_dim']}")
-    return (
-        sizes
-        | common_fields(hf, _GELU_NEW, tied=False)
-        | dict(
-            residual="parallel_shared",
-            rope=rope({}, turned, positions=sizes["max_positions"], interleaved=True)[0],
-            mlp_bias=True,
-            head_bias=True,
-        )
-    )
+    """Fields of GPT-J and of CodeGen, which differs from it only in its tensors."""
+    fields = multi_head_sizes(with_standard_keys(hf, **_STANDARD_KEYS))
+    rotated = value_or(hf, "rotary_dim", 64)
+    if rotated > fields["head_dim"]:
+        raise ValueError(f"config.json: rotary_dim {rotated} is more than the size of a head, {fields['head_dim']}")
+    fields["rope"], _ = rope({}, rotated, positions=fields["max_positions"], interleaved=True)
+    fields |= common_fields(hf, _GELU_NEW, tied=False)
+    return fields | dict(residual="parallel_shared", mlp_bias=True, head_bias=True)
 
 
 def _gptj(config: DecoderConfig) -> Tensors:
-    layer = "transformer.h.{i}"
-    heads = f"{layer}.attn"
-    return (
-        embedding_and_heads(config, "transformer.wte")
-        | _gpt_norms(config)
-        | separate_attention(config, f"{heads}.q_proj", f"{heads}.k_proj", f"{heads}.v_proj", f"{heads}.out_proj")
-        | mlp(config, up=f"{layer}.mlp.fc_in", down=f"{layer}.mlp.fc_out")
-    )
+    return _gpt(config, separate_attention(config, f"{_LAYER}.attn", "out_proj"), "fc_in", "fc_out")
 
 
-_CODEGEN_SHARDS = 4  # of the TPUs that it was trained on: each has its queries, values and keys side by side
+_CODEGEN_SHARDS = 4  # number of TPUs that it was trained on: each has its queries, values and keys in a row
 
 
 def _read_codegen(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,35 +164,24 @@ def _read_codegen(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _codegen(config: DecoderConfig) -> Tensors:
-    layer, width = "transformer.h.{i}", config.hidden_size
+    width = config.hidden_size
     each = dict.fromkeys(("layers/attention/q", "layers/attention/v", "layers/attention/k"), width // _CODEGEN_SHARDS)
-    return (
-        embedding_and_heads(config, "transformer.wte")
-        | _gpt_norms(config)
-        | fused_linears(each, f"{layer}.attn.qkv_proj", width, groups=_CODEGEN_SHARDS)
-        | linear("layers/attention/o", f"{layer}.attn.out_proj", width, width)
-        | mlp(config, up=f"{layer}.mlp.fc_in", down=f"{layer}.mlp.fc_out")
-    )
+    qkv = fused_linears(each, f"{_LAYER}.attn.qkv_proj", width, groups=_CODEGEN_SHARDS)
+    o = linear("layers/attention/o", f"{_LAYER}.attn.out_proj", width, width)
+    return _gpt(config, qkv | o, "fc_in", "fc_out")
 
 
 def _read_gpt_neox(hf: Mapping[str, Any]) -> dict[str, Any]:
-    sizes = multi_head_sizes(hf) | common_fields(hf, ("hidden_act", "gelu"), tied=False, eps="layer_norm_eps")
-    old = dict(
-        rope_theta=value_or(hf, "rotary_emb_base", 10000), partial_rotary_factor=value_or(hf, "rotary_pct", 0.25)
-    )
-    refuse(hf, **old)  # beside the old spelling, transformers 5 has these two in rope_parameters only
-    turned = rotary_dim({**hf, **old}, sizes["head_dim"])
-    embedding, max_positions = rope({**hf, **old}, turned)
-    return (
-        sizes
-        | biases(True)
-        | dict(
-            mlp_size=positive_int(hf, "intermediate_size"),
-            max_positions=max_positions,
-            residual="parallel" if value_or(hf, "use_parallel_residual", True) else "pre",
-            rope=embedding,
-        )
-        | dict.fromkeys(("qkv_bias", "o_bias"), value_or(hf, "attention_bias", True))
+    fields = multi_head_sizes(hf) | common_fields(hf, ("hidden_act", "gelu"), tied=False, eps="layer_norm_eps")
+    theta, partial = value_or(hf, "rotary_emb_base", 10000), value_or(hf, "rotary_pct", 0.25)
+    old = dict(rope_theta=theta, partial_rotary_factor=partial)
+    refuse(hf, **old)  # outside the old spelling, transformers 5 has these two in rope_parameters only
+    fields["rope"], fields["max_positions"] = rope({**hf, **old}, rotary_dim({**hf, **old}, fields["head_dim"]))
+    return fields | dict(
+        mlp_size=positive_int(hf, "intermediate_size"),
+        residual="parallel" if value_or(hf, "use_parallel_residual", True) else "pre",
+        mlp_bias=True,
+        **attention_biases(hf, True),
     )
 
 
@@ -238,7 +205,7 @@ FAMILIES = {
     ),
     "gpt_neo": family(_read_gpt_neo, _gpt_neo, "GPTNeo", "transformer.", rf"h\.\d+\.attn\.attention\.{_BUFFERS}"),
     "gptj": family(_read_gptj, _gptj, "GPTJ", "transformer.", rf"h\.\d+\.attn\.{_BUFFERS}"),
-    # What transformers 5 calls the head in memory.
+    # transformers 5 calls the head lm_head in memory.
     "gpt_neox": dataclasses.replace(_NEOX, alternatives=lambda config: [_gpt_neox(config, head="lm_head")]),
     "codegen": Family(
         _read_codegen, _codegen, "CodeGenForCausalLM", None, "transformer.", rf"h\.\d+\.attn\.(causal_mask|{_BUFFERS})"

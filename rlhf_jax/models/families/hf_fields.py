@@ -1,4 +1,4 @@
-"""Reading a config.json: what several families spell alike."""
+"""Readers of the keys of config.json that several families share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ACTIVATIONS = {
 
 
 def positive_int(hf: Mapping[str, Any], key: str) -> int:
-    """A whole number of at least 1, or ValueError."""
+    """The whole number of at least 1 under this key; ValueError for any other value."""
     value = hf.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"config.json: {key} has to be a whole number of at least 1, not {value!r}")
@@ -38,7 +38,7 @@ def activation(hf: Mapping[str, Any], key: str, default: str) -> str:
 
 
 def refuse(hf: Mapping[str, Any], **expected: Any) -> None:
-    """ValueError for every key that is there, not null, and other than the value we compute with."""
+    """Raise ValueError naming every key that is set, not to null, to another value than the supported one."""
     family = hf.get("model_type")
     wrong = [f"{key}={hf[key]!r}" for key, value in expected.items() if value_or(hf, key, value) != value]
     if wrong:
@@ -46,26 +46,17 @@ def refuse(hf: Mapping[str, Any], **expected: Any) -> None:
 
 
 def head_size(hf: Mapping[str, Any], hidden: str, heads: str) -> int:
-    """hidden / heads, or ValueError where that is no whole number."""
+    """hidden / heads; ValueError where that is not a whole number."""
     if positive_int(hf, hidden) % positive_int(hf, heads):
         raise ValueError(f"config.json: {hidden} {hf[hidden]} is not a multiple of {heads} {hf[heads]}")
     return hf[hidden] // hf[heads]
 
 
-def check_kv_heads(heads: int, kv_heads: int) -> int:
-    """The number of key-value heads, or ValueError where query heads do not share them evenly."""
-    if heads % kv_heads:
-        raise ValueError(
-            f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
-        )
-    return kv_heads
-
-
 def with_standard_keys(hf: Mapping[str, Any], **usual: str) -> dict[str, Any]:
-    """config.json with keys of a spelling of its own (n_embd="hidden_size") under the usual one.
+    """config.json with the keys of a family's own spelling (n_embd="hidden_size") under the usual one.
 
     Raises:
-        ValueError: both spellings are there, with different values.
+        ValueError: config.json has both spellings, with different values.
     """
     as_usual = dict(hf)
     for key, name in usual.items():
@@ -79,19 +70,24 @@ def with_standard_keys(hf: Mapping[str, Any], **usual: str) -> dict[str, Any]:
 
 
 def kv_heads(hf: Mapping[str, Any], default: int | None = None) -> int:
-    """num_key_value_heads, which is that of query heads where null, and where absent and without a default."""
-    value = hf.get("num_key_value_heads", default)
-    heads = positive_int(hf, "num_attention_heads")
-    return check_kv_heads(
-        heads, heads if value is None else positive_int({"num_key_value_heads": value}, "num_key_value_heads")
-    )
+    """num_key_value_heads: the number of query heads where null, and where absent and without a default.
+
+    Raises:
+        ValueError: the query heads do not share them evenly.
+    """
+    value, heads = hf.get("num_key_value_heads", default), positive_int(hf, "num_attention_heads")
+    value = heads if value is None else positive_int({"num_key_value_heads": value}, "num_key_value_heads")
+    if heads % value:
+        raise ValueError(f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {value}")
+    return value
 
 
 def windows(hf: Mapping[str, Any], window: int | None, usual: Sequence[bool]) -> tuple[int, ...]:
-    """`DecoderConfig.windows`, by layer_types or, where config.json has none, by `usual`: which layers have the window.
+    """`DecoderConfig.windows` by layer_types, or by `usual`, which layers have the window, where config.json has none.
 
     Raises:
-        ValueError: a kind of layer that we do not know, not one for each layer, or no window where a layer has one.
+        ValueError: an unknown kind of layer, a number of kinds other than that of layers, or no window where a layer
+            needs one.
     """
     layers = positive_int(hf, "num_hidden_layers")
     kinds = value_or(hf, "layer_types", ["sliding_attention" if sliding else "full_attention" for sliding in usual])
@@ -108,7 +104,7 @@ def windows(hf: Mapping[str, Any], window: int | None, usual: Sequence[bool]) ->
 
 
 def equal_windows(hf: Mapping[str, Any], window: int | None) -> tuple[int, ...]:
-    """The window, or none, in every layer; a layer_types that says otherwise is refused."""
+    """The window, or none, in every layer; ValueError for a layer_types that differs."""
     usual = [window is not None] * positive_int(hf, "num_hidden_layers")
     same = windows({**hf, "layer_types": None}, window, usual)
     if windows(hf, window, usual) != same:
@@ -117,31 +113,37 @@ def equal_windows(hf: Mapping[str, Any], window: int | None) -> tuple[int, ...]:
 
 
 def biases(value: bool) -> dict[str, bool]:
-    """Of all linears of a layer."""
+    """Fields for biases on all linears of a layer, or on none."""
     return dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), value)
 
 
+def attention_biases(hf: Mapping[str, Any], default: bool = False) -> dict[str, bool]:
+    """Fields that attention_bias sets."""
+    return dict.fromkeys(("qkv_bias", "o_bias"), value_or(hf, "attention_bias", default))
+
+
 def common_fields(hf: Mapping[str, Any], act: tuple[str, str], tied: bool, eps: str = "layer_norm_epsilon"):
-    """Activation, head and norms.
+    """Fields of activation, head and norms.
 
     Args:
         act: key of the activation, and its default.
-        tied: what an absent tie_word_embeddings means.
+        tied: value of an absent tie_word_embeddings.
         eps: key of the norms' epsilon.
     """
     tied = value_or(hf, "tie_word_embeddings", tied)
     return dict(activation=activation(hf, *act), tied=tied, norm_eps=value_or(hf, eps, 1e-5))
 
 
-def multi_head_sizes(hf: Mapping[str, Any], **defaults: int) -> dict[str, Any]:
-    """Sizes of a decoder whose query heads all have keys of their own, and the usual scale of its scores.
+def multi_head_sizes(hf: Mapping[str, Any], head_dim: int | None = None, **defaults: int) -> dict[str, Any]:
+    """Sizes of a decoder in which each query head has its own keys, and the usual scale of its scores.
 
     Args:
-        hf: config.json in the usual spelling; the MLP is 4 times as wide as the model where nothing is said of it.
-        defaults: of other sizes that may be absent, by their keys.
+        hf: config.json in the usual spelling; an absent MLP width is 4 times hidden_size.
+        head_dim: None: hidden_size over the number of heads.
+        defaults: values of other sizes that may be absent, by their keys.
     """
-    d = head_size(hf, "hidden_size", "num_attention_heads")
-    hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
+    d = head_dim or head_size(hf, "hidden_size", "num_attention_heads")
+    hidden, heads = positive_int(hf, "hidden_size"), positive_int(hf, "num_attention_heads")
     defaults = {"intermediate_size": 4 * hidden} | defaults
     hf = {**hf, **{key: value_or(hf, key, value) for key, value in defaults.items()}}
     return dict(

@@ -1,4 +1,4 @@
-"""LLaMA, and the families that differ from it in a few choices and hardly in their names."""
+"""LLaMA, and the families that differ from it in a few choices and few names."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.families.hf_fields import (
     activation,
+    attention_biases,
     equal_windows,
     head_size,
     kv_heads,
+    multi_head_sizes,
     positive_int,
     refuse,
     value_or,
@@ -23,11 +25,12 @@ from rlhf_jax.models.families.tensors import (
     family,
     fused_linears,
     linear,
+    mlp,
     norms,
     separate_attention,
 )
 
-_NORMS = {  # of a block, by config.residual
+_NORMS = {  # names of the norms of a layer, by config.residual
     "pre": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
     "parallel_shared": {"attention_norm": "input_layernorm"},
     "output": {"attention_out_norm": "post_attention_layernorm", "mlp_out_norm": "post_feedforward_layernorm"},
@@ -50,50 +53,37 @@ def llama_fields(
     eps: tuple[str, float] = ("rms_norm_eps", 1e-6),
     tied: bool = False,
 ) -> dict[str, Any]:
-    """Fields of a LLaMA without biases and windows, of which families replace what they do otherwise.
+    """Fields of a LLaMA without biases and windows; families replace those in which they differ.
 
     Args:
-        kv, head_dim, theta, tied: what an absent key means; no head_dim: hidden_size over heads.
-        partial: the same of partial_rotary_factor; None: heads are rotated whole, and another factor is refused.
-        eps: key of the norms' epsilon, and what it means where absent.
+        kv, head_dim, theta, tied: values of absent keys; without head_dim, hidden_size over the number of heads.
+        partial: value of an absent partial_rotary_factor; None: heads are rotated whole, and any other factor is an
+            error.
+        eps: key of the norms' epsilon, and its default.
     """
     head_dim = value_or(hf, "head_dim", head_dim) or head_size(hf, "hidden_size", "num_attention_heads")
     dim = rotary_dim(hf, head_dim, 1.0 if partial is None else partial)
     if partial is None and dim != head_dim:
         raise ValueError(f"{hf['model_type']} with partial_rotary_factor other than 1 is not supported (config.json)")
     rotary, positions = rope(hf, dim, theta=theta)
-    return dict(
-        vocab_size=positive_int(hf, "vocab_size"),
-        hidden_size=positive_int(hf, "hidden_size"),
-        embed_size=hf["hidden_size"],
-        num_layers=positive_int(hf, "num_hidden_layers"),
-        num_heads=positive_int(hf, "num_attention_heads"),
+    return multi_head_sizes(hf, head_dim) | dict(
         num_kv_heads=kv_heads(hf, kv),
-        head_dim=head_dim,
         mlp_size=positive_int(hf, "intermediate_size"),
         max_positions=positions,
         norm="rms",
         norm_eps=float(value_or(hf, *eps)),
         rope=rotary,
-        attention_scale=head_dim**-0.5,
         activation=activation(hf, "hidden_act", "silu"),
         gated_mlp=True,
         tied=value_or(hf, "tie_word_embeddings", tied),
     )
 
 
-def attention_biases(hf: Mapping[str, Any]) -> dict[str, bool]:
-    """The fields that attention_bias stands for."""
-    return dict.fromkeys(("qkv_bias", "o_bias"), value_or(hf, "attention_bias", False))
-
-
-def upper_layer_windows(hf: Mapping[str, Any]) -> tuple[int, ...]:
-    """Qwen's: none without use_sliding_window, and with it in the layers from max_window_layers on."""
+def _upper_layer_windows(hf: Mapping[str, Any]) -> tuple[int, ...]:
+    """Windows of Qwen: none without use_sliding_window, with it in the layers from max_window_layers on."""
     window = hf.get("sliding_window", 4096) if value_or(hf, "use_sliding_window", False) else None
-    first = value_or(hf, "max_window_layers", 28)
-    return windows(
-        hf, window, [window is not None and i >= first for i in range(positive_int(hf, "num_hidden_layers"))]
-    )
+    first, layers = value_or(hf, "max_window_layers", 28), range(positive_int(hf, "num_hidden_layers"))
+    return windows(hf, window, [window is not None and i >= first for i in layers])
 
 
 def _llama(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,21 +96,18 @@ def _mistral(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _qwen2(hf: Mapping[str, Any]) -> dict[str, Any]:
-    return llama_fields(hf, kv=32) | dict(qkv_bias=True, windows=upper_layer_windows(hf))
+    return llama_fields(hf, kv=32) | dict(qkv_bias=True, windows=_upper_layer_windows(hf))
 
 
 def _qwen3(hf: Mapping[str, Any]) -> dict[str, Any]:
-    return (
-        llama_fields(hf, kv=32, head_dim=128)
-        | attention_biases(hf)
-        | dict(qk_norm="head", windows=upper_layer_windows(hf))
-    )
+    fields = llama_fields(hf, kv=32, head_dim=128) | attention_biases(hf)
+    return fields | dict(qk_norm="head", windows=_upper_layer_windows(hf))
 
 
 def _phi3(hf: Mapping[str, Any]) -> dict[str, Any]:
     parameters = rope_parameters(hf)
     kind = parameters["rope_type"]
-    if kind in ("su", "yarn"):  # as longrope was called in its first checkpoints
+    if kind in ("su", "yarn"):  # names of longrope in its first checkpoints
         kind = "longrope"
     if kind not in ("default", "longrope"):
         raise ValueError(f'phi3 with rope scaling "{kind}" is not supported; supported: default, longrope')
@@ -132,9 +119,8 @@ def _phi3(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 def _olmo2(hf: Mapping[str, Any]) -> dict[str, Any]:
     equal_windows(hf, None)
-    return (
-        llama_fields(hf, eps=("rms_norm_eps", 1e-5)) | attention_biases(hf) | dict(residual="output", qk_norm="width")
-    )
+    fields = llama_fields(hf, eps=("rms_norm_eps", 1e-5)) | attention_biases(hf)
+    return fields | dict(residual="output", qk_norm="width")
 
 
 def _stablelm(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,31 +135,27 @@ def _stablelm(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def block_tensors(config: DecoderConfig) -> Tensors:
-    """Names around and within each block, but for its MLP."""
+    """Names outside the layers and within each, without those of its MLP."""
     layer = "model.layers.{i}"
-    heads, d = f"{layer}.self_attn", config.head_dim
-    q_norm, k_norm, q_width, k_width = f"{heads}.q_norm", f"{heads}.k_norm", d, d
-    if config.qk_norm == "each_head":
-        q_norm, k_norm = f"{heads}.q_layernorm.norms.{{j}}", f"{heads}.k_layernorm.norms.{{j}}"
-    elif config.qk_norm == "width":
-        q_width, k_width = config.num_heads * d, config.num_kv_heads * d
-    return (
+    kind = "{x}_layernorm.norms.{{j}}" if config.qk_norm == "each_head" else "{x}_norm"
+    table = (
         embedding_and_heads(config, "model.embed_tokens")
         | norms(config.hidden_size, {"final_norm": "model.norm"})
         | norms(config.hidden_size, {f"layers/{k}": f"{layer}.{name}" for k, name in _NORMS[config.residual].items()})
-        | norms(q_width, {"layers/attention/q_norm": q_norm})
-        | norms(k_width, {"layers/attention/k_norm": k_norm})
-        | separate_attention(config, f"{heads}.q_proj", f"{heads}.k_proj", f"{heads}.v_proj", f"{heads}.o_proj")
+        | separate_attention(config, f"{layer}.self_attn", "o_proj")
     )
+    for x, heads in (("q", config.num_heads), ("k", config.num_kv_heads)):
+        width = config.head_dim * (heads if config.qk_norm == "width" else 1)
+        table |= norms(width, {f"layers/attention/{x}_norm": f"{layer}.self_attn.{kind.format(x=x)}"})
+    return table
 
 
 def llama_tensors(config: DecoderConfig) -> Tensors:
-    mlp = "model.layers.{i}.mlp"
+    name = "model.layers.{i}.mlp"
     return (
         block_tensors(config)
-        | linear("layers/mlp/gate", f"{mlp}.gate_proj", config.hidden_size, config.mlp_size)
-        | linear("layers/mlp/up", f"{mlp}.up_proj", config.hidden_size, config.mlp_size)
-        | linear("layers/mlp/down", f"{mlp}.down_proj", config.mlp_size, config.hidden_size)
+        | linear("layers/mlp/gate", f"{name}.gate_proj", config.hidden_size, config.mlp_size)
+        | mlp(config, up=f"{name}.up_proj", down=f"{name}.down_proj")
     )
 
 

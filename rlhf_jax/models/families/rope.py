@@ -1,6 +1,6 @@
-"""Frequencies of rotary embeddings, with every scaling of them that transformers computes.
+"""Frequencies of rotary embeddings, with every scaling that transformers computes.
 
-Frequencies are float32, computed in the order in which transformers computes them.
+Frequencies are float32, and the order of operations is that of transformers.
 """
 
 from __future__ import annotations
@@ -18,22 +18,17 @@ _Scaled = tuple[np.ndarray, float, int]  # frequencies, factor of cosine and sin
 
 
 def rope(
-    hf: Mapping[str, Any],
-    dim: int,
-    *,
-    theta: float = 10000.0,
-    positions: int | None = None,
-    interleaved: bool = False,
+    hf: Mapping[str, Any], dim: int, *, theta: float = 10000.0, positions: int | None = None, interleaved: bool = False
 ) -> tuple[Rope, int]:
-    """The rotary embedding that a config.json describes, and the number of positions that it serves.
+    """The rotary embedding that a config.json describes, and the number of positions that it supports.
 
     Args:
-        dim: how many dimensions of each head are rotated.
-        theta: where config.json has none.
-        positions: where config.json does not spell them max_position_embeddings.
+        dim: number of dimensions of each head that are rotated.
+        theta: used where config.json has none.
+        positions: used where config.json does not spell them max_position_embeddings.
         interleaved: see `Rope`.
     Raises:
-        ValueError: an unknown scaling, a value of it that is absent, or an odd `dim`.
+        ValueError: an unknown scaling, an absent value of a scaling, or an odd `dim`.
     """
     parameters = rope_parameters(hf)
     if dim < 2 or dim % 2:
@@ -52,9 +47,9 @@ def rope(
 
 
 def rope_parameters(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json says of the rotary embedding, as transformers 5 spells it; rope_type is always there.
+    """The rotary settings of config.json in the spelling of transformers 5; rope_type is always set.
 
-    Before, it was rope_theta and partial_rotary_factor beside rope_scaling, with "type" for "rope_type".
+    Earlier versions wrote rope_theta and partial_rotary_factor next to rope_scaling, with "type" for "rope_type".
     """
     parameters = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if not isinstance(parameters, Mapping):
@@ -70,43 +65,39 @@ def rope_parameters(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rotary_dim(hf: Mapping[str, Any], head_dim: int, default: float = 1.0) -> int:
-    """How many dimensions of a head are rotated, by partial_rotary_factor."""
+    """Number of dimensions of a head that are rotated, by partial_rotary_factor."""
     return int(head_dim * value_or(rope_parameters(hf), "partial_rotary_factor", default))
 
 
-def _positive_float(parameters: Mapping[str, Any], key: str) -> float:
+def _number(parameters: Mapping[str, Any], key: str) -> float:
     value = parameters.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f'config.json: rope scaling "{parameters["rope_type"]}" needs a number {key}, not {value!r}')
     return value
 
 
-def _default(parameters: Mapping[str, Any], wavelengths: np.ndarray, base: float, positions: int) -> _Scaled:
-    return 1.0 / wavelengths, 1.0, positions
-
-
 def _linear(parameters: Mapping[str, Any], wavelengths: np.ndarray, base: float, positions: int) -> _Scaled:
-    return 1.0 / wavelengths / _positive_float(parameters, "factor"), 1.0, positions
+    """Frequencies over the factor: "linear". Frequencies alone: "default", and "dynamic".
 
-
-def _dynamic(parameters: Mapping[str, Any], wavelengths: np.ndarray, base: float, positions: int) -> _Scaled:
-    # Scaled only past max_position_embeddings, and then by the length of the sequence: a key would have to be rotated
-    # anew with each token, and a cache holds it rotated. So that is where the positions end.
-    _positive_float(parameters, "factor")
-    return 1.0 / wavelengths, 1.0, positions
+    "dynamic" scales only past max_position_embeddings, and then by the length of the sequence: each new token would
+    change the rotation of all keys, but a cache holds rotated keys. So the positions end there.
+    """
+    kind = parameters["rope_type"]
+    factor = 1.0 if kind == "default" else _number(parameters, "factor")
+    return 1.0 / wavelengths / (factor if kind == "linear" else 1.0), 1.0, positions
 
 
 def _yarn(parameters: Mapping[str, Any], wavelengths: np.ndarray, base: float, positions: int) -> _Scaled:
-    """Peng et al. 2023 (arXiv 2309.00071): long wavelengths are interpolated, short ones kept, and a ramp between."""
-    original = _positive_float(parameters, "original_max_position_embeddings")
-    factor = positions / original if parameters.get("factor") is None else _positive_float(parameters, "factor")
+    """Peng et al. 2023 (arXiv 2309.00071): interpolates long wavelengths, keeps short ones, with a ramp in between."""
+    original = _number(parameters, "original_max_position_embeddings")
+    factor = positions / original if parameters.get("factor") is None else _number(parameters, "factor")
 
     def magnitude(scale: float = 1.0) -> float:
         return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
     mscale, mscale_all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
     if parameters.get("attention_factor") is not None:
-        attention = float(_positive_float(parameters, "attention_factor"))
+        attention = float(_number(parameters, "attention_factor"))
     elif mscale and mscale_all_dim:
         attention = magnitude(mscale) / magnitude(mscale_all_dim)
     else:
@@ -114,7 +105,7 @@ def _yarn(parameters: Mapping[str, Any], wavelengths: np.ndarray, base: float, p
 
     dim = 2 * len(wavelengths)
 
-    def dimension(rotations: float) -> float:  # whose wavelength fits so many times into the original positions
+    def dimension(rotations: float) -> float:  # whose wavelength fits `rotations` times into the original positions
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
     low, high = dimension(parameters.get("beta_fast") or 32), dimension(parameters.get("beta_slow") or 1)
@@ -128,28 +119,25 @@ def _yarn(parameters: Mapping[str, Any], wavelengths: np.ndarray, base: float, p
 
 
 def _longrope(parameters: Mapping[str, Any], wavelengths: np.ndarray, base: float, positions: int) -> _Scaled:
-    """Ding et al. 2024 (arXiv 2402.13753): a factor for each wavelength."""
+    """Ding et al. 2024 (arXiv 2402.13753): one factor per wavelength."""
     original = positive_int(parameters, "original_max_position_embeddings")
-    factor = positions / original if parameters.get("factor") is None else _positive_float(parameters, "factor")
+    factor = positions / original if parameters.get("factor") is None else _number(parameters, "factor")
     if parameters.get("attention_factor") is not None:
-        attention = float(_positive_float(parameters, "attention_factor"))
+        attention = float(_number(parameters, "attention_factor"))
     else:
         attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     short = parameters.get("short_factor")
     if not isinstance(short, list) or len(short) != len(wavelengths):
         raise ValueError(f"config.json: rope scaling needs a list short_factor of {len(wavelengths)} numbers")
-    # A sequence longer than `original` has other frequencies at all its positions, the first ones too, so that a cache
-    # of rotated keys is worthless once it grows past it. So that is where the positions end.
+    # A sequence longer than `original` has other frequencies at all its positions, the first ones included, so a cache
+    # of rotated keys becomes invalid when it grows past `original`. So the positions end there.
     return 1.0 / (np.asarray(short, np.float32) * wavelengths), attention, min(original, positions)
 
 
 def _llama3(parameters: Mapping[str, Any], wavelengths: np.ndarray, base: float, positions: int) -> _Scaled:
     """Grattafiori et al. 2024 (arXiv 2407.21783), code release: as yarn, with another ramp."""
-    factor, original = (
-        _positive_float(parameters, "factor"),
-        _positive_float(parameters, "original_max_position_embeddings"),
-    )
-    low, high = _positive_float(parameters, "low_freq_factor"), _positive_float(parameters, "high_freq_factor")
+    keys = "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"
+    factor, original, low, high = (_number(parameters, key) for key in keys)
     frequencies = 1.0 / wavelengths
     lengths = 2 * math.pi / frequencies
     smooth = (original / lengths - low) / (high - low)
@@ -159,9 +147,9 @@ def _llama3(parameters: Mapping[str, Any], wavelengths: np.ndarray, base: float,
 
 
 _SCALINGS: dict[str, Callable[[Mapping[str, Any], np.ndarray, float, int], _Scaled]] = {
-    "default": _default,
+    "default": _linear,
     "linear": _linear,
-    "dynamic": _dynamic,
+    "dynamic": _linear,
     "yarn": _yarn,
     "llama3": _llama3,
     "longrope": _longrope,

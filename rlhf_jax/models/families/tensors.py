@@ -1,6 +1,6 @@
-"""What a family of checkpoints is, and the parts of its table of tensor names: entries to be merged with |.
+"""The record of a family of checkpoints, and the parts of its table of tensor names: entries to be merged with |.
 
-A table may list more than a model has (biases, say): `abstract_params` says which of it there is.
+A table may list more than a model has (biases, say): `hf_tensors` keeps the entries of its `abstract_params`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rlhf_jax.models.config import DecoderConfig
 
 @dataclass(frozen=True)
 class Stripe:
-    """What is ours of a fused projection: in every group of `period` outputs, `length` of them from `offset`."""
+    """The outputs of a fused projection that one parameter holds: `length` from `offset` in every `period` outputs."""
 
     offset: int
     length: int
@@ -23,30 +23,30 @@ class Stripe:
 
 
 class HfTensor(NamedTuple):
-    """A parameter as it lies in a checkpoint.
+    """The tensor of a checkpoint that holds a parameter.
 
-    Ours, without its layer dimension where the name has {i}, and without its expert dimension where it has {j}, equals
-    the file's tensor, transposed where asked, of which the strip is taken along the last dimension. Where ours has more
-    rows than the file (the padding of the vocabulary) the rest are zeros.
+    The parameter, without its layer dimension where the name has {i}, and without its expert dimension where it has
+    {j}, equals the file's tensor, transposed if `transpose`, of which the strip is taken along the last dimension.
+    Where the parameter has more rows than the file (the padding of the vocabulary) the others are zeros.
     """
 
-    name: str  # "{i}" stands for the layer, "{j}" for the expert (or head): ours are stacked, the file's are not
-    shape: tuple[int, ...]  # in the file, of one tensor, all of a fused one
-    transpose: bool = False  # the file has [..., out, in], ours is [..., in, out]
-    strip: Stripe | None = None  # along the last dimension of ours; None: all of it
+    name: str  # "{i}" stands for the layer, "{j}" for the expert (or head): parameters are stacked, the file's are not
+    shape: tuple[int, ...]  # of one tensor in the file, with all parts of a fused one
+    transpose: bool = False  # the file has [..., out, in], the parameter is [..., in, out]
+    strip: Stripe | None = None  # along the last dimension of the parameter; None: all of it
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the files of a folder hold.
+    """The tensors that the files of a folder hold.
 
     Attributes:
-        layouts: {path: where it lies in the files}; those after the first are alternatives to it, which may leave out
-            what they have in common with it. Of them the one is used that the files lack the fewest tensors of.
+        layouts: {path: its tensor in the files}; those after the first are alternatives to it, which may leave out
+            entries that they share with it. The one of which the files lack the fewest tensors is used.
         prefix: of the base model's names, which the files may leave out.
         optional: paths that the files may lack.
-        tolerated: names that the files may have and nothing reads.
-        twins: {such a name: one that is read}, which have to be the same where the files have both.
+        tolerated: names of tensors that the files may have and that are not read.
+        twins: {such a name: one that is read}, which have to be equal where the files have both.
     """
 
     layouts: Sequence[Mapping[str, HfTensor]]
@@ -56,49 +56,37 @@ class Checkpoint:
     twins: Mapping[str, str] = field(default_factory=dict)
 
 
-Tensors = dict[str, HfTensor]  # by the path of our parameter
+Tensors = dict[str, HfTensor]  # by the path of the parameter
+Reader = Callable[[Mapping[str, Any]], dict[str, Any]]  # config.json -> fields of DecoderConfig but the common ones
+Table = Callable[[DecoderConfig], Tensors]  # every tensor that this configuration may have
 
 
 @dataclass(frozen=True)
 class Family:
-    read: Callable[[Mapping[str, Any]], dict[str, Any]]  # config.json -> fields of DecoderConfig, but the common ones
-    tensors: Callable[[DecoderConfig], Tensors]  # all that this configuration may have; `abstract_params` says which
+    read: Reader
+    tensors: Table
     causal: str  # architecture of a language model
     scalar: str | None  # of a reward model; None: transformers has no such class
-    prefix: str  # of the base model's tensors, which a base model is saved without
-    buffers: str = "(?!)"  # regular expression of tensors, without the prefix, that old checkpoints have for nothing
-    alternatives: Callable[[DecoderConfig], list[Tensors]] = lambda config: []  # other layouts, where folders have them
+    prefix: str  # of the base model's tensors; a base model is saved without it
+    buffers: str = "(?!)"  # regular expression of unused tensors, without the prefix, that old checkpoints have
+    alternatives: Callable[[DecoderConfig], list[Tensors]] = lambda config: []  # other layouts that folders may have
 
 
-def family(
-    read: Callable[[Mapping[str, Any]], dict[str, Any]],
-    tensors: Callable[[DecoderConfig], Tensors],
-    name: str,
-    prefix: str = "model.",
-    buffers: str = "(?!)",
-) -> Family:
-    """With architectures NAMEForCausalLM and NAMEForSequenceClassification."""
+def family(read: Reader, tensors: Table, name: str, prefix: str = "model.", buffers: str = "(?!)") -> Family:
+    """A family with the architectures NAMEForCausalLM and NAMEForSequenceClassification."""
     return Family(read, tensors, f"{name}ForCausalLM", f"{name}ForSequenceClassification", prefix, buffers)
 
 
 def linear(path: str, name: str, inputs: int, outputs: int) -> Tensors:
-    """Kernel [outputs, inputs] and bias of torch's Linear."""
+    """Kernel [outputs, inputs] and bias of a torch Linear."""
     return {
         f"{path}/kernel": HfTensor(f"{name}.weight", (outputs, inputs), transpose=True),
         f"{path}/bias": HfTensor(f"{name}.bias", (outputs,)),
     }
 
 
-def norm(path: str, name: str, width: int) -> Tensors:
-    """Scale and bias of a norm."""
-    return {
-        f"{path}/scale": HfTensor(f"{name}.weight", (width,)),
-        f"{path}/bias": HfTensor(f"{name}.bias", (width,)),
-    }
-
-
 def embedding_and_heads(config: DecoderConfig, embedding: str, head: str = "lm_head") -> Tensors:
-    """The embedding of tokens, and the heads."""
+    """The token embedding and the heads."""
     return {
         "embed/tokens": HfTensor(f"{embedding}.weight", (config.vocab_size, config.embed_size)),
         "head/kernel": HfTensor(f"{head}.weight", (config.vocab_size, config.embed_size)),
@@ -107,9 +95,10 @@ def embedding_and_heads(config: DecoderConfig, embedding: str, head: str = "lm_h
     }
 
 
-def norms(width: int, ours_to_theirs: Mapping[str, str]) -> Tensors:
-    """Scales and biases of norms."""
-    return {path: row for ours, theirs in ours_to_theirs.items() for path, row in norm(ours, theirs, width).items()}
+def norms(width: int, names: Mapping[str, str]) -> Tensors:
+    """Scales and biases of norms, from {path: name in the files}."""
+    parts = [("scale", "weight"), ("bias", "bias")]
+    return {f"{path}/{a}": HfTensor(f"{name}.{b}", (width,)) for path, name in names.items() for a, b in parts}
 
 
 def layer_norms(config: DecoderConfig, attention: str, mlp: str, final: str) -> Tensors:
@@ -118,50 +107,49 @@ def layer_norms(config: DecoderConfig, attention: str, mlp: str, final: str) -> 
     return norms(config.hidden_size, names)
 
 
-def positions(config: DecoderConfig, theirs: str) -> Tensors:
-    return {"embed/positions": HfTensor(f"{theirs}.weight", (config.position_rows, config.hidden_size))}
+def positions(config: DecoderConfig, name: str) -> Tensors:
+    return {"embed/positions": HfTensor(f"{name}.weight", (config.position_rows, config.hidden_size))}
 
 
-def fused_linears(ours: Mapping[str, int], theirs: str, inputs: int, groups: int) -> Tensors:
-    """Linear layers that lie in one, a group of outputs after the other.
+def fused_linears(lengths: Mapping[str, int], name: str, inputs: int, groups: int) -> Tensors:
+    """Linear layers that the files have as one, one group of outputs after the other.
 
     Args:
-        ours: how many outputs each of ours has in a group, in the order of the file.
-        theirs: the layer that has them all.
-        inputs: of each of them.
-        groups: how often that order repeats along the outputs.
+        lengths: {path: number of its outputs in a group}, in the order of the file.
+        name: of the fused layer in the files.
+        inputs: number of inputs of each layer.
+        groups: number of repetitions of that order along the outputs.
     """
-    period = sum(ours.values())
+    period, offset = sum(lengths.values()), 0
     table: Tensors = {}
-    offset = 0
-    for path, length in ours.items():
-        whole = linear(path, theirs, inputs, groups * period)
-        table |= {name: tensor._replace(strip=Stripe(offset, length, period)) for name, tensor in whole.items()}
+    for path, length in lengths.items():
+        whole = linear(path, name, inputs, groups * period)
+        table |= {leaf: tensor._replace(strip=Stripe(offset, length, period)) for leaf, tensor in whole.items()}
         offset += length
     return table
 
 
 def conv1d(table: Tensors) -> Tensors:
-    """The same layers as GPT-2 has them: its weights are [in, out], as ours."""
+    """The same layers in the layout of GPT-2, whose weights are [in, out], as the parameters."""
     return {
         path: tensor._replace(shape=tensor.shape[::-1], transpose=False) if tensor.transpose else tensor
         for path, tensor in table.items()
     }
 
 
-def separate_attention(config: DecoderConfig, q: str, k: str, v: str, o: str) -> Tensors:
-    """The four projections of attention, each with a tensor of its own."""
+def separate_attention(config: DecoderConfig, name: str, o: str) -> Tensors:
+    """The four projections of attention as separate tensors: q_proj, k_proj, v_proj and `o` of module `name`."""
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return (
-        linear("layers/attention/q", q, config.hidden_size, queries)
-        | linear("layers/attention/k", k, config.hidden_size, keys)
-        | linear("layers/attention/v", v, config.hidden_size, keys)
-        | linear("layers/attention/o", o, queries, config.hidden_size)
+        linear("layers/attention/q", f"{name}.q_proj", config.hidden_size, queries)
+        | linear("layers/attention/k", f"{name}.k_proj", config.hidden_size, keys)
+        | linear("layers/attention/v", f"{name}.v_proj", config.hidden_size, keys)
+        | linear("layers/attention/o", f"{name}.{o}", queries, config.hidden_size)
     )
 
 
 def grouped_attention(config: DecoderConfig, qkv: str, o: str) -> Tensors:
-    """Queries, keys and values in one tensor, [K, G + 2, d]: behind the queries that share them, a key and a value."""
+    """Queries, keys and values in one tensor [K, G + 2, d]: the G queries that share a key and a value, then these."""
     d, shared_by = config.head_dim, config.num_heads // config.num_kv_heads
     group = {"layers/attention/q": shared_by * d, "layers/attention/k": d, "layers/attention/v": d}
     return fused_linears(group, qkv, config.hidden_size, config.num_kv_heads) | linear(

@@ -1,6 +1,7 @@
 """safetensors in and out: the host holds one device's shard at a time on the way in, one tensor on the way out.
 
-`files` maps a folder's files, `blocks` says where our elements lie in them, `reading` and `writing` are the directions.
+`files` maps a folder's files, `blocks` maps elements of parameters to elements of tensors in the files, and `reading`
+and `writing` are the two directions.
 """
 
 from rlhf_jax.models.safetensors_io.files import join_names, pickle_refusal, stored_dtype

@@ -1,4 +1,4 @@
-"""Where our elements lie in a checkpoint's tensors: the one place that reading and writing both ask."""
+"""The mapping between elements of parameters and elements of a checkpoint's tensors, for reading and writing."""
 
 from __future__ import annotations
 
@@ -13,52 +13,54 @@ Bounds = Sequence[tuple[int, int]]  # (start, stop) in each dimension
 
 
 def shard_bounds(index: Index, shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """The bounds of a shard, which jax gives as slices."""
+    """The bounds of a shard, which JAX gives as slices."""
     return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
 
 
 def num_spread(tensor: HfTensor) -> int:
-    """How many of our leading dimensions, layer and expert, are spread over tensors of the files."""
+    """The number of leading dimensions of a parameter, layer and expert, that are spread over tensors of the files."""
     return ("{i}" in tensor.name) + ("{j}" in tensor.name)
 
 
 def member_tensors(tensor: HfTensor, bounds: Bounds) -> Iterator[tuple[tuple[int, ...], str]]:
-    """For each tensor within the bounds of those leading dimensions, its index in them from 0, and its name."""
+    """For each tensor within the bounds of those leading dimensions, its index in them (from 0) and its name."""
     for index in np.ndindex(*(stop - start for start, stop in bounds)):
         number = [start + step for (start, _), step in zip(bounds, index, strict=True)]
         yield index, tensor.name.format(**dict(zip("ij", number, strict=False)))
 
 
-def in_our_order(file: np.ndarray, tensor: HfTensor) -> np.ndarray:
-    """A view of the file's tensor with its dimensions in our order."""
+def orient(file: np.ndarray, tensor: HfTensor) -> np.ndarray:
+    """A view of the file's tensor with its dimensions in the order of the parameter."""
     return file.swapaxes(-1, -2) if tensor.transpose else file
 
 
 def block_indices(tensor: HfTensor, bounds: Bounds) -> Iterator[tuple[Index, Index]]:
-    """Pairs of an index into ours, counted from the bounds, and the index of the same elements in the oriented tensor.
+    """Pairs of an index into the parameter, counted from the bounds, and the index of the same elements in the oriented
+    tensor.
 
-    What the bounds, of our dimensions behind the leading ones, enclose and no pair does is padding of the vocabulary.
+    The bounds are those of the dimensions after the leading ones. Elements within them that are in no pair are padding
+    of the vocabulary.
     """
     *outer, last = zip(bounds, _extent(tensor), strict=True)
-    ours, theirs = [], []
+    outer_to, outer_from = [], []
     for (start, stop), size in outer:
         stop = min(stop, size)
         if start >= stop:
             return
-        ours.append(slice(0, stop - start))
-        theirs.append(slice(start, stop))
+        outer_to.append(slice(0, stop - start))
+        outer_from.append(slice(start, stop))
     (start, stop), size = last
     at, stop = start, min(stop, size)
     while at < stop:
         there, length = _contiguous_run(tensor, at)
         length = min(length, stop - at)
         here = at - start
-        yield (*ours, slice(here, here + length)), (*theirs, slice(there, there + length))
+        yield (*outer_to, slice(here, here + length)), (*outer_from, slice(there, there + length))
         at += length
 
 
 def _extent(tensor: HfTensor) -> list[int]:
-    """The shape of that of a tensor which is ours, in our order."""
+    """The shape of the part of an oriented tensor that belongs to the parameter."""
     extent = list(tensor.shape)
     if tensor.transpose:
         extent[-1], extent[-2] = extent[-2], extent[-1]
@@ -68,7 +70,7 @@ def _extent(tensor: HfTensor) -> list[int]:
 
 
 def _contiguous_run(tensor: HfTensor, at: int) -> tuple[int, int]:
-    """Where the file has our index `at` of the last dimension, and how many from there on are neighbours in it too."""
+    """Index in the file of index `at` of the parameter's last dimension, and how many elements are contiguous there."""
     strip = tensor.strip
     if strip is None:
         return at, _extent(tensor)[-1] - at
@@ -83,7 +85,7 @@ def copy(to: np.ndarray, source: np.ndarray) -> None:
         ValueError: `to` is float16, and a number of `source` is beyond it.
     """
     if to.dtype == np.float16 and source.dtype not in (np.float16, np.float32):
-        source = source.astype(np.float32)  # whose cast says what is too large, that of bfloat16 does not
+        source = source.astype(np.float32)  # its cast to float16 reports overflow, that of bfloat16 does not
     try:
         with np.errstate(over="raise"):
             _copy(to, source)
@@ -97,9 +99,9 @@ def _copy(to: np.ndarray, source: np.ndarray) -> None:
         return
     if _is_transposed(to):
         to, source = to.swapaxes(-1, -2), source.swapaxes(-1, -2)
-    for start in range(0, to.shape[-1], 16):  # so few that the cache keeps their lines until those are full
+    for start in range(0, to.shape[-1], 16):  # few enough that their lines stay in the cache until they are full
         columns = slice(start, start + 16)
-        # The cast is by itself, as numpy's are fast along contiguous memory only.
+        # The cast is separate, as numpy casts fast only along contiguous memory.
         to[..., columns] = source[..., columns].astype(to.dtype, copy=False)
 
 

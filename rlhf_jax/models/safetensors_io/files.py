@@ -1,4 +1,4 @@
-"""The files of a folder, mapped rather than read: a part of a tensor goes from the page cache to where it belongs.
+"""The files of a folder, mapped instead of read: a part of a tensor goes from the page cache to its destination.
 
 https://huggingface.co/docs/safetensors/index#format has the format.
 """
@@ -17,14 +17,14 @@ import numpy as np
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NUMPY_DTYPES = {"F32": jnp.dtype("float32"), "F16": jnp.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
-_MAX_LISTED = 100  # names of one kind in a message, at most
+_MAX_LISTED = 100  # largest number of names of one kind in a message
 
 
 class Entry(NamedTuple):
     """A tensor in a mapped file."""
 
     file: mmap.mmap
-    dtype: str  # in the format's spelling
+    dtype: str  # as the format spells it
     shape: tuple[int, ...]
     start: int  # bytes from the beginning of the file
     stop: int
@@ -33,14 +33,14 @@ class Entry(NamedTuple):
         return np.ndarray(self.shape, NUMPY_DTYPES[self.dtype], self.file, self.start)
 
     def release(self) -> None:
-        """Give the pages back: those of a mapped file count as ours for as long as nobody else wants the memory."""
+        """Release the pages: those of a mapped file count towards this process until the system needs the memory."""
         start = self.start // mmap.PAGESIZE * mmap.PAGESIZE
         if self.stop > start:
             self.file.madvise(mmap.MADV_DONTNEED, start, self.stop - start)
 
 
 def pickle_refusal(source: str, what: str, destination: str) -> str:
-    """The message about a checkpoint that exists as a pickle only."""
+    """The message for a checkpoint that exists only as a pickle."""
     code = (
         f"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; s, d = '{source}', '{destination}'; "
         "M.from_pretrained(s).save_pretrained(d); T.from_pretrained(s).save_pretrained(d)"
@@ -55,9 +55,9 @@ def open_folder(folder: Path) -> dict[str, Entry]:
     """Every tensor of the folder by its name; where there are both a single file and an index, those of the former.
 
     Raises:
-        ValueError: no safetensors, a damaged file or index, a file that is not there, or a tensor that two files have.
+        ValueError: no safetensors, a damaged file or index, a missing file, or a tensor that two files have.
     """
-    if (folder / SINGLE).exists():  # first, as transformers does
+    if (folder / SINGLE).exists():  # first, as in transformers
         paths = [folder / SINGLE]
     elif (folder / INDEX).exists():
         try:
@@ -88,13 +88,13 @@ def open_folder(folder: Path) -> dict[str, Entry]:
 
 
 def stored_dtype(folder: Path) -> str:
-    """That of all tensors of the folder's files where they agree, else float32; ValueError as `open_folder`."""
+    """The dtype of all tensors of the folder's files where they agree, else float32; ValueError as `open_folder`."""
     dtypes = {entry.dtype for entry in open_folder(folder).values()}
     return str(NUMPY_DTYPES.get(dtypes.pop(), "float32")) if len(dtypes) == 1 else "float32"
 
 
 def join_names(names: Collection[str]) -> str:
-    """Sorted, as a message has them: a hundred at most."""
+    """The names sorted and joined for a message, at most a hundred of them."""
     more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
     return ", ".join(sorted(names)[:_MAX_LISTED]) + more
 
@@ -104,7 +104,7 @@ def _error_text(error: Exception) -> str:
 
 
 def _entries(file: mmap.mmap) -> dict[str, Entry]:
-    """The header, checked: what it says is within the file, so that reading can no more fail.
+    """The entries of the header, after checking that all of them are within the file, so that reading cannot fail.
 
     Raises:
         ValueError, KeyError, TypeError, AttributeError, RecursionError: the file is damaged.

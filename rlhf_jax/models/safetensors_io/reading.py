@@ -1,8 +1,7 @@
-"""safetensors -> parameters, each device's shard by itself."""
+"""safetensors -> parameters, one device's shard at a time."""
 
 from __future__ import annotations
 
-import functools
 import gc
 import math
 from collections import defaultdict
@@ -21,9 +20,9 @@ from rlhf_jax.models.safetensors_io.blocks import (
     Bounds,
     block_indices,
     copy,
-    in_our_order,
     member_tensors,
     num_spread,
+    orient,
     shard_bounds,
 )
 from rlhf_jax.models.safetensors_io.files import NUMPY_DTYPES, Entry, join_names, open_folder
@@ -43,15 +42,16 @@ def read_params(
     kind: str | None = None,
     serving: Layout | None = None,
 ) -> dict[str, jax.Array | Quantised | Unstacked]:
-    """Parameters from a folder's safetensors; beyond them, the host holds one shard of one of them at a time.
+    """Parameters from a folder's safetensors; besides them, the host holds one shard of one parameter at a time.
 
     Args:
         folder: holds model.safetensors, or model.safetensors.index.json and its files.
-        leaves: {path: shape and logical axes}; the result has these paths, but for optional ones that the files lack.
-        checkpoint: what the files hold of them, and what else they may.
-        layout: where each parameter lies on the devices.
+        leaves: {path: shape and logical axes}; the result has these paths, except optional ones that the files lack.
+        checkpoint: the tensors that the files hold, and others that they may hold.
+        layout: sharding of the parameters.
         dtype: of the result; the files may be float32, float16 or bfloat16.
-        serving: where what both phases share lies, kernels as an array for each layer; None: nothing is shared.
+        serving: sharding of the parameters that both phases share, with one array per layer for kernels; None: nothing
+            is shared.
         kind: "int8" or "nf4": quantise the kernels of the layers' linears, each layer as soon as it is on the devices.
     Raises:
         ValueError: no safetensors in the folder, a damaged file, a dimension that the layout does not split evenly or
@@ -91,12 +91,17 @@ def read_params(
     layouts_of = {path: serving if serving and is_shareable(path) else layout for path in leaves}
     _check_even(leaves, layouts_of)
     found = {name: files[find(name)] for path, leaf in leaves.items() for name in _names(leaf, tensors[path])}
-    read = functools.partial(_read_parameter, dtype=jnp.dtype(dtype))
-    read_kernel = functools.partial(_read_per_layer, dtype=jnp.dtype(dtype)) if serving else read
-    if kind:
-        read_kernel = functools.partial(_read_quantised, kind=kind)
-    readers = {path: read_kernel if is_quantisable(path) else read for path in leaves}
-    return {path: readers[path](found, leaf, tensors[path], layouts_of[path]) for path, leaf in leaves.items()}
+
+    def read(path: str, leaf: Leaf) -> jax.Array | Quantised | Unstacked:
+        source = found, leaf, tensors[path], layouts_of[path]
+        if kind and is_quantisable(path):
+            layers = _layers(*source, np.dtype(np.float32))
+            return quantise_layers(layers, leaf.shape, leaf.axes, kind, layouts_of[path])
+        if serving and is_quantisable(path):
+            return Unstacked(tuple(_layers(*source, jnp.dtype(dtype))))
+        return _read_parameter(*source, jnp.dtype(dtype))
+
+    return {path: read(path, leaf) for path, leaf in leaves.items()}
 
 
 def _names(leaf: Leaf, tensor: HfTensor) -> list[str]:
@@ -104,7 +109,7 @@ def _names(leaf: Leaf, tensor: HfTensor) -> list[str]:
 
 
 def _equal_tensors(one: Entry, other: Entry) -> bool:
-    """Whether two tensors hold the same numbers, some rows at a time."""
+    """Whether two tensors hold the same numbers, compared `size` rows at a time."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     size = 1 << 14
@@ -126,15 +131,6 @@ def _check_even(leaves: Mapping[str, Leaf], layouts: Mapping[str, Layout]) -> No
         raise ValueError(f"the mesh does not split these evenly, choose a smaller one: {', '.join(uneven)}")
 
 
-def _read_quantised(files, leaf: Leaf, tensor: HfTensor, layout: Layout, kind: str) -> Quantised:
-    layers = _layers(files, leaf, tensor, layout, np.dtype(np.float32))
-    return quantise_layers(layers, leaf.shape, leaf.axes, kind, layout)
-
-
-def _read_per_layer(files, leaf: Leaf, tensor: HfTensor, layout: Layout, dtype: np.dtype) -> Unstacked:
-    return Unstacked(tuple(_layers(files, leaf, tensor, layout, dtype)))
-
-
 def _layers(files, leaf: Leaf, tensor: HfTensor, layout: Layout, dtype: np.dtype) -> Iterator[jax.Array]:
     layer = Leaf(leaf.shape[1:], leaf.axes[1:])
     return (_read_parameter(files, layer, tensor, layout, dtype, (i,)) for i in range(leaf.shape[0]))
@@ -143,7 +139,7 @@ def _layers(files, leaf: Leaf, tensor: HfTensor, layout: Layout, dtype: np.dtype
 def _read_parameter(
     files: Mapping[str, Entry], leaf: Leaf, tensor: HfTensor, layout: Layout, dtype: np.dtype, at: tuple[int, ...] = ()
 ) -> jax.Array:
-    """A parameter, or what of it lies `at` an index of its leading dimensions, which the leaf is without."""
+    """A parameter, or the part of it `at` an index of its leading dimensions, which `leaf` lacks."""
     sharding = layout.sharding(leaf.axes)
     replicas = defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
@@ -153,24 +149,24 @@ def _read_parameter(
         shard = _shard(files, tensor, (*((i, i + 1) for i in at), *bounds), dtype)[(0,) * len(at)]
         arrays += jax.block_until_ready([jax.device_put(shard, device) for device in devices])
         del shard
-        gc.collect(0)  # jax lets go of what it was given in a collection only, and the next shard is as large
+        gc.collect(0)  # JAX frees its inputs only in a collection, and the next shard is as large
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
 
 def _shard(files: Mapping[str, Entry], tensor: HfTensor, bounds: Bounds, dtype: np.dtype) -> np.ndarray:
-    """What lies within the bounds of a parameter."""
+    """The part of a parameter within the bounds."""
     shard = _zeros([stop - start for start, stop in bounds], dtype)
     leading = num_spread(tensor)
     for index, name in member_tensors(tensor, bounds[:leading]):
-        ours, theirs = shard[(*index, ...)], in_our_order(files[name].array(), tensor)
+        part, file = shard[(*index, ...)], orient(files[name].array(), tensor)
         for here, there in block_indices(tensor, bounds[leading:]):
-            copy(ours[here], theirs[there])
+            copy(part[here], file[there])
         files[name].release()
     return shard
 
 
 def _zeros(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Where the device is the host, an array of this alignment becomes the device's as it is; others are copied."""
+    """An aligned array of zeros: where the device is the host, JAX uses such an array as it is, and copies others."""
     memory = np.zeros(math.prod(shape) * dtype.itemsize + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : memory.size - _ALIGNMENT + start].view(dtype).reshape(shape)

@@ -21,30 +21,23 @@ from rlhf_jax.models.quantised import Quantised, dequantise
 from rlhf_jax.models.safetensors_io.blocks import (
     block_indices,
     copy,
-    in_our_order,
     member_tensors,
     num_spread,
+    orient,
     shard_bounds,
 )
 from rlhf_jax.models.safetensors_io.files import INDEX, NUMPY_DTYPES, SINGLE
 from rlhf_jax.models.unstacked import Unstacked
 
-MAX_FILE_BYTES = 5 * 10**9  # what transformers and the hub call a shard
-
-
-class _Source(NamedTuple):
-    """One of ours that a tensor of the file is made of."""
-
-    path: str
-    lead: tuple[int, ...]  # its layer and expert
+MAX_FILE_BYTES = 5 * 10**9  # the size that transformers and the hub call a shard
 
 
 class _FileTensor(NamedTuple):
-    """A tensor that is going to be written."""
+    """A tensor to be written."""
 
     name: str
     shape: tuple[int, ...]
-    sources: list[_Source]  # several where it is fused
+    sources: list[tuple[str, tuple[int, ...]]]  # (path, its layer and expert); several where the tensor is fused
 
 
 def write_params(
@@ -61,36 +54,33 @@ def write_params(
     Args:
         folder: an existing folder.
         params: {path: array}, sharded or not, every shard reachable from this process; quantised kernels are written
-            dense, exactly what they stand for, one matrix at a time.
-        tensors: {path: where it lies in the files}; what is not in `params` is left out.
+            dense, with exactly the values that they represent, one matrix at a time.
+        tensors: {path: its tensor in the files}; entries that are not in `params` are left out.
         dtype: of the files, "float32", "float16" or "bfloat16".
-        lora: of the adapters among the params, which are merged, a layer of a shard at a time, and rounded once.
-        max_bytes: tensors of one file, at most; a larger tensor has a file to itself.
+        lora: of the adapters among the params, which are merged, one layer of a shard at a time, and rounded once.
+        max_bytes: largest size of the tensors of one file; a larger tensor has its own file.
     """
-    itemsize = jnp.dtype(dtype).itemsize
     groups: list[list[_FileTensor]] = [[]]
-    room = max_bytes
+    room, total = max_bytes, 0
     for slot in _file_tensors(params, tensors):
-        nbytes = math.prod(slot.shape) * itemsize
+        nbytes = math.prod(slot.shape) * jnp.dtype(dtype).itemsize
         if groups[-1] and nbytes > room:
             groups.append([])
             room = max_bytes
         groups[-1].append(slot)
-        room -= nbytes
-    if len(groups) == 1:
-        _write_file(folder / SINGLE, groups[0], params, tensors, jnp.dtype(dtype), lora)
-        return
+        room, total = room - nbytes, total + nbytes
     weight_map = {}
     for number, group in enumerate(groups, start=1):
-        name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        name = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else SINGLE
         _write_file(folder / name, group, params, tensors, jnp.dtype(dtype), lora)
         weight_map |= {slot.name: name for slot in group}
-    total = sum(math.prod(slot.shape) * itemsize for group in groups for slot in group)
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2))
 
 
 def _file_tensors(params: Mapping[str, jax.Array], tensors: Mapping[str, HfTensor]) -> list[_FileTensor]:
-    """Unstacked tensors first, then layer by layer: the order in which a reader of the model wants them."""
+    """Tensors outside the layers first, then layer by layer: the order in which the model is read."""
     slots: dict[str, _FileTensor] = {}
     for path, tensor in tensors.items():
         if path in params:
@@ -98,13 +88,13 @@ def _file_tensors(params: Mapping[str, jax.Array], tensors: Mapping[str, HfTenso
             for lead, name in member_tensors(tensor, bounds):
                 slot = slots.setdefault(name, _FileTensor(name, tensor.shape, []))
                 assert slot.shape == tensor.shape, (path, slot)
-                slot.sources.append(_Source(path, lead))
-    return sorted(slots.values(), key=lambda slot: slot.sources[0].lead[:1])
+                slot.sources.append((path, lead))
+    return sorted(slots.values(), key=lambda slot: slot.sources[0][1][:1])
 
 
 def _write_file(path: Path, slots: Sequence[_FileTensor], params, tensors, dtype: np.dtype, lora: LoraConfig) -> None:
-    code = {theirs: ours for ours, theirs in NUMPY_DTYPES.items()}[dtype]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that do not say so
+    code = next(code for code, numpy_dtype in NUMPY_DTYPES.items() if numpy_dtype == dtype)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers rejects files without it
     offset = 0
     for slot in slots:
         end = offset + math.prod(slot.shape) * dtype.itemsize
@@ -119,30 +109,29 @@ def _write_file(path: Path, slots: Sequence[_FileTensor], params, tensors, dtype
 
 
 def _assemble(slot: _FileTensor, params: Mapping[str, jax.Array], tensors, dtype, lora: LoraConfig) -> np.ndarray:
-    """A tensor as it is in the file, from the shards of all that it is made of."""
+    """A tensor of the file, from the shards of all its parameters."""
     whole, filled = np.empty(slot.shape, dtype), 0
     for path, lead in slot.sources:
         tensor, param = tensors[path], params[path]
-        theirs = in_our_order(whole, tensor)
+        file = orient(whole, tensor)
         adapter = [params.get(path.removesuffix("kernel") + name) for name in ("lora_a", "lora_b")]
         arrays = [param] if adapter[0] is None else [param, *adapter]
         if isinstance(param, Unstacked):
-            param, lead = _dense([array[lead[0]] for array in arrays], lead[1:], lora), ()
-            arrays = [param]
-        elif isinstance(param, Quantised):
-            param, lead = _dense(arrays, lead, lora), ()
+            arrays, lead = [array[lead[0]] for array in arrays], lead[1:]
+        if isinstance(param, Unstacked | Quantised):
+            param, lead = _matrix(arrays, lead, lora), ()
             arrays = [param]
         distinct = {shard_bounds(shard.index, param.shape): shard.device for shard in param.addressable_shards}
         for bounds, device in distinct.items():
             leading, inner = bounds[: len(lead)], bounds[len(lead) :]
             if all(start <= number < stop for number, (start, stop) in zip(lead, leading, strict=True)):
                 index = [number - start for number, (start, _) in zip(lead, leading, strict=True)]
-                ours = _fetch([_on_device(device, array) for array in arrays], index, lora)
+                part = _fetch([_on_device(device, array) for array in arrays], index, lora)
                 for here, there in block_indices(tensor, inner):
-                    copy(theirs[there], ours[here])
-                    filled += ours[here].size
-                del ours
-                gc.collect(0)  # jax lets go of what numpy has seen in a collection only
+                    copy(file[there], part[here])
+                    filled += part[here].size
+                del part
+                gc.collect(0)  # JAX frees arrays that numpy has viewed only in a collection
     assert filled == whole.size, f"the table fills {filled} of the {whole.size} elements of {slot.name}"
     return whole
 
@@ -152,29 +141,23 @@ def _on_device(device: jax.Device, array: jax.Array) -> jax.Array:
 
 
 def _fetch(arrays: list[jax.Array], index: list[int], lora: LoraConfig) -> np.ndarray:
-    """One layer (and expert) of a kernel's shard, and of its adapter's where there is one, which lie on one device."""
+    """One layer (and expert) of a kernel's shard, merged with its adapter's shards, if any, on the same device."""
     if len(arrays) == 1 and arrays[0].device.platform == "cpu":
         return np.asarray(arrays[0])[tuple(index)]  # a view of the device's own memory
-    return np.asarray(_copy_item(arrays, index, lora))
+    return np.asarray(_matrix(arrays, index, lora))
 
 
 @functools.partial(jax.jit, static_argnames="lora")
-def _dense(arrays: list, lead: tuple[jax.Array, ...], lora: LoraConfig) -> jax.Array:
-    """One matrix of a kernel in float32, with its adapter where there is one, split as the kernel is."""
-    for number in lead:
-        take = functools.partial(jax.lax.dynamic_index_in_dim, index=number, keepdims=False)
-        arrays = jax.tree.map(take, arrays)
-    dense = dequantise(arrays[0], jnp.float32)
-    return dense if len(arrays) == 1 else merge_kernel(dense, *arrays[1:], lora.scale)
+def _matrix(arrays: list, index: Sequence[jax.Array], lora: LoraConfig) -> jax.Array:
+    """One layer (and expert) of a kernel, dense, merged with its adapter, if any, and split as the kernel is.
 
-
-@functools.partial(jax.jit, static_argnames="lora")
-def _copy_item(arrays: list[jax.Array], index: list[jax.Array], lora: LoraConfig) -> jax.Array:
-    """A copy, as what numpy is given of an array itself would stay on the host for as long as the array lives.
-
-    The index is traced, so that each shape is compiled once. Each device has those parts of A and B whose product is
-    its part of the kernel, so that nothing is sent.
+    It is a copy, as numpy's view of an array itself would stay on the host for the lifetime of the array. The index is
+    traced, so that each shape is compiled once. Each device has those parts of A and B whose product is its part of the
+    kernel, so nothing is sent.
     """
     for number in index:
-        arrays = [jax.lax.dynamic_index_in_dim(array, number, keepdims=False) for array in arrays]
-    return jnp.copy(arrays[0]) if len(arrays) == 1 else merge_kernel(*arrays, lora.scale)
+        arrays = jax.tree.map(lambda array, at=number: jax.lax.dynamic_index_in_dim(array, at, keepdims=False), arrays)
+    kernel, *adapter = arrays
+    if isinstance(kernel, Quantised):
+        kernel = dequantise(kernel, jnp.float32)
+    return merge_kernel(kernel, *adapter, lora.scale) if adapter else jnp.copy(kernel)

@@ -1,4 +1,4 @@
-"""How the next token is drawn: settings, their checks, and pure functions of logits.
+"""How the next token is sampled: settings, their checks, and pure functions of logits.
 
 B rows, V padded vocabulary.
 """
@@ -14,63 +14,60 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How the next token is drawn: in the order of transformers, first what penalises and forbids, then what tempers,
-    then the cuts by top-k, top-p and min-p, each of what the one before left."""
+    """How the next token is sampled, in the order of transformers: penalties and forbidden tokens, then temperature,
+    then top-k, top-p and min-p, each applied to the tokens that the one before kept."""
 
-    max_new_tokens: int = 256  # tokens of an answer, at most
+    max_new_tokens: int = 256  # largest number of tokens of an answer
     temperature: float = 1.0  # 0: greedy
-    top_k: int = 0  # draw among the k likeliest; 0: all
-    top_p: float = 1.0  # draw among the likeliest whose probabilities first sum to p
-    min_p: float = 0.0  # draw among those at least p times as likely as the likeliest; 0: all
+    top_k: int = 0  # sample among the k most likely tokens; 0: all
+    top_p: float = 1.0  # sample among the most likely tokens whose probabilities first sum to p
+    min_p: float = 0.0  # sample among tokens at least p times as likely as the most likely one; 0: all
     repetition_penalty: float = 1.0  # logits of tokens of the prompt and the answer are divided by it where positive
-    min_new_tokens: int = 0  # tokens before which no EOS is drawn
-    num_samples: int = 1  # answers to each prompt
+    min_new_tokens: int = 0  # number of tokens before which no EOS is sampled
+    num_samples: int = 1  # answers per prompt
 
 
 def check_sample(sample: SampleConfig) -> None:
-    """Raise ValueError for settings that name no distribution."""
-    if sample.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={sample.max_new_tokens}: at least 1")
-    if sample.temperature < 0:
-        raise ValueError(f"temperature={sample.temperature}: at least 0, and 0 is greedy")
-    if sample.top_k < 0:
-        raise ValueError(f"top_k={sample.top_k}: at least 0, and 0 keeps every token")
-    if not 0 < sample.top_p <= 1:
-        raise ValueError(f"top_p={sample.top_p}: above 0 and at most 1, and 1 keeps every token")
-    if not 0 <= sample.min_p <= 1:
-        raise ValueError(f"min_p={sample.min_p}: from 0 to 1, and 0 keeps every token")
-    if not sample.repetition_penalty > 0:
-        raise ValueError(f"repetition_penalty={sample.repetition_penalty}: above 0, and 1 penalises nothing")
-    if not 0 <= sample.min_new_tokens <= sample.max_new_tokens:
-        raise ValueError(
-            f"min_new_tokens={sample.min_new_tokens}: from 0 to max_new_tokens={sample.max_new_tokens}, and 0 forbids "
-            "no EOS"
-        )
-    if sample.num_samples < 1:
-        raise ValueError(f"num_samples={sample.num_samples}: at least 1")
+    """Raise ValueError for settings that define no distribution."""
+    s, most = sample, f"max_new_tokens={sample.max_new_tokens}"
+    _check_all(
+        (s.max_new_tokens >= 1, f"{most}: at least 1"),
+        (s.temperature >= 0, f"temperature={s.temperature}: at least 0, and 0 is greedy"),
+        (s.top_k >= 0, f"top_k={s.top_k}: at least 0, and 0 keeps every token"),
+        (0 < s.top_p <= 1, f"top_p={s.top_p}: above 0 and at most 1, and 1 keeps every token"),
+        (0 <= s.min_p <= 1, f"min_p={s.min_p}: from 0 to 1, and 0 keeps every token"),
+        (s.repetition_penalty > 0, f"repetition_penalty={s.repetition_penalty}: above 0, and 1 penalises nothing"),
+        (
+            0 <= s.min_new_tokens <= s.max_new_tokens,
+            f"min_new_tokens={s.min_new_tokens}: from 0 to {most}, and 0 forbids no EOS",
+        ),
+        (s.num_samples >= 1, f"num_samples={s.num_samples}: at least 1"),
+    )
 
 
 def check_learnable(sample: SampleConfig) -> None:
-    """Raise ValueError unless policy gradients can be taken of what is sampled: the whole distribution, not greedy."""
+    """Raise ValueError unless policy gradients can be taken of the samples: the whole distribution, not greedy."""
     check_sample(sample)
-    if sample.temperature == 0:
-        raise ValueError(
-            "sample.temperature=0: a greedy policy has no probability ratios to learn from; set it above 0"
-        )
-    if sample.top_k or sample.top_p < 1:
-        raise ValueError("sample.top_k, sample.top_p: probability ratios are of all tokens; set top_k=0 and top_p=1.0")
-    if sample.min_p:
-        raise ValueError("sample.min_p: probability ratios are of all tokens; set min_p=0.0")
-    if sample.repetition_penalty != 1:
-        raise ValueError(
-            "sample.repetition_penalty: probability ratios are of the model's own logits; set repetition_penalty=1.0"
-        )
-    if sample.min_new_tokens:
-        raise ValueError("sample.min_new_tokens: probability ratios are of all tokens, EOS too; set min_new_tokens=0")
+    own, every = "probability ratios are of the model's own logits", "probability ratios are of all tokens"
+    greedy = "a greedy policy has no probability ratios to learn from"
+    _check_all(
+        (sample.temperature > 0, f"sample.temperature=0: {greedy}; set it above 0"),
+        (not sample.top_k and sample.top_p == 1, f"sample.top_k, sample.top_p: {every}; set top_k=0 and top_p=1.0"),
+        (not sample.min_p, f"sample.min_p: {every}; set min_p=0.0"),
+        (sample.repetition_penalty == 1, f"sample.repetition_penalty: {own}; set repetition_penalty=1.0"),
+        (not sample.min_new_tokens, f"sample.min_new_tokens: {every}, EOS too; set min_new_tokens=0"),
+    )
+
+
+def _check_all(*checks: tuple[bool, str]) -> None:
+    """Raise ValueError with the message of the first of (condition, message) that is false."""
+    for holds, message in checks:
+        if not holds:
+            raise ValueError(message)
 
 
 def is_model_distribution(sample: SampleConfig) -> bool:
-    """Whether `logprobs` are of the model's own distribution already."""
+    """Whether `logprobs` are already those of the model's own distribution."""
     plain = SampleConfig(sample.max_new_tokens, 1.0, num_samples=sample.num_samples)
     return dataclasses.replace(sample, temperature=sample.temperature or 1.0) == plain
 
@@ -80,7 +77,7 @@ def is_eos(tokens: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
 
 
 def seen_ids(tokens: jax.Array, mask: jax.Array, vocab: int) -> jax.Array:
-    """[B, V] bool: which ids stand in [B, T] tokens where the mask is true."""
+    """[B, V] bool: the ids that occur in tokens [B, T] where the mask is true."""
     rows = jnp.arange(len(tokens))[:, None]
     return jnp.zeros((len(tokens), vocab), bool).at[rows, jnp.where(mask, tokens, vocab)].set(True, mode="drop")
 
@@ -88,12 +85,12 @@ def seen_ids(tokens: jax.Array, mask: jax.Array, vocab: int) -> jax.Array:
 def penalise_logits(
     logits: jax.Array, sample: SampleConfig, seen: jax.Array | None, drawn: jax.Array, eos_ids: tuple[int, ...]
 ) -> jax.Array:
-    """[B, V] -> [B, V]: repetition penalty (Keskar et al. 2019, eq. 1, negative logits multiplied), then no EOS early.
+    """[B, V] -> [B, V]: repetition penalty (Keskar et al. 2019, eq. 1, negative logits multiplied), then -inf for an
+    early EOS.
 
     Args:
-        seen: [B, V] bool, ids of the prompt (without its padding) and of the answer so far; read only if there is a
-            penalty.
-        drawn: [B] int32, tokens of the answer so far.
+        seen: [B, V] bool, ids of the prompt (without its padding) and of the answer so far; used only with a penalty.
+        drawn: [B] int32, number of tokens of the answer so far.
     """
     if sample.repetition_penalty != 1:
         penalty = sample.repetition_penalty
@@ -105,8 +102,8 @@ def penalise_logits(
 
 
 def truncate_logits(logits: jax.Array, sample: SampleConfig) -> jax.Array:
-    """[B, V] -> [B, V]: tempered, then -inf outside the top k, outside the nucleus (Holtzman et al. 2020), and below
-    min-p times the likeliest (Nguyen et al. 2024)."""
+    """[B, V] -> [B, V]: divided by the temperature, then -inf outside the top k, outside the nucleus (Holtzman et al.
+    2020), and below min-p times the most likely token (Nguyen et al. 2024)."""
     logits = logits / sample.temperature
     if 0 < sample.top_k < logits.shape[-1]:
         kth = jax.lax.top_k(logits, sample.top_k)[0][:, -1:]
@@ -114,7 +111,7 @@ def truncate_logits(logits: jax.Array, sample: SampleConfig) -> jax.Array:
     if sample.top_p < 1:
         ranked = jnp.sort(logits, axis=-1, descending=True)
         probabilities = jax.nn.softmax(ranked, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of all that are likelier
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of all more likely tokens
         least = jnp.where(before < sample.top_p, ranked, jnp.inf).min(axis=-1, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     if sample.min_p:

@@ -15,10 +15,10 @@ import numpy as np
 
 from rlhf_jax.data.chat_template import encode_prompt, prepare_tokenizer
 from rlhf_jax.data.splits import Turns
-from rlhf_jax.decode import bucket_length, prefill
+from rlhf_jax.decode import NewTokens, bucket_length, decode_step, prefill
 from rlhf_jax.hardware import RUN_OPTIONS
 from rlhf_jax.mesh import GENERATE, Layout
-from rlhf_jax.models.inference import Cache, Inference, Weights, forward, inference_logits
+from rlhf_jax.models.inference import Inference
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained
 from rlhf_jax.rollout import eos_ids, make_publish
 from rlhf_jax.sampling import SampleConfig, check_sample, draw, penalise_logits
@@ -28,9 +28,9 @@ HELP = "/clear forgets the dialogue, /quit leaves"
 
 
 def chat(folder: str, sample: SampleConfig, seed: int, dtype: str = "float32", adapter: str | None = None) -> None:
-    """Read questions from stdin until /quit or end of file, and print the model's answers as they come.
+    """Read questions from stdin until /quit or end of file, and print the model's answers while they are sampled.
 
-    `adapter` is a PEFT folder, kept beside the model and not merged; `dtype` is as in `from_pretrained`.
+    `adapter` is a PEFT folder, kept separate from the model and not merged; `dtype` is as in `from_pretrained`.
     """
     check_sample(sample)
     if not (Path(folder) / "config.json").exists() and Path(folder).is_dir():
@@ -55,7 +55,7 @@ def chat(folder: str, sample: SampleConfig, seed: int, dtype: str = "float32", a
             continue
         try:
             turns = speaker.trim_history((*turns, ("user", said)))
-        except ValueError as error:  # this message is to blame, not the conversation
+        except ValueError as error:  # caused by this message alone: the conversation continues
             print(f"({error})", flush=True)
             continue
         key, now = jax.random.split(key)
@@ -71,7 +71,7 @@ def chat(folder: str, sample: SampleConfig, seed: int, dtype: str = "float32", a
 
 
 def read_questions() -> Iterator[str]:
-    """What the user types, line by line, until /quit or end of file."""
+    """The lines that the user types, until /quit or end of file."""
     while True:
         if sys.stdin.isatty():
             print("> ", end="", flush=True)
@@ -79,7 +79,7 @@ def read_questions() -> Iterator[str]:
         if not line or line.strip() == "/quit":
             return
         if line.strip():
-            # A terminal that is not UTF-8 gives surrogates, which no tokenizer takes.
+            # A terminal that is not UTF-8 gives surrogates, which no tokenizer accepts.
             yield line.strip().encode("utf-8", "replace").decode()
 
 
@@ -87,12 +87,16 @@ class ChatModel:
     """A published model that answers one conversation at a time; lengths are bucketed, so few are compiled."""
 
     def __init__(self, model: Pretrained, sample: SampleConfig):
-        """ValueError for a model without a tokenizer or EOS, or several samples; cut where the positions are few."""
+        """Publish the model; `max_new_tokens` is cut to half of its positions.
+
+        Raises:
+            ValueError: a model without a tokenizer or EOS, or several samples.
+        """
         if sample.num_samples != 1:
             raise ValueError(f"num_samples={sample.num_samples}: a conversation goes on from one answer; set 1")
         if model.tokenizer is None:
             raise ValueError("the folder has no tokenizer: save one into it (tokenizer.save_pretrained)")
-        # At least half of the positions are for the dialogue.
+        # At least half of the positions are left for the dialogue.
         longest = max(1, min(sample.max_new_tokens, model.config.max_positions // 2))
         least = min(sample.min_new_tokens, longest)
         self.sample = dataclasses.replace(sample, max_new_tokens=longest, min_new_tokens=least)
@@ -103,7 +107,11 @@ class ChatModel:
         self.weights = make_publish(model.config, mesh, dtype)(model.params)
 
     def trim_history(self, turns: Turns) -> Turns:
-        """The dialogue without its oldest exchanges, where all of it does not fit the model's positions; says so."""
+        """The dialogue without its oldest exchanges if all of it does not fit the model's positions, which is logged.
+
+        Raises:
+            ValueError: the last message alone does not fit.
+        """
         room, dropped = self.model.config.max_positions - self.sample.max_new_tokens, 0
         while len(encode_prompt(self.tokenizer, turns)) > room and len(turns) > 1:
             turns, dropped = turns[2:], dropped + 1
@@ -118,37 +126,34 @@ class ChatModel:
         return turns
 
     def answer(self, turns: Turns, key: jax.Array) -> Iterator[str]:
-        """The answer in pieces, as soon as each is decodable text."""
+        """The answer in pieces, each as soon as it is decodable text."""
         ids = encode_prompt(self.tokenizer, turns)
         width = bucket_length(len(ids))
         tokens = np.zeros((1, width), np.int32)
         tokens[0, width - len(ids) :] = ids
         mask = np.arange(width)[None] >= width - len(ids)
-        logits, cache = prefill_dialogue(self.model, self.sample.max_new_tokens, self.weights, tokens, mask)
+        logits, cache = _prefill(self.model, self.weights, tokens, mask, self.sample.max_new_tokens)
         seen = np.zeros((1, self.model.config.padded_vocab), bool)
         seen[0, ids] = True
-        said: list[int] = []
-        shown = ""
+        answer: list[int] = []
+        shown, real = "", np.ones(1, bool)
         for t in range(self.sample.max_new_tokens):
-            restraints = seen, np.array([t], np.int32)
-            token, _ = sample_next(self.sample, self.eos, logits, *restraints, jax.random.fold_in(key, t)[None])
-            said.append(int(token[0]))
-            seen[0, said[-1]] = True
-            if said[-1] in self.eos:
+            drawn = np.array([t], np.int32)
+            token, _ = sample_next(self.sample, self.eos, logits, seen, drawn, jax.random.fold_in(key, t)[None])
+            answer.append(int(token[0]))
+            seen[0, answer[-1]] = True
+            if answer[-1] in self.eos:
                 break
-            text = self.tokenizer.decode(said, skip_special_tokens=True).lstrip()
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character of several bytes
+            text = self.tokenizer.decode(answer, skip_special_tokens=True).lstrip()
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # part of a character of several bytes
                 yield text[len(shown) :]
                 shown = text
-            where = jnp.int32(len(ids) + t), jnp.int32(width + t)
-            logits, cache = decode_token(self.model, self.weights, token, cache, *where)
+            new = NewTokens(token, real, len(ids) + drawn)
+            logits, cache = _decode(self.model, self.weights, new, cache, jnp.int32(width + t))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=RUN_OPTIONS)
-def prefill_dialogue(
-    model: Inference, new_tokens: int, weights: Weights, tokens: jax.Array, mask: jax.Array
-) -> tuple[jax.Array, Cache]:
-    return prefill(model, weights, tokens, mask, new_tokens)
+_prefill = jax.jit(prefill, static_argnums=(0, 4), compiler_options=RUN_OPTIONS)
+_decode = jax.jit(decode_step, static_argnums=0, donate_argnames="cache", compiler_options=RUN_OPTIONS)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -156,13 +161,3 @@ def sample_next(
     sample: SampleConfig, eos: tuple[int, ...], logits: jax.Array, seen: jax.Array, drawn: jax.Array, keys: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     return draw(penalise_logits(logits, sample, seen, drawn, eos), keys, sample)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnames="cache", compiler_options=RUN_OPTIONS)
-def decode_token(
-    model: Inference, weights: Weights, token: jax.Array, cache: Cache, position: jax.Array, index: jax.Array
-) -> tuple[jax.Array, Cache]:
-    """Logits [1, V] after one more token [1], which stands at `position` of the text and `index` of the cache."""
-    ones = jnp.ones((1, 1), bool)
-    hidden, cache = forward(model, weights, token[:, None], ones, position[None, None], cache, index)
-    return inference_logits(model.config, weights, hidden[:, -1]), cache

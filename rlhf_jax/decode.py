@@ -1,7 +1,7 @@
-"""Prefill and decoding with a KV cache, sampling inside one compiled loop; by GENERATE.
+"""Prefill and decoding with a KV cache, sampling inside one compiled loop; arrays are sharded by GENERATE.
 
-`generate` answers all prompts at once; `generate_slots` answers them in fewer rows, each of which takes the next prompt
-when its answer ends.
+`generate` answers all prompts at once; `generate_slots` answers them in a smaller number of rows, each of which takes
+the next prompt when its answer ends.
 
 B rows, M prompts, P prompt positions, N new tokens, V padded vocabulary.
 """
@@ -22,12 +22,12 @@ from rlhf_jax.sampling import SampleConfig, draw, is_eos, is_model_distribution,
 from rlhf_jax.trees import record
 
 MIN_BUCKET = 32
-ROWS_PER_REFILL = 16  # rows per prompt of a refill: few rows wait, and weights are not read for one prompt alone
+ROWS_PER_REFILL = 16  # rows per prompt of a refill: few rows are idle, and weights are not read for a single prompt
 
 
 @record
 class Rollout:
-    """Prompts and the answers sampled to them; the samples of one prompt stand in a row, one after the other.
+    """Prompts and the answers sampled to them; the samples of one prompt are adjacent rows.
 
     Attributes:
         prompts: [B, P] int32, left-padded.
@@ -35,10 +35,10 @@ class Rollout:
         tokens: [B, N] int32, 0 after the end of an answer.
         mask: [B, N] bool, true up to and including EOS.
         logprobs: [B, N] float32, of the distribution that was sampled from (penalised, tempered, cut); when greedy, of
-            the distribution whose likeliest token was taken.
-        ended: [B] bool, true where the answer ended by EOS, false where it was cut at N.
+            the distribution whose most likely token was chosen.
+        ended: [B] bool, true where the answer ended with EOS, false where it was cut at N.
         model_logprobs: [B, N] float32, of the model's own distribution: not penalised, tempered or cut.
-        steps: [B] int32, decode steps that the program had made when this answer ended; the largest is all it made.
+        steps: [B] int32, decode steps that the program had made when this answer ended; the maximum is their total.
     """
 
     prompts: jax.Array
@@ -53,7 +53,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How prompts are answered: by which model, how tokens are drawn, and which of them end an answer."""
+    """How prompts are answered: the model, how tokens are sampled, and the ids that end an answer."""
 
     model: Inference
     sample: SampleConfig
@@ -72,16 +72,16 @@ def prefill(
 
 @record
 class DecodeState:
-    """The answers that B rows are drawing.
+    """The answers that B rows are sampling.
 
     Attributes:
-        index: [B] int32, which prompt each row answers; M: none.
-        sizes: [B] int32, tokens of that prompt.
-        drawn: [B] int32, tokens of the answer so far.
+        index: [B] int32, the prompt that each row answers; M: none.
+        sizes: [B] int32, number of tokens of that prompt.
+        drawn: [B] int32, number of tokens of the answer so far.
         last: [B] int32, the newest of them.
-        done: [B] bool, the answer has ended, or the row has none.
+        done: [B] bool, true where the answer has ended or the row has none.
         steps: [B] int32, as in Rollout.
-        tokens, logprobs, model_logprobs: [B, N]; the last is None where the two are the same.
+        tokens, logprobs, model_logprobs: [B, N]; the last is None where it equals `logprobs`.
         seen: [B, V] bool, ids of prompt and answer; None where repetition is not penalised.
     """
 
@@ -96,11 +96,15 @@ class DecodeState:
     model_logprobs: jax.Array | None
     seen: jax.Array | None
 
+    @property
+    def newest(self) -> NewTokens:
+        return NewTokens(self.last, ~self.done, self.sizes + self.drawn - 1)
+
 
 def start_state(
     decoding: Decoding, index: jax.Array, prompts: jax.Array, prompt_mask: jax.Array, done: jax.Array
 ) -> DecodeState:
-    """Answers of no token yet to the prompts [B, P] with those numbers [B]."""
+    """Empty answers to the prompts [B, P], whose numbers are `index` [B]."""
     sample, zeros = decoding.sample, jnp.zeros_like(index)
     shape, vocab = (len(index), sample.max_new_tokens), decoding.model.config.padded_vocab
     return DecodeState(
@@ -118,7 +122,7 @@ def start_state(
 
 
 def empty_state(decoding: Decoding, rows: int, total: int) -> DecodeState:
-    """Rows that answer none of the `total` prompts."""
+    """The state of rows that answer none of the `total` prompts."""
     blank = jnp.zeros((rows, 1), jnp.int32), jnp.zeros((rows, 1), bool)
     return start_state(decoding, jnp.full(rows, total, jnp.int32), *blank, jnp.ones(rows, bool))
 
@@ -126,9 +130,9 @@ def empty_state(decoding: Decoding, rows: int, total: int) -> DecodeState:
 def sample_step(
     decoding: Decoding, state: DecodeState, logits: jax.Array, key: jax.Array, steps: jax.Array | int
 ) -> DecodeState:
-    """One more token, drawn from logits [B, V], in every row that is not done.
+    """Sample one more token from logits [B, V] in every row that is not done.
 
-    Token t of the answer to prompt i is drawn with fold_in(fold_in(key, i), t): whatever row it is in, and when.
+    Token t of the answer to prompt i is drawn with fold_in(fold_in(key, i), t), whatever its row and step.
     """
     s, going, sample, eos_ids = state, ~state.done, decoding.sample, decoding.eos_ids
     keys = jax.vmap(lambda i, t: jax.random.fold_in(jax.random.fold_in(key, i), t))(s.index, s.drawn)
@@ -150,19 +154,26 @@ def sample_step(
 
 
 def to_rollout(state: DecodeState, prompts: jax.Array, prompt_mask: jax.Array, eos_ids: tuple[int, ...]) -> Rollout:
-    """Answers that are done, in the order of their prompts, as a Rollout."""
+    """The Rollout of answers that are done, in the order of their prompts."""
     own = state.logprobs if state.model_logprobs is None else state.model_logprobs
     mask = jnp.arange(state.tokens.shape[1]) < state.drawn[:, None]
     ended = is_eos(state.last, eos_ids)
     return Rollout(prompts, prompt_mask, state.tokens, mask, state.logprobs, ended, own, state.steps)
 
 
+class NewTokens(NamedTuple):
+    """One more token [B] int32 per row, whether it is real and not padding [B] bool, and its position [B] int32."""
+
+    ids: jax.Array
+    real: jax.Array
+    positions: jax.Array
+
+
 def decode_step(
-    model: Inference, weights: Weights, state: DecodeState, cache: Cache, index: jax.Array
+    model: Inference, weights: Weights, new: NewTokens, cache: Cache, index: jax.Array
 ) -> tuple[jax.Array, Cache]:
-    """Logits [B, V] after the newest token of every row, which goes to `index` (of all rows, or [B]) of the cache."""
-    token, real, positions = state.last, ~state.done, state.sizes + state.drawn - 1
-    hidden, cache = forward(model, weights, token[:, None], real[:, None], positions[:, None], cache, index)
+    """Logits [B, V] after one more token per row, which is written to `index` (of all rows, or [B]) of the cache."""
+    hidden, cache = forward(model, weights, *(x[:, None] for x in new), cache, index)
     return inference_logits(model.config, weights, hidden[:, -1]), cache
 
 
@@ -173,7 +184,7 @@ def generate(
 
     Args:
         prompts, prompt_mask: [B, P], left-padded, at least one real token per row.
-        key: one key for the whole batch; a row's answer does not depend on how many rows there are.
+        key: one key for the whole batch; a row's answer does not depend on the number of rows.
     """
     batch, prompt_length = prompts.shape
     none_done, index = jnp.zeros(batch, bool), jnp.arange(batch, dtype=jnp.int32)
@@ -183,20 +194,17 @@ def generate(
 
     def step(carry):
         steps, state, cache = carry
-        # All rows are as far, so all write at one place.
-        logits, cache = decode_step(decoding.model, weights, state, cache, prompt_length + steps)
+        # All rows have the same number of tokens, so all write at the same index.
+        logits, cache = decode_step(decoding.model, weights, state.newest, cache, prompt_length + steps)
         return steps + 1, sample_step(decoding, state, logits, key, steps + 1), cache
 
-    def unfinished(carry):
-        return ~carry[1].done.all()
-
-    _, state, _ = jax.lax.while_loop(unfinished, step, (jnp.int32(0), state, cache))
+    _, state, _ = jax.lax.while_loop(lambda carry: ~carry[1].done.all(), step, (jnp.int32(0), state, cache))
     return to_rollout(state, prompts, prompt_mask, decoding.eos_ids)
 
 
 class Slots(NamedTuple):
-    """Rows that take prompts: `rows` in all, of which every one of `shards` has `rows // shards` and `refill` prompts
-    of each refill."""
+    """Rows that take prompts: `rows` in total; each of the `shards` has `rows // shards` of them and takes up to
+    `refill` prompts in each refill."""
 
     rows: int
     shards: int
@@ -213,13 +221,13 @@ class Requests(NamedTuple):
 
 @record
 class SlotsState:
-    """The loop of `generate_slots`.
+    """The state of the loop of `generate_slots`.
 
     Attributes:
         next: [] int32, the first prompt that no row has taken.
-        steps: [] int32, decode steps so far.
+        steps: [] int32, number of decode steps so far.
         state, cache: of the rows.
-        answers: of all prompts, as far as they are done; without `seen`.
+        answers: to all prompts, those that are done; without `seen`.
     """
 
     next: jax.Array
@@ -234,13 +242,13 @@ def generate_slots(
 ) -> Rollout:
     """`generate` for M prompts in `rows` rows: a row whose answer has ended takes the next prompt.
 
-    One program without a word to the host: a loop of rounds, each of which prefills a prompt for every ROWS_PER_REFILL
-    rows into free ones, then decodes until as many are free again. Every device serves its own rows, so no key or value
-    moves between devices.
+    One program that never returns to the host: a loop of rounds. Each round prefills one new prompt per ROWS_PER_REFILL
+    rows into free rows, then decodes until as many rows are free again. Each device refills its own rows, so no key or
+    value moves between devices.
 
     Args:
         prompts, prompt_mask: [M, P], on every device.
-        rows: what the devices of the batch divide.
+        rows: a multiple of the number of devices that split the batch.
     """
     model, (total, length) = decoding.model, prompts.shape
     layout, shards = model.layout, model.layout.shards("batch")
@@ -251,9 +259,6 @@ def generate_slots(
         loop = refill(decoding, slots, weights, requests, loop)
         return collect(decode_until_free(decoding, slots, weights, requests, loop), layout)
 
-    def unfinished(loop: SlotsState) -> jax.Array:
-        return (loop.next < total) | ~loop.state.done.all()
-
     loop = SlotsState(
         next=jnp.int32(0),
         steps=jnp.int32(0),
@@ -261,18 +266,18 @@ def generate_slots(
         cache=empty_cache(model.config, rows, length + decoding.sample.max_new_tokens, model.dtype, layout),
         answers=dataclasses.replace(empty_state(decoding, total, total), seen=None),
     )
-    answers = jax.lax.while_loop(unfinished, turn, loop).answers
+    answers = jax.lax.while_loop(lambda loop: (loop.next < total) | ~loop.state.done.all(), turn, loop).answers
     rollout = to_rollout(answers, prompts, prompt_mask, decoding.eos_ids)
     return jax.tree.map(lambda x: layout.constrain(x, "batch", *[None] * (x.ndim - 1)), rollout)
 
 
 def refill(decoding: Decoding, slots: Slots, weights: Weights, requests: Requests, loop: SlotsState) -> SlotsState:
-    """The next prompts in free rows, with the first token of their answers."""
+    """Put the next prompts into free rows, with the first token of their answers."""
     model, total, each = decoding.model, len(requests.prompts), slots.rows // slots.shards
     free = loop.state.done.reshape(slots.shards, each)
     rows = jnp.argsort(~free, axis=1, stable=True)[:, : slots.refill]
     usable = jnp.take_along_axis(free, rows, axis=1)
-    # The first free row of every shard, then the second: the last prompts are shared out evenly.
+    # The first free row of every shard, then the second: the last prompts are split evenly between the shards.
     rank = jnp.cumsum(usable.T.reshape(-1), dtype=jnp.int32).reshape(slots.refill, slots.shards).T - 1
     index = loop.next + rank
     usable &= index < total
@@ -303,10 +308,11 @@ def refill(decoding: Decoding, slots: Slots, weights: Weights, requests: Request
 def put_rows(
     old: jax.Array, new: jax.Array, rows: jax.Array, layout: Layout, axes: tuple[str | None, ...]
 ) -> jax.Array:
-    """`new` [R, ...] at `rows` [shards, R / shards] of each shard of `old` [B, ...]; a row past its end is nowhere.
+    """Write `new` [R, ...] to `rows` [shards, R / shards] of each shard of `old` [B, ...]; indices past its end are
+    dropped.
 
-    Where new rows are shorter than old, as prompts in the cache, they begin them. `axes` are those after the batch. By
-    hand, as the partitioner gathers the heads of the cache for such a scatter.
+    New rows that are shorter than the old ones, as prompts in the cache are, are written to their beginning. `axes` are
+    those after the batch. A `shard_map`, as the partitioner would gather the heads of the cache for such a scatter.
     """
     split = layout.spec(("batch", *(axes or [None] * (old.ndim - 1))))
 
@@ -321,30 +327,29 @@ def put_rows(
 def decode_until_free(
     decoding: Decoding, slots: Slots, weights: Weights, requests: Requests, loop: SlotsState
 ) -> SlotsState:
-    """Decode until as many rows are free as a refill takes; to the end where no prompt waits."""
+    """Decode until as many rows are free as a refill takes; until all answers have ended where no prompt waits."""
     total, length = requests.prompts.shape
     waiting = total - loop.next
     enough = jnp.where(waiting > 0, jnp.minimum(waiting, slots.shards * slots.refill), slots.rows)
 
     def step(carry):
         steps, state, cache = carry
-        logits, cache = decode_step(decoding.model, weights, state, cache, length + state.drawn - 1)
+        logits, cache = decode_step(decoding.model, weights, state.newest, cache, length + state.drawn - 1)
         return steps + 1, sample_step(decoding, state, logits, requests.key, steps + 1), cache
 
-    def too_few_free(carry):
-        return carry[1].done.sum() < enough
-
-    steps, state, cache = jax.lax.while_loop(too_few_free, step, (loop.steps, loop.state, loop.cache))
+    start = loop.steps, loop.state, loop.cache
+    steps, state, cache = jax.lax.while_loop(lambda carry: carry[1].done.sum() < enough, step, start)
     return dataclasses.replace(loop, steps=steps, state=state, cache=cache)
 
 
 def collect(loop: SlotsState, layout: Layout) -> SlotsState:
-    """The answers of the rows among those of all prompts; what is not done yet is written once more when it is."""
+    """Write the answers of the rows to those of all prompts; unfinished ones are written again when they are done."""
     state = dataclasses.replace(loop.state, seen=None)
     answers = jax.tree.map(lambda to, part: to.at[state.index].set(part, mode="drop"), loop.answers, state)
     return dataclasses.replace(loop, answers=jax.tree.map(lambda x: layout.constrain(x, *[None] * x.ndim), answers))
 
 
 def bucket_length(length: int) -> int:
-    """The padded prompt length that is compiled for prompts of `length` tokens: a power of two, so that few are."""
+    """The padded prompt length that is compiled for prompts of `length` tokens: a power of two, so that few lengths are
+    compiled."""
     return max(MIN_BUCKET, 1 << (length - 1).bit_length())

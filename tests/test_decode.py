@@ -385,6 +385,6 @@ def test_a_decode_step_multiplies_by_every_weight_once_as_traced_and_as_compiled
     model = Inference(config, Layout(mesh, GENERATE), FLOAT32)
     weights, cache = make_publish(config, mesh, FLOAT32)(params), empty_cache(config, 2, 8, FLOAT32, model.layout)
     state = empty_state(Decoding(model, SampleConfig(NEW), NO_EOS), 2, 2)
-    lowered = jax.jit(decode_step, static_argnums=0).lower(model, weights, state, cache, 4)
+    lowered = jax.jit(decode_step, static_argnums=0).lower(model, weights, state.newest, cache, 4)
     assert lowered.as_text().count("stablehlo.dot_general ") == PRODUCTS[kind]
     assert lowered.compile().as_text().count(" dot(") == PRODUCTS[kind]

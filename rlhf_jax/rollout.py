@@ -37,7 +37,7 @@ LOGGER = logging.getLogger(__name__)
 class Publish:
     """Parameters and adapters -> generation weights, by GENERATE: merge, cast, gather, lay out.
 
-    A base that generation shares with training is not merged, and where it lies by GENERATE already not copied: its
+    A base that generation shares with training is not merged, and where already sharded by GENERATE not copied: its
     weights are the arrays of the parameters, see `shared_inference_weights`.
     """
 
@@ -53,13 +53,13 @@ class Publish:
         return self.program.lower(params)
 
     def compile(self, params: Params) -> Publish:
-        """The same, compiled now and for such parameters alone, so that its text can be read at no second price."""
+        """The same, compiled now for these parameters, so that the HLO text is available without compiling twice."""
         return dataclasses.replace(self, program=self.lower(params).compile())
 
 
 @functools.lru_cache
 def make_publish(config: DecoderConfig, mesh: Mesh, dtype: jnp.dtype, home: Table = TRAIN) -> Publish:
-    """Compile the publishing of weights in `dtype`, of parameters that lie by `home`.
+    """Compile the publishing of weights in `dtype`, of parameters that are sharded by `home`.
 
     Raises:
         ValueError: the tensor axis does not divide the attention heads.
@@ -117,7 +117,7 @@ def generate_program(
     rows: int = 0,
     attention: Choice = "auto",
 ):
-    """The jitted (weights, prompts [B, P], mask [B, P], key, in_rows) -> Rollout, on arrays laid out by GENERATE.
+    """The jitted (weights, prompts [B, P], mask [B, P], key, in_rows) -> Rollout, on arrays sharded by GENERATE.
 
     in_rows, static: in `rows` rows that are refilled, in place of all at once.
     """
@@ -192,7 +192,7 @@ def make_generate(
 
 
 def check_slots(rows: int, layout: Layout, name: str = "rows") -> None:
-    """Raise ValueError unless the devices that share the batch in generation divide so many rows; 0 is all at once."""
+    """Raise ValueError unless the devices that share the batch in generation divide `rows`; 0 is all at once."""
     if rows:
         check_divides(name, rows, Layout(layout.mesh, GENERATE).shards("batch"), "devices of mesh.data x mesh.fsdp")
 
@@ -210,7 +210,7 @@ def sample_answers(
     """Answer prompts by a language model, in the dtype of its parameters.
 
     Args:
-        input_ids, attention_mask: [B, P] int and int or bool; padding may lie on either side.
+        input_ids, attention_mask: [B, P] int and int or bool; padding may be on either side.
         key: from jax.random.key; the same key gives the same answers on any number of devices and rows.
         rows: answers decoded at a time, a row that ends taking the next prompt; 0: all at once.
         attention: the kernel of the prefill, see `attention_kernel`.
@@ -236,7 +236,7 @@ def eos_ids(model: Pretrained) -> tuple[int, ...]:
     """Every token that ends an answer: the tokenizer's EOS, and what generation_config.json and config.json list.
 
     Raises:
-        ValueError: nobody names one.
+        ValueError: none of them names one.
     """
     ids = set() if model.tokenizer is None else {model.tokenizer.eos_token_id}
     for source in (model.generation_config, model.hf_config):
@@ -248,7 +248,7 @@ def eos_ids(model: Pretrained) -> tuple[int, ...]:
 
 
 def check_positions(config: DecoderConfig, prompt: int, answer: int) -> None:
-    """Raise ValueError unless a prompt and an answer of so many tokens fit the model's positions."""
+    """Raise ValueError unless `prompt` and `answer` tokens fit the model's positions."""
     if prompt + answer > config.max_positions:
         raise ValueError(
             f"a prompt of {prompt} tokens and {answer} new ones need {prompt + answer} positions, and the model has "

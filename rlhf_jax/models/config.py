@@ -21,7 +21,7 @@ BLOCK_NORMS = {
     "pre": ("attention_norm", "mlp_norm"),  # before each half
     "post": ("attention_norm", "mlp_norm"),  # after each sum (OPT-350M)
     "output": ("attention_out_norm", "mlp_out_norm"),  # on what each half gives, before the sum (OLMo 2)
-    "sandwich": ("attention_norm", "attention_out_norm", "mlp_norm", "mlp_out_norm"),  # before and behind (Gemma 2)
+    "sandwich": ("attention_norm", "attention_out_norm", "mlp_norm", "mlp_out_norm"),  # before and after (Gemma 2)
     "parallel": ("attention_norm", "mlp_norm"),  # both halves read the block's input (GPT-NeoX)
     "parallel_shared": ("attention_norm",),  # and share its norm (GPT-J)
 }
@@ -29,9 +29,9 @@ BLOCK_NORMS = {
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding of the first 2 x len(frequencies) dimensions of each head; the others pass unturned."""
+    """Rotary embedding of the first 2 x len(frequencies) dimensions of each head; the others are not rotated."""
 
-    frequencies: tuple[float, ...]  # radians a position, of each pair of dimensions; any scaling is in them
+    frequencies: tuple[float, ...]  # radians per position, of each pair of dimensions; any scaling is in them
     interleaved: bool = False  # pairs are (0, 1), (2, 3), ... in place of (0, n/2), (1, n/2 + 1), ...
     factor: float = 1.0  # multiplies cosine and sine (yarn)
 
@@ -82,7 +82,7 @@ class DecoderConfig:
     vocab_size: int  # as in the checkpoint
     padded_vocab: int  # rows of the embedding and head; those past vocab_size are never drawn and never seen outside
     hidden_size: int
-    embed_size: int  # hidden_size, but for OPT-350M, which projects in and out
+    embed_size: int  # hidden_size, except for OPT-350M, which projects in and out
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -91,7 +91,7 @@ class DecoderConfig:
     max_positions: int
 
     embed_scale: float = 1.0  # multiplies embeddings (Gemma)
-    embed_norm: bool = False  # a norm behind them (BLOOM)
+    embed_norm: bool = False  # LayerNorm after the embedding (BLOOM)
     position_rows: int = 0  # of a table of learned positions; 0: there is none
     position_offset: int = 0  # rows of it that come before position 0 (OPT)
 

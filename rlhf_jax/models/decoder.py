@@ -1,6 +1,6 @@
-"""One decoder for every family, as an NNX module with stacked layers; its abstract tree is what everybody else reads.
+"""One decoder for every family, as an NNX module with stacked layers; other modules read its abstract tree.
 
-B batch, T positions, D hidden, E embedding (= D but for OPT-350M), V vocabulary, F MLP width, H query heads,
+B batch, T positions, D hidden, E embedding (= D except for OPT-350M), V vocabulary, F MLP width, H query heads,
 K key-value heads, d head size, L layers, X experts.
 """
 
@@ -116,7 +116,7 @@ class ExpertKernels(nnx.Module):
         self.gate, self.up, self.down = (Linear(*sizes, rngs, init=_expert_kernel) for sizes in (up, up, down))
 
 
-class EncodedExamples(nnx.Module):
+class Block(nnx.Module):
     """One layer, as the parts of `transformer`."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
@@ -194,9 +194,9 @@ class Decoder(nnx.Module):
             self.score = Linear((embed, 1), ("embed", None), rngs)
         else:
             self.head = Head(config, rngs)
-        graph, _ = nnx.split(nnx.eval_shape(lambda: EncodedExamples(config, nnx.Rngs(0))))
+        graph, _ = nnx.split(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))
         keys = jax.random.split(rngs.params(), config.num_layers)
-        self.layers = nnx.merge(graph, jax.vmap(lambda k: nnx.state(EncodedExamples(config, nnx.Rngs(k))))(keys))
+        self.layers = nnx.merge(graph, jax.vmap(lambda k: nnx.state(Block(config, nnx.Rngs(k))))(keys))
 
     def __call__(
         self,
@@ -221,7 +221,7 @@ class Decoder(nnx.Module):
 
         Args:
             tokens: [B, T] int32.
-            mask: [B, T] bool, true on real tokens; padding may lie on either side, and on the right only where
+            mask: [B, T] bool, true on real tokens; padding may be on either side, and on the right only where
                 attention is fused.
             compute: of which `chunk` is for the head, see `token_logprobs`.
             layout: of the activations; None leaves that to the compiler, and attention to XLA.
@@ -229,7 +229,7 @@ class Decoder(nnx.Module):
                 from 1 in its row, 0 on padding. None of them sees another, and positions start at 0 in each: a document
                 has the states that it has alone. None: a row is one document. Packed rows are never fused.
         Returns:
-            [B, T, E] in `dtype`, on padding finite and of no meaning; [] float32, 0 without experts.
+            [B, T, E] in `dtype`, finite but meaningless on padding; [] float32, 0 without experts.
         """
         packed = segments is not None
         chex.assert_equal_shape((tokens, mask, segments) if packed else (tokens, mask))
@@ -302,7 +302,7 @@ def init_params(
     layout: Layout,
     only: Callable[[str], bool] = lambda path: True,
 ) -> dict[str, jax.Array]:
-    """Random float32 parameters and adapters, each born in its shard; `only` picks by path."""
+    """Random float32 parameters and adapters, each created in its shard; `only` picks by path."""
     leaves = {path: leaf for path, leaf in abstract_params(config).items() if only(path)}
 
     def init(key):
@@ -319,7 +319,7 @@ def head_kernel(config: DecoderConfig, params: Mapping[str, jax.Array]) -> jax.A
 
 
 def head_options(config: DecoderConfig, params: Mapping[str, jax.Array]) -> dict[str, Any]:
-    """What `token_logprobs` has to know of the head beside its kernel."""
+    """The remaining arguments of `token_logprobs` that describe the head."""
     return dict(num_real=config.vocab_size, bias=params.get("head/bias"), softcap=config.final_softcap)
 
 
@@ -330,7 +330,7 @@ def logits(config: DecoderConfig, params: Mapping[str, jax.Array], hidden: jax.A
 
 
 def last_hidden(hidden: jax.Array, mask: jax.Array) -> jax.Array:
-    """[B, S, E] -> [B, E]: the state at the last real token of each row, wherever its padding lies."""
+    """[B, S, E] -> [B, E]: the state at the last real token of each row, on whichever side its padding is."""
     last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
 

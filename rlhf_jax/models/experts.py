@@ -99,7 +99,7 @@ def _local_experts(
     sizes = jnp.bincount(chosen.reshape(-1), length=kernels[0].shape[0])
     rows = x.reshape(-1, hidden)[order // per_token]
     gate, up, down = (kernel.astype(x.dtype) for kernel in kernels)
-    if gathered_over:  # here, behind the cast, and so that the gradients are reduce-scattered
+    if gathered_over:  # here, after the cast, and so that the gradients are reduce-scattered
         gate, up = (jax.lax.all_gather(kernel, gathered_over, axis=2, tiled=True) for kernel in (gate, up))
         down = jax.lax.all_gather(down, gathered_over, axis=1, tiled=True)
     hidden_rows = ACTIVATIONS[activation](jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)

@@ -133,13 +133,13 @@ def check_absent(folder: Path) -> None:
 
 @contextmanager
 def replace_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder beside `folder`, which takes its place when the body has ended well.
+    """A folder next to `folder`, which replaces it when the body has ended without an exception.
 
     Raises:
         ValueError: `folder` is there and not empty, and not to be overwritten.
     """
     folder = folder.absolute()
-    # Hidden, as nobody keeps anything of his own under such a name.
+    # Hidden names, under which users keep nothing.
     unfinished, old = (folder.with_name(f".{folder.name}.{state}") for state in ("unfinished", "old"))
     if not overwrite:
         check_absent(folder)

@@ -1,14 +1,15 @@
-"""The decoder laid out for generation, and its forward pass with a KV cache.
+"""Decoder weights in the generation layout, and the forward pass with a KV cache.
 
 Training keeps layers stacked and every product apart; decoding is bound by reading weights, so it wants each layer's
 arrays by themselves, query, key and value in one product, gate and up in one, and the head ready as [E, V]. What is
-fused is stacked on an axis that is not sharded (the G query heads of a KV head beside its key and its value; gate
-beside up), so that every shard stays where it is. Where there are fewer KV heads than tensor shards, each is repeated
-until every shard has one of its own.
+fused is stacked on an axis that is not sharded (the G query heads of a KV head with its key and value; gate with up),
+so that no shard moves. Where there are fewer KV heads than tensor shards, each is repeated until every shard has one
+of its own.
 
-What both phases share stays as it is, and on one device, or where it is laid out for generation at rest, the very
-arrays of training: kernels that are quantised (stacked, and each layer dequantised whenever it is used) or an array for
-each layer, with the adapters beside them, and then embedding and head. That costs time and saves the memory of a copy.
+Parameters that both phases share are used as they are; on one device, or where the training layout already is the
+generation layout, they are the training arrays themselves: kernels that are quantised (stacked, and each layer
+dequantised whenever it is used) or an array for each layer, with separate adapters, and then embedding and head. That
+costs time and saves the memory of a copy.
 
 B batch, T new positions, S cache length, D hidden, E embedding, V padded vocabulary, F MLP width, K key-value heads
 (repeated), G query heads per KV head, d head size, L layers, X experts.
@@ -93,7 +94,7 @@ def inference_weights(
     dtype: jnp.dtype,
     home: Table = TRAIN,
 ) -> Weights:
-    """Training parameters, which lie by `home` -> generation weights in `dtype`, by `layout` (the GENERATE table).
+    """Training parameters, sharded by `home` -> generation weights in `dtype`, by `layout` (the GENERATE table).
 
     Adapters are merged. Every parameter is cast, then gathered over fsdp, then cut into layers: in one jit, one
     all-gather a weight. Norms keep their dtype, as training applies them in float32 too.
@@ -165,11 +166,11 @@ def shared_inference_weights(
     layout: Layout,
     put: Callable[[Any, Any], Any] = jax.device_put,
 ) -> Weights:
-    """What is `shared_paths`, in its own dtypes: gathered over fsdp, or, outside jit, handed on where it lies by
-    `layout` already. The weights last until the training parameters are gone.
+    """The shared parameters in their own dtypes: gathered over fsdp or, outside jit, returned as they are where already
+    sharded by `layout`. The weights last until the training parameters are gone.
 
     Args:
-        put: (array, sharding) -> array, for whoever wants no arrays.
+        put: (array, sharding) -> array, for callers that want no arrays.
     """
     weights: Weights = {}
     for path in shared_paths(params):
@@ -193,7 +194,7 @@ def shared_leaves(config: DecoderConfig, layout: Layout) -> dict[str, Leaf]:
 
 
 def shared_shardings(config: DecoderConfig, path: str, leaf: Any, layout: Layout) -> Any:
-    """Where each array of a shared parameter lies by `layout`; `leaf` tells its kind."""
+    """The sharding of each array of a shared parameter by `layout`; its kind is that of `leaf`."""
     axes = shared_leaves(config, layout)[path].axes
     if isinstance(leaf, Quantised):
         return quantised_shardings(axes, leaf.kind, layout)

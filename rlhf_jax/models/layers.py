@@ -75,7 +75,7 @@ def token_positions(mask: jax.Array, segments: jax.Array | None = None) -> jax.A
     """[B, T] bool -> [B, T] int32: the index of each real token among the real ones of its row; 0 on padding before.
 
     With `segments` [B, T] int32, the document of each token in a row of several (0: padding): among those of its
-    document. Padding behind has the position of the last real token, so that it is one that tables have.
+    document. Padding after the tokens has the position of the last real one, so that tables have it.
     """
     positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
     if segments is None:
@@ -145,7 +145,7 @@ def attention(
 
     q: [B, T, K, G, d]; k, v: [B, K, S, d]; mask: [B, T, S] bool, true where a query may look; scores are scaled,
     soft-capped, and biased by [B, K, G, 1, S]. -> [B, T, K, G, d].
-    A query that may look nowhere (padding) gives a finite average, which nobody reads.
+    A query that may look nowhere (padding) gives a finite average, which is ignored.
     """
     scores = softcap_logits(jnp.einsum("btkgd,bksd->bkgts", q, k, preferred_element_type=jnp.float32) * scale, cap)
     if bias is not None:
@@ -160,8 +160,8 @@ def fused_attention(
 ) -> jax.Array:
     """What `attention` gives where a query may look at itself and all before it, or `window` keys back (0: all).
 
-    q: [B, T, K, G, d]; k, v: [B, T, K, d] -> [B, T, K, G, d], in bfloat16 or float16. No length is given: behind the
-    end of a right-padded row stands what nobody reads, and before it causality hides the padding.
+    q: [B, T, K, G, d]; k, v: [B, T, K, d] -> [B, T, K, G, d], in bfloat16 or float16. No length is passed:
+    outputs after the end of a right-padded row are ignored, and before it the causal mask hides the padding.
     """
     y = jax.nn.dot_product_attention(
         rearrange(q, "b t k g d -> b t (k g) d"),

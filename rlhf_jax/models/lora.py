@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021): y = x W + (alpha / rank) x A B, the adapters A and B a tree of their own beside the base."""
+"""LoRA (Hu et al. 2021): y = x W + (alpha / rank) x A B, the adapters A and B are a tree separate from the base."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def merge_adapters(params: Mapping[str, jax.Array], lora: LoraConfig) -> dict[st
 
     Kernels are [L, in, out], A [L, in, rank], B [L, rank, out]; the product is accumulated in A's dtype.
     Quantised kernels become dense, whole stacks of them, in float32: `write_params` merges them a layer at a time, and
-    generation leaves adapters beside them.
+    generation keeps the adapters separate.
     """
     merged = {path: leaf for path, leaf in params.items() if not is_adapter(path)}
     for path, leaf in merged.items():

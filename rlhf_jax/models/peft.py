@@ -1,7 +1,7 @@
 """LoRA adapters in PEFT's format, in and out: adapter_config.json and adapter_model.safetensors.
 
 PEFT has an adapter for each module of each layer, with a rank and a scale of its own; ours are stacked over the layers
-and share one rank and one scale. A module of theirs may hold several linears of ours (a fused projection), each of
+and share one rank and one scale. A PEFT module may hold several linears of this model (a fused projection), each of
 which has its own A here. On both sides the scale times the product of A and B is the same.
 """
 
@@ -36,13 +36,13 @@ SCORE = "score/kernel"
 
 @dataclass(frozen=True)
 class Module:
-    """A linear module of theirs, in every layer."""
+    """A linear module of a PEFT adapter, in every layer."""
 
     name: str  # "{i}" stands for the layer
     inputs: int
     outputs: int
     fan_in_fan_out: bool  # its weight is [inputs, outputs]
-    rows: dict[str, np.ndarray]  # {path of a linear of ours that it holds: which of its outputs are that one's}
+    rows: dict[str, np.ndarray]  # {path of a linear that it holds: indices of its outputs in the module}
 
 
 def modules_of(config: DecoderConfig) -> list[Module]:
@@ -102,7 +102,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def is_target(adapter: Mapping[str, Any], name: str) -> bool:
-    """Whether PEFT gives this module of ours an adapter (its `check_target_module_exists`)."""
+    """Whether PEFT gives this module an adapter (its `check_target_module_exists`)."""
 
     def matches(choice: str | list[str]) -> bool:
         if isinstance(choice, str):
@@ -135,7 +135,7 @@ _NAME = re.compile(r"base_model\.model\.(?P<module>.+?)(\.modules_to_save)?(?P<k
 
 
 class _Part(NamedTuple):
-    """The adapter of one linear of ours in one layer."""
+    """The adapter of one linear layer of this model in one block."""
 
     linear: str
     layer: int
@@ -148,7 +148,7 @@ class _Part(NamedTuple):
 def read_adapter(
     folder: Path, config: DecoderConfig, layout: Layout, dtype: str = "float32"
 ) -> tuple[DecoderConfig, dict[str, jax.Array]]:
-    """A LoRA adapter of PEFT's as adapters beside our kernels.
+    """Read a PEFT LoRA adapter as adapters of this model's kernels.
 
     The rank is the largest that a linear has; smaller ones are filled up with zeros, and so are the layers that PEFT
     left without. That is exact in training too: where a column of A and its row of B are both zero, so are their
@@ -157,7 +157,7 @@ def read_adapter(
     Args:
         folder: holds adapter_config.json and adapter_model.safetensors.
         config: of the base.
-        layout: where each adapter lies.
+        layout: sharding of the adapters.
         dtype: of the result.
     Returns:
         `config` with the adapters, whose targets are the linears that have one in any layer, and {path: array}:
@@ -296,12 +296,12 @@ def write_adapter(
         folder: an existing folder.
         config: of the base, with its adapters.
         adapters: {path: array}, sharded or not, every shard reachable from this process; other parameters are ignored.
-        base: the folder or hub id of the base, for whoever loads the adapter.
+        base: the folder or hub id of the base, written for tools that load the adapter.
         dtype: of the tensors, "float32", "float16" or "bfloat16".
     """
     lora = config.lora
     tensors: dict[str, np.ndarray] = {}
-    written: dict[str, int] = {}  # {module's name within a layer: how many ranks lie side by side}
+    written: dict[str, int] = {}  # {module's name within a layer: how many ranks are concatenated}
     modules = [module for module in modules_of(config) if any(f"{linear}/lora_a" in adapters for linear in module.rows)]
     for module in modules:
         linears = [linear for linear in module.rows if f"{linear}/lora_a" in adapters]

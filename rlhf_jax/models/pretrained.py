@@ -45,7 +45,7 @@ class Pretrained:
     generation_config: dict[str, Any]  # generation_config.json; {} if there was none
     layout: Layout
     source: str = ""  # the absolute folder, or the hub id, it came from
-    folder: Path | None = None  # where that lies here
+    folder: Path | None = None  # its local path
 
 
 def from_pretrained(
@@ -64,7 +64,7 @@ def from_pretrained(
         mesh: a ("data", "fsdp", "tensor") mesh, over which parameters are split as in training; None: one device.
         dtype: of the parameters, "float32", "bfloat16" or "float16"; "int8" or "nf4": the kernels of the layers'
             linears quantised as they are read (see `models.quantised`), all else bfloat16.
-        one_copy: lay out for generation what it can share with training (see `models.unstacked`); the rest as ever.
+        one_copy: use the generation layout for what it can share with training (see `models.unstacked`).
     Raises:
         ValueError: no such folder or id, only a pickle, an unsupported architecture, or tensors that do not fit.
     """
@@ -161,7 +161,7 @@ def save_pretrained(
     Args:
         folder: where to; its parents are made.
         dtype: of the files; None: that of the parameters (bfloat16 where kernels are quantised).
-        overwrite: replace a folder that is there already.
+        overwrite: replace an existing folder.
     Raises:
         ValueError: the folder is there and not empty, an unknown dtype, or a scalar head with no pad token to be had.
     """
@@ -187,7 +187,7 @@ def save_pretrained(
 
 
 def save_adapter(model: Pretrained, folder: str | Path, *, base: str, overwrite: bool = False) -> None:
-    """Write the adapters alone, with the scalar head if there is one, as a folder that PEFT loads beside `base`.
+    """Write the adapters alone, with the scalar head if there is one, as a folder that PEFT loads with `base`.
 
     Args:
         base: the folder or hub id of the model that they belong to.
@@ -213,7 +213,7 @@ def apply(model: Pretrained, input_ids: jax.Array, attention_mask: jax.Array) ->
 
     Args:
         input_ids: [B, T] int.
-        attention_mask: [B, T] int or bool, true on real tokens; padding may lie on either side.
+        attention_mask: [B, T] int or bool, true on real tokens; padding may be on either side.
     Returns:
         [B, T, V] float32; arbitrary but finite on padding.
     Raises:

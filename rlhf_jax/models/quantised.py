@@ -1,4 +1,4 @@
-"""Frozen kernels in 8 or 4 bits a weight, under LoRA as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
+"""Frozen kernels in 8 or 4 bits per weight, under LoRA as in QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
 
 Every kernel of a layer's linears has one dimension that no layout splits, "embed": blocks, and the pairs of codes in a
 byte, run along it, so that the arrays of a quantised kernel have the kernel's own logical axes and are split as it is.
@@ -29,7 +29,7 @@ from rlhf_jax.trees import record
 
 QUANTISED_KINDS = ("int8", "nf4")
 UNQUANTISED_DTYPE = (
-    "bfloat16"  # of what is not quantised beside kernels that are: embeddings, head, norms, biases (as QLoRA)
+    "bfloat16"  # of what is not quantised next to quantised kernels: embeddings, head, norms, biases (as QLoRA)
 )
 BLOCK_SIZES = {"int8": 128, "nf4": 64}
 GROUP_SIZE = 256  # maxima of blocks that share a second-level scale
@@ -131,14 +131,14 @@ def dequantise(kernel: Quantised | jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def matmul(x: jax.Array, kernel: Quantised | jax.Array) -> jax.Array:
-    """x [..., in] @ kernel [in, out] in x's dtype; the backward pass dequantises anew and keeps no dense kernel."""
+    """x [..., in] @ kernel [in, out] in x's dtype; the backward pass dequantises again and keeps no dense kernel."""
     if not isinstance(kernel, Quantised):
         return x @ kernel.astype(x.dtype)
     return jax.checkpoint(lambda x, kernel: x @ dequantise(kernel, x.dtype), prevent_cse=False)(x, kernel)
 
 
 def quantised_shardings(axes: Sequence[str | None], kind: str, layout: Layout) -> Quantised:
-    """Where each array of a kernel with these logical axes lies; the groups, one in 16384 weights, are replicated."""
+    """Shardings of the arrays of a kernel with these logical axes; groups, one in 16384 weights, are replicated."""
     own, lead = layout.sharding(axes), layout.sharding(axes[:-2])
     return Quantised(own, own) if kind == "int8" else Quantised(own, own, lead, lead)
 
@@ -160,7 +160,7 @@ def quantise_layers(
     arrays that every device holds whole.
 
     Args:
-        layers: each [(X,) in, out], laid out by `layout`.
+        layers: each [(X,) in, out], sharded by `layout`.
         shape, axes: of the stack.
     """
     whole, where = abstract_quantised(shape, axes, kind, layout), quantised_shardings(axes[1:], kind, layout)
@@ -173,7 +173,7 @@ def quantise_layers(
         maxima = maxima_of(layer)
         one = encode(layer, maxima, second=compress(maxima) if kind == "nf4" else None)
         stack = _put(stack, one, number)
-        jax.block_until_ready(stack)  # or the host runs ahead, and all layers wait on the device in float32
+        jax.block_until_ready(stack)  # otherwise the host would enqueue all layers, which wait on the device in float32
     return stack
 
 

@@ -13,7 +13,7 @@ Those of a layer are
 
 and outside the layers rows(name, ids, dtype) of an embedding, project(name, x) and norm(name, x).
 
-B batch, T query positions, S key positions, D hidden, E embedding (= D but for OPT-350M), F MLP width, X experts,
+B batch, T query positions, S key positions, D hidden, E embedding (= D except for OPT-350M), F MLP width, X experts,
 K key-value heads, G query heads of each, d head size.
 """
 

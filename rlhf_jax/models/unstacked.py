@@ -50,7 +50,7 @@ def has_unstacked(tree: Any) -> bool:
 
 
 def remat_layer(layer: Callable, extra: Any) -> Callable:
-    """(x [B, T, D], weights) -> layer(x, weights, beside), which is (x, anything); the backward pass computes it again.
+    """(x [B, T, D], weights) -> layer(x, weights, extra), which is (x, anything); the backward pass computes it again.
 
     For one device. What `jax.checkpoint` repeats there, XLA on GPUs finds to be equal outside a loop, and keeps after
     all; on several it does not, and would keep weights of this repetition whole that it has gathered. Here repetition
@@ -58,7 +58,7 @@ def remat_layer(layer: Callable, extra: Any) -> Callable:
     must not close over arrays.
 
     Args:
-        beside: a tree of all other arrays that the layers read.
+        extra: a tree of all other arrays that the layers read.
     """
 
     def forward(*args: Any) -> tuple[Any, Any]:

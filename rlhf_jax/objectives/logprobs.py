@@ -1,7 +1,7 @@
 """Log-probabilities of chosen tokens, and the entropy of the distribution they were chosen from.
 
-B sequences, T positions, D hidden size, V vocabulary. Position t holds the distribution of `targets[:, t]`: whoever
-calls has shifted the targets already.
+B sequences, T positions, D hidden size, V vocabulary. Position t holds the distribution of `targets[:, t]`: the
+caller has shifted the targets.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-# Stands in for minus infinity: exp gives 0, and 0 times it is still 0, which the entropy needs.
+# In place of minus infinity: exp gives 0, and 0 times it is still 0, which the entropy needs.
 _EXCLUDED = -1e30
 
 
@@ -73,7 +73,7 @@ def token_logprobs_and_entropy(
 
     hidden [B, T, D], head [D, V], targets [B, T] int; bias [V] and softcap as `head_logits` takes them.
     Live at once are the logits of one chunk, [B, chunk, V] float32. `chunk` need not divide T; 0 takes T whole.
-    A head in float32 beside a bfloat16 `hidden` gets its gradient summed over the chunks in float32.
+    A head in float32 with a bfloat16 `hidden` gets its gradient summed over the chunks in float32.
     Returns logprobs and entropy, both [B, T] float32. Raises ValueError for a negative chunk.
     """
     if chunk < 0:

@@ -1,7 +1,7 @@
 """Statistics over the true entries of a mask.
 
 `mask` has the shape of `x`, bool (or 0 and 1). Entries outside it are replaced before anything is computed, so that
-whatever stands there, NaN included, reaches neither the value nor the gradient.
+values there, NaN included, reaches neither the value nor the gradient.
 """
 
 from __future__ import annotations

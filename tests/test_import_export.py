@@ -168,7 +168,7 @@ def test_missing_parts_of_a_run_are_reported_in_one_line(run, tmp_path, capsys):
     assert main(["export", str(run), out, "--stage", "sft", "--adapter", "--dtype", "float16"]) == 2
     assert "an adapter is float32: leave one of them out" in one_line_error(capsys)
     assert main(["export", str(run), str(run)]) == 2
-    assert "is there already and not empty" in one_line_error(capsys)
+    assert "exists and is not empty" in one_line_error(capsys)
 
 
 def test_an_adapter_or_a_reward_model_in_place_of_a_model_is_identified_in_the_error(run):

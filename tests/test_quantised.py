@@ -27,7 +27,7 @@ from rlhf_jax.models.quantised import (
     NF4,
     QUANTISED_KINDS,
     Quantised,
-    abstract_quantised,
+    abstract_codes,
     block_size,
     dequantise,
     is_quantisable,
@@ -173,7 +173,7 @@ def test_eight_devices_hold_the_bits_of_one_with_the_shardings_of_the_abstract_t
         for path, leaf in abstract_params(config).items():
             if isinstance(one[path], Quantised):
                 assert one[path].shape == leaf.shape
-                reported = abstract_quantised(leaf.shape, leaf.axes, kind, layout)
+                reported = abstract_codes(leaf.shape, leaf.axes, kind, layout)
                 jax.tree.map(np.testing.assert_array_equal, one[path], eight[path])
                 for have, want in zip(jax.tree.leaves(eight[path]), jax.tree.leaves(reported), strict=True):
                     assert (have.shape, have.dtype) == (want.shape, want.dtype)
@@ -270,7 +270,7 @@ def test_the_generation_program_never_holds_the_dense_kernels_of_all_layers():
     for path, leaf in abstract_params(config).items():
         params[path] = jax.ShapeDtypeStruct(leaf.shape, FLOAT32, sharding=train.sharding(leaf.axes))
         if is_quantisable(path):
-            params[path] = abstract_quantised(leaf.shape, leaf.axes, "nf4", train)
+            params[path] = abstract_codes(leaf.shape, leaf.axes, "nf4", train)
             dense += params[path].size * 4
     weights = jax.eval_shape(make_publish(config, mesh, FLOAT32), params)
 

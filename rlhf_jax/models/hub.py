@@ -128,7 +128,7 @@ _TOKENIZER_STATE = ("special_tokens_map", "added_tokens_decoder", "chat_template
 def check_absent(folder: Path) -> None:
     """Raise ValueError where there is something already."""
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already and not empty: remove it, or choose another folder")
+        raise ValueError(f"{folder} exists and is not empty: remove it, or choose another folder")
 
 
 @contextmanager

@@ -310,7 +310,7 @@ class _Parts(NamedTuple):
         options = dict(kind=self.config.norm, eps=self.config.norm_eps)
         return normalise_heads(x, scale, bias, over=over, **options) if over else normalise(x, scale, bias, **options)
 
-    def biased(self, name: str, x: jax.Array) -> jax.Array:
+    def add_bias(self, name: str, x: jax.Array) -> jax.Array:
         bias = self.get(f"{name}/bias")
         return x if bias is None else x + bias.astype(x.dtype)
 
@@ -337,11 +337,11 @@ class _Parts(NamedTuple):
             q = rearrange(q, "b t (k g d) -> b t k g d", k=self.config.num_kv_heads * repeats, d=head)
             k, v = (repeat(y, "b t (k d) -> b t (k r) 1 d", r=repeats, d=head) for y in (k, v))
             qkv = jnp.concatenate([q, k, v], axis=-2)
-        qkv = layout.constrain(self.biased("qkv", qkv), "batch", None, "kv_heads", None, None)
+        qkv = layout.constrain(self.add_bias("qkv", qkv), "batch", None, "kv_heads", None, None)
         return qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
 
     def out(self, y: jax.Array, context: AttentionContext) -> jax.Array:
-        return self.biased("o", self.linear("o", context.layout.constrain(y, "batch", None, "heads")))
+        return self.add_bias("o", self.linear("o", context.layout.constrain(y, "batch", None, "heads")))
 
     def gate_up(self, x: jax.Array, context: AttentionContext) -> tuple[jax.Array | None, jax.Array]:
         fused, gated = self.get("gate_up/kernel"), self.config.gated_mlp
@@ -349,11 +349,11 @@ class _Parts(NamedTuple):
             y = jnp.einsum("btd,dnf->btnf", x, fused.astype(x.dtype))
         else:
             y = jnp.stack([self.linear(name, x) for name in (("gate", "up") if gated else ("up",))], axis=-2)
-        y = context.layout.constrain(self.biased("gate_up", y), "batch", None, None, "mlp")
+        y = context.layout.constrain(self.add_bias("gate_up", y), "batch", None, None, "mlp")
         return y[:, :, 0] if gated else None, y[:, :, -1]
 
     def down(self, y: jax.Array, context: AttentionContext) -> jax.Array:
-        return self.biased("down", self.linear("down", y))
+        return self.add_bias("down", self.linear("down", y))
 
     def router_kernel(self) -> jax.Array:
         return self.get("router/kernel")

@@ -122,13 +122,13 @@ def alibi_bias(alibi: Alibi, key_positions: jax.Array, kv_heads: int) -> jax.Arr
     Softmax forgets what all keys of a query share, so slope x position of the key is slope x distance.
     """
 
-    def round_if_asked(x: jax.Array) -> jax.Array:
+    def to_alibi_precision(x: jax.Array) -> jax.Array:
         # Not by a cast to bfloat16 and back, which the compiler may leave out.
         return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7) if alibi.rounded else x
 
     slopes = jnp.asarray(alibi.slopes, jnp.float32).reshape(kv_heads, -1)[None, :, :, None, None]
     places = key_positions.astype(jnp.float32)[:, None, None, None, :]
-    return round_if_asked(round_if_asked(slopes) * round_if_asked(places)) * alibi.scale
+    return to_alibi_precision(to_alibi_precision(slopes) * to_alibi_precision(places)) * alibi.scale
 
 
 def attention(

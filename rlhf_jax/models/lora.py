@@ -62,11 +62,11 @@ def merge_adapters(params: Mapping[str, jax.Array], lora: LoraConfig) -> dict[st
         kernel = path.removesuffix("lora_a") + "kernel"
         a, b = params[path], params[path.removesuffix("a") + "b"]
         # Layer by layer: in float32 the products of a whole stack may be larger than all that is left.
-        merged[kernel] = jax.lax.map(lambda each: _merge_rounded(*each, lora.scale), (merged[kernel], a, b))
+        merged[kernel] = jax.lax.map(lambda each: _merge_layer(*each, lora.scale), (merged[kernel], a, b))
     return merged
 
 
-def _merge_rounded(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+def _merge_layer(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
     return merge_kernel(kernel, a, b, scale).astype(kernel.dtype)
 
 

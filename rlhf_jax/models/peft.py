@@ -97,7 +97,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         refused["modules_to_save"] = adapter["modules_to_save"]
     if refused:
         reported = ", ".join(f"{key}={json.dumps(value)}" for key, value in sorted(refused.items()))
-        raise ValueError(f"{folder / CONFIG} has what cannot be an adapter beside our kernels ({reported}): {MERGE}")
+        raise ValueError(f"{folder / CONFIG} has settings that separate adapters do not have ({reported}): {MERGE}")
     return adapter
 
 
@@ -166,7 +166,7 @@ def read_adapter(
         ValueError: a file is absent or damaged, the weights are a pickle, the adapter is of a kind or changes a module
             that cannot be had here, or its tensors are not those that its configuration describes (all in one message).
     """
-    adapter, stored, modules = read_settings(folder), _read_stored(folder), modules_of(config)
+    adapter, stored, modules = read_settings(folder), _read_tensors(folder), modules_of(config)
     _refuse_foreign(folder, stored, modules, config)
     places = [(module, i, module.name.format(i=i)) for module in modules for i in range(config.num_layers)]
     places = [place for place in places if is_target(adapter, place[2])]
@@ -220,7 +220,7 @@ def _stack(parts: Sequence[_Part], num_layers: int) -> tuple[LoraConfig, dict[st
     return LoraConfig(rank, float(largest), tuple(name for name in LINEARS if name in adapted)), host
 
 
-def _read_stored(folder: Path) -> dict[str, np.ndarray]:
+def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     """{"model.layers.0.mlp.up_proj.lora_A", "score", ...: float32}; a name that is not PEFT's for LoRA stays whole."""
     if not (folder / WEIGHTS).exists():
         if (folder / _PICKLE).exists():
@@ -258,7 +258,7 @@ def _refuse_foreign(folder: Path, stored: Iterable[str], modules: Iterable[Modul
         raise ValueError(
             f"{folder} changes {join_names(foreign)}, but in this model only {linears} of its {config.num_layers} "
             "layers "
-            f"can have adapters (no embeddings, heads or experts): if it is of this base, {MERGE}"
+            f"can have adapters (no embeddings, heads or experts): if it was trained on this base, {MERGE}"
         )
     if "score" in stored and not config.scalar_head:
         raise ValueError(f"{folder} has a scalar head: load it with reward_from_pretrained")

@@ -143,7 +143,7 @@ def quantised_shardings(axes: Sequence[str | None], kind: str, layout: Layout) -
     return Quantised(own, own) if kind == "int8" else Quantised(own, own, lead, lead)
 
 
-def abstract_quantised(shape: Sequence[int], axes: Sequence[str | None], kind: str, layout: Layout) -> Quantised:
+def abstract_codes(shape: Sequence[int], axes: Sequence[str | None], kind: str, layout: Layout) -> Quantised:
     """The arrays of a quantised kernel as `jax.ShapeDtypeStruct`s with their shardings; nothing is allocated."""
     dense = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
     shapes = jax.eval_shape(functools.partial(quantise, kind=kind, axis=block_axis(axes)), dense)
@@ -163,7 +163,7 @@ def quantise_layers(
         layers: each [(X,) in, out], sharded by `layout`.
         shape, axes: of the stack.
     """
-    whole, where = abstract_quantised(shape, axes, kind, layout), quantised_shardings(axes[1:], kind, layout)
+    whole, where = abstract_codes(shape, axes, kind, layout), quantised_shardings(axes[1:], kind, layout)
     axis, everywhere = block_axis(axes), layout.sharding(())
     stack = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), whole)
     maxima_of = _program(_maxima, everywhere, kind=kind, axis=axis)

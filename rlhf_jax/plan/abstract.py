@@ -36,7 +36,7 @@ from rlhf_jax.models.decoder import Leaf, abstract_params
 from rlhf_jax.models.hub import config_json
 from rlhf_jax.models.inference import shared_inference_weights, shared_leaves
 from rlhf_jax.models.pretrained import Pretrained
-from rlhf_jax.models.quantised import QUANTISED_KINDS, abstract_quantised, is_quantisable
+from rlhf_jax.models.quantised import QUANTISED_KINDS, abstract_codes, is_quantisable
 from rlhf_jax.models.unstacked import Unstacked, is_shareable
 from rlhf_jax.stages.models import ModelConfig, make_state
 from rlhf_jax.stages.ppo import ppo_models
@@ -93,7 +93,7 @@ def abstract_pretrained(
     def param(path: str, leaf: Leaf) -> Any:
         where = serving if one_copy and is_shareable(path) else layout
         if stored in QUANTISED_KINDS and is_quantisable(path):
-            return abstract_quantised(leaf.shape, leaf.axes, stored, where)
+            return abstract_codes(leaf.shape, leaf.axes, stored, where)
         if one_copy and is_quantisable(path):
             layer = jax.ShapeDtypeStruct(leaf.shape[1:], dtype, sharding=where.sharding(leaf.axes[1:]))
             return Unstacked((layer,) * leaf.shape[0])

@@ -189,7 +189,7 @@ def test_an_export_replaces_a_folder_only_with_overwrite_and_leaves_no_temporary
     (tmp_path / "copy").mkdir()
     save_pretrained(model, tmp_path / "copy")
     (tmp_path / "copy" / "stale.txt").write_text("")
-    with pytest.raises(ValueError, match="copy is there already and not empty"):
+    with pytest.raises(ValueError, match="copy exists and is not empty"):
         save_pretrained(model, tmp_path / "copy")
     assert (tmp_path / "copy" / "stale.txt").exists()
     save_pretrained(model, tmp_path / "copy", overwrite=True)

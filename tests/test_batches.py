@@ -178,13 +178,13 @@ def test_each_process_reads_its_own_rows_of_a_batch_and_together_they_read_all()
     parts = [Batches(rows, batch_size=12, seed=1, process=(i, 3))[1] for i in range(3)]
     assert [len(part.tokens) for part in parts] == [4, 4, 4]
     assert np.array_equal(np.concatenate([part.tokens for part in parts]), whole.tokens)
-    with pytest.raises(ValueError, match="batch size 10 is no multiple of the 3 processes"):
+    with pytest.raises(ValueError, match="batch size 10 is not a multiple of the 3 processes"):
         Batches(rows, batch_size=10, seed=1, process=(0, 3))
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 4])
 def test_a_batch_larger_than_the_rows_is_rejected_with_the_largest_that_fits(batch_size):
-    with pytest.raises(ValueError, match=f"batch size {batch_size} does not fit 3 rows: from 1 to 3 is possible"):
+    with pytest.raises(ValueError, match=f"batch size {batch_size} does not fit 3 rows: choose 1 to 3"):
         Batches(make_rows([1, 2, 3]), batch_size=batch_size, seed=0)
 
 

@@ -209,11 +209,11 @@ def test_ppo_rejects_answers_that_do_not_fit(error_line, finished_folder, tmp_pa
 
 def test_a_batch_larger_than_the_data_is_rejected_with_the_largest_that_fits(error_line):
     error = error_line("sft.batch_size=4096")
-    assert error.startswith("sft: batch size 4096 does not fit") and "from 1 to" in error
+    assert error.startswith("sft: batch size 4096 does not fit") and "choose 1 to" in error
 
 
 def test_training_without_held_out_rows_is_rejected_unless_evaluation_is_off(error_line, recipe, tmp_path):
-    assert "sft: there are no held-out rows to measure on (0 rows): raise data.held_out" in error_line(
+    assert "sft: there are no held-out rows to evaluate on (0 rows): raise data.held_out" in error_line(
         "data.held_out=0.0"
     )
     options = ("data.held_out=0.0", "sft.eval_batches=0", "sft.steps=1", f"run.dir={tmp_path / 'run'}")

@@ -136,22 +136,22 @@ CUT_GZ, CUT_ZST = gzip.compress(MANY)[:-200], pa.compress(MANY, "zstd", asbytes=
 IN_CUT_GZ = zlib.decompressobj(31).decompress(CUT_GZ).count(b"\n")
 IN_CUT_ZST = MANY[: 128 << 10].count(b"\n")
 FOUR = lines(*map(pair, range(4)))
-HALF = "half a character (a surrogate)"
+HALF = "a lone surrogate"
 TEXT = "must be text or a list of messages, not"
 CHOSEN = f": field 'chosen' {TEXT}"
 ENDS, CANNOT = ", after row", "cannot be read any further"
 ROLES = {
     "an unknown role": (
         [message("user", "q"), message("narrator", "a")],
-        "has in message 2 what is none: its role 'narrator'",
+        "has an invalid message 2: its role 'narrator'",
     ),
     "a tool's answer": (
         [message("user", "q"), message("tool", "4"), message("assistant", "a")],
-        "has in message 2 what is none",
+        "has an invalid message 2",
     ),
     "a call of a tool": (
         [message("user", "q"), message("assistant", "") | {"tool_calls": [{"id": 1}]}],
-        "has in message 2 what is none: it calls a tool",
+        "has an invalid message 2: it calls a tool",
     ),
     "no content": ([message("user", "q"), message("assistant", None)], "its content must be text, not NoneType"),
     "an image": (
@@ -165,8 +165,8 @@ ROLES = {
         [message("user", "q"), message("system", "s"), message("assistant", "a")],
         "a system turn comes after other turns; it must come first",
     ),
-    "a message that is text": (["q", "a"], "has in message 1 what is none: it must be an object, not str"),
-    "a message without a role": ([{"content": "q"}], "it wants role and content, or from and value, but has content"),
+    "a message that is text": (["q", "a"], "has an invalid message 1: it must be an object, not str"),
+    "a message without a role": ([{"content": "q"}], "it needs role and content, or from and value, but has content"),
     "messages that are text": ("q", "must be a list of messages, not str"),
     "messages that are null": (None, "must be a list of messages, not NoneType"),
 }
@@ -228,11 +228,11 @@ CASES: dict[str, Case] = {
         for kind, (value, type_name) in WRONG.items()
     },
     "texts in prompt": middle_case(
-        with_fields(pair(3), prompt=["q"]), "field 'prompt' has in message 1 what is none", "ppo"
+        with_fields(pair(3), prompt=["q"]), "field 'prompt' has an invalid message 1", "ppo"
     ),
-    "texts in chosen": middle_case(with_fields(pair(3), chosen=["a"]), "field 'chosen' has in message 1 what is none"),
+    "texts in chosen": middle_case(with_fields(pair(3), chosen=["a"]), "field 'chosen' has an invalid message 1"),
     "texts in rejected": middle_case(
-        with_fields(pair(3), rejected=["b"]), "field 'rejected' has in message 1 what is none", "reward"
+        with_fields(pair(3), rejected=["b"]), "field 'rejected' has an invalid message 1", "reward"
     ),
     "empty prompt": drop_case(with_fields(pair(3), prompt=""), "empty prompt"),
     "blank prompt": drop_case(with_fields(pair(3), prompt=" \n\t"), "empty prompt", "ppo"),
@@ -282,12 +282,12 @@ CASES: dict[str, Case] = {
     ),
     "an unknown speaker": middle_case(
         {"conversations": [{"from": "human", "value": "q"}, {"from": "moon", "value": "a"}]},
-        "field 'conversations' has in message 2 what is none: its role 'moon' is none of",
+        "field 'conversations' has an invalid message 2: its role 'moon' is none of",
         good=conversations,
     ),
     "a speaker without text": middle_case(
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt"}]},
-        "field 'conversations' has in message 2 what is none: it wants role and content",
+        "field 'conversations' has an invalid message 2: it needs role and content",
         good=conversations,
     ),
     "Alpaca without output": middle_case({"instruction": "q", "input": ""}, "no field 'output'", good=instruction),
@@ -298,12 +298,12 @@ CASES: dict[str, Case] = {
     "a missing score": middle_case(with_fields(ranking(3), scores=[1]), "2 answers have 1 scores", "reward", ranking),
     "a score that is not a number": middle_case(
         lines(with_fields(ranking(3), scores=[1, float("nan")])).strip(),
-        "field 'scores' holds as number 2 what must be a number, not nan",
+        "field 'scores' has an invalid item 2: must be a number, not nan",
         "reward",
         ranking,
     ),
     "a score that is a text": middle_case(
-        with_fields(ranking(3), scores=["high", 1]), "field 'scores' holds as number 1", good=ranking
+        with_fields(ranking(3), scores=["high", 1]), "field 'scores' has an invalid item 1", good=ranking
     ),
     "answers that are text": middle_case(
         with_fields(ranking(3), answers="a"), "field 'answers' must be a list, not", good=ranking
@@ -633,7 +633,7 @@ def test_a_prompt_of_the_evaluation_file_is_removed_from_training_and_counted(tm
     ],
 )
 def test_without_held_out_rows_the_suggested_keys_are_keys_of_the_stage(tmp_path, stage, fix):
-    with pytest.raises(NoRows, match=f"{stage}: there are no held-out rows to measure on .*{fix}"):
+    with pytest.raises(NoRows, match=f"{stage}: there are no held-out rows to evaluate on .*{fix}"):
         select_rows(good(tmp_path), TOKENIZER, SPECS[stage], held_out=True)
 
 
@@ -694,7 +694,7 @@ def test_a_row_rejected_by_the_template_is_reported_or_counted(tmp_path):
             EACH + "{% if add_generation_prompt %}ROBOT:{% endif %}",
             "encodes a prompt differently once an answer follows",
         ),
-        ("{{ messages[0].content }}", "writes nothing of the answer 'good 0': mend data.template"),
+        ("{{ messages[0].content }}", "writes nothing of the answer 'good 0': fix data.template"),
     ],
 )
 def test_an_unusable_template_is_reported_with_the_first_row(tmp_path, template, reported):
@@ -737,7 +737,7 @@ def test_the_template_can_be_a_file(tmp_path, capsys, model):
 def test_a_cache_path_that_cannot_be_a_folder_is_reported(tmp_path, place):
     (tmp_path / "file").write_text("x")
     config = dataclasses.replace(good(tmp_path), cache_dir=str(tmp_path / place))
-    with pytest.raises(ValueError, match=rf"{place}: tokenised rows cannot be kept there .*data.cache_dir"):
+    with pytest.raises(ValueError, match=rf"{place}: tokenized rows cannot be stored there .*data.cache_dir"):
         rows_of(GOOD, config)
 
 
@@ -748,7 +748,7 @@ def test_an_unwritable_cache_is_reported(tmp_path, monkeypatch, where):
 
     monkeypatch.setattr(cache, where, refuse)
     config = dataclasses.replace(good(tmp_path), cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match=r"cache: tokenised rows cannot be kept there \(No space left on device\)"):
+    with pytest.raises(ValueError, match=r"cache: tokenized rows cannot be stored there \(No space left on device\)"):
         rows_of(GOOD, config)
 
 
@@ -757,7 +757,7 @@ def test_a_cache_that_cannot_keep_held_out_prompts_is_reported(tmp_path, monkeyp
     held_out.write_bytes(lines(pair(11)))
     config = good(tmp_path, eval_path=str(held_out))
     monkeypatch.setattr(cache, "keys_path", lambda *_: tmp_path / "gone" / "file.keys")
-    with pytest.raises(ValueError, match=r"gone: tokenised rows cannot be kept there \(No such file or directory\)"):
+    with pytest.raises(ValueError, match=r"gone: tokenized rows cannot be stored there \(No such file or directory\)"):
         rows_of(GOOD, config)
 
 
@@ -790,7 +790,7 @@ def test_damaged_tokenised_rows_are_rebuilt_with_a_warning(tmp_path, caplog, spo
     SPOILT[spoilt](folder)
     with caplog.at_level(logging.WARNING):
         assert rows_of(GOOD, config).fingerprint == before
-    assert caplog.messages == [f"{folder}: these tokenised rows are damaged, and are made anew"]
+    assert caplog.messages == [f"{folder}: these tokenized rows are damaged and are rebuilt"]
     assert rows_of(GOOD, config).fingerprint == before and len(caplog.messages) == 1
 
 

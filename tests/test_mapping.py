@@ -168,12 +168,12 @@ MISTAKES = {
     "a number": ({"prompt": "q", "chosen": 1}, "field 'chosen' must be text or a list of messages, not int"),
     "a list of texts": (
         {"prompt": "q", "chosen": ["a"]},
-        "field 'chosen' has in message 1 what is none: it must be an",
+        "field 'chosen' has an invalid message 1: it must be an",
     ),
-    "half a character": ({"prompt": "\ud83d", "chosen": "a"}, "field 'prompt' holds half a character"),
+    "half a character": ({"prompt": "\ud83d", "chosen": "a"}, "field 'prompt' holds a lone surrogate"),
     "half a character within": (
         {"prompt": user_and_assistant("\ud83d"), "chosen": "a"},
-        "message 1 what is none: its content holds",
+        "message 1: its content holds",
     ),
 }
 
@@ -334,11 +334,11 @@ def test_ppo_accepts_messages_without_an_answer():
 
 ASK, TOOL = {"role": "user", "content": "q"}, {"role": "tool", "content": "21 C"}
 UNFIT = {
-    "a tool": ([ASK, TOOL], "message 2 what is none: its role 'tool' is none of system, developer, user"),
+    "a tool": ([ASK, TOOL], "message 2: its role 'tool' is none of system, developer, user"),
     "a function": ([ASK, {"role": "function", "content": "x"}], "its role 'function' is none of"),
     "a call": (
         [ASK, {"role": "assistant", "content": "", "tool_calls": [{}]}],
-        "message 2 what is none: it calls a tool",
+        "message 2: it calls a tool",
     ),
     "an old call": ([ASK, {"role": "assistant", "content": None, "function_call": {"name": "f"}}], "it calls a tool"),
     "null": ([ASK, {"role": "assistant", "content": None}], "its content must be text, not NoneType"),
@@ -346,8 +346,8 @@ UNFIT = {
         [{"role": "user", "content": [{"type": "image_url"}]}],
         "a part of its content is of type 'image_url'",
     ),
-    "no content": ([{"role": "user", "text": "q"}], "it wants role and content, or from and value, but has role, text"),
-    "no message": (["q"], "message 1 what is none: it must be an object, not str"),
+    "no content": ([{"role": "user", "text": "q"}], "it needs role and content, or from and value, but has role, text"),
+    "no message": (["q"], "message 1: it must be an object, not str"),
     "no list": ("q", "must be a list of messages, not str"),
     "nothing": ([], "has no assistant turn that answers"),
     "assistant first": (
@@ -424,15 +424,15 @@ def test_ppo_uses_the_prompt_of_a_ranking_without_answers():
 UNRANKED = {
     "no answers": ({"answers": [], "s": []}, "field 'answers' holds no answers"),
     "a text": ({"answers": "a", "s": [1]}, "field 'answers' must be a list, not str"),
-    "a number": ({"answers": ["a", 2], "s": [1, 2]}, "field 'answers' holds as number 2 what must be"),
+    "a number": ({"answers": ["a", 2], "s": [1, 2]}, "field 'answers' has an invalid item 2: must be"),
     "no number": (
         {"answers": ["a", "b"], "s": [1, "N/A"]},
-        "field 's' holds as number 2 what must be a number, not 'N/A'",
+        "field 's' has an invalid item 2: must be a number, not 'N/A'",
     ),
-    "too large": ({"answers": ["a", "b"], "s": [1, 10**400]}, "holds as number 2 what must be a number, not 1000"),
+    "too large": ({"answers": ["a", "b"], "s": [1, 10**400]}, "has an invalid item 2: must be a number, not 1000"),
     "a dialogue": (
         {"answers": [user_and_assistant("q", "a")], "s": [1]},
-        "number 1 what must be an answer alone, not a dialogue",
+        "item 1: must be an answer alone, not a dialogue",
     ),
     "too few": ({"answers": ["a", "b"], "s": [1]}, "2 answers have 1 scores"),
     "no scores": ({"answers": ["a", "b"]}, "no field 's'; the fields are prompt, answers. Name the right ones"),

@@ -285,7 +285,7 @@ def test_a_stage_without_rows_is_rejected_with_the_fix(write_jsonl):
         match=r"reward: there are no rows to train on \(0 rows\): .*data.split = { sft = 1, reward = 0, ppo = 0 }",
     ):
         rows_for(config_of(path), "reward")
-    with pytest.raises(ValueError, match="sft: there are no held-out rows to measure on .*raise data.held_out"):
+    with pytest.raises(ValueError, match="sft: there are no held-out rows to evaluate on .*raise data.held_out"):
         rows_for(config_of(path), "sft", held_out=True)
 
 

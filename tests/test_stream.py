@@ -199,7 +199,7 @@ def test_sources_that_cannot_be_streamed_are_rejected(tmp_path):
         select_rows(config, TOKENIZER, SPECS["ppo"], held_out=False)
     with pytest.raises(ValueError, match="rows of a stream are not packed: set sft.pack_length = 0"):
         select_rows(config, TOKENIZER, dataclasses.replace(SPECS["sft"], pack_length=512), held_out=False)
-    with pytest.raises(ValueError, match="none of its rows serves the stage sft"):
+    with pytest.raises(ValueError, match="none of its rows is usable by the stage sft"):
         rows_for(dataclasses.replace(config, split=split_of("0,1,0")))
-    with pytest.raises(ValueError, match="sft: there are no held-out rows to measure on"):
+    with pytest.raises(ValueError, match="sft: there are no held-out rows to evaluate on"):
         rows_for(dataclasses.replace(config, held_out=0.5), held_out=True)

@@ -1,4 +1,4 @@
-"""Token rows to batches of few fixed shapes, found by the step number alone."""
+"""Batches of token rows in a few fixed shapes; each is a function of its step number alone."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Batch:
     tokens: np.ndarray  # int32; 0 where there is no token
     mask: np.ndarray  # bool: real tokens
     loss_mask: np.ndarray  # bool: tokens whose prediction is trained; never the first token of a document
-    # int32, which document of its row each token is of, from 1, 0 where there is no token; None where rows hold one.
+    # int32, the document of its row that each token belongs to, from 1; 0: no token. None where rows hold one.
     segments: np.ndarray | None = None
 
 
 class Batches:
     """Endless batches of `rows`: batches[step] depends on the step alone, so a run resumes from its step number.
 
-    Step s is position s % steps_per_epoch of epoch s // steps_per_epoch, whose draws the blend orders by (seed,
-    epoch), or that come in the order of the rows without `shuffle`. An epoch's last, incomplete batch is left out.
+    Step s is position s % steps_per_epoch of epoch s // steps_per_epoch, whose draws the mixture orders by (seed,
+    epoch), or without `shuffle` by the order of the rows. An epoch's last, incomplete batch is left out.
 
     Every batch has one of `lengths` as its T: the longest row rounded up to a multiple of 8, and with `buckets` up to
     so many shorter lengths. Then the rows of `BUCKET_WINDOW` steps are sorted by length among themselves, and each step
@@ -59,11 +59,9 @@ class Batches:
             ValueError: `batch_size` is not from 1 to the number of rows, or no multiple of the processes.
         """
         if not 1 <= batch_size <= len(rows):
-            raise ValueError(
-                f"batch size {batch_size} does not fit {len(rows)} rows: from 1 to {len(rows)} is possible"
-            )
+            raise ValueError(f"batch size {batch_size} does not fit {len(rows)} rows: choose 1 to {len(rows)}")
         if batch_size % process[1]:
-            raise ValueError(f"batch size {batch_size} is no multiple of the {process[1]} processes that share it")
+            raise ValueError(f"batch size {batch_size} is not a multiple of the {process[1]} processes that share it")
         assert side == "right" or not rows.is_packed
         self.rows, self.batch_size, self.seed, self.side, self.shuffle = rows, batch_size, seed, side, shuffle
         self.process = process
@@ -82,9 +80,8 @@ class Batches:
         window, place = divmod(position, BUCKET_WINDOW)
         steps = min(BUCKET_WINDOW, self.steps_per_epoch - window * BUCKET_WINDOW)
         first = window * BUCKET_WINDOW * self.batch_size
-        part, row = self.rows.draw(
-            self.seed, epoch, np.arange(first, first + steps * self.batch_size), shuffle=self.shuffle
-        )
+        positions = np.arange(first, first + steps * self.batch_size)
+        part, row = self.rows.draw(self.seed, epoch, positions, shuffle=self.shuffle)
         order = np.argsort(self._lengths_of(part, row), kind="stable")
         turn = permute(np.array([place]), steps, self.seed, epoch, window)[0] if self.shuffle else place
         chosen = order[turn * self.batch_size : (turn + 1) * self.batch_size]
@@ -121,7 +118,7 @@ class Batches:
 
 
 def bucket_lengths(row_lengths: np.ndarray, longest: int, buckets: int) -> tuple[int, ...]:
-    """At most `buckets` lengths, ascending, multiples of 8 but for the last, `longest`: those that pad rows least.
+    """At most `buckets` lengths, ascending, multiples of 8 except the last, `longest`, with the least padding.
 
     By dynamic programming over the lengths that rows have: with k lengths the rows up to length j take least room when
     those up to some shorter i are best placed with k - 1 and the others all have length j.
@@ -168,7 +165,7 @@ def make_batch(
 
 
 B_co = TypeVar("B_co", covariant=True)
-PREFETCH_DEPTH = 2  # batches ahead
+PREFETCH_DEPTH = 2  # batches made in advance
 
 
 class StepIndexed(Protocol[B_co]):
@@ -176,15 +173,15 @@ class StepIndexed(Protocol[B_co]):
 
 
 class Prefetch:
-    """`batches[step]`, and a thread that makes the next ones meanwhile. What goes wrong in it is raised by [step].
+    """`batches[step]`, with a thread that makes the next ones meanwhile; its errors are raised by [step].
 
-    Any step may be asked for; only the ones right after it are at hand.
+    Any step may be requested; only the ones right after it are made in advance.
     """
 
     __iter__ = None
 
     def __init__(self, batches: StepIndexed, stop: int):
-        """stop: the step after the last one that will be asked for."""
+        """stop: the step after the last one that will be requested."""
         self._batches, self._stop = batches, stop
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._made: dict[int, Future] = {}

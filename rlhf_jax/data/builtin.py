@@ -16,8 +16,8 @@ An answer can have these faults, each with a penalty; the hidden quality of an a
 
 `GOOD_SHARE` of the demonstrations have no fault; of the rest three quarters have one and one quarter has two, drawn by
 `FAULT_WEIGHTS`. A preference compares two answers to one prompt that are drawn as the demonstrations are, except that
-their quality differs, so that a reward model meets what a model trained on the demonstrations says; in `CONTENT_PAIRS`
-of the pairs the two differ in nothing but that one is right and the other wrong.
+their quality differs, so that a reward model sees the answers that a model trained on the demonstrations gives; in
+`CONTENT_PAIRS` of the pairs the two differ only in that one is right and the other wrong.
 """
 
 from __future__ import annotations
@@ -76,17 +76,13 @@ def make_rows(seed: int, rows: int) -> Iterator[dict[str, str]]:
 
     More rows only append to fewer. Raises ValueError if `rows` is not positive.
     """
-    for dialogue in make_dialogues(seed, rows):
-        yield {
-            "prompt": dialogue.prompt,
-            "answer": dialogue.demonstration.text,
-            "chosen": dialogue.chosen.text,
-            "rejected": dialogue.rejected.text,
-        }
+    for each in make_dialogues(seed, rows):
+        texts = (each.prompt, each.demonstration.text, each.chosen.text, each.rejected.text)
+        yield dict(zip(("prompt", "answer", "chosen", "rejected"), texts, strict=True))
 
 
 def make_dialogues(seed: int, rows: int) -> Iterator[Dialogue]:
-    """What `make_rows` gives, with the faults that each answer was made to have."""
+    """The dialogues of `make_rows`, with the faults of each answer."""
     if rows < 1:
         raise ValueError(f"the built-in data needs at least one row, not {rows}")
     rng = random.Random(seed)
@@ -138,13 +134,8 @@ def _write(rng: random.Random, question: Question, faults: tuple[str, ...]) -> A
 def _sum(rng: random.Random) -> Question:
     a, b = rng.randrange(10), rng.randrange(10)
     name, thing = rng.choice(PEOPLE), rng.choice(THINGS)
-    prompt = rng.choice(
-        (
-            f"What is {a} + {b}?",
-            f"Please add {a} and {b}.",
-            f"{name} has {a} {thing}s and gets {b} more. How many {thing}s is that?",
-        )
-    )
+    story = f"{name} has {a} {thing}s and gets {b} more. How many {thing}s is that?"
+    prompt = rng.choice((f"What is {a} + {b}?", f"Please add {a} and {b}.", story))
     totals = [a + b + d for d in (-2, -1, 1, 2) if a + b + d >= 0]
     return Question(prompt, f"{a} + {b} = {a + b}.", tuple(f"{a} + {b} = {total}." for total in totals))
 
@@ -179,12 +170,8 @@ def _extreme(rng: random.Random) -> Question:
 
 def _person(rng: random.Random) -> Question:
     name, cities, foods = rng.choice(PEOPLE), rng.sample(CITIES, 2), rng.sample(FOODS, 2)
-    prompt = rng.choice(
-        (
-            f"{name} lives in {cities[0]} and likes {foods[0]}.",
-            f"{name} likes {foods[0]} and lives in {cities[0]}.",
-        )
-    )
+    lives, likes = f"lives in {cities[0]}", f"likes {foods[0]}"
+    prompt = rng.choice((f"{name} {lives} and {likes}.", f"{name} {likes} and {lives}."))
     home, wrong_home = (f"{name} lives in {city}." for city in cities)
     taste, wrong_taste = (f"{name} likes {food}." for food in foods)
     if rng.random() < 0.5:
@@ -194,12 +181,8 @@ def _person(rng: random.Random) -> Question:
 
 def _thing(rng: random.Random) -> Question:
     thing, colours, places = rng.choice(THINGS), rng.sample(COLOURS, 2), rng.sample(PLACES, 2)
-    prompt = rng.choice(
-        (
-            f"The {colours[0]} {thing} is in the {places[0]}.",
-            f"In the {places[0]} is a {colours[0]} {thing}.",
-        )
-    )
+    described = f"{colours[0]} {thing}"
+    prompt = rng.choice((f"The {described} is in the {places[0]}.", f"In the {places[0]} is a {described}."))
     look, wrong_look = (f"The {thing} is {colour}." for colour in colours)
     where, wrong_where = (f"The {thing} is in the {place}." for place in places)
     if rng.random() < 0.5:

@@ -1,6 +1,7 @@
 """Judges answers to the built-in prompts: reads both texts, works the answer out again, and names what is wrong.
 
-For evaluation only. Nothing that trains may import this module, and it imports nothing of what wrote the data.
+For evaluation only. Nothing that trains may import this module, and it does not import the module that generates the
+data.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class Verdict:
 class Task:
     """How one kind of prompt is recognised, how its answers read, and what the right one is, to the letter."""
 
-    prompt: re.Pattern[str]
-    claim: re.Pattern[str]  # a whole sentence that answers, rightly or not
+    prompt: str  # a regular expression, like `claim`
+    claim: str  # a whole sentence that answers, rightly or not
     right: Callable[[str], str]  # the prompt's right claim, worked out from its words
 
 
@@ -40,7 +41,7 @@ def judge(prompt: str, response: str, ended: bool) -> Verdict:
     right = task.right(prompt)
     sentences = [sentence.strip() for sentence in SENTENCE.findall(response)]
     tail = SENTENCE.sub("", response).strip()
-    claims = [at for at, sentence in enumerate(sentences) if task.claim.fullmatch(sentence)]
+    claims = [at for at, sentence in enumerate(sentences) if re.fullmatch(task.claim, sentence)]
     before = claims[0] if claims else 1
     after = len(sentences) - claims[-1] - 1 if claims else 1
 
@@ -58,7 +59,7 @@ def judge(prompt: str, response: str, ended: bool) -> Verdict:
 
 def _task(prompt: str) -> Task:
     for task in TASKS:
-        if task.prompt.fullmatch(prompt):
+        if re.fullmatch(task.prompt, prompt):
             return task
     raise ValueError(f"cannot judge answers to {prompt!r}: it is not a prompt of the built-in data")
 
@@ -95,7 +96,7 @@ def _thing(prompt: str) -> str:
 
 
 def _word(phrase: str, text: str) -> str:
-    """The word that stands in the place of X where the phrase first occurs."""
+    """The word in the place of X where the phrase first occurs."""
     found = re.search(phrase.replace("X", r"(\w+)"), text, re.IGNORECASE)
     assert found is not None
     return found[1]
@@ -103,34 +104,24 @@ def _word(phrase: str, text: str) -> str:
 
 TASKS = (
     Task(
-        re.compile(
-            r"What is \d+ \+ \d+\?"
-            r"|Please add \d+ and \d+\."
-            r"|\w+ has \d+ (\w+)s and gets \d+ more\. How many \1s is that\?"
-        ),
-        re.compile(r"\d+ \+ \d+ = \d+\."),
+        r"What is \d+ \+ \d+\?|Please add \d+ and \d+\.|\w+ has \d+ (\w+)s and gets \d+ more\. How many \1s is that\?",
+        r"\d+ \+ \d+ = \d+\.",
         _sum,
     ),
+    Task(r"(Sort|Please put|What is the order of) \d+, \d+, \d+( in order)?[.?]", r"In order: \d+(, \d+)*\.", _order),
     Task(
-        re.compile(r"(Sort|Please put|What is the order of) \d+, \d+, \d+( in order)?[.?]"),
-        re.compile(r"In order: \d+(, \d+)*\."),
-        _order,
-    ),
-    Task(
-        re.compile(r"(Which is|Find) the (largest|smallest)(:| of) \d+, \d+(, | or )\d+[?.]"),
-        re.compile(r"The (largest|smallest) is \d+\."),
+        r"(Which is|Find) the (largest|smallest)(:| of) \d+, \d+(, | or )\d+[?.]",
+        r"The (largest|smallest) is \d+\.",
         _extreme,
     ),
     Task(
-        re.compile(
-            r"(\w+) (lives in \w+ and likes|likes \w+ and lives in) \w+\. (Where does \1 live|What does \1 like)\?"
-        ),
-        re.compile(r"\w+ (lives in|likes) \w+\."),
+        r"(\w+) (lives in \w+ and likes|likes \w+ and lives in) \w+\. (Where does \1 live|What does \1 like)\?",
+        r"\w+ (lives in|likes) \w+\.",
         _person,
     ),
     Task(
-        re.compile(r"(The \w+ \w+ is in the \w+|In the \w+ is a \w+ \w+)\. (What colour|Where) is the \w+\?"),
-        re.compile(r"The \w+ is (in the )?\w+\."),
+        r"(The \w+ \w+ is in the \w+|In the \w+ is a \w+ \w+)\. (What colour|Where) is the \w+\?",
+        r"The \w+ is (in the )?\w+\.",
         _thing,
     ),
 )

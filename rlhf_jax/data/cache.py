@@ -1,4 +1,4 @@
-"""A source tokenised once, and kept under all that its tokens depend on."""
+"""Tokenizes each source once and caches the result under a key of everything that its tokens depend on."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ from rlhf_jax.data.tokenize import (
 )
 
 LOGGER = logging.getLogger(__name__)
-# Of a source, what its tokens do not depend on: where it lies, and how often it is drawn.
+# Keys of a source that its tokens do not depend on: its place, and how often it is drawn.
 NO_MAPPING = ("path", "name", "split", "eval_path", "eval_split", "stream", "limit", "weight", "epochs", "max_rows")
 
 
 def key_parts(job: Job, content: Any) -> dict[str, Any]:
-    """All that the tokens depend on, as JSON holds it; `content` says what is in the place."""
+    """Everything that the tokens depend on, JSON-serialisable; `content` identifies the contents of the place."""
     config = job.config
     prompts = [job.spec.share, *config.split.items(), config.held_out, job.is_streamed, has_eval(job.source)]
     return {
@@ -61,16 +61,16 @@ def key_parts(job: Job, content: Any) -> dict[str, Any]:
 
 
 def folder_of(cache: Path, parts: dict[str, Any]) -> Path:
-    """Where in the cache stands what depends on these parts."""
+    """Cache folder for these key parts."""
     return cache / hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def load_or_tokenize(job: Job) -> tuple[Store, tuple[RowStats, RowStats]]:
-    """The rows of a place that may be used, from the cache, or built and put there.
+    """The usable rows of a place, from the cache, or built and cached.
 
-    With them comes what became of those that are trained on, and of those held out. Two processes that want the same
-    build it once: the second waits. A build that is killed leaves nothing that is taken for one, and what is damaged
-    later is built anew, which is said.
+    Also returns the statistics of the training rows and those of the held-out rows. Two processes that need the same
+    entry build it once: the second waits. A build that is killed leaves nothing that could be mistaken for a complete
+    one; a damaged entry is rebuilt and a warning logged.
 
     Raises:
         ValueError: more than `data.max_bad_rows` rows are bad, with the first of them; the cache cannot be written;
@@ -79,20 +79,20 @@ def load_or_tokenize(job: Job) -> tuple[Store, tuple[RowStats, RowStats]]:
     cache, per_row = cache_folder(job.config), job.spec.per_row
     parts = key_parts(job, content_key(**job.place, memo=cache / "contents.json"))
     folder = folder_of(cache, parts)
-    if (kept := _load_cached(folder, per_row)) is None:
+    if (kept := _load_entry(folder, per_row)) is None:
         try:
             with FileLock(folder.with_suffix(".lock")):
-                if _load_cached(folder, per_row) is None:  # and no other process has built it meanwhile
+                if _load_entry(folder, per_row) is None:  # and no other process has built it meanwhile
                     if folder.exists():
-                        LOGGER.warning(f"{folder}: these tokenised rows are damaged, and are made anew")
+                        LOGGER.warning(f"{folder}: these tokenized rows are damaged and are rebuilt")
                         shutil.rmtree(folder)
                     _build(folder, parts, job)
-        except OSError as error:  # of what is read it would be a ValueError
+        except OSError as error:  # an error while reading a source would be a ValueError
             raise ValueError(unwritable_message(cache, error)) from error
-        kept = _load_cached(folder, per_row)
+        kept = _load_entry(folder, per_row)
         assert kept, folder
     store, tallies, files = kept
-    # The same rows may have been read elsewhere then.
+    # The entry may have been built from the same files at other paths.
     moved = dict(zip(files, place_files(job.place), strict=True))
     shown = tuple(_with_current_paths(message, moved) for message in tallies[0].bad_shown)
     check_bad_rows(tallies[0].bad, shown, job.config.max_bad_rows)
@@ -101,21 +101,20 @@ def load_or_tokenize(job: Job) -> tuple[Store, tuple[RowStats, RowStats]]:
 
 
 def place_files(place: dict[str, Any]) -> list[str]:
-    """The files of a place; none of the hub and of the built-in set."""
-    is_builtin = place["path"].startswith("builtin:")
-    return [] if is_builtin else sources.source_files(place["path"], place["split"]) or []
+    """The files of a place; [] for a hub data set and for the built-in set."""
+    return sources.source_files(place["path"], place["split"]) or []
 
 
 def _with_current_paths(message: str, moved: dict[str, str]) -> str:
-    """The message of a bad row, which begins with its file, with the place where that file lies now."""
+    """The message of a bad row, which begins with the path of its file, with the current path of that file."""
     for old, new in moved.items():
         if message.startswith(f"{old}, "):
             return new + message.removeprefix(old)
     return message
 
 
-def _load_cached(folder: Path, per_row: int) -> tuple[Store, list[RowStats], list[str]] | None:
-    """What such a folder holds, with the files that it is of; None where there is none, or one that is damaged."""
+def _load_entry(folder: Path, per_row: int) -> tuple[Store, list[RowStats], list[str]] | None:
+    """Rows, statistics and source files of a cache folder; None where there is none, or a damaged one."""
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         tallies = [parse_row_stats(tally) for tally in report["tallies"]]
@@ -133,7 +132,7 @@ def _build(folder: Path, parts: dict[str, Any], job: Job) -> None:
         rows = itertools.islice(read_rows(**job.place), job.limit)
         if any(map(has_eval, job.config.sources)) and (job.takes_all or not has_eval(job.source)):
             rows = record_keys(rows, job.source, job.config)
-        bar_text = f"{job.spec.share}: tokenising {job.place['path']}"
+        bar_text = f"{job.spec.share}: tokenizing {job.place['path']}"
         kept, tallies = 0, [RowStats(), RowStats()]
 
         def batches() -> Iterator[pa.RecordBatch]:
@@ -151,7 +150,7 @@ def _build(folder: Path, parts: dict[str, Any], job: Job) -> None:
         reported = [dataclasses.asdict(tally) for tally in tallies]
         report = {"digest": digest, "rows": kept, "tallies": reported, "files": place_files(job.place), **parts}
         (unfinished / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1), encoding="utf-8")
-        for path in unfinished.iterdir():  # on the disk before it has its name, as the machine may lose power
+        for path in unfinished.iterdir():  # on the disk before it has its name, because the machine may lose power
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         unfinished.rename(folder)
@@ -162,7 +161,8 @@ def _build(folder: Path, parts: dict[str, Any], job: Job) -> None:
 def withheld_keys(config: DataConfig) -> np.ndarray:
     """[n] uint64, first words of the keys of prompts that some source holds out and another might train on.
 
-    What is held out by hash is so in all sources that have no eval_path, and needs no list where all are such.
+    A prompt that is held out by hash is held out in all sources without evaluation set, so no list is needed where
+    none has one.
     """
     is_needed = any(map(has_eval, config.sources))
     listed = [each for each in config.sources if has_eval(each) or (is_needed and not each.stream)]
@@ -170,7 +170,7 @@ def withheld_keys(config: DataConfig) -> np.ndarray:
 
 
 def held_keys(source: SourceConfig, config: DataConfig) -> np.ndarray:
-    """[n] uint64, first words of the keys of the prompts that a source holds out, from the cache if it has been read.
+    """[n] uint64, first words of the keys of the prompts that a source holds out, cached once the source was read.
 
     Raises:
         ValueError: more than `data.max_bad_rows` rows have no prompt; and as `sources.read_rows`.
@@ -186,8 +186,8 @@ def held_keys(source: SourceConfig, config: DataConfig) -> np.ndarray:
 def record_keys(rows: Iterable[Row], source: SourceConfig, config: DataConfig) -> Iterator[Row]:
     """The rows of a source's held-out place, or of a source without one; after the last, `held_keys` are in the cache.
 
-    A prompt counts whatever kind of rows it is in. Prompts alone are the least that is asked of a row, so a row is bad
-    that has none; but one of those may still give a pair to be measured on.
+    Rows of every kind count. Every kind needs a prompt, so a row without one is bad; yet a row that is bad as a prompt
+    may still give a pair to evaluate on.
     """
     here = dataclasses.replace(source, path=place_of(source, config, held_out=True)["path"])
     mappers = [make_mapper(here, kind) for kind in reversed(KINDS) if provides(here, kind)]
@@ -225,7 +225,7 @@ def keys_path(source: SourceConfig, config: DataConfig) -> Path:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    """None where there is none, or it is damaged."""
+    """The contents of a JSON file; None where there is none, or a damaged one."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -233,7 +233,7 @@ def _json(path: Path) -> dict[str, Any] | None:
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Where tokenised rows are kept; it is made. ValueError if it cannot be."""
+    """The folder of tokenized rows, created if it does not exist. ValueError if that fails."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(config.cache_dir).expanduser() if config.cache_dir else caches / "rlhf_jax" / "data"
     try:
@@ -245,11 +245,11 @@ def cache_folder(config: DataConfig) -> Path:
 
 def unwritable_message(folder: Path, error: OSError) -> str:
     what = error.strerror or error
-    return f"{folder}: tokenised rows cannot be kept there ({what}); name another folder in data.cache_dir"
+    return f"{folder}: tokenized rows cannot be stored there ({what}); name another folder in data.cache_dir"
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of all of a tokenizer that its encoding depends on."""
+    """Digest of everything in a tokenizer that its encoding depends on."""
     backend = tokenizer.backend_tokenizer.to_str()
     versions = [metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")]
     parts = [backend, tokenizer.chat_template, sorted(tokenizer.special_tokens_map.items()), versions]
@@ -258,7 +258,7 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @functools.cache
 def code_key() -> str:
-    """Digest of this room's code: what an older version has built is not taken for what this one would."""
+    """Digest of the code of this folder, so that entries of an older version are not reused."""
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(Path(__file__).parent.rglob("*.*")):
         if path.suffix in (".py", ".toml"):

@@ -1,11 +1,11 @@
-"""Dialogues to token ids and to what of them is learned, through the tokenizer's own chat template where it has one.
+"""Encodes dialogues to token ids and spans with loss, by the tokenizer's own chat template where it has one.
 
 A conversation is rendered by the template and then encoded without further special tokens: the template writes BOS and
-EOS itself, so there is never a second BOS. Text of a user or an assistant that happens to spell a special token, as
-"</s>", is encoded as the plain characters that it is; only what the template writes becomes a control token.
+EOS itself, so there is never a second BOS. Text of a user or an assistant that happens to spell a special token, such
+as "</s>", is encoded as plain characters; only the template writes control tokens.
 
-A dialogue is encoded once, and where an answer begins and ends in its tokens is found by the bytes that each token
-stands for; `_encode_by_parts` says the same by encoding every beginning of the dialogue, which is slower and exact.
+A dialogue is encoded once, and the first and last token of an answer are found by the bytes that each token stands for;
+`_encode_by_parts` finds the same by encoding every prefix of the dialogue, which is slower and exact.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _byte_counts: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, np.ndarray] = w
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """[ids] int64. Of a vocabulary of another kind than byte-level or SentencePiece's it is a guess.
+    """[ids] int64, bytes of each token; a guess unless the vocabulary is byte-level or SentencePiece's.
 
-    A guess does no harm: the bytes of a text's tokens add up to those of the text, or it is seen that they do not.
+    A wrong guess does no harm: `token_ends` checks that the bytes of a text's tokens add up to those of the text.
     """
     if tokenizer not in _byte_counts:
         _byte_counts[tokenizer] = _count_bytes(tokenizer)
@@ -70,7 +70,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
 )
 
-# One dialogue in so many is also encoded by parts, and must come out the same.
+# One dialogue in CHATS_PER_CHECK is also encoded by parts; both results must agree.
 CHATS_PER_CHECK = 512
 
 
@@ -78,19 +78,19 @@ class Encoding(NamedTuple):
     """A dialogue in tokens."""
 
     tokens: np.ndarray  # [T] int32
-    spans: np.ndarray  # [k, 2] int32: tokens[a:b] is what an assistant turn says, its EOS or end of turn included
+    spans: np.ndarray  # [k, 2] int32: tokens[a:b] is the text of an assistant turn with its EOS or end of turn
 
 
-Failure = ValueError  # returned in the place of a dialogue that cannot be encoded, so that the others still are
+Failure = ValueError  # returned in place of a dialogue that cannot be encoded, so that the others still are
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str = "") -> PreTrainedTokenizerBase:
-    """The tokenizer itself, changed in place: with a chat template and a padding token where it had none.
+    """The tokenizer itself, changed in place: it gets a chat template and a padding token where it has none.
 
-    `template` takes the place of its own: Jinja text, or the path of a file of it, as is what has no { in it. The
+    `template` replaces its own: Jinja text, or, if it contains no {, the path of a file of it. The
     default is `CHAT_TEMPLATE`, with BOS in front if this tokenizer puts BOS before a text. The padding token becomes
-    EOS: masks are carried with the tokens, nothing compares ids with it. ValueError if there is no EOS, or if
-    `template` is no Jinja or no file that can be read.
+    EOS: masks accompany the tokens, so no code compares ids with it. ValueError if there is no EOS, or if
+    `template` is neither Jinja nor a readable file.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token, so no answer can end: set its eos_token and save it again")
@@ -120,7 +120,7 @@ def _read_template(path: str) -> str:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> list[int]:
-    """Ids of one prompt, up to where the answer begins. ValueError if the tokenizer's template refuses it."""
+    """Ids of one prompt, up to where the answer begins. ValueError if the tokenizer's template rejects it."""
     return _single(encode_prompts(tokenizer, [turns])).tolist()
 
 
@@ -136,9 +136,9 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, histories: Sequence[Turns]) -> list[np.ndarray | Failure]:
-    """One int32 array a history: the rendered turns and the opening of the answer that is to come.
+    """One int32 array per history: the rendered turns and the opening of the answer to come.
 
-    A Failure where the tokenizer's template refuses a history (some insist that the roles alternate).
+    A Failure where the tokenizer's template rejects a history (some insist that the roles alternate).
     """
     chats = [_messages(turns) for turns in histories]
     texts = _render(tokenizer, chats, opened=True)
@@ -155,11 +155,11 @@ def encode_dialogues(
 ) -> list[Encoding | Failure]:
     """Dialogues that end on an assistant turn, with the span of that turn, or with `all_turns` of every assistant turn.
 
-    An assistant turn is what the dialogue has after the prompt that `encode_prompts` gives for the turns before it, up
-    to the EOS or end-of-turn id. What a template writes after the end of the last turn (ChatML's line break) is cut
-    off; EOS is added where a template ends it with no control token.
+    An assistant turn is the part of the dialogue after the prompt that `encode_prompts` returns for the turns before
+    it, up to the EOS or end-of-turn id. Anything that a template writes after the end of the last turn (ChatML's line
+    break) is cut off; EOS is added where a template ends the turn without a control token.
 
-    A Failure where a prompt is not the beginning of its dialogue, or where the template refuses it.
+    A Failure where a prompt is not a prefix of its dialogue, or where the template rejects it.
     """
     assert all(turns[-1][0] == "assistant" for turns in dialogues)
     chats = [_messages(turns) for turns in dialogues]
@@ -193,7 +193,7 @@ def encode_dialogues(
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
-    """One int32 array a text, without a template: BOS where the tokenizer puts one before a text, and EOS behind it.
+    """One int32 array per text, without a template: BOS where the tokenizer puts one before a text, and EOS at the end.
 
     Text that spells a special token is text, as in a dialogue.
     """
@@ -206,10 +206,10 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -
 
 
 def _require_answer(found: Encoding | Failure, answer: str) -> Encoding | Failure:
-    """A Failure where an end is all that there is of an answer: the model would learn to say nothing."""
+    """A Failure where the encoding of an answer is only its end: the model would learn to say nothing."""
     if answer and isinstance(found, Encoding) and found.spans[-1, 1] - found.spans[-1, 0] < 2:
         return ValueError(
-            f"the tokenizer's chat template, or the tokenizer, writes nothing of the answer {answer[:60]!r}: mend "
+            f"the tokenizer's chat template, or the tokenizer, writes nothing of the answer {answer[:60]!r}: fix "
             "data.template, or remove the tokenizer's chat_template to use the default one"
         )
     return found
@@ -224,9 +224,9 @@ def _equal(one: Encoding | Failure, other: Encoding | Failure) -> bool:
 def _encode_by_bytes(
     ids: np.ndarray, rendered: list[tuple[str, str]], ends: frozenset[int], tokenizer: PreTrainedTokenizerBase
 ) -> Encoding | None:
-    """None where the texts are no beginnings of the dialogue, or a token runs across the beginning of an answer.
+    """The dialogue with its spans; None where the texts are no prefixes of it, or a token spans the start of an answer.
 
-    rendered: for each answer the dialogue up to it, opened, and with it; `ids` are those of the last, the whole one.
+    rendered: for each answer the dialogue up to it, opened, and with it; `ids` encode the last one, the whole dialogue.
     """
     whole = rendered[-1][1]
     places = token_ends(tokenizer, ids, whole)
@@ -245,7 +245,7 @@ def _encode_by_bytes(
 def _encode_by_parts(
     tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], answers: Sequence[int], ends: frozenset[int]
 ) -> Encoding | Failure:
-    """The same by encoding the dialogue up to each answer, and with it."""
+    """The result of `_encode_by_bytes`, by encoding the dialogue up to each answer, and with it."""
     try:
         whole, spans = _ids(tokenizer, chat, opened=False), []
         for k in answers:
@@ -259,7 +259,7 @@ def _encode_by_parts(
                         "add_generation_prompt (data.template), or remove its chat_template to use the default one"
                     )
                 spans.append(len(ids))
-    except ValueError as error:  # the template refuses it
+    except ValueError as error:  # the template rejects it
         return error
     pairs = zip(spans[::2], spans[1::2], strict=True)
     spans = [(first, _answer_end(whole, first, stop, ends)) for first, stop in pairs]
@@ -267,12 +267,12 @@ def _encode_by_parts(
 
 
 def _answer_end(ids: np.ndarray, first: int, stop: int, ends: frozenset[int]) -> int:
-    """Behind the last control token of ids[first:stop]; `stop` where there is none."""
+    """Index after the last control token of ids[first:stop]; `stop` where there is none."""
     return next((t + 1 for t in range(stop - 1, first - 1, -1) if int(ids[t]) in ends), stop)
 
 
 def _finish(tokens: np.ndarray, spans: list[tuple[int, int]], ends: frozenset[int], eos: int) -> Encoding:
-    """Without what follows the end of the last span, and with an end where it has none."""
+    """The encoding without tokens after its last span, and with EOS where that span has no end."""
     first, stop = spans[-1]
     tokens = tokens[:stop]
     if stop == first or int(tokens[-1]) not in ends:
@@ -299,9 +299,9 @@ def _spells_control(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[s
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
-    """int32 ids of rendered texts, in which control tokens are what they spell."""
+    """int32 ids of rendered texts, in which spelled control tokens are control tokens."""
     backend = tokenizer.backend_tokenizer
-    # What a call of transformers may have left there.
+    # Reset what a call of transformers may have left there.
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = False
@@ -330,7 +330,7 @@ def _render(
 def _apply(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict[str, str]]], *, opened: bool, **options) -> list:
     try:
         return tokenizer.apply_chat_template(chats, add_generation_prompt=opened, return_dict=False, **options)
-    except Exception as error:  # a template is a program: beside refusing, it may fail in any way
+    except Exception as error:  # a template is a program: besides rejecting, it may fail in any way
         what = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
         raise ValueError(
             f"the tokenizer's chat template refuses a dialogue: {what.rstrip('.')}; data.template puts another in its "

@@ -1,4 +1,4 @@
-"""The `[data]` section: where the rows come from, how their fields map, how they are shared out and blended."""
+"""The `[data]` section: sources of rows, mappings of their fields, their split between stages and their mixture."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ BUILTIN = "builtin:assistant"
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """A place, a mapping of its fields, and its part in the blend.
+    """A place, a mapping of its fields, and its part in the mixture.
 
-    Names of fields may be dotted: "question.full_text", "answers.zh_cn.0.text", and of every item of a list
+    Names of fields may be dotted: "question.full_text", "answers.zh_cn.0.text", and for every item of a list
     "answers.*.text".
     """
 
@@ -27,10 +27,10 @@ class SourceConfig:
     path: str
     name: str = ""  # the configuration of a hub data set that has several
     split: str = "train"  # the split of a hub data set or of a `save_to_disk` folder
-    eval_path: str = ""  # a place whose rows are this source's held-out rows; "" with eval_split "": by hash
-    eval_split: str = ""  # the split of `path` whose rows are the held-out rows, in place of eval_path
-    stream: bool = False  # read as training goes, for what is too large to be read before; SFT alone
-    limit: int = 0  # at most this many rows of `path`, the first ones; 0: all
+    eval_path: str = ""  # the place of this source's held-out rows; "" with eval_split "": held out by hash
+    eval_split: str = ""  # the split of `path` with the held-out rows, instead of eval_path
+    stream: bool = False  # read during training, for data too large to read in advance; SFT only
+    limit: int = 0  # read only the first `limit` rows of `path`; 0: all
     # The mapping of its fields. "": that of the known data set that `path` names, or else "fields".
     format: Format = ""
     prompt: str = "prompt"  # the field of the prompt
@@ -41,16 +41,16 @@ class SourceConfig:
     field: str = ""  # the one field of messages, sharegpt and text; "": "messages", "conversations" and "text"
     answers: tuple[str, ...] = ("answers",)  # of a ranking: one field that holds a list, or a field for each answer
     scores: tuple[str, ...] = ()  # of a ranking: the fields of the scores, as `answers`; none: best answer first
-    lowest_first: bool = False  # the answer with the lowest of `scores` is the best, as where they are ranks
+    lowest_first: bool = False  # the answer with the lowest of `scores` is the best, as for ranks
     # What opens the turns of a transcript: the user's, the assistant's, and, if there is a third, the system's; a third
     # "" makes a system turn of what comes before the first speaker.
     speakers: tuple[str, ...] = SPEAKERS
     strip: str = ""  # a regular expression; its matches are removed from answer, chosen and rejected
-    sparse: bool = False  # rows with an empty field or too short a list are left out, and are no bad rows
-    # The blend (see mixture.py).
+    sparse: bool = False  # rows with an empty field or too short a list are left out, and do not count as bad
+    # The mixture (see mixture.py).
     weight: float = 0.0  # share of the drawn rows relative to other sources' weights; 0: by its number of rows
-    epochs: float = 1.0  # times each of its rows is drawn in one epoch of the blend, where there are no weights
-    max_rows: int = 0  # at most this many of its rows are drawn in one epoch of the mixture; 0: no cap
+    epochs: float = 1.0  # draws of each of its rows in one epoch of the mixture, where there are no weights
+    max_rows: int = 0  # cap on draws per epoch of the mixture; 0: no cap
 
     def __post_init__(self):
         if not self.path.strip():
@@ -62,9 +62,7 @@ class SourceConfig:
             reported = ", ".join(f"data.sources.{name} = {value}" for name, value in wrong.items())
             raise ValueError(f"{reported}: epochs must be above 0, weight and max_rows must not be negative")
         if self.format in ("", "fields", "ranking") and not self.prompt:
-            raise ValueError(
-                "data.sources.prompt must name a field, unless the format is another than fields or ranking"
-            )
+            raise ValueError("data.sources.prompt must name a field where the format is fields or ranking")
         if self.format == "transcript" and not (self.answer or self.chosen):
             raise ValueError("data.sources with format = 'transcript' must name the field answer or chosen")
         if len(self.speakers) not in (2, 3) or not all(speaker.strip() for speaker in self.speakers[:2]):
@@ -85,7 +83,7 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    sources: tuple[SourceConfig, ...]  # at least one; the keys of each are below
+    sources: tuple[SourceConfig, ...]  # at least one; see `SourceConfig`
     # Shares of the stages in the prompts, by hash, so that no prompt trains two: { sft = 2, reward = 4, ppo = 4 }, or
     # as text "2,4,4" those of the first three stages; {}: the default shares.
     split: dict[str, float] | str = field(default_factory=dict, hash=False)
@@ -93,13 +91,13 @@ class DataConfig:
     split_seed: int = 0  # seed of the split of the prompts and of what is held out; run.seed changes neither
     max_prompt_length: int = 256  # tokens; longer prompts are dropped
     max_length: int = 512  # tokens of prompt and answer; longer answers are cut
-    # What becomes of a row that is too long. "right": a prompt over max_prompt_length is dropped, an answer is cut at
+    # How a row that is too long is shortened. "right": a prompt over max_prompt_length is dropped, an answer is cut at
     # its end; "left": the prompt loses its beginning; "drop": the row is dropped.
     long_rows: Literal["right", "left", "drop"] = "right"
     template: str = ""  # Jinja text, or the path of a file of it; "": the tokenizer's own, or "Human:/Assistant:"
     temperature: float = 1.0  # above 1, small sources are drawn from more often than in proportion to their rows
-    max_bad_rows: int = 0  # rows of a source that may be malformed: counted and reported; one more stops the run
-    cache_dir: str = ""  # where tokenised rows are kept; "": in the user's cache folder
+    max_bad_rows: int = 0  # number of malformed rows of a source that are skipped and reported; one more stops the run
+    cache_dir: str = ""  # folder of the tokenized rows; "": the user's cache folder
     builtin_seed: int = 0  # seed of the dialogues of builtin:assistant
     builtin_rows: int = 8192  # number of dialogues of builtin:assistant
 
@@ -123,7 +121,7 @@ class DataConfig:
 
 
 def _check_split(split: Mapping[str, float] | str) -> None:
-    """ValueError unless `data.split` has shares >= 0 with a positive sum; as text, three of them. {} is no choice."""
+    """ValueError unless `data.split` has shares >= 0 with a positive sum; as text, three. {} means the defaults."""
     try:
         shares = list(map(float, split.split(","))) if isinstance(split, str) else list(split.values())
     except ValueError:

@@ -1,4 +1,4 @@
-"""Texts and lists of messages as turns: what the mappings of all formats are made of.
+"""Parses texts and lists of messages to turns, for the mappings of all formats.
 
 Everything here raises `BadRow` without the place: `mapping.mapper` puts file, row and field before it.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from rlhf_jax.data.records import BadRow, Turns
 
+T = TypeVar("T")
 SPEAKERS = ("\n\nHuman:", "\n\nAssistant:")  # those of hh-rlhf, and of SourceConfig.speakers
 ROLES = {"system": "system", "developer": "system"}
 ROLES |= dict.fromkeys(("user", "human", "prompter"), "user")
@@ -19,22 +20,22 @@ ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"),
 
 
 def check_text(value: Any) -> str:
-    """The value, which is text as it stands. BadRow for anything else, and for half a character."""
+    """The value unchanged if it is text. BadRow for anything else, and for a lone surrogate."""
     if type(value) is not str:
         raise BadRow(f"must be text, not {type(value).__name__}")
     if not value.isascii():
         try:
             value.encode()  # UTF-8 refuses lone surrogates and nothing else, ten times faster than a search for them
         except UnicodeEncodeError as error:
-            raise BadRow("holds half a character (a surrogate), as where text was cut") from error
+            raise BadRow("holds a lone surrogate, as in truncated text") from error
     return value
 
 
 def parse_messages(messages: Any) -> Turns:
     """[{"role", "content"}, ...] or [{"from", "value"}, ...] as turns.
 
-    BadRow for a role that is no speaker of a dialogue, a call of a tool, content that is not text (a list of parts of
-    type "text" is: they are joined as they stand), and what `merge_turns` refuses.
+    BadRow for an unknown role, a call of a tool, content that is not text (a list of parts of
+    type "text" is: they are joined unchanged), and what `merge_turns` rejects.
     """
     return merge_turns(_pairs(messages))
 
@@ -43,18 +44,14 @@ def parse_prompt(value: Any) -> Turns:
     """A text, or the messages before an answer, as turns that end with the user's."""
     if type(value) is str:
         return (("user", check_text(value).strip()),)
-    if not isinstance(value, list | tuple):
-        raise BadRow(f"must be text or a list of messages, not {type(value).__name__}")
-    return check_prompt(parse_messages(value))
+    return check_prompt(merge_turns(_pairs(value, "text or a list of messages")))
 
 
 def parse_reply(value: Any) -> str | Turns:
     """A text, or the messages of an answer, as text; a whole dialogue as turns."""
     if type(value) is str:
         return check_text(value).strip()
-    if not isinstance(value, list | tuple):
-        raise BadRow(f"must be text or a list of messages, not {type(value).__name__}")
-    pairs = _pairs(value)
+    pairs = _pairs(value, "text or a list of messages")
     if pairs and all(role == "assistant" for role, _ in pairs):
         return "\n\n".join(text for _, text in pairs).strip()
     return merge_turns(pairs)
@@ -73,11 +70,9 @@ def add_system(system: str, turns: Turns) -> Turns:
 
 
 def same_prompt(one: Turns, other: Turns) -> bool:
-    """Whether two prompts differ in nothing but white space and system texts."""
-    one_said, other_said = (
-        [(role, text.split()) for role, text in turns if role != "system"] for turns in (one, other)
-    )
-    return one_said == other_said
+    """Whether two prompts differ only in whitespace and system texts."""
+    first, second = ([(role, text.split()) for role, text in turns if role != "system"] for turns in (one, other))
+    return first == second
 
 
 def merge_turns(pairs: Iterable[tuple[str, str]]) -> Turns:
@@ -114,10 +109,10 @@ def parse_transcript(text: str, where: str, speakers: tuple[str, ...] = SPEAKERS
     """A "\\n\\nHuman: ...\\n\\nAssistant: ..." text -> (turns before the last Assistant turn, text of that turn).
 
     `speakers`: what opens a turn of the user, of the assistant, and where there is a third one, of the system; a third
-    "" makes a system turn of what comes before the first speaker. White space that a speaker begins with need not be
-    there at the beginning of the text; a speaker that begins with none is found wherever no word runs into it. Turns of
+    "" makes a system turn of what comes before the first speaker. Whitespace at the start of a speaker is
+    optional at the beginning of the text; a speaker without it is found wherever no word runs into it. Turns of
     one speaker in succession are one turn; a user turn after the last answer is left out. BadRow, naming `where`, for
-    what is no transcript: two turns are the least, the user's is first, and nothing stands before it.
+    what is no transcript: it has at least two turns, begins with the user's, and has no text before it.
     """
     text = check_text(text).strip()
     found = list(_pattern(speakers).finditer(text))
@@ -147,14 +142,14 @@ def full_transcript(prompt: str, text: str, speakers: tuple[str, ...]) -> str:
     if text.lstrip().startswith(prompt.strip()):
         return text
     speaker = speakers[1].lstrip()
-    if text.lstrip().startswith(speaker):  # whatever white space there is, or is not, between the two
+    if text.lstrip().startswith(speaker):  # with any or no whitespace between the two
         return f"{prompt.rstrip()}{speakers[1]}{text.lstrip().removeprefix(speaker)}"
     return prompt + text
 
 
 @functools.cache
 def _pattern(speakers: tuple[str, ...]) -> re.Pattern[str]:
-    """One group a speaker, so that `lastindex` says who."""
+    """One group per speaker, so that `lastindex` identifies the speaker."""
     parts = []
     for speaker in filter(None, speakers):
         name = speaker.lstrip()
@@ -164,16 +159,21 @@ def _pattern(speakers: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(parts))
 
 
-def _pairs(messages: Any) -> list[tuple[str, str]]:
-    if not isinstance(messages, list | tuple):
-        raise BadRow(f"must be a list of messages, not {type(messages).__name__}")
-    pairs = []
-    for number, message in enumerate(messages, start=1):
+def convert_each(items: Iterable[Any], convert: Callable[[Any], T], noun: str) -> list[T]:
+    """The converted items. BadRow of `convert` with the number of the item, a `noun`, before it."""
+    converted = []
+    for number, item in enumerate(items, start=1):
         try:
-            pairs.append(_pair(message))
+            converted.append(convert(item))
         except BadRow as error:
-            raise BadRow(f"has in message {number} what is none: {error}") from error
-    return pairs
+            raise BadRow(f"has an invalid {noun} {number}: {error}") from error
+    return converted
+
+
+def _pairs(messages: Any, expected: str = "a list of messages") -> list[tuple[str, str]]:
+    if not isinstance(messages, list | tuple):
+        raise BadRow(f"must be {expected}, not {type(messages).__name__}")
+    return convert_each(messages, _pair, "message")
 
 
 def _pair(message: Any) -> tuple[str, str]:
@@ -200,7 +200,7 @@ def _other_spelling(message: Any) -> tuple[str, Any]:
             if role not in ROLES:
                 raise BadRow(f"its role {message[speaker]!r} is none of {', '.join(ROLES)}")
             return ROLES[role], message[content]
-    raise BadRow(f"it wants role and content, or from and value, but has {', '.join(map(str, message)) or 'nothing'}")
+    raise BadRow(f"it needs role and content, or from and value, but has {', '.join(map(str, message)) or 'nothing'}")
 
 
 def _part_text(part: Any) -> str:

@@ -1,6 +1,6 @@
-"""One reader a format: what makes the functions from a row to its examples, for a source and a kind of rows.
+"""One reader per format: it makes the function from a row to its examples, for a source and a kind of rows.
 
-They raise `BadRow` without the place, which `mapping.mapper` puts before it.
+The readers raise `BadRow` without the place, which `mapping.make_mapper` prepends.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from rlhf_jax.data.dialogues import (
     add_system,
     check_prompt,
     check_text,
+    convert_each,
     full_transcript,
     parse_messages,
     parse_prompt,
@@ -32,7 +33,7 @@ MISSING = object()  # there is no such field; a null is None
 
 
 class EmptyField(BadRow):
-    """The row has the field, but nothing in it: what a sparse source may have."""
+    """The row has the field, but the field is empty, which a sparse source allows."""
 
 
 class MissingField(BadRow):
@@ -40,10 +41,10 @@ class MissingField(BadRow):
 
 
 def path_getter(name: str) -> Callable[[Fields], Any]:
-    """The function from fields to the value at a dotted name, as "a.0.b", or "a.*.b" for a list of those of every item.
+    """The function from fields to the value at a dotted name, as "a.0.b"; "a.*.b" lists "b" of every item of "a".
 
     MISSING where an object has no such key; None at a null on the way, and where a list is too short. A field whose
-    own name has a dot in it goes before what the dots would lead to.
+    own name contains the dots takes precedence over a path.
     """
     if "." not in name:
         return lambda fields: fields.get(name, MISSING)
@@ -64,13 +65,14 @@ def _walk(value: Any, steps: list[str]) -> Any:
     return value
 
 
-def converted_getter(
-    name: str, convert: Callable[[Any], T], *, needed: bool = True, absent: tuple = (), sparse: bool = False
+def _field_getter(
+    source: SourceConfig, name: str, convert: Callable[[Any], T], needed: bool = True, absent: tuple = ()
 ) -> Callable[[Fields], T | str]:
-    """The function from fields to the converted value at `name`; to "" where it is one of `absent`.
+    """The function from fields to the converted value at `name`; to "" where the value is one of `absent`.
 
-    BadRow, naming the field, for what `convert` refuses; Lacking for a null, which `convert` must refuse, and in a
-    sparse source for an empty text or list; NoField. Where it is not needed, or has no name, all these are "".
+    It raises BadRow, naming the field, for a value that `convert` rejects; EmptyField for a null, which `convert` must
+    reject, and in a sparse source for an empty text or list; MissingField. For a field that is not needed, or has no
+    name, it returns "" instead.
     """
     if not name:
         return lambda fields: ""
@@ -79,7 +81,7 @@ def converted_getter(
     def read(fields: Fields) -> T | str:
         value = pick(fields)
         try:
-            if value is None or value is MISSING or (sparse and not value):
+            if value is None or value is MISSING or (source.sparse and not value):
                 if not needed or value in absent:
                     return ""
                 if value is MISSING:
@@ -103,26 +105,24 @@ OPTIONAL = ("", None, MISSING)
 
 
 def _fields_reader(source: SourceConfig, kind: RowKind) -> RowReader:
-    """Texts, or messages: those of the prompt, those of an answer, or whole dialogues, which must share the prompt."""
+    """Reads texts or messages: the prompt's, an answer's, or whole dialogues, which must share the prompt."""
     names, needed = _needed_replies(source, kind)
     prompt_in, system_in = _field_getter(source, source.prompt, parse_prompt), _system_getter(source)
     answer_in, chosen_in, rejected_in = (_field_getter(source, name, parse_reply, name in needed) for name in names)
     picked = path_getter(source.prompt)
-    path, one = source.path, not source.answer  # of `answer` and `chosen`
 
     def read(row: Row) -> list[Example]:
         fields = row.fields
         chosen = chosen_in(fields)
-        answer, rejected = chosen if one else answer_in(fields), rejected_in(fields)
+        answer, rejected = answer_in(fields) if source.answer else chosen, rejected_in(fields)
         if type(answer) is tuple and picked(fields) is MISSING:
-            turns = _with_field_name(split_answer, answer, names[0])[0]  # a dialogue alone says what it answers
+            turns = _with_field_name(split_answer, answer, names[0])[0]  # a dialogue contains its own prompt
         else:
             turns = prompt_in(fields)
         if tuple in (type(answer), type(chosen), type(rejected)):
             turns, (answer, chosen, rejected) = _join_dialogues(turns, (answer, chosen, rejected), names, needed)
-        if system_in:
-            turns = add_system(system_in(fields), turns)
-        return [Example(turns, answer, chosen, rejected, path, row.number)]
+        turns = add_system(system_in(fields), turns)
+        return [Example(turns, answer, chosen, rejected, source.path, row.number)]
 
     return read
 
@@ -130,7 +130,7 @@ def _fields_reader(source: SourceConfig, kind: RowKind) -> RowReader:
 def _join_dialogues(
     turns: Turns, replies: tuple[str | Turns, ...], names: tuple[str, ...], needed: set[str]
 ) -> tuple[Turns, list[str]]:
-    """The prompt, with the system text of the first dialogue, and the answers. One that is not needed may be unfit."""
+    """The prompt, with the system text of the first dialogue, and the answers; those not needed may be invalid."""
     texts = []
     for name, reply in zip(names, replies, strict=True):
         if type(reply) is str:
@@ -151,9 +151,9 @@ def _join_dialogues(
 
 
 def _transcripts_reader(source: SourceConfig, kind: RowKind) -> RowReader:
-    """Whole transcripts, or the ends of transcripts whose beginning is in `prompt`. What is not needed may be unfit."""
+    """Reads whole transcripts, or their ends after a beginning in `prompt`; fields not needed may be invalid."""
     names, needed = _needed_replies(source, kind)
-    needed = needed or {names[0]}  # whose beginning is the prompt
+    needed = needed or {names[0]}  # its beginning is the prompt
     prompt_in = _field_getter(source, source.prompt, check_text, absent=(MISSING,) if source.sparse else OPTIONAL)
     replies_in = {name: _field_getter(source, name, check_text, name in needed) for name in names if name}
     system_in = _system_getter(source)
@@ -177,8 +177,7 @@ def _transcripts_reader(source: SourceConfig, kind: RowKind) -> RowReader:
             texts[name] = reply
             if not first:
                 turns, first = before, name
-        if system_in:
-            turns = add_system(system_in(row.fields), turns)
+        turns = add_system(system_in(row.fields), turns)
         return [Example(turns, *(texts.get(name, "") for name in names), source.path, row.number)]
 
     return read
@@ -189,9 +188,7 @@ def _messages_reader(source: SourceConfig, kind: RowKind) -> RowReader:
     turns_in, system_in, path = _field_getter(source, name, parse_messages), _system_getter(source), source.path
 
     def read(row: Row) -> list[Example]:
-        turns = turns_in(row.fields)
-        if system_in:
-            turns = add_system(system_in(row.fields), turns)
+        turns = add_system(system_in(row.fields), turns_in(row.fields))
         if kind == "prompt" and turns and not any(role == "assistant" for role, _ in turns):
             return [Example(_with_field_name(check_prompt, turns, name), "", "", "", path, row.number)]
         before, answer = _with_field_name(split_answer, turns, name)
@@ -201,10 +198,8 @@ def _messages_reader(source: SourceConfig, kind: RowKind) -> RowReader:
 
 
 def _alpaca_reader(source: SourceConfig, kind: RowKind) -> RowReader:
-    instruction_in, answer_in = (
-        _field_getter(source, "instruction", check_text),
-        _field_getter(source, "output", check_text, kind == "demonstration"),
-    )
+    instruction_in = _field_getter(source, "instruction", check_text)
+    answer_in = _field_getter(source, "output", check_text, kind == "demonstration")
     input_in, system_in = _field_getter(source, "input", check_text, absent=OPTIONAL), _system_getter(source)
 
     def read(row: Row) -> list[Example]:
@@ -216,12 +211,10 @@ def _alpaca_reader(source: SourceConfig, kind: RowKind) -> RowReader:
 
 
 def _rankings_reader(source: SourceConfig, kind: RowKind) -> RowReader:
-    """Answers of equal rank make no pair; the first of the best is a demonstration; a prompt does without answers."""
+    """Answers of equal rank make no pair; the first of the best is the demonstration; a prompt needs no answers."""
     prompt_in, system_in = _field_getter(source, source.prompt, parse_prompt), _system_getter(source)
-    answers_in, scores_in = (
-        _list_getter(source, source.answers, _parse_answer),
-        _list_getter(source, source.scores, _parse_number),
-    )
+    answers_in = _list_getter(source, source.answers, _parse_answer)
+    scores_in = _list_getter(source, source.scores, _parse_number)
 
     def rank(fields: Fields) -> list[tuple[float, str]]:
         answers = answers_in(fields)
@@ -231,16 +224,11 @@ def _rankings_reader(source: SourceConfig, kind: RowKind) -> RowReader:
         if not answers:
             raise EmptyField(f"field {source.answers[0]!r} holds no answers")
         sign = -1 if source.lowest_first and source.scores else 1
-        return sorted(
-            ((sign * score, text) for score, text in zip(scores, answers, strict=True)),
-            key=operator.itemgetter(0),
-            reverse=True,
-        )
+        signed = [sign * score for score in scores]
+        return sorted(zip(signed, answers, strict=True), key=operator.itemgetter(0), reverse=True)
 
     def read(row: Row) -> list[Example]:
-        turns = prompt_in(row.fields)
-        if system_in:
-            turns = add_system(system_in(row.fields), turns)
+        turns = add_system(system_in(row.fields), prompt_in(row.fields))
         try:
             best_first = rank(row.fields)
         except BadRow:
@@ -274,32 +262,18 @@ READERS: dict[str, Callable[[SourceConfig, RowKind], RowReader]] = {
 }
 
 
-def _field_getter(
-    source: SourceConfig, name: str, convert: Callable[[Any], Any], needed: bool = True, absent: tuple = ()
-):
-    return converted_getter(name, convert, needed=needed, absent=absent, sparse=source.sparse)
-
-
-def _list_getter(
-    source: SourceConfig, names: tuple[str, ...], convert: Callable[[Any], Any]
-) -> Callable[[Fields], list]:
-    """One field that holds a list, or a field for each item."""
+def _list_getter(source: SourceConfig, names: tuple[str, ...], convert: Callable[[Any], T]) -> Callable[[Fields], list]:
+    """The function from fields to a list: the value of one field, or one value per field."""
     if len(names) == 1:
-        return _field_getter(source, names[0], lambda value: _convert_each(value, convert))
+        return _field_getter(source, names[0], lambda value: _convert_list(value, convert))
     parts = [_field_getter(source, name, convert) for name in names]
     return lambda fields: [part(fields) for part in parts]
 
 
-def _convert_each(value: Any, convert: Callable[[Any], Any]) -> list:
+def _convert_list(value: Any, convert: Callable[[Any], Any]) -> list:
     if not isinstance(value, list):
         raise BadRow(f"must be a list, not {type(value).__name__}")
-    items = []
-    for number, item in enumerate(value, start=1):
-        try:
-            items.append(convert(item))
-        except BadRow as error:
-            raise BadRow(f"holds as number {number} what {error}") from error
-    return items
+    return convert_each(value, convert, "item")
 
 
 def _parse_answer(value: Any) -> str:
@@ -319,13 +293,10 @@ def _parse_number(value: Any) -> float:
     return number
 
 
-def _system_getter(source: SourceConfig) -> Callable[[Fields], str] | None:
-    """The system text, "" where the row has none; None where the source has none. A field that is named must be."""
-    if source.system:
-        return _field_getter(source, source.system, check_text, absent=("", None))
-    if source.format in ("alpaca", "sharegpt"):
-        return _field_getter(source, "system", check_text, absent=OPTIONAL)
-    return None
+def _system_getter(source: SourceConfig) -> Callable[[Fields], str]:
+    """The function from fields to the system text, "" for none; a field that `system` names must exist."""
+    name = source.system or ("system" if source.format in ("alpaca", "sharegpt") else "")
+    return _field_getter(source, name, check_text, absent=("", None) if source.system else OPTIONAL)
 
 
 def _needed_replies(source: SourceConfig, kind: RowKind) -> tuple[tuple[str, str, str], set[str]]:

@@ -1,4 +1,4 @@
-"""Rows of JSON: one object a line, or an array of objects, alone or as the one list of an object."""
+"""Rows of JSON: one object per line, or an array of objects, alone or as the one list of an object."""
 
 from __future__ import annotations
 
@@ -17,34 +17,30 @@ import pyarrow as pa
 
 from rlhf_jax.data.records import BadRow, Row
 
-BLOCK_BYTES = 2**18  # bytes that are read at a time
-MAX_ROW = 16 * 2**20  # bytes of a line, or characters of a row; a longer one is bad, and never held whole
+BLOCK_BYTES = 2**18  # bytes read at a time
+MAX_ROW = 16 * 2**20  # bytes of a line, or characters of a row; a longer one is bad, and is never in memory whole
 TOO_LONG = f"longer than {MAX_ROW >> 20} MiB"
 COMPRESSIONS = (".gz", ".zst")
-# What a cut or broken file raises. An `OSError` with a number comes from the system instead: see `is_damage`.
+# Errors of a truncated or corrupt file. An `OSError` with a number comes from the system instead: see `is_damage`.
 DAMAGE = (EOFError, OSError, zlib.error, pa.ArrowException, UnicodeDecodeError)
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether the contents of the file are at fault, and not, as with an `OSError` that has a number, the reading."""
+    """Whether the contents of the file are at fault, and not the system, whose `OSError`s have a number."""
     return getattr(error, "errno", None) is None
 
 
 def byte_blocks(file: BinaryIO, compression: str) -> Iterator[bytes]:
-    """The decompressed bytes. Where the file is damaged: what comes before, and then one of `DAMAGE`."""
+    """The decompressed bytes. Of a damaged file: the bytes before the damage, then one of `DAMAGE` is raised."""
     if compression == ".zst":
         return _zstd_blocks(file)
-    # read1: what was decompressed before the damage is given, where read loses it.
-    read = (
-        partial(gzip.GzipFile(fileobj=file).read1, BLOCK_BYTES)
-        if compression == ".gz"
-        else partial(file.read, BLOCK_BYTES)
-    )
-    return iter(read, b"")
+    # read1 returns the bytes decompressed before the damage; read would lose them.
+    read = gzip.GzipFile(fileobj=file).read1 if compression == ".gz" else file.read
+    return iter(partial(read, BLOCK_BYTES), b"")
 
 
 def text_blocks(file: BinaryIO, compression: str) -> Iterator[bytes]:
-    """`byte_blocks` of UTF-8 text, without a byte order mark; that of UTF-16 is damage."""
+    """`byte_blocks` of UTF-8 text, without a byte order mark; a UTF-16 mark is damage."""
     rest = byte_blocks(file, compression)
     first = next(rest, b"")
     if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -55,36 +51,31 @@ def text_blocks(file: BinaryIO, compression: str) -> Iterator[bytes]:
 
 def split_lines(text: Iterator[bytes]) -> Iterator[bytes | None]:
     """The lines with their newline, blank ones too; None for one of more than `MAX_ROW` bytes."""
-    parts: list[bytes] = []
-    size = 0
-    for block in text:
-        whole = io.BytesIO(block).readlines()  # faster than `split`, which looks at every byte
-        if parts and whole:
-            parts.append(whole[0])
-            size += len(whole[0])
-            if size > MAX_ROW:
-                parts[1:] = []
-            if not whole.pop(0).endswith(b"\n"):
-                continue
+    parts, size = list[bytes](), 0  # of a line that continues in the next block
+    for part in itertools.chain.from_iterable(map(io.BytesIO, text)):  # faster than `split`, which reads every byte
+        if not parts and part.endswith(b"\n"):
+            yield part
+            continue
+        parts.append(part)
+        size += len(part)
+        if size > MAX_ROW:
+            parts[1:] = []
+        if part.endswith(b"\n"):
             yield b"".join(parts) if size <= MAX_ROW else None
-            parts = []
-        if whole and not whole[-1].endswith(b"\n"):
-            parts = [whole.pop()]
-            size = len(parts[0])
-        yield from whole
+            parts, size = [], 0
     if parts:
         yield b"".join(parts) if size <= MAX_ROW else None
 
 
 def find_broken_text(fields: Any) -> str | None:
-    """The dotted name of a text in `fields` that is no Unicode, as it holds half a character; None if there is none."""
+    """The dotted name of a text in `fields` that is not Unicode, as it has a lone surrogate; None if there is none."""
     if isinstance(fields, dict):
         try:
             "".join((*fields, *fields.values())).encode()  # most rows are flat: this takes half the time
             return None
         except (TypeError, UnicodeEncodeError):
             pass
-    waiting = [("", fields)]  # no recursion: the row may be nested as deep as the JSON reader goes
+    waiting = [("", fields)]  # no recursion: the row may be nested as deeply as the JSON reader allows
     while waiting:
         name, value = waiting.pop()
         if isinstance(value, str):
@@ -106,7 +97,7 @@ def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
         try:
             size = stream.readinto(block)
         except OSError:
-            # What came before the damage stands in the block, but Arrow does not say how much; text has no NULs.
+            # The block has the bytes before the damage, but Arrow does not report how many; text has no NULs.
             yield bytes(block).rstrip(b"\0")
             raise
         if not size:
@@ -116,17 +107,17 @@ def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
 
 JSON = json.JSONDecoder()
 BLANK = re.compile(r"[ \t\n\r]*")
-# Lists that make a dialogue: an object with one of them is a row itself, and not the frame of rows.
+# Lists that make a dialogue: an object with one of them is a row itself, and does not contain the rows.
 DIALOGUES = ("messages", "conversations", "conversation")
-HEAD = 2**20  # bytes of the first line within which JSON lines are told from one large object
+HEAD = 2**20  # bytes of the first line that decide between JSON lines and one large object
 ONE_A_LINE = "there must be one object on every line"
 BACKSLASH = ord("\\")
 SURROGATE_ESCAPE = re.compile(rb"\\u[dD]")
 
 
 def json_lines(path: str, text: Iterator[bytes]) -> Iterator[Row]:
-    """One object a line; `Row.number` is the line, blank ones counted."""
-    scan = JSON.scan_once  # `decode` takes twice the time, for the blanks around the object
+    """Rows of one object per line; `Row.number` is the line, blank ones counted."""
+    scan = JSON.scan_once  # `decode` takes twice the time, because it skips whitespace around the object
     for number, line in enumerate(split_lines(text), start=1):
         try:
             decoded = line.decode()
@@ -137,7 +128,7 @@ def json_lines(path: str, text: Iterator[bytes]) -> Iterator[Row]:
             if line is None or line.strip():
                 yield _parse_unusual_line(path, number, line)
             continue
-        # Half a character can only come of an escape, as the line is UTF-8: the look at every text is seldom needed.
+        # The line is UTF-8, so only an escape can make a lone surrogate: few rows need a search of every text.
         if type(fields) is dict and not (BACKSLASH in line and SURROGATE_ESCAPE.search(line)):
             yield Row(path, number, fields, "line")
         else:
@@ -145,7 +136,7 @@ def json_lines(path: str, text: Iterator[bytes]) -> Iterator[Row]:
 
 
 def _parse_unusual_line(path: str, number: int, line: bytes | None) -> Row:
-    """A line that begins with a blank, or is no JSON."""
+    """The row of a line that begins with whitespace or is not JSON."""
     if line is None:
         return Row(path, number, BadRow(f"{path}, line {number}: {TOO_LONG}"))
     try:
@@ -156,7 +147,7 @@ def _parse_unusual_line(path: str, number: int, line: bytes | None) -> Row:
 
 
 def json_rows(path: str, text: Iterator[bytes]) -> Iterator[Row]:
-    """An array of objects, an object one field of which is such an array, or after all JSON lines.
+    """Rows of an array of objects, of an object one field of which is such an array, or of JSON lines.
 
     `Row.number` counts the objects (of JSON lines, the lines). JSON that breaks off ends the file, with one bad row.
     """
@@ -179,7 +170,7 @@ def _check_row(path: str, number: int, fields: Any, unit: str, fix: str) -> Row:
     if not isinstance(fields, dict):
         return Row(path, number, BadRow(f"{where}: holds a {type(fields).__name__}; {fix}"))
     if (name := find_broken_text(fields)) is not None:
-        what = "half a character (a surrogate), as where text was cut, or bytes that are not UTF-8"
+        what = "a lone surrogate, as in truncated text, or bytes that are not UTF-8"
         return Row(path, number, BadRow(f"{where}: field {name!r} holds {what}"))
     return Row(path, number, fields, unit)
 
@@ -187,7 +178,7 @@ def _check_row(path: str, number: int, fields: Any, unit: str, fix: str) -> Row:
 def _sniff(text: Iterator[bytes]) -> tuple[Iterator[bytes], bool]:
     """The text again, and whether it is JSON lines: its first line is an object of its own, and another one follows.
 
-    A first line that is broken in its midst, and not only where it ends, is none that the next one could complete.
+    A first line with an error before its end is one that the next line cannot complete.
     """
     head: list[bytes] = []
     line = rest = b""
@@ -203,23 +194,23 @@ def _sniff(text: Iterator[bytes]) -> tuple[Iterator[bytes], bool]:
     try:
         JSON.decode(first)
     except json.JSONDecodeError as error:
-        return text, not _may_be_truncated(error, len(first.rstrip()))
+        return text, not _ends_early(error, len(first.rstrip()))
     except (ValueError, RecursionError):  # a number too long, objects too deep
         pass
     return text, True
 
 
-def _may_be_truncated(error: json.JSONDecodeError, size: int) -> bool:
-    """Whether `error` may come of the text ending too early, after `size` characters. No literal is longer than 16."""
+def _ends_early(error: json.JSONDecodeError, size: int) -> bool:
+    """Whether text that ends too early, after `size` characters, may cause `error`. No literal is longer than 16."""
     return error.pos > size - 16 or error.msg.startswith("Unterminated string")
 
 
 class Scanner:
-    """Goes through blocks of JSON text value by value, and holds little more than one value and one block."""
+    """Reads blocks of JSON text value by value, with little more than one value and one block in memory."""
 
     def __init__(self, blocks: Iterator[bytes]):
         self.blocks = blocks
-        # Bytes that are no UTF-8 become surrogates, for which rows are looked through, and so spoil their row alone.
+        # Bytes that are not UTF-8 become surrogates, which `_check_row` finds, so that only their row is bad.
         self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self.text, self.at, self.ended = "", 0, False
 
@@ -248,14 +239,14 @@ class Scanner:
                     self.at = end
                     return value
             except json.JSONDecodeError as error:
-                if self.ended or not _may_be_truncated(error, len(self.text)):  # and else another block may mend it
+                if self.ended or not _ends_early(error, len(self.text)):  # otherwise another block may complete it
                     raise
             if len(self.text) - self.at > MAX_ROW:
                 raise ValueError(TOO_LONG)
             self._read()
 
     def _read(self) -> None:
-        """As much again as waits, at least a block: so a value in many blocks is not tried once for each."""
+        """Read as many bytes as there are unread characters, at least a block: long values take few attempts."""
         parts = [self.text[self.at :]]
         wanted = max(BLOCK_BYTES, len(parts[0]))
         while wanted > 0 and not self.ended:

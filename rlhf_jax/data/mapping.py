@@ -1,4 +1,4 @@
-"""The fields of a row to examples: what a source's `format` and its names of fields mean.
+"""Maps the fields of a row to examples, by a source's `format` and its names of fields.
 
     format      a row has                                                       gives
     fields      texts, or lists of messages, in fields of any name              the kinds whose fields have names
@@ -55,9 +55,9 @@ def provides(source: SourceConfig, kind: RowKind) -> bool:
 def make_mapper(source: SourceConfig, kind: RowKind) -> RowReader:
     """The function from a row of this source to its examples of a kind.
 
-    It gives one example, with what the kind needs and what else the row has. As pairs a ranking gives one for every two
-    answers of different rank, the best first. There is none of a source that does not serve the kind, and none where a
-    row of a sparse source lacks what it needs.
+    It returns one example, with the texts that the kind needs and the others that the row has. A ranking gives one pair
+    for every two answers of different rank, the best first. It returns none for a source that does not provide the
+    kind, and none for a row of a sparse source with an empty field that the kind needs.
 
     It raises BadRow, naming file, row and field, for a malformed row, and `Row.fields` where that is one.
     """
@@ -81,22 +81,21 @@ def make_mapper(source: SourceConfig, kind: RowKind) -> RowReader:
             raise BadRow(f"{row.where}: {error}") from error
 
     def strip_examples(row: Row) -> list[Example]:
+        names = ("answer", "chosen", "rejected")
         return [
-            dataclasses.replace(
-                example, **{name: cut("", getattr(example, name)).strip() for name in ("answer", "chosen", "rejected")}
-            )
+            dataclasses.replace(example, **{name: cut("", getattr(example, name)).strip() for name in names})
             for example in examples(row)
         ]
 
     return strip_examples if source.strip else examples
 
 
-SPLITS = ("name", "split", "eval_split")  # what only a place that has configurations and splits can be asked for
+SPLITS = ("name", "split", "eval_split")  # keys for places that have configurations and splits
 
 
 @functools.cache
 def known_sets() -> Mapping[str, SourceConfig]:
-    """{name on the hub, in small letters: how the set is read}."""
+    """{name on the hub, in small letters: mapping of the set}."""
     tables = tomllib.loads(resources.files(__package__).joinpath("known_sets.toml").read_text(encoding="utf-8"))
     return {
         name.casefold(): parse_config(SourceConfig, {"path": name} | table, f"known_sets.toml, {name}")
@@ -105,19 +104,19 @@ def known_sets() -> Mapping[str, SourceConfig]:
 
 
 def resolve(config: DataConfig) -> DataConfig:
-    """The configuration with the formats of all its sources settled."""
+    """The configuration with the formats of all its sources resolved."""
     return dataclasses.replace(config, sources=tuple(map(resolve_format, config.sources)))
 
 
 def resolve_format(source: SourceConfig) -> SourceConfig:
-    """The source with its format settled: where it is "", what is known of the set that `path` names, or "fields".
+    """The source with its format resolved: where it is "", the known mapping of the set that `path` names, or "fields".
 
     `path` names a set if it is its name on the hub, in letters of either case, or ends with "/" and that name, as a
     local copy does. A name in the table that is not the set's on the hub ("mkqa-Japanese") is replaced by the set's.
 
-    A key that the source sets otherwise than by default stands. One that it sets to the default cannot be told from one
-    that it leaves out: whoever wants nothing of what is known names the format. `name`, `split` and `eval_split` are
-    not filled in for local files, which have none, nor `eval_split` beside an `eval_path`.
+    Keys that the source sets to something other than their default take precedence. A key set to its default is
+    indistinguishable from one left out: to ignore the known mapping, set `format`. `name`, `split` and `eval_split` are
+    not filled in for local files, which have none, nor `eval_split` where there is an `eval_path`.
     """
     if source.format:
         return source

@@ -1,6 +1,6 @@
-"""How sources are mixed: how many rows of each an epoch has, and which row is drawn where.
+"""How sources are mixed: how many rows of each an epoch has, and which row is drawn at which position.
 
-Every draw is a function of (seed, epoch, position) alone, found without the draws before it and without any table of
+Every draw is a function of (seed, epoch, position) alone, computed without the draws before it and without any table of
 the size of the data, so that a run resumes at any step and its memory does not grow with its rows.
 """
 
@@ -13,16 +13,16 @@ import numpy as np
 from rlhf_jax.data.config import SourceConfig
 
 ROUNDS = 6  # of the Feistel network; four make it a good permutation in Luby and Rackoff's sense
-SMALL = 4096  # rows up to which a permutation is sorted out whole: of few rows the network reaches few permutations
+SMALL = 4096  # rows up to which a permutation is computed by sorting: for few rows the network reaches few permutations
 
 
 def draws_per_epoch(sizes: Sequence[int], sources: Sequence[SourceConfig], temperature: float = 1.0) -> np.ndarray:
-    """[parts] int64: draws of each source, which has `sizes` rows, in one epoch of the blend.
+    """[parts] int64: draws of each source, which has `sizes` rows, in one epoch of the mixture.
 
     Without weights each has size x epochs draws, at most max_rows. A `temperature` T other than 1 keeps their sum and
-    makes each source's share proportional to its draws to the power 1/T: above 1 small sources count for more, as in
-    multilingual pretraining (Conneau and Lample 2019, section 3.1, alpha = 1/T). With weights the shares are those;
-    their sum is what it would be without, or less where else a max_rows would be passed.
+    makes each source's share proportional to its draws to the power 1/T: above 1 gives small sources more weight, as in
+    multilingual pretraining (Conneau and Lample 2019, section 3.1, alpha = 1/T). With weights those are the shares;
+    the sum of the draws is that without weights, or less where it would exceed a max_rows.
 
     Raises:
         ValueError: weights for some sources and not for others, or both weights and a temperature.
@@ -66,13 +66,13 @@ def draw(
     """(part, row of that part), [n] int64 each, for positions [n] from 0 to sum(quota) - 1 of an epoch.
 
     Over the epochs the draws of a part go through its rows again and again, each time in another order: it has drawn
-    every row k times before it draws one k + 1 times. An endless part goes on from window to window, in random order
+    every row k times before it draws one k + 1 times. An endless part continues from window to window, in random order
     within each. Without `shuffle` the parts and rows come in order.
 
     Args:
         sizes: rows of each part; of an endless one, the rows of a window.
         quota: draws of each part in an epoch.
-        endless: which parts go on to new rows where others start again; (): none.
+        endless: which parts continue with new rows where others start again; (): none.
     """
     places = permute(positions, sum(quota), seed, epoch) if shuffle else np.asarray(positions, np.int64)
     ends = np.cumsum(quota)
@@ -93,7 +93,7 @@ def permute(positions: np.ndarray, size: int, *key: int) -> np.ndarray:
     """Where a permutation of range(size) that `key` chooses sends each of `positions`, [n] int64.
 
     A Feistel network over the next power of four with cycle walking (Black and Rogaway 2002): each place is computed
-    alone, with no table of `size`.
+    independently, without a table of `size`.
     """
     keys = _round_keys(key)
     if size <= SMALL:

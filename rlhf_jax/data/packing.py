@@ -1,8 +1,8 @@
-"""Sequences of many lengths to bins of one capacity, so that rows of several documents have next to no padding.
+"""Packs sequences of many lengths into bins of one capacity, so that rows of documents have next to no padding.
 
 Best-fit decreasing (Johnson et al. 1974, "Worst-case performance bounds for simple one-dimensional packing
-algorithms"), computed on the histogram of the lengths: what it does with all sequences of one length, one by one, is
-known beforehand, so they are placed by whole ranges of bins that look alike, however many those are.
+algorithms"), computed on the histogram of the lengths: its result for all sequences of one length
+is known in advance, so they are placed by whole ranges of equal bins, however many those are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Bins:
-    """Which sequences lie together: bin b has `members[offsets[b] : offsets[b + 1]]`, in ascending order."""
+    """The sequences of each bin: bin b has `members[offsets[b] : offsets[b + 1]]`, in ascending order."""
 
     offsets: np.ndarray  # [number of bins + 1] int64
     members: np.ndarray  # [n] int64: every sequence once
@@ -29,7 +29,7 @@ class Bins:
 def pack(lengths: np.ndarray, capacity: int) -> Bins:
     """Few bins that hold sequences of these lengths, none more than `capacity` tokens; the same for the same lengths.
 
-    Neither the order of the bins nor that of the sequences in one has anything of their lengths.
+    Neither the order of the bins nor that of the sequences in a bin depends on their lengths.
 
     Args:
         lengths: [n] integers, tokens of each sequence.
@@ -43,10 +43,10 @@ def pack(lengths: np.ndarray, capacity: int) -> Bins:
     if wrong.size:
         raise ValueError(
             f"sequence {wrong[0]} has {lengths[wrong[0]]} tokens ({wrong.size:,} such): rows of {capacity} tokens hold "
-            f"sequences of 1 to {capacity}; cut or drop what is longer and drop what is empty, or make rows longer"
+            f"sequences of 1 to {capacity}; cut or drop longer ones and drop empty ones, or make rows longer"
         )
-    # RandomState, because NumPy keeps its stream the same in all versions. By chance are which of the sequences of one
-    # length lie where, so that neighbours in the data are none in a row, and the order of the bins.
+    # RandomState, because NumPy keeps its stream the same in all versions. The order of the bins is random, and so is
+    # which sequence of a length goes where, so that neighbours in the data are not neighbours in a row.
     chance = np.random.RandomState(0)
     shuffled = chance.permutation(lengths.size)
     # A small type is sorted by radix, in linear time.
@@ -78,9 +78,9 @@ def _assign_bins(histogram: np.ndarray, capacity: int) -> np.ndarray:
     for another of the same length is the best fit of the next one too: so bins of the least room take as many as they
     hold, one after the other, then those of the next larger room, and at last new ones.
     """
-    open_bins: dict[int, list[tuple[int, int]]] = {}  # by room: ranges of bins, from and up to
+    open_bins: dict[int, list[tuple[int, int]]] = {}  # by room: ranges of bins, [start, stop)
     rooms: list[int] = []  # keys of open_bins with at least one range, ascending
-    taken: list[tuple[int, int, int]] = []  # bins from, up to, and how many sequences each of them takes
+    taken: list[tuple[int, int, int]] = []  # start and stop of a range of bins, and sequences added to each
     num_bins = 0
 
     def put(room: int, start: int, stop: int) -> None:

@@ -1,7 +1,7 @@
 """Files of rows: JSON lines, JSON, CSV, TSV, text, Parquet and Arrow, plain or compressed, as `Row`s.
 
-Reading is lazy and its memory flat: a block, a row or a batch of rows is held at a time. What is malformed becomes a
-`Row` that holds a `BadRow`, and reading goes on behind it, as far as the format lets one find the next row.
+Reading is lazy with constant memory: one block, row or batch of rows at a time. Malformed data becomes a `Row` that
+holds a `BadRow`, and reading continues after it where the format allows to find the next row.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from rlhf_jax.data.json_rows import (
 )
 from rlhf_jax.data.records import BadRow, Row
 
-BATCH = 256  # rows of a binary file that are made Python objects at a time
+BATCH = 256  # rows of a binary file that are converted to Python objects at a time
 
 
 def file_format(path: str) -> tuple[str, str] | None:
@@ -77,7 +77,7 @@ def unreadable_message(path: str, error: OSError) -> str:
 
 
 def _read_binary(reader: Callable, path: str, file: BinaryIO, compression: str) -> Iterator[Row]:
-    """What is compressed is unpacked into a nameless file, as these formats are not read from front to back."""
+    """Compressed files are unpacked into an anonymous temporary file, because these formats need random access."""
     if not compression:
         yield from reader(path, file)
         return
@@ -88,7 +88,7 @@ def _read_binary(reader: Callable, path: str, file: BinaryIO, compression: str) 
 
 
 def _text_rows(path: str, text: Iterator[bytes]) -> Iterator[Row]:
-    """A line is a row {"text": line}; blank ones are none, but count in `Row.number`."""
+    """One row {"text": line} per line; blank lines are skipped, but count in `Row.number`."""
     for number, line in enumerate(split_lines(text), start=1):
         where = f"{path}, line {number}"
         try:
@@ -103,8 +103,8 @@ def _text_rows(path: str, text: Iterator[bytes]) -> Iterator[Row]:
 def _csv_rows(path: str, text: Iterator[bytes], *, delimiter: str) -> Iterator[Row]:
     """Rows under a first row of names, all values text; `Row.number` counts the rows, without the first.
 
-    A quotation mark that is not closed would swallow what follows up to the next one; as that makes no proper row,
-    the row is bad and reading goes on in its second line, so that it alone is lost.
+    An unclosed quotation mark would extend its row to the next mark; as that makes no valid row, the row is bad and
+    reading continues at its second line, so that only one row is lost.
     """
     csv.field_size_limit(MAX_ROW)
     source, waiting, taken = split_lines(text), deque[bytes | None](), list[bytes | None]()
@@ -115,7 +115,7 @@ def _csv_rows(path: str, text: Iterator[bytes], *, delimiter: str) -> Iterator[R
             yield (taken[-1] or b"").decode("utf-8", "surrogateescape")
 
     def rows() -> Iterator[list[str] | str]:
-        """The values of each row, or what is wrong with it."""
+        """The values of each row, or a text that says what is wrong with it."""
         reader = csv.reader(feed(), delimiter=delimiter, strict=True)
         while True:
             taken.clear()
@@ -156,7 +156,7 @@ def _csv_rows(path: str, text: Iterator[bytes], *, delimiter: str) -> Iterator[R
 
 def _parquet_rows(path: str, file: BinaryIO) -> Iterator[Row]:
     """A damaged group of rows is one bad row, and the next group is read."""
-    # Without pre-buffering, and through a small buffer, no column of a group is held whole.
+    # Without pre-buffering, and through a small buffer, no column of a group is in memory whole.
     table = pa.parquet.ParquetFile(file, pre_buffer=False, buffer_size=BLOCK_BYTES)
     _check_names(table.schema_arrow)
     first = 0
@@ -177,7 +177,7 @@ def _arrow_rows(path: str, file: BinaryIO) -> Iterator[Row]:
     """Arrow's file format (Feather) or its stream format, as `save_to_disk` writes it."""
     if not (magic := file.read(6)):
         return
-    # Mapped: a batch may be as large as the file, and only the slice that is looked at comes into memory.
+    # Mapped: a batch may be as large as the file, and only the slice that is read comes into memory.
     source = pa.BufferReader(pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
     if magic == b"ARROW1":
         reader = pa.ipc.open_file(source)
@@ -188,7 +188,7 @@ def _arrow_rows(path: str, file: BinaryIO) -> Iterator[Row]:
         _check_names(batches.schema)
     given = 0
     for batch in batches:
-        checked = _is_sound(batch)
+        checked = _is_valid(batch)
         for start in range(0, batch.num_rows, BATCH):
             yield from _batch_rows(path, given + start, batch.slice(start, BATCH), checked=checked)
         given += batch.num_rows
@@ -200,29 +200,24 @@ def _check_names(schema: pa.Schema) -> None:
         raise pa.ArrowInvalid(f"columns must be named once, not {schema.names}")
 
 
-CONVERSION_ERRORS = (
-    ValueError,
-    OverflowError,
-    pa.ArrowException,
-)  # values that Python cannot hold, as text that is not UTF-8
+# Raised for values that Python cannot represent, such as text that is not UTF-8.
+CONVERSION_ERRORS = (ValueError, OverflowError, pa.ArrowException)
 
 
 def _batch_rows(path: str, given: int, batch: pa.RecordBatch, *, checked: bool = True) -> Iterator[Row]:
-    """The rows of a batch that comes after `given` others; `checked`: it `_is_sound`, or made by the Parquet reader."""
+    """The rows of a batch that comes after `given` others; `checked`: it `_is_valid`, or is from the Parquet reader."""
     try:
-        if not (checked or _is_sound(batch)):
+        if not (checked or _is_valid(batch)):
             raise pa.ArrowInvalid
         rows = batch.to_pylist()
     except CONVERSION_ERRORS:
-        rows = [
-            _row_fields(batch.slice(index, 1), f"{path}, row {given + index + 1}") for index in range(batch.num_rows)
-        ]
+        rows = [_row_fields(batch.slice(i, 1), f"{path}, row {given + i + 1}") for i in range(batch.num_rows)]
     for number, fields in enumerate(rows, start=given + 1):
         yield Row(path, number, fields)
 
 
-def _is_sound(batch: pa.RecordBatch) -> bool:
-    """Whether all of it is as the format demands. What is not can end the process, where it is made Python objects."""
+def _is_valid(batch: pa.RecordBatch) -> bool:
+    """Whether the batch is valid Arrow data; converting an invalid one to Python objects can crash the process."""
     try:
         batch.validate(full=True)
     except pa.ArrowException:

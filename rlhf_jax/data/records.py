@@ -1,4 +1,4 @@
-"""What the readers, the mappings and the templates hand to each other: raw rows, and dialogues made of them."""
+"""Records that readers, mappings and templates exchange: raw rows, and the dialogues made from them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Turns = tuple[tuple[str, str], ...]
 
 
 class BadRow(ValueError):
-    """One row that cannot be used. The text names file, row and field; `data.max_bad_rows` says how many may be."""
+    """One row that cannot be used. The text names file, row and field; `data.max_bad_rows` bounds their number."""
 
 
 class Row(NamedTuple):
-    """A row as it stands in its file, or what is wrong with it."""
+    """A row as read from its file, or the reason why it cannot be read."""
 
     file: str  # path of the file, or "name (split)" of a hub data set
     number: int  # its line in the file (JSON lines, text), or its row; counted from 1
@@ -32,11 +32,13 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class RowSpec:
-    """The rows that a stage asks of the data."""
+    """The rows that a stage needs."""
 
     kind: RowKind
-    share: str  # the key of `data.split` whose prompts are trained on, the name of the stage
-    learn: Learn = "answer"  # of a demonstration: the last answer, every assistant turn, or every token
+    share: str  # key of `data.split` whose prompts are trained on; the name of the stage
+    learn: Learn = (
+        "answer"  # tokens of a demonstration with loss: the last answer, every assistant turn, or every token
+    )
     pack_length: int = 0  # tokens of a row of several documents; 0: a row is one document
 
     @property
@@ -47,7 +49,7 @@ class RowSpec:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A dialogue, or with `text` a document. All texts are stripped at both ends: the chat template sets its own."""
+    """A dialogue, or with `text` a document. All texts are stripped: the chat template writes its own whitespace."""
 
     turns: Turns  # the prompt; () for a document
     answer: str  # what SFT learns; "" where absent
@@ -55,4 +57,4 @@ class Example:
     rejected: str
     source: str  # path of the source
     row: int  # `Row.number`
-    text: str = ""  # a document for SFT or mixture training, which no template touches
+    text: str = ""  # a document for SFT or mixture training, encoded without a template

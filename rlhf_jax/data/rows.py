@@ -1,4 +1,4 @@
-"""The rows that a stage trains on or is measured on, of one source and of all."""
+"""The rows that a stage trains on or is evaluated on, of one source and of all."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SourceRows:
     store: Store
     selected: np.ndarray  # [rows] int32, which rows of the store
     stats: RowStats
-    bins: Bins | None = None  # of packed rows: which of `picked` lie together
+    bins: Bins | None = None  # of packed rows: which of `selected` share a row
 
     def __len__(self) -> int:
         return len(self.selected) if self.bins is None else len(self.bins)
@@ -56,7 +56,7 @@ class SourceRows:
 
     @property
     def digest(self) -> str:
-        """Changes with any token of any row, and with which of them are taken."""
+        """A digest of every token of every row, and of the selection."""
         picked = hashlib.blake2b(np.ascontiguousarray(self.selected).tobytes(), digest_size=16).hexdigest()
         return f"{self.store.digest} {picked} {len(self)}"
 
@@ -73,7 +73,7 @@ class SourceRows:
         self.store.release()
 
     def documents(self, row: int) -> list[list[Encoding]]:
-        """What lies end to end in a row: one document, or those of a bin; of each its sequences."""
+        """The documents of a row end to end, one or those of a bin; each is the list of its sequences."""
         if self.bins is None:
             return [self.store.row(int(self.selected[row]))]
         members = self.bins.members[self.bins.offsets[row] : self.bins.offsets[row + 1]]
@@ -82,7 +82,7 @@ class SourceRows:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of token sequences, one or two each. `len` are the draws of one epoch of the blend."""
+    """Rows of one or two token sequences each. The length is the number of draws in one epoch of the mixture."""
 
     parts: tuple[SourceRows | StreamRows, ...]
     per_row: int
@@ -92,9 +92,7 @@ class Rows:
     def __len__(self) -> int:
         return sum(self.quota)
 
-    def draw(
-        self, seed: int, epoch: int, positions: np.ndarray, *, shuffle: bool = True
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def draw(self, seed: int, epoch: int, positions: np.ndarray, *, shuffle: bool) -> tuple[np.ndarray, np.ndarray]:
         """(part, row of that part), [n] int64 each, for positions [n] of an epoch: `mixture.draw`."""
         streams = [isinstance(part, StreamRows) for part in self.parts]
         sizes = list(map(len, self.parts))
@@ -102,7 +100,7 @@ class Rows:
 
     @property
     def endless(self) -> bool:
-        """Whether a source is streamed, so that an epoch means nothing."""
+        """Whether a source is streamed, so that epochs are meaningless."""
         return any(isinstance(part, StreamRows) for part in self.parts)
 
     @property
@@ -111,12 +109,12 @@ class Rows:
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest document: what a model must have positions for."""
+        """Tokens of the longest document: positions that a model needs."""
         return max(part.longest for part in self.parts)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with any token of any row, and with what is drawn from where."""
+        """A digest of every token of every row, and of the draws of each part."""
         digest = hashlib.blake2b(digest_size=16)
         for part, count in zip(self.parts, self.quota, strict=True):
             digest.update(f"{part.digest} {count}".encode())
@@ -124,5 +122,5 @@ class Rows:
 
 
 def pack_rows(part: SourceRows, length: int) -> SourceRows:
-    """With as many documents in a row as fit; the cap of the source counts such rows."""
+    """The rows with several documents packed into each; `max_rows` of the source counts packed rows."""
     return dataclasses.replace(part, bins=pack(part.store.lengths[part.selected, 0], length))

@@ -1,4 +1,4 @@
-"""Which rows a stage trains on, and which it is measured on: chosen by the split, mixed by the blend."""
+"""Selects the rows that a stage trains on, and those that it is evaluated on, by the split and the mixture."""
 
 from __future__ import annotations
 
@@ -22,25 +22,24 @@ from rlhf_jax.data.stream import StreamRows, open_stream
 from rlhf_jax.data.tokenize import MAX_SHOWN, Job, check_bad_rows, encode_rows, keys_of, map_rows, split_blocks
 
 ROWS_AT_ONCE = 4096
-STREAM_EXAMPLES = 100_000  # examples that are read where text is wanted, and not rows
+STREAM_EXAMPLES = 100_000  # examples that `read_examples` reads of a stream
 WITHHELD, REPEATED = "prompt held out by eval_path or eval_split", "repeated prompt"
 
 
 class NoRows(ValueError):
-    """A stage has no rows to train on, or none to be measured on."""
+    """A stage has no rows to train on, or none to be evaluated on."""
 
 
 def select_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, spec: RowSpec, *, held_out: bool) -> Rows:
     """The rows that a stage trains on, or with `held_out` those that it is evaluated on.
 
-    Training rows are shared out by prompt (`splits.is_trained_by`): a prompt trains one stage. Held-out rows are not
-    shared
-    out: no stage trains on them, so they serve the evaluation of every stage. They are the rows of `eval_path` or
-    `eval_split` where a source has one, else those whose prompt is held out by hash. A row of any source whose prompt
-    is held out by any source is trained by none. Sources that name no field for rows of `spec.kind` are left out.
+    Training rows are divided by prompt (`splits.is_trained_by`): a prompt trains one stage. Held-out rows are not
+    divided: no stage trains on them, so every stage is evaluated on them. They are the rows of `eval_path` or
+    `eval_split` where a source has one, else those whose prompt is held out by hash. No stage trains on a row, of any
+    source, whose prompt is held out by any source. Sources without fields for rows of `spec.kind` are left out.
 
     Raises:
-        NoRows: no row is left to train on, or none to measure on.
+        NoRows: no row is left to train on, or none to evaluate on.
         ValueError: `data.split` has no share `spec.share`; and as `cache.load_or_tokenize`.
     """
     config = resolve(config)
@@ -55,7 +54,7 @@ def select_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, spec: Ro
         raise ValueError(f"rows of a stream are not packed: set {spec.share}.pack_length = 0, or stream = false")
     jobs = [Job(source, config, tokenizer, spec, held_out) for source in sources]
     stored = {at: load_or_tokenize(job) for at, job in enumerate(jobs) if not job.is_streamed}
-    # Asked for after the sources are tokenised, by which most of them are known.
+    # After the sources are tokenized, which caches most of these keys.
     withheld = np.zeros(0, np.uint64) if held_out else withheld_keys(config)
     found: list[SourceRows | StreamRows] = []
     seen = np.zeros(0, np.uint64)
@@ -84,7 +83,7 @@ def select_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, spec: Ro
 def rows_from_examples(
     examples: Sequence[Example], config: DataConfig, tokenizer: PreTrainedTokenizerBase, spec: RowSpec
 ) -> Rows:
-    """The rows of given examples, in memory; `store.numbers()` is which example each of them is.
+    """The rows of given examples, in memory; `store.numbers()` are the indices of the examples.
 
     Raises:
         ValueError: more than `config.max_bad_rows` examples cannot be encoded, or no row is left.
@@ -105,17 +104,17 @@ def rows_from_examples(
 
 
 def read_examples(config: DataConfig, spec: RowSpec, *, held_out: bool) -> Iterator[Example]:
-    """The examples of `select_rows` as text, one after the other in the order of the sources; a stream's first ones.
+    """The examples of `select_rows` as text, in the order of the sources; of a stream the first STREAM_EXAMPLES.
 
     Raises:
-        ValueError: as `select_rows`, but for no rows.
+        ValueError: as `select_rows`, except for no rows.
     """
     for source, examples in _by_source(config, spec, held_out):
         yield from itertools.islice(examples, STREAM_EXAMPLES if source.stream else None)
 
 
 def source_sizes(config: DataConfig, spec: RowSpec) -> list[int]:
-    """Examples of each source that a stage trains on, before any is dropped. ValueError as `read_examples`."""
+    """Number of examples of each source that a stage trains on, before drops. ValueError as `read_examples`."""
     return [sum(1 for _ in examples) for _, examples in _by_source(config, spec, False)]
 
 
@@ -128,7 +127,7 @@ def _by_source(config: DataConfig, spec: RowSpec, held_out: bool) -> Iterator[tu
 
 
 def _source_examples(job: Job, withheld: np.ndarray) -> Iterator[Example]:
-    """ValueError for more bad rows than are allowed."""
+    """The training or held-out examples of a source. ValueError for more than `max_bad_rows` bad rows."""
     if not used_by(job.source, job.spec.kind, job.held_out):
         return
     to_examples = make_mapper(dataclasses.replace(job.source, path=job.place["path"]), job.spec.kind)
@@ -152,25 +151,25 @@ def _assemble_rows(found: list[SourceRows | StreamRows], config: DataConfig, spe
     reported += [f"{bad:,} bad rows left out: {message}" for message in shown[:1]]
     if not total and held_out:
         fixes = ["raise data.held_out", "give a source an eval_path", f"set {spec.share}.eval_batches=0"]
-        fixes = fixes[: 2 if spec.kind == "prompt" else 3]  # a stage of prompts has no such key: `evaluate` measures it
+        fixes = fixes[
+            : 2 if spec.kind == "prompt" else 3
+        ]  # a stage of prompts has no such key: it is evaluated by `evaluate`
         raise NoRows(
-            f"{spec.share}: there are no held-out rows to measure on ({', '.join(reported)}): "
-            f"{', '.join(fixes[:-1])}, or "
-            f"{fixes[-1]}"
+            f"{spec.share}: there are no held-out rows to evaluate on ({', '.join(reported)}): "
+            f"{', '.join(fixes[:-1])}, or {fixes[-1]}"
         )
     if not total:
         raise NoRows(
             f"{spec.share}: there are no rows to train on ({', '.join(reported)}): add rows, raise the stage's share "
-            "in "
-            f"data.split = {_shown(config.split)}, lower data.held_out = "
-            f"{config.held_out}, raise data.max_prompt_length, or name the fields that it needs in data.sources"
+            f"in data.split = {_split_text(config.split)}, lower data.held_out = {config.held_out}, raise "
+            "data.max_prompt_length, or name the fields that it needs in data.sources"
         )
     if spec.pack_length:
         found = [pack_rows(part, spec.pack_length) for part in found]
         fill = sum(float(part.lengths.sum()) for part in found) / (sum(map(len, found)) * spec.pack_length)
         reported.append(f"packed into {sum(map(len, found)):,} of {spec.pack_length} tokens, {fill:.1%} of them real")
     sizes, sources = tuple(map(len, found)), [part.source for part in found]
-    # What is measured is each row once.
+    # Evaluation draws each row once.
     quota = sizes if held_out else tuple(draws_per_epoch(sizes, sources, config.temperature).tolist())
     streams = [part.source.path for part in found if isinstance(part, StreamRows)]
     reported += [f"streamed: {name}, of which this is one window" for name in streams]
@@ -181,21 +180,21 @@ def _assemble_rows(found: list[SourceRows | StreamRows], config: DataConfig, spe
 
 
 def used_by(source: SourceConfig, kind: RowKind, held_out: bool) -> bool:
-    """Whether rows of a kind are trained on of the source, or measured on.
+    """Whether a stage trains on rows of a kind of the source, or with `held_out` is evaluated on them.
 
-    On a stream it is measured where that has a place of held-out rows: nobody reads it to its end for those by hash.
+    A stream has held-out rows only in a separate evaluation set: it is never read to its end to find those by hash.
     """
     return provides(source, kind) and not (held_out and source.stream and not has_eval(source))
 
 
 def check_share(config: DataConfig, spec: RowSpec) -> None:
-    """ValueError if `data.split` is no table with the share of the stage."""
+    """ValueError unless `data.split` is a table with the share of the stage."""
     if isinstance(config.split, str) or spec.share not in config.split:
-        split, name = _shown(config.split), spec.share
+        split, name = _split_text(config.split), spec.share
         raise ValueError(f"data.split = {split} has no share for {name}: add one, as in {{ {name} = 1 }}")
 
 
-def _shown(split: Mapping[str, float] | str) -> str:
-    """As in TOML."""
+def _split_text(split: Mapping[str, float] | str) -> str:
+    """The split as in TOML."""
     is_text = isinstance(split, str)
     return repr(split) if is_text else f"{{ {', '.join(f'{name} = {share:g}' for name, share in split.items())} }}"

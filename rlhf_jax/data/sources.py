@@ -1,6 +1,6 @@
-"""Places of rows: a file, a glob, a folder, a folder of `save_to_disk`, the hub, or the built-in set, as `Row`s.
+"""Reads the rows of a place: a file, a glob, a folder, a folder of `save_to_disk`, the hub, or the built-in set.
 
-A path that looks like a file (a known ending, a glob, a beginning with / or .) is never asked of the hub.
+A path that looks like a file (a known ending, a glob, a / or . at the start) is never looked up on the hub.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rlhf_jax.data.json_rows import COMPRESSIONS
 from rlhf_jax.data.readers import ENDINGS, file_format, read_file, unreadable_message
 from rlhf_jax.data.records import Row
 
-# A file that has changed within so many ns may change again without a later time stamp: its digest is not kept.
+# A file that changed within the last SETTLED ns may change again with the same time stamp: its digest is not kept.
 SETTLED = 2_000_000_000
 Memo = dict[str, list]  # absolute path -> [size, mtime in ns, ctime in ns, inode, digest]
 
@@ -33,9 +33,8 @@ Memo = dict[str, list]  # absolute path -> [size, mtime in ns, ctime in ns, inod
 def file_digests(files: Sequence[str], memo: Path) -> list[str]:
     """blake2b of the bytes of each file, 32 hex digits. OSError if one cannot be read.
 
-    `memo` is a JSON file that is made and kept up here. It saves time and nothing else: where it is broken it is made
-    anew, and where it cannot be written the files are read again. Processes that write it at once lose at most each
-    other's entries.
+    `memo` is a JSON file that this function creates and updates. It only saves time: a corrupt memo is rebuilt, and
+    without write access the files are read again. Processes that write it at once lose at most each other's entries.
     """
     known = _load_memo(memo)
     blake2b = partial(hashlib.blake2b, digest_size=16)
@@ -50,7 +49,7 @@ def file_digests(files: Sequence[str], memo: Path) -> list[str]:
         settled = _stat(file) == state and time.time_ns() - state[2] > SETTLED
         return path, state, value, settled
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets go of the interpreter
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter lock
         found = list(pool.map(digest, files))
     if new := {path: [*state, value] for path, state, value, settled in found if settled}:
         _save_memo(memo, _load_memo(memo) | new)  # loaded again, as another process may have written meanwhile
@@ -84,8 +83,13 @@ def _save_memo(memo: Path, known: Memo) -> None:
         os.unlink(name)
 
 
-KNOWN_ENDINGS = f"{', '.join(ENDINGS)}, each also with {' or '.join(COMPRESSIONS)} behind it"
-METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of data sets, and no rows
+KNOWN_ENDINGS = f"{', '.join(ENDINGS)}, each also with {' or '.join(COMPRESSIONS)} after it"
+METADATA = (
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+)  # describe data sets, and have no rows
 
 
 def read_rows(
@@ -93,13 +97,13 @@ def read_rows(
 ) -> Iterator[Row]:
     """Every row of a place, in a fixed order, lazily. `name` and `split` as in `SourceConfig`.
 
-    ValueError, with the mend, for what cannot be read at all, at once or when the file's turn comes: no such file, no
+    ValueError, with the fix, if a place cannot be read, at once or when the file's turn comes: no such file, no
     permission, an unknown ending, no rows, no such split, no such data set.
     """
-    if path.startswith("builtin:"):
-        _check_builtin(path)
+    files = source_files(path, split)
+    if path == BUILTIN:
         rows = (Row(path, i, row) for i, row in enumerate(builtin.make_rows(builtin_seed, builtin_rows), start=1))
-    elif (files := source_files(path, split)) is not None:
+    elif files is not None:
         rows = itertools.chain.from_iterable(map(read_file, files))
     else:
         rows = _hub_rows(path, split, _load_hub_set(path, name, split))
@@ -107,21 +111,21 @@ def read_rows(
 
 
 def read_hub_stream(path: str, name: str, split: str) -> Iterator[Row]:
-    """The rows of a hub data set as they come over the net; nothing is kept on disk. ValueError as for `read_rows`."""
+    """The rows of a hub data set, streamed from the network; nothing is kept on disk. ValueError as for `read_rows`."""
     return _require_rows(path, _hub_rows(path, split, _load_hub_set(path, name, split, streaming=True)))
 
 
 def content_key(path: str, *, name: str, split: str, builtin_seed: int, builtin_rows: int, memo: Path) -> str:
-    """32 hex digits that stand for the contents of a place, wherever it lies and whenever it was written.
+    """32 hex digits that identify the contents of a place, whatever its path and time of writing.
 
     Files count by their bytes, their formats and their order; a hub data set by its fingerprint; the built-in set by
-    its arguments and its program. `memo` is where digests of files are kept, see `sources.file_digests`. ValueError as
-    for `read_rows`, except for places that turn out to hold no rows.
+    its arguments and its source code. `memo`: file of digests, see `file_digests`. ValueError as for `read_rows`,
+    except for places that turn out to have no rows.
     """
-    if path.startswith("builtin:"):
-        _check_builtin(path)
+    files = source_files(path, split)
+    if path == BUILTIN:
         parts = [path, str(builtin_seed), str(builtin_rows), inspect.getsource(builtin)]
-    elif (files := source_files(path, split)) is not None:
+    elif files is not None:
         try:
             digests = file_digests(files, memo)
         except OSError as error:
@@ -133,14 +137,14 @@ def content_key(path: str, *, name: str, split: str, builtin_seed: int, builtin_
 
 
 def has_eval(source: SourceConfig) -> bool:
-    """Whether the source's held-out rows stand in a place of their own."""
+    """Whether the source has a separate evaluation set."""
     return bool(source.eval_path or source.eval_split)
 
 
 def place_of(source: SourceConfig, config: DataConfig, held_out: bool) -> dict[str, Any]:
-    """The arguments of `read_rows` for a source's rows, or for its held-out rows where they have a place.
+    """The arguments of `read_rows` for a source's rows, or for its evaluation set.
 
-    ValueError for a split of files that have none: all of their rows would be taken for that split.
+    ValueError for a split of files without splits: all of their rows would be used as that split.
     """
     path, split = source.path, source.split
     if source.eval_split and not has_splits(source.eval_path or path):
@@ -160,13 +164,13 @@ def place_of(source: SourceConfig, config: DataConfig, held_out: bool) -> dict[s
 
 
 def limit_of(source: SourceConfig, place: dict[str, Any]) -> int | None:
-    """How many rows are read of a place: all of a place of held-out rows."""
+    """The number of rows to read of a place; None: all, as of an evaluation set."""
     is_own = (place["path"], place["split"]) == (source.path, source.split)
     return source.limit or None if is_own else None
 
 
 def has_splits(path: str) -> bool:
-    """Whether a split can be asked for: of what `save_to_disk` wrote, and of what is not here but may be on the hub."""
+    """Whether a place may have splits: a folder of `save_to_disk`, or a path that is not here but may be on the hub."""
     place = os.path.expanduser(path)
     if os.path.isdir(place):
         return any(os.path.isfile(os.path.join(place, name)) for name in ("dataset_dict.json", "state.json"))
@@ -174,7 +178,11 @@ def has_splits(path: str) -> bool:
 
 
 def source_files(path: str, split: str) -> list[str] | None:
-    """The files of a place, in the order in which they are read; None for a data set of the hub."""
+    """The files of a place, in the order in which they are read; [] for the built-in set, None for a hub data set."""
+    if path.startswith("builtin:"):
+        if path != BUILTIN:
+            raise ValueError(f"there is no built-in set {path!r}, only {BUILTIN!r}")
+        return []
     path = os.path.expanduser(path)
     if os.path.isdir(path):
         files = _saved_files(path, split) or _known_files(path, _walk_files(path))
@@ -200,9 +208,8 @@ def source_files(path: str, split: str) -> list[str] | None:
         return None
     for file in files:
         if not os.access(file, os.R_OK):
-            raise ValueError(
-                unreadable_message(file, PermissionError() if os.path.exists(file) else FileNotFoundError())
-            )
+            error = PermissionError() if os.path.exists(file) else FileNotFoundError()
+            raise ValueError(unreadable_message(file, error))
     if not any(os.path.getsize(file) for file in files):
         raise ValueError(f"{path}: holds no rows, it is empty")
     return files
@@ -212,13 +219,12 @@ def _known_files(path: str, files: list[str]) -> list[str]:
     """The files of known endings; ValueError if there are none."""
     if known := [file for file in files if file_format(file)]:
         return known
-    if files == [path]:
-        raise ValueError(f"{path}: unknown ending; the known ones are {KNOWN_ENDINGS}")
-    raise ValueError(f"{path}: holds no file of a known ending; the known ones are {KNOWN_ENDINGS}")
+    what = "unknown ending" if files == [path] else "holds no file of a known ending"
+    raise ValueError(f"{path}: {what}; the known ones are {KNOWN_ENDINGS}")
 
 
 def _walk_files(folder: str) -> list[str]:
-    """Sorted, through all levels, linked folders too; hidden ones, and files that describe a data set, are left out."""
+    """The files of a folder and its subfolders, linked ones too, sorted; without hidden files and METADATA."""
 
     def fail(error: OSError) -> None:
         raise ValueError(unreadable_message(error.filename, error)) from error
@@ -236,7 +242,7 @@ def _walk_files(folder: str) -> list[str]:
 
 
 def _saved_files(folder: str, split: str) -> list[str]:
-    """The Arrow files of a data set that `save_to_disk` wrote, or of the split of one of several; [] if it is none."""
+    """The Arrow files of a data set that `save_to_disk` wrote, or of one of its splits; [] if the folder has none."""
     splits = _metadata(folder, "dataset_dict.json").get("splits")
     if splits is not None:
         if split not in splits:
@@ -268,13 +274,13 @@ def _metadata(folder: str, name: str) -> dict[str, Any]:
 
 def _load_hub_set(path: str, name: str, split: str, **options: bool) -> Any:
     """A `datasets.Dataset`, or with streaming=True an `IterableDataset`."""
-    import datasets  # here, because it takes seconds that runs on files need not pay
+    import datasets  # here, because it takes seconds, which runs on files save
 
     try:
         return datasets.load_dataset(path, name or None, split=split, **options)
-    except Exception as error:  # of the hub, the net, the disk, or the data set's own: all mean that it cannot be had
+    except Exception as error:  # of the hub, the network, the disk, or the data set's code: the set is not available
         what = " ".join(str(error).split()) or type(error).__name__
-        if "Config" in what and "vailable" in what:  # it has several and lists them, or has none of this name
+        if "Config" in what and "vailable" in what:  # several, which the message lists, or none of this name
             raise ValueError(f"the hub data set {path!r}: {what}; set data.sources.name to one of them") from error
         if "Unknown split" in what or "Bad split" in what:
             raise ValueError(f"the hub data set {path!r}: {what}; set data.sources.split") from error
@@ -287,7 +293,7 @@ def _hub_rows(path: str, split: str, rows: Any) -> Iterator[Row]:
     try:
         for number, fields in enumerate(rows, start=1):
             yield Row(file, number, fields)
-    except Exception as error:  # the net while streaming, or a file of the data set
+    except Exception as error:  # the network while streaming, or a file of the data set
         what = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"the hub data set {path!r} broke off after row {number} of {split}: {what}") from error
 
@@ -297,8 +303,3 @@ def _require_rows(path: str, rows: Iterator[Row]) -> Iterator[Row]:
     if (first := next(rows, None)) is None:
         raise ValueError(f"{path}: holds no rows")
     return itertools.chain((first,), rows)
-
-
-def _check_builtin(path: str) -> None:
-    if path != BUILTIN:
-        raise ValueError(f"there is no built-in set {path!r}, only {BUILTIN!r}")

@@ -1,7 +1,7 @@
-"""Which prompt serves what: decided by a hash of the prompt alone.
+"""Assigns prompts to stages and to evaluation by a hash of the prompt alone.
 
-The same prompt falls on the same side in every run, whatever its answers, its source or its place in the file, so the
-splits are disjoint by construction and stay as they are when rows are added.
+The same prompt has the same assignment in every run, whatever its answers, its source or its position in the file, so
+the splits are disjoint by construction and do not change when rows are added.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rlhf_jax.data.records import Turns
 
 
 def prompt_key(turns: Turns) -> bytes:
-    """16 bytes, blake2b of the roles and texts; runs of white space count as one blank, so copies of a prompt agree."""
+    """16 bytes, blake2b of the roles and texts; whitespace counts as one space, so that copies of a prompt agree."""
     text = "\x1e".join([f"{role}\x1f{' '.join(content.split())}" for role, content in turns])
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
@@ -24,14 +24,14 @@ def prompt_key(turns: Turns) -> bytes:
 def as_keys(keys: Sequence[bytes], seed: int = 0) -> np.ndarray:
     """[n, 2] uint64 of n keys: the first column decides what is held out, the second which share it falls in.
 
-    Another `seed` splits the prompts in another way; equal prompts still have equal keys.
+    Another `seed` gives another split; equal prompts still have equal keys.
     """
     words = np.frombuffer(b"".join(keys), ">u8").reshape(-1, 2).astype(np.uint64)
     return splitmix64(words ^ splitmix64(np.array([seed], np.uint64))) if seed else words
 
 
 def is_held_out(keys: np.ndarray, share: float) -> np.ndarray:
-    """[n] bool: kept for evaluation: true of `share` of all prompts, and of `share` of every stage's. keys: [n, 2]."""
+    """[n] bool: held out for evaluation: `share` of all prompts, and `share` of every stage's. keys: [n, 2]."""
     return _uniform(keys[:, 0]) < share
 
 
@@ -42,7 +42,7 @@ def is_trained_by(keys: np.ndarray, name: str, shares: Mapping[str, float]) -> n
         shares: in any unit. Their order counts: each begins where the one before it ends.
     """
     bounds = np.cumsum(list(shares.values()))
-    # Other bytes than `is_held_out` reads: else the held-out share would come out of the first share alone.
+    # Not the bytes that `is_held_out` reads: otherwise all held-out prompts would belong to the first share.
     return np.searchsorted(bounds / bounds[-1], _uniform(keys[:, 1]), side="right") == list(shares).index(name)
 
 
@@ -53,7 +53,7 @@ def named_shares(
 
     Args:
         split: the table, or as text the shares of the first three names ("2,4,4").
-        defaults: what an empty table stands for.
+        defaults: the shares of an empty table.
     Raises:
         ValueError: the table has a name that is not in `names`.
     """

@@ -1,4 +1,4 @@
-"""Tokenised rows in an Arrow file that is mapped into memory, so that what is held does not grow with the data."""
+"""Tokenized rows in a memory-mapped Arrow file, so that memory does not grow with the data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from rlhf_jax.data.chat_template import Encoding
 
-READ_BEFORE_RELEASE = 64 * 2**20  # bytes read of a file before its pages are given back to the system
+READ_BEFORE_RELEASE = 64 * 2**20  # bytes read of a file before its pages are released
 
 
 def record_batch(
@@ -23,7 +23,7 @@ def record_batch(
     per_row: int,
     vocab_size: int,
 ) -> pa.RecordBatch:
-    """Rows as Arrow: one record a sequence, the `per_row` sequences of a row one after the other.
+    """Rows as Arrow: one record per sequence, the `per_row` sequences of a row one after the other.
 
     Args:
         keys: [rows, 2] uint64, of `splits.as_keys`.
@@ -68,7 +68,7 @@ def write_store(batches: Iterable[pa.RecordBatch], sink: str | Path | pa.BufferO
 
 
 class Store:
-    """The rows of such a file. Of a file on disk only what is looked at comes into memory, and is let go again."""
+    """The rows of such a file. Of a file on disk only the pages that are read come into memory, until `release`."""
 
     def __init__(self, place: Path | pa.Buffer, per_row: int, digest: str):
         self.per_row, self.digest = per_row, digest
@@ -121,7 +121,7 @@ class Store:
         return Encoding(part, spans[span_offsets[i] : span_offsets[i + 1]].reshape(-1, 2))
 
     def release(self) -> None:
-        """Give the pages that were read back to the system, once they are many; they come again when needed."""
+        """Release the pages once READ_BEFORE_RELEASE bytes were read; the system loads them again when needed."""
         if self._map is not None and self._read > READ_BEFORE_RELEASE:
             self._map.madvise(mmap.MADV_DONTNEED)
             self._read = 0

@@ -1,6 +1,6 @@
-"""Rows of a place to token sequences, a block at a time: mapped, split by prompt, and encoded by several threads.
+"""Maps the rows of a place, splits them by prompt and encodes them, block by block, in several threads.
 
-The threads share Python's lock, but the encoding itself, by far the most of the work, runs outside it.
+The threads share Python's lock, but the encoding itself, by far most of the work, runs outside it.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from rlhf_jax.data.records import BadRow, Example, Row, RowKind, RowSpec, Turns
 from rlhf_jax.data.sources import has_eval, limit_of, place_of
 from rlhf_jax.data.store import record_batch
 
-ROWS_PER_BLOCK = 512  # measured: smaller ones cost calls, larger ones memory that is cold
+ROWS_PER_BLOCK = 512  # measured: smaller blocks cost calls, larger ones cache misses
 THREADS = 8  # at most: a third of a row's time is Python's, under its lock
-MAX_SHOWN = 3  # messages of bad rows that are kept
+MAX_SHOWN = 3  # number of messages of bad rows that are kept
 T, R = TypeVar("T"), TypeVar("R")
-# Of an example: why it is dropped, what failed, or its rows, each with its sequences and whether one of them was cut.
+# Of an example: why it is dropped, its error, or its rows, each with its sequences and whether one of them was cut.
 Outcome = str | ValueError | list[tuple[list[Encoding], bool]]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be tokenised, and how."""
+    """A place to tokenize, and how."""
 
-    source: SourceConfig  # with its format settled
+    source: SourceConfig  # with its format resolved
     config: DataConfig
     tokenizer: PreTrainedTokenizerBase
     spec: RowSpec
-    held_out: bool  # whether the rows to be measured on are wanted, and not those to be trained on
+    held_out: bool  # whether the held-out rows are selected, and not the training rows
 
     @property
     def place(self) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class Job:
 
     @property
     def limit(self) -> int | None:
-        """Rows that are read of the place, at most; None, all, of a place of held-out rows."""
+        """Maximum number of rows to read of the place; None: all, as of an evaluation set."""
         return limit_of(self.source, self.place)
 
     @property
@@ -62,7 +62,7 @@ class Job:
 
     @property
     def takes_all(self) -> bool:
-        """Whether the place holds nothing but held-out rows."""
+        """Whether the place has only held-out rows."""
         return self.held_out and has_eval(self.source)
 
     def sides(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -75,12 +75,12 @@ class Job:
 
 @dataclass(frozen=True)
 class RowStats:
-    """What became of the rows of a place that are trained on, or of those that are held out."""
+    """Counts of the rows of a place that are trained on, or of those that are held out."""
 
-    rows: int = 0  # read, for whatever they serve
-    share: int = 0  # examples whose prompts fall here; what is not dropped of them is kept
+    rows: int = 0  # read, whatever their use
+    share: int = 0  # examples whose prompts belong here; they are kept unless dropped
     dropped: dict[str, int] = field(default_factory=dict)  # {why: examples}
-    bad: int = 0  # rows, wherever their prompts would fall
+    bad: int = 0  # rows, whatever their prompts
     bad_shown: tuple[str, ...] = ()  # messages of the first of them
 
     def plus(self, other: RowStats) -> RowStats:
@@ -94,13 +94,13 @@ class RowStats:
 
 
 def parse_row_stats(report: dict[str, Any]) -> RowStats:
-    """The tally that JSON holds."""
+    """The counts from JSON."""
     return RowStats(**{**report, "bad_shown": tuple(report["bad_shown"])})
 
 
 def encode_blocks(rows: Iterable[Row], job: Job) -> Iterator[tuple[pa.RecordBatch, RowStats, RowStats]]:
-    """The rows of the job's place by blocks of ROWS_PER_BLOCK, in their order, as `encode_rows` gives them."""
-    # The path of the place is what its examples are said to come from.
+    """The rows of the job's place by blocks of ROWS_PER_BLOCK, in their order, as `encode_rows` returns them."""
+    # Messages name the path of the place.
     source = dataclasses.replace(job.source, path=job.place["path"])
     to_examples, own = make_mapper(source, job.spec.kind), threading.local()
 
@@ -127,10 +127,10 @@ def encode_rows(
     tokenizer: PreTrainedTokenizerBase,
     job: Job,
 ) -> tuple[pa.RecordBatch, RowStats, RowStats]:
-    """The rows of examples, and what became of those that are trained on and of those that are held out.
+    """The rows of examples, and the counts of those that are trained on and of those that are held out.
 
     Args:
-        wheres: where each stands, for messages.
+        wheres: place of each example, for messages.
         keys: [n, 2] uint64.
         held: [n] bool, whether it is held out.
     """
@@ -156,13 +156,13 @@ def encode_rows(
 def encode_examples(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, spec: RowSpec, config: DataConfig
 ) -> dict[int, Outcome]:
-    """{index of an example: its outcome}, first of those that are dropped unseen by the tokenizer.
+    """{index of an example: its outcome}, first of those that are dropped without encoding.
 
     A demonstration has prompt and answer, a pair the prompt with both answers, a prompt the opened prompt alone.
     Rows are dropped for an empty prompt or answer, for a chosen answer that equals the rejected one, and for a prompt
     over max_prompt_length; an answer is cut at max_length, its EOS with it, so that the model does not learn to stop
-    there. long_rows "left" cuts the beginning of the prompt instead, keeping a BOS, and "drop" drops what is too long
-    in either way. A document is cut into pieces of max_length; a last one of a single token, the EOS, teaches nothing
+    there. long_rows "left" cuts the beginning of the prompt instead, keeping a BOS, and "drop" drops rows too long in
+    either way. A document is cut into pieces of max_length; a last one of a single token, the EOS, has no loss
     and is left out.
     """
     obstacles = ((i, _reason_to_drop(example, spec.kind)) for i, example in enumerate(examples))
@@ -192,24 +192,21 @@ def _reason_to_drop(example: Example, kind: RowKind) -> str:
 
 
 def _encode_rows(examples: list[Example], tokenizer: PreTrainedTokenizerBase, spec: RowSpec) -> list[list]:
-    """For each example its sequences, whole, or what failed in their place."""
+    """For each example its whole sequences, or errors in their place."""
     if spec.kind == "prompt":
         nothing = np.zeros((0, 2), np.int32)
         prompts = encode_prompts(tokenizer, [example.turns for example in examples])
         return [[each if isinstance(each, ValueError) else Encoding(each, nothing)] for each in prompts]
     answers = [[e.answer] if spec.kind == "demonstration" else [e.chosen, e.rejected] for e in examples]
-    dialogues = [
-        (*example.turns, ("assistant", text))
-        for example, texts in zip(examples, answers, strict=True)
-        for text in texts
-    ]
+    answered = zip(examples, answers, strict=True)
+    dialogues = [(*example.turns, ("assistant", text)) for example, texts in answered for text in texts]
     encoded = encode_dialogues(tokenizer, dialogues, all_turns=spec.learn == "assistant")
     n = spec.per_row
     return [encoded[i * n : (i + 1) * n] for i in range(len(examples))]
 
 
 def _fit_lengths(row: list[Encoding], tokenizer: PreTrainedTokenizerBase, spec: RowSpec, config: DataConfig) -> Outcome:
-    """The row within the lengths, or why it is dropped."""
+    """The row cut to the maximum lengths, or why it is dropped."""
     prompt = len(row[0].tokens) if spec.kind == "prompt" else int(row[0].spans[-1, 0])
     longest = max(len(each.tokens) for each in row)
     if prompt > config.max_prompt_length and config.long_rows != "left":
@@ -241,7 +238,7 @@ def _truncate(encoded: Encoding, length: int) -> Encoding:
 
 
 def _drop_beginning(encoded: Encoding, count: int, tokenizer: PreTrainedTokenizerBase) -> Encoding:
-    """Less `count` tokens, taken off the front, after a BOS where one stands there."""
+    """The encoding without its first `count` tokens; a leading BOS is kept."""
     if not count:
         return encoded
     keep = int(tokenizer.bos_token_id is not None and int(encoded.tokens[0]) == tokenizer.bos_token_id)
@@ -253,7 +250,7 @@ def _drop_beginning(encoded: Encoding, count: int, tokenizer: PreTrainedTokenize
 def map_rows(
     rows: Iterable[Row], to_examples: Callable[[Row], list[Example]]
 ) -> tuple[list[Example], list[str], list[str]]:
-    """(examples, where each stands, messages of the bad rows)."""
+    """(examples, place of each, messages of the bad rows)."""
     examples: list[Example] = []
     wheres: list[str] = []
     bad: list[str] = []
@@ -269,21 +266,21 @@ def map_rows(
 
 
 def keys_of(examples: Iterable[Example], seed: int) -> np.ndarray:
-    """[n, 2] uint64, the keys of the prompts, or of a document of its text."""
+    """[n, 2] uint64, the keys of the prompts; the key of a document is that of its text."""
     turns: Iterator[Turns] = (example.turns or (("", example.text),) for example in examples)
     return splits.as_keys([splits.prompt_key(each) for each in turns], seed)
 
 
 def check_bad_rows(count: int, shown: Sequence[str], limit: int) -> None:
-    """ValueError with the first bad rows where there are more than `limit`."""
+    """ValueError with the first bad rows if there are more than `limit`."""
     if count > limit:
-        faults: dict[str, list[str]] = {}  # one that many rows have is named once, after their places
+        faults: dict[str, list[str]] = {}  # a fault that several rows share is named once, after their places
         for message in shown:
             place, _, fault = message.partition(": ")
             faults.setdefault(fault, []).append(place)
         reported = "; ".join(f"{', '.join(places)}: {fault}" for fault, places in faults.items())
         more = f" (data.max_bad_rows = {limit}, and there are more)" if limit else ""
-        raise ValueError(f"{reported}{more}. Mend the data, or raise data.max_bad_rows to leave such rows out")
+        raise ValueError(f"{reported}{more}. Fix the data, or raise data.max_bad_rows to leave such rows out")
 
 
 def split_blocks(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -293,12 +290,12 @@ def split_blocks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def map_in_order(work: Callable[[list[T]], R], blocks: Iterable[list[T]]) -> Iterator[R]:
-    """work(block) of each block in order, with a few blocks under way at a time."""
-    threads = min(THREADS, (os.cpu_count() or 1) + 1)  # one more than cores, as one waits for the lock
+    """work(block) of each block in order, with a few blocks in progress at a time."""
+    threads = min(THREADS, (os.cpu_count() or 1) + 1)  # one more than cores, because one waits for the lock
     waiting: deque = deque()
     pool = ThreadPoolExecutor(threads)
     set_before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each thread encodes alone, which keeps the cores busier
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each thread encodes its block alone, which uses the cores better
     try:
         for block in blocks:
             waiting.append(pool.submit(work, block))
@@ -307,7 +304,7 @@ def map_in_order(work: Callable[[list[T]], R], blocks: Iterable[list[T]]) -> Ite
         while waiting:
             yield waiting.popleft().result()
     finally:
-        # Not waited for: a stream that is let go may be finalised in a thread of this very pool.
+        # Without waiting: a garbage-collected stream may be finalised in a thread of this pool.
         pool.shutdown(wait=False, cancel_futures=True)
         if set_before is None:
             os.environ.pop("TOKENIZERS_PARALLELISM", None)

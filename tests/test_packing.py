@@ -1,7 +1,5 @@
 """Bin packing of sequences: none lost, none over the capacity, as few bins as best-fit decreasing, and fast."""
 
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given, settings

@@ -216,14 +216,20 @@ def test_each_batch_is_prefetched_once_and_none_beyond_the_last_step():
     assert all(name.startswith("batches") for _, name in slow.asked)
 
 
-def test_the_next_batch_is_ready_if_a_step_takes_as_long_as_making_it():
-    prefetch, waited = Prefetch(Slow(), stop=6), []
-    for step in range(6):
-        start = time.perf_counter()
-        prefetch[step]
-        waited.append(time.perf_counter() - start)
-        time.sleep(0.06)
-    assert waited[0] > 0.019 and max(waited[1:]) < 0.015
+def test_the_next_two_batches_are_made_before_they_are_requested():
+    class Signalled:
+        """Batches that set an event when they have been made."""
+
+        made = [threading.Event() for _ in range(6)]
+
+        def __getitem__(self, step: int) -> int:
+            self.made[step].set()
+            return step
+
+    prefetch = Prefetch(Signalled(), stop=6)
+    prefetch[0]
+    assert all(event.wait(timeout=60) for event in Signalled.made[:3])
+    assert not any(event.is_set() for event in Signalled.made[3:])
 
 
 def test_a_prefetch_error_is_raised_at_the_step_that_needs_the_batch_and_any_step_can_be_requested():

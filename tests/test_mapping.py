@@ -170,8 +170,8 @@ MISTAKES = {
         {"prompt": "q", "chosen": ["a"]},
         "field 'chosen' has an invalid message 1: it must be an",
     ),
-    "half a character": ({"prompt": "\ud83d", "chosen": "a"}, "field 'prompt' holds a lone surrogate"),
-    "half a character within": (
+    "a lone surrogate": ({"prompt": "\ud83d", "chosen": "a"}, "field 'prompt' holds a lone surrogate"),
+    "a lone surrogate within": (
         {"prompt": user_and_assistant("\ud83d"), "chosen": "a"},
         "message 1: its content holds",
     ),

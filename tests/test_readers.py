@@ -155,7 +155,7 @@ BAD_LINES = {
     "a number": (b" 7\n", "holds a int; there must be one object on every line"),
     "not UTF-8": (b'{"a": "\xff"}\n', "malformed JSON ('utf-8' codec can't decode byte 0xff"),
     "an encoded surrogate": (b'{"a": "\xed\xa0\x80"}\n', "malformed JSON ('utf-8' codec can't decode byte 0xed"),
-    "half a character": (b'{"b": "x", "a": {"c": ["", "\\ud83d"]}}\n', "field 'a.c.1' holds a lone surrogate"),
+    "a lone surrogate": (b'{"b": "x", "a": {"c": ["", "\\ud83d"]}}\n', "field 'a.c.1' holds a lone surrogate"),
     "a lone low surrogate": (b'{"a": "\\uDE42 \\ud83d\\ude42"}\n', "field 'a' holds a lone surrogate"),
     "a lone surrogate in a name": (b'{"\\ud83d": 1}\n', "field '\\ud83d' holds a lone surrogate"),
     "too deep": (b'{"a": ' + b"[" * 100_000 + b"\n", "malformed JSON (maximum recursion depth"),

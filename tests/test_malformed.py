@@ -674,7 +674,7 @@ EACH = "{% for message in messages %}{{ message['role'] + message['content'] }}{
 
 def test_a_row_rejected_by_the_template_is_reported_or_counted(tmp_path):
     config, tokenizer = good(tmp_path), prepare_tokenizer(gpt2_like(), REFUSING)
-    reported = "rows.jsonl, line 4: the tokenizer's chat template refuses a dialogue: no q3; data.template puts another"
+    reported = "rows.jsonl, line 4: the tokenizer's chat template refuses a dialogue: no q3; data.template replaces it"
     with pytest.raises(ValueError, match=reported):
         select_rows(config, tokenizer, SPECS["sft"], held_out=False)
     rows = select_rows(dataclasses.replace(config, max_bad_rows=1), tokenizer, SPECS["sft"], held_out=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 
@@ -164,12 +164,7 @@ def make_batch(
     return Batch(*flat)
 
 
-B_co = TypeVar("B_co", covariant=True)
 PREFETCH_DEPTH = 2  # batches made in advance
-
-
-class StepIndexed(Protocol[B_co]):
-    def __getitem__(self, step: int) -> B_co: ...
 
 
 class Prefetch:
@@ -180,8 +175,8 @@ class Prefetch:
 
     __iter__ = None
 
-    def __init__(self, batches: StepIndexed, stop: int):
-        """stop: the step after the last one that will be requested."""
+    def __init__(self, batches: Any, stop: int):
+        """batches: indexed by the step. stop: the step after the last one that will be requested."""
         self._batches, self._stop = batches, stop
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._made: dict[int, Future] = {}

@@ -169,9 +169,7 @@ def encode_dialogues(
     opened = iter(_render(tokenizer, [chat[:k] for chat, k in parts], opened=True))
     upto = iter(_render(tokenizer, [chat[: k + 1] for chat, k in parts], opened=False))
     rendered = [[(next(opened), next(upto)) for _ in each] for each in answers]
-    failures = [
-        next((text for pair in each for text in pair if isinstance(text, ValueError)), None) for each in rendered
-    ]
+    failures = [next((text for text in sum(each, ()) if isinstance(text, ValueError)), None) for each in rendered]
     good = [i for i, failure in enumerate(failures) if failure is None]
     tokens = dict(zip(good, _encode(tokenizer, [rendered[i][-1][1] for i in good]), strict=True))
     spells_control, ends = _spells_control(tokenizer), _ends(tokenizer)
@@ -333,8 +331,7 @@ def _apply(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict[str, str]]]
     except Exception as error:  # a template is a program: besides rejecting, it may fail in any way
         what = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"the tokenizer's chat template refuses a dialogue: {what.rstrip('.')}; data.template puts another in its "
-            "place"
+            f"the tokenizer's chat template refuses a dialogue: {what.rstrip('.')}; data.template replaces it"
         ) from error
 
 

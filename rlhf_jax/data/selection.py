@@ -92,7 +92,7 @@ def rows_from_examples(
     wheres = [f"{example.source}, row {example.row}" for example in examples]
     numbered = [dataclasses.replace(example, row=number) for number, example in enumerate(examples)]
     keys = keys_of(examples, 0)
-    batch, tally, _ = encode_rows(numbered, wheres, keys, np.zeros(len(examples), bool), tokenizer, job)
+    batch, tally, _ = encode_rows(numbered, wheres, keys, np.zeros(len(examples), bool), job)
     check_bad_rows(tally.bad, tally.bad_shown, config.max_bad_rows)
     store = memory_store([batch], spec.per_row, len(tokenizer))
     picked, dropped = np.arange(len(store), dtype=np.int32), Counter(tally.dropped)
@@ -151,9 +151,8 @@ def _assemble_rows(found: list[SourceRows | StreamRows], config: DataConfig, spe
     reported += [f"{bad:,} bad rows left out: {message}" for message in shown[:1]]
     if not total and held_out:
         fixes = ["raise data.held_out", "give a source an eval_path", f"set {spec.share}.eval_batches=0"]
-        fixes = fixes[
-            : 2 if spec.kind == "prompt" else 3
-        ]  # a stage of prompts has no such key: it is evaluated by `evaluate`
+        # A stage of prompts has no eval_batches: it is evaluated by `evaluate`.
+        fixes = fixes[: 2 if spec.kind == "prompt" else 3]
         raise NoRows(
             f"{spec.share}: there are no held-out rows to evaluate on ({', '.join(reported)}): "
             f"{', '.join(fixes[:-1])}, or {fixes[-1]}"

@@ -105,14 +105,14 @@ def encode_blocks(rows: Iterable[Row], job: Job) -> Iterator[tuple[pa.RecordBatc
     to_examples, own = make_mapper(source, job.spec.kind), threading.local()
 
     def work(block: list[Row]) -> tuple[pa.RecordBatch, RowStats, RowStats]:
-        if not hasattr(own, "tokenizer"):
-            own.tokenizer = copy.deepcopy(job.tokenizer)  # a tokenizer's settings are changed while it encodes
+        if not hasattr(own, "job"):  # of this thread, because a tokenizer's settings change while it encodes
+            own.job = dataclasses.replace(job, tokenizer=copy.deepcopy(job.tokenizer))
         examples, wheres, bad = map_rows(block, to_examples)
         keys = keys_of(examples, job.config.split_seed)
         trained, held = job.sides(keys)
         (taken,) = (trained if job.is_streamed else trained | held).nonzero()
         chosen, wheres = [examples[i] for i in taken], [wheres[i] for i in taken]
-        batch, *tallies = encode_rows(chosen, wheres, keys[taken], held[taken], own.tokenizer, job)
+        batch, *tallies = encode_rows(chosen, wheres, keys[taken], held[taken], own.job)
         read = RowStats(len(block), bad=len(bad), bad_shown=tuple(bad[:MAX_SHOWN]))
         return batch, *(read.plus(tally) for tally in tallies)
 
@@ -120,12 +120,7 @@ def encode_blocks(rows: Iterable[Row], job: Job) -> Iterator[tuple[pa.RecordBatc
 
 
 def encode_rows(
-    examples: Sequence[Example],
-    wheres: Sequence[str],
-    keys: np.ndarray,
-    held: np.ndarray,
-    tokenizer: PreTrainedTokenizerBase,
-    job: Job,
+    examples: Sequence[Example], wheres: Sequence[str], keys: np.ndarray, held: np.ndarray, job: Job
 ) -> tuple[pa.RecordBatch, RowStats, RowStats]:
     """The rows of examples, and the counts of those that are trained on and of those that are held out.
 
@@ -134,7 +129,7 @@ def encode_rows(
         keys: [n, 2] uint64.
         held: [n] bool, whether it is held out.
     """
-    found = encode_examples(examples, tokenizer, job.spec, job.config)
+    found = encode_examples(examples, job.tokenizer, job.spec, job.config)
     bad = [f"{wheres[i]}: {each}" for i, each in found.items() if isinstance(each, ValueError)]
     tallies = []
     for side in (False, True):
@@ -148,7 +143,7 @@ def encode_rows(
         [examples[i].row for i, *_ in kept],
         [cut for *_, cut in kept],
         job.spec.per_row,
-        len(tokenizer),
+        len(job.tokenizer),
     )
     return batch, *tallies
 

@@ -32,7 +32,7 @@ share: rows whose prompt belongs to the stage, or is held out; dropped: those of
 given; used: the others; cut: used rows that were truncated; median, 95% and longest: tokens of a sequence;
 tokens: of all sequences together\
 """
-COLUMNS = ("share", "dropped", "used", "cut", "median", "95%", "longest", "tokens")
+COUNTS = ("share", "dropped", "used", "cut", "median", "95%", "longest", "tokens")
 NAME, WIDTH = 32, 8  # characters of a source's name and of a column in a table
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters of a terminal
 
@@ -56,7 +56,7 @@ def show_data(recipe: Recipe, examples: int, out: TextIO | None = None) -> None:
     lines = [title, "", *source_lines(data, names, specs, found), "", LEGEND]
     for stage, spec in specs.items():
         serving = [name for name, source in zip(names, data.sources, strict=True) if provides(source, spec.kind)]
-        lines += ["", _columns(f"{stage}: a row is {USES[spec.kind]}", COLUMNS)]
+        lines += ["", _columns(f"{stage}: a row is {USES[spec.kind]}", COUNTS)]
         for held_out in (False, True):
             named = zip(names, data.sources, strict=True)
             here = [name for name, source in named if used_by(source, spec.kind, held_out)]

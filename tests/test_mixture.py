@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_jax.data.config import SourceConfig
-from rlhf_jax.data.mixture import draw, draws_per_epoch, permute
+from rlhf_jax.data.mixture import draw_rows, draws_per_epoch, permute
 
 
 def counts_of(*parts: tuple[int, dict], temperature: float = 1.0) -> list[int]:
@@ -87,7 +87,7 @@ def test_an_epoch_draws_its_quota_from_each_part_evenly(parts, seed, temperature
     counts = draws_per_epoch(sizes, sources, temperature)
     drawn = [np.zeros(size, int) for size in sizes]
     for epoch in range(3):
-        part, row = draw(sizes, counts, seed, epoch, np.arange(counts.sum()))
+        part, row = draw_rows(sizes, counts, seed, epoch, np.arange(counts.sum()))
         assert np.bincount(part, minlength=len(parts)).tolist() == counts.tolist()
         for p, r in zip(part, row, strict=True):
             drawn[p][r] += 1
@@ -96,19 +96,19 @@ def test_an_epoch_draws_its_quota_from_each_part_evenly(parts, seed, temperature
 
 @given(st.integers(0, 99))
 def test_any_interval_of_draws_has_the_proportions_of_the_quotas_within_sampling_error(seed):
-    part, _ = draw((5000, 5000), (7000, 3000), seed, 0, np.arange(2000, 3000))
+    part, _ = draw_rows((5000, 5000), (7000, 3000), seed, 0, np.arange(2000, 3000))
     # 1000 of 10000 without replacement: deviation of the share sqrt(0.7 x 0.3 / 1000 x 0.9) = 0.0137
     assert abs((part == 0).mean() - 0.7) < 5 * 0.0137
 
 
 def test_a_draw_depends_only_on_seed_epoch_and_position():
     blend = (50, 20), (50, 60)
-    whole = np.stack(draw(*blend, 3, 5, np.arange(110)))
-    assert np.array_equal(np.stack(draw(*blend, 3, 5, np.array([17, 4, 109]))), whole[:, [17, 4, 109]])
-    assert not np.array_equal(np.stack(draw(*blend, 4, 5, np.arange(110))), whole)
-    assert not np.array_equal(np.stack(draw(*blend, 3, 6, np.arange(110))), whole)
+    whole = np.stack(draw_rows(*blend, 3, 5, np.arange(110)))
+    assert np.array_equal(np.stack(draw_rows(*blend, 3, 5, np.array([17, 4, 109]))), whole[:, [17, 4, 109]])
+    assert not np.array_equal(np.stack(draw_rows(*blend, 4, 5, np.arange(110))), whole)
+    assert not np.array_equal(np.stack(draw_rows(*blend, 3, 6, np.arange(110))), whole)
 
 
 def test_without_shuffling_the_parts_follow_each_other_in_order():
-    part, row = draw((2, 3), (2, 5), 0, 0, np.arange(7), shuffle=False)
+    part, row = draw_rows((2, 3), (2, 5), 0, 0, np.arange(7), shuffle=False)
     assert part.tolist() == [0, 0, 1, 1, 1, 1, 1] and row.tolist() == [0, 1, 0, 1, 2, 0, 1]

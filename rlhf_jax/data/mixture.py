@@ -53,7 +53,7 @@ def _apportion(shares: np.ndarray, total: int) -> np.ndarray:
     return counts
 
 
-def draw(
+def draw_rows(
     sizes: Sequence[int],
     quota: Sequence[int],
     seed: int,

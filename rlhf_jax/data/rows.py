@@ -11,7 +11,7 @@ import numpy as np
 
 from rlhf_jax.data.chat_template import Encoding
 from rlhf_jax.data.config import SourceConfig
-from rlhf_jax.data.mixture import draw
+from rlhf_jax.data.mixture import draw_rows
 from rlhf_jax.data.packing import Bins, pack
 from rlhf_jax.data.store import Store
 from rlhf_jax.data.stream import StreamRows
@@ -93,10 +93,10 @@ class Rows:
         return sum(self.quota)
 
     def draw(self, seed: int, epoch: int, positions: np.ndarray, *, shuffle: bool) -> tuple[np.ndarray, np.ndarray]:
-        """(part, row of that part), [n] int64 each, for positions [n] of an epoch: `mixture.draw`."""
+        """(part, row of that part), [n] int64 each, for positions [n] of an epoch: `mixture.draw_rows`."""
         streams = [isinstance(part, StreamRows) for part in self.parts]
         sizes = list(map(len, self.parts))
-        return draw(sizes, self.quota, seed, epoch, positions, endless=streams, shuffle=shuffle)
+        return draw_rows(sizes, self.quota, seed, epoch, positions, endless=streams, shuffle=shuffle)
 
     @property
     def endless(self) -> bool:

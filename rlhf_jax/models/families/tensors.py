@@ -58,13 +58,13 @@ class Checkpoint:
 
 Tensors = dict[str, HfTensor]  # by the path of the parameter
 Reader = Callable[[Mapping[str, Any]], dict[str, Any]]  # config.json -> fields of DecoderConfig but the common ones
-Table = Callable[[DecoderConfig], Tensors]  # every tensor that this configuration may have
+TensorTable = Callable[[DecoderConfig], Tensors]  # every tensor that this configuration may have
 
 
 @dataclass(frozen=True)
 class Family:
     read: Reader
-    tensors: Table
+    tensors: TensorTable
     causal: str  # architecture of a language model
     scalar: str | None  # of a reward model; None: transformers has no such class
     prefix: str  # of the base model's tensors; a base model is saved without it
@@ -72,7 +72,7 @@ class Family:
     alternatives: Callable[[DecoderConfig], list[Tensors]] = lambda config: []  # other layouts that folders may have
 
 
-def family(read: Reader, tensors: Table, name: str, prefix: str = "model.", buffers: str = "(?!)") -> Family:
+def family(read: Reader, tensors: TensorTable, name: str, prefix: str = "model.", buffers: str = "(?!)") -> Family:
     """A family with the architectures NAMEForCausalLM and NAMEForSequenceClassification."""
     return Family(read, tensors, f"{name}ForCausalLM", f"{name}ForSequenceClassification", prefix, buffers)
 

@@ -213,7 +213,7 @@ def sample_answers(
         input_ids, attention_mask: [B, P] int and int or bool; padding may be on either side.
         key: from jax.random.key; the same key gives the same answers on any number of devices and rows.
         rows: answers decoded at a time, a row that ends taking the next prompt; 0: all at once.
-        attention: the kernel of the prefill, see `attention_kernel`.
+        attention: the kernel of the prefill, see `kernel_for_mesh`.
     Returns:
         Rollout with .tokens [B, N] int32, .mask [B, N] bool, true up to and including EOS, .logprobs [B, N] float32;
         B x num_samples rows, the samples of a prompt one after the other.

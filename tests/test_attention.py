@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,6 @@ from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
 from rlhf_jax.models import decoder, inference, pretrained, transformer
 from rlhf_jax.models.attention import (
     AttentionKernel,
-    attention_kernel,
     describe_kernel,
     kernel_for_mesh,
     uniform_window,
@@ -29,8 +29,9 @@ WINDOWED = dataclasses.replace(tiny.LLAMA, windows=(5, 5))
 ALTERNATING = dataclasses.replace(tiny.LLAMA, windows=(0, 5))
 
 
-def kernel(config=tiny.LLAMA, dtype=BFLOAT16, platform="gpu", length=16, choice="auto", **of):
-    return attention_kernel(config, dtype, platform, length, choice, **{"capability": "8.0", **of})
+def kernel(config=tiny.LLAMA, dtype=BFLOAT16, length=16, choice="auto", *, platform="gpu", capability="8.0", **of):
+    device = SimpleNamespace(platform=platform, compute_capability=capability)
+    return kernel_for_mesh(SimpleNamespace(devices=np.array([device])), config, dtype, length, choice, **of)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
@@ -23,15 +22,12 @@ class AttentionKernel(NamedTuple):
     reason: str
 
 
-def device_obstacle(dtype: jnp.dtype, platform: str, capability: str) -> str:
-    """Why these devices cannot run fused attention in `dtype`; "" if they can.
-
-    Args:
-        platform: of the devices, as JAX names it.
-        capability: CUDA compute capability, for example "8.0"; "" where there is none.
-    """
-    if platform != "gpu":
-        return f"fused attention runs on GPUs, and the devices are {platform}"
+def device_obstacle(mesh: Mesh, dtype: jnp.dtype) -> str:
+    """Why the devices of a mesh, real or only compiled for, cannot run fused attention in `dtype`; "" if they can."""
+    device = mesh.devices.flat[0]
+    if device.platform != "gpu":
+        return f"fused attention runs on GPUs, and the devices are {device.platform}"
+    capability = str(getattr(device, "compute_capability", ""))  # of CUDA, for example "8.0"
     major = capability.partition(".")[0]
     if not major.isdigit():
         return "fused attention is cuDNN's, and these GPUs are not NVIDIA's"
@@ -67,39 +63,19 @@ def uniform_window(config: DecoderConfig, length: int) -> int | None:
     return windows.pop() if len(windows) == 1 else None
 
 
-def attention_kernel(
-    config: DecoderConfig,
-    dtype: jnp.dtype,
-    platform: str,
-    length: int,
-    choice: Choice = "auto",
-    *,
-    capability: str = "",
-    packed: bool = False,
-) -> AttentionKernel:
-    """The kernel for rows of `length` tokens (`packed`: of several documents) that are looked at all at once, and why.
-
-    Raises:
-        ValueError: "cudnn" is asked for where it is impossible.
-    """
-    obstacle = device_obstacle(dtype, platform, capability) or model_obstacle(config, length, packed=packed)
-    return _select_kernel(obstacle, choice, dtype)
-
-
 def _select_kernel(obstacle: str, choice: Choice, dtype: jnp.dtype) -> AttentionKernel:
     if choice == "cudnn" and obstacle:
         raise ValueError(f'model.attention="cudnn" is impossible: {obstacle}; set it to "auto" or "xla"')
     if choice == "xla":
         return AttentionKernel("xla", 'model.attention="xla"')
-    return (
-        AttentionKernel("xla", obstacle) if obstacle else AttentionKernel("cudnn", f"{jnp.dtype(dtype).name}, causal")
-    )
+    if obstacle:
+        return AttentionKernel("xla", obstacle)
+    return AttentionKernel("cudnn", f"{jnp.dtype(dtype).name}, causal")
 
 
 def kernel_for_devices(mesh: Mesh, dtype: jnp.dtype, choice: Choice) -> AttentionKernel:
-    """What any model could have on the devices of a mesh, real or only compiled for; raises as `attention_kernel`."""
-    device = mesh.devices.flat[0]
-    return _select_kernel(device_obstacle(dtype, device.platform, capability_of(device)), choice, dtype)
+    """What any model could have on the devices of a mesh; raises as `kernel_for_mesh`."""
+    return _select_kernel(device_obstacle(mesh, dtype), choice, dtype)
 
 
 def kernel_for_mesh(
@@ -111,16 +87,16 @@ def kernel_for_mesh(
     *,
     packed: bool = False,
 ) -> AttentionKernel:
-    """`attention_kernel` for the devices of a mesh; XLA's on one without devices, where only shapes are asked for."""
+    """The kernel for rows of `length` tokens (`packed`: of several documents) that are looked at all at once, and why.
+
+    It is XLA's on a mesh without devices, where only shapes are asked for.
+
+    Raises:
+        ValueError: "cudnn" is asked for where it is impossible.
+    """
     if isinstance(mesh, AbstractMesh):
         return AttentionKernel("xla", "no devices")
-    device = mesh.devices.flat[0]
-    capability = capability_of(device)
-    return attention_kernel(config, dtype, device.platform, length, choice, capability=capability, packed=packed)
-
-
-def capability_of(device: jax.Device) -> str:
-    return str(getattr(device, "compute_capability", ""))
+    return _select_kernel(device_obstacle(mesh, dtype) or model_obstacle(config, length, packed=packed), choice, dtype)
 
 
 def describe_kernel(kernel: AttentionKernel, phases: str, *, decodes: bool) -> str:

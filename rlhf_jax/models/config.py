@@ -65,7 +65,7 @@ class Compute:
             outputs of its matrix products too, attention's scores apart; "none" keeps everything. Where kernels are
             `Unstacked`, "dots" on a GPU is "none": see `recomputed`.
         chunk: positions whose logits exist at once; 0: all.
-        attention: the kernel of training, scoring and prefill, see `attention_kernel`.
+        attention: the kernel of training, scoring and prefill, see `kernel_for_mesh`.
     """
 
     dtype: jnp.dtype

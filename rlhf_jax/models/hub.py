@@ -23,23 +23,14 @@ def local_folder(path_or_id: str | Path) -> Path:
     Raises:
         ValueError: neither a folder nor an id of the hub, or nothing there but pickles.
     """
-    folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
-        return folder
-    name = str(path_or_id)
-    if folder.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
-        raise ValueError(f"there is no folder {folder}")
+    if is_folder(path_or_id):
+        return Path(path_or_id).expanduser()
     # Imported where used: with transformers it takes seconds, and torch where that is installed.
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
+    name = str(path_or_id)
+    with _hub_errors(f"{name} is neither a folder here"):
         folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HF))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"{name} is neither a folder here nor to be had from the Hugging Face hub: {reason}"
-        ) from error
     if any(folder.glob("*.safetensors")):
         return folder
     if constants.HF_HUB_OFFLINE:
@@ -57,21 +48,32 @@ def config_json(path_or_id: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: not to be had, or no JSON.
     """
-    folder, name = Path(path_or_id).expanduser(), str(path_or_id)
-    if folder.is_dir():
-        return read_json(folder / "config.json")
-    if folder.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1:
-        raise ValueError(f"there is no folder {folder}")
+    if is_folder(path_or_id):
+        return read_json(Path(path_or_id).expanduser() / "config.json")
     from huggingface_hub import hf_hub_download  # here for the same reason as in `local_folder`
+
+    with _hub_errors(f"config.json of {path_or_id} is neither in a folder here"):
+        return read_json(Path(hf_hub_download(str(path_or_id), "config.json")))
+
+
+def is_folder(path_or_id: str | Path) -> bool:
+    """Whether there is a folder of this name; ValueError where there is none and it cannot be an id of the hub."""
+    folder, name = Path(path_or_id).expanduser(), str(path_or_id)
+    if not folder.is_dir() and (folder.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1):
+        raise ValueError(f"there is no folder {folder}")
+    return folder.is_dir()
+
+
+@contextmanager
+def _hub_errors(neither: str) -> Iterator[None]:
+    """Raise what the hub refuses as a ValueError, whose message begins with `neither`."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return read_json(Path(hf_hub_download(name, "config.json")))
+        yield
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"config.json of {name} is neither in a folder here nor to be had from the Hugging Face hub: {reason}"
-        ) from error
+        raise ValueError(f"{neither} nor to be had from the Hugging Face hub: {reason}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -233,7 +233,7 @@ class Inference:
     Attributes:
         layout: of weights and cache, by GENERATE.
         dtype: of activations, matrix products and cache.
-        attention: the kernel of a prefill, see `attention_kernel`; one query is XLA's.
+        attention: the kernel of a prefill, see `kernel_for_mesh`; one query is XLA's.
     """
 
     config: DecoderConfig

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -26,7 +25,7 @@ from rlhf_jax.mesh import Layout
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.families import hf_tensors
-from rlhf_jax.models.hub import read_json
+from rlhf_jax.models.hub import read_json, write_json
 from rlhf_jax.models.lora import LINEARS, LoraConfig
 from rlhf_jax.models.safetensors_io import join_names
 
@@ -145,9 +144,7 @@ class _Part(NamedTuple):
     divisor: float  # alpha / divisor is the scale
 
 
-def read_adapter(
-    folder: Path, config: DecoderConfig, layout: Layout, dtype: str = "float32"
-) -> tuple[DecoderConfig, dict[str, jax.Array]]:
+def read_adapter(folder: Path, config: DecoderConfig, layout: Layout) -> tuple[DecoderConfig, dict[str, jax.Array]]:
     """Read a PEFT LoRA adapter as adapters of this model's kernels.
 
     The rank is the largest that a linear has; smaller ones are filled up with zeros, and so are the layers that PEFT
@@ -158,9 +155,8 @@ def read_adapter(
         folder: holds adapter_config.json and adapter_model.safetensors.
         config: of the base.
         layout: sharding of the adapters.
-        dtype: of the result.
     Returns:
-        `config` with the adapters, whose targets are the linears that have one in any layer, and {path: array}:
+        `config` with the adapters, whose targets are the linears that have one in any layer, and {path: float32 array}:
         .../lora_a [L, in, rank], .../lora_b [L, rank, out], and score/kernel [E, 1] if the adapter has a scalar head.
     Raises:
         ValueError: a file is absent or damaged, the weights are a pickle, the adapter is of a kind or changes a module
@@ -199,9 +195,7 @@ def read_adapter(
         host[SCORE] = stored["score"].T
     config = dataclasses.replace(config, lora=lora)
     leaves = abstract_params(config)
-    return config, {
-        path: layout.put(array.astype(jnp.dtype(dtype)), *leaves[path].axes) for path, array in host.items()
-    }
+    return config, {path: layout.put(array, *leaves[path].axes) for path, array in host.items()}
 
 
 def _stack(parts: Sequence[_Part], num_layers: int) -> tuple[LoraConfig, dict[str, np.ndarray]]:
@@ -257,8 +251,7 @@ def _refuse_foreign(folder: Path, stored: Iterable[str], modules: Iterable[Modul
         linears = ", ".join(sorted({module.name.split("{i}.")[1] for module in modules}))
         raise ValueError(
             f"{folder} changes {join_names(foreign)}, but in this model only {linears} of its {config.num_layers} "
-            "layers "
-            f"can have adapters (no embeddings, heads or experts): if it was trained on this base, {MERGE}"
+            f"layers can have adapters (no embeddings, heads or experts): if it was trained on this base, {MERGE}"
         )
     if "score" in stored and not config.scalar_head:
         raise ValueError(f"{folder} has a scalar head: load it with reward_from_pretrained")
@@ -279,15 +272,9 @@ def _check(folder: Path, stored: Mapping[str, np.ndarray], shapes: Mapping[str, 
         raise ValueError(f"the tensors of {folder / WEIGHTS} are not those that {CONFIG} describes; {reported}")
 
 
-def write_adapter(
-    folder: Path,
-    config: DecoderConfig,
-    adapters: Mapping[str, jax.Array],
-    *,
-    base: str,
-    dtype: str = "float32",
-) -> None:
-    """Write the adapters, and score/kernel if there is one, as PEFT's folder; `read_adapter` gives the same back.
+def write_adapter(folder: Path, config: DecoderConfig, adapters: Mapping[str, jax.Array], *, base: str) -> None:
+    """Write the adapters, and score/kernel if there is one, as PEFT's folder, in float32; `read_adapter` gives the same
+    back.
 
     The adapters of a fused module are joined: their ranks add up, unless all of them have the same A, and the entry in
     alpha_pattern grows alike, so that the scale stays.
@@ -297,7 +284,6 @@ def write_adapter(
         config: of the base, with its adapters.
         adapters: {path: array}, sharded or not, every shard reachable from this process; other parameters are ignored.
         base: the folder or hub id of the base, written for tools that load the adapter.
-        dtype: of the tensors, "float32", "float16" or "bfloat16".
     """
     lora = config.lora
     tensors: dict[str, np.ndarray] = {}
@@ -336,6 +322,6 @@ def write_adapter(
         "alpha_pattern": {name: times * alpha for name, times in wide.items()},
         "modules_to_save": ["score"] if has_score else None,
     }
-    (folder / CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    contiguous = {name: np.ascontiguousarray(array, jnp.dtype(dtype)) for name, array in tensors.items()}
+    write_json(folder / CONFIG, content)
+    contiguous = {name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})

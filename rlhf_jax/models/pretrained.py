@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,16 @@ from rlhf_jax.models import peft
 from rlhf_jax.models.attention import kernel_for_mesh
 from rlhf_jax.models.config import Choice, Compute, DecoderConfig
 from rlhf_jax.models.decoder import abstract_params, bind, last_hidden, logits, scalar_scores
-from rlhf_jax.models.families import (
-    checkpoint_of,
-    decoder_config,
-    hf_config,
-    hf_tensors,
+from rlhf_jax.models.families import checkpoint_of, decoder_config, hf_config, hf_tensors
+from rlhf_jax.models.hub import (
+    is_folder,
+    local_folder,
+    read_json,
+    read_tokenizer,
+    replace_folder,
+    write_json,
+    write_tokenizer,
 )
-from rlhf_jax.models.hub import local_folder, read_json, read_tokenizer, replace_folder, write_json, write_tokenizer
 from rlhf_jax.models.inference import shared_leaves
 from rlhf_jax.models.quantised import QUANTISED_KINDS, UNQUANTISED_DTYPE, Quantised
 from rlhf_jax.models.safetensors_io import read_params, write_params
@@ -91,8 +94,7 @@ def reward_from_pretrained(
 def _load(
     path_or_id, adapter, *, scalar_head: bool, mesh: Mesh | None, dtype: str, seed: int, one_copy: bool = False
 ) -> Pretrained:
-    if dtype not in (*DTYPES, *QUANTISED_KINDS):
-        raise ValueError(f'dtype "{dtype}" is not supported; supported: {", ".join((*DTYPES, *QUANTISED_KINDS))}')
+    _check_dtype(dtype, (*DTYPES, *QUANTISED_KINDS))
     dtype, kind = (UNQUANTISED_DTYPE, dtype) if dtype in QUANTISED_KINDS else (dtype, None)
     folder = local_folder(path_or_id)
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
@@ -130,9 +132,14 @@ def _load(
         hf_config=hf,
         generation_config=read_json(generation) if generation.exists() else {},
         layout=layout,
-        source=str(folder.resolve() if Path(path_or_id).expanduser().is_dir() else path_or_id),
+        source=str(folder.resolve() if is_folder(path_or_id) else path_or_id),
         folder=folder,
     )
+
+
+def _check_dtype(dtype: str, supported: Sequence[str]) -> None:
+    if dtype not in supported:
+        raise ValueError(f'dtype "{dtype}" is not supported; supported: {", ".join(supported)}')
 
 
 def has_scalar_head(hf: Mapping[str, Any]) -> bool:
@@ -167,8 +174,7 @@ def save_pretrained(
     """
     assert model.params.keys() == abstract_params(model.config).keys(), "parameters of another model"
     dtype = dtype or str(model.params["embed/tokens"].dtype)
-    if dtype not in DTYPES:
-        raise ValueError(f'dtype "{dtype}" is not supported; supported: {", ".join(DTYPES)}')
+    _check_dtype(dtype, DTYPES)
     pad = model.hf_config.get("pad_token_id")
     if model.config.scalar_head and pad is None:
         pad = None if model.tokenizer is None else model.tokenizer.pad_token_id
@@ -221,7 +227,7 @@ def apply(model: Pretrained, input_ids: jax.Array, attention_mask: jax.Array) ->
     """
     if model.config.scalar_head:
         raise ValueError("this model has a scalar head and no logits: use score")
-    return _call(_logits, model, input_ids, attention_mask, "auto")
+    return _outputs(model, input_ids, attention_mask, "auto")
 
 
 def score(
@@ -232,7 +238,7 @@ def score(
     Args:
         input_ids: [B, T] int.
         attention_mask: [B, T] int or bool, true on real tokens, of which each row has at least one.
-        attention: the kernel, see `attention_kernel`.
+        attention: the kernel, see `kernel_for_mesh`.
     Returns:
         [B] float32.
     Raises:
@@ -240,10 +246,10 @@ def score(
     """
     if not scorer.config.scalar_head:
         raise ValueError("this model has no scalar head: load it with reward_from_pretrained")
-    return _call(_scores, scorer, input_ids, attention_mask, attention)
+    return _outputs(scorer, input_ids, attention_mask, attention)
 
 
-def _call(program, model: Pretrained, input_ids: jax.Array, attention_mask: jax.Array, attention: Choice) -> jax.Array:
+def _outputs(model: Pretrained, input_ids: jax.Array, attention_mask: jax.Array, attention: Choice) -> jax.Array:
     tokens, mask = jnp.asarray(input_ids, jnp.int32), jnp.asarray(attention_mask, bool)
     if tokens.ndim != 2 or tokens.shape != mask.shape:
         raise ValueError(f"input_ids {tokens.shape} and attention_mask {mask.shape} have to be [B, T] both")
@@ -260,7 +266,7 @@ def _call(program, model: Pretrained, input_ids: jax.Array, attention_mask: jax.
         )
     layout, dtype = model.layout if divides else None, model.params["embed/tokens"].dtype
     kernel = kernel_for_mesh(model.layout.mesh, model.config, dtype, tokens.shape[1], attention).name
-    return program(model.config, layout, kernel if divides else "xla", model.params, tokens, mask)
+    return _head_outputs(model.config, layout, kernel if divides else "xla", model.params, tokens, mask)
 
 
 def _hidden(config: DecoderConfig, layout: Layout | None, kernel: str, params, tokens, mask) -> jax.Array:
@@ -274,13 +280,9 @@ def _hidden(config: DecoderConfig, layout: Layout | None, kernel: str, params, t
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _logits(config: DecoderConfig, layout, kernel, params, tokens, mask) -> jax.Array:
+def _head_outputs(config: DecoderConfig, layout: Layout | None, kernel: str, params, tokens, mask) -> jax.Array:
     with jax.default_matmul_precision("float32"):  # a GPU would round float32 to TF32
-        return logits(config, params, _hidden(config, layout, kernel, params, tokens, mask))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _scores(config: DecoderConfig, layout, kernel, params, tokens, mask) -> jax.Array:
-    with jax.default_matmul_precision("float32"):
         hidden = _hidden(config, layout, kernel, params, tokens, mask)
-        return scalar_scores(params, last_hidden(hidden, mask))
+        if config.scalar_head:
+            return scalar_scores(params, last_hidden(hidden, mask))
+        return logits(config, params, hidden)

@@ -246,7 +246,7 @@ def make_score(
         tokens, mask = (layout.constrain(x, "batch", None) for x in (tokens, mask))
 
         def forward(config: DecoderConfig, params: Params) -> jax.Array:
-            return bind(config, params)(tokens, mask, compute, layout)
+            return bind(config, params)(tokens, mask, compute, layout)[0]
 
         def answers(config: DecoderConfig, params: Params) -> jax.Array:
             return answer_hidden(forward(config, params), starts, rollout.tokens.shape[1])
@@ -294,8 +294,7 @@ def make_updates(
 
     def answer_states(config: DecoderConfig, params: Params, experience: Experience) -> tuple[jax.Array, jax.Array]:
         """The input of the head at each answer token, and the balance loss."""
-        decoder = bind(config, params)
-        hidden, balance = decoder.with_balance_loss(experience.tokens, experience.mask, compute, layout)
+        hidden, balance = bind(config, params)(experience.tokens, experience.mask, compute, layout)
         return answer_hidden(hidden, experience.starts, experience.actions.shape[1]), balance
 
     def actor_objective(params: Params, experience: Experience):

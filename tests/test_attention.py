@@ -199,7 +199,7 @@ def test_states_and_gradients_of_right_padded_rows_equal_those_without_fusing(fu
     def run(params, attention):
         def loss(params):
             compute = Compute(jnp.float32, remat, attention=attention)
-            states = bind(config, params)(tokens, mask, compute, layout)
+            states = bind(config, params)(tokens, mask, compute, layout)[0]
             return (jnp.square(states) * mask[..., None]).sum(), states
 
         (_, states), grads = jax.value_and_grad(loss, has_aux=True)(params)

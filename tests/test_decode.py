@@ -50,7 +50,7 @@ def answers(family, sample, *, name="one", eos=NO_EOS, lengths=tuple(LENGTHS), w
 def last_logits(config, params, tokens, sizes):
     """[B, V] logits of the training decoder at the last of the first `sizes` tokens of each right-padded row."""
     mask = jnp.arange(tokens.shape[1]) < sizes[:, None]
-    hidden = bind(config, params)(tokens, mask, Compute(jnp.float32, "none"))
+    hidden = bind(config, params)(tokens, mask, Compute(jnp.float32, "none"))[0]
     at_last = jnp.take_along_axis(hidden, sizes[:, None, None] - 1, axis=1)[:, 0]
     return at_last @ head_kernel(config, params)[:, : config.vocab_size]
 

@@ -18,7 +18,7 @@ EIGHT = [name for name in tiny.MESHES if name != "one"]
 
 @functools.partial(jax.jit, static_argnames=("config", "layout", "lora", "remat"))
 def hidden_of(config, params, tokens, mask, layout=None, lora=NO_LORA, remat="none"):
-    return bind(tiny.with_lora(config, lora), params)(tokens, mask, Compute(jnp.float32, remat), layout)
+    return bind(tiny.with_lora(config, lora), params)(tokens, mask, Compute(jnp.float32, remat), layout)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layout"))

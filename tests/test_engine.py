@@ -152,7 +152,7 @@ def right_padded_rows(run):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def hidden_of(config, lora, params, tokens, mask):
-    return bind(tiny.with_lora(config, lora), params)(tokens, mask, Compute(jnp.float32, "none"))
+    return bind(tiny.with_lora(config, lora), params)(tokens, mask, Compute(jnp.float32, "none"))[0]
 
 
 def logprobs_of(run, params, lora, temperature):

@@ -102,7 +102,7 @@ def test_the_balance_loss_counts_only_real_tokens_and_is_minimal_for_equally_use
 
 @functools.partial(jax.jit, static_argnames="config")
 def balance_of(config, params, tokens, mask):
-    return bind(config, params).with_balance_loss(tokens, mask, Compute(jnp.float32))[1]
+    return bind(config, params)(tokens, mask, Compute(jnp.float32))[1]
 
 
 def test_the_decoder_returns_the_balance_loss_and_the_router_gets_its_gradient():

@@ -22,7 +22,7 @@ LINEARS = {
 def hidden(config, params, lora=NO_LORA):
     tokens, mask = tiny.prompts(config, [9, 4, 7], 9, side="right")
     config, compute = tiny.with_lora(config, lora), Compute(jnp.float32, "none")
-    states = jax.jit(lambda p: bind(config, p)(tokens, mask, compute))(params)
+    states = jax.jit(lambda p: bind(config, p)(tokens, mask, compute)[0])(params)
     return np.asarray(states)[mask]
 
 

@@ -117,7 +117,7 @@ def answer_logits(config, lora, params, rollout, dtype, attention):
     @jax.jit
     def run(params):
         compute, layout = Compute(dtype, "none", attention=attention), Layout(single_device_mesh(), TRAIN)
-        return logits(config, params, bind(tiny.with_lora(config, lora), params)(tokens, mask, compute, layout))
+        return logits(config, params, bind(tiny.with_lora(config, lora), params)(tokens, mask, compute, layout)[0])
 
     with jax.default_matmul_precision("highest" if dtype == FLOAT32 else "default"):
         every = np.asarray(run(params), np.float32)
@@ -249,7 +249,7 @@ def test_states_and_gradients_with_fused_attention_are_as_close_to_float32_as_wi
     def run(params, dtype, attention):
         def loss(params):
             compute = Compute(dtype, "layers", attention=attention)
-            states = bind(config, params)(tokens, mask, compute, layout).astype(jnp.float32)
+            states = bind(config, params)(tokens, mask, compute, layout)[0].astype(jnp.float32)
             return (jnp.square(states) * jnp.cos(jnp.arange(states.size).reshape(states.shape)))[mask].sum(), states
 
         (_, states), grads = jax.value_and_grad(loss, has_aux=True)(params)

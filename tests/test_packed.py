@@ -80,7 +80,7 @@ def documents_of(config, lengths=LENGTHS, seed=1) -> list[np.ndarray]:
 @functools.partial(jax.jit, static_argnames=("config", "layout", "attention", "remat"))
 def logits_of(config, params, tokens, mask, segments=None, layout=None, attention="xla", remat="none"):
     compute = Compute(jnp.float32, remat, attention=attention)
-    return logits(config, params, bind(config, params)(tokens, mask, compute, layout, segments))
+    return logits(config, params, bind(config, params)(tokens, mask, compute, layout, segments)[0])
 
 
 def test_positions_restart_in_every_document_and_padding_has_a_position_within_the_table():

@@ -184,7 +184,7 @@ def test_eight_devices_hold_the_bits_of_one_with_the_shardings_of_the_abstract_t
 
 
 def loss(config, params, tokens, mask, remat="layers", layout=None):
-    hidden = bind(tiny.with_lora(config, tiny.LORA), params)(tokens, mask, Compute(FLOAT32, remat), layout)
+    hidden = bind(tiny.with_lora(config, tiny.LORA), params)(tokens, mask, Compute(FLOAT32, remat), layout)[0]
     return jnp.square(hidden @ head_kernel(config, params)).mean()
 
 
@@ -306,7 +306,7 @@ def test_a_folder_is_read_into_the_same_bits_every_time_and_on_eight_devices(fol
     tokens, mask = tiny.prompts(one.config, [8, 5, 8, 7, 3, 2, 1, 8], 8)
 
     def logits(model):
-        hidden = bind(model.config, model.params)(tokens, mask, Compute(FLOAT32, "none"))
+        hidden = bind(model.config, model.params)(tokens, mask, Compute(FLOAT32, "none"))[0]
         return (hidden @ head_kernel(model.config, model.params))[mask]
 
     dense = {name: dequantise(leaf, FLOAT32) for name, leaf in one.params.items()}

@@ -160,7 +160,7 @@ def test_the_distribution_equals_that_of_the_logits_processors_of_transformers(s
 
 @functools.partial(jax.jit, static_argnums=0)
 def whole_logits(config, params, tokens, mask):
-    hidden = bind(config, params)(tokens, mask, Compute(jnp.float32, "none"))
+    hidden = bind(config, params)(tokens, mask, Compute(jnp.float32, "none"))[0]
     return hidden @ head_kernel(config, params)[:, : config.vocab_size]
 
 

@@ -43,7 +43,7 @@ def batch_of(config):
 def make_loss(config, lora, layout):
     def loss_fn(params, batch):
         decoder = bind(tiny.with_lora(config, lora), params)
-        hidden = decoder(batch["tokens"], batch["mask"], Compute(jnp.float32, "layers"), layout)
+        hidden, _ = decoder(batch["tokens"], batch["mask"], Compute(jnp.float32, "layers"), layout)
         logprobs = token_logprobs(
             hidden[:, :-1],
             head_kernel(config, params),
@@ -392,7 +392,7 @@ def test_the_gradient_reaches_every_layer_of_every_trainable_parameter(family, l
 
     def loss(trainable):
         params = {**frozen, **trainable}
-        hidden = bind(tiny.with_lora(config, lora), params)(tokens, mask, Compute(jnp.float32, "none"))
+        hidden = bind(tiny.with_lora(config, lora), params)(tokens, mask, Compute(jnp.float32, "none"))[0]
         head = params["score/kernel"] if scalar_head else head_kernel(config, params)[:, : config.vocab_size]
         return jnp.sum(jnp.tanh(hidden @ head)[mask])
 

@@ -96,7 +96,7 @@ def test_one_copy_equals_the_stacked_base_and_has_the_shardings_of_generation(fo
 
 
 def loss(config, params, tokens, mask, remat, layout):
-    hidden = bind(tiny.with_lora(config, tiny.LORA), params)(tokens, mask, Compute(FLOAT32, remat), layout)
+    hidden = bind(tiny.with_lora(config, tiny.LORA), params)(tokens, mask, Compute(FLOAT32, remat), layout)[0]
     return jnp.square(hidden @ head_kernel(config, params)).mean()
 
 

@@ -178,7 +178,7 @@ class Head(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Token ids to the hidden states that the head reads: [B, T] -> [B, T, E]."""
+    """Token ids to the hidden states that the head reads, [B, T] -> [B, T, E], and the balance loss."""
 
     def __init__(self, config: DecoderConfig, key: jax.Array):
         self.config = config
@@ -205,19 +205,8 @@ class Decoder(nnx.Module):
         compute: Compute,
         layout: Layout | None = None,
         segments: jax.Array | None = None,
-    ) -> jax.Array:
-        """The states that the head reads, [B, T, E]: the first result of `with_balance_loss`."""
-        return self.with_balance_loss(tokens, mask, compute, layout, segments)[0]
-
-    def with_balance_loss(
-        self,
-        tokens: jax.Array,
-        mask: jax.Array,
-        compute: Compute,
-        layout: Layout | None = None,
-        segments: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """States and, to be added to the loss that trains them, what sparse models charge for uneven routing.
+        """The states that the head reads and, to be added to the loss that trains them, the balance loss of experts.
 
         Args:
             tokens: [B, T] int32.
@@ -297,10 +286,7 @@ def bind(config: DecoderConfig, params: Mapping[str, jax.Array | Quantised | Uns
 
 
 def init_params(
-    config: DecoderConfig,
-    key: jax.Array,
-    layout: Layout,
-    only: Callable[[str], bool] = lambda path: True,
+    config: DecoderConfig, key: jax.Array, layout: Layout, only: Callable[[str], bool] = lambda path: True
 ) -> dict[str, jax.Array]:
     """Random float32 parameters and adapters, each created in its shard; `only` picks by path."""
     leaves = {path: leaf for path, leaf in abstract_params(config).items() if only(path)}

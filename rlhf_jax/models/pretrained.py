@@ -272,10 +272,10 @@ def _outputs(model: Pretrained, input_ids: jax.Array, attention_mask: jax.Array,
 def _hidden(config: DecoderConfig, layout: Layout | None, kernel: str, params, tokens, mask) -> jax.Array:
     decoder, compute = bind(config, params), Compute(params["embed/tokens"].dtype, "none", attention=kernel)
     if kernel == "xla":
-        return decoder(tokens, mask, compute, layout)
+        return decoder(tokens, mask, compute, layout)[0]
     order = jnp.argsort(~mask, axis=1, stable=True)  # fused attention takes right-padded rows
     tokens, mask = (jnp.take_along_axis(x, order, axis=1) for x in (tokens, mask))
-    hidden = decoder(tokens, mask, compute, layout)
+    hidden, _ = decoder(tokens, mask, compute, layout)
     return jnp.take_along_axis(hidden, jnp.argsort(order, axis=1)[..., None], axis=1)
 
 

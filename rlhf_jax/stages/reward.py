@@ -33,7 +33,7 @@ def reward_objective(config: DecoderConfig, compute: Compute, layout: Layout) ->
     def scores(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Scores [B, 2] of the chosen and the rejected answer, and the balance loss."""
         tokens, mask = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.mask))
-        hidden, balance = bind(config, params).with_balance_loss(tokens, mask, compute, layout)
+        hidden, balance = bind(config, params)(tokens, mask, compute, layout)
         return scalar_scores(params, last_hidden(hidden, mask)).reshape(-1, 2), balance
 
     def loss(params: Params, batch: Batch):

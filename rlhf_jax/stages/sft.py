@@ -37,7 +37,7 @@ def sft_objective(config: DecoderConfig, compute: Compute, layout: Layout) -> Ob
     def losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The mean over the tokens with loss, the balance loss, and the number of those tokens."""
         rows = batch.tokens, batch.mask
-        hidden, balance = bind(config, params).with_balance_loss(*rows, compute, layout, batch.segments)
+        hidden, balance = bind(config, params)(*rows, compute, layout, batch.segments)
         head, options = head_kernel(config, params), head_options(config, params)
         logprobs = token_logprobs(hidden[:, :-1], head, batch.tokens[:, 1:], chunk=compute.chunk, **options)
         learned = batch.loss_mask[:, 1:]

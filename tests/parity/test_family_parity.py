@@ -126,7 +126,7 @@ def assert_same_answers(model, variant):
 def next_token_loss(config, params, ids, mask, layout=None):
     """The SFT loss on all tokens except the first of right-padded rows."""
     decoder = bind(config, params)
-    hidden, balance = decoder.with_balance_loss(ids, mask, Compute(jnp.float32, "layers"), layout)
+    hidden, balance = decoder(ids, mask, Compute(jnp.float32, "layers"), layout)
     options = head_options(config, params)
     logprobs = token_logprobs(hidden[:, :-1], head_kernel(config, params), ids[:, 1:], chunk=4, **options)
     return -mean(logprobs, mask[:, 1:]) + balance
@@ -249,7 +249,7 @@ def test_merged_adapters_equal_separate_adapters(example):
     @jax.jit
     def logits_with_adapters(params, ids, mask):
         decoder = bind(dataclasses.replace(config, lora=LORA), params)
-        return logits(config, params, decoder(ids, mask, Compute(jnp.float32, "none")))
+        return logits(config, params, decoder(ids, mask, Compute(jnp.float32, "none"))[0])
 
     extra = np.asarray(logits_with_adapters(params, ids, mask))[mask]
     merged = dataclasses.replace(example.model, params=merge_adapters(params, LORA))

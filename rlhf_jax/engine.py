@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlhf_jax.decode import Rollout
+from rlhf_jax.decode import Decoding, Rollout
 from rlhf_jax.hardware import RUN_OPTIONS
 from rlhf_jax.mesh import Layout, check_divides, to_devices
 from rlhf_jax.models.config import Compute, DecoderConfig
 from rlhf_jax.models.decoder import abstract_params, bind, head_kernel, head_options, last_hidden, scalar_scores
-from rlhf_jax.models.inference import Weights
+from rlhf_jax.models.inference import Inference, Weights
 from rlhf_jax.models.layers import roll_rows
 from rlhf_jax.objectives.logprobs import token_logprobs, token_logprobs_and_entropy
 from rlhf_jax.rollout import Publish, generate_program, make_generate, make_publish
@@ -325,11 +325,12 @@ def make_engine(
     has_critic = models.critic is not None
     assert has_critic == (algorithm.critic_loss is not None) == (optimizers.critic is not None), "all three or none"
     layout, compute, temperature = execution.layout, execution.compute, sampling.config.temperature
-    generation = models.actor, sampling.config, sampling.eos_ids, layout.mesh, compute.dtype, sampling.rows
-    generation += (compute.attention,)
+    publish = make_publish(models.actor, layout.mesh, compute.dtype, layout.table)
+    model = Inference(models.actor, publish.layout, compute.dtype, compute.attention)
+    decoding = Decoding(model, sampling.config, sampling.eos_ids)
     programs = Programs(
-        make_publish(models.actor, layout.mesh, compute.dtype, layout.table),
-        generate_program(*generation),
+        publish,
+        generate_program(decoding, sampling.rows),
         make_score(models, algorithm.estimate, execution, temperature),
         *make_updates(models, algorithm, optimizers, execution, temperature),
         make_ema_step(optimizers.ema_decay),
@@ -354,4 +355,4 @@ def make_engine(
         average = ema_update(programs.average, state.average, states["actor"].trainable)
         return EngineState(**states, average=average), stats
 
-    return Engine(models, programs.publish, make_generate(*generation), score, update, programs)
+    return Engine(models, publish, make_generate(decoding, sampling.rows), score, update, programs)

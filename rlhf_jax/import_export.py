@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import tomllib
 from pathlib import Path
@@ -38,7 +39,7 @@ def import_model(source: str, destination: str, *, adapter: str | None = None, d
     model = load(source, adapter, mesh=make_mesh(MeshConfig()), dtype=stored)
     save_pretrained(model, destination, dtype=dtype or stored)
     kind = "reward model" if model.config.scalar_head else "language model"
-    count = sum(leaf.size for leaf in model.params.values())
+    count = sum(math.prod(leaf.shape) for leaf in model.params.values())
     LOGGER.info(f"wrote a {model.config.family} {kind} of {count:,} parameters, {dtype or stored}, to {destination}")
 
 

@@ -108,20 +108,11 @@ def _missing_elements(array: jax.Array, there: Sharding) -> int:
 
 
 @functools.lru_cache
-def generate_program(
-    config: DecoderConfig,
-    sample: SampleConfig,
-    eos_ids: tuple[int, ...],
-    mesh: Mesh,
-    dtype: jnp.dtype,
-    rows: int = 0,
-    attention: Choice = "auto",
-):
+def generate_program(decoding: Decoding, rows: int = 0):
     """The jitted (weights, prompts [B, P], mask [B, P], key, in_rows) -> Rollout, on arrays sharded by GENERATE.
 
     in_rows, static: in `rows` rows that are refilled, in place of all at once.
     """
-    decoding = Decoding(Inference(config, Layout(mesh, GENERATE), dtype, attention), sample, eos_ids)
 
     @functools.partial(jax.jit, static_argnames="in_rows", compiler_options=RUN_OPTIONS)
     def program(weights, prompts, prompt_mask, key, in_rows=False):
@@ -133,15 +124,7 @@ def generate_program(
 
 
 @functools.lru_cache
-def make_generate(
-    config: DecoderConfig,
-    sample: SampleConfig,
-    eos_ids: tuple[int, ...],
-    mesh: Mesh,
-    dtype: jnp.dtype,
-    rows: int = 0,
-    attention: Choice = "auto",
-) -> Callable[[Weights, np.ndarray, np.ndarray, jax.Array], Rollout]:
+def make_generate(decoding: Decoding, rows: int = 0) -> Callable[[Weights, np.ndarray, np.ndarray, jax.Array], Rollout]:
     """(weights, prompts [B, P], mask [B, P], key) -> Rollout, for left-padded prompts on the host.
 
     Padding that all rows share is cut down to a bucket, so that few lengths are compiled: for one number of prompts no
@@ -155,10 +138,10 @@ def make_generate(
         ValueError: the devices do not divide the rows, a prompt is empty, or prompt and answer do not fit the model's
             positions.
     """
+    sample, config, layout = decoding.sample, decoding.model.config, decoding.model.layout
     check_sample(sample)
-    layout = Layout(mesh, GENERATE)
     check_slots(rows, layout)
-    program = generate_program(config, sample, eos_ids, mesh, dtype, rows, attention)
+    program = generate_program(decoding, rows)
     compiled: set[tuple[int, int]] = set()
 
     def run(weights, prompts, prompt_mask, key):
@@ -227,9 +210,10 @@ def sample_answers(
     order = np.argsort(mask, axis=1, kind="stable")  # padding to the left, real tokens in their order
     more = ((0, 0), (bucket_length(mask.shape[1]) - mask.shape[1], 0))
     tokens, mask = (np.pad(np.take_along_axis(x, order, axis=1), more) for x in (tokens, mask))
-    dtype, mesh = model.params["embed/tokens"].dtype, model.layout.mesh
-    weights = make_publish(model.config, mesh, dtype)(model.params)
-    return make_generate(model.config, sample, eos_ids(model), mesh, dtype, rows, attention)(weights, tokens, mask, key)
+    dtype = model.params["embed/tokens"].dtype
+    publish = make_publish(model.config, model.layout.mesh, dtype)
+    decoding = Decoding(Inference(model.config, publish.layout, dtype, attention), sample, eos_ids(model))
+    return make_generate(decoding, rows)(publish(model.params), tokens, mask, key)
 
 
 def eos_ids(model: Pretrained) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ class SampleConfig:
 
 def check_sample(sample: SampleConfig) -> None:
     """Raise ValueError for settings that define no distribution."""
-    s, most = sample, f"max_new_tokens={sample.max_new_tokens}"
+    s, least, most = sample, sample.min_new_tokens, f"max_new_tokens={sample.max_new_tokens}"
     _check_all(
         (s.max_new_tokens >= 1, f"{most}: at least 1"),
         (s.temperature >= 0, f"temperature={s.temperature}: at least 0, and 0 is greedy"),
@@ -37,10 +37,7 @@ def check_sample(sample: SampleConfig) -> None:
         (0 < s.top_p <= 1, f"top_p={s.top_p}: above 0 and at most 1, and 1 keeps every token"),
         (0 <= s.min_p <= 1, f"min_p={s.min_p}: from 0 to 1, and 0 keeps every token"),
         (s.repetition_penalty > 0, f"repetition_penalty={s.repetition_penalty}: above 0, and 1 penalises nothing"),
-        (
-            0 <= s.min_new_tokens <= s.max_new_tokens,
-            f"min_new_tokens={s.min_new_tokens}: from 0 to {most}, and 0 forbids no EOS",
-        ),
+        (0 <= least <= s.max_new_tokens, f"min_new_tokens={least}: from 0 to {most}, and 0 forbids no EOS"),
         (s.num_samples >= 1, f"num_samples={s.num_samples}: at least 1"),
     )
 

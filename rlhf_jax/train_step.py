@@ -61,7 +61,7 @@ def state_shardings(state: TrainState, leaves: Mapping[str, Leaf], layout: Layou
     Moments are sharded by `layout.moments`, in the memory kind in which they are kept; counters are on the devices.
     """
 
-    def sharding_by(layout: Layout, memory: str | None = None):
+    def shardings(tree: Any, layout: Layout, memory: str | None = None) -> Any:
         def sharding(key_path, leaf):
             path = next((key.key for key in reversed(key_path) if isinstance(key, jax.tree_util.DictKey)), None)
             if path not in leaves or not leaf.ndim:
@@ -69,11 +69,10 @@ def state_shardings(state: TrainState, leaves: Mapping[str, Leaf], layout: Layou
             by_axes = layout.sharding(leaves[path].axes)
             return by_axes.with_memory_kind(memory) if memory else by_axes
 
-        return sharding
+        return jax.tree_util.tree_map_with_path(sharding, tree)
 
-    by_path = jax.tree_util.tree_map_with_path
-    moments = by_path(sharding_by(layout.moments, layout.moments_in), state.opt_state)
-    return dataclasses.replace(by_path(sharding_by(layout), state), opt_state=moments)
+    moments = shardings(state.opt_state, layout.moments, layout.moments_in)
+    return dataclasses.replace(shardings(state, layout), opt_state=moments)
 
 
 def init_state(
@@ -185,10 +184,8 @@ def make_update(
         return {path: layout.constrain(leaf, *leaves[path].axes) for path, leaf in tree.items()}
 
     def micro_step(trainable: Params, frozen: Params, micro) -> tuple[Params, jax.Array, dict]:
-        def mean_loss(trainable):
-            return loss_fn({**frozen, **trainable}, micro)
-
-        (loss, (weight, stats)), grads = jax.value_and_grad(mean_loss, has_aux=True)(trainable)
+        loss_of = jax.value_and_grad(lambda trainable: loss_fn({**frozen, **trainable}, micro), has_aux=True)
+        (loss, (weight, stats)), grads = loss_of(trainable)
         summed = jax.tree.map(lambda leaf: leaf * weight, ({"loss": loss, **stats}, grads))
         return summed[1], weight, summed[0]
 

@@ -42,7 +42,9 @@ def weights_of(family, name):
 def answers(family, sample, *, name="one", eos=NO_EOS, lengths=tuple(LENGTHS), width=8, key=KEY):
     config, mesh = tiny.FAMILIES[family], tiny.mesh_of(name)
     tokens, mask = tiny.prompts(config, lengths, width)
-    rollout = make_generate(config, sample, eos, mesh, FLOAT32)(weights_of(family, name), tokens, mask, key)
+    rollout = make_generate(tiny.decoding(config, sample, eos, mesh, FLOAT32))(
+        weights_of(family, name), tokens, mask, key
+    )
     return jax.tree.map(np.asarray, rollout)
 
 
@@ -144,7 +146,7 @@ def test_rows_that_do_not_divide_among_the_devices_are_padded_and_give_the_same_
     whole = answers("llama", sample)
     config, mesh = tiny.LLAMA, tiny.mesh_of("fsdp4-tensor2")
     tokens, mask = tiny.prompts(config, LENGTHS, 8)
-    run = make_generate(config, sample, NO_EOS, mesh, FLOAT32)
+    run = make_generate(tiny.decoding(config, sample, NO_EOS, mesh, FLOAT32))
     part = run(weights_of("llama", "fsdp4-tensor2"), tokens[:rows], mask[:rows], KEY)
     assert part.tokens.shape == part.mask.shape == part.logprobs.shape == (rows, NEW)
     assert part.prompts.shape == (rows, 8) and part.ended.shape == (rows,)
@@ -199,7 +201,7 @@ def test_the_width_of_left_padding_does_not_change_the_answers():
     config = tiny.OPT
     tokens, mask = tiny.prompts(config, LENGTHS, 8)
     wide, wide_mask = (np.pad(x, ((0, 0), (33, 0))) for x in (tokens, mask))
-    run = make_generate(config, sample, NO_EOS, single_device_mesh(), FLOAT32)
+    run = make_generate(tiny.decoding(config, sample, NO_EOS, single_device_mesh(), FLOAT32))
     rollout = run(weights_of("opt", "one"), wide, wide_mask, KEY)
     assert rollout.prompts.shape == (8, 32), "41 columns, of which no row needs more than 8, are cut to the bucket"
     np.testing.assert_array_equal(rollout.tokens, narrow.tokens)
@@ -217,7 +219,7 @@ def test_the_same_key_samples_the_same_tokens_and_another_key_others():
 def test_rows_with_the_same_prompt_are_sampled_independently():
     config = tiny.LLAMA
     tokens, mask = tiny.prompts(config, [5], 8)
-    run = make_generate(config, SampleConfig(NEW, 0.7), NO_EOS, single_device_mesh(), FLOAT32)
+    run = make_generate(tiny.decoding(config, SampleConfig(NEW, 0.7), NO_EOS, single_device_mesh(), FLOAT32))
     rollout = run(weights_of("llama", "one"), np.repeat(tokens, 8, 0), np.repeat(mask, 8, 0), KEY)
     assert len({tuple(row) for row in np.asarray(rollout.tokens)}) == 8
 
@@ -287,7 +289,7 @@ def test_settings_that_define_no_distribution_are_rejected(sample, reported):
     with pytest.raises(ValueError, match=reported):
         check_sample(sample)
     with pytest.raises(ValueError, match=reported):
-        make_generate(tiny.LLAMA, sample, NO_EOS, single_device_mesh(), FLOAT32)
+        make_generate(tiny.decoding(tiny.LLAMA, sample, NO_EOS, single_device_mesh(), FLOAT32))
 
 
 def test_an_empty_prompt_is_rejected_with_its_row():

@@ -140,7 +140,7 @@ def logprobs_of(scores, tokens):
 def answers_of(config, params, lora=NO_LORA, *, temperature, rows=0):
     mesh = single_device_mesh()
     weights = make_publish(tiny.with_lora(config, lora), mesh, BFLOAT16)(params)
-    run = make_generate(config, SampleConfig(NEW, temperature), EOS, mesh, BFLOAT16, rows, "cudnn")
+    run = make_generate(tiny.decoding(config, SampleConfig(NEW, temperature), EOS, mesh, BFLOAT16, "cudnn"), rows)
     return jax.tree.map(np.asarray, run(weights, *tiny.prompts(config, LENGTHS, WIDTH), jax.random.key(7)))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -234,7 +235,7 @@ def answers(config, params, name, lora=tiny.LORA):
     weights = make_publish(tiny.with_lora(config, lora), mesh, FLOAT32)(params)
     sample = SampleConfig(max_new_tokens=5)
     prompts = tiny.prompts(config, [8, 1, 5, 3, 8, 2, 7, 4], 8)
-    rollout = make_generate(config, sample, (-1,), mesh, FLOAT32)(weights, *prompts, jax.random.key(1))
+    rollout = make_generate(tiny.decoding(config, sample, (-1,), mesh, FLOAT32))(weights, *prompts, jax.random.key(1))
     return weights, jax.tree.map(np.asarray, rollout)
 
 
@@ -271,7 +272,7 @@ def test_the_generation_program_never_holds_the_dense_kernels_of_all_layers():
         params[path] = jax.ShapeDtypeStruct(leaf.shape, FLOAT32, sharding=train.sharding(leaf.axes))
         if is_quantisable(path):
             params[path] = abstract_codes(leaf.shape, leaf.axes, "nf4", train)
-            dense += params[path].size * 4
+            dense += math.prod(params[path].shape) * 4
     weights = jax.eval_shape(make_publish(config, mesh, FLOAT32), params)
 
     def program(weights, prompts, mask, key):

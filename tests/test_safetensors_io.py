@@ -411,13 +411,14 @@ def test_a_mesh_that_does_not_divide_the_model_is_rejected_with_the_dimensions(t
     assert "mlp" not in str(raised.value)  # 24 is 6 x 4
 
 
-def test_files_hold_at_most_the_maximum_bytes_and_the_index_lists_them(tmp_path, layout):
+def test_files_hold_at_most_the_maximum_bytes_and_the_index_lists_them(tmp_path, layout, monkeypatch):
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir(), out.mkdir()
     tensors = checkpoint()
     save_file(tensors, source / "model.safetensors")
     params = read(source, layout)
-    write_params(out, params, TENSORS, "float32", max_bytes=12_000)
+    monkeypatch.setattr(writing, "MAX_FILE_BYTES", 12_000)
+    write_params(out, params, TENSORS, "float32")
     files = sorted(out.glob("*.safetensors"))
     assert len(files) > 2 and all(sum(t.nbytes for t in load_file(f).values()) <= 12_000 for f in files)
     index = json.loads((out / "model.safetensors.index.json").read_text())

@@ -172,7 +172,9 @@ def test_a_rollout_has_the_logprobs_of_the_sampling_distribution_and_of_the_mode
     params = tiny.random_params(config, mesh)
     weights = make_publish(config, mesh, FLOAT32)(params)
     prompts, mask = tiny.prompts(config, [5, 2, 6, 1], 6)
-    rollout = make_generate(config, sample, EOS, mesh, FLOAT32)(weights, prompts, mask, jax.random.key(1))
+    rollout = make_generate(tiny.decoding(config, sample, EOS, mesh, FLOAT32))(
+        weights, prompts, mask, jax.random.key(1)
+    )
     rollout = jax.tree.map(np.asarray, rollout)
     assert is_model_distribution(sample) == (sample in (SampleConfig(NEW), SampleConfig(NEW, 0.0)))
     for row, size in enumerate(mask.sum(1)):
@@ -195,7 +197,9 @@ def test_no_answer_ends_before_min_new_tokens_and_some_end_right_after():
     prompts, mask = tiny.prompts(config, [4] * 64, 4)
     for least in (0, 1, 3, NEW):
         sample = SampleConfig(NEW, 2.0, min_new_tokens=least)
-        rollout = make_generate(config, sample, eos, mesh, FLOAT32)(weights, prompts, mask, jax.random.key(1))
+        rollout = make_generate(tiny.decoding(config, sample, eos, mesh, FLOAT32))(
+            weights, prompts, mask, jax.random.key(1)
+        )
         sizes = np.asarray(rollout.mask.sum(1))
         assert sizes.min() == min(least + 1, NEW)
         assert rollout.ended.any() == (least < NEW)

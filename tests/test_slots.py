@@ -38,7 +38,7 @@ def weights_of(family, name):
 @functools.lru_cache
 def answers(family, rows=0, name="one", sample=SAMPLE, eos=EOS, count=None):
     config, mesh = tiny.FAMILIES[family], tiny.mesh_of(name)
-    run = make_generate(config, sample, eos, mesh, FLOAT32, rows)
+    run = make_generate(tiny.decoding(config, sample, eos, mesh, FLOAT32), rows)
     tokens, mask = tiny.prompts(config, LENGTHS, 8)
     return jax.tree.map(np.asarray, run(weights_of(family, name), tokens[:count], mask[:count], KEY))
 
@@ -95,10 +95,12 @@ def test_two_samples_per_prompt_equal_those_of_the_prompt_given_twice():
     prompts = tiny.prompts(config, LENGTHS[:6], 8)
     pairs = dataclasses.replace(SAMPLE, num_samples=2)
     for rows in (0, 4):
-        run = make_generate(config, pairs, EOS, mesh, FLOAT32, rows)
+        run = make_generate(tiny.decoding(config, pairs, EOS, mesh, FLOAT32), rows)
         rollout = jax.tree.map(np.asarray, run(weights_of("llama", "one"), *prompts, KEY))
         twice = (np.repeat(x, 2, axis=0) for x in prompts)
-        expected = make_generate(config, SAMPLE, EOS, mesh, FLOAT32)(weights_of("llama", "one"), *twice, KEY)
+        expected = make_generate(tiny.decoding(config, SAMPLE, EOS, mesh, FLOAT32))(
+            weights_of("llama", "one"), *twice, KEY
+        )
         assert rollout.tokens.shape == (12, NEW)
         assert_same(rollout, jax.tree.map(np.asarray, expected))
         same = (rollout.tokens[0::2] == rollout.tokens[1::2]).all(axis=1)
@@ -120,7 +122,7 @@ def test_slots_that_do_not_divide_among_the_devices_are_rejected_with_the_neares
     reported = "rows=6 does not divide over 4 devices of mesh.data x mesh.fsdp; nearest that do: [4, 8]"
     for rows, message in ((6, reported), (-4, "rows=-4 does not divide over 4")):
         with pytest.raises(ValueError, match=re.escape(message)):
-            make_generate(tiny.LLAMA, SAMPLE, EOS, tiny.mesh_of("fsdp4-tensor2"), FLOAT32, rows)
+            make_generate(tiny.decoding(tiny.LLAMA, SAMPLE, EOS, tiny.mesh_of("fsdp4-tensor2"), FLOAT32), rows)
 
 
 # With all weights 0, all 64 tokens are equally likely, and one of them is EOS: lengths are geometric, mean 64.
@@ -132,7 +134,7 @@ def flat_run(rows):
     mesh = single_device_mesh()
     params = {path: jnp.zeros_like(leaf) for path, leaf in tiny.random_params(FLAT, mesh).items()}
     weights = make_publish(FLAT, mesh, FLOAT32)(params)
-    run = make_generate(FLAT, LONG, (7,), mesh, FLOAT32, rows)
+    run = make_generate(tiny.decoding(FLAT, LONG, (7,), mesh, FLOAT32), rows)
     return lambda prompts, mask: jax.tree.map(np.asarray, run(weights, prompts, mask, KEY))
 
 
@@ -163,7 +165,7 @@ def test_every_compilation_is_logged_with_the_bound_and_prompts_have_few_lengths
     config = dataclasses.replace(FLAT, max_positions=200, position_rows=202)
     params = {path: jnp.zeros_like(leaf) for path, leaf in tiny.random_params(config, single_device_mesh()).items()}
     weights = make_publish(config, single_device_mesh(), FLOAT32)(params)
-    run = make_generate(config, SampleConfig(2), (7,), single_device_mesh(), FLOAT32, 2)
+    run = make_generate(tiny.decoding(config, SampleConfig(2), (7,), single_device_mesh(), FLOAT32), 2)
     with caplog.at_level("INFO", "rlhf_jax"), tiny.compilations() as names:
         for length in (3, 30, 32, 33, 60, 64, 65, 120, 150, 190):
             run(weights, *tiny.prompts(config, [length] * 4, 192), KEY)

@@ -137,7 +137,7 @@ def test_answers_equal_those_of_the_merged_copy(folders, name, mesh_name):
         mesh = model.layout.mesh
         weights = make_publish(model.config, mesh, FLOAT32)(model.params)
         prompts = tiny.prompts(model.config, [8, 1, 5, 3, 8, 2, 7, 4], 8)
-        generate = make_generate(model.config, SampleConfig(max_new_tokens=5), (-1,), mesh, FLOAT32)
+        generate = make_generate(tiny.decoding(model.config, SampleConfig(max_new_tokens=5), (-1,), mesh, FLOAT32))
         return jax.tree.map(np.asarray, generate(weights, *prompts, jax.random.key(1)))
 
     got, want = answers(True), answers(False)

@@ -10,10 +10,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.collectives import collectives
-from rlhf_jax.mesh import TRAIN, Layout, MeshConfig, make_mesh
+from rlhf_jax.decode import Decoding
+from rlhf_jax.mesh import GENERATE, TRAIN, Layout, MeshConfig, make_mesh
 from rlhf_jax.models.config import DecoderConfig, Experts, Rope
 from rlhf_jax.models.decoder import abstract_params
+from rlhf_jax.models.inference import Inference
 from rlhf_jax.models.lora import LoraConfig
+from rlhf_jax.sampling import SampleConfig
 
 # 61 ids padded to 64 rows, and all sizes distinct: every sharded size divides by 8, every head count by 2.
 OPT = DecoderConfig(
@@ -74,6 +77,11 @@ def mesh_of(name: str) -> Mesh:
     """The mesh of this name in `MESHES`, over the first simulated devices."""
     config = MESHES[name]
     return make_mesh(config, jax.devices()[: config.data * config.fsdp * config.tensor])
+
+
+def decoding(config: DecoderConfig, sample: SampleConfig, eos: tuple[int, ...], mesh: Mesh, *dtype_and_attention):
+    """A `Decoding` on a mesh; attention is "auto" where none is given."""
+    return Decoding(Inference(config, Layout(mesh, GENERATE), *dtype_and_attention), sample, eos)
 
 
 def scalar(config: DecoderConfig) -> DecoderConfig:

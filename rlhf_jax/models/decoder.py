@@ -91,9 +91,7 @@ class Attention(nnx.Module):
         self.q = project((hidden, heads * head), ("embed", "heads"), name="q")
         self.k = project((hidden, kv_heads * head), ("embed", "kv_heads"), name="k")
         self.v = project((hidden, kv_heads * head), ("embed", "kv_heads"), name="v")
-        self.o = Linear(
-            (heads * head, hidden), ("heads", "embed"), rngs, bias=config.o_bias, lora=config.lora, name="o"
-        )
+        self.o = linear((heads * head, hidden), ("heads", "embed"), bias=config.o_bias, name="o")
         if config.qk_norm != "none":
             shapes = {"head": lambda n: (head,), "each_head": lambda n: (n, head), "width": lambda n: (n * head,)}
             shape, bias = shapes[config.qk_norm], config.qk_norm == "head"

@@ -52,11 +52,8 @@ def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array | None, *, kind: s
     y, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
     if kind == "layer":
         y = y - y.mean(-1, keepdims=True)
-    y = (
-        y
-        * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
-        * (1 + scale if kind == "rms_plus_one" else scale)
-    )
+    scale = 1 + scale if kind == "rms_plus_one" else scale
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps) * scale
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     return y.astype(x.dtype)

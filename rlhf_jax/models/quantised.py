@@ -87,10 +87,6 @@ class Quantised:
         shape[self.axis] *= 1 if self.kind == "int8" else 2
         return tuple(shape)
 
-    @property
-    def size(self) -> int:
-        return int(np.prod(self.shape))
-
     def __getitem__(self, index: Any) -> Quantised:
         """One layer, or one expert of it, by its index; all of it by `...`, as flax reads a variable."""
         return self if index is Ellipsis else jax.tree.map(lambda leaf: leaf[index], self)
@@ -119,7 +115,9 @@ def dequantise(kernel: Quantised | jax.Array, dtype: jnp.dtype) -> jax.Array:
     if kernel.kind == "int8":
         values = kernel.codes.astype(jnp.float32)
     else:
-        values = jnp.take(jnp.asarray(NF4), _unpack(kernel.codes, axis), mode="clip")
+        shifts = jnp.array([4, 0], jnp.uint8).reshape((2, 1) if axis == -2 else (2,))
+        codes = (jnp.expand_dims(kernel.codes, axis) >> shifts & 15).reshape(kernel.shape)
+        values = jnp.take(jnp.asarray(NF4), codes, mode="clip")
         scales = jnp.take(jnp.asarray(DYNAMIC), scales, mode="clip")
         shape = scales.shape if axis == -1 else (*scales.shape[:-2], scales.shape[-1], scales.shape[-2])
         groups = jnp.repeat(kernel.groups, GROUP_SIZE, axis=-1)[..., : shape[-1] * shape[-2]].reshape(shape)
@@ -239,14 +237,6 @@ def _quantise_blocks(
     pairs, first = _split(codes, axis, 2), kernel.ndim + axis + 1
     high, low = (jax.lax.index_in_dim(pairs, i, first, keepdims=False) for i in range(2))
     return Quantised(high << 4 | low, *second)
-
-
-def _unpack(codes: jax.Array, axis: int) -> jax.Array:
-    shifts = jnp.array([4, 0], jnp.uint8).reshape((2, 1) if axis == -2 else (2,))
-    pairs = jnp.expand_dims(codes, axis) >> shifts & 15
-    shape = list(codes.shape)
-    shape[axis] *= 2
-    return pairs.reshape(shape)
 
 
 def _inverse(x: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ from rlhf_jax.models.safetensors_io.blocks import (
 from rlhf_jax.models.safetensors_io.files import INDEX, NUMPY_DTYPES, SINGLE
 from rlhf_jax.models.unstacked import Unstacked
 
-MAX_FILE_BYTES = 5 * 10**9  # the size that transformers and the hub call a shard
+MAX_FILE_BYTES = 5 * 10**9  # as in transformers and the hub; a larger tensor has its own file
 
 
 class _FileTensor(NamedTuple):
@@ -46,10 +46,9 @@ def write_params(
     tensors: Mapping[str, HfTensor],
     dtype: str,
     lora: LoraConfig = NO_LORA,
-    *,
-    max_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Write model.safetensors, or several files and their index, holding one tensor of them on the host at a time.
+    """Write model.safetensors, or several files of up to MAX_FILE_BYTES and their index, holding one tensor of them on
+    the host at a time.
 
     Args:
         folder: an existing folder.
@@ -58,15 +57,14 @@ def write_params(
         tensors: {path: its tensor in the files}; entries that are not in `params` are left out.
         dtype: of the files, "float32", "float16" or "bfloat16".
         lora: of the adapters among the params, which are merged, one layer of a shard at a time, and rounded once.
-        max_bytes: largest size of the tensors of one file; a larger tensor has its own file.
     """
     groups: list[list[_FileTensor]] = [[]]
-    room, total = max_bytes, 0
+    room, total = MAX_FILE_BYTES, 0
     for slot in _file_tensors(params, tensors):
         nbytes = math.prod(slot.shape) * jnp.dtype(dtype).itemsize
         if groups[-1] and nbytes > room:
             groups.append([])
-            room = max_bytes
+            room = MAX_FILE_BYTES
         groups[-1].append(slot)
         room, total = room - nbytes, total + nbytes
     weight_map = {}

@@ -113,9 +113,8 @@ class ChatModel:
             ValueError: the last message alone does not fit.
         """
         room, dropped = self.model.config.max_positions - self.sample.max_new_tokens, 0
-        while len(encode_prompt(self.tokenizer, turns)) > room and len(turns) > 1:
+        while (size := len(encode_prompt(self.tokenizer, turns))) > room and len(turns) > 1:
             turns, dropped = turns[2:], dropped + 1
-        size = len(encode_prompt(self.tokenizer, turns))
         if size > room:
             raise ValueError(
                 f"this message has {size} tokens, and with {self.sample.max_new_tokens} for the answer the "

@@ -157,14 +157,11 @@ def make_generate(decoding: Decoding, rows: int = 0) -> Callable[[Weights, np.nd
         in_rows = 0 < rows < count + more
         if (shape := filled[0].shape) not in compiled:
             compiled.add(shape)
+            answers = f"{shape[0]} answers" + (f" in {rows} rows" if in_rows else "")
+            lengths = len({bucket_length(n) for n in range(1, config.max_positions + 1)})
             LOGGER.info(
-                "generate: compiling program %d, for %d answers%s to prompts of %d tokens; the model's positions allow "
-                "%d lengths",
-                len(compiled),
-                shape[0],
-                f" in {rows} rows" if in_rows else "",
-                shape[1],
-                len({bucket_length(n) for n in range(1, config.max_positions + 1)}),
+                f"generate: compiling program {len(compiled)}, for {answers} to prompts of {shape[1]} tokens; the "
+                f"model's positions allow {lengths} lengths"
             )
         # Whichever device has a free row takes the next prompt, so then every device has all of them.
         there = tuple(layout.put(x, None, None) for x in filled) if in_rows else layout.put_batch(filled)

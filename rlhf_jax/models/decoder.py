@@ -25,7 +25,6 @@ from rlhf_jax.models.layers import (
     attention_context,
     embed,
     normalise,
-    normalise_heads,
     token_positions,
     visible_keys,
 )
@@ -77,9 +76,7 @@ class Norm(nnx.Module):
 
     def __call__(self, x: jax.Array, *, over: str = "") -> jax.Array:
         scale, bias = self.scale[...], None if self.bias is None else self.bias[...]
-        if over:
-            return normalise_heads(x, scale, bias, over=over, kind=self.kind, eps=self.eps)
-        return normalise(x, scale, bias, kind=self.kind, eps=self.eps)
+        return normalise(x, scale, bias, kind=self.kind, eps=self.eps, over=over)
 
 
 class Attention(nnx.Module):

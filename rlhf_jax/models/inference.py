@@ -35,7 +35,6 @@ from rlhf_jax.models.layers import (
     AttentionContext,
     attention_context,
     normalise,
-    normalise_heads,
     roll_rows,
     token_positions,
     visible_keys,
@@ -307,8 +306,7 @@ class _Parts(NamedTuple):
 
     def norm(self, name: str, x: jax.Array, over: str = "") -> jax.Array:
         scale, bias = self.get(f"{name}/scale"), self.get(f"{name}/bias")
-        options = dict(kind=self.config.norm, eps=self.config.norm_eps)
-        return normalise_heads(x, scale, bias, over=over, **options) if over else normalise(x, scale, bias, **options)
+        return normalise(x, scale, bias, kind=self.config.norm, eps=self.config.norm_eps, over=over)
 
     def add_bias(self, name: str, x: jax.Array) -> jax.Array:
         bias = self.get(f"{name}/bias")

@@ -47,8 +47,18 @@ def _table_gradient(dtype, looked, gradient):
 embed.defvjp(_embed_forward, _table_gradient)
 
 
-def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array | None, *, kind: str, eps: float) -> jax.Array:
-    """LayerNorm ("layer") or RMSNorm ("rms", "rms_plus_one") over the last dimension, in float32 within."""
+def normalise(
+    x: jax.Array, scale: jax.Array, bias: jax.Array | None, *, kind: str, eps: float, over: str = ""
+) -> jax.Array:
+    """LayerNorm ("layer") or RMSNorm ("rms", "rms_plus_one") over the last dimension, in float32 within.
+
+    Args:
+        over: of queries or keys [B, T, ..., d]: each head alone ("head", "each_head") or all heads together ("width").
+    """
+    if over == "width":
+        return normalise(x.reshape(*x.shape[:2], -1), scale, bias, kind=kind, eps=eps).reshape(x.shape)
+    if over == "each_head":
+        scale = scale.reshape(x.shape[2:])
     y, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
     if kind == "layer":
         y = y - y.mean(-1, keepdims=True)
@@ -57,15 +67,6 @@ def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array | None, *, kind: s
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     return y.astype(x.dtype)
-
-
-def normalise_heads(x: jax.Array, scale: jax.Array, bias: jax.Array | None, *, over: str, kind: str, eps: float):
-    """Norm of queries or keys [B, T, ..., d]: each head alone ("head", "each_head") or all heads together ("width")."""
-    if over == "width":
-        flat = x.reshape(*x.shape[:2], -1)
-        return normalise(flat, scale, bias, kind=kind, eps=eps).reshape(x.shape)
-    scale = scale if over == "head" else scale.reshape(x.shape[2:])
-    return normalise(x, scale, bias, kind=kind, eps=eps)
 
 
 def token_positions(mask: jax.Array, segments: jax.Array | None = None) -> jax.Array:
@@ -160,15 +161,8 @@ def fused_attention(
     q: [B, T, K, G, d]; k, v: [B, T, K, d] -> [B, T, K, G, d], in bfloat16 or float16. No length is passed:
     outputs after the end of a right-padded row are ignored, and before it the causal mask hides the padding.
     """
-    y = jax.nn.dot_product_attention(
-        rearrange(q, "b t k g d -> b t (k g) d"),
-        k,
-        v,
-        scale=scale,
-        is_causal=True,
-        local_window_size=(window - 1, 0) if window else None,
-        implementation=implementation,
-    )
+    options = dict(is_causal=True, local_window_size=(window - 1, 0) if window else None, implementation=implementation)
+    y = jax.nn.dot_product_attention(rearrange(q, "b t k g d -> b t (k g) d"), k, v, scale=scale, **options)
     return y.reshape(q.shape)
 
 

@@ -60,14 +60,10 @@ def merge_adapters(params: Mapping[str, jax.Array], lora: LoraConfig) -> dict[st
             merged[path] = dequantise(leaf, jnp.float32)
     for path in [path for path in params if path.endswith("/lora_a")]:
         kernel = path.removesuffix("lora_a") + "kernel"
-        a, b = params[path], params[path.removesuffix("a") + "b"]
+        stacks = merged[kernel], params[path], params[path.removesuffix("a") + "b"]
         # Layer by layer: in float32 the products of a whole stack may be larger than all that is left.
-        merged[kernel] = jax.lax.map(lambda each: _merge_layer(*each, lora.scale), (merged[kernel], a, b))
+        merged[kernel] = jax.lax.map(lambda each: merge_kernel(*each, lora.scale).astype(each[0].dtype), stacks)
     return merged
-
-
-def _merge_layer(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    return merge_kernel(kernel, a, b, scale).astype(kernel.dtype)
 
 
 def merge_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:

@@ -245,8 +245,7 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 def _refuse_foreign(folder: Path, stored: Iterable[str], modules: Iterable[Module], config: DecoderConfig) -> None:
     known = {module.name.format(i=i) for module in modules for i in range(config.num_layers)}
-    ours = {f"{name}.{kind}" for name in known for kind in ("lora_A", "lora_B")} | {"score"}
-    foreign = set(stored) - ours
+    foreign = set(stored) - {f"{name}.{kind}" for name in known for kind in ("lora_A", "lora_B")} - {"score"}
     if foreign:
         linears = ", ".join(sorted({module.name.split("{i}.")[1] for module in modules}))
         raise ValueError(

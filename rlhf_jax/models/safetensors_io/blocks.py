@@ -42,13 +42,10 @@ def block_indices(tensor: HfTensor, bounds: Bounds) -> Iterator[tuple[Index, Ind
     of the vocabulary.
     """
     *outer, last = zip(bounds, _extent(tensor), strict=True)
-    outer_to, outer_from = [], []
-    for (start, stop), size in outer:
-        stop = min(stop, size)
-        if start >= stop:
-            return
-        outer_to.append(slice(0, stop - start))
-        outer_from.append(slice(start, stop))
+    outer = [(start, min(stop, size)) for (start, stop), size in outer]
+    if any(start >= stop for start, stop in outer):
+        return
+    outer_to, outer_from = [slice(0, stop - start) for start, stop in outer], [slice(*bound) for bound in outer]
     (start, stop), size = last
     at, stop = start, min(stop, size)
     while at < stop:

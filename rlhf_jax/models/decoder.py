@@ -31,7 +31,7 @@ from rlhf_jax.models.layers import (
 from rlhf_jax.models.lora import NO_LORA
 from rlhf_jax.models.quantised import Quantised, matmul
 from rlhf_jax.models.transformer import embed_tokens, tail, transformer_block
-from rlhf_jax.models.unstacked import Unstacked, has_unstacked, remat_layer, scan_layers
+from rlhf_jax.models.unstacked import Param, has_unstacked, remat_layer, scan_layers
 from rlhf_jax.objectives.logprobs import head_logits
 
 
@@ -273,7 +273,7 @@ def abstract_params(config: DecoderConfig) -> dict[str, Leaf]:
     return dict(_skeleton(config)[2])
 
 
-def bind(config: DecoderConfig, params: Mapping[str, jax.Array | Quantised | Unstacked]) -> Decoder:
+def bind(config: DecoderConfig, params: Mapping[str, Param]) -> Decoder:
     """The module around these parameters (and adapters), kernels quantised, stacked or neither: free inside jit."""
     graph, structure, leaves = _skeleton(config)
     assert params.keys() == leaves.keys(), sorted(params.keys() ^ leaves.keys())

@@ -42,7 +42,7 @@ from rlhf_jax.models.layers import (
 from rlhf_jax.models.lora import is_adapter, merge_adapters
 from rlhf_jax.models.quantised import Quantised, dequantise, quantised_shardings
 from rlhf_jax.models.transformer import LayerCache, embed_tokens, tail, transformer_block, write
-from rlhf_jax.models.unstacked import Unstacked, is_shareable
+from rlhf_jax.models.unstacked import Param, Unstacked, is_shareable
 from rlhf_jax.objectives.logprobs import head_logits
 from rlhf_jax.trees import record
 
@@ -87,11 +87,7 @@ def empty_cache(config: DecoderConfig, batch: int, length: int, dtype: jnp.dtype
 
 
 def inference_weights(
-    config: DecoderConfig,
-    params: Mapping[str, jax.Array | Quantised | Unstacked],
-    layout: Layout,
-    dtype: jnp.dtype,
-    home: Table = TRAIN,
+    config: DecoderConfig, params: Mapping[str, Param], layout: Layout, dtype: jnp.dtype, home: Table = TRAIN
 ) -> Weights:
     """Training parameters, sharded by `home` -> generation weights in `dtype`, by `layout` (the GENERATE table).
 
@@ -153,17 +149,14 @@ def _name(path: str) -> str:
     return path.removeprefix("layers/").removeprefix("attention/").removeprefix("mlp/")
 
 
-def shared_paths(params: Mapping[str, jax.Array | Quantised | Unstacked]) -> set[str]:
+def shared_paths(params: Mapping[str, Param]) -> set[str]:
     """Paths of what generation reads as training has it: such kernels, and where there are any, embedding and head."""
     kept = any(isinstance(leaf, Quantised | Unstacked) for leaf in params.values())
     return set(filter(is_shareable, params)) if kept else set()
 
 
 def shared_inference_weights(
-    config: DecoderConfig,
-    params: Mapping[str, jax.Array | Quantised | Unstacked],
-    layout: Layout,
-    put: Callable[[Any, Any], Any] = jax.device_put,
+    config: DecoderConfig, params: Mapping[str, Param], layout: Layout, put: Callable[[Any, Any], Any] = jax.device_put
 ) -> Weights:
     """The shared parameters in their own dtypes: gathered over fsdp or, outside jit, returned as they are where already
     sharded by `layout`. The weights last until the training parameters are gone.

@@ -29,9 +29,9 @@ from rlhf_jax.models.hub import (
     write_tokenizer,
 )
 from rlhf_jax.models.inference import shared_leaves
-from rlhf_jax.models.quantised import QUANTISED_KINDS, UNQUANTISED_DTYPE, Quantised
+from rlhf_jax.models.quantised import QUANTISED_KINDS, UNQUANTISED_DTYPE
 from rlhf_jax.models.safetensors_io import read_params, write_params
-from rlhf_jax.models.unstacked import Unstacked
+from rlhf_jax.models.unstacked import Param
 
 DTYPES = ("float32", "bfloat16", "float16")  # of files, and of parameters, which may be of quantised.KINDS too
 _SCORE = "score/kernel"
@@ -42,7 +42,7 @@ class Pretrained:
     """A language model, or a reward model where config.scalar_head, on its devices."""
 
     config: DecoderConfig
-    params: dict[str, jax.Array | Quantised | Unstacked]  # {path: array}, as `abstract_params(config)` lists them
+    params: dict[str, Param]  # {path: array}, as `abstract_params(config)` lists them
     tokenizer: Any  # a transformers tokenizer; None if the folder has none
     hf_config: dict[str, Any]  # the config.json it came from
     generation_config: dict[str, Any]  # generation_config.json; {} if there was none

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.models.quantised import is_quantisable
+from rlhf_jax.models.quantised import Quantised, is_quantisable
 from rlhf_jax.trees import record
 
 
@@ -34,6 +34,9 @@ class Unstacked:
     def __getitem__(self, index: Any) -> Any:
         """One layer by its index; all of it by `...`, as flax reads a variable."""
         return self if index is Ellipsis else self.layers[index]
+
+
+Param = jax.Array | Quantised | Unstacked  # dense, quantised, or in one array per layer
 
 
 def is_shareable(path: str) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.decoder import Leaf
 from rlhf_jax.models.families.tensors import Checkpoint, HfTensor
-from rlhf_jax.models.quantised import Quantised, is_quantisable, quantise_layers
+from rlhf_jax.models.quantised import is_quantisable, quantise_layers
 from rlhf_jax.models.safetensors_io.blocks import (
     Bounds,
     block_indices,
@@ -26,7 +26,7 @@ from rlhf_jax.models.safetensors_io.blocks import (
     shard_bounds,
 )
 from rlhf_jax.models.safetensors_io.files import NUMPY_DTYPES, Entry, join_names, open_folder
-from rlhf_jax.models.unstacked import Unstacked, is_shareable
+from rlhf_jax.models.unstacked import Param, Unstacked, is_shareable
 
 _ALIGNMENT = 64
 _FOREIGN = "of an unsupported dtype"
@@ -41,7 +41,7 @@ def read_params(
     *,
     kind: str | None = None,
     serving: Layout | None = None,
-) -> dict[str, jax.Array | Quantised | Unstacked]:
+) -> dict[str, Param]:
     """Parameters from a folder's safetensors; besides them, the host holds one shard of one parameter at a time.
 
     Args:
@@ -92,7 +92,7 @@ def read_params(
     _check_even(leaves, layouts_of)
     found = {name: files[find(name)] for path, leaf in leaves.items() for name in _names(leaf, tensors[path])}
 
-    def read(path: str, leaf: Leaf) -> jax.Array | Quantised | Unstacked:
+    def read(path: str, leaf: Leaf) -> Param:
         source = found, leaf, tensors[path], layouts_of[path]
         if kind and is_quantisable(path):
             layers = _layers(*source, np.dtype(np.float32))

@@ -27,7 +27,7 @@ from rlhf_jax.models.safetensors_io.blocks import (
     shard_bounds,
 )
 from rlhf_jax.models.safetensors_io.files import INDEX, NUMPY_DTYPES, SINGLE
-from rlhf_jax.models.unstacked import Unstacked
+from rlhf_jax.models.unstacked import Param, Unstacked
 
 MAX_FILE_BYTES = 5 * 10**9  # as in transformers and the hub; a larger tensor has its own file
 
@@ -41,11 +41,7 @@ class _FileTensor(NamedTuple):
 
 
 def write_params(
-    folder: Path,
-    params: Mapping[str, jax.Array | Quantised | Unstacked],
-    tensors: Mapping[str, HfTensor],
-    dtype: str,
-    lora: LoraConfig = NO_LORA,
+    folder: Path, params: Mapping[str, Param], tensors: Mapping[str, HfTensor], dtype: str, lora: LoraConfig = NO_LORA
 ) -> None:
     """Write model.safetensors, or several files of up to MAX_FILE_BYTES and their index, holding one tensor of them on
     the host at a time.

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_
 import tomli_w
 
 C = TypeVar("C")
-ABSENT = object()
+ABSENT = dataclasses.MISSING
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", tuple: "an array"}
 
 
@@ -97,9 +97,8 @@ def _override(schema: type, mapping: dict[str, Any], override: str, path: str) -
         if not isinstance(node, dict | list) or isinstance(node, list) != part.isdecimal():
             raise ValueError(f"{path}: '{held}' is {_toml_value(node)}, which '{key}' cannot be set in; fix the file")
         if isinstance(node, list) and int(part) >= len(node):
-            raise ValueError(
-                f"{where}: {path} has {len(node)} items in '{held}', so no item {part}; set '{held}=[...]'"
-            )
+            many = f"{path} has {len(node)} items in '{held}'"
+            raise ValueError(f"{where}: {many}, so no item {part}; set '{held}=[...]'")
         if depth < len(parents):
             below = [] if [*parents, last][depth + 1].isdecimal() else {}
             node = node[int(part)] if isinstance(node, list) else node.setdefault(part, below)
@@ -146,9 +145,8 @@ def _parse(wanted: Any, value: Any, key: str, source: ConfigSource, default: Any
     if dataclasses.is_dataclass(wanted) and isinstance(value, dict):
         return _parse_table(wanted, value, key, source, default)
     if get_origin(wanted) is dict and isinstance(value, dict):
-        return {
-            name: _parse(get_args(wanted)[1], item, f"{key}.{name}", source, ABSENT) for name, item in value.items()
-        }
+        kind = get_args(wanted)[1]
+        return {name: _parse(kind, item, f"{key}.{name}", source, ABSENT) for name, item in value.items()}
     if get_origin(wanted) is tuple and isinstance(value, list | tuple):
         item_type = get_args(wanted)[0]
         return tuple(_parse(item_type, item, f"{key}.{i}", source, ABSENT) for i, item in enumerate(value))
@@ -173,10 +171,8 @@ def _parse_table(wanted: type, table: dict[str, Any], key: str, source: ConfigSo
         if name not in hints:
             raise _unknown(source.schema, _join(key, name), source.of(_join(key, name)))
     for field in dataclasses.fields(wanted):
-        child, inherited = _join(key, field.name), getattr(default, field.name, ABSENT)
-        if inherited is ABSENT and field.default is not dataclasses.MISSING:
-            inherited = field.default
-        elif inherited is ABSENT and field.default_factory is not dataclasses.MISSING:
+        child, inherited = _join(key, field.name), getattr(default, field.name, field.default)
+        if inherited is ABSENT and field.default_factory is not ABSENT:
             inherited = field.default_factory()
         if field.name in table:
             values[field.name] = _parse(hints[field.name], table[field.name], child, source, inherited)

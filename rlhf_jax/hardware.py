@@ -76,12 +76,8 @@ device_description_str: "{self.title}"
 """
 
 
-def _read_gpus() -> dict[str, Gpu]:
-    tables = tomllib.loads(resources.files(__package__).joinpath("hardware.toml").read_text())
-    return {name: Gpu(name=name, **table) for name, table in tables.items()}
-
-
-GPUS = _read_gpus()
+_TABLES = tomllib.loads(resources.files(__package__).joinpath("hardware.toml").read_text())
+GPUS = {name: Gpu(name=name, **table) for name, table in _TABLES.items()}
 
 
 @dataclass(frozen=True)

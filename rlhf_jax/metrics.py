@@ -36,14 +36,8 @@ class Metrics:
         kept = _keep_until(path, start_step)
         self._file = path.open("a", encoding="utf-8")
         self._board = _replay(Path(run_dir) / "tensorboard", stage, kept)
-        self._bar = tqdm(
-            desc=stage,
-            total=total_steps,
-            initial=start_step,
-            unit="step",
-            dynamic_ncols=True,
-            disable=BAR.disabled or not sys.stderr.isatty(),
-        )
+        counts, hidden = dict(total=total_steps, initial=start_step), BAR.disabled or not sys.stderr.isatty()
+        self._bar = tqdm(desc=stage, **counts, unit="step", dynamic_ncols=True, disable=hidden)
         self._first_step, self._started, self._printed = start_step, time.monotonic(), -math.inf
 
     def __enter__(self) -> Self:

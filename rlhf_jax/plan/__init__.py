@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from rlhf_jax.hardware import GIB, GPUS, Machine, parse_machine
 from rlhf_jax.models.lora import LoraConfig
-from rlhf_jax.plan.abstract import abstract_mesh, is_from_table
+from rlhf_jax.plan.abstract import abstract_mesh, find_config
 from rlhf_jax.plan.auto import SWITCHES, choose_switches, get_value, idle, with_values
 from rlhf_jax.plan.compile import Memory, measure_in_subprocess
 from rlhf_jax.plan.phases import Phase, phases
@@ -91,15 +91,13 @@ def local_gpus(default: str = "") -> str:
         ValueError: no known GPU, and no default.
     """
     devices = jax.devices()
-    known = [gpu.name for gpu in GPUS.values() if gpu.title == devices[0].device_kind]
-    if not known and default:
-        return default
-    if not known:
+    known = [f"{len(devices)}x{gpu.name}" for gpu in GPUS.values() if gpu.title == devices[0].device_kind]
+    if not (known or default):
         raise ValueError(
             f"this machine has {len(devices)} x {devices[0].device_kind}, which is not a GPU that plans know: "
             f"name the machine to plan, --gpus 8xNAME with one of {', '.join(GPUS)}"
         )
-    return f"{len(devices)}x{known[0]}"
+    return known[0] if known else default
 
 
 def hardware_of_config(path: str | Path) -> str:
@@ -125,15 +123,13 @@ def phase_entry(phase: Phase, memory: Memory, usable: int) -> dict[str, Any]:
 
 
 def _notes(recipe: Recipe, wanted: Machine) -> list[str]:
-    notes = [
-        f"usable is {USABLE_SHARE:.0%} of the memory: run with XLA_CLIENT_MEM_FRACTION={USABLE_SHARE} (JAX's default "
-        "takes 75%)",
-        "lengths are the configuration's limits; shorter data needs less",
-    ]
+    fraction = f"run with XLA_CLIENT_MEM_FRACTION={USABLE_SHARE} (JAX's default takes 75%)"
+    notes = [f"usable is {USABLE_SHARE:.0%} of the memory: {fraction}"]
+    notes.append("lengths are the configuration's limits; shorter data needs less")
     named: dict[ModelKind, str] = {} if recipe.model.actor == "new" else {"policy": recipe.model.actor}
     named |= {} if recipe.model.reward_from_policy else {"scorer": recipe.model.reward}
     for kind, name in named.items():
-        if not latest_export(kind, recipe.run) and is_from_table(name):
+        if not latest_export(kind, recipe.run) and find_config(name)[1]:
             notes.append(f"config.json of {name} from the plan's own table: neither a folder nor the hub has one")
     if wanted.nodes > 1:
         notes.append("this version trains in one process, so on one node: more nodes can only be planned")
@@ -179,12 +175,8 @@ def suggestions(
 
     By the arithmetic of `lower_bound_bytes`, so "try": temporaries come on top. Micro-batches are as compiled.
     """
-    small = [
-        f"{stage}.micro_batch_size={found['largest']}"
-        for stage, found in micro_batch.items()
-        if 0 < found["largest"] < found["asked"]
-    ]
-    if small:
+    largest = {stage: found["largest"] for stage, found in micro_batch.items() if found["largest"] < found["asked"]}
+    if small := [f"{stage}.micro_batch_size={size}" for stage, size in largest.items() if size]:
         yield f"set {' '.join(small)}"
 
     def is_enough(change: dict[str, Any], devices: int = count) -> bool:
@@ -223,8 +215,5 @@ def suggestions(
     yield from smaller
     more = itertools.takewhile(lambda size: size < 2 * MAX_DEVICES, (count * 2**power for power in itertools.count(1)))
     enough = next((size for size in more if is_enough({}, size)), None)
-    yield (
-        f"take {enough} devices in place of {count}, with batches that they divide"
-        if enough
-        else "take a smaller model"
-    )
+    larger = f"take {enough} devices in place of {count}, with batches that they divide"
+    yield larger if enough else "take a smaller model"

@@ -130,13 +130,10 @@ def abstract_models(
     state, frozen = jax.eval_shape(build, first.params, second.params)
     trained = _with_shardings(state.actor, first, model)
     average = with_memory(trained.trainable, HOST_MEMORY if model.offload_ema else None) if state.average else {}
-    base, shared = (
-        {path: each.params[path] for path in part}
-        for each, part in zip((first, second), (frozen.actor, frozen.critic), strict=True)
-    )
-    reference = with_memory(
-        by_layout(frozen.reference, actor, layout), HOST_MEMORY if model.offload_reference else None
-    )
+    base = {path: first.params[path] for path in frozen.actor}
+    shared = {path: second.params[path] for path in frozen.critic}
+    memory = HOST_MEMORY if model.offload_reference else None
+    reference = with_memory(by_layout(frozen.reference, actor, layout), memory)
     own = {path: leaf for path, leaf in frozen.reward.items() if path not in shared}
     state = EngineState(trained, _with_shardings(state.critic, second, model), average)
     return state, FrozenParams(base, shared, reference, shared | by_layout(own, critic, layout))
@@ -203,18 +200,14 @@ def known_models() -> Mapping[str, Mapping[str, Any]]:
     }
 
 
-def config_of(path_or_id: str) -> Mapping[str, Any]:
-    """config.json of a folder or hub id; else the entry of known_models.toml.
+def find_config(path_or_id: str) -> tuple[Mapping[str, Any], bool]:
+    """(config.json of a folder or hub id, else the entry of known_models.toml; whether it is that entry).
 
     Raises:
         ValueError: neither available nor in the table.
     """
-    return config_json(path_or_id) if Path(path_or_id).expanduser().is_dir() else _hub_config(path_or_id)[0]
-
-
-def is_from_table(path_or_id: str) -> bool:
-    """Whether `config_of` takes it from the table."""
-    return not Path(path_or_id).expanduser().is_dir() and _hub_config(path_or_id)[1]
+    is_folder = Path(path_or_id).expanduser().is_dir()
+    return (config_json(path_or_id), False) if is_folder else _hub_config(path_or_id)
 
 
 @functools.cache  # a plan asks many times, and an unreachable hub answers slowly

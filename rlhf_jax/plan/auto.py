@@ -50,6 +50,10 @@ def _layer_sizes(decoder: DecoderConfig) -> dict[str, int]:
     return {path: math.prod(leaf.shape) for path, leaf in leaves.items() if path.startswith("layers/")}
 
 
+def _layer_size(decoder: DecoderConfig) -> int:
+    return sum(_layer_sizes(decoder).values()) // decoder.num_layers
+
+
 def _is_split(each: Pass) -> bool:
     return any(leaf.sharding.shard_shape(leaf.shape) != leaf.shape for leaf in jax.tree.leaves(each.params))
 
@@ -58,9 +62,8 @@ def _gathered_layer_bytes(model: ModelConfig, each: Pass) -> int:
     """Bytes of three gathered layers, of which two are in transfer, and the embedding; 0 where no weight is split."""
     if not _is_split(each):
         return 0
-    decoder = each.decoder
-    layer = sum(_layer_sizes(decoder).values()) // decoder.num_layers
-    return model.compute.dtype.itemsize * (3 * layer + decoder.padded_vocab * decoder.embed_size)
+    embedding = each.decoder.padded_vocab * each.decoder.embed_size
+    return model.compute.dtype.itemsize * (3 * _layer_size(each.decoder) + embedding)
 
 
 def _forward_bytes(model: ModelConfig, each: Pass, count: int) -> int:
@@ -85,11 +88,9 @@ def _update_bytes(model: ModelConfig, each: Pass, count: int, *, is_actor: bool)
     if model.remat == "none" or (model.remat == "dots" and model.one_copy and is_actor):  # and what is between
         kept += 4 * decoder.hidden_size + heads + 2 * wide
     working = 6 * decoder.hidden_size + 3 * decoder.mlp_size * (1 + 2 * decoder.gated_mlp)
-    chunk = model.logprob_chunk or each.length
-    logits = 0 if decoder.scalar_head else 3 * 4 * rows * chunk * decoder.padded_vocab
-    scattered = 0
-    if _is_split(each) and not model.with_lora(decoder).lora.rank:  # the gradient of a layer before it is scattered
-        scattered = 4 * sum(_layer_sizes(decoder).values()) // decoder.num_layers
+    logits = 0 if decoder.scalar_head else 3 * 4 * rows * (model.logprob_chunk or each.length) * decoder.padded_vocab
+    # The gradient of a layer before it is scattered.
+    scattered = 4 * _layer_size(decoder) if _is_split(each) and not model.with_lora(decoder).lora.rank else 0
     passes = rows * each.length * width * (decoder.num_layers * kept + working)
     return passes + logits + scattered + _gathered_layer_bytes(model, each)
 
@@ -209,35 +210,27 @@ def choose_switches(
 
     ordered = candidates(recipe, mesh, where, stages)
     chosen = next((each for each in ordered if measured_need(each) <= usable), None)
-    fits = chosen is not None
     if chosen is None:  # the nearest, so that the plan shows how much memory is missing
-        chosen = min(ordered, key=lambda each: needed[each])
-    return chosen, [_reason(key, chosen, ordered, needed, usable, fits) for key in auto]
+        chosen = min(ordered, key=needed.__getitem__)
+    return chosen, [_reason(key, chosen, ordered, needed, usable) for key in auto]
 
 
-def _reason(key: str, chosen: Recipe, ordered: list[Recipe], needed: dict[Recipe, int], usable: int, fits: bool) -> str:
+def _reason(key: str, chosen: Recipe, ordered: list[Recipe], needed: dict[Recipe, int], usable: int) -> str:
     value, name = get_value(chosen, key), key.split(".")[1]
     text = f"{name} = {str(value).lower()}"
-    if not fits:
+    if needed[chosen] > usable:
         return f"{text}: nothing fits {usable / GIB:.1f} GiB, this comes nearest with {needed[chosen] / GIB:.1f}"
     values = {get_value(each, key) for each in ordered}
     if len(values) == 1:
         return f"{text}: it would change nothing here"
     faster = [each for each in ordered[: ordered.index(chosen)] if get_value(each, key) != value]
-    only = [each for each in faster if _differing_switches(each, chosen) == [key]]
+    only = [each for each in faster if with_values(each, {key: value}) == chosen]
     if only:
-        other = only[-1]
-        return (
-            f"{text}: {name} = {str(get_value(other, key)).lower()} needs "
-            f"{needed[other] / GIB:.1f} GiB of {usable / GIB:.1f}"
-        )
+        other = f"{name} = {str(get_value(only[-1], key)).lower()}"
+        return f"{text}: {other} needs {needed[only[-1]] / GIB:.1f} GiB of {usable / GIB:.1f}"
     if faster:
         return f"{text}: what is faster with another value does not fit {usable / GIB:.1f} GiB"
     return f"{text}: the fastest, and {needed[chosen] / GIB:.1f} GiB of {usable / GIB:.1f} are needed"
-
-
-def _differing_switches(one: Recipe, other: Recipe) -> list[str]:
-    return [key for key in SWITCHES if get_value(one, key) != get_value(other, key)]
 
 
 def choose_by_arithmetic(
@@ -257,9 +250,8 @@ def resolve_auto(recipe: Recipe, mesh: Mesh, limit: int | None, stages: Sequence
     if auto and limit is not None and stages:
         kind = mesh.devices.flat[0].device_kind
         gpu = next((gpu for gpu in GPUS.values() if gpu.title == kind), GPUS["A100-80GB"])
-        return choose_by_arithmetic(
-            recipe, abstract_mesh(recipe.mesh, mesh.size), Machine(gpu, 1, mesh.size), stages, limit
-        )
+        where, abstract = Machine(gpu, 1, mesh.size), abstract_mesh(recipe.mesh, mesh.size)
+        return choose_by_arithmetic(recipe, abstract, where, stages, limit)
     why = "these devices do not report their memory" if limit is None else "nothing is left to train"
     reported = [f"{key.split('.')[1]} = {str(FALLBACKS[key]).lower()}: {why}" for key in auto]
     return with_values(recipe, {key: FALLBACKS[key] for key in auto}), reported

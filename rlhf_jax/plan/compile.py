@@ -57,13 +57,8 @@ def measure(phase: Phase) -> Memory:
             raise
         compiled, cublas_only = lowered.compile(COMPILE_OPTIONS | {"xla_gpu_enable_triton_gemm": False}), True
     stats = compiled.memory_analysis()
-    return Memory(
-        stats.argument_size_in_bytes,
-        stats.output_size_in_bytes,
-        stats.alias_size_in_bytes,
-        stats.temp_size_in_bytes,
-        cublas_only,
-    )
+    sizes = (getattr(stats, f"{kind}_size_in_bytes") for kind in ("argument", "output", "alias", "temp"))
+    return Memory(*sizes, cublas_only)
 
 
 def measure_all(
@@ -126,9 +121,9 @@ def measure_in_subprocess(
     if not on_gpu:
         why = f"CUDA 13 does not compile for {wanted.gpu.name}" if too_old else "the CUDA plugin is not installed"
         notes.append(
-            f"{why} (pip install 'rlhf_jax[cuda12]'): compiled for simulated CPUs. Arguments, outputs "
-            "and cache are the same on GPUs; temporaries are not (a "
-            "CPU computes bfloat16 in float32 and fuses less), so peaks are estimates"
+            f"{why} (pip install 'rlhf_jax[cuda12]'): compiled for simulated CPUs. Arguments, outputs and cache are "
+            "the same on GPUs; temporaries are not (a CPU computes bfloat16 in float32 and fuses less), so peaks are "
+            "estimates"
         )
     # If frames are hidden, the last line of a traceback is not the error.
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_TRACEBACK_FILTERING": "off"}
@@ -138,10 +133,10 @@ def measure_in_subprocess(
     else:
         flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={wanted.count}"
         environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
-    request = {"recipe": dump_config(recipe), "gpus": gpus, "stages": list(stages), "usable": usable, "on_gpu": on_gpu}
-    request["options"] = {"stop": stop, "search": search}
+    options = {"stages": list(stages), "usable": usable, "stop": stop, "search": search}
+    request = json.dumps({"recipe": dump_config(recipe), "gpus": gpus, "on_gpu": on_gpu, "options": options})
     command = [sys.executable, "-m", "rlhf_jax.plan.compile"]
-    run = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, env=environment)
+    run = subprocess.run(command, input=request, capture_output=True, text=True, env=environment)
     if run.returncode:
         said = run.stderr.strip().splitlines() or ["no word"]
         raise RuntimeError(f"compiling for {gpus} failed (exit code {run.returncode}): {said[-1]}")
@@ -154,8 +149,7 @@ def main() -> None:
     request = json.load(sys.stdin)
     recipe = parse_config(Recipe, tomllib.loads(request["recipe"]), "the plan's request")
     devices = compile_only_devices(request["gpus"]) if request["on_gpu"] else jax.devices()
-    mesh = make_mesh(recipe.mesh, devices)
-    print(json.dumps(measure_all(recipe, mesh, request["stages"], request["usable"], **request["options"])), flush=True)
+    print(json.dumps(measure_all(recipe, make_mesh(recipe.mesh, devices), **request["options"])), flush=True)
 
 
 if __name__ == "__main__":

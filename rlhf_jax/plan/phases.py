@@ -8,6 +8,7 @@ arithmetic, or one of compile-only devices, for compilation.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.data.batches import Batch
@@ -26,15 +26,15 @@ from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.families import decoder_config
 from rlhf_jax.models.hub import read_json
 from rlhf_jax.models.inference import empty_cache, shared_inference_weights
-from rlhf_jax.optim import OptimConfig, make_optimizer
+from rlhf_jax.optim import make_optimizer
 from rlhf_jax.plan.abstract import (
     abstract_batch,
     abstract_models,
     abstract_pretrained,
     abstract_state,
     by_layout,
-    config_of,
     device_bytes,
+    find_config,
     host_bytes,
     output_shardings,
     relayout_bytes,
@@ -132,12 +132,11 @@ def decoder_configs(recipe: Recipe, parts: int) -> tuple[DecoderConfig, DecoderC
         base = recipe.run.folder("base") / "config.json"
         new = recipe.model.new
         actor = read_json(base) if base.exists() else make_hf_config(new, new.vocab_size)
-    actor = actor or config_of(recipe.model.actor)
-    reward = export_config("scorer") or (actor if recipe.model.reward_from_policy else config_of(recipe.model.reward))
-    return (
-        decoder_config(actor, scalar_head=False, vocab_parts=parts),
-        decoder_config(reward, scalar_head=True, vocab_parts=parts),
-    )
+    actor = actor or find_config(recipe.model.actor)[0]
+    reward = export_config("scorer")
+    reward = reward or (actor if recipe.model.reward_from_policy else find_config(recipe.model.reward)[0])
+    make = functools.partial(decoder_config, vocab_parts=parts)
+    return make(actor, scalar_head=False), make(reward, scalar_head=True)
 
 
 class SlotsProgram(NamedTuple):
@@ -178,7 +177,7 @@ def _phases(recipe: Recipe, mesh: Mesh | AbstractMesh, stages: Sequence[str]) ->
 def _supervised_phases(stage: Stage, recipe: Recipe, decoder: DecoderConfig, layout: Layout) -> list[Phase]:
     """The update of a supervised stage, and the evaluation of held-out batches while the training state is resident."""
     name, model, config, spec = stage.name, recipe.model, getattr(recipe, stage.name), recipe.row_spec(stage.name)
-    tx = _optimizer(config.optim)
+    tx = make_optimizer(config.optim, config.optim.warmup_steps + 1)  # shapes do not depend on the length of the run
     length = _round8(min(spec.pack_length or recipe.data.max_length, decoder.max_positions))
     num_micro = micro_batches(name, config.batch_size, config.micro_batch_size, layout)
     objective = stage.objective(model.with_lora(decoder), model.compute, layout)
@@ -354,11 +353,6 @@ def prompt_positions(recipe: Recipe, max_positions: int) -> int:
 def _state_bytes(name: str, state: TrainState, frozen: Params) -> dict[str, int]:
     parts = {"frozen": frozen, "trainable": state.trainable, "optimizer": (state.step, state.opt_state)}
     return {f"{name}{part}": device_bytes(tree) for part, tree in parts.items()}
-
-
-def _optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """The optimizer for abstract states, whose shapes do not depend on the length of the run."""
-    return make_optimizer(config, config.warmup_steps + 1)
 
 
 def _rows(tree: Any, count: int) -> Any:

@@ -30,19 +30,20 @@ def format_plan(plan: dict[str, Any]) -> str:
     lines += [""] + [f"chosen: {text}" for text in plan["chosen"]] if plan["chosen"] else []
     worst = max(plan["phases"], key=lambda row: row["peak"])
     held = sorted(worst["live"].items(), key=lambda item: -item[1])
-    lines += [
-        "",
-        f"peak in {worst['stage']} {worst['phase']}, where the GPU holds "
-        + ", ".join(f"{what} {size / unit:.2f}" for what, size in held if size >= unit / 200),
-    ]
+    listed = ", ".join(f"{what} {size / unit:.2f}" for what, size in held if size >= unit / 200)
+    lines += ["", f"peak in {worst['stage']} {worst['phase']}, where the GPU holds {listed}"]
     if most := max(row["host"] for row in plan["phases"]):
         lines.append(f"in pinned host memory for each GPU: {most / unit:.2f}")
     lines += ["fits" if plan["fits"] else "does not fit: " + "; or ".join(plan["suggestions"])]
-    lines += [""] + [_micro_batch_line(stage, found) for stage, found in plan["micro_batch"].items()]
+    lines.append("")
+    for stage, found in plan["micro_batch"].items():
+        how = f"{found['compilations']} sizes compiled, bisecting those that divide"
+        largest = f"largest micro-batch that fits: {found['largest'] or 'none'}"
+        lines.append(f"{stage}: {largest} (asked for: {found['asked']}; {how})")
     lines += ["", _row("seconds", ("floor", "expected"))]
     for stage, entry in plan["seconds"].items():
         for phase, times in entry["phases"].items():
-            lines.append(_row(f"{stage} {phase}", [_format_time(times[kind]) for kind in ("floor", "expected")]))
+            lines.append(_row(f"{stage} {phase}", [f"{times[kind]:.3g}" for kind in ("floor", "expected")]))
         lines.append(_stage_line(stage, entry))
     if plan["cost"] is not None:
         lines.append(f"cost at {plan['price_per_gpu_hour']:g} per GPU and hour, all stages: {plan['cost']:,.2f}")
@@ -54,15 +55,9 @@ def _row(name: str, cells) -> str:
     return f"{name:<18}" + "".join(f"{cell:>13}" for cell in cells)
 
 
-def _micro_batch_line(stage: str, found: dict[str, int]) -> str:
-    largest = found["largest"] or "none"
-    how = f"{found['compilations']} sizes compiled, bisecting those that divide"
-    return f"{stage}: largest micro-batch that fits: {largest} (asked for: {found['asked']}; {how})"
-
-
 def _stage_line(stage: str, entry: dict[str, Any]) -> str:
     step = "iteration" if "generate" in entry["phases"] else "step"
-    text = f"  {stage}: {_format_time(entry['floor'])} to {_format_time(entry['expected'])} s for one {step}"
+    text = f"  {stage}: {entry['floor']:.3g} to {entry['expected']:.3g} s for one {step}"
     if entry["steps_per_epoch"]:
         epoch = f"{entry['floor_epoch'] / 3600:.2f} to {entry['expected_epoch'] / 3600:.2f} h per epoch"
         text += f", {epoch} of {entry['steps_per_epoch']} {step}s"
@@ -73,7 +68,3 @@ def _stage_line(stage: str, entry: dict[str, Any]) -> str:
     if entry["cost_of_step"] is not None:
         text += f"; costs {entry['cost_of_step']:.2g} per {step}"
     return text + (f", {entry['cost']:,.2f} in all" if entry["cost"] is not None else "")
-
-
-def _format_time(seconds: float) -> str:
-    return f"{seconds:.3g}"

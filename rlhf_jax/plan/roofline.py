@@ -45,14 +45,12 @@ class Work:
     link: float = 0.0
     host: float = 0.0
 
-    def floor_seconds(self, flops_rate: float, machine: Machine) -> float:
+    def seconds(self, flops_rate: float, machine: Machine) -> dict[str, float]:
+        """The {"floor" and "expected"} seconds."""
+        compute, memory = self.flops / flops_rate, self.memory / machine.gpu.bandwidth
         moved = self.link / slowest_link(machine), self.host / host_link(machine.gpu)
-        return max(self.flops / flops_rate, self.memory / machine.gpu.bandwidth, *moved)
-
-    def expected_seconds(self, flops_rate: float, machine: Machine) -> float:
-        work = max(self.flops / flops_rate / MATMUL_SHARE, self.memory / machine.gpu.bandwidth / MEMORY_SHARE)
-        moved = self.link / slowest_link(machine) + self.host / host_link(machine.gpu)
-        return work + moved / LINK_SHARE
+        expected = max(compute / MATMUL_SHARE, memory / MEMORY_SHARE) + sum(moved) / LINK_SHARE
+        return {"floor": max(compute, memory, *moved), "expected": expected}
 
 
 def slowest_link(machine: Machine) -> float:
@@ -105,11 +103,6 @@ def work_of_phases(recipe: Recipe, found: list[Phase], mesh) -> dict[str, Work]:
     works |= dict.fromkeys(("update", "actor", "critic"), _update_work)
     layout = Layout(mesh, TRAIN)
     return {f"{each.stage}/{each.name}": works[each.name](recipe, each, layout) for each in found if each.name in works}
-
-
-def sampling_stages(found: list[Phase]) -> list[str]:
-    """The stages that learn from their own samples."""
-    return [phase.stage for phase in found if phase.name == "generate"]
 
 
 def _publish_work(recipe: Recipe, phase: Phase, layout: Layout) -> Work:
@@ -203,8 +196,8 @@ def _update_work(recipe: Recipe, phase: Phase, layout: Layout) -> Work:
 def iteration_seconds(recipe: Recipe, found: list[Phase], mesh, machine: Machine) -> float:
     """Expected seconds of an iteration of PPO; without PPO, of a step of each stage."""
     flops_rate, every = matmul_rate(machine.gpu, recipe.model.dtype), work_of_phases(recipe, found, mesh)
-    sampled = [need for name, need in every.items() if name.split("/")[0] in sampling_stages(found)]
-    return sum(need.expected_seconds(flops_rate, machine) for need in sampled or every.values())
+    sampled = [need for name, need in every.items() if f"{name.split('/')[0]}/generate" in every]
+    return sum(need.seconds(flops_rate, machine)["expected"] for need in sampled or every.values())
 
 
 def estimate_times(recipe: Recipe, found: list[Phase], mesh, machine: Machine, price: float) -> dict[str, dict]:
@@ -217,11 +210,7 @@ def estimate_times(recipe: Recipe, found: list[Phase], mesh, machine: Machine, p
     table: dict[str, dict] = {}
     for name, need in work_of_phases(recipe, found, mesh).items():
         stage, phase = name.split("/")
-        times = {
-            "floor": need.floor_seconds(flops_rate, machine),
-            "expected": need.expected_seconds(flops_rate, machine),
-        }
-        table.setdefault(stage, {"phases": {}})["phases"][phase] = times
+        table.setdefault(stage, {"phases": {}})["phases"][phase] = need.seconds(flops_rate, machine)
     for stage, entry in table.items():
         entry |= {kind: sum(each[kind] for each in entry["phases"].values()) for kind in ("floor", "expected")}
         config = getattr(recipe, stage)
@@ -241,9 +230,7 @@ def estimate_times(recipe: Recipe, found: list[Phase], mesh, machine: Machine, p
 
 def training_rows(data: DataConfig, spec: RowSpec) -> int | None:
     """Rows per epoch before any is dropped for its length; None if a source is streamed or would be downloaded."""
-    if any(source.path != BUILTIN and not Path(source.path).is_file() for source in data.sources):
-        return None
-    if any(source.stream for source in data.sources):
+    if any(each.stream or (each.path != BUILTIN and not Path(each.path).is_file()) for each in data.sources):
         return None
     sized = [each for each in zip(source_sizes(data, spec), data.sources, strict=True) if each[0]]
     return int(draws_per_epoch(*zip(*sized, strict=True), data.temperature).sum()) if sized else 0

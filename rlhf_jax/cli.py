@@ -71,15 +71,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: Run, text: str, epilog: str = "", *, config: bool = False) -> argparse.ArgumentParser:
-        form = argparse.RawDescriptionHelpFormatter
-        command = commands.add_parser(
-            name, help=text, description=text, epilog=epilog, formatter_class=form, parents=[log_options()]
-        )
+        texts = dict(help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+        command = commands.add_parser(name, **texts, parents=[log_options()])
         command.set_defaults(run=run)
         if config:
-            changes = "override a key, section.key=value"
             command.add_argument("config", metavar="CONFIG", help="a TOML file")
-            command.add_argument("overrides", metavar="key=value", nargs="*", help=changes)
+            command.add_argument("overrides", metavar="key=value", nargs="*", help="override a key, section.key=value")
         return command
 
     every = "all stages of the run in order, skipping finished stages and resuming unfinished ones"

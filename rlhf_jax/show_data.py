@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -58,9 +59,8 @@ def show_data(recipe: Recipe, examples: int, out: TextIO | None = None) -> None:
         serving = [name for name, source in zip(names, data.sources, strict=True) if provides(source, spec.kind)]
         lines += ["", _columns(f"{stage}: a row is {USES[spec.kind]}", COUNTS)]
         for held_out in (False, True):
-            named = zip(names, data.sources, strict=True)
-            here = [name for name, source in named if used_by(source, spec.kind, held_out)]
-            lines += stage_table(here, found[stage, held_out], held_out)
+            used = [used_by(source, spec.kind, held_out) for source in data.sources]
+            lines += stage_table(list(itertools.compress(names, used)), found[stage, held_out], held_out)
         rows = found[stage, False]
         if isinstance(rows, Rows):
             lines += epoch_lines(recipe, tokenizer, stage, rows, serving)
@@ -192,8 +192,7 @@ def epoch_lines(
     batches = Batches(rows, batch_size=size, seed=recipe.run.seed, buckets=getattr(config, "length_buckets", 1))
     steps = range(0, batches.steps_per_epoch, max(1, batches.steps_per_epoch // 32))
     real = np.mean([batches[step].mask.mean() for step in steps])
-    shapes = ", ".join(map(str, batches.lengths))
-    count = batches.steps_per_epoch
+    shapes, count = ", ".join(map(str, batches.lengths)), batches.steps_per_epoch
     reported = f"{count:,} step{'s' * (count != 1)} of {size} rows, padded to {shapes} tokens: {1 - real:.1%} padding"
     return [*lines, f"  an epoch: {reported}"]
 

@@ -15,7 +15,7 @@ from rlhf_jax.plan.auto import resolve_auto
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.models import log_devices
 from rlhf_jax.stages.run_folder import open_run
-from rlhf_jax.stages.table import STAGES, check_stage_name
+from rlhf_jax.stages.table import STAGES
 
 LOGGER = logging.getLogger(__name__)
 
@@ -28,8 +28,8 @@ def train(recipe: Recipe, mesh: Mesh, stages: Sequence[str] = ()) -> None:
             fit the devices, a run folder of another configuration, or an error of a stage.
     """
     run, stages = recipe.run, tuple(stages or recipe.run.stages)
-    for name in stages:
-        check_stage_name(name, run.stages)
+    if unknown := [name for name in stages if name not in run.stages]:
+        raise ValueError(f"{unknown[0]} is not a stage of this run, run.stages = {list(run.stages)}: add it there")
     # RUN/config.toml may be a CONFIG later, and must not delete that run then; settings that are "auto" stay "auto".
     merged = dump_config(dataclasses.replace(recipe, run=dataclasses.replace(run, overwrite=False)))
     waiting = [name for name in stages if run.overwrite or not run.export(name).exists()]

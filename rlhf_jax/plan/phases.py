@@ -318,11 +318,8 @@ def _learning_from(
         for name in ("actor", "critic")
         if (learner := getattr(state, name))
     }
-    score = Phase(
-        *(stage, "score", programs.score, scored, live | {"reference": device_bytes(fetched.reference)}),
-        passes=tuple(passes.values()),
-        micro=micro * config.rollouts // batch_size,
-    )
+    resident, count = live | {"reference": device_bytes(fetched.reference)}, micro * config.rollouts // batch_size
+    score = Phase(stage, "score", programs.score, scored, resident, passes=tuple(passes.values()), micro=count)
     found, experience = [score], output_shardings(programs.score, *scored)
     part = abstract_batch(_rows(experience, batch_size), layout)
     live |= {"experience": device_bytes(experience)}

@@ -89,12 +89,6 @@ def check_stages(names: Sequence[str], model: ModelConfig) -> None:
                 )
 
 
-def check_stage_name(name: str, names: Sequence[str]) -> None:
-    """Raise ValueError for a stage that is not one of `run.stages`."""
-    if name not in names:
-        raise ValueError(f"{name} is not a stage of this run, run.stages = {list(names)}: add it there")
-
-
 def exporters(kind: ModelKind, names: Iterable[str]) -> list[str]:
     """The names of those of these stages that export a model of this kind, in order."""
     return [name for name in names if STAGES[name].exports == kind]

@@ -102,10 +102,8 @@ def parse_machine(text: str) -> Machine:
     match = re.fullmatch(r"(?:([1-9]\d*)x)?(?:([1-9]\d*)x)?([A-Za-z].*)", text.strip())
     gpu = GPUS.get(match[3]) if match else None
     if gpu is None:
-        raise ValueError(
-            f'"{text}" names no GPUs: write for example 8xA100-80GB, or 8x8xA100-80GB for eight such nodes; known '
-            f"GPUs are {', '.join(GPUS)}"
-        )
+        fix = "write for example 8xA100-80GB, or 8x8xA100-80GB for eight such nodes"
+        raise ValueError(f'"{text}" names no GPUs: {fix}; known GPUs are {", ".join(GPUS)}')
     counts = [int(count) for count in match.groups()[:2] if count]
     return Machine(gpu, counts[0] if len(counts) == 2 else 1, counts[-1] if counts else 1)
 

@@ -131,10 +131,8 @@ def mesh_sizes(config: MeshConfig, count: int) -> dict[str, int]:
         asked = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
         nearest = f"one of {nearest_sizes(fixed, _divisors(count))}"
         fix = nearest if free else f"{count}, or set one of them to -1 to take what is left"
-        raise ValueError(
-            f"mesh {asked} does not cover {count} device(s): the sizes that are not -1 multiply to {fixed}; "
-            f"make them multiply to {fix}"
-        )
+        reason = f"does not cover {count} device(s): the sizes that are not -1 multiply to {fixed}"
+        raise ValueError(f"mesh {asked} {reason}; make them multiply to {fix}")
     for axis in free:
         sizes[axis] = count // fixed
     return sizes
@@ -201,12 +199,9 @@ def check_model_divides(sizes: dict[str, int], mesh: Mesh) -> None:
     tensor = mesh.shape["tensor"]
     wrong = {name: size for name, size in sizes.items() if size % tensor}
     if wrong:
-        common = math.gcd(*sizes.values())
         reported = ", ".join(f"{size} {name}" for name, size in wrong.items())
-        raise ValueError(
-            f"mesh.tensor={tensor} does not divide {reported} of this model; "
-            f"sizes that divide: {nearest_sizes(tensor, _divisors(common))}"
-        )
+        near = nearest_sizes(tensor, _divisors(math.gcd(*sizes.values())))
+        raise ValueError(f"mesh.tensor={tensor} does not divide {reported} of this model; sizes that divide: {near}")
 
 
 def _divisors(n: int) -> list[int]:

@@ -31,10 +31,9 @@ def total_steps(steps: int, epochs: int, steps_per_epoch: int) -> int:
 def check_row_lengths(stage: str, rows: Rows, max_positions: int) -> None:
     """Raise ValueError for a row that is longer than the model's positions."""
     if rows.longest > max_positions:
-        raise ValueError(
-            f"{stage}: the longest row has {rows.longest} tokens, and the model has {max_positions} positions: "
-            f"set data.max_length to at most {max_positions}"
-        )
+        fix = f"set data.max_length to at most {max_positions}"
+        longest = f"the longest row has {rows.longest} tokens, and the model has {max_positions} positions"
+        raise ValueError(f"{stage}: {longest}: {fix}")
 
 
 def rows_per_source(batches: Batches, step: int) -> dict[str, int]:
@@ -53,9 +52,7 @@ def held_out_batches(rows: Rows | None, batch_size: int, limit: int, layout: Lay
     shards = layout.shards("batch")
     size = min(batch_size, len(rows) // shards * shards)
     if size == 0:
-        raise ValueError(
-            f"{len(rows)} held-out rows are fewer than the {shards} devices they are measured on: raise data.held_out "
-            "or give the source an eval_path with more rows"
-        )
+        fix = "raise data.held_out or give the source an eval_path with more rows"
+        raise ValueError(f"{len(rows)} held-out rows are fewer than the {shards} devices they are measured on: {fix}")
     batches = Batches(rows, batch_size=size, seed=0)
     return [batches[step] for step in range(min(limit, batches.steps_per_epoch))]

@@ -65,10 +65,8 @@ def train_loop(
             jax.tree.map(lambda x: x.delete(), state)
             state, meta = checkpoints.restore(start, abstract)
             if meta["data"] != rows.fingerprint:
-                raise ValueError(
-                    f"{stage}: the training data is no longer what the first {start} steps saw: restore it, choose "
-                    f"another run.dir, or delete {context.folder} to restart the stage"
-                )
+                fix = f"restore it, choose another run.dir, or delete {context.folder} to restart the stage"
+                raise ValueError(f"{stage}: the training data is no longer what the first {start} steps saw: {fix}")
         with Metrics(Path(run.dir), stage, total_steps=total_steps, start_step=start) as metrics:
             if start:
                 LOGGER.info(f"{stage}: resumed at step {start} of {total_steps}")

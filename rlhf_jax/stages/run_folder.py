@@ -60,10 +60,8 @@ def open_run(run: RunConfig, merged: str) -> None:
         begun = [name for name in names if (folder / name).exists()]
         changed = differences(_result_settings(old, begun), _result_settings(new, begun))
         if changed and begun and not run.overwrite:
-            raise ValueError(
-                f"{folder} holds a run of another configuration ({'; '.join(changed)}): choose another run.dir, or set "
-                "run.overwrite=true to delete that run and start over"
-            )
+            fix = "choose another run.dir, or set run.overwrite=true to delete that run and start over"
+            raise ValueError(f"{folder} holds a run of another configuration ({'; '.join(changed)}): {fix}")
         if changed:
             for name in (*names, "base", "tensorboard"):
                 if (folder / name).exists():  # a failure to delete is an error: a stage would resume from the rest
@@ -86,10 +84,8 @@ def check_same_data(run: RunConfig, merged: str) -> None:
     if path.exists():
         before, now = ({"data": _data(tomllib.loads(text))} for text in (path.read_text(), merged))
         if changed := differences(before, now):
-            raise ValueError(
-                f"{run.dir} was trained on other data ({'; '.join(changed)}), so it may have trained on held-out rows: "
-                f"evaluate it with its own configuration, {path}"
-            )
+            other = f"other data ({'; '.join(changed)}), so it may have trained on held-out rows"
+            raise ValueError(f"{run.dir} was trained on {other}: evaluate it with its own configuration, {path}")
 
 
 def _stages(tables: Mapping[str, Any]) -> list[str]:

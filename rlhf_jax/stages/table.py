@@ -83,10 +83,8 @@ def check_stages(names: Sequence[str], model: ModelConfig) -> None:
         for kind in STAGES[name].needs(model):
             if kind not in start:
                 makers = " or ".join(stage.name for stage in STAGES.values() if stage.exports == kind)
-                raise ValueError(
-                    f"run.stages = {list(names)}: {name} starts from a {kind}, which no stage before it leaves: "
-                    f"put {makers} before {name}"
-                )
+                reason = f"{name} starts from a {kind}, which no stage before it leaves"
+                raise ValueError(f"run.stages = {list(names)}: {reason}: put {makers} before {name}")
 
 
 def exporters(kind: ModelKind, names: Iterable[str]) -> list[str]:

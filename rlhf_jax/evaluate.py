@@ -65,8 +65,7 @@ def evaluate(run: RunConfig, mesh: Mesh, data: DataConfig, config: EvaluateConfi
     policies, scorers = (exporters(kind, run.stages) for kind in ("policy", "scorer"))
     if not policies or not scorers:
         raise ValueError(f"run.stages = {list(run.stages)}: evaluate needs stages that export a policy and a scorer")
-    missing = [stage for stage in (*policies, scorers[-1]) if not run.export(stage).exists()]
-    if missing:
+    if missing := [stage for stage in (*policies, scorers[-1]) if not run.export(stage).exists()]:
         raise ValueError(f"{run.dir}: {', '.join(missing)} not finished (no export folder): run `rlhf-jax train` first")
     log_devices(mesh, model)
     scorer = reward_from_pretrained(run.export(scorers[-1]), mesh=mesh, dtype=dtype)
@@ -121,8 +120,8 @@ def held_out_prompts(scorer: Pretrained, stage: str, data: DataConfig, limit: in
     """
     tokenizer, spec = prepare_tokenizer(scorer.tokenizer, data.template), RowSpec("prompt", stage)
     # Some examples are dropped, and preference data repeat prompts: enough are read that `limit` remain.
-    examples = list(itertools.islice(read_examples(data, spec, held_out=True), EXAMPLES_READ_PER_PROMPT * limit))
-    if not examples:
+    read = itertools.islice(read_examples(data, spec, held_out=True), EXAMPLES_READ_PER_PROMPT * limit)
+    if not (examples := list(read)):
         raise ValueError("there are no held-out prompts: train with data.held_out or an eval_path")
     rows = rows_from_examples(examples, data, tokenizer, spec)
     (part,) = rows.parts

@@ -51,12 +51,16 @@ def export_run(run: str, destination: str, *, stage: str = "", adapter: bool = F
         adapter: write the LoRA adapter alone, for PEFT, instead of the whole model.
         dtype: dtype of the whole model; None: that of the run's export.
     Raises:
-        ValueError: no run, a stage that is not finished, no adapter, a destination that exists and is not empty.
+        ValueError: no run, a run without a policy and no `stage`, a stage that is not finished,
+            no adapter, a destination that exists and is not empty.
     """
     if not (Path(run) / "config.toml").exists():
         raise ValueError(f"{run} is no run folder (it has no config.toml): give the run.dir of a training")
     stages = tomllib.loads((Path(run) / "config.toml").read_text()).get("run", {}).get("stages", RunConfig.stages)
-    stage, folders = stage or exporters("policy", stages)[-1], export_folders()
+    folders, policies = export_folders(), exporters("policy", stages)
+    if not (stage or policies):
+        raise ValueError(f"{run}: none of its stages ({', '.join(stages)}) exports a policy: choose one with --stage")
+    stage = stage or policies[-1]
     folder = Path(run) / folders[stage]
     if not folder.exists():
         done = ", ".join(name for name, place in folders.items() if (Path(run) / place).exists()) or "none"

@@ -197,8 +197,7 @@ def check_model_divides(sizes: dict[str, int], mesh: Mesh) -> None:
     `sizes`: for example {"key-value heads": 8, "MLP width": 11008}.
     """
     tensor = mesh.shape["tensor"]
-    wrong = {name: size for name, size in sizes.items() if size % tensor}
-    if wrong:
+    if wrong := {name: size for name, size in sizes.items() if size % tensor}:
         reported = ", ".join(f"{size} {name}" for name, size in wrong.items())
         near = nearest_sizes(tensor, _divisors(math.gcd(*sizes.values())))
         raise ValueError(f"mesh.tensor={tensor} does not divide {reported} of this model; sizes that divide: {near}")

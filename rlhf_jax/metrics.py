@@ -59,8 +59,7 @@ class Metrics:
         self._file.write(json.dumps({"step": step, "stage": self.stage, **record}, allow_nan=False) + "\n")
         self._file.flush()
         _scalars(self._board, self.stage, step, numbers)
-        wrong = [f"'{name}' is {value}" for name, value in numbers.items() if not math.isfinite(value)]
-        if wrong:
+        if wrong := [f"'{name}' is {value}" for name, value in numbers.items() if not math.isfinite(value)]:
             raise FloatingPointError(f"{self.stage} step {step}: {', '.join(wrong)}; lower the learning rate")
 
     def advance(self, step: int, headline: Mapping[str, Any] | None = None) -> None:

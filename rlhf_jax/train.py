@@ -39,11 +39,11 @@ def train(recipe: Recipe, mesh: Mesh, stages: Sequence[str] = ()) -> None:
         LOGGER.info(f"auto: {text}")
     if limit is not None:
         check_fits(recipe, mesh, limit, waiting)
-    open_run(run, merged)
-    # Settings that would stop a later stage are rejected before the earlier stages run.
+    # Settings that would stop a later stage are rejected before the earlier stages run, or an old run is deleted.
     for name in stages:
         with prefix_errors(name):
             getattr(recipe, name).check(name, recipe.layout(mesh))
+    open_run(run, merged)
     log_devices(mesh, recipe.model)
     for name in stages:
         if run.export(name).exists():

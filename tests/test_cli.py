@@ -348,6 +348,14 @@ def test_overwrite_deletes_the_old_run_and_starts_over(recipe, finished_folder, 
         assert "sft: finished already" in capsys.readouterr().err
 
 
+def test_overwrite_deletes_nothing_if_the_new_sizes_are_rejected(error_line, finished_folder, tmp_path):
+    folder = Path(shutil.copytree(finished_folder, tmp_path / "old"))
+    before = tree(folder)
+    options = (f"run.dir={folder}", "run.overwrite=true", "sft.batch_size=8", "sft.micro_batch_size=3")
+    assert error_line(*options).startswith("sft.micro_batch_size=3 does not divide batch_size=8; these do: ")
+    assert tree(folder) == before
+
+
 def test_a_rejected_configuration_can_be_fixed_in_the_same_run_folder(error_line, recipe, tmp_path):
     error_line("sft.batch_size=4096")
     assert (tmp_path / "run/config.toml").exists()

@@ -158,6 +158,10 @@ def test_missing_parts_of_a_run_are_reported_in_one_line(run, tmp_path, capsys):
     out = str(tmp_path / "out")
     assert main(["export", str(tmp_path / "base"), out]) == 2
     assert "is no run folder (it has no config.toml)" in one_line_error(capsys)
+    (tmp_path / "no_policy").mkdir()
+    (tmp_path / "no_policy" / "config.toml").write_text('[run]\nstages = ["reward"]\n')
+    assert main(["export", str(tmp_path / "no_policy"), str(tmp_path / "out")]) == 2
+    assert "none of its stages (reward) exports a policy: choose one with --stage" in one_line_error(capsys)
     assert main(["export", str(run), out]) == 2
     assert one_line_error(capsys).endswith("does not exist); finished: sft, reward")
     whole = ModelConfig()

@@ -6,7 +6,7 @@ is split over the mesh by its width, as a dense MLP is, so that devices do the s
 Routing is of each token alone, and the balance loss of the counts of all real tokens of a batch: neither looks at where
 a document begins, so rows that hold several give what they give apart.
 
-N tokens, D hidden, X experts, C experts a token, F width of one.
+N tokens, D hidden, X experts, C experts per token, F width of one.
 """
 
 from __future__ import annotations

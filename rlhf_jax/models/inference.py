@@ -92,10 +92,10 @@ def inference_weights(
     """Training parameters, sharded by `home` -> generation weights in `dtype`, by `layout` (the GENERATE table).
 
     Adapters are merged. Every parameter is cast, then gathered over fsdp, then cut into layers: in one jit, one
-    all-gather a weight. Norms keep their dtype, as training applies them in float32 too.
+    all-gather per weight. Norms keep their dtype, as training applies them in float32 too.
 
-    What is `shared_paths` is left to `shared_inference_weights`; adapters then are not merged, but weights of their
-    own.
+    The parameters of `shared_paths` are left to `shared_inference_weights`; adapters are then not merged, but separate
+    weights.
     """
     kept = shared_paths(params)
     gathered, at_home = {}, Layout(layout.mesh, home)
@@ -145,7 +145,7 @@ def inference_weights(
 
 
 def _name(path: str) -> str:
-    """What follows the layer in a weight's name: layers/attention/q/kernel -> q/kernel."""
+    """The part of a weight's name after the layer: layers/attention/q/kernel -> q/kernel."""
     return path.removeprefix("layers/").removeprefix("attention/").removeprefix("mlp/")
 
 

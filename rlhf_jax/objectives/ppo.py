@@ -105,7 +105,7 @@ def _value_terms(values, old_values, returns, mask, clip: float) -> tuple[jax.Ar
 
 
 def approximate_kl(logprobs: jax.Array, old_logprobs: jax.Array, mask: jax.Array) -> jax.Array:
-    """KL(old || new) a token, estimated on tokens sampled from old: mean_t (w_t - 1) - log w_t; a float32 scalar.
+    """KL(old || new) per token, estimated on tokens sampled from old: mean_t (w_t - 1) - log w_t; a float32 scalar.
 
     w_t = pi_t / pi_old_t. Unbiased, and never negative.
     Source: k3 of Schulman 2020, "Approximating KL Divergence".

@@ -60,8 +60,8 @@ class ModelConfig:
     lora: LoraConfig = LoraConfig()  # adapters of the actor
     reward_lora: LoraConfig = LoraConfig()  # adapters of the reward model, and of the critic that starts from it
     dtype: Dtype = "bfloat16"  # dtype of activations, matrix products, generation weights and cache
-    # Of weights that do not train; those that do are float32. "int8", "nf4": kernels under LoRA in 8.25 or 4.13 bits a
-    # weight, all else that does not train bfloat16.
+    # dtype of weights that do not train; those that train are float32. "int8", "nf4": kernels under LoRA in 8.25 or
+    # 4.13 bits per weight, and the other weights that do not train in bfloat16.
     frozen_dtype: FrozenDtype = "float32"
     export_dtype: Dtype = "float32"  # dtype of the exported folders
     # What the backward pass recomputes. "layers": all but each layer's input, least memory and a third more work;

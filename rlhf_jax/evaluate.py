@@ -102,7 +102,7 @@ def reward_accuracy(
     scorer: Pretrained, stage: str, data: DataConfig, config: EvaluateConfig, attention: Choice
 ) -> float:
     """Share of held-out pairs whose chosen answer scores higher; `stage` is the stage that trained the scorer."""
-    tokenizer = prepare_tokenizer(scorer.tokenizer, data.template)
+    tokenizer = prepare_tokenizer(scorer.tokenizer, data.template, data.system)
     rows = select_rows(data, tokenizer, RowSpec("pair", stage), held_out=True)
     count = min(config.pairs, len(rows))
     pairs = Batches(rows, batch_size=count, seed=0, shuffle=False)[0]
@@ -118,7 +118,7 @@ def held_out_prompts(scorer: Pretrained, stage: str, data: DataConfig, limit: in
     Raises:
         ValueError: there are none.
     """
-    tokenizer, spec = prepare_tokenizer(scorer.tokenizer, data.template), RowSpec("prompt", stage)
+    tokenizer, spec = prepare_tokenizer(scorer.tokenizer, data.template, data.system), RowSpec("prompt", stage)
     # Some examples are dropped, and preference data repeat prompts: enough are read that `limit` remain.
     read = itertools.islice(read_examples(data, spec, held_out=True), EXAMPLES_READ_PER_PROMPT * limit)
     if not (examples := list(read)):

@@ -88,7 +88,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
             f"{place}: its tokenizer is neither in a local folder nor available from the Hugging Face hub ({reason}); "
             "set model.actor to the folder of a model"
         ) from error
-    return prepare_tokenizer(tokenizer, recipe.data.template)
+    return prepare_tokenizer(tokenizer, recipe.data.template, recipe.data.system)
 
 
 def _load_rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase, spec: RowSpec, held_out: bool) -> Rows | NoRows:

@@ -215,6 +215,37 @@ def test_an_answer_that_merges_with_the_token_before_it_is_rejected_at_any_turn(
     assert all("encodes a prompt differently" in str(each) for each in encode_dialogues(tokenizer, dialogues))
 
 
+def test_a_system_text_is_folded_into_the_first_question_where_the_template_takes_none():
+    gemma, turns = STYLES["gemma"], (("system", "Be brief. <bos>"), *QUESTION, ("assistant", "7."), *QUESTION)
+    tokenizer = prepare_tokenizer(gpt2_like(chat_template=gemma.template))
+    with pytest.raises(ValueError, match='System role not supported.*data.system = "fold" puts a system text'):
+        encode_prompt(tokenizer, turns)
+    folded = prepare_tokenizer(tokenizer, system="fold")
+    joined = (("user", "Be brief. <bos>\n\nWhat is 3 + 4?"), *turns[2:])
+    assert encode_prompt(folded, turns) == encode_prompt(folded, joined)
+    assert folded.decode(encode_prompt(folded, turns)).startswith("<s><start_of_turn>user\nBe brief. <bos>\n\nWhat")
+    asked = folded.apply_chat_template(messages_of(turns), add_generation_prompt=True, return_dict=False)
+    assert encode_prompt(folded, turns) == asked
+    assert prepare_tokenizer(folded, system="fold").chat_template.count("messages[2:]") == 1  # as of an export
+
+
+def test_a_template_with_generation_tags_says_what_is_learned():
+    tokenizer = prepare_tokenizer(gpt2_like(), STYLES["tagged"].template)
+    turns = (("user", "Hi."), ("assistant", " Hello!\n"), ("user", "3 + 4?"), ("assistant", "7."))
+    (encoded,) = encode_dialogues(tokenizer, [turns], all_turns=True)
+    found = tokenizer.apply_chat_template(messages_of(turns), return_assistant_tokens_mask=True)
+    mask = np.zeros(len(found["input_ids"]), int)
+    for first, stop in encoded.spans:
+        mask[first:stop] = 1
+    assert mask.tolist() == found["assistant_masks"]
+    # Where the tag leaves out the end of the turn, it is learned nevertheless: an answer must end.
+    without = STYLES["tagged"].template.replace(
+        "m.content + '<|im_end|>' }}{%- endgeneration %}", "m.content }}{%- endgeneration %}{{- '<|im_end|>' }}"
+    )
+    (same,) = encode_dialogues(prepare_tokenizer(tokenizer, without), [turns], all_turns=True)
+    assert np.array_equal(same.spans, encoded.spans)
+
+
 # Users write a Q in every text and assistants an A, so that a span that has more than an answer shows.
 SPELLED = ("</s>", "<s>", "<think>", "</think>", "<tool_call>", "<|im_end|>", "[/INST]", "<|end|>", "<|user|>")
 PIECES = st.lists(st.sampled_from(["    ", "\n", "\n\n", " ", "7.", "def f(x):\n    return x", "é", "Hi"]), max_size=4)

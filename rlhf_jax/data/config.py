@@ -95,6 +95,8 @@ class DataConfig:
     # its end; "left": the prompt loses its beginning; "drop": the row is dropped.
     long_rows: Literal["right", "left", "drop"] = "right"
     template: str = ""  # Jinja text, or the path of a file of it; "": the tokenizer's own, or "Human:/Assistant:"
+    # A system text: as the template writes it, which some refuse to do, or with "fold" in front of the first question.
+    system: Literal["template", "fold"] = "template"
     temperature: float = 1.0  # above 1, small sources are drawn from more often than in proportion to their rows
     max_bad_rows: int = 0  # number of malformed rows of a source that are skipped and reported; one more stops the run
     cache_dir: str = ""  # folder of the tokenized rows; "": the user's cache folder

@@ -174,7 +174,7 @@ def spelled_ranges(
             return {mark(k, substitute): v if k == "role" else mark(v, substitute) for k, v in items}
         return [mark(each, substitute) for each in value] if isinstance(value, list | tuple) else value
 
-    def selected(i: int) -> bool:
+    def is_marked(i: int) -> bool:
         return chat.messages[i]["role"] != "assistant" if message is None else i == message
 
     def both(match: re.Match[str]) -> str:
@@ -184,7 +184,7 @@ def spelled_ranges(
         return match[0] + after if not match.string[: match.start()].strip() else before + match[0]
 
     for substitute in (both, inner):
-        messages = [mark(each, substitute) if selected(i) else each for i, each in enumerate(chat.messages)]
+        messages = [mark(each, substitute) if is_marked(i) else each for i, each in enumerate(chat.messages)]
         tools = tuple(mark(chat.tools, substitute)) if message is None else chat.tools
         (marked,) = render(tokenizer, [Chat(messages, tools)], opened=opened)
         if isinstance(marked, ValueError) or marked.replace(before, "").replace(after, "") != text:

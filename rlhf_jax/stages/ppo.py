@@ -196,7 +196,7 @@ def run_ppo(context: StageContext, config: PPOConfig) -> None:
     name, run, layout, model = context.name, context.run, context.layout, context.model
     actor = load_model(context.start["policy"], model, layout, one_copy=model.one_copy)
     critic = load_model(context.start["scorer"], model, layout, scalar_head=True)
-    tokenizer = prepare_tokenizer(actor.tokenizer, context.data.template)
+    tokenizer = prepare_tokenizer(actor.tokenizer, context.data.template, context.data.system)
     if tokenizer.get_vocab() != critic.tokenizer.get_vocab():
         raise ValueError("actor and reward model have different vocabularies: PPO scores the actor's own tokens")
     rows = select_rows(context.data, tokenizer, context.rows, held_out=False)

@@ -84,7 +84,7 @@ def run_supervised_stage(
     """Train the model in the folder (or with the hub id) `start`; writes RUN/NAME/export."""
     name, run, layout, model = context.name, context.run, context.layout, context.model
     pretrained = load_model(start, model, layout, scalar_head=scalar_head, seed=run.seed)
-    tokenizer = prepare_tokenizer(pretrained.tokenizer, context.data.template)
+    tokenizer = prepare_tokenizer(pretrained.tokenizer, context.data.template, context.data.system)
     num_micro = micro_batches(name, config.batch_size, config.micro_batch_size, layout)
 
     def rows_of(held_out: bool) -> Rows:

@@ -20,6 +20,7 @@ from rlhf_jax.data.chat_template import (
     prepare_tokenizer,
     stop_ids,
 )
+from rlhf_jax.data.records import Dialogue, Turn
 
 QUESTION = (("user", "What is 3 + 4?"),)
 HISTORY = (("user", "Hi."), ("assistant", "Hello!"), ("user", "What is 3 + 4?"))
@@ -244,6 +245,38 @@ def test_a_template_with_generation_tags_says_what_is_learned():
     )
     (same,) = encode_dialogues(prepare_tokenizer(tokenizer, without), [turns], all_turns=True)
     assert np.array_equal(same.spans, encoded.spans)
+
+
+CALL = {"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 3, "b": 4}}}]}
+TOOLS = ({"type": "function", "function": {"name": "add", "description": "adds </s> <|im_end|>"}},)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+@pytest.mark.parametrize(
+    "name, call",
+    [
+        ("qwen3", '<tool_call>\n{"name": "add", "arguments": {"a": 3, "b": 4}}\n</tool_call><|im_end|>'),
+        ("hermes", '<tool_call>{"name": "add", "arguments": {"a": 3, "b": 4}}</tool_call><|im_end|>'),
+        ("llama31", '<|python_tag|>{"name": "add", "arguments": {"a": 3, "b": 4}}<|eom_id|>'),
+    ],
+)
+def test_calls_of_tools_are_learned_and_their_results_are_not(name, kind, call):
+    tokenizer = prepare_tokenizer(tokenizer_of(name, kind))
+    turns = [Turn("user", "3 + 4?"), Turn("assistant", "", {"reasoning_content": "I add.", **CALL})]
+    turns += [Turn("tool", "7 </s> <|im_end|> <|eom_id|> <tool_call>"), Turn("assistant", "It is 7.")]
+    turns += [Turn("user", "Sure?"), Turn("assistant", "No.", is_learned=False)]
+    turns += [Turn("user", "Sure?"), Turn("assistant", "Yes.")]
+    messages = [{"role": t.role, "content": t.content, **t.extra} for t in turns]
+    written = tokenizer.apply_chat_template(messages, tools=list(TOOLS), tokenize=False)
+    (encoded,) = encode_dialogues(tokenizer, [Dialogue(tuple(turns), TOOLS)], all_turns=True)
+    assert written.startswith(tokenizer.decode(encoded.tokens))
+    said, end = [tokenizer.decode(encoded.tokens[a:b]) for a, b in encoded.spans], STYLES[name].ends[-1]
+    thought = "<think>\nI add.\n</think>\n\n" if name == "qwen3" else ""  # which it leaves out before a later question
+    assert said[:2] == [call, f"It is 7.{end}"] and said[2].endswith(f"Yes.{end}") and len(said) == 3
+    (first,) = encode_dialogues(tokenizer, [Dialogue(tuple(turns[:2]), TOOLS)])
+    assert tokenizer.decode(first.tokens[slice(*first.spans[-1])]) == thought + call
+    eos, forged = tokenizer.convert_tokens_to_ids("</s>"), written.count("</s>")
+    assert forged >= 1 and eos not in encoded.tokens[: encoded.spans[-1, 0]]
 
 
 # Users write a Q in every text and assistants an A, so that a span that has more than an answer shows.

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import os
 import re
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data.rendering import (
     Chat,
+    Failure,
     Range,
     find_controls,
+    per_template,
     render,
     render_generation,
     spelled_ranges,
@@ -29,8 +30,6 @@ from rlhf_jax.data.rendering import (
 )
 
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")  # a single byte, in vocabularies that fall back to bytes
-_byte_counts: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, np.ndarray] = weakref.WeakKeyDictionary()
-_shapes: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, Shape]] = weakref.WeakKeyDictionary()
 
 
 class Shape(NamedTuple):
@@ -44,15 +43,9 @@ class Shape(NamedTuple):
     next_control: str = ""  # the first control token after an earlier answer; "" if none
 
 
+@per_template
 def find_shape(tokenizer: PreTrainedTokenizerBase) -> Shape:
     """The shape of the tokenizer's chat template; `Shape()` if it rejects the small dialogue."""
-    found = _shapes.get(tokenizer)
-    if found is None or found[0] is not tokenizer.chat_template:
-        found = _shapes[tokenizer] = tokenizer.chat_template, _probe(tokenizer)
-    return found[1]
-
-
-def _probe(tokenizer: PreTrainedTokenizerBase) -> Shape:
     said = ["xqza", "xqzb", "xqzc", "xqzd"]
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
     (whole,) = render(tokenizer, [Chat(messages)], opened=False)
@@ -89,13 +82,11 @@ def answer_ranges(
 
     Args:
         answers: indices of the messages to find.
-        prompts: for each of them the rendered chat up to it, with the opening.
+        prompts: for each of them the rendered chat up to it, with the opening; a Failure if the template rejects that.
 
-    ValueError if one cannot be found, or if a prompt is one.
+    ValueError if one cannot be found.
     """
     shape, found = find_shape(tokenizer), []
-    if failure := next((each for each in prompts if isinstance(each, ValueError)), None):
-        raise failure
     for k, prompt in zip(answers, prompts, strict=True):
         begin = _find_begin(tokenizer, chat, text, k, prompt, shape, found[-1].end if found else 0)
         if k == len(chat.messages) - 1:
@@ -103,7 +94,7 @@ def answer_ranges(
         else:
             end = _earlier_end(tokenizer, chat, text, k, begin, shape)
         if found and begin < found[-1].end:
-            raise _unlike(prompt, text)
+            raise _unlike(str(prompt), text)
         found.append(Range(begin, end))
     return found
 
@@ -129,13 +120,16 @@ def tagged_ranges(
 
 
 def _find_begin(
-    tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str, k: int, prompt: str, shape: Shape, lowest: int
+    tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str, k: int, prompt: str | Failure, shape: Shape, lowest: int
 ) -> int:
-    if text.startswith(prompt):
-        return len(prompt)
-    history, given = prompt.removesuffix(shape.opening), min(shape.given, key=len)
-    if given.strip() and text.startswith(history + given):
-        return common_length(prompt, text, find_controls(tokenizer).pattern)
+    given = min(shape.given, key=len)
+    if isinstance(prompt, str):
+        if text.startswith(prompt):
+            return len(prompt)
+        if given.strip() and text.startswith(prompt.removesuffix(shape.opening) + given):
+            return common_length(prompt, text, find_controls(tokenizer).pattern)
+    elif k == len(chat.messages) - 1:
+        raise prompt
     # The template writes the history otherwise than in the prompt.
     asked = chat.messages[k - 1] if k else {}
     question = str(asked.get("content") or "").strip()
@@ -145,7 +139,7 @@ def _find_begin(
         given = shape.before + given
     at = text.find(given, place)
     if not given.strip() or at < 0:
-        raise _unlike(prompt, text)
+        raise prompt if isinstance(prompt, ValueError) else _unlike(prompt, text)
     return at + len(given)
 
 
@@ -255,19 +249,12 @@ def _count_before(ids: np.ndarray, text: str, at: int, encode: Callable[[str], n
     raise _unlike(text[:at], text)
 
 
-def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """[ids] int64, bytes of each token; a guess unless the vocabulary is byte-level or SentencePiece's.
-
-    A wrong guess does no harm: `token_ends` checks that the bytes of a text's tokens add up to those of the text.
-    """
-    if tokenizer not in _byte_counts:
-        _byte_counts[tokenizer] = _count_bytes(tokenizer)
-    return _byte_counts[tokenizer]
-
-
 def token_ends(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, text: str) -> np.ndarray | None:
-    """[T] int64, bytes of `text` up to the end of each token; None if the tokens do not spell the text byte by byte."""
-    ends = np.cumsum(token_bytes(tokenizer)[ids])
+    """[T] int64, bytes of `text` up to the end of each token; None if the tokens do not spell the text byte by byte.
+
+    The bytes of tokens are a guess unless the vocabulary is byte-level or SentencePiece's; the sum shows a wrong one.
+    """
+    ends = np.cumsum(_token_bytes(tokenizer)[ids])
     return ends if ends.size and ends[-1] == byte_length(text) else None
 
 
@@ -276,7 +263,9 @@ def byte_length(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def _count_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+@per_template
+def _token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """[ids] int64, bytes of each token."""
     vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
     lengths = np.zeros(max(vocabulary.values()) + 1, np.int64)
     is_byte_level = type(tokenizer.backend_tokenizer.decoder).__name__ == "ByteLevel"

@@ -64,7 +64,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Dialogue:
+class BuiltinDialogue:
     prompt: str
     demonstration: Answer
     chosen: Answer  # always of strictly smaller penalty than `rejected`
@@ -81,7 +81,7 @@ def make_rows(seed: int, rows: int) -> Iterator[dict[str, str]]:
         yield dict(zip(("prompt", "answer", "chosen", "rejected"), texts, strict=True))
 
 
-def make_dialogues(seed: int, rows: int) -> Iterator[Dialogue]:
+def make_dialogues(seed: int, rows: int) -> Iterator[BuiltinDialogue]:
     """The dialogues of `make_rows`, with the faults of each answer."""
     if rows < 1:
         raise ValueError(f"the built-in data needs at least one row, not {rows}")
@@ -89,7 +89,7 @@ def make_dialogues(seed: int, rows: int) -> Iterator[Dialogue]:
     for _ in range(rows):
         question = rng.choice(QUESTIONS)(rng)
         demonstration = _write(rng, question, _draw_faults(rng))
-        yield Dialogue(question.prompt, demonstration, *_pair(rng, question))
+        yield BuiltinDialogue(question.prompt, demonstration, *_pair(rng, question))
 
 
 def _pair(rng: random.Random, question: Question) -> tuple[Answer, Answer]:

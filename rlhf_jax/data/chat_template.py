@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from rlhf_jax.data.answer_spans import answer_ranges, tagged_ranges, token_spans
-from rlhf_jax.data.records import Turns
+from rlhf_jax.data.records import Dialogue, Turn, Turns
 from rlhf_jax.data.rendering import (
     FOLD_SYSTEM,
     GENERATION,
@@ -101,14 +101,15 @@ def _read_template(path: str) -> str:
         ) from error
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, dialogue: Turns | Dialogue) -> list[int]:
     """Ids of one prompt, up to where the answer begins. ValueError if the tokenizer's template rejects it."""
-    return _single(encode_prompts(tokenizer, [turns])).tolist()
+    return _single(encode_prompts(tokenizer, [dialogue])).tolist()
 
 
-def encode_response(tokenizer: PreTrainedTokenizerBase, turns: Turns, text: str) -> list[int]:
+def encode_response(tokenizer: PreTrainedTokenizerBase, dialogue: Turns | Dialogue, text: str) -> list[int]:
     """Ids of one answer after that prompt, ending on the EOS or end-of-turn id. ValueError as `encode_dialogues`."""
-    encoded = _single(encode_dialogues(tokenizer, [(*turns, ("assistant", text))]))
+    turns, tools = _dialogue(dialogue)
+    encoded = _single(encode_dialogues(tokenizer, [Dialogue((*turns, Turn("assistant", text)), tools)]))
     return encoded.tokens[encoded.spans[-1, 0] :].tolist()
 
 
@@ -117,17 +118,19 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(sorted({tokenizer.eos_token_id, encode_response(tokenizer, (("user", "a"),), "a")[-1]}))
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, histories: Sequence[Turns]) -> list[np.ndarray | Failure]:
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, histories: Sequence[Turns | Dialogue]
+) -> list[np.ndarray | Failure]:
     """One int32 array per history: the rendered turns and the opening of the answer to come.
 
     A Failure where the tokenizer's template rejects a history (some insist that the roles alternate).
     """
-    chats = [_chat(turns) for turns in histories]
+    chats = [_chat(_dialogue(each)) for each in histories]
     return [each if isinstance(each, ValueError) else each[1] for each in _encode(tokenizer, chats, opened=True)]
 
 
 def encode_dialogues(
-    tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Turns], *, all_turns: bool = False
+    tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Turns | Dialogue], *, all_turns: bool = False
 ) -> list[Encoding | Failure]:
     """Dialogues that end on an assistant turn, with the span of that turn, or with `all_turns` of every assistant turn.
 
@@ -139,12 +142,15 @@ def encode_dialogues(
 
     A Failure where an answer cannot be found, or where the template rejects the dialogue.
     """
-    assert all(turns[-1][0] == "assistant" for turns in dialogues)
-    chats = [_chat(turns) for turns in dialogues]
+    dialogues = [_dialogue(each) for each in dialogues]
+    assert all(turns[-1].role == "assistant" for turns, _ in dialogues)
+    chats = [_chat(each) for each in dialogues]
     found: list = _encode(tokenizer, chats, opened=False)
     good = [i for i, each in enumerate(found) if not isinstance(each, ValueError)]
-    answers = {i: [k for k, message in enumerate(chats[i].messages) if message["role"] == "assistant"] for i in good}
-    answers = answers if all_turns else {i: each[-1:] for i, each in answers.items()}
+    answers = {i: [len(chats[i].messages) - 1] for i in good}
+    if all_turns:
+        turns = {i: dialogues[i].turns for i in good}
+        answers = {i: [k for k, t in enumerate(turns[i]) if t.role == "assistant" and t.is_learned] for i in good}
     openings = [(i, k) for i in good for k in answers[i]]
     parts = [Chat(chats[i].messages[:k], chats[i].tools) for i, k in openings]
     prompts: dict[int, list] = {i: [] for i in good}
@@ -153,10 +159,13 @@ def encode_dialogues(
         prompts[i].append(prompt)
 
     def encode(i: int, exact: bool) -> Encoding | Failure:
+        if not answers[i]:
+            return ValueError("no turn of the assistant is to be learned")
         try:
             ranges = tagged_ranges(tokenizer, chats[i], found[i][0], answers[i]) if is_tagged else None
             ranges = ranges or answer_ranges(tokenizer, chats[i], found[i][0], answers[i], prompts[i])
-            return _find_spans(tokenizer, found[i], ranges, exact)
+            said = dialogues[i].turns[answers[i][-1]].content
+            return _require_answer(_find_spans(tokenizer, found[i], ranges, exact), said)
         except ValueError as error:
             return error
 
@@ -164,7 +173,7 @@ def encode_dialogues(
     # Where these differ, tokens before an answer depend on it in a way that their bytes do not show.
     if any(not _equal(encoded[i], encode(i, exact=True)) for i in good[::CHATS_PER_CHECK]):
         encoded = [encode(i, exact=True) if i in prompts else found[i] for i in range(len(chats))]
-    return [_require_answer(each, turns[-1][1]) for each, turns in zip(encoded, dialogues, strict=True)]
+    return encoded
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
@@ -180,9 +189,9 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -
     return [np.array([*front, *each, *end], np.int32) for each in ids]
 
 
-def _require_answer(found: Encoding | Failure, answer: str) -> Encoding | Failure:
+def _require_answer(found: Encoding, answer: str) -> Encoding | Failure:
     """A Failure where the encoding of an answer is only its end: the model would learn to say nothing."""
-    if answer and isinstance(found, Encoding) and found.spans[-1, 1] - found.spans[-1, 0] < 2:
+    if answer and found.spans[-1, 1] - found.spans[-1, 0] < 2:
         return ValueError(
             f"the tokenizer's chat template, or the tokenizer, writes nothing of the answer {answer[:60]!r}: fix "
             "data.template, or remove the tokenizer's chat_template to use the default one"
@@ -236,8 +245,13 @@ def _find_spans(
     return Encoding(ids, np.array(spans, np.int32))
 
 
-def _chat(turns: Turns) -> Chat:
-    return Chat([{"role": role, "content": content} for role, content in turns])
+def _dialogue(dialogue: Turns | Dialogue) -> Dialogue:
+    turns, tools = dialogue if isinstance(dialogue, Dialogue) else (dialogue, ())
+    return Dialogue(tuple(Turn(*turn) for turn in turns), tools)
+
+
+def _chat(dialogue: Dialogue) -> Chat:
+    return Chat([{"role": t.role, "content": t.content, **t.extra} for t in dialogue.turns], dialogue.tools)
 
 
 def _single(found: list[np.ndarray | Encoding | Failure]) -> np.ndarray | Encoding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -9,8 +10,25 @@ RowKind = Literal["demonstration", "pair", "prompt"]
 KINDS: tuple[RowKind, ...] = get_args(RowKind)
 Learn = Literal["answer", "assistant", "everything"]
 
+
+class Turn(NamedTuple):
+    """A turn of a dialogue. (role, content) alone serves wherever turns are taken."""
+
+    role: str  # "system", "user", "assistant" or "tool"
+    content: str
+    extra: Mapping[str, Any] = {}  # other fields of a message that a chat template may read, such as tool_calls
+    is_learned: bool = True  # whether SFT may learn it; of the assistant's
+
+
 # (("user", text), ("assistant", text), ..., ("user", text)); ("system", text) may come first.
-Turns = tuple[tuple[str, str], ...]
+Turns = tuple[Turn | tuple[str, str], ...]
+
+
+class Dialogue(NamedTuple):
+    """Turns, with the tools that the chat template is to describe."""
+
+    turns: Turns
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 class BadRow(ValueError):

@@ -12,7 +12,7 @@ import json
 import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jinja2
 import numpy as np
@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+T = TypeVar("T")
 Failure = ValueError  # returned in place of a dialogue that cannot be encoded, so that the others still are
 
 FOLD_SYSTEM = (
@@ -51,25 +52,28 @@ class Controls(NamedTuple):
 
     ids: dict[str, int]
     pattern: re.Pattern[str]  # any of them
-    template: Any  # the chat template
 
 
-_controls: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, Controls] = weakref.WeakKeyDictionary()
-_aliases: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Controls, Tokenizer, np.ndarray]]
-_aliases = weakref.WeakKeyDictionary()
+def per_template(function: Callable[[PreTrainedTokenizerBase], T]) -> Callable[[PreTrainedTokenizerBase], T]:
+    """The function, computed once for a tokenizer and its chat template."""
+    found: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, T]] = weakref.WeakKeyDictionary()
+
+    def recall(tokenizer: PreTrainedTokenizerBase) -> T:
+        if tokenizer not in found or found[tokenizer][0] != tokenizer.chat_template:
+            found[tokenizer] = tokenizer.chat_template, function(tokenizer)
+        return found[tokenizer][1]
+
+    return recall
 
 
+@per_template
 def find_controls(tokenizer: PreTrainedTokenizerBase) -> Controls:
     """The control tokens, without those of whitespace alone, which templates write as ordinary text."""
-    found = _controls.get(tokenizer)
-    if found is None or found.template is not tokenizer.chat_template:
-        written = str(tokenizer.chat_template)
-        added = ((token, i) for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip())
-        ids = {token.content: i for token, i in added if token.special or token.content in written}
-        longest_first = sorted(ids, key=len, reverse=True)
-        pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        found = _controls[tokenizer] = Controls(ids, pattern, tokenizer.chat_template)
-    return found
+    written = str(tokenizer.chat_template)
+    added = ((token, i) for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip())
+    ids = {token.content: i for token, i in added if token.special or token.content in written}
+    longest_first = sorted(ids, key=len, reverse=True)
+    return Controls(ids, re.compile("|".join(map(re.escape, longest_first)) or "(?!)"))
 
 
 def render(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], *, opened: bool) -> list[str | Failure]:
@@ -223,7 +227,7 @@ def encode_around(tokenizer: PreTrainedTokenizerBase, text: str, ranges: Sequenc
     The text is encoded at once by a tokenizer whose control tokens have other names, so that pieces next to a range
     are encoded as without it. ValueError if a control token results from text nevertheless.
     """
-    controls, backend, ids_of = _alias_tokenizer(tokenizer)
+    controls, (backend, ids_of) = find_controls(tokenizer), _alias_tokenizer(tokenizer)
     if "\U000f8000" in text:
         raise ValueError("a text has the character U+F8000, which encoding uses, next to the name of a control token")
     spelled, real = set(ranges), []
@@ -242,13 +246,11 @@ def encode_around(tokenizer: PreTrainedTokenizerBase, text: str, ranges: Sequenc
     return ids.astype(np.int32)
 
 
-def _alias_tokenizer(tokenizer: PreTrainedTokenizerBase) -> tuple[Controls, Tokenizer, np.ndarray]:
-    """(control tokens, tokenizer in which each of them is called by its `ALIAS`, [its ids] the id of each)."""
-    controls, made = find_controls(tokenizer), _aliases.get(tokenizer)
-    if made is not None and made[0] is controls:
-        return made
+@per_template
+def _alias_tokenizer(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, np.ndarray]:
+    """The tokenizer with its control tokens called by their `ALIAS`, and [its ids] the id of each here."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, names = state["model"], {name: ALIAS.format(i) for name, i in controls.ids.items()}
+    model, names = state["model"], {name: ALIAS.format(i) for name, i in find_controls(tokenizer).ids.items()}
     pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model.get("merges", ()))
     merged = {"".join(pair) for pair in pairs}
     kept = {name: alias for name, alias in names.items() if name not in merged}  # in the vocabulary itself
@@ -265,5 +267,4 @@ def _alias_tokenizer(tokenizer: PreTrainedTokenizerBase) -> tuple[Controls, Toke
     for i, token in tokenizer.added_tokens_decoder.items():
         found = backend.token_to_id(names.get(token.content, token.content))
         ids_of[i if found is None else found] = i
-    _aliases[tokenizer] = controls, backend, ids_of
-    return _aliases[tokenizer]
+    return backend, ids_of

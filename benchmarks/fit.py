@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.provenance import record
 from rlhf_jax.config import load_config
-from rlhf_jax.hardware import parse_machine
+from rlhf_jax.hardware import compile_obstacle, parse_machine
 from rlhf_jax.plan import hardware_of_config, make_plan
 from rlhf_jax.recipe import Recipe
 
@@ -69,7 +69,10 @@ def planned_configs() -> list[Path]:
 
 
 def plan_of(path: Path) -> dict[str, Any]:
-    return make_plan(load_config(path, [], Recipe), hardware_of_config(path), search=False)
+    gpus = hardware_of_config(path)
+    if obstacle := compile_obstacle(parse_machine(gpus).gpu):
+        sys.exit(obstacle)
+    return make_plan(load_config(path, [], Recipe), gpus, search=False)
 
 
 def header(plan: dict[str, Any]) -> str:

@@ -22,8 +22,9 @@ PLAN_HELP = """CONFIG is the same as for `train`; of the models only config.json
   rlhf-jax plan configs/opt-1.3b-single_gpu.toml --gpus A100-80GB
   rlhf-jax plan mine.toml mesh.tensor=8 --gpus 8xA100-80GB --price-per-gpu-hour 2.5 --json
   rlhf-jax plan mine.toml --gpus 4x8xH100-80GB
-With JAX's CUDA plugin installed the programs are compiled for the GPUs named; no GPU is needed. Without it they are
-compiled for simulated CPUs, and the output says so.
+With JAX's CUDA plugin installed the programs are compiled for the GPUs named; no GPU is needed. Without it the answer
+has bounds: it fits, does not fit (by what must be resident alone), or "cannot tell without the plugin".
+Exit code: 0 fits, 1 does not fit, 2 error, 3 cannot tell.
 """
 DATA_HELP = """CONFIG is the same as for `train`. Tokens with loss are bold green, or between brackets where
 colours are not possible. Tokenized rows are cached for `train`. Examples:
@@ -39,18 +40,19 @@ LOGGER = logging.getLogger(__name__)
 ADAPTER_HELP = "a PEFT folder, whose LoRA adapter is added to the model"
 
 
-Run = Callable[[argparse.Namespace], None]
+Run = Callable[[argparse.Namespace], int | None]  # the exit code; None: 0
+PLAN_EXITS = {True: 0, False: 1, None: 3}  # it fits, it does not, and without the plugin it cannot be told
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0 on success, 2 after a one-line error that the user can fix."""
+    """Run one command. Returns 0 on success, 2 after a one-line error that the user can fix; a plan also PLAN_EXITS."""
     args = parse_args(argv)
     set_logging(args)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about missing torch, which is not needed
     set_compile_cache(os.environ)
     set_xla_threads(os.environ)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except (ValueError, FloatingPointError, OSError) as error:
         LOGGER.error(f"rlhf-jax: {' '.join(str(error).split())}")
         return 2
@@ -58,7 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "; the same command resumes from the last checkpoint" if args.run is run_train else ""
         LOGGER.warning(f"rlhf-jax: interrupted{hint}")
         return 130
-    return 0
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -225,7 +226,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     print(evaluate(recipe.run, make_mesh(recipe.mesh), recipe.data, recipe.evaluate, recipe.model), flush=True)
 
 
-def run_plan(args: argparse.Namespace) -> None:
+def run_plan(args: argparse.Namespace) -> int:
     from rlhf_jax.config import load_config
     from rlhf_jax.plan import hardware_of_config, local_gpus, make_plan
     from rlhf_jax.plan.report import format_plan
@@ -236,6 +237,7 @@ def run_plan(args: argparse.Namespace) -> None:
         raise ValueError(f"--price-per-gpu-hour {args.price_per_gpu_hour:g}: at least 0")
     plan = make_plan(recipe, args.gpus or local_gpus(hardware_of_config(args.config)), args.price_per_gpu_hour)
     print(json.dumps(plan) if args.json else format_plan(plan), flush=True)
+    return PLAN_EXITS[plan["fits"]]
 
 
 def run_data(args: argparse.Namespace) -> None:

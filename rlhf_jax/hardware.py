@@ -113,6 +113,15 @@ def cuda_plugin() -> str | None:
     return next((name for name in PLUGINS if importlib.util.find_spec(name)), None)
 
 
+def compile_obstacle(gpu: Gpu) -> str:
+    """Why nothing can be compiled for this GPU, with the fix; "" if it can."""
+    if cuda_plugin() is None:
+        return f'compiling for {gpu.name} needs JAX\'s CUDA plugin, not a GPU: pip install "rlhf_jax[cuda13]"'
+    if gpu.capability < "7.5" and cuda_plugin() == "jax_cuda13_plugin":
+        return f'CUDA 13 no longer compiles for {gpu.name}: pip install "rlhf_jax[cuda12]" instead'
+    return ""
+
+
 def compile_only_devices(text: str) -> list[Any]:
     """Compile-only JAX devices for `parse_machine(text)`: programs on a mesh of them are compiled but cannot run.
 
@@ -122,10 +131,8 @@ def compile_only_devices(text: str) -> list[Any]:
         ValueError: no such GPUs, or no CUDA plugin that supports them.
     """
     wanted = parse_machine(text)
-    if cuda_plugin() is None:
-        raise ValueError(f'compiling for {text} needs JAX\'s CUDA plugin, not a GPU: pip install "rlhf_jax[cuda13]"')
-    if wanted.gpu.capability < "7.5" and cuda_plugin() == "jax_cuda13_plugin":
-        raise ValueError(f'CUDA 13 no longer compiles for {wanted.gpu.name}: pip install "rlhf_jax[cuda12]" instead')
+    if obstacle := compile_obstacle(wanted.gpu):
+        raise ValueError(obstacle)
     # Otherwise the plugin does not load where the driver's libraries, which compiling does not need, are missing.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     from jax.experimental import topologies

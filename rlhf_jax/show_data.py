@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import TextIO
 
 import numpy as np
@@ -23,6 +23,7 @@ from rlhf_jax.data.records import RowKind, RowSpec
 from rlhf_jax.data.rows import Rows
 from rlhf_jax.data.selection import NoRows, select_rows, used_by
 from rlhf_jax.data.sources import has_eval
+from rlhf_jax.hub_access import hub_obstacle
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.from_scratch import make_tokenizer
 
@@ -80,10 +81,11 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         rows = min(specs, key=lambda spec: spec.kind != "demonstration")  # as in `make_base_model`
         return make_tokenizer(recipe.model, recipe.data, rows)
     place = base if recipe.model.actor == "new" else recipe.model.actor
+    obstacle = "" if Path(place).is_dir() else hub_obstacle()
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = ": ".join(filter(None, [obstacle, str(error).partition("\n")[0]]))
         raise ValueError(
             f"{place}: its tokenizer is neither in a local folder nor available from the Hugging Face hub ({reason}); "
             "set model.actor to the folder of a model"

@@ -148,6 +148,40 @@ def fit() -> str:
     return table_of_runs("fit", ["card", "DeepSpeed-Chat's largest", "here", *PHASES, "headroom"], row)
 
 
+def plan() -> str:
+    def row(result: dict) -> list[str]:
+        compiled = f"{result['compiled'] / 2**30:.1f}" if result["compiled"] else "not compiled anew"
+        bounds = " to ".join(f"{size / 2**30:.1f}" for size in result["bounds"])
+        took = f"{result['seconds']:.1f} ({result['cpu_seconds']:.1f} CPU)"
+        return [
+            f"`{result['config']}`",
+            result["card"],
+            f"{result['usable'] / 2**30:.1f}",
+            compiled,
+            bounds,
+            result["verdict"],
+            took,
+        ]
+
+    results = [run["result"] for run in runs_of("plan")]
+    shares = [[each[key] for each in results if each[key] is not None] for key in ("least_share", "largest_share")]
+    least, largest = min(shares[0]), max(shares[1])
+    text = (
+        f"{sum(each['programs'] for each in results)} compiled programs had {percent(least, 0)} to {percent(largest, 0)} "
+        "of the estimated temporaries, 64 MiB apart; the upper bound adds 25% to the estimate."
+    )
+    head = [
+        "configuration",
+        "card",
+        "usable",
+        "compiled peak",
+        "bounds of the peak",
+        "verdict without the plugin",
+        "seconds",
+    ]
+    return f"{textwrap.fill(text, 116)}\n\n{table_of_runs('plan', head, row)}"
+
+
 def import_export() -> str:
     def megabytes(key: str) -> Callable[[dict], str]:
         return lambda result: f"{result[key] / 1e6:,.0f}"
@@ -406,7 +440,19 @@ def toml_value(value: Any) -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     block.__name__: block
     for block in (
-        *(demo, demo_seeds, fit, import_export, data, quantised, quantised_errors, slot_refill, packing, real_data),
+        *(
+            demo,
+            demo_seeds,
+            fit,
+            plan,
+            import_export,
+            data,
+            quantised,
+            quantised_errors,
+            slot_refill,
+            packing,
+            real_data,
+        ),
         *(history, families, floors, modules, configuration),
     )
 }

@@ -12,7 +12,7 @@ from rlhf_jax.hardware import GPUS, parse_machine
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.plan import USABLE_SHARE, abstract, hardware_of_config, lower_bound_bytes, make_plan
 from rlhf_jax.plan.abstract import abstract_mesh
-from rlhf_jax.plan.auto import choose_by_arithmetic
+from rlhf_jax.plan.auto import choose_switches
 from rlhf_jax.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +78,7 @@ def test_a_configuration_divides_among_its_devices_at_four_sequences_each_and_ho
     assert recipe.data.max_prompt_length == 256 and recipe.ppo.sample.max_new_tokens == 256
     usable = int(USABLE_SHARE * where.gpu.memory)
     needed, phase = lower_bound_bytes(
-        choose_by_arithmetic(recipe, mesh, where, recipe.run.stages, usable)[0], mesh, recipe.run.stages
+        choose_switches(recipe, mesh, where, recipe.run.stages, usable)[0], mesh, recipe.run.stages
     )
     assert needed < usable, phase
 

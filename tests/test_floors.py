@@ -9,7 +9,7 @@ from rlhf_jax.stages.table import STAGES
 
 PACKAGE = Path(__file__).parents[1] / "rlhf_jax"
 FLOORS = [
-    ["config", "trees"],
+    ["config", "trees", "hub_access"],
     ["mesh", "hardware", "collectives", "metrics", "objectives", "sampling"],
     ["models", "data", "optim"],
     ["train_step", "decode", "checkpoint"],

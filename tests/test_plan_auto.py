@@ -16,10 +16,9 @@ from rlhf_jax.plan.auto import (
     SWITCHES,
     auto_switches,
     candidates,
-    choose_by_arithmetic,
     choose_switches,
-    estimate_bytes,
     get_value,
+    largest_bounds,
     resolve_auto,
     with_values,
 )
@@ -46,13 +45,13 @@ def test_settings_other_than_auto_are_kept(tmp_path):
     recipe = recipe_of(tmp_path)
     assert resolve_auto(recipe, tiny.mesh_of("one"), 10**9, ("ppo",)) == (recipe, [])
     mixed = with_auto(recipe, "model.remat")
-    chosen, reported = choose_by_arithmetic(mixed, abstract_mesh(mixed.mesh, 1), A100, ("ppo",), 10**12)
+    chosen, reported = choose_switches(mixed, abstract_mesh(mixed.mesh, 1), A100, ("ppo",), 10**12)
     assert chosen == with_values(recipe, {"model.remat": "none"}) and len(reported) == 1
 
 
 def test_with_enough_memory_nothing_is_recomputed_offloaded_or_sharded_more_than_necessary(tmp_path):
     recipe = with_auto(recipe_of(tmp_path, "lora-float32"))
-    chosen, reported = choose_by_arithmetic(recipe, abstract_mesh(recipe.mesh, 1), A100, ("ppo",), 10**12)
+    chosen, reported = choose_switches(recipe, abstract_mesh(recipe.mesh, 1), A100, ("ppo",), 10**12)
     plain = {"model.remat": "none", "mesh.zero": 3} | dict.fromkeys(list(SWITCHES)[3:], False)
     assert {key: get_value(chosen, key) for key in plain} == plain
     by_name = dict(text.split(" = ", 1) for text in reported)
@@ -94,13 +93,13 @@ def test_combinations_are_ordered_by_the_expected_seconds_of_an_iteration(tmp_pa
 def test_a_combination_whose_arrays_alone_do_not_fit_is_never_compiled(tmp_path):
     recipe = with_auto(recipe_of(tmp_path), "model.remat")
     mesh = abstract_mesh(recipe.mesh, 1)
-    usable = estimate_bytes(with_values(recipe, FALLBACKS), mesh, ("ppo",), trust=0.0) - 1
+    usable = largest_bounds(with_values(recipe, FALLBACKS), mesh, ("ppo",)).least - 1
 
     def fail(candidate):
         raise AssertionError("compiled for nothing")
 
     chosen, reported = choose_switches(recipe, mesh, A100, ("ppo",), usable, fail)
-    assert auto_switches(chosen) == [] and "nothing fits" in reported[0]
+    assert auto_switches(chosen) == [] and "nothing surely fits" in reported[0]
     with pytest.raises(ValueError, match="holds at least"):
         check_fits(chosen, mesh, usable, ("ppo",))
 

@@ -10,10 +10,10 @@ from rlhf_jax.config import load_config
 from rlhf_jax.hardware import COMPILE_OPTIONS, compile_only_devices, parse_machine
 from rlhf_jax.mesh import make_mesh
 from rlhf_jax.plan.abstract import abstract_mesh
-from rlhf_jax.plan.auto import temporary_bytes
 from rlhf_jax.plan.compile import measure
 from rlhf_jax.plan.phases import phases
 from rlhf_jax.plan.roofline import work_of_phases
+from rlhf_jax.plan.temporaries import find_bounds
 from rlhf_jax.recipe import Recipe
 
 pytestmark = pytest.mark.cuda
@@ -79,7 +79,7 @@ def test_bytes_over_the_links_agree_with_the_compiled_program_within_a_tenth(rem
 
 
 @pytest.mark.parametrize("name", ["opt-1.3b-single_gpu", "opt-6.7b-single_node"])
-def test_peaks_by_arithmetic_are_within_a_tenth_of_those_of_the_compiler(name):
+def test_peaks_of_the_compiler_are_within_the_bounds_by_arithmetic(name):
     recipe = load_config(CONFIGS / f"{name}.toml", [], Recipe)
     where = {"opt-1.3b-single_gpu": "A100-80GB", "opt-6.7b-single_node": "8xA100-80GB"}[name]
     mesh, plain = (
@@ -87,9 +87,8 @@ def test_peaks_by_arithmetic_are_within_a_tenth_of_those_of_the_compiler(name):
         abstract_mesh(recipe.mesh, parse_machine(where).count),
     )
     for real, phase in zip(phases(recipe, mesh, ("ppo",)), phases(recipe, plain, ("ppo",)), strict=True):
-        if phase.name in ("publish", "generate", "actor", "critic"):
-            quick = phase.lower_bound + temporary_bytes(recipe, phase, plain)
-            assert quick == pytest.approx(measure(real).peak(real), rel=0.1), (phase.stage, phase.name)
+        least, most = find_bounds(recipe, phase, plain)
+        assert least <= measure(real).peak(real) <= most, (phase.stage, phase.name)
 
 
 def test_a_loop_in_the_compiled_text_counts_with_its_trip_count():

@@ -24,6 +24,7 @@ from rlhf_jax.data.config import BUILTIN, DataConfig, SourceConfig
 from rlhf_jax.data.json_rows import COMPRESSIONS
 from rlhf_jax.data.readers import ENDINGS, file_format, read_file, unreadable_message
 from rlhf_jax.data.records import Row
+from rlhf_jax.hub_access import hub_obstacle
 
 # A file that changed within the last SETTLED ns may change again with the same time stamp: its digest is not kept.
 SETTLED = 2_000_000_000
@@ -276,6 +277,7 @@ def _load_hub_set(path: str, name: str, split: str, **options: bool) -> Any:
     """A `datasets.Dataset`, or with streaming=True an `IterableDataset`."""
     import datasets  # here, because it takes seconds, which runs on files save
 
+    obstacle = hub_obstacle()
     try:
         return datasets.load_dataset(path, name or None, split=split, **options)
     except Exception as error:  # of the hub, the network, the disk, or the data set's code: the set is not available
@@ -284,6 +286,7 @@ def _load_hub_set(path: str, name: str, split: str, **options: bool) -> Any:
             raise ValueError(f"the hub data set {path!r}: {what}; set data.sources.name to one of them") from error
         if "Unknown split" in what or "Bad split" in what:
             raise ValueError(f"the hub data set {path!r}: {what}; set data.sources.split") from error
+        what += f" ({obstacle})" * bool(obstacle)
         raise ValueError(f"{path!r} is no file here, and cannot be had from the hub: {what}") from error
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax.hub_access import hub_obstacle
 from rlhf_jax.models.safetensors_io import pickle_refusal
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -26,15 +27,15 @@ def local_folder(path_or_id: str | Path) -> Path:
     if is_folder(path_or_id):
         return Path(path_or_id).expanduser()
     # Imported where used: with transformers it takes seconds, and torch where that is installed.
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import snapshot_download
 
     name = str(path_or_id)
     with _hub_errors(f"{name} is neither a folder here"):
         folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HF))
     if any(folder.glob("*.safetensors")):
         return folder
-    if constants.HF_HUB_OFFLINE:
-        raise ValueError(f"{name} is in the cache without safetensors, and HF_HUB_OFFLINE is set: download it first")
+    if obstacle := hub_obstacle():
+        raise ValueError(f"{name} is in the cache without safetensors, and {obstacle}: download it first")
     if (folder / "adapter_config.json").exists():
         raise ValueError(
             f"{name} has no adapter_model.safetensors on the hub: convert it with PEFT, and give the folder"
@@ -69,10 +70,12 @@ def _hub_errors(neither: str) -> Iterator[None]:
     """Raise what the hub refuses as a ValueError, whose message begins with `neither`."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    obstacle = hub_obstacle()
     try:
         yield
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        reason = str(error).splitlines()[0]
+        is_absent = isinstance(error, LocalEntryNotFoundError)  # in the cache, while the hub cannot be asked
+        reason = obstacle if is_absent and obstacle else str(error).splitlines()[0]
         raise ValueError(f"{neither} nor to be had from the Hugging Face hub: {reason}") from error
 
 

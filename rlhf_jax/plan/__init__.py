@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from rlhf_jax.hardware import GIB, GPUS, Machine, parse_machine
+from rlhf_jax.hardware import GIB, GPUS, Machine, compile_obstacle, parse_machine
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.plan.abstract import abstract_mesh, find_config
 from rlhf_jax.plan.auto import SWITCHES, choose_switches, get_value, idle, with_values
 from rlhf_jax.plan.compile import Memory, measure_in_subprocess
 from rlhf_jax.plan.phases import Phase, phases
 from rlhf_jax.plan.roofline import assumptions, estimate_times
+from rlhf_jax.plan.temporaries import ESTIMATE_ERROR, PeakBounds, find_bounds, largest_micro_batches
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.context import ModelKind
 from rlhf_jax.stages.table import latest_export
@@ -40,6 +41,9 @@ def make_plan(
         price: of one GPU for an hour, in any currency.
         stages: stages of the run; None: all.
         search: also search for the largest micro-batch of each stage, which takes a few more compilations.
+    Returns:
+        Bytes on one GPU. "fits" is True, False, or None where nothing can be compiled for these GPUs and the bounds by
+        arithmetic leave it open; "peak" of a phase is then its upper bound, and "least" its lower one.
     Raises:
         ValueError: unknown GPUs, no config.json, sizes that do not divide the devices, too few positions.
         RuntimeError: the compiler failed.
@@ -55,32 +59,43 @@ def make_plan(
         named = {f"{phase.stage}/{phase.name}": phase for phase in phases(candidate, mesh, stages)}
         return max(Memory(**memories[name]).peak(named[name]) for name in memories)
 
-    recipe, chosen = choose_switches(recipe, mesh, wanted, stages, usable, need)
+    obstacle = compile_obstacle(wanted.gpu)
+    recipe, chosen = choose_switches(recipe, mesh, wanted, stages, usable, None if obstacle else need)
     found = phases(recipe, mesh, stages)
     seconds = estimate_times(recipe, found, mesh, wanted, price)
-    measured = compiled.get(recipe)
-    if measured is None or len(measured["phases"]) < len(found):
-        measured = measure_in_subprocess(recipe, gpus, stages, usable, search=search)
-    table = [phase_entry(phase, Memory(**measured["phases"][f"{phase.stage}/{phase.name}"]), usable) for phase in found]
+    if obstacle:
+        table = [bounds_entry(phase, find_bounds(recipe, phase, mesh), usable) for phase in found]
+        micro = largest_micro_batches(recipe, found, mesh, usable) if search else {}
+    else:
+        measured = compiled.get(recipe)
+        if measured is None or len(measured["phases"]) < len(found):
+            measured = measure_in_subprocess(recipe, gpus, stages, usable, search=search)
+        memories = [Memory(**measured["phases"][f"{phase.stage}/{phase.name}"]) for phase in found]
+        table = [phase_entry(phase, memory, usable) for phase, memory in zip(found, memories, strict=True)]
+        micro = measured["micro_batch"]
     costs = [entry["cost"] for entry in seconds.values()]
-    fits = all(row["headroom"] >= 0 for row in table)
+    # False only by what must be resident, or by the compiler.
+    fits = all(row["headroom"] >= 0 for row in table) or (
+        None if all(row["least"] <= usable for row in table) else False
+    )
     return {
         "gpus": gpus,
         "mesh": dict(mesh.shape),
         "memory": wanted.gpu.memory,
         "usable": usable,
-        "compiled_for": measured["compiled_for"],
+        "compiled_for": None if obstacle else wanted.gpu.name,
         "phases": table,
         "fits": fits,
+        "verdict": verdict(fits, table),
         "chosen": chosen,
         "candidates_compiled": len(compiled),
-        "suggestions": [] if fits else list(suggestions(recipe, wanted.count, usable, stages, measured["micro_batch"])),
-        "micro_batch": measured["micro_batch"],
+        "suggestions": [] if fits else list(suggestions(recipe, wanted.count, usable, stages, micro)),
+        "micro_batch": micro,
         "seconds": seconds,
         "price_per_gpu_hour": price or None,
         "cost": sum(costs) if None not in costs else None,
         "assumptions": assumptions(recipe),
-        "notes": measured["notes"] + _notes(recipe, wanted),
+        "notes": _notes(recipe, wanted, obstacle),
     }
 
 
@@ -106,8 +121,33 @@ def hardware_of_config(path: str | Path) -> str:
     return found[1] if found else ""
 
 
+def verdict(fits: bool | None, table: Sequence[Mapping[str, Any]]) -> str:
+    """What the plan says first; without the compiler, a doubt with its bounds."""
+    if fits is not None:
+        return "fits" if fits else "does not fit"
+    least, most = (max(row[key] for row in table) / GIB for key in ("least", "peak"))
+    return f"cannot tell without the plugin: between {least:.1f} and {most:.1f} GiB"
+
+
+def bounds_entry(phase: Phase, bounds: PeakBounds, usable: int) -> dict[str, Any]:
+    """One row of a plan without a compiler, in bytes on one GPU."""
+    held = sum(phase.live.values())
+    return {
+        "stage": phase.stage,
+        "phase": phase.name,
+        "live": phase.live,
+        "resident": held,
+        "temporaries": bounds.most - held,
+        "cache": phase.cache,
+        "host": phase.host,
+        "least": bounds.least,
+        "peak": bounds.most,
+        "headroom": usable - bounds.most,
+    }
+
+
 def phase_entry(phase: Phase, memory: Memory, usable: int) -> dict[str, Any]:
-    """One row of the plan, in bytes on one GPU."""
+    """One row of a compiled plan, in bytes on one GPU."""
     peak = memory.peak(phase)
     return {
         "stage": phase.stage,
@@ -117,20 +157,24 @@ def phase_entry(phase: Phase, memory: Memory, usable: int) -> dict[str, Any]:
         **memory._asdict(),
         "cache": phase.cache,
         "host": phase.host,
+        "least": peak,
         "peak": peak,
         "headroom": usable - peak,
     }
 
 
-def _notes(recipe: Recipe, wanted: Machine) -> list[str]:
+def _notes(recipe: Recipe, wanted: Machine, obstacle: str = "") -> list[str]:
     fraction = f"run with XLA_CLIENT_MEM_FRACTION={USABLE_SHARE} (JAX's default takes 75%)"
     notes = [f"usable is {USABLE_SHARE:.0%} of the memory: {fraction}"]
+    if obstacle:
+        error = f"of which compiled programs had at most {ESTIMATE_ERROR:.0%} more (docs/memory.md)"
+        notes.append(f"{obstacle}. Without it peaks have bounds: what must be resident, and temporaries, {error}")
     notes.append("lengths are the configuration's limits; shorter data needs less")
     named: dict[ModelKind, str] = {} if recipe.model.actor == "new" else {"policy": recipe.model.actor}
     named |= {} if recipe.model.reward_from_policy else {"scorer": recipe.model.reward}
     for kind, name in named.items():
         if not latest_export(kind, recipe.run) and find_config(name)[1]:
-            notes.append(f"config.json of {name} from the plan's own table: neither a folder nor the hub has one")
+            notes.append(f"config.json of {name} from the plan's own table of known models")
     if wanted.nodes > 1:
         notes.append("this version trains in one process, so on one node: more nodes can only be planned")
     if wanted.gpu.capability < "8.0" and recipe.model.dtype == "bfloat16":

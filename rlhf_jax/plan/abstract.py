@@ -12,7 +12,6 @@ import math
 import tomllib
 from collections.abc import Callable, Mapping
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,7 +32,7 @@ from rlhf_jax.mesh import (
 )
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.decoder import Leaf, abstract_params
-from rlhf_jax.models.hub import config_json
+from rlhf_jax.models.hub import config_json, is_folder
 from rlhf_jax.models.inference import shared_inference_weights, shared_leaves
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.models.quantised import QUANTISED_KINDS, abstract_codes, is_quantisable
@@ -201,20 +200,17 @@ def known_models() -> Mapping[str, Mapping[str, Any]]:
 
 
 def find_config(path_or_id: str) -> tuple[Mapping[str, Any], bool]:
-    """(config.json of a folder or hub id, else the entry of known_models.toml; whether it is that entry).
+    """(config.json of a folder, else the entry of known_models.toml, else of the hub; whether it is that entry).
 
     Raises:
-        ValueError: neither available nor in the table.
+        ValueError: none of them has it.
     """
-    is_folder = Path(path_or_id).expanduser().is_dir()
-    return (config_json(path_or_id), False) if is_folder else _hub_config(path_or_id)
+    if is_folder(path_or_id):
+        return config_json(path_or_id), False
+    entry = known_models().get(path_or_id)
+    return (_hub_config(path_or_id), False) if entry is None else (entry, True)
 
 
-@functools.cache  # a plan asks many times, and an unreachable hub answers slowly
-def _hub_config(name: str) -> tuple[Mapping[str, Any], bool]:
-    try:
-        return config_json(name), False
-    except ValueError:
-        if name in known_models():
-            return known_models()[name], True
-        raise
+@functools.cache  # a plan asks many times
+def _hub_config(name: str) -> Mapping[str, Any]:
+    return config_json(name)

@@ -1,8 +1,7 @@
-"""Memory of the compiled programs: for GPUs, attached or not, if the CUDA plugin is installed, else for CPUs.
+"""Memory of the compiled programs, for GPUs that need not be attached; JAX's CUDA plugin compiles them.
 
 Compilation runs in a separate process (`python -m rlhf_jax.plan.compile`, a request as JSON on stdin, the answer on
-stdout): the plugin and the number of simulated devices need environment variables before JAX is imported, and the
-caller may already hold devices.
+stdout): the plugin needs environment variables before JAX is imported, and the caller may already hold devices.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 
 from rlhf_jax.config import dump_config, parse_config
-from rlhf_jax.hardware import COMPILE_OPTIONS, compile_only_devices, cuda_plugin, parse_machine
+from rlhf_jax.hardware import COMPILE_OPTIONS, compile_only_devices
 from rlhf_jax.mesh import TRAIN, Layout, make_mesh
 from rlhf_jax.plan.phases import Phase, phases
 from rlhf_jax.recipe import Recipe
@@ -110,46 +109,31 @@ def with_micro_batch(recipe: Recipe, stage: str, micro: int) -> Recipe:
 def measure_in_subprocess(
     recipe: Recipe, gpus: str, stages: Sequence[str], usable: int, *, stop: bool = False, search: bool = True
 ) -> dict[str, Any]:
-    """`measure_all` in a separate process, with "compiled_for" and "notes" added.
+    """`measure_all` in a separate process.
 
     Raises:
         RuntimeError: the compiler failed, with the last line of its output.
     """
-    wanted = parse_machine(gpus)
-    notes, too_old = [], cuda_plugin() == "jax_cuda13_plugin" and wanted.gpu.capability < "7.5"
-    on_gpu = cuda_plugin() is not None and not too_old
-    if not on_gpu:
-        why = f"CUDA 13 does not compile for {wanted.gpu.name}" if too_old else "the CUDA plugin is not installed"
-        notes.append(
-            f"{why} (pip install 'rlhf_jax[cuda12]'): compiled for simulated CPUs. Arguments, outputs and cache are "
-            "the same on GPUs; temporaries are not (a CPU computes bfloat16 in float32 and fuses less), so peaks are "
-            "estimates"
-        )
     # If frames are hidden, the last line of a traceback is not the error.
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_TRACEBACK_FILTERING": "off"}
-    if on_gpu:
-        environment["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-        environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # programs that are never run are not cached
-    else:
-        flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={wanted.count}"
-        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+    environment["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # programs that are never run are not cached
     options = {"stages": list(stages), "usable": usable, "stop": stop, "search": search}
-    request = json.dumps({"recipe": dump_config(recipe), "gpus": gpus, "on_gpu": on_gpu, "options": options})
+    request = json.dumps({"recipe": dump_config(recipe), "gpus": gpus, "options": options})
     command = [sys.executable, "-m", "rlhf_jax.plan.compile"]
     run = subprocess.run(command, input=request, capture_output=True, text=True, env=environment)
     if run.returncode:
         said = run.stderr.strip().splitlines() or ["no word"]
         raise RuntimeError(f"compiling for {gpus} failed (exit code {run.returncode}): {said[-1]}")
-    answer = json.loads(run.stdout.splitlines()[-1])
-    return answer | {"compiled_for": wanted.gpu.name if on_gpu else "cpu", "notes": notes}
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def main() -> None:
     """Entry point of the separate process."""
     request = json.load(sys.stdin)
     recipe = parse_config(Recipe, tomllib.loads(request["recipe"]), "the plan's request")
-    devices = compile_only_devices(request["gpus"]) if request["on_gpu"] else jax.devices()
-    print(json.dumps(measure_all(recipe, make_mesh(recipe.mesh, devices), **request["options"])), flush=True)
+    mesh = make_mesh(recipe.mesh, compile_only_devices(request["gpus"]))
+    print(json.dumps(measure_all(recipe, mesh, **request["options"])), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from rlhf_jax.hardware import GIB
 
 MIB = 2**20
 COLUMNS = ("resident", "arguments", "temporaries", "cache", "peak", "headroom")
+BOUNDS = ("resident", "cache", "least", "peak", "headroom")
 
 
 def format_plan(plan: dict[str, Any]) -> str:
@@ -15,17 +16,20 @@ def format_plan(plan: dict[str, Any]) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items())
     # MiB for small models, whose sizes in GiB would all be 0.00.
     unit, name = (GIB, "GiB") if max(row["peak"] for row in plan["phases"]) >= GIB else (MIB, "MiB")
-    source = "simulated CPUs" if plan["compiled_for"] == "cpu" else plan["compiled_for"]
+    source, columns = f"by programs compiled for {plan['compiled_for']}; temporaries include the cache", COLUMNS
+    if plan["compiled_for"] is None:
+        source, columns = "by arithmetic: at least and, with temporaries and their error, at most (peak)", BOUNDS
     lines = [
         f"plan for {plan['gpus']}, mesh {mesh}: a GPU has {plan['memory'] / GIB:.1f} GiB, usable are "
         f"{plan['usable'] / GIB:.1f}",
-        f"{name} on one GPU, by programs compiled for {source}; temporaries include the cache",
+        f"{name} on one GPU, {source}",
         "",
-        _row("phase", COLUMNS),
+        _row("phase", columns),
     ]
     for row in plan["phases"]:
-        cells = [f"{row[column] / unit:.2f}" for column in COLUMNS]
-        reported = ["does not fit"] * (row["headroom"] < 0) + ["compiled without Triton"] * row["cublas_only"]
+        cells = [f"{row[column] / unit:.2f}" for column in columns]
+        reported = ["does not fit" if row["least"] > plan["usable"] else "may not fit"] * (row["headroom"] < 0)
+        reported += ["compiled without Triton"] * row.get("cublas_only", False)
         lines.append("  ".join([_row(f"{row['stage']} {row['phase']}", cells), *reported]))
     lines += [""] + [f"chosen: {text}" for text in plan["chosen"]] if plan["chosen"] else []
     worst = max(plan["phases"], key=lambda row: row["peak"])
@@ -34,10 +38,11 @@ def format_plan(plan: dict[str, Any]) -> str:
     lines += ["", f"peak in {worst['stage']} {worst['phase']}, where the GPU holds {listed}"]
     if most := max(row["host"] for row in plan["phases"]):
         lines.append(f"in pinned host memory for each GPU: {most / unit:.2f}")
-    lines += ["fits" if plan["fits"] else "does not fit: " + "; or ".join(plan["suggestions"])]
+    lines += [": ".join([plan["verdict"], *["; or ".join(plan["suggestions"])] * (not plan["fits"])])]
     lines.append("")
     for stage, found in plan["micro_batch"].items():
-        how = f"{found['compilations']} sizes compiled, bisecting those that divide"
+        compiled = f"{found['compilations']} sizes compiled, bisecting those that divide"
+        how = compiled if found["compilations"] else "by its upper bound"
         largest = f"largest micro-batch that fits: {found['largest'] or 'none'}"
         lines.append(f"{stage}: {largest} (asked for: {found['asked']}; {how})")
     lines += ["", _row("seconds", ("floor", "expected"))]

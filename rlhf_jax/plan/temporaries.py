@@ -152,8 +152,9 @@ def _update_bytes(model: ModelConfig, each: Pass, count: int, *, is_actor: bool)
     wide = decoder.mlp_size * (1 + decoder.gated_mlp)
     heads = (decoder.num_heads + 2 * decoder.num_kv_heads) * decoder.head_dim
     kept = decoder.hidden_size
-    if model.remat != "layers":  # outputs of the products
-        kept += heads + 2 * decoder.hidden_size + wide
+    if model.remat != "layers":  # outputs of the products; "dots" also keeps what adapters add to each
+        adapted = model.remat == "dots" and model.with_lora(decoder).lora.rank > 0
+        kept += (heads + 2 * decoder.hidden_size + wide) * (1 + adapted)
     # Unstacked layers keep everything under "dots", see `models.unstacked.remat_layer`.
     if model.remat == "none" or (model.remat == "dots" and model.one_copy and is_actor):  # and what is between
         kept += 4 * decoder.hidden_size + heads + 2 * wide

@@ -150,7 +150,7 @@ def fit() -> str:
 
 def plan() -> str:
     def row(result: dict) -> list[str]:
-        compiled = f"{result['compiled'] / 2**30:.1f}" if result["compiled"] else "not compiled"
+        compiled = f"{result['compiled']:.1f}"  # GiB, from the configuration's header
         bounds = " to ".join(f"{size / 2**30:.1f}" for size in result["bounds"])
         took = f"{result['seconds']:.1f} ({result['cpu_seconds']:.1f} CPU)"
         return [

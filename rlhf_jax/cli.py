@@ -41,7 +41,7 @@ ADAPTER_HELP = "a PEFT folder, whose LoRA adapter is added to the model"
 
 
 Run = Callable[[argparse.Namespace], int | None]  # the exit code; None: 0
-PLAN_EXITS = {True: 0, False: 1, None: 3}  # it fits, it does not, and without the plugin it cannot be told
+PLAN_EXITS = {True: 0, False: 1, None: 3}  # fits, does not fit, cannot tell without the plugin
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,8 +15,8 @@ from rlhf_jax.models.hub import config_json, local_folder
 
 
 @pytest.fixture
-def asked(monkeypatch, tmp_path):
-    """A hub at a port where nothing listens, and the list of requests to it."""
+def hub_requests(monkeypatch, tmp_path):
+    """The requests to a hub at a port where nothing listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -36,28 +36,28 @@ def asked(monkeypatch, tmp_path):
     hub_obstacle.cache_clear()
 
 
-def test_an_unreachable_hub_is_asked_once_and_reported_within_seconds(asked, caplog):
+def test_an_unreachable_hub_is_asked_once_and_reported_within_seconds(hub_requests, caplog):
     started = time.monotonic()
     for read in (config_json, local_folder, config_json):
         with pytest.raises(ValueError, match=r"the hub is not reachable: http://127\.0\.0\.1:\d+: .*refused"):
             read("someone/model")
     assert time.monotonic() - started < 5, "the hub's own retries take 23 seconds for each file"
-    assert asked == [constants.ENDPOINT]
+    assert hub_requests == [constants.ENDPOINT]
     assert [record.message.count("not reachable") for record in caplog.records] == [1]
     assert constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1", "the clients of the hub use their caches"
 
 
-def test_a_hub_that_answers_anything_is_used(asked, monkeypatch):
+def test_a_hub_that_answers_anything_is_used(hub_requests, monkeypatch):
     answer = type("Session", (), {"head": staticmethod(lambda url, timeout: "503 Service Unavailable")})
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: answer)
     assert hub_obstacle() == "" and not constants.HF_HUB_OFFLINE
 
 
-def test_offline_mode_that_the_user_has_set_is_named_and_nothing_is_asked(asked, monkeypatch):
+def test_offline_mode_that_the_user_has_set_is_named_and_nothing_is_asked(hub_requests, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
         config_json("someone/model")
-    assert asked == []
+    assert hub_requests == []
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,7 @@ def test_offline_mode_that_the_user_has_set_is_named_and_nothing_is_asked(asked,
     ],
     ids=["model", "data", "tokenizer", "plan"],
 )
-def test_every_command_ends_without_the_hub_in_one_line_that_names_what_is_missing(
-    command, named, asked, tmp_path, capsys
-):
+def test_every_command_ends_without_the_hub_in_one_line_that_names_it(command, named, hub_requests, tmp_path, capsys):
     name, *rest = command
     started = time.monotonic()
     assert main([name, str(tiny_recipe.write_recipe(tmp_path)), *rest, f"run.dir={tmp_path}/run"]) == 2

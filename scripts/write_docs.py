@@ -166,19 +166,12 @@ def plan() -> str:
     results = [run["result"] for run in runs_of("plan")]
     shares = [[each[key] for each in results if each[key] is not None] for key in ("least_share", "largest_share")]
     least, largest = min(shares[0]), max(shares[1])
+    count, share = sum(each["programs"] for each in results), f"{percent(least, 0)} to {percent(largest, 0)}"
     text = (
-        f"{sum(each['programs'] for each in results)} compiled programs had {percent(least, 0)} to {percent(largest, 0)} "
-        "of the estimated temporaries, 64 MiB apart; the upper bound adds 25% to the estimate."
+        f"{count} compiled programs had {share} of the estimated temporaries, not counting 64 MiB of each, which the "
+        "upper bound adds; it also adds 25% to the estimate. GiB on one GPU:"
     )
-    head = [
-        "configuration",
-        "card",
-        "usable",
-        "compiled peak",
-        "bounds of the peak",
-        "verdict without the plugin",
-        "seconds",
-    ]
+    head = ["configuration", "card", "usable", "compiled peak", "bounds", "without the plugin", "seconds"]
     return f"{textwrap.fill(text, 116)}\n\n{table_of_runs('plan', head, row)}"
 
 

@@ -86,8 +86,12 @@ def test_other_opt_sizes_are_pre_norm_and_can_lack_the_final_norm_or_the_biases(
     [
         ({"model_type": "mamba"}, '"mamba" is not supported; supported: bloom, codegen, falcon, gemma, gemma2'),
         ({}, '"None" is not supported; supported: bloom'),
-        ({"model_type": "gemma3", "text_config": {}}, "gemma3 is multimodal.*only its text model, gemma3_text, is"),
-        ({"model_type": "mistral3", "text_config": {}}, "mistral3 is multimodal, which is not supported$"),
+        (
+            {"model_type": "gemma3n", "text_config": {}},
+            '"gemma3n" are not supported; supported, .*gemma3',
+        ),
+        ({"model_type": "mistral3", "text_config": {"model_type": "gpt2"}}, "mistral3 over gpt2 is not supported"),
+        ({"model_type": "gemma3"}, "has no text_config"),
         (LLAMA_2_7B | {"quantization_config": {"bits": 4}}, "quantised"),
         (LLAMA_2_7B | {"is_causal": False}, "llama with is_causal=False is not supported"),
         (LLAMA_2_7B | {"per_layer_config": {"0": {"hidden_act": "relu"}}}, "llama with per_layer_config="),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from rlhf_jax.models.attention import kernel_for_mesh
 from rlhf_jax.models.config import Choice, Compute, DecoderConfig
 from rlhf_jax.models.decoder import abstract_params, bind, last_hidden, logits, scalar_scores
 from rlhf_jax.models.families import checkpoint_of, decoder_config, hf_config, hf_tensors
+from rlhf_jax.models.families.containers import is_container, text_config
 from rlhf_jax.models.hub import (
     is_folder,
     local_folder,
@@ -30,9 +32,10 @@ from rlhf_jax.models.hub import (
 )
 from rlhf_jax.models.inference import shared_leaves
 from rlhf_jax.models.quantised import QUANTISED_KINDS, UNQUANTISED_DTYPE
-from rlhf_jax.models.safetensors_io import read_params, write_params
+from rlhf_jax.models.safetensors_io import different_twin, read_params, write_params
 from rlhf_jax.models.unstacked import Param
 
+LOGGER = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")  # of files, and of parameters, which may be of quantised.KINDS too
 _SCORE = "score/kernel"
 
@@ -99,7 +102,8 @@ def _load(
     folder = local_folder(path_or_id)
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise ValueError(f"{folder} is a PEFT adapter: give the folder of its base, and this one as `adapter`")
-    hf = read_json(folder / "config.json")
+    whole = read_json(folder / "config.json")
+    hf = text_config(whole)
     if has_scalar_head(hf) and not scalar_head:
         raise ValueError(
             f"{folder} is a model with a scalar head ({hf['architectures'][0]}), such as a reward model: it scores "
@@ -107,11 +111,21 @@ def _load(
         )
     layout = Layout(single_device_mesh() if mesh is None else mesh, TRAIN)
     config = decoder_config(hf, scalar_head=scalar_head, vocab_parts=layout.shards("vocab"))
+    optional = (_SCORE,) if scalar_head and not has_scalar_head(hf) else ()
+    checkpoint = checkpoint_of(config, optional, in_container=is_container(whole))
+    if checkpoint.twins and (names := different_twin(folder, checkpoint)):
+        LOGGER.warning(
+            f"{folder} is tied (tie_word_embeddings), but its {names[0]} is not its {names[1]}: both are used, and the "
+            "model is not tied, as in transformers 5; its version 4 uses the embedding for both"
+        )
+        hf["tie_word_embeddings"] = False
+        config = dataclasses.replace(config, tied=False)
+        checkpoint = checkpoint_of(config, optional, in_container=is_container(whole))
     serving = Layout(layout.mesh, GENERATE) if one_copy else None
     params = read_params(
         folder,
         abstract_params(config) if serving is None else shared_leaves(config, serving),
-        checkpoint_of(config, optional=(_SCORE,) if scalar_head and not has_scalar_head(hf) else ()),
+        checkpoint,
         layout,
         dtype,
         kind=kind,
@@ -122,7 +136,7 @@ def _load(
         config, adapters = peft.read_adapter(local_folder(adapter), config, layout)
         params |= adapters
     if scalar_head and _SCORE not in params:
-        logging.getLogger(__name__).warning(f"{folder} has no score.weight: the scalar head starts at random")
+        LOGGER.warning(f"{folder} has no score.weight: the scalar head starts at random")
         params[_SCORE] = _init_scalar_head(config, layout, dtype, seed)
     generation = folder / "generation_config.json"
     return Pretrained(

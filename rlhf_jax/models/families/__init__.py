@@ -5,6 +5,8 @@ A new family is a table, a reader of its config.json and, at most, one new choic
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -13,8 +15,9 @@ from typing import Any
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.families import bloom_falcon_phi, gemma, gpt, llama, moe
+from rlhf_jax.models.families.containers import text_config, text_name
 from rlhf_jax.models.families.hf_fields import positive_int, refuse
-from rlhf_jax.models.families.tensors import Checkpoint, Family, Tensors
+from rlhf_jax.models.families.tensors import Checkpoint, Family, HfTensor, Tensors
 
 # Embeddings and heads are padded to a multiple of this, so that common numbers of devices split them evenly.
 VOCAB_MULTIPLE = 128
@@ -26,17 +29,15 @@ def decoder_config(hf: Mapping[str, Any], *, scalar_head: bool, vocab_parts: int
     """The architecture that a config.json describes.
 
     Args:
-        hf: the parsed config.json; absent keys, other than sizes, take the default of transformers.
+        hf: the parsed config.json, of a multimodal folder too, whose text model it is then; absent keys, other than
+            sizes, take the default of transformers.
         scalar_head: a reward model or critic instead of a language model.
         vocab_parts: number of shards of the vocabulary.
     Raises:
         ValueError: an unsupported model_type or variant, an absent size, or a value of a wrong kind.
     """
+    hf = text_config(hf)
     family = hf.get("model_type")
-    if f"{family}_text" in FAMILIES or hf.get("text_config") is not None:
-        text = f"{family}_text"
-        fix = f": only its text model, {text}, is, in a folder of its own" if text in FAMILIES else ""
-        raise ValueError(f"{family} is multimodal, which is not supported{fix}")
     if family not in FAMILIES:
         raise ValueError(f'model_type "{family}" is not supported; supported: {", ".join(sorted(FAMILIES))}')
     if hf.get("quantization_config"):
@@ -76,10 +77,37 @@ def _select(config: DecoderConfig, table: Tensors) -> Tensors:
     return {path: table[path] for path in abstract_params(config.without_lora())}
 
 
-def checkpoint_of(config: DecoderConfig, optional: tuple[str, ...] = ()) -> Checkpoint:
-    """The tensors of folders of this model, which may lack the parameters at the `optional` paths."""
+# Heads of values, as TRL and LLaMA-Factory, DeepSpeed-Chat, and OpenRLHF name them; all are read as the scalar head.
+_VALUE_HEADS = ("v_head.summary.weight", "v_head.weight", "value_head.weight")
+_OTHER_HEADS = re.compile(r"(v_head|value_head|score)\..*")
+
+
+def checkpoint_of(config: DecoderConfig, optional: tuple[str, ...] = (), *, in_container: bool = False) -> Checkpoint:
+    """The tensors of folders of this model.
+
+    A tied model's embedding may be stored under the name of the head alone, and a scalar head as a head of values.
+
+    Args:
+        optional: paths of parameters that the folders may lack.
+        in_container: the folders are multimodal.
+    """
     layouts = [hf_tensors(config), *alternative_tensors(config)]
-    return Checkpoint(layouts, base_prefix(config), optional, ignored_names(config), tied_names(config))
+    renamed: list[Tensors] = [{}]
+    if config.scalar_head:
+        shape = (1, config.embed_size)
+        renamed += [{"score/kernel": HfTensor(name, shape, transpose=True)} for name in _VALUE_HEADS]
+    if config.tied:
+        heads, shape = sorted(_all_names(config, "head/kernel")), (config.vocab_size, config.embed_size)
+        renamed += [{**other, "embed/tokens": HfTensor(head, shape)} for other in renamed for head in heads]
+    return Checkpoint(
+        [{**layout, **other} for other, layout in itertools.product(renamed, layouts)],
+        base_prefix(config),
+        optional,
+        ignored_names(config),
+        _OTHER_HEADS,
+        tied_names(config),
+        functools.partial(text_name, in_container=in_container),
+    )
 
 
 def base_prefix(config: DecoderConfig) -> str:
@@ -90,7 +118,8 @@ def base_prefix(config: DecoderConfig) -> str:
 def ignored_names(config: DecoderConfig) -> re.Pattern[str]:
     """Names that a checkpoint may have besides `hf_tensors`: buffers, and a head that this model does not use."""
     family = FAMILIES[config.family]
-    names = [r".*\.rotary_emb\.inv_freq", rf"({re.escape(family.prefix)})?({family.buffers})"]
+    names = [r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)", r"(.*\.)?position_ids"]
+    names += [rf"({re.escape(family.prefix)})?({family.buffers})"]
     if config.tied or config.scalar_head:
         unused = {"head/kernel", "head/bias"} - abstract_params(config).keys()
         names += [re.escape(name) for path in sorted(unused) for name in _all_names(config, path)]
@@ -98,7 +127,7 @@ def ignored_names(config: DecoderConfig) -> re.Pattern[str]:
 
 
 def tied_names(config: DecoderConfig) -> dict[str, str]:
-    """{name of a head: name of the embedding} that have to be equal where a folder of a tied model has both."""
+    """{name of a head: name of the embedding}, one of which a folder of a tied model may lack."""
     if not config.tied or config.scalar_head:
         return {}
     (embedding,) = _all_names(config, "embed/tokens")

@@ -46,14 +46,18 @@ class Checkpoint:
         prefix: of the base model's names, which the files may leave out.
         optional: paths that the files may lack.
         tolerated: names of tensors that the files may have and that are not read.
-        twins: {such a name: one that is read}, which have to be equal where the files have both.
+        heads: such names, of heads that another use of the model has; that they are not read is logged.
+        twins: {name of a head: name of the embedding that it is tied to}.
+        rename: from a name in the files to one in `layouts`; None: a tensor of another part of a multimodal folder.
     """
 
     layouts: Sequence[Mapping[str, HfTensor]]
     prefix: str
     optional: Collection[str] = ()
     tolerated: re.Pattern[str] | None = None
+    heads: re.Pattern[str] | None = None
     twins: Mapping[str, str] = field(default_factory=dict)
+    rename: Callable[[str], str | None] = lambda name: name
 
 
 Tensors = dict[str, HfTensor]  # by the path of the parameter

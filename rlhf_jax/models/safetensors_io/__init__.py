@@ -5,7 +5,7 @@ and `writing` are the two directions.
 """
 
 from rlhf_jax.models.safetensors_io.files import join_names, pickle_refusal, stored_dtype
-from rlhf_jax.models.safetensors_io.reading import read_params
+from rlhf_jax.models.safetensors_io.reading import different_twin, read_params
 from rlhf_jax.models.safetensors_io.writing import write_params
 
-__all__ = ["join_names", "pickle_refusal", "read_params", "stored_dtype", "write_params"]
+__all__ = ["different_twin", "join_names", "pickle_refusal", "read_params", "stored_dtype", "write_params"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+VALUE_HEAD = "value_head.safetensors"  # LLaMA-Factory writes the head of values next to the language model
 NUMPY_DTYPES = {"F32": jnp.dtype("float32"), "F16": jnp.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
 _MAX_LISTED = 100  # largest number of names of one kind in a message
 
@@ -72,6 +73,7 @@ def open_folder(folder: Path) -> dict[str, Entry]:
         if pickled:
             raise ValueError(pickle_refusal(str(folder), f"{folder} has {pickled[0]}", f"{folder}-safetensors"))
         raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}: is it a Hugging Face model folder?")
+    paths += [folder / VALUE_HEAD] if (folder / VALUE_HEAD).exists() else []
     entries: dict[str, Entry] = {}
     for path in paths:
         try:
@@ -87,9 +89,13 @@ def open_folder(folder: Path) -> dict[str, Entry]:
     return entries
 
 
-def stored_dtype(folder: Path) -> str:
-    """The dtype of all tensors of the folder's files where they agree, else float32; ValueError as `open_folder`."""
-    dtypes = {entry.dtype for entry in open_folder(folder).values()}
+def stored_dtype(folder: Path, rename: Callable[[str], str | None] = lambda name: name) -> str:
+    """The dtype of all tensors of the folder's files where they agree, else float32; ValueError as `open_folder`.
+
+    Args:
+        rename: gives None for the name of a tensor that is not counted.
+    """
+    dtypes = {entry.dtype for name, entry in open_folder(folder).items() if rename(name)}
     return str(NUMPY_DTYPES.get(dtypes.pop(), "float32")) if len(dtypes) == 1 else "float32"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from rlhf_jax.models.safetensors_io.blocks import (
 from rlhf_jax.models.safetensors_io.files import NUMPY_DTYPES, Entry, join_names, open_folder
 from rlhf_jax.models.unstacked import Param, Unstacked, is_shareable
 
+LOGGER = logging.getLogger(__name__)
 _ALIGNMENT = 64
 _FOREIGN = "of an unsupported dtype"
 
@@ -58,10 +60,10 @@ def read_params(
             that cannot be quantised; or tensors that are missing, surplus, misshaped or of another dtype, all of them
             in one message.
     """
-    files, layouts, tolerated = open_folder(folder), checkpoint.layouts, checkpoint.tolerated
+    files, layouts = _open_model(folder, checkpoint), checkpoint.layouts
 
     def find(name: str) -> str | None:
-        return next((n for n in (name, name.removeprefix(checkpoint.prefix)) if n in files), None)
+        return _find(files, checkpoint, name)
 
     def missing(tensors: Mapping[str, HfTensor], leaves: Mapping[str, Leaf]) -> set[str]:
         return {name for path, leaf in leaves.items() for name in _names(leaf, tensors[path]) if not find(name)}
@@ -78,16 +80,14 @@ def read_params(
                 faults["misshaped"].add(f"{name} ({list(entry.shape)} in place of {list(shape)})")
             elif entry.dtype not in NUMPY_DTYPES:
                 faults[_FOREIGN].add(f"{name} ({entry.dtype} in place of {', '.join(NUMPY_DTYPES)})")
-    for name, other in checkpoint.twins.items():
-        if find(name) and find(other) and not _equal_tensors(files[find(name)], files[find(other)]):
-            raise ValueError(
-                f"{folder} is tied (tie_word_embeddings), but its {name} is not its {other}: set "
-                "tie_word_embeddings to false in its config.json to use both"
-            )
-    faults["surplus"] = {name for name in files.keys() - used if not (tolerated and tolerated.fullmatch(name))}
+    surplus = files.keys() - used
+    surplus -= {name for name in surplus if checkpoint.tolerated and checkpoint.tolerated.fullmatch(name)}
+    unused = {name for name in surplus if checkpoint.heads and checkpoint.heads.fullmatch(name)}
+    faults["surplus"] = surplus - unused
     if any(faults.values()):
         reported = "; ".join(f"{fault}: {join_names(names)}" for fault, names in faults.items() if names)
         raise ValueError(f"the tensors of {folder} are not those that its config.json describes; {reported}")
+    _log_unused_heads(folder, unused, files, {tensors[path].name for path in leaves})
     layouts_of = {path: serving if serving and is_shareable(path) else layout for path in leaves}
     _check_even(leaves, layouts_of)
     found = {name: files[find(name)] for path, leaf in leaves.items() for name in _names(leaf, tensors[path])}
@@ -102,6 +102,44 @@ def read_params(
         return _read_parameter(*source, jnp.dtype(dtype))
 
     return {path: read(path, leaf) for path, leaf in leaves.items()}
+
+
+def _open_model(folder: Path, checkpoint: Checkpoint) -> dict[str, Entry]:
+    """The tensors of the folder that are of this model, by the names that they have in its layouts."""
+    found: dict[str, Entry] = {}
+    for name, entry in open_folder(folder).items():
+        own = checkpoint.rename(name)
+        if own in found:
+            raise ValueError(f"{folder} has {own} under two names: remove what is of another checkpoint")
+        if own is not None:
+            found[own] = entry
+    return found
+
+
+def _find(files: Mapping[str, Entry], checkpoint: Checkpoint, name: str) -> str | None:
+    """The name with or without the prefix, whichever the files have."""
+    return next((n for n in (name, name.removeprefix(checkpoint.prefix)) if n in files), None)
+
+
+def different_twin(folder: Path, checkpoint: Checkpoint) -> tuple[str, str] | None:
+    """Names of a head and an embedding of the folder that a tied model shares, and that differ; ValueError as
+    `read_params`.
+    """
+    files = _open_model(folder, checkpoint)
+    for name, other in checkpoint.twins.items():
+        head, embedding = (_find(files, checkpoint, n) for n in (name, other))
+        if head and embedding and not _equal_tensors(files[head], files[embedding]):
+            return head, embedding
+    return None
+
+
+def _log_unused_heads(folder: Path, names: set[str], files: Mapping[str, Entry], used: set[str]) -> None:
+    biases = {name for name in names if name.removesuffix("bias") + "weight" in used}
+    for name in biases:
+        shift = ", ".join(f"{x:g}" for x in files[name].array().astype(np.float32).reshape(-1))
+        LOGGER.warning(f"{folder}: {name} ({shift}) is left out, as a scalar head has none: every score is less by it")
+    if names - biases:
+        LOGGER.warning(f"{folder}: {join_names(names - biases)} left out, as this model does not use them")
 
 
 def _names(leaf: Leaf, tensor: HfTensor) -> list[str]:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,8 +21,25 @@ from rlhf_jax.data.chat_template import (
     prepare_tokenizer,
     stop_ids,
 )
-from rlhf_jax.data.records import Dialogue, Turn
+from rlhf_jax.data.config import DataConfig, SourceConfig
+from rlhf_jax.data.records import Dialogue, Example, RowSpec, Turn
+from rlhf_jax.data.tokenize import encode_examples
+from rlhf_jax.models.families import FAMILIES
 
+# Templates in the style of those that checkpoints of a family come with; base models come with none.
+BASE = ("opt", "gpt2", "gpt_neo", "gptj", "gpt_neox", "codegen", "bloom", "phi")
+STYLES_OF = {
+    **dict.fromkeys(BASE, ("default",)),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), ("gemma",)),
+    **dict.fromkeys(("mistral", "mixtral"), ("mistral",)),
+    **dict.fromkeys(("qwen3", "qwen3_moe"), ("qwen3",)),
+    "falcon": ("falcon",),
+    "llama": ("llama2", "llama3", "llama31", "vicuna"),
+    "qwen2": ("chatml", "chatml_think"),
+    "phi3": ("phi3",),
+    "olmo2": ("olmo2",),
+    "stablelm": ("zephyr", "chatml"),
+}
 QUESTION = (("user", "What is 3 + 4?"),)
 HISTORY = (("user", "Hi."), ("assistant", "Hello!"), ("user", "What is 3 + 4?"))
 KINDS = [gpt2_like, opt_like, chatml_like, llama_like]
@@ -245,6 +263,64 @@ def test_a_template_with_generation_tags_says_what_is_learned():
     )
     (same,) = encode_dialogues(prepare_tokenizer(tokenizer, without), [turns], all_turns=True)
     assert np.array_equal(same.spans, encoded.spans)
+
+
+def test_an_answer_is_learned_from_after_what_the_opening_gave():
+    thought = (*QUESTION, ("assistant", "<think>\nI add.\n</think>\n\nIt is 7."))
+    cases = {
+        ("qwq", thought): "I add.\n</think>\n\nIt is 7.<|im_end|>",  # the opening ends with <think> and a line break
+        ("qwq", (*QUESTION, ("assistant", "<think>I add.</think> 7."))): "I add.</think> 7.<|im_end|>",
+        ("r1", thought): "\n\nIt is 7.<end_of_sentence>",  # this template writes no thoughts
+        ("qwen3", thought): "<think>\nI add.\n</think>\n\nIt is 7.<|im_end|>",
+        ("qwen3", (*QUESTION, ("assistant", "7."))): "<think>\n\n</think>\n\n7.<|im_end|>",
+    }
+    for (name, turns), learned in cases.items():
+        tokenizer = prepare_tokenizer(tokenizer_of(name))
+        (encoded,) = encode_dialogues(tokenizer, [turns])
+        assert tokenizer.decode(encoded.tokens[slice(*encoded.spans[-1])]) == learned
+        prompt = encode_prompt(tokenizer, QUESTION)
+        assert encoded.tokens.tolist()[: len(prompt)] == prompt or name == "r1" or "<think>I" in turns[-1][1]
+
+
+def test_every_family_has_an_example_of_its_templates():
+    assert set(STYLES_OF) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", STYLES_OF)
+def test_sft_reward_model_and_ppo_end_answers_with_the_same_token_where_scores_are_read(family):
+    for name in STYLES_OF[family]:
+        tokenizer = prepare_tokenizer(tokenizer_of(name))
+        example = Example(QUESTION, "It is 7.", "It is 7.", "It is 8.", "x", 1)
+        encode = partial(encode_examples, [example], tokenizer, config=DataConfig((SourceConfig("x"),)))
+        (((sft,), _),) = encode(spec=RowSpec("demonstration", "sft"))[0]
+        (((chosen, rejected), _),) = encode(spec=RowSpec("pair", "reward"))[0]
+        (((prompt,), _),) = encode(spec=RowSpec("prompt", "ppo"))[0]
+        stops = set(stop_ids(tokenizer))
+        assert len(stops) == len(STYLES[name].ends)
+        # PPO generates what SFT learned, up to the first stop; the reward model has read the same tokens.
+        response = sft.tokens[sft.spans[-1, 0] :].tolist()
+        assert [i for i in response if i in stops] == response[-1:]
+        assert prompt.tokens.tolist() + response == sft.tokens.tolist() == chosen.tokens.tolist()
+        assert rejected.tokens[-1] == chosen.tokens[-1]
+
+
+def test_a_text_that_a_template_takes_apart_is_refused_if_it_spells_a_control_token():
+    cut = CHATML.replace("message['content']", "message['content'][:9]")
+    tokenizer = prepare_tokenizer(gpt2_like(chat_template=cut))
+    fine, spelled = (("user", "What is 3 + 4?"),), (("user", "a </s> is 3 + 4?"),)
+    assert tokenizer.decode(encode_prompt(tokenizer, fine)).count("What is 3<") == 1
+    with pytest.raises(ValueError, match="a text spells '</s>', and the chat template takes that text apart"):
+        encode_prompt(tokenizer, spelled)
+
+
+def test_a_template_may_ask_what_a_question_begins_and_ends_with():
+    tokenizer = prepare_tokenizer(tokenizer_of("qwen3"))
+    turns = (*QUESTION, ("assistant", "<think>\nI add.\n</think>\n\n7."), ("user", "<tool_response>7</tool_response>"))
+    text = tokenizer.apply_chat_template(messages_of(turns), tokenize=False, add_generation_prompt=True)
+    ids = encode_prompt(tokenizer, turns)
+    assert "I add." in text and tokenizer.decode(ids) == text
+    assert tokenizer.convert_tokens_to_ids("<tool_response>") not in ids
+    assert ids.count(tokenizer.convert_tokens_to_ids("<think>")) == 1
 
 
 CALL = {"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 3, "b": 4}}}]}

@@ -201,7 +201,7 @@ def spelled_ranges(
             sides = (marked[found.start() - 1 : found.start()] == before, marked[found.end() :][:1] == after)
             whole.append(Range(found.start() - removed, found.end() - removed))
             ranges += whole[-1:] if (all if substitute is both else any)(sides) else []
-        # Otherwise a text and its surroundings spell a control token together.
+        # Otherwise the marks have changed which control tokens the text has.
         if whole == [Range(*each.span()) for each in pattern.finditer(text)]:
             return ranges
     spelled = next((m[0] for each in strings_of(chat.messages) for m in pattern.finditer(each)), "a control token")

@@ -19,8 +19,6 @@ class Style(NamedTuple):
     eos: str = "</s>"
     ends: tuple[str, ...] = ("</s>",)  # the texts of `stop_ids`
     takes_system: bool = True
-    opening: str = ""  # the part of the opening that only the last answer's prompt has
-    strips: bool = False  # whether the texts of messages are trimmed
 
 
 CHATML = """
@@ -197,6 +195,14 @@ TAGGED = """
 {%- else %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+WORDS = """
+{%- for m in messages %}
+{{- {'user': '\n\nAsk:', 'assistant': '\n\nSay:', 'system': 'Note:'}[m.role] + ' ' }}
+{%- if m.role == 'assistant' and not loop.last %}{{- m.content.split('</think>')[-1].strip() }}
+{%- else %}{{- m.content.strip() }}{%- endif %}
+{%- if m.role == 'assistant' and loop.last %}{{- eos_token }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '\n\nSay:' }}{%- endif %}"""
 TWICE = """
 {%- for m in messages %}
 {{- '<|' + m.role + '|>' + m.content + (' (again: ' + m.content + ')' if m.role == 'user' else '') + '<|end|>' }}
@@ -210,41 +216,32 @@ HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 EOS_AND_IM = ("</s>", "<|im_end|>")
 STYLES = {
-    "default": Style(CHAT_TEMPLATE, strips=True),
+    "default": Style(CHAT_TEMPLATE),
     "chatml": Style(CHATML, IM, (), ends=EOS_AND_IM),
     "chatml_think": Style(CHATML, IM, (*THINK, "<tool_call>", "</tool_call>"), "<|im_end|>", ("<|im_end|>",)),
     "qwen3": Style(QWEN3, IM, (*THINK, *CALLS), "<|im_end|>", ("<|im_end|>",)),
-    "qwq": Style(QWQ, IM, THINK, "<|im_end|>", ("<|im_end|>",), opening="<think>\n"),
-    "llama2": Style(LLAMA2, strips=True),
-    "llama3": Style(LLAMA3, HEADERS, ends=("</s>", "<|eot_id|>"), strips=True),
-    "llama31": Style(LLAMA31, (*HEADERS, "<|eom_id|>", "<|python_tag|>"), ends=("</s>", "<|eot_id|>"), strips=True),
+    "qwq": Style(QWQ, IM, THINK, "<|im_end|>", ("<|im_end|>",)),
+    "llama2": Style(LLAMA2),
+    "llama3": Style(LLAMA3, HEADERS, ends=("</s>", "<|eot_id|>")),
+    "llama31": Style(LLAMA31, (*HEADERS, "<|eom_id|>", "<|python_tag|>"), ends=("</s>", "<|eot_id|>")),
     "mistral": Style(MISTRAL, ("[INST]", "[/INST]")),
-    "gemma": Style(
-        GEMMA, ("<start_of_turn>", "<end_of_turn>"), ends=("</s>", "<end_of_turn>"), takes_system=False, strips=True
-    ),
+    "gemma": Style(GEMMA, ("<start_of_turn>", "<end_of_turn>"), ends=("</s>", "<end_of_turn>"), takes_system=False),
     "phi3": Style(PHI3, ("<|end|>", *ROLES), ends=("</s>", "<|end|>")),
     "zephyr": Style(ZEPHYR),
     "vicuna": Style(VICUNA),
-    "r1": Style(
-        R1,
-        ("<User>", "<Assistant>", "<end_of_sentence>"),
-        THINK,
-        "<end_of_sentence>",
-        ("<end_of_sentence>",),
-        opening="<think>\n",
-    ),
+    "r1": Style(R1, ("<User>", "<Assistant>", "<end_of_sentence>"), THINK, "<end_of_sentence>", ("<end_of_sentence>",)),
     "cohere": Style(
         COHERE,
         ("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"),
         ends=("</s>", "<|END_OF_TURN_TOKEN|>"),
-        strips=True,
     ),
     "granite": Style(GRANITE, ("<|start_of_role|>", "<|end_of_role|>")),
     "olmo2": Style(OLMO2),
-    "falcon": Style(FALCON, strips=True),
-    "glm": Style(GLM, ("[gMASK]", "<sop>", *ROLES), THINK, strips=True),
+    "falcon": Style(FALCON),
+    "glm": Style(GLM, ("[gMASK]", "<sop>", *ROLES), THINK),
     "hermes": Style(HERMES_TOOLS, IM, CALLS, ends=EOS_AND_IM),
     "tagged": Style(TAGGED, IM, ends=EOS_AND_IM),
+    "words": Style(WORDS),
     "twice": Style(TWICE, ("<|end|>", *ROLES), ends=("</s>", "<|end|>")),
 }
 

@@ -270,6 +270,7 @@ def test_an_answer_is_learned_from_after_what_the_opening_gave():
     cases = {
         ("qwq", thought): "I add.\n</think>\n\nIt is 7.<|im_end|>",  # the opening ends with <think> and a line break
         ("qwq", (*QUESTION, ("assistant", "<think>I add.</think> 7."))): "I add.</think> 7.<|im_end|>",
+        ("r1", (*QUESTION, ("assistant", "<b>7</b>"))): "<b>7</b><end_of_sentence>",
         ("r1", thought): "\n\nIt is 7.<end_of_sentence>",  # this template writes no thoughts
         ("qwen3", thought): "<think>\nI add.\n</think>\n\nIt is 7.<|im_end|>",
         ("qwen3", (*QUESTION, ("assistant", "7."))): "<think>\n\n</think>\n\n7.<|im_end|>",

@@ -158,13 +158,9 @@ def _last_end(tokenizer: PreTrainedTokenizerBase, text: str, begin: int, shape: 
     if shape.closing and at >= begin and text.endswith(shape.closing):
         return at + (shape.closing.index(shape.end) + len(shape.end) if shape.end else len(shape.closing))
     # Some templates end calls of tools with a control token of their own.
-    controls = find_controls(tokenizer)
-    last = re.search(rf"(?:(?:{controls.pattern.pattern})\s*)+\Z", text[begin:])
-    if not last:
-        return len(text)
-    ends = list(controls.pattern.finditer(text, begin + last.start()))
-    known = (each for each in ends if each[0] in (shape.end, tokenizer.eos_token))
-    return next(known, ends[-1]).end()
+    pattern = find_controls(tokenizer).pattern
+    last = next((m for m in reversed(list(pattern.finditer(text, begin))) if not text[m.end() :].strip()), None)
+    return last.end() if last else len(text)
 
 
 def _earlier_end(tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str, k: int, begin: int, shape: Shape) -> int:
@@ -187,7 +183,7 @@ def _earlier_end(tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str, k: i
         return at + len(end)
     if is_plain and shape.next_control and (at := text.find(shape.next_control, begin)) >= 0:
         return at
-    said = str(message.get("content") or "").strip()
+    said = str(message.get("content") or "").rpartition("</think>")[2].strip()
     if said and (at := text.find(said, begin)) >= 0:
         return at + len(said)
     raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf_jax.data.chat_template import prepare_tokenizer
 from rlhf_jax.data.config import DataConfig
@@ -26,9 +26,12 @@ LOGGER = logging.getLogger(__name__)
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")  # ids 0, 1, 2
 NUM_BYTES = 256
 
-# A word with the space before it, one digit, a run of other characters, or whitespace. Digits never merge: a model of a
-# few layers adds and sorts far better when every number is written with the same ten tokens.
-PIECES = Regex(r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+# Qwen2's (Apache 2.0), which llama.cpp, onnxruntime-genai and others know. Digits never merge: a model of a few layers
+# adds and sorts far better when every number is written with the same ten tokens.
+PIECES = Regex(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+HEAD_MULTIPLE = 16  # fused attention and vectorised code of others need heads of a multiple of this
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -56,19 +59,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def make_hf_config(new: NewModelConfig, vocab_size: int) -> dict[str, Any]:
-    """The config.json of a new model, without the token ids of its tokenizer."""
-    return {
-        "model_type": "llama",
-        "vocab_size": vocab_size,
-        "hidden_size": new.hidden_size,
-        "intermediate_size": new.mlp_size,
-        "num_hidden_layers": new.num_layers,
-        "num_attention_heads": new.num_heads,
-        "num_key_value_heads": new.num_kv_heads,
-        "max_position_embeddings": new.max_positions,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-    }
+    """The config.json that transformers writes for a new model, without the token ids of its tokenizer."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=new.hidden_size,
+        intermediate_size=new.mlp_size,
+        num_hidden_layers=new.num_layers,
+        num_attention_heads=new.num_heads,
+        num_key_value_heads=new.num_kv_heads,
+        head_dim=-(-new.hidden_size // (new.num_heads * HEAD_MULTIPLE)) * HEAD_MULTIPLE,
+        max_position_embeddings=new.max_positions,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+    )
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {key: value for key, value in config.to_diff_dict().items() if key not in ids}
 
 
 def make_tokenizer(model: ModelConfig, data: DataConfig, rows: RowSpec) -> PreTrainedTokenizerBase:

@@ -45,7 +45,7 @@ class NewModelConfig:
     vocab_size: int = 384  # tokens of the BPE tokenizer that is trained on the data
     hidden_size: int = 128  # width of the residual stream
     num_layers: int = 4  # transformer blocks
-    num_heads: int = 4  # query heads
+    num_heads: int = 4  # query heads, of hidden_size / num_heads rounded up to a multiple of 16
     num_kv_heads: int = 2  # key and value heads; fewer than num_heads: grouped-query attention
     mlp_size: int = 352  # width of the gated MLP
     max_positions: int = 256  # longest sequence, in tokens

@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 from typing import TextIO
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.chat_template import Encoding, prepare_tokenizer
@@ -24,6 +24,7 @@ from rlhf_jax.data.rows import Rows
 from rlhf_jax.data.selection import NoRows, select_rows, used_by
 from rlhf_jax.data.sources import has_eval
 from rlhf_jax.hub_access import hub_obstacle
+from rlhf_jax.models.tokenizer_files import open_tokenizer
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.from_scratch import make_tokenizer
 
@@ -83,7 +84,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     place = base if recipe.model.actor == "new" else recipe.model.actor
     obstacle = "" if Path(place).is_dir() else hub_obstacle()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer = open_tokenizer(place)
     except (OSError, ValueError) as error:
         reason = ": ".join(filter(None, [obstacle, str(error).partition("\n")[0]]))
         raise ValueError(

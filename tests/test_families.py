@@ -17,6 +17,7 @@ from rlhf_jax.models.families import (
     hf_tensors,
     ignored_names,
 )
+from rlhf_jax.models.families.spellings import with_all_spellings
 from rlhf_jax.models.families.tensors import HfTensor
 
 VARIANTS = GPTS | LLAMAS
@@ -166,19 +167,81 @@ def test_base_models_lack_the_prefix_of_their_family():
         assert base_prefix(decoder_config(VARIANTS[name], scalar_head=False)) == prefix
 
 
-def test_the_exported_config_is_that_of_the_source_with_the_changes():
+def test_the_exported_config_is_that_of_the_source_with_the_changes_and_what_transformers_assumes():
     config = decoder_config(OPT_350M, scalar_head=False)
-    exported = hf_config(OPT_350M, config, dtype="float32", pad_token_id=1)
-    assert exported == OPT_350M | {"architectures": ["OPTForCausalLM"], "torch_dtype": "float32"}
-    new = {key: value for key, value in OPT_350M.items() if key != "torch_dtype"}
-    assert hf_config(new, config, dtype="bfloat16", pad_token_id=None)["dtype"] == "bfloat16"
+    exported = hf_config(OPT_350M, config, dtype="bfloat16", pad_token_id=1)
+    changes = {"architectures": ["OPTForCausalLM"], "dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    assert exported.items() >= (OPT_350M | changes).items()
+    assert (exported["layerdrop"], exported["tie_word_embeddings"], exported["model_type"]) == (0.0, True, "opt")
     assert decoder_config(exported, scalar_head=False) == config
+    assert hf_config(exported, config, dtype="bfloat16", pad_token_id=None) == exported
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192}
+OLDER = {
+    "llama": {"rope_theta": 5e5, "rope_scaling": {"type": "llama3"} | LLAMA3},
+    "olmo2": {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    "stablelm": {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    "gpt_neox": {"rotary_emb_base": 500, "rotary_pct": 0.5},
+    "gemma3_text": {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6},
+    "phi3": {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+    "qwen3_moe": {"num_experts": 8, "num_local_experts": 8},
+    "gpt2": {"n_ctx": 1024, "n_positions": 1024},
+}
+NEWER = {
+    "llama": {"rope_parameters": {"rope_theta": 5e5} | LLAMA3},
+    "olmo2": {"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}},
+    "stablelm": {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}},
+    "gpt_neox": {"rope_parameters": {"rope_theta": 500, "rope_type": "default", "partial_rotary_factor": 0.5}},
+    "gemma3_text": {
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 1e6, "rope_type": "default"},
+            "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+        },
+        "layer_types": 2 * [*5 * ["sliding_attention"], "full_attention"],
+        "num_hidden_layers": 12,
+    },
+    "phi3": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0],
+            "long_factor": [2.0],
+            "original_max_position_embeddings": 4096,
+        },
+        "hidden_size": 2,
+        "num_attention_heads": 1,
+    },
+    "qwen3_moe": {"num_local_experts": 8},
+    "gpt2": {},
+}
+
+
+@pytest.mark.parametrize("family", NEWER)
+def test_older_keys_are_written_next_to_the_newer_ones(family):
+    source = {"model_type": family} | NEWER[family]
+    written = with_all_spellings(source)
+    assert written.items() >= (source | OLDER[family]).items()
+
+
+def test_a_config_that_transformers_refuses_is_written_with_a_warning(caplog):
+    source = {"model_type": "llama", "rope_theta": 5e5, "rms_norm_eps": "small"}
+    assert with_all_spellings(source) == source
+    assert "transformers does not read this config.json" in caplog.text
+
+
+def test_a_value_that_transformers_assumes_is_written_and_no_id_of_a_token():
+    written = with_all_spellings({"model_type": "qwen2"})  # mlx-lm assumes a theta of 1,000,000, transformers 10,000
+    assert (written["rope_theta"], written["num_key_value_heads"], written["use_sliding_window"]) == (1e4, 32, False)
+    assert not {key for key in written if key.endswith("_token_id")} and "rope_scaling" not in written
 
 
 def test_an_exported_config_adds_no_pad_token_and_names_no_remote_code():
     source = LLAMA_2_7B | {"auto_map": {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}}
     exported = hf_config(source, decoder_config(source, scalar_head=False), dtype="bfloat16", pad_token_id=None)
-    assert exported == LLAMA_2_7B | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
+    assert exported.items() >= (LLAMA_2_7B | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}).items()
+    assert exported.keys() & {"auto_map", "pad_token_id"} == LLAMA_2_7B.keys() & {"pad_token_id"}
 
 
 def test_a_scalar_head_is_exported_as_one_label_with_its_name_kept():

@@ -122,7 +122,7 @@ def test_import_merges_an_adapter_casts_and_keeps_all_other_keys_of_the_configur
     assert "a llama language model of" in capsys.readouterr().err
     assert {array.dtype for array in load_file(out / "model.safetensors").values()} == {jnp.dtype("bfloat16")}
     source, copy = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "base", out))
-    assert {key for key in source.keys() | copy.keys() if source.get(key) != copy.get(key)} == {"dtype"}
+    assert {key for key in source.keys() | copy.keys() if source.get(key) != copy.get(key)} == {"dtype", "torch_dtype"}
     # Merged in the base's float32 and rounded once.
     got, want = (load_file(folder / "model.safetensors") for folder in (out, run / "sft" / "export"))
     for name in want:

@@ -11,9 +11,9 @@ from typing import Any
 
 from rlhf_jax.hub_access import hub_obstacle
 from rlhf_jax.models.safetensors_io import pickle_refusal
+from rlhf_jax.models.tokenizer_files import open_tokenizer
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-_TOKENIZER_PARTS = (*_TOKENIZER_FILES, "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "vocab.txt", "merges.txt", "*.jinja"]
 _NOT_HF = ["consolidated*", "original/*"]  # the same weights again, in a layout of their authors
 
@@ -100,34 +100,13 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Any:
     """The transformers tokenizer of the folder, None if it has none; ValueError if it has more ids than the model."""
     if not any((folder / name).exists() for name in _TOKENIZER_FILES):
         return None
-    from transformers import AutoTokenizer  # here for the same reason as in `local_folder`
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = open_tokenizer(folder)
     if len(tokenizer) > vocab_size:
         raise ValueError(
             f"the tokenizer of {folder} has {len(tokenizer)} ids, its model only {vocab_size}: "
             "they do not belong together, take both from one checkpoint"
         )
     return tokenizer
-
-
-def write_tokenizer(tokenizer: Any, folder: Path, source: Path | None) -> None:
-    """The files that it came from in `source`, bit for bit, where it is as it was; else as transformers writes it.
-
-    None writes nothing.
-    """
-    if tokenizer is None:
-        return
-    before = None if source is None else read_tokenizer(source, len(tokenizer))
-    if before is None or any(getattr(before, name) != getattr(tokenizer, name) for name in _TOKENIZER_STATE):
-        tokenizer.save_pretrained(folder)
-        return
-    for path in source.iterdir():
-        if path.name in _TOKENIZER_PARTS or path.name.startswith("chat_template"):
-            shutil.copyfile(path, folder / path.name)
-
-
-_TOKENIZER_STATE = ("special_tokens_map", "added_tokens_decoder", "chat_template", "padding_side", "truncation_side")
 
 
 def check_absent(folder: Path) -> None:

@@ -28,11 +28,11 @@ from rlhf_jax.models.hub import (
     read_tokenizer,
     replace_folder,
     write_json,
-    write_tokenizer,
 )
 from rlhf_jax.models.inference import shared_leaves
 from rlhf_jax.models.quantised import QUANTISED_KINDS, UNQUANTISED_DTYPE
 from rlhf_jax.models.safetensors_io import different_twin, read_params, write_params
+from rlhf_jax.models.tokenizer_files import write_tokenizer
 from rlhf_jax.models.unstacked import Param
 
 LOGGER = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.families import bloom_falcon_phi, gemma, gpt, llama, moe
 from rlhf_jax.models.families.containers import text_config, text_name
 from rlhf_jax.models.families.hf_fields import positive_int, refuse
+from rlhf_jax.models.families.spellings import with_all_spellings
 from rlhf_jax.models.families.tensors import Checkpoint, Family, HfTensor, Tensors
 
 # Embeddings and heads are padded to a multiple of this, so that common numbers of devices split them evenly.
@@ -141,7 +142,7 @@ def _all_names(config: DecoderConfig, path: str) -> set[str]:
 
 
 def hf_config(source: Mapping[str, Any], config: DecoderConfig, *, dtype: str, pad_token_id: int | None) -> dict:
-    """The config.json of an export: that of the source with the changes of training.
+    """The config.json of an export: that of the source with the changes of training, see `with_all_spellings`.
 
     auto_map is left out, as it names code that is not in the written folder.
     A scalar head of a family for which transformers has no such model gets an architecture named by this package, which
@@ -163,5 +164,5 @@ def hf_config(source: Mapping[str, Any], config: DecoderConfig, *, dtype: str, p
             hf |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     if pad_token_id is not None:
         hf["pad_token_id"] = pad_token_id
-    spelled = [key for key in ("dtype", "torch_dtype") if key in hf] or ["dtype"]
-    return hf | {"architectures": [architecture]} | dict.fromkeys(spelled, dtype)
+    hf |= {"architectures": [architecture], "tie_word_embeddings": config.tied, "dtype": dtype, "torch_dtype": dtype}
+    return with_all_spellings(hf)

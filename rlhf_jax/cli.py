@@ -129,7 +129,7 @@ def add_chat_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1.0)")
     command.add_argument("--top-p", type=float, default=1.0, help="nucleus to sample from (default: 1.0, everything)")
     widths = "of weights, activations and cache; int8, nf4: kernels in 8.25 or 4.13 bits per weight, the rest bfloat16"
-    kinds = ("float32", "bfloat16", "int8", "nf4")
+    kinds = (*DTYPES, "int8", "nf4")
     command.add_argument("--dtype", default="float32", choices=kinds, help=f"{widths} (default: %(default)s)")
     command.add_argument("--seed", type=int, default=0, help="sampling seed (default: 0)")
     command.add_argument("--adapter", metavar="FOLDER", help=ADAPTER_HELP)

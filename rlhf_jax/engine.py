@@ -311,7 +311,7 @@ def make_updates(
         return loss + balance, (experience.action_mask.sum(), stats)
 
     def step(objective, tx: optax.GradientTransformation, config: DecoderConfig) -> Update:
-        return make_update(objective, tx, abstract_params(config), layout, execution.num_micro)
+        return make_update(objective, tx, abstract_params(config), layout, execution.num_micro, compute.scaling)
 
     actor = step(actor_objective, optimizers.actor, models.actor)
     return actor, step(critic_objective, optimizers.critic, models.critic) if models.critic else None
@@ -347,12 +347,14 @@ def make_engine(
     def update(state: EngineState, frozen: FrozenParams, experience: Experience) -> tuple[EngineState, Stats]:
         rows, parts = experience.tokens.shape[0], execution.num_micro * layout.shards("batch")
         check_divides("rollouts of one update", rows, parts, "micro-batches x devices")
-        states, stats = {"critic": None}, {}
+        states, stats, before = {"critic": None}, {}, state.actor.scale and int(state.actor.step)
         for name in ("actor", "critic") if has_critic else ("actor",):
             step, args = getattr(programs, name), (getattr(state, name), getattr(frozen, name), experience)
             states[name], each = step(*args)
             stats |= {f"{name}_{key}": value for key, value in each.items()}
-        average = ema_update(programs.average, state.average, states["actor"].trainable)
+        average, is_skipped = state.average, state.actor.scale and int(states["actor"].step) == before
+        if not is_skipped:
+            average = ema_update(programs.average, average, states["actor"].trainable)
         return EngineState(**states, average=average), stats
 
     return Engine(models, publish, make_generate(decoding, sampling.rows), score, update, programs)

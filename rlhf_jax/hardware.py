@@ -26,7 +26,7 @@ class Gpu:
     Attributes:
         memory: bytes that CUDA reports, a little less than the product name says.
         bandwidth: memory bandwidth, bytes per second.
-        flops: bfloat16 products summed in float32; float16 where there is no bfloat16 (V100).
+        flops: bfloat16 products summed in float32; float16 where there is no bfloat16 (V100, T4).
         link: bytes per second to the other GPUs of a node, each way: NVLink, or PCIe where `nvlink` is false.
         network: bytes per second to other nodes per GPU, each way, as such nodes are usually sold.
         capability: CUDA compute capability.

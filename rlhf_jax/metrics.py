@@ -60,7 +60,11 @@ class Metrics:
         self._file.flush()
         _scalars(self._board, self.stage, step, numbers)
         if wrong := [f"'{name}' is {value}" for name, value in numbers.items() if not math.isfinite(value)]:
-            raise FloatingPointError(f"{self.stage} step {step}: {', '.join(wrong)}; lower the learning rate")
+            fix = "lower the learning rate"
+            if any(name.endswith("loss_scale") for name in numbers):
+                fix += ', or set model.dtype="float32", or "bfloat16" where the GPU has it: float16 overflows even '
+                fix += "with the smallest loss scale (model.loss_scale.smallest)"
+            raise FloatingPointError(f"{self.stage} step {step}: {', '.join(wrong)}; {fix}")
 
     def advance(self, step: int, headline: Mapping[str, Any] | None = None) -> None:
         """Move the progress bar to `step` and show the few values of `headline` next to it.

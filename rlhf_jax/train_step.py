@@ -13,6 +13,7 @@ import optax
 from einops import rearrange
 
 from rlhf_jax.hardware import RUN_OPTIONS
+from rlhf_jax.loss_scale import LossScale, LossScaleConfig, first_scale, next_scale, select, step_metrics
 from rlhf_jax.mesh import Layout, in_host_memory, to_devices, to_host
 from rlhf_jax.models.decoder import Leaf
 from rlhf_jax.optim import Optimizer, join_states, map_nodes, select_path, with_counters
@@ -34,15 +35,22 @@ class TrainState:
         step: [] int32, optimizer steps taken.
         trainable: {path: float32 array} that the optimizer changes: all parameters, or adapters and scalar head.
         opt_state: optax state over `trainable`, sharded like it.
+        scale: of the loss, for a model that computes in float16; None: the loss is not scaled.
     """
 
     step: jax.Array
     trainable: Params
     opt_state: optax.OptState
+    scale: LossScale | None = None
 
     def params(self, frozen: Params) -> Params:
         """All parameters and adapters of the model."""
         return {**frozen, **self.trainable}
+
+
+def taken_before(state: TrainState) -> jax.Array:
+    """[] int32: the steps taken before the last one, for the learning rate that it had; 0 where all were skipped."""
+    return jnp.maximum(state.step - 1, 0)
 
 
 class Update(Protocol):
@@ -76,7 +84,11 @@ def state_shardings(state: TrainState, leaves: Mapping[str, Leaf], layout: Layou
 
 
 def init_state(
-    trainable: Params, tx: optax.GradientTransformation, leaves: Mapping[str, Leaf], layout: Layout
+    trainable: Params,
+    tx: optax.GradientTransformation,
+    leaves: Mapping[str, Leaf],
+    layout: Layout,
+    scaling: LossScaleConfig | None = None,
 ) -> TrainState:
     """The state of step 0: the optimizer's moments are created in their shards; parameters are used as they are.
 
@@ -84,7 +96,7 @@ def init_state(
     """
 
     def init(trainable):
-        return TrainState(jnp.int32(0), {}, tx.init(trainable))
+        return TrainState(jnp.int32(0), {}, tx.init(trainable), first_scale(scaling) if scaling else None)
 
     def fresh(some: Params, at: Layout) -> TrainState:
         return jax.jit(init, out_shardings=state_shardings(jax.eval_shape(init, some), leaves, at))(some)
@@ -96,7 +108,7 @@ def init_state(
         state = fresh({path: leaf}, on_device)
         kept = jax.device_put(state, state_shardings(state, leaves, layout))
         opt_states.append(jax.block_until_ready(kept).opt_state)
-    return TrainState(state.step, trainable, functools.reduce(join_states, opt_states))
+    return TrainState(state.step, trainable, functools.reduce(join_states, opt_states), state.scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +121,15 @@ class OffloadedUpdate:
     largest moments are on the devices.
     """
 
-    gradients: Any  # jitted: (step, trainable, frozen, batch) -> (step + 1, gradients, metrics); donates nothing
+    gradients: Any  # jitted: (state without moments, frozen, batch) -> (the next, gradients, metrics); donates nothing
     step: Any  # jitted: (parameter, gradient, moments, counters) of a path -> all but the gradient; donates 1st and 3rd
     leaves: Mapping[str, Leaf]
     layout: Layout
 
     def __call__(self, state: TrainState, frozen: Params, batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        taken, grads, stats = self.gradients(state.step, state.trainable, frozen, batch)
+        after, grads, stats = self.gradients(dataclasses.replace(state, opt_state=None), frozen, batch)
+        if state.scale and after.step == state.step:  # skipped
+            return dataclasses.replace(state, scale=after.scale), stats
         trainable, opt_states = dict(state.trainable), []
         for path in self.order(trainable):
             kept, counters = select_path(state.opt_state, path)
@@ -125,7 +139,8 @@ class OffloadedUpdate:
             jax.tree.map(lambda x: x.delete(), kept)
             trainable |= param
             opt_states.append(with_counters(moments, counters))
-        return TrainState(taken, trainable, functools.reduce(join_states, opt_states)), stats
+        opt_state = functools.reduce(join_states, opt_states)
+        return TrainState(after.step, trainable, opt_state, after.scale), stats
 
     @staticmethod
     def order(trainable: Params) -> list[str]:
@@ -134,7 +149,7 @@ class OffloadedUpdate:
 
     def lower(self, state: TrainState, frozen: Params, batch) -> jax.stages.Lowered:
         """The lowered `gradients`, from arrays or their abstract shapes."""
-        return self.gradients.lower(state.step, state.trainable, frozen, batch)
+        return self.gradients.lower(dataclasses.replace(state, opt_state=None), frozen, batch)
 
     def arguments(self, state: TrainState, path: str) -> tuple:
         """Abstract arguments of the `step` of one parameter, on the devices."""
@@ -167,8 +182,24 @@ def join_micro_batches(tree, layout: Layout):
     return jax.tree.map(join, tree)
 
 
+def advance(
+    scaling: LossScaleConfig | None, state: TrainState, stats: dict
+) -> tuple[jax.Array, LossScale | None, jax.Array | None, dict]:
+    """Steps taken, the next scale, whether the gradients are finite (None: taken as they are), and the metrics."""
+    if state.scale is None:
+        return state.step + 1, None, None, stats
+    is_finite = jnp.isfinite(stats["grad_norm"])
+    scale = next_scale(scaling, state.scale, is_finite)
+    return state.step + is_finite, scale, is_finite, step_metrics(scaling, state.scale, stats)
+
+
 def make_update(
-    loss_fn: LossFn, tx: optax.GradientTransformation, leaves: Mapping[str, Leaf], layout: Layout, num_micro: int
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    leaves: Mapping[str, Leaf],
+    layout: Layout,
+    num_micro: int,
+    scaling: LossScaleConfig | None = None,
 ) -> Update:
     """One optimizer step: the jitted update(state, frozen, batch) -> (state, metrics); the whole state is donated.
 
@@ -178,48 +209,64 @@ def make_update(
 
     The step is computed in the sharding of the moments (ZeRO-1 and -2): each device computes its part of the new
     parameters, and the parts are gathered to the sharding of the parameters. Offloaded moments need an `Optimizer`.
+
+    With `scaling`, for a state with a scale, gradients are those of the scaled loss, divided by the scale before they
+    are clipped. A step whose gradients are not finite changes nothing except the scale.
     """
 
     def shard(tree: Params, layout: Layout) -> Params:
         return {path: layout.constrain(leaf, *leaves[path].axes) for path, leaf in tree.items()}
 
-    def micro_step(trainable: Params, frozen: Params, micro) -> tuple[Params, jax.Array, dict]:
-        loss_of = jax.value_and_grad(lambda trainable: loss_fn({**frozen, **trainable}, micro), has_aux=True)
-        (loss, (weight, stats)), grads = loss_of(trainable)
-        summed = jax.tree.map(lambda leaf: leaf * weight, ({"loss": loss, **stats}, grads))
+    def micro_step(trainable: Params, scale: LossScale | None, frozen: Params, micro) -> tuple[Params, jax.Array, dict]:
+        def scaled_loss(trainable: Params):
+            loss, (weight, stats) = loss_fn({**frozen, **trainable}, micro)
+            return loss * scale.value if scale else loss, (weight, {"loss": loss, **stats})
+
+        grads, (weight, stats) = jax.grad(scaled_loss, has_aux=True)(trainable)
+        summed = jax.tree.map(lambda leaf: leaf * weight, (stats, grads))
         return summed[1], weight, summed[0]
 
-    def mean_gradients(trainable: Params, frozen: Params, batch) -> tuple[Params, dict]:
+    def mean_gradients(state: TrainState, frozen: Params, batch) -> tuple[Params, dict]:
         """The gradients, sharded by `layout.moments`, and the metrics."""
+        given = state.trainable, state.scale, frozen
         micros = split_micro_batches(batch, num_micro, layout)
         first = jax.tree.map(lambda leaf: leaf[0], micros)
 
         def add(total, micro):
-            grads, weight, stats = micro_step(trainable, frozen, micro)
+            grads, weight, stats = micro_step(*given, micro)
             return jax.tree.map(jnp.add, total, (shard(grads, layout.gradients), weight, stats)), None
 
-        shapes = jax.eval_shape(micro_step, trainable, frozen, first)
+        shapes = jax.eval_shape(micro_step, *given, first)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         (grads, weight, stats), _ = jax.lax.scan(add, (shard(zeros[0], layout.gradients), *zeros[1:]), micros)
         grads, stats = jax.tree.map(lambda leaf: leaf / jnp.maximum(weight, 1), (grads, stats))
+        if state.scale:
+            grads = jax.tree.map(lambda leaf: leaf / state.scale.value, grads)
         grads = shard(grads, layout.moments)
         return grads, stats | {"grad_norm": optax.tree.norm(grads)}
 
-    def apply(tx_update, trainable: Params, grads: Params, opt_state) -> tuple[Params, optax.OptState]:
-        parts = shard(trainable, layout.moments)
+    def apply(
+        tx_update, trainable: Params, grads: Params, opt_state, is_finite: jax.Array | None = None
+    ) -> tuple[Params, optax.OptState]:
+        parts, before = shard(trainable, layout.moments), opt_state
         updates, opt_state = tx_update(grads, opt_state, parts)
-        parts = shard(optax.apply_updates(parts, updates), layout.moments)
+        updated = optax.apply_updates(parts, updates)
+        if is_finite is not None:
+            updated, opt_state = select(is_finite, (updated, opt_state), (parts, before))
+        parts = shard(updated, layout.moments)
         opt_state = map_nodes(lambda x: shard(x, layout.moments) if isinstance(x, dict) else x, opt_state)
         return shard(parts, layout), opt_state
 
     def update(state: TrainState, frozen: Params, batch) -> tuple[TrainState, dict]:
-        grads, stats = mean_gradients(state.trainable, frozen, batch)
-        trainable, opt_state = apply(tx.update, state.trainable, grads, state.opt_state)
-        return TrainState(state.step + 1, trainable, opt_state), stats
+        grads, stats = mean_gradients(state, frozen, batch)
+        taken, scale, is_finite, stats = advance(scaling, state, stats)
+        trainable, opt_state = apply(tx.update, state.trainable, grads, state.opt_state, is_finite)
+        return TrainState(taken, trainable, opt_state, scale), stats
 
-    def gradients(step: jax.Array, trainable: Params, frozen: Params, batch) -> tuple[jax.Array, Params, dict]:
-        grads, stats = mean_gradients(trainable, frozen, batch)
-        return step + 1, shard(tx.clip(grads), layout.moments), stats
+    def gradients(state: TrainState, frozen: Params, batch) -> tuple[TrainState, Params, dict]:
+        grads, stats = mean_gradients(state, frozen, batch)
+        taken, scale, _, stats = advance(scaling, state, stats)
+        return TrainState(taken, {}, None, scale), shard(tx.clip(grads), layout.moments), stats
 
     def step(param: Params, grad: Params, moments, counters) -> tuple[Params, Any, Any]:
         param, opt_state = apply(tx.update_each, param, grad, with_counters(moments, counters))

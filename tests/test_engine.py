@@ -57,13 +57,13 @@ def copy_to_host(tree):
     return jax.device_get(jax.tree.map(jnp.copy, tree))
 
 
-def state_of(config, lora, layout, tx, seed):
+def state_of(config, lora, layout, tx, seed, scaling=None):
     params = tiny.random_params(tiny.with_lora(config, lora), layout.mesh, seed)
     trainable, frozen = partition(params, lambda path: is_trainable(path, lora))
-    return init_state(trainable, tx, abstract_params(tiny.with_lora(config, lora)), layout), frozen
+    return init_state(trainable, tx, abstract_params(tiny.with_lora(config, lora)), layout, scaling), frozen
 
 
-def engine_of(case, mesh, dtype=FLOAT32, num_score_micro=None, ema_decay=0.0):
+def engine_of(case, mesh, dtype=FLOAT32, num_score_micro=None, ema_decay=0.0, scaling=None):
     """(engine, state, frozen): the actor differs from its reference, the critic from the reward model."""
     family, lora, temperature, num_micro = CASES[case]
     config, layout, settings = tiny.FAMILIES[family], Layout(mesh, TRAIN), PPOConfig()
@@ -80,10 +80,10 @@ def engine_of(case, mesh, dtype=FLOAT32, num_score_micro=None, ema_decay=0.0):
         dataclasses.replace(ppo_algorithm(settings), actor_loss=policy_objective),
         Optimizers(tx, tx, ema_decay),
         Sampling(SampleConfig(NEW, temperature), EOS),
-        Execution(layout, Compute(dtype, "layers", 4), num_micro, num_score_micro or num_micro),
+        Execution(layout, Compute(dtype, "layers", 4, scaling=scaling), num_micro, num_score_micro or num_micro),
     )
-    actor_state, actor_frozen = state_of(config, lora, layout, tx, seed=0)
-    critic_state, critic_frozen = state_of(critic, NO_LORA, layout, tx, seed=1)
+    actor_state, actor_frozen = state_of(config, lora, layout, tx, 0, scaling)
+    critic_state, critic_frozen = state_of(critic, NO_LORA, layout, tx, 1, scaling)
     reference = {} if lora.rank else tiny.random_params(config, mesh, seed=2)
     frozen = FrozenParams(actor_frozen, critic_frozen, reference, tiny.random_params(critic, mesh, seed=3))
     return engine, EngineState(actor_state, critic_state), frozen

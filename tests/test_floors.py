@@ -10,7 +10,7 @@ from rlhf_jax.stages.table import STAGES
 PACKAGE = Path(__file__).parents[1] / "rlhf_jax"
 FLOORS = [
     ["config", "trees", "hub_access"],
-    ["mesh", "hardware", "collectives", "metrics", "objectives", "sampling"],
+    ["mesh", "hardware", "loss_scale", "collectives", "metrics", "objectives", "sampling"],
     ["models", "data", "optim"],
     ["train_step", "decode", "checkpoint"],
     ["rollout"],

@@ -8,7 +8,7 @@ from rlhf_jax import hardware
 from rlhf_jax.hardware import GPUS, compile_only_devices, parse_machine
 from rlhf_jax.mesh import MeshConfig, make_mesh
 
-CARDS = ["A100-40GB", "A100-80GB", "A6000-48GB", "H100-80GB", "H200", "L40S", "V100-32GB"]
+CARDS = ["A100-40GB", "A100-80GB", "A6000-48GB", "H100-80GB", "H200", "L40S", "T4", "V100-32GB"]
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_every_card_has_the_memory_in_its_name():
     assert list(GPUS) == CARDS
     for name, gpu in GPUS.items():
         reported = re.search(r"-(\d+)GB", name)
-        size = int(reported[1]) if reported else {"H200": 141, "L40S": 48}[name]
+        size = int(reported[1]) if reported else {"H200": 141, "L40S": 48, "T4": 16}[name]
         # Names count 2**30 bytes, or 10**9 (H200), and the driver reserves some.
         assert 0.9 * size * 2**30 <= gpu.memory <= 1.08 * size * 10**9
         assert gpu.bandwidth > gpu.link > gpu.network > 0

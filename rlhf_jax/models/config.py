@@ -11,6 +11,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from rlhf_jax.loss_scale import LossScaleConfig
 from rlhf_jax.models.lora import NO_LORA, LoraConfig
 
 Remat = Literal["layers", "dots", "none"]
@@ -66,12 +67,14 @@ class Compute:
             `Unstacked`, "dots" on a GPU is "none": see `recomputed`.
         chunk: positions whose logits exist at once; 0: all.
         attention: the kernel of training, scoring and prefill, see `kernel_for_mesh`.
+        scaling: of the loss, in float16; None: the loss is not scaled.
     """
 
     dtype: jnp.dtype
     remat: Remat = "layers"
     chunk: int = 0
     attention: Choice = "auto"
+    scaling: LossScaleConfig | None = None
 
 
 @dataclass(frozen=True)

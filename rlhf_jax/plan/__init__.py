@@ -178,7 +178,8 @@ def _notes(recipe: Recipe, wanted: Machine, obstacle: str = "") -> list[str]:
     if wanted.nodes > 1:
         notes.append("this version trains in one process, so on one node: more nodes can only be planned")
     if wanted.gpu.capability < "8.0" and recipe.model.dtype == "bfloat16":
-        notes.append(f"{wanted.gpu.name} has no bfloat16 unit: speeds are those of float32")
+        fix = 'model.dtype="float16", which scales the loss, computes eight times as fast'
+        notes.append(f"{wanted.gpu.name} has no bfloat16 unit: speeds are those of float32; {fix}")
     return notes
 
 

@@ -181,7 +181,7 @@ def _supervised_phases(stage: Stage, recipe: Recipe, decoder: DecoderConfig, lay
     length = _round8(min(spec.pack_length or recipe.data.max_length, decoder.max_positions))
     num_micro = micro_batches(name, config.batch_size, config.micro_batch_size, layout)
     objective = stage.objective(model.with_lora(decoder), model.compute, layout)
-    update, measure = make_programs(objective, model.with_lora(decoder), layout, tx, num_micro)
+    update, measure = make_programs(objective, model.with_lora(decoder), layout, tx, num_micro, model.scaling)
     state, frozen = abstract_state(abstract_pretrained(decoder, model, layout), model, tx)
     shape = (config.batch_size, 2, length) if spec.per_row > 1 else (config.batch_size, length)
     kinds = (jnp.int32, jnp.bool, jnp.bool, *[jnp.int32] * bool(spec.pack_length))
@@ -348,7 +348,7 @@ def prompt_positions(recipe: Recipe, max_positions: int) -> int:
 
 
 def _state_bytes(name: str, state: TrainState, frozen: Params) -> dict[str, int]:
-    parts = {"frozen": frozen, "trainable": state.trainable, "optimizer": (state.step, state.opt_state)}
+    parts = {"frozen": frozen, "trainable": state.trainable, "optimizer": (state.step, state.opt_state, state.scale)}
     return {f"{name}{part}": device_bytes(tree) for part, tree in parts.items()}
 
 

@@ -64,10 +64,10 @@ def host_link(gpu: Gpu) -> float:
 
 
 def matmul_rate(gpu: Gpu, dtype: str) -> float:
-    """FLOP/s of matrix products: float32 as TF32, half as fast; before Ampere both in float32, an eighth of float16."""
+    """FLOP/s of matrix products: float32 as TF32, half as fast; before Ampere all but float16 in float32, an eighth."""
     if gpu.capability < "8.0":
-        return gpu.flops / 8
-    return gpu.flops if dtype == "bfloat16" else gpu.flops / 2
+        return gpu.flops if dtype == "float16" else gpu.flops / 8
+    return gpu.flops / 2 if dtype == "float32" else gpu.flops
 
 
 def weights_per_token(config: DecoderConfig) -> tuple[int, int]:

@@ -41,7 +41,7 @@ from rlhf_jax.stages.batch_sizes import micro_batches, rows_per_source, total_st
 from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.loop import train_loop
 from rlhf_jax.stages.models import ModelConfig, copy_frozen, export_model, load_model, log_attention, make_state
-from rlhf_jax.train_step import Params, start_ema
+from rlhf_jax.train_step import Params, start_ema, taken_before
 from rlhf_jax.trees import partition
 
 LOGGER = logging.getLogger(__name__)
@@ -242,8 +242,9 @@ def run_ppo(context: StageContext, config: PPOConfig) -> None:
         clock.lap("update", collected)
         stats = {**rollout_metrics(experience, rollout), "decode_steps": rollout.steps.max()}
         stats |= {key: float(np.mean([float(part[key]) for part in collected])) for key in collected[0]}
-        stats |= {"actor_learning_rate": rates[0](state.actor.step - 1)}
-        stats |= {"critic_learning_rate": rates[1](state.critic.step - 1)}
+        stats |= {key: collected[-1][key] for key in collected[0] if key.endswith(("loss_scale", "skipped_steps"))}
+        stats |= {"actor_learning_rate": rates[0](taken_before(state.actor))}
+        stats |= {"critic_learning_rate": rates[1](taken_before(state.critic))}
         stats |= rows_per_source(prompts, step) | constants | clock.seconds
         tokens = int(experience.mask.sum())  # prompts and answers of the whole iteration
         return state, stats | {"tokens_per_second": tokens / sum(clock.seconds.values())}

@@ -16,6 +16,7 @@ from rlhf_jax.data.chat_template import prepare_tokenizer
 from rlhf_jax.data.rows import Rows
 from rlhf_jax.data.selection import select_rows
 from rlhf_jax.hardware import RUN_OPTIONS
+from rlhf_jax.loss_scale import LossScaleConfig
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.config import Compute, DecoderConfig
 from rlhf_jax.models.decoder import abstract_params
@@ -24,7 +25,7 @@ from rlhf_jax.stages.batch_sizes import check_row_lengths, held_out_batches, mic
 from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.loop import train_loop
 from rlhf_jax.stages.models import export_model, load_model, log_attention, make_state
-from rlhf_jax.train_step import TrainState, make_update
+from rlhf_jax.train_step import TrainState, make_update, taken_before
 
 LOGGER = logging.getLogger(__name__)
 
@@ -66,10 +67,15 @@ class Objective(NamedTuple):
 
 
 def make_programs(
-    objective: Objective, decoder: DecoderConfig, layout: Layout, tx: optax.GradientTransformation, num_micro: int
+    objective: Objective,
+    decoder: DecoderConfig,
+    layout: Layout,
+    tx: optax.GradientTransformation,
+    num_micro: int,
+    scaling: LossScaleConfig | None = None,
 ) -> tuple[Callable, Callable]:
     """The jitted update(state, frozen, batch) of `make_update`, and the jitted `objective.measure`."""
-    update = make_update(objective.loss, tx, abstract_params(decoder), layout, num_micro)
+    update = make_update(objective.loss, tx, abstract_params(decoder), layout, num_micro, scaling)
     return update, jax.jit(objective.measure, compiler_options=RUN_OPTIONS)
 
 
@@ -106,13 +112,13 @@ def run_supervised_stage(
     tx, rate = make_optimizer(config.optim, steps), learning_rate(config.optim, steps)
     decoder = model.with_lora(pretrained.config)
     objective = make_objective(decoder, model.compute, layout)
-    update, measure = make_programs(objective, decoder, layout, tx, num_micro)
+    update, measure = make_programs(objective, decoder, layout, tx, num_micro, model.scaling)
     state, frozen = make_state(pretrained, model, tx, run.seed)
     prefetch = Prefetch(batches, steps)
 
     def step_fn(state: TrainState, step: int):
         state, stats = update(state, frozen, layout.put_batch(prefetch[step]))
-        return state, {**stats, "learning_rate": rate(step), **rows_per_source(batches, step)}
+        return state, {**stats, "learning_rate": rate(taken_before(state)), **rows_per_source(batches, step)}
 
     def evaluate(state: TrainState) -> Mapping[str, float]:
         each = [jax.device_get(measure(state.params(frozen), layout.put_batch(batch))) for batch in measured]

@@ -182,6 +182,20 @@ def join_micro_batches(tree, layout: Layout):
     return jax.tree.map(join, tree)
 
 
+def summed_gradients(
+    loss_fn: LossFn, trainable: Params, scale: LossScale | None, frozen: Params, micro: Any
+) -> tuple[Params, jax.Array, dict[str, jax.Array]]:
+    """(gradients of the scaled loss, weight, loss and metrics) of a micro-batch; all but the weight times the weight."""
+
+    def scaled_loss(trainable: Params):
+        loss, (weight, stats) = loss_fn({**frozen, **trainable}, micro)
+        return loss * scale.value if scale else loss, (weight, {"loss": loss, **stats})
+
+    grads, (weight, stats) = jax.grad(scaled_loss, has_aux=True)(trainable)
+    stats, grads = jax.tree.map(lambda leaf: leaf * weight, (stats, grads))
+    return grads, weight, stats
+
+
 def advance(
     scaling: LossScaleConfig | None, state: TrainState, stats: dict
 ) -> tuple[jax.Array, LossScale | None, jax.Array | None, dict]:
@@ -217,26 +231,17 @@ def make_update(
     def shard(tree: Params, layout: Layout) -> Params:
         return {path: layout.constrain(leaf, *leaves[path].axes) for path, leaf in tree.items()}
 
-    def micro_step(trainable: Params, scale: LossScale | None, frozen: Params, micro) -> tuple[Params, jax.Array, dict]:
-        def scaled_loss(trainable: Params):
-            loss, (weight, stats) = loss_fn({**frozen, **trainable}, micro)
-            return loss * scale.value if scale else loss, (weight, {"loss": loss, **stats})
-
-        grads, (weight, stats) = jax.grad(scaled_loss, has_aux=True)(trainable)
-        summed = jax.tree.map(lambda leaf: leaf * weight, (stats, grads))
-        return summed[1], weight, summed[0]
-
     def mean_gradients(state: TrainState, frozen: Params, batch) -> tuple[Params, dict]:
         """The gradients, sharded by `layout.moments`, and the metrics."""
-        given = state.trainable, state.scale, frozen
+        given = loss_fn, state.trainable, state.scale, frozen
         micros = split_micro_batches(batch, num_micro, layout)
         first = jax.tree.map(lambda leaf: leaf[0], micros)
 
         def add(total, micro):
-            grads, weight, stats = micro_step(*given, micro)
+            grads, weight, stats = summed_gradients(*given, micro)
             return jax.tree.map(jnp.add, total, (shard(grads, layout.gradients), weight, stats)), None
 
-        shapes = jax.eval_shape(micro_step, *given, first)
+        shapes = jax.eval_shape(functools.partial(summed_gradients, *given), first)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         (grads, weight, stats), _ = jax.lax.scan(add, (shard(zeros[0], layout.gradients), *zeros[1:]), micros)
         grads, stats = jax.tree.map(lambda leaf: leaf / jnp.maximum(weight, 1), (grads, stats))

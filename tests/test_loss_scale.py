@@ -147,26 +147,22 @@ def test_overflow_with_the_smallest_scale_ends_the_run_with_advice(tmp_path):
         metrics.write(1, stats)
 
 
-def test_a_float16_run_scales_every_loss_and_resumes_bit_equal(tmp_path, monkeypatch):
+def test_a_float16_run_scales_every_loss_and_resumes_bit_equal(tmp_path, capsys):
     path = tiny_recipe.write_recipe(tmp_path)
-    settings = ["model.dtype=float16", "model.loss_scale={initial=16777216.0,growth_steps=2}"]
-    settings += ["sft.steps=4", "reward.steps=2", "ppo.steps=2", "ppo.ema_decay=0.9", "evaluate.prompts=8"]
-    for name in ("whole", "resumed"):
-        with pytest.MonkeyPatch.context() as patch:
-            if name == "resumed":
-                interrupt_stage(patch, "sft", 3)
-                assert tiny_recipe.run("train", path, f"run.dir={tmp_path / name}", *settings) == 130
-        assert tiny_recipe.run("train", path, f"run.dir={tmp_path / name}", *settings) == 0
-    rows = {stage: metrics_of(tmp_path / "whole", stage) for stage in ("sft", "reward", "ppo")}
-    assert rows["sft"] == metrics_of(tmp_path / "resumed", "sft")
-    taken = [row for row in rows["sft"] if "loss_scale" in row]
-    assert taken[-1]["skipped_steps"] > 0 and taken[0]["loss_scale"] > taken[-1]["loss_scale"]
-    assert {"loss_scale", "skipped_steps"} <= rows["reward"][-2].keys() | rows["reward"][-1].keys()
-    both = {f"{who}_{key}" for who in ("actor", "critic") for key in ("loss_scale", "skipped_steps")}
-    assert both <= rows["ppo"][-1].keys()
-    for stage in ("sft/export", "reward/export", "ppo/export", "ppo/export_ema"):
-        same = [(tmp_path / name / stage / "model.safetensors").read_bytes() for name in ("whole", "resumed")]
-        assert same[0] == same[1], stage
+    settings = ["model.dtype=float16", "model.loss_scale={initial=16777216.0,growth_steps=2}", "sft.steps=4"]
+    settings += ["reward.steps=1", "ppo.steps=1", "sft.eval_batches=0", "reward.eval_batches=0"]
+    assert tiny_recipe.run("train", path, f"run.dir={tmp_path / 'whole'}", *settings) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_stage(patch, "sft", 3)
+        assert tiny_recipe.run("train", path, f"run.dir={tmp_path / 'resumed'}", *settings) == 130
+    assert tiny_recipe.run("sft", path, f"run.dir={tmp_path / 'resumed'}", *settings) == 0
+    assert "resumed at step 2 of 4" in capsys.readouterr().err
+    exports = [(tmp_path / name / "sft/export/model.safetensors").read_bytes() for name in ("whole", "resumed")]
+    rows, (reward,), (ppo,) = (metrics_of(tmp_path / "whole", stage) for stage in ("sft", "reward", "ppo"))
+    assert exports[0] == exports[1] and rows == metrics_of(tmp_path / "resumed", "sft")
+    assert rows[-1]["skipped_steps"] > 0 and rows[0]["loss_scale"] == 2.0**24 > rows[-1]["loss_scale"]
+    names = {f"{who}_{key}" for who in ("actor", "critic") for key in ("loss_scale", "skipped_steps")}
+    assert names <= ppo.keys() and {"loss_scale", "skipped_steps"} <= reward.keys()
 
 
 def metrics_of(run, stage):

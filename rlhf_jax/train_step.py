@@ -185,7 +185,7 @@ def join_micro_batches(tree, layout: Layout):
 def summed_gradients(
     loss_fn: LossFn, trainable: Params, scale: LossScale | None, frozen: Params, micro: Any
 ) -> tuple[Params, jax.Array, dict[str, jax.Array]]:
-    """(gradients of the scaled loss, weight, loss and metrics) of a micro-batch; all but the weight times the weight."""
+    """(gradients of the scaled loss, weight, loss and metrics) of a micro-batch, all times the weight."""
 
     def scaled_loss(trainable: Params):
         loss, (weight, stats) = loss_fn({**frozen, **trainable}, micro)

@@ -22,6 +22,7 @@ from rlhf_jax.models.inference import Inference
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained
 from rlhf_jax.rollout import eos_ids, make_publish
 from rlhf_jax.sampling import SampleConfig, check_sample, draw, penalise_logits
+from rlhf_jax.stages.run_folder import date_of_export
 
 LOGGER = logging.getLogger(__name__)
 HELP = "/clear forgets the dialogue, /quit leaves"
@@ -100,7 +101,7 @@ class ChatModel:
         longest = max(1, min(sample.max_new_tokens, model.config.max_positions // 2))
         least = min(sample.min_new_tokens, longest)
         self.sample = dataclasses.replace(sample, max_new_tokens=longest, min_new_tokens=least)
-        self.tokenizer = prepare_tokenizer(model.tokenizer)
+        self.tokenizer = prepare_tokenizer(model.tokenizer, date=date_of_export(model.folder))
         self.eos = eos_ids(model)
         dtype, mesh = model.params["embed/tokens"].dtype, model.layout.mesh
         self.model = Inference(model.config, Layout(mesh, GENERATE), dtype)

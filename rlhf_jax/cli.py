@@ -221,7 +221,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     from rlhf_jax.recipe import Recipe
     from rlhf_jax.stages.run_folder import check_same_data
 
-    recipe = load_config(args.config, args.overrides, Recipe)
+    recipe = load_config(args.config, args.overrides, Recipe).with_date()
     check_same_data(recipe.run, dump_config(recipe))
     print(evaluate(recipe.run, make_mesh(recipe.mesh), recipe.data, recipe.evaluate, recipe.model), flush=True)
 
@@ -247,7 +247,7 @@ def run_data(args: argparse.Namespace) -> None:
 
     if args.examples < 0:
         raise ValueError(f"--examples {args.examples}: at least 0")
-    show_data(load_config(args.config, args.overrides, Recipe), args.examples)
+    show_data(load_config(args.config, args.overrides, Recipe).with_date(), args.examples)
 
 
 def run_chat(args: argparse.Namespace) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import builtin_judge
 from rlhf_jax.data.batches import Batch, Batches
-from rlhf_jax.data.chat_template import prepare_tokenizer
 from rlhf_jax.data.config import BUILTIN, DataConfig
 from rlhf_jax.data.records import Example, RowSpec
 from rlhf_jax.data.selection import read_examples, rows_from_examples, select_rows
@@ -26,6 +26,7 @@ from rlhf_jax.sampling import SampleConfig
 from rlhf_jax.stages.models import ModelConfig, log_devices
 from rlhf_jax.stages.run_folder import RunConfig
 from rlhf_jax.stages.table import exporters
+from rlhf_jax.stages.tokenizers import load_tokenizer
 
 EXAMPLES_READ_PER_PROMPT = 32  # held-out rows read per prompt that is answered
 
@@ -69,9 +70,10 @@ def evaluate(run: RunConfig, mesh: Mesh, data: DataConfig, config: EvaluateConfi
         raise ValueError(f"{run.dir}: {', '.join(missing)} not finished (no export folder): run `rlhf-jax train` first")
     log_devices(mesh, model)
     scorer = reward_from_pretrained(run.export(scorers[-1]), mesh=mesh, dtype=dtype)
-    numbers = {"reward_accuracy": reward_accuracy(scorer, scorers[-1], data, config, attention)}
+    tokenizer = load_tokenizer(run.export(policies[-1]), data)  # one for all policies, and for the scorer
+    numbers = {"reward_accuracy": reward_accuracy(scorer, tokenizer, scorers[-1], data, config, attention)}
 
-    examples, prompts = held_out_prompts(scorer, policies[-1], data, config.prompts)
+    examples, prompts = held_out_prompts(tokenizer, policies[-1], data, config.prompts)
     is_judged = all(example.source == BUILTIN for example in examples)
 
     answers, scores, good = {}, {}, {}  # columns of evaluate.jsonl
@@ -99,10 +101,14 @@ def evaluate(run: RunConfig, mesh: Mesh, data: DataConfig, config: EvaluateConfi
 
 
 def reward_accuracy(
-    scorer: Pretrained, stage: str, data: DataConfig, config: EvaluateConfig, attention: Choice
+    scorer: Pretrained,
+    tokenizer: PreTrainedTokenizerBase,
+    stage: str,
+    data: DataConfig,
+    config: EvaluateConfig,
+    attention: Choice,
 ) -> float:
     """Share of held-out pairs whose chosen answer scores higher; `stage` is the stage that trained the scorer."""
-    tokenizer = prepare_tokenizer(scorer.tokenizer, data.template, data.system)
     rows = select_rows(data, tokenizer, RowSpec("pair", stage), held_out=True)
     count = min(config.pairs, len(rows))
     pairs = Batches(rows, batch_size=count, seed=0, shuffle=False)[0]
@@ -112,13 +118,15 @@ def reward_accuracy(
     return float((chosen > rejected).mean())
 
 
-def held_out_prompts(scorer: Pretrained, stage: str, data: DataConfig, limit: int) -> tuple[list[Example], Batch]:
+def held_out_prompts(
+    tokenizer: PreTrainedTokenizerBase, stage: str, data: DataConfig, limit: int
+) -> tuple[list[Example], Batch]:
     """At most `limit` held-out examples with distinct prompts that fit, and the batch of those prompts.
 
     Raises:
         ValueError: there are none.
     """
-    tokenizer, spec = prepare_tokenizer(scorer.tokenizer, data.template, data.system), RowSpec("prompt", stage)
+    spec = RowSpec("prompt", stage)
     # Some examples are dropped, and preference data repeat prompts: enough are read that `limit` remain.
     read = itertools.islice(read_examples(data, spec, held_out=True), EXAMPLES_READ_PER_PROMPT * limit)
     if not (examples := list(read)):

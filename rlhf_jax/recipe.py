@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
 
 from jax.sharding import AbstractMesh, Mesh
 
+from rlhf_jax.data.chat_template import read_template
 from rlhf_jax.data.config import DataConfig
 from rlhf_jax.data.records import RowSpec
 from rlhf_jax.data.splits import named_shares
@@ -15,9 +18,10 @@ from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.models import ModelConfig
 from rlhf_jax.stages.ppo import PPOConfig
 from rlhf_jax.stages.reward import RewardConfig
-from rlhf_jax.stages.run_folder import RunConfig
+from rlhf_jax.stages.run_folder import RunConfig, run_date
 from rlhf_jax.stages.sft import SFTConfig
-from rlhf_jax.stages.table import STAGES, check_stages, sources
+from rlhf_jax.stages.table import STAGES, check_stages, exporters, sources
+from rlhf_jax.stages.tokenizers import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,31 @@ class Recipe:
         config = getattr(self, stage)
         return RowSpec(STAGES[stage].rows, stage, getattr(config, "learn", "answer"), getattr(config, "pack_length", 0))
 
+    @property
+    def tokenizer(self) -> str | Path:
+        """The folder or hub id whose tokenizer and template all stages use: the actor's, if any stage trains one."""
+        if not exporters("policy", self.run.stages):
+            return self.model.reward
+        return self.run.folder("base") if self.model.actor == "new" else self.model.actor
+
+    def with_date(self, *, start: bool = False) -> Recipe:
+        """The recipe with `data.date`: its own, else that of its run, else with `start` now if the template asks."""
+        date = self.data.date or run_date(self.run.dir)
+        if start and not date and self._asks_for_date():
+            date = datetime.now().isoformat(timespec="seconds")
+        return replace(self, data=replace(self.data, date=date))
+
+    def _asks_for_date(self) -> bool:
+        template, place = read_template(self.data.template), self.tokenizer
+        if not template and (place != self.run.folder("base") or self.run.folder("base").exists()):
+            template = str(load_tokenizer(place, self.data).chat_template)
+        return "strftime_now" in template
+
     def context(self, stage: str, mesh: Mesh) -> StageContext:
         """The inputs of the stage; the exports that it starts from need not exist yet."""
         start = {kind: self.run.export(name) for kind, name in sources(stage, self.run.stages, self.model).items()}
-        return StageContext(stage, self.row_spec(stage), self.run, self.layout(mesh), self.model, self.data, start)
+        settings = self.row_spec(stage), self.run, self.layout(mesh), self.model, self.data
+        return StageContext(stage, *settings, self.tokenizer, start)
 
     def layout(self, mesh: Mesh | AbstractMesh) -> Layout:
         """The layout of everything that trains on this mesh."""

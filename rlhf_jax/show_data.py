@@ -9,24 +9,23 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import TextIO
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data.batches import Batches
-from rlhf_jax.data.chat_template import Encoding, prepare_tokenizer
+from rlhf_jax.data.chat_template import Encoding
 from rlhf_jax.data.config import DataConfig
 from rlhf_jax.data.mapping import provides, resolve
 from rlhf_jax.data.records import RowKind, RowSpec
 from rlhf_jax.data.rows import Rows
 from rlhf_jax.data.selection import NoRows, select_rows, used_by
 from rlhf_jax.data.sources import has_eval
-from rlhf_jax.hub_access import hub_obstacle
-from rlhf_jax.models.tokenizer_files import open_tokenizer
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.from_scratch import make_tokenizer
+from rlhf_jax.stages.tokenizers import load_tokenizer
 
 GREEN, DIM, PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 USES: dict[RowKind, str] = {"demonstration": "a dialogue", "pair": "a pair", "prompt": "a prompt"}
@@ -49,13 +48,14 @@ def show_data(recipe: Recipe, examples: int, out: TextIO | None = None) -> None:
         ValueError: as `select_rows`, except that a stage without rows is printed.
     """
     out = out or sys.stdout
-    tokenizer, data = load_tokenizer(recipe), resolve(recipe.data)
+    tokenizer, data = tokenizer_of(recipe), resolve(recipe.data)
     colours = out.isatty() and not os.environ.get("NO_COLOR")
     # Everything is read before anything is printed: bad data stops the command, and totals are reported once.
     specs = {stage: replace(recipe.row_spec(stage), pack_length=0) for stage in recipe.run.stages}
     found = {(s, side): _load_rows(data, tokenizer, spec, side) for s, spec in specs.items() for side in (False, True)}
     names = short_names([source.path for source in data.sources])
-    title = f"tokenizer: {recipe.model.actor}, {len(tokenizer):,} tokens"
+    place = "new" if recipe.tokenizer == recipe.run.folder("base") else recipe.tokenizer
+    title = f"tokenizer: {place}, {len(tokenizer):,} tokens"
     lines = [title, "", *source_lines(data, names, specs, found), "", LEGEND]
     for stage, spec in specs.items():
         serving = [name for name, source in zip(names, data.sources, strict=True) if provides(source, spec.kind)]
@@ -74,24 +74,14 @@ def show_data(recipe: Recipe, examples: int, out: TextIO | None = None) -> None:
     out.write("\n".join(lines) + "\n")
 
 
-def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The tokenizer of model.actor; of a new model the run's, or one trained now. ValueError without one."""
+def tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer of the run; of a new model the one in its folder, or one trained now. ValueError without one."""
     base = recipe.run.folder("base")
-    if recipe.model.actor == "new" and not base.exists():
+    if recipe.tokenizer == base and not base.exists():
         specs = map(recipe.row_spec, recipe.run.stages)
         rows = min(specs, key=lambda spec: spec.kind != "demonstration")  # as in `make_base_model`
         return make_tokenizer(recipe.model, recipe.data, rows)
-    place = base if recipe.model.actor == "new" else recipe.model.actor
-    obstacle = "" if Path(place).is_dir() else hub_obstacle()
-    try:
-        tokenizer = open_tokenizer(place)
-    except (OSError, ValueError) as error:
-        reason = ": ".join(filter(None, [obstacle, str(error).partition("\n")[0]]))
-        raise ValueError(
-            f"{place}: its tokenizer is neither in a local folder nor available from the Hugging Face hub ({reason}); "
-            "set model.actor to the folder of a model"
-        ) from error
-    return prepare_tokenizer(tokenizer, recipe.data.template, recipe.data.system)
+    return load_tokenizer(recipe.tokenizer, recipe.data)
 
 
 def _load_rows(data: DataConfig, tokenizer: PreTrainedTokenizerBase, spec: RowSpec, held_out: bool) -> Rows | NoRows:

@@ -16,6 +16,7 @@ from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.models import log_devices
 from rlhf_jax.stages.run_folder import open_run
 from rlhf_jax.stages.table import STAGES
+from rlhf_jax.stages.tokenizers import check_same_ids, load_tokenizer
 
 LOGGER = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ def train(recipe: Recipe, mesh: Mesh, stages: Sequence[str] = ()) -> None:
             fit the devices, a run folder of another configuration, or an error of a stage.
     """
     run, stages = recipe.run, tuple(stages or recipe.run.stages)
+    recipe = recipe.with_date(start=True)
     if unknown := [name for name in stages if name not in run.stages]:
         raise ValueError(f"{unknown[0]} is not a stage of this run, run.stages = {list(run.stages)}: add it there")
     # RUN/config.toml may be a CONFIG later, and must not delete that run then; settings that are "auto" stay "auto".
@@ -43,6 +45,7 @@ def train(recipe: Recipe, mesh: Mesh, stages: Sequence[str] = ()) -> None:
     for name in stages:
         with prefix_errors(name):
             getattr(recipe, name).check(name, recipe.layout(mesh))
+    check_reward_tokenizer(recipe, waiting)
     open_run(run, merged)
     log_devices(mesh, recipe.model)
     for name in stages:
@@ -57,6 +60,15 @@ def train(recipe: Recipe, mesh: Mesh, stages: Sequence[str] = ()) -> None:
             )
         with prefix_errors(name):
             STAGES[name].run(context, getattr(recipe, name))
+
+
+def check_reward_tokenizer(recipe: Recipe, waiting: Sequence[str]) -> None:
+    """ValueError if a stage that is waiting trains `model.reward` on ids that are not the actor's."""
+    place, own = recipe.model.reward, recipe.tokenizer
+    starts = any(STAGES[name].exports == "scorer" for name in waiting) and not recipe.model.reward_from_policy
+    is_known = own != recipe.run.folder("base") or own.exists()
+    if starts and own != place and is_known:
+        check_same_ids(load_tokenizer(own, recipe.data), load_tokenizer(place, recipe.data), place)
 
 
 @contextmanager

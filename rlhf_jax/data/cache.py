@@ -26,6 +26,7 @@ from rlhf_jax.data import sources, splits
 from rlhf_jax.data.config import DataConfig, SourceConfig
 from rlhf_jax.data.mapping import make_mapper, provides
 from rlhf_jax.data.records import KINDS, Row
+from rlhf_jax.data.rendering import dated_template
 from rlhf_jax.data.sources import content_key, has_eval, limit_of, place_of, read_rows
 from rlhf_jax.data.store import Store, write_store
 from rlhf_jax.data.tokenize import (
@@ -252,7 +253,10 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     """Digest of everything in a tokenizer that its encoding depends on."""
     backend = tokenizer.backend_tokenizer.to_str()
     versions = [metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")]
-    parts = [backend, tokenizer.chat_template, sorted(tokenizer.special_tokens_map.items()), versions]
+    templates = tokenizer.chat_template
+    listed = templates.values() if isinstance(templates, dict) else [templates]
+    dated = [dated_template(tokenizer, template) for template in listed if "strftime_now" in (template or "")]
+    parts = [backend, templates, *dated, sorted(tokenizer.special_tokens_map.items()), versions]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 

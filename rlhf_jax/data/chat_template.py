@@ -31,6 +31,7 @@ from rlhf_jax.data.rendering import (
     encode_texts,
     find_controls,
     render,
+    set_date,
     spelled_ranges,
     spells_control,
 )
@@ -56,20 +57,20 @@ class Encoding(NamedTuple):
 
 
 def prepare_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, template: str = "", system: str = "template"
+    tokenizer: PreTrainedTokenizerBase, template: str = "", system: str = "template", date: str = ""
 ) -> PreTrainedTokenizerBase:
     """The tokenizer itself, changed in place: it gets a chat template and a padding token where it has none.
 
     `template` replaces its own: Jinja text, or, if it contains no {, the path of a file of it. The
     default is `CHAT_TEMPLATE`, with BOS in front if this tokenizer puts BOS before a text. The padding token becomes
     EOS: masks accompany the tokens, so no code compares ids with it. With `system` "fold" the template puts a system
-    text in front of the first question. ValueError if there is no EOS, or if `template` is neither Jinja nor a readable
-    file.
+    text in front of the first question. A template that asks for the date gets `date`, by `set_date`. ValueError if
+    there is no EOS, or if `template` is neither Jinja nor a readable file.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token, so no answer can end: set its eos_token and save it again")
     if template:
-        template = template if "{" in template else _read_template(template)
+        template = read_template(template)
         _check_template(template)
         tokenizer.chat_template = template
     if tokenizer.chat_template is None:
@@ -77,6 +78,7 @@ def prepare_tokenizer(
         tokenizer.chat_template = ("{{ bos_token }}" if starts_with_bos else "") + CHAT_TEMPLATE
     if system == "fold" and not str(tokenizer.chat_template).startswith(FOLD_SYSTEM):
         tokenizer.chat_template = FOLD_SYSTEM + tokenizer.get_chat_template()
+    set_date(tokenizer, date)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -91,7 +93,10 @@ def _check_template(template: str) -> None:
         return
 
 
-def _read_template(path: str) -> str:
+def read_template(path: str) -> str:
+    """The Jinja text that `data.template` is or names; "" is "". ValueError where that file cannot be read."""
+    if not path or "{" in path:
+        return path
     try:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Literal
 
 from rlhf_jax.data.dialogues import SPEAKERS
@@ -97,14 +98,23 @@ class DataConfig:
     template: str = ""  # Jinja text, or the path of a file of it; "": the tokenizer's own, or "Human:/Assistant:"
     # A system text: as the template writes it, which some refuse to do, or with "fold" in front of the first question.
     system: Literal["template", "fold"] = "template"
+    # What templates that write the date take for now: "2026-11-29", or with a time "2026-11-29T12:00:00"; "": the start
+    # of the run, which RUN/config.toml keeps.
+    date: str = ""
     temperature: float = 1.0  # above 1, small sources are drawn from more often than in proportion to their rows
     max_bad_rows: int = 0  # number of malformed rows of a source that are skipped and reported; one more stops the run
     cache_dir: str = ""  # folder of the tokenized rows; "": the user's cache folder
     builtin_seed: int = 0  # seed of the dialogues of builtin:assistant
     builtin_rows: int = 8192  # number of dialogues of builtin:assistant
 
+    @property
+    def rendering(self) -> tuple[str, str, str]:
+        """The arguments of `prepare_tokenizer`."""
+        return self.template, self.system, self.date
+
     def __post_init__(self):
         _check_split(self.split)
+        _check_date(self.date)
         if not self.sources:
             raise ValueError("data.sources is empty: name at least one source")
         if not 0 <= self.split_seed < 2**32:
@@ -120,6 +130,13 @@ class DataConfig:
                 f"data.max_length ({self.max_length}) must be larger than data.max_prompt_length "
                 f"({self.max_prompt_length}), and both positive: an answer follows every prompt"
             )
+
+
+def _check_date(date: str) -> None:
+    try:
+        datetime.fromisoformat(date or "2026-11-29")
+    except ValueError as error:
+        raise ValueError(f"data.date = {date!r} is no date: write it as 2026-11-29 or 2026-11-29T12:00:00") from error
 
 
 def _check_split(split: Mapping[str, float] | str) -> None:

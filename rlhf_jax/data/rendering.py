@@ -12,6 +12,7 @@ import json
 import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
 
 import jinja2
@@ -30,6 +31,8 @@ FOLD_SYSTEM = (
     "{%- endif -%}"
 )
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the tag around what a template lets the assistant say
+DIRECTIVE = re.compile(r"%[-_0^#]?[A-Za-z]")  # of strftime
+PERCENT = "\U000f8002"  # a percent sign that begins no directive
 ALIAS = "\U000f8000{}\U000f8001"  # of control tokens, in characters for private use
 
 
@@ -84,9 +87,11 @@ def render(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], *, opened:
         tools = chats[0].tools
         if any(chat.tools != tools for chat in chats):
             return [text for chat in chats for text in render(tokenizer, [chat], opened=opened)]
+        tools = list(tools) or None
         return tokenizer.apply_chat_template(
             [chat.messages for chat in chats],
-            tools=list(tools) or None,
+            tools=tools,
+            chat_template=dated_template(tokenizer, tokenizer.get_chat_template(tools=tools)),
             add_generation_prompt=opened,
             tokenize=False,
         )
@@ -96,13 +101,33 @@ def render(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], *, opened:
         return [_template_failure(error, chats[0])]
 
 
+def dated_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """A chat template of this tokenizer; where it asks for the date, with that of `set_date` in place of the clock's.
+
+    transformers passes no functions to templates, so `strftime_now` is a macro in front of the template's text that
+    replaces the directives which the template contains.
+    """
+    if "strftime_now" not in template:
+        return template
+    now, filters = datetime.fromisoformat(tokenizer.date_of_template), ""
+    for directive in dict.fromkeys(DIRECTIVE.findall(template)):
+        filters += f" | replace({directive!r}, {now.strftime(directive)!r})"
+    text = f"{{{{ format | replace('%%', '{PERCENT}'){filters} | replace('{PERCENT}', '%') }}}}"
+    return f"{{%- macro strftime_now(format) -%}}{text}{{%- endmacro %}}{{{{ '' }}}}{template}"
+
+
+def set_date(tokenizer: PreTrainedTokenizerBase, date: str) -> None:
+    """Fix the date that the tokenizer's template writes, ISO 8601; "": now. It is not saved with the tokenizer."""
+    tokenizer.date_of_template = date or datetime.now().isoformat(timespec="seconds")
+
+
 def render_generation(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tuple[str, list[Range]]:
     """The text of a chat, and what its template marks as the assistant's by `{% generation %}`."""
     tools = list(chat.tools) or None
     (text,), (ranges,) = render_jinja_template(
         [[{key: value for key, value in message.items() if value is not None} for message in chat.messages]],
         tools=tools,
-        chat_template=tokenizer.get_chat_template(tools=tools),
+        chat_template=dated_template(tokenizer, tokenizer.get_chat_template(tools=tools)),
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )

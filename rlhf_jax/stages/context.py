@@ -26,6 +26,7 @@ class StageContext:
     layout: Layout  # layout of everything that is trained
     model: ModelConfig
     data: DataConfig
+    tokenizer: str | Path  # folder or hub id of the tokenizer, and so of the chat template, of all stages of the run
     start: Mapping[ModelKind, Path]  # the exports that it starts from, one for each kind that it needs
 
     @property

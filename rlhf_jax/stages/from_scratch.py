@@ -81,7 +81,7 @@ def make_tokenizer(model: ModelConfig, data: DataConfig, rows: RowSpec) -> PreTr
     examples = read_examples(data, rows, held_out=False)
     texts = (text for e in examples for text in (*(said for _, said in e.turns), e.answer, e.text) if text)
     opened = itertools.chain([" Human:", " Assistant:"], texts)
-    return prepare_tokenizer(train_tokenizer(opened, model.new.vocab_size), data.template, data.system)
+    return prepare_tokenizer(train_tokenizer(opened, model.new.vocab_size), *data.rendering)
 
 
 def make_base_model(context: StageContext) -> str:

@@ -41,6 +41,7 @@ from rlhf_jax.stages.batch_sizes import micro_batches, rows_per_source, total_st
 from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.loop import train_loop
 from rlhf_jax.stages.models import ModelConfig, copy_frozen, export_model, load_model, log_attention, make_state
+from rlhf_jax.stages.tokenizers import adopt_tokenizer
 from rlhf_jax.train_step import Params, start_ema, taken_before
 from rlhf_jax.trees import partition
 
@@ -196,9 +197,9 @@ def run_ppo(context: StageContext, config: PPOConfig) -> None:
     name, run, layout, model = context.name, context.run, context.layout, context.model
     actor = load_model(context.start["policy"], model, layout, one_copy=model.one_copy)
     critic = load_model(context.start["scorer"], model, layout, scalar_head=True)
-    tokenizer = prepare_tokenizer(actor.tokenizer, context.data.template, context.data.system)
-    if tokenizer.get_vocab() != critic.tokenizer.get_vocab():
-        raise ValueError("actor and reward model have different vocabularies: PPO scores the actor's own tokens")
+    tokenizer = prepare_tokenizer(actor.tokenizer, *context.data.rendering)
+    prepare_tokenizer(critic.tokenizer, *context.data.rendering)
+    critic = adopt_tokenizer(name, critic, tokenizer)
     rows = select_rows(context.data, tokenizer, context.rows, held_out=False)
     LOGGER.info(f"{name}: prompts: {rows.report}")
     log_models(name, actor, critic, model, config, rows.longest)

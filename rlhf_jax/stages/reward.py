@@ -60,4 +60,5 @@ def reward_objective(config: DecoderConfig, compute: Compute, layout: Layout) ->
 def run_reward(context: StageContext, config: RewardConfig) -> None:
     """Train a scalar head and its model, which starts from this run's policy or the model that model.reward names."""
     start = context.start.get("policy", context.model.reward)
-    run_supervised_stage(context, config, start, reward_objective, scalar_head=True)
+    tokenizer = None if "policy" in context.start else context.tokenizer
+    run_supervised_stage(context, config, start, reward_objective, scalar_head=True, tokenizer_from=tokenizer)

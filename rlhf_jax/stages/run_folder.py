@@ -74,6 +74,17 @@ def open_run(run: RunConfig, merged: str) -> None:
     path.write_text(merged)
 
 
+def run_date(folder: str | Path) -> str:
+    """`data.date` of the run in this folder; "" where there is no run, or one whose template writes no date."""
+    path = Path(folder) / "config.toml"
+    return tomllib.loads(path.read_text()).get("data", {}).get("date", "") if path.exists() else ""
+
+
+def date_of_export(folder: Path | None) -> str:
+    """`data.date` of the run in whose RUN/STAGE/export this folder is; "" where it belongs to no run."""
+    return "" if folder is None else run_date(folder.absolute().parent.parent)
+
+
 def check_same_data(run: RunConfig, merged: str) -> None:
     """Check that the run was trained on the data of this configuration, so that held-out rows were never trained on.
 

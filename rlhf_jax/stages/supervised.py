@@ -25,6 +25,7 @@ from rlhf_jax.stages.batch_sizes import check_row_lengths, held_out_batches, mic
 from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.loop import train_loop
 from rlhf_jax.stages.models import export_model, load_model, log_attention, make_state
+from rlhf_jax.stages.tokenizers import adopt_tokenizer, load_tokenizer
 from rlhf_jax.train_step import TrainState, make_update, taken_before
 
 LOGGER = logging.getLogger(__name__)
@@ -86,11 +87,18 @@ def run_supervised_stage(
     make_objective: Callable[[DecoderConfig, Compute, Layout], Objective],
     *,
     scalar_head: bool = False,
+    tokenizer_from: str | Path | None = None,
 ) -> None:
-    """Train the model in the folder (or with the hub id) `start`; writes RUN/NAME/export."""
+    """Train the model in the folder (or with the hub id) `start`; writes RUN/NAME/export.
+
+    `tokenizer_from`: the folder or hub id whose tokenizer and template replace those of `start`.
+    """
     name, run, layout, model = context.name, context.run, context.layout, context.model
     pretrained = load_model(start, model, layout, scalar_head=scalar_head, seed=run.seed)
-    tokenizer = prepare_tokenizer(pretrained.tokenizer, context.data.template, context.data.system)
+    tokenizer = prepare_tokenizer(pretrained.tokenizer, *context.data.rendering)
+    if tokenizer_from is not None:
+        tokenizer = load_tokenizer(tokenizer_from, context.data)
+        pretrained = adopt_tokenizer(name, pretrained, tokenizer)
     num_micro = micro_batches(name, config.batch_size, config.micro_batch_size, layout)
 
     def rows_of(held_out: bool) -> Rows:

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -269,12 +270,12 @@ def test_missing_surplus_and_wrongly_shaped_tensors_are_all_listed(error_line, c
     assert "model.layers.0.mlp.up_proj.weight ([5, 16] in place of [32, 16])" in error
 
 
-def test_a_pickle_is_rejected_with_the_command_that_converts_it(error_line, checkpoint):
+def test_a_pickle_of_anything_but_tensors_is_rejected_with_the_command_that_converts_it(error_line, checkpoint):
     (checkpoint / "model.safetensors").unlink()
-    (checkpoint / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    (checkpoint / "pytorch_model.bin").write_bytes(pickle.dumps(print))
     error = error_line(f"model.actor={checkpoint}")
-    assert "has pytorch_model.bin but no safetensors: a pickle can run any code, so it is not read" in error
-    assert "M.from_pretrained(s).save_pretrained(d)" in error and "python -c" in error
+    assert "pytorch_model.bin names builtins.print, which is no part of a tensor: a pickle can run any code" in error
+    assert "where you trust it, convert what it has of tensors, with torch installed: python -c" in error
 
 
 def test_a_folder_without_a_model_and_a_hub_id_without_network_are_rejected(error_line, tmp_path, capsys):

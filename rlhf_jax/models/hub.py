@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,19 +11,25 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_jax.hub_access import hub_obstacle
-from rlhf_jax.models.safetensors_io import pickle_refusal
 from rlhf_jax.models.tokenizer_files import open_tokenizer
 
+LOGGER = logging.getLogger(__name__)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "vocab.txt", "merges.txt", "*.jinja"]
+_PICKLES = ["pytorch_model*.bin", "adapter_model.bin"]
+# Those of the requests in which the hub's own converter offers safetensors; transformers checks the same.
+_CONVERTER, _CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"
 _NOT_HF = ["consolidated*", "original/*"]  # the same weights again, in a layout of their authors
 
 
 def local_folder(path_or_id: str | Path) -> Path:
     """The folder of a model or adapter, downloaded where there is none of this name.
 
+    Of the hub these weights are taken: safetensors; else those that the hub's converter offers in an open pull request;
+    else pickles, of which no code is run.
+
     Raises:
-        ValueError: neither a folder nor an id of the hub, or nothing there but pickles.
+        ValueError: neither a folder nor an id of the hub, or no weights there.
     """
     if is_folder(path_or_id):
         return Path(path_or_id).expanduser()
@@ -32,15 +39,39 @@ def local_folder(path_or_id: str | Path) -> Path:
     name = str(path_or_id)
     with _hub_errors(f"{name} is neither a folder here"):
         folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HF))
-    if any(folder.glob("*.safetensors")):
+        if any(folder.glob("*.safetensors")):
+            return folder
+        obstacle = hub_obstacle()
+        if not obstacle and (revision := conversion_revision(name)):
+            LOGGER.info(f"{name} has no safetensors: those of its pull request {revision} by {_CONVERTER} are read")
+            return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HF))
+        folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES + _PICKLES, ignore_patterns=_NOT_HF))
+    if any(match for pattern in _PICKLES for match in folder.glob(pattern)):
+        LOGGER.info(f"{name} has no safetensors: its pickles are read, without running any code of them")
         return folder
-    if obstacle := hub_obstacle():
-        raise ValueError(f"{name} is in the cache without safetensors, and {obstacle}: download it first")
-    if (folder / "adapter_config.json").exists():
-        raise ValueError(
-            f"{name} has no adapter_model.safetensors on the hub: convert it with PEFT, and give the folder"
-        )
-    raise ValueError(pickle_refusal(name, f"{name} has weights on the hub", name.split("/")[-1]))
+    if obstacle:
+        raise ValueError(f"{name} is in the cache without its weights, and {obstacle}: download it first")
+    raise ValueError(f"{name} has neither safetensors nor {' nor '.join(_PICKLES)} on the hub: choose another model")
+
+
+def conversion_revision(name: str) -> str | None:
+    """The revision "refs/pr/N" of the open pull request of the hub's converter that adds safetensors to what the main
+    branch holds now; None where there is none.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    newest = api.list_repo_commits(name)[0].commit_id
+    requests = api.get_repo_discussions(
+        name, author=_CONVERTER, discussion_type="pull_request", discussion_status="open"
+    )
+    for request in requests:
+        # Asked of the hub already, but the author is what makes the files trustworthy.
+        if (request.author, request.title, request.status) == (_CONVERTER, _CONVERSION, "open"):
+            commits = api.list_repo_commits(name, revision=request.git_reference)
+            if newest in [commit.commit_id for commit in commits[1:2]]:
+                return f"refs/pr/{request.num}"
+    return None
 
 
 def config_json(path_or_id: str | Path) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from rlhf_jax.mesh import Layout
@@ -27,7 +26,7 @@ from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.families import hf_tensors
 from rlhf_jax.models.hub import read_json, write_json
 from rlhf_jax.models.lora import LINEARS, LoraConfig
-from rlhf_jax.models.safetensors_io import join_names
+from rlhf_jax.models.safetensors_io import NUMPY_DTYPES, join_names, open_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SCORE = "score/kernel"
@@ -127,7 +126,6 @@ def match_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 _PICKLE = "adapter_model.bin"
-_DTYPES = ("F32", "F16", "BF16")
 
 # What PEFT calls a tensor; ours is the module with its kind, or without one where the module is saved whole.
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+?)(\.modules_to_save)?(?P<kind>\.lora_[AB])?(\.default)?\.weight")
@@ -216,30 +214,19 @@ def _stack(parts: Sequence[_Part], num_layers: int) -> tuple[LoraConfig, dict[st
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     """{"model.layers.0.mlp.up_proj.lora_A", "score", ...: float32}; a name that is not PEFT's for LoRA stays whole."""
-    if not (folder / WEIGHTS).exists():
-        if (folder / _PICKLE).exists():
-            raise ValueError(
-                f"{folder} has {_PICKLE} but no safetensors: a pickle can run any code, so it is not read; where you "
-                f'trust it, convert it with torch installed: python -c "import torch, safetensors.torch as s; '
-                f"s.save_file(torch.load('{folder / _PICKLE}'), '{folder / WEIGHTS}')\""
-            )
+    path = next((folder / name for name in (WEIGHTS, _PICKLE) if (folder / name).exists()), None)
+    if path is None:
         raise ValueError(f"there is no {folder / WEIGHTS}: is {folder} the folder of a PEFT adapter?")
     stored, foreign = {}, []  # the latter of another dtype
-    try:
-        with safe_open(folder / WEIGHTS, framework="np") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                match = _NAME.fullmatch(name)
-                key = match["module"] + (match["kind"] or "") if match else name
-                if file.get_slice(name).get_dtype() in _DTYPES:
-                    stored[name if key in stored else key] = file.get_tensor(name).astype(np.float32)
-                else:
-                    foreign.append(name)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is damaged ({error}): download it again") from error
+    for name, entry in open_file(path).items():
+        match = _NAME.fullmatch(name)
+        key = match["module"] + (match["kind"] or "") if match else name
+        if entry.dtype in NUMPY_DTYPES:
+            stored[name if key in stored else key] = entry.array().astype(np.float32)
+        else:
+            foreign.append(name)
     if foreign:
-        raise ValueError(
-            f"{folder / WEIGHTS}: {join_names(foreign)} are not {', '.join(_DTYPES)}: save it as one of them"
-        )
+        raise ValueError(f"{path}: {join_names(foreign)} are not {', '.join(NUMPY_DTYPES)}: save it as one of them")
     return stored
 
 

@@ -397,10 +397,13 @@ def test_tensors_of_an_unsupported_dtype_are_rejected(base, adapter):
         from_pretrained(base("llama"), adapter)
 
 
-def test_a_pickle_is_rejected_with_the_command_that_converts_it(base, adapter):
-    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    with pytest.raises(ValueError, match=r"a pickle can run any code.*python -c .*save_file"):
-        from_pretrained(base("llama"), adapter)
+def test_an_adapter_in_a_pickle_gives_the_same_logits(base, adapter):
+    ids, mask = padded_rows("right", 150)
+    expected = np.asarray(apply(from_pretrained(base("llama"), adapter), ids, mask))
+    weights = {name: torch.tensor(array) for name, array in load_file(adapter / "adapter_model.safetensors").items()}
+    torch.save(weights, adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    np.testing.assert_array_equal(np.asarray(apply(from_pretrained(base("llama"), adapter), ids, mask)), expected)
 
 
 def test_absent_and_damaged_files_are_reported(base, adapter):

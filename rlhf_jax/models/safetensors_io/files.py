@@ -1,6 +1,6 @@
 """The files of a folder, mapped instead of read: a part of a tensor goes from the page cache to its destination.
 
-https://huggingface.co/docs/safetensors/index#format has the format.
+https://huggingface.co/docs/safetensors/index#format has the format; `pickles` reads that of torch.save.
 """
 
 from __future__ import annotations
@@ -10,83 +10,78 @@ import math
 import mmap
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import NamedTuple
 
-import jax.numpy as jnp
-import numpy as np
+from rlhf_jax.models.safetensors_io.entry import NUMPY_DTYPES, Entry
+from rlhf_jax.models.safetensors_io.pickles import ForeignPickle, pickle_entries
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 VALUE_HEAD = "value_head.safetensors"  # LLaMA-Factory writes the head of values next to the language model
-NUMPY_DTYPES = {"F32": jnp.dtype("float32"), "F16": jnp.dtype("float16"), "BF16": jnp.dtype("bfloat16")}
 _MAX_LISTED = 100  # largest number of names of one kind in a message
 
 
-class Entry(NamedTuple):
-    """A tensor in a mapped file."""
-
-    file: mmap.mmap
-    dtype: str  # as the format spells it
-    shape: tuple[int, ...]
-    start: int  # bytes from the beginning of the file
-    stop: int
-
-    def array(self) -> np.ndarray:
-        return np.ndarray(self.shape, NUMPY_DTYPES[self.dtype], self.file, self.start)
-
-    def release(self) -> None:
-        """Release the pages: those of a mapped file count towards this process until the system needs the memory."""
-        start = self.start // mmap.PAGESIZE * mmap.PAGESIZE
-        if self.stop > start:
-            self.file.madvise(mmap.MADV_DONTNEED, start, self.stop - start)
-
-
-def pickle_refusal(source: str, what: str, destination: str) -> str:
-    """The message for a checkpoint that exists only as a pickle."""
-    code = (
-        f"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; s, d = '{source}', '{destination}'; "
-        "M.from_pretrained(s).save_pretrained(d); T.from_pretrained(s).save_pretrained(d)"
-    )
-    return (
-        f"{what} but no safetensors: a pickle can run any code, so it is not read; "
-        f'where you trust it, convert it with torch installed: python -c "{code}"'
-    )
-
-
 def open_folder(folder: Path) -> dict[str, Entry]:
-    """Every tensor of the folder by its name; where there are both a single file and an index, those of the former.
+    """Every tensor of the folder by its name.
+
+    Where it has several, the first of model.safetensors, its index, pytorch_model.bin and its index is read, as by
+    transformers.
 
     Raises:
-        ValueError: no safetensors, a damaged file or index, a missing file, or a tensor that two files have.
+        ValueError: none of these files, a damaged file or index, a missing file, a tensor that two files have, or a
+            pickle that names more than tensors need.
     """
-    if (folder / SINGLE).exists():  # first, as in transformers
-        paths = [folder / SINGLE]
-    elif (folder / INDEX).exists():
+    names = (SINGLE, INDEX, PICKLE, PICKLE_INDEX)
+    name = next((name for name in names if (folder / name).exists()), None)
+    if name is None:
+        pickled = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth") for p in folder.glob(kind))
+        found = f"; of {', '.join(pickled)} the names say nothing" if pickled else ""
+        raise ValueError(
+            f"{folder} has neither {SINGLE} nor {PICKLE}, nor the index of one: is it a Hugging Face model folder?"
+            + found
+        )
+    paths = [folder / name]
+    if name.endswith(".json"):
         try:
-            names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
-            paths = [folder / name for name in names]
-            if strange := [name for name in names if name != Path(name).name]:
+            names = sorted(set(json.loads((folder / name).read_bytes())["weight_map"].values()))
+            paths = [folder / each for each in names]
+            if strange := [each for each in names if each != Path(each).name]:
                 raise ValueError(f"{strange[0]} is no name of a file in this folder")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{folder / INDEX} is damaged ({_error_text(error)}): download it again") from error
-    else:
-        pickled = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth") for p in folder.glob(kind))
-        if pickled:
-            raise ValueError(pickle_refusal(str(folder), f"{folder} has {pickled[0]}", f"{folder}-safetensors"))
-        raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}: is it a Hugging Face model folder?")
+            raise ValueError(f"{folder / name} is damaged ({_error_text(error)}): download it again") from error
+        if absent := [path.name for path in paths if not path.exists()]:
+            raise ValueError(f"{folder / name} names {absent[0]}, which is not there: download it again")
     paths += [folder / VALUE_HEAD] if (folder / VALUE_HEAD).exists() else []
     entries: dict[str, Entry] = {}
     for path in paths:
-        try:
-            with path.open("rb") as file:
-                found = _entries(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        except FileNotFoundError as error:
-            raise ValueError(f"{folder / INDEX} names {path.name}, which is not there: download it again") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged ({_error_text(error)}): download it again") from error
+        found = open_file(path)
         if twice := entries.keys() & found.keys():
             raise ValueError(f"two files of {folder} have {join_names(twice)}: remove what is of another checkpoint")
         entries |= found
     return entries
+
+
+def open_file(path: Path) -> dict[str, Entry]:
+    """Every tensor of a file of safetensors, or of torch.save where its name ends with .bin, by its name.
+
+    Raises:
+        ValueError: the file is damaged, or a pickle that names more than tensors need.
+    """
+    try:
+        if path.suffix == ".bin":
+            return pickle_entries(path)
+        with path.open("rb") as file:
+            return _entries(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except ForeignPickle as error:
+        code = (
+            f"import torch, safetensors.torch as s; p = '{path}'; d = torch.load(p, weights_only=False); "
+            f"s.save_file({{k: v.clone() for k, v in d.items() if torch.is_tensor(v)}}, '{path.with_name(SINGLE)}')"
+        )
+        raise ValueError(
+            f"{path} {error}: a pickle can run any code, so nothing but tensors is read; where you trust it, convert "
+            f'what it has of tensors, with torch installed: python -c "{code}"'
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({_error_text(error)}): download it again") from error
 
 
 def stored_dtype(folder: Path, rename: Callable[[str], str | None] = lambda name: name) -> str:

@@ -1,4 +1,4 @@
-"""safetensors -> parameters, one device's shard at a time."""
+"""Files -> parameters, one device's shard at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from rlhf_jax.models.safetensors_io.blocks import (
     orient,
     shard_bounds,
 )
-from rlhf_jax.models.safetensors_io.files import NUMPY_DTYPES, Entry, join_names, open_folder
+from rlhf_jax.models.safetensors_io.entry import NUMPY_DTYPES, Entry
+from rlhf_jax.models.safetensors_io.files import join_names, open_folder
 from rlhf_jax.models.unstacked import Param, Unstacked, is_shareable
 
 LOGGER = logging.getLogger(__name__)
@@ -44,10 +45,10 @@ def read_params(
     kind: str | None = None,
     serving: Layout | None = None,
 ) -> dict[str, Param]:
-    """Parameters from a folder's safetensors; besides them, the host holds one shard of one parameter at a time.
+    """Parameters from a folder's files; besides them, the host holds one shard of one parameter at a time.
 
     Args:
-        folder: holds model.safetensors, or model.safetensors.index.json and its files.
+        folder: holds what `open_folder` reads.
         leaves: {path: shape and logical axes}; the result has these paths, except optional ones that the files lack.
         checkpoint: the tensors that the files hold, and others that they may hold.
         layout: sharding of the parameters.
@@ -56,7 +57,7 @@ def read_params(
             is shared.
         kind: "int8" or "nf4": quantise the kernels of the layers' linears, each layer as soon as it is on the devices.
     Raises:
-        ValueError: no safetensors in the folder, a damaged file, a dimension that the layout does not split evenly or
+        ValueError: no weights in the folder, a damaged file, a dimension that the layout does not split evenly or
             that cannot be quantised; or tensors that are missing, surplus, misshaped or of another dtype, all of them
             in one message.
     """

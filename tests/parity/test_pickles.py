@@ -1,0 +1,189 @@
+"""Checkpoints of torch.save, read without torch: the same numbers, and nothing but tensors."""
+
+import json
+from collections import OrderedDict
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from checkpoints import assert_close, build, padded_rows, torch, torch_logits
+
+from rlhf_jax.models import hub
+from rlhf_jax.models.pretrained import apply, from_pretrained
+from rlhf_jax.models.safetensors_io import open_file
+
+pytestmark = pytest.mark.parity
+
+SIZES = dict(vocab_size=150, hidden_size=64, num_hidden_layers=3, max_position_embeddings=40, num_attention_heads=8)
+OPT = dict(SIZES, model_type="opt", ffn_dim=96, word_embed_proj_dim=64)
+BLOOM = dict(vocab_size=150, hidden_size=64, n_layer=3, n_head=8, model_type="bloom")
+FORMATS = pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
+REFUSED = r"which is no part of a tensor: a pickle can run any code, so nothing but tensors is read"
+
+
+def save_pickle(content, path, is_zip=True):
+    torch.save(content, path, _use_new_zipfile_serialization=is_zip)
+
+
+class Call:
+    """Pickled, it asks for a call of `function`."""
+
+    def __init__(self, function, *arguments):
+        self.reduced = function, arguments
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def tensors():
+    """Tensors of every dtype and layout that checkpoints have."""
+    table = torch.arange(24.0).reshape(4, 6).half()
+    return {
+        "table": table,
+        "transposed": table.t(),
+        "slice": table[1:3, 2:],
+        "parameter": torch.nn.Parameter(torch.randn(2, 2).bfloat16()),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 3),
+        "ids": torch.arange(5),
+        "mask": torch.ones(1, 1, 3, 3, dtype=torch.bool),
+        "double": torch.ones(2, dtype=torch.float64),
+    }
+
+
+@FORMATS
+def test_tensors_of_every_layout_have_the_numbers_of_torch(tmp_path, is_zip):
+    content = OrderedDict(tensors())
+    content._metadata = {"": {"version": 1}}  # as a module's
+    save_pickle(content, tmp_path / "x.bin", is_zip)
+    entries = open_file(tmp_path / "x.bin")
+    assert {name: entry.shape for name, entry in entries.items()} == {n: tuple(t.shape) for n, t in content.items()}
+    others = {"ids": "I64", "mask": "BOOL", "double": "F64"}
+    assert {name: entries[name].dtype for name in others} == others
+    for name in content.keys() - others.keys():
+        array = entries[name].array().astype(np.float32)
+        np.testing.assert_array_equal(array, content[name].detach().float().numpy(), err_msg=name)
+
+
+@FORMATS
+@pytest.mark.parametrize("settings", [OPT, BLOOM], ids=["opt", "bloom"])
+@pytest.mark.parametrize("is_base", [False, True], ids=["language model", "base model"])
+def test_a_folder_of_pickles_gives_the_logits_of_torch(tmp_path, settings, is_base, is_zip):
+    theirs = build(settings)
+    theirs.config.save_pretrained(tmp_path)
+    # Old repositories hold what the base model has, without its prefix, and BLOOM's no head.
+    content = theirs.base_model.state_dict() if is_base else theirs.state_dict()
+    names = sorted(content)
+    parts = {f"pytorch_model-{i}.bin": names[i::2] for i in range(2)}
+    for file, part in parts.items():
+        save_pickle(OrderedDict((name, content[name]) for name in part), tmp_path / file, is_zip)
+    places = {name: file for file, part in parts.items() for name in part}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    ids, mask = padded_rows("left", 150)
+    assert_close(np.asarray(apply(from_pretrained(tmp_path), ids, mask))[mask], torch_logits(theirs, ids, mask)[mask])
+
+
+@FORMATS
+def test_a_pickle_that_would_print_is_refused_and_prints_nothing(tmp_path, capfd, is_zip):
+    save_pickle({"a": torch.ones(2), "b": Call(print, "printed")}, tmp_path / "x.bin", is_zip)
+    with pytest.raises(ValueError, match=rf"x.bin names __builtin__.print, {REFUSED}"):
+        open_file(tmp_path / "x.bin")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "module, name", [("os", "getcwd"), ("builtins", "getattr"), ("torch", "load"), ("torch.nn", "Linear")]
+)
+def test_names_of_other_modules_are_refused_by_name(tmp_path, module, name):
+    (tmp_path / "x.bin").write_bytes(b"\x80\x02c" + f"{module}\n{name}\n".encode() + b".")
+    with pytest.raises(ValueError, match=rf"x.bin names {module}.{name}, {REFUSED}"):
+        open_file(tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize(
+    "content, what",
+    [
+        ({"model": {"a": 1}, "epoch": 3}, "holds model, epoch and not the tensors of a model by their names"),
+        ([1, 2], "holds list and not the tensors of a model"),
+        ({"a": np.ones(2)}, r"names numpy\S*_reconstruct, which is no part of a tensor"),
+    ],
+    ids=["trainer", "list", "numpy"],
+)
+@FORMATS
+def test_a_pickle_of_something_else_is_refused_with_what_it_holds(tmp_path, content, what, is_zip):
+    save_pickle(content, tmp_path / "x.bin", is_zip)
+    with pytest.raises(ValueError, match=f"x.bin {what}"):
+        open_file(tmp_path / "x.bin")
+
+
+@FORMATS
+def test_a_file_that_is_cut_short_anywhere_is_damaged(tmp_path, is_zip):
+    save_pickle(tensors(), tmp_path / "x.bin", is_zip)
+    whole = (tmp_path / "x.bin").read_bytes()
+    for length in (0, 1, 10, 200, len(whole) // 2, len(whole) - 5):
+        (tmp_path / "x.bin").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="x.bin is damaged .*: download it again"):
+            open_file(tmp_path / "x.bin")
+
+
+def test_a_tensor_beyond_its_storage_is_damaged(tmp_path):
+    save_pickle({"a": torch.ones(2, 3)}, tmp_path / "x.bin")
+    whole = (tmp_path / "x.bin").read_bytes()
+    assert whole.count(b"K\x02K\x03\x86") == 1  # the shape (2, 3) in the pickle
+    (tmp_path / "x.bin").write_bytes(whole.replace(b"K\x02K\x03\x86", b"K\x09K\x03\x86"))
+    with pytest.raises(ValueError, match="x.bin is damaged"):
+        open_file(tmp_path / "x.bin")
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A hub that has a main branch with a pickle and the pull requests of `requests`: (author, title, commits)."""
+    commit = SimpleNamespace
+    state = SimpleNamespace(requests=[], downloads=[])
+    title = "Adding `safetensors` variant of this model"
+
+    class Api:
+        def list_repo_commits(self, name, revision="main"):
+            ids = ["new", "old"] if revision == "main" else state.requests[int(revision.split("/")[-1])][2]
+            return [commit(commit_id=each) for each in ids]
+
+        def get_repo_discussions(self, name, **filters):
+            for i, (author, text, _) in enumerate(state.requests):
+                yield SimpleNamespace(
+                    author=author, title=text or title, status="open", num=i, git_reference=f"refs/pr/{i}"
+                )
+
+    def download(name, *, revision="main", allow_patterns, ignore_patterns):
+        folder = tmp_path / revision.replace("/", "-")
+        folder.mkdir(exist_ok=True)
+        if revision != "main":
+            (folder / "model.safetensors").touch()
+        elif "pytorch_model*.bin" in allow_patterns:
+            (folder / "pytorch_model.bin").touch()
+        state.downloads.append(revision)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(hub, "hub_obstacle", lambda: "")
+    return state
+
+
+def test_safetensors_of_the_converters_pull_request_come_before_pickles(repository, caplog):
+    caplog.set_level("INFO")
+    repository.requests = [("SFconvertbot", "", ["pr", "new"])]
+    assert (hub.local_folder("someone/model") / "model.safetensors").exists()
+    assert repository.downloads == ["main", "refs/pr/0"]
+    assert "no safetensors: those of its pull request refs/pr/0 by SFconvertbot are read" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [("somebody", "", ["pr", "new"]), ("SFconvertbot", "", ["pr", "old"]), ("SFconvertbot", "x", ["pr", "new"])],
+)
+def test_pickles_are_read_where_a_request_is_by_another_author_or_of_an_older_commit(repository, caplog, request_):
+    caplog.set_level("INFO")
+    repository.requests = [request_]
+    assert (hub.local_folder("someone/model") / "pytorch_model.bin").exists()
+    assert repository.downloads == ["main", "main"]
+    assert "someone/model has no safetensors: its pickles are read, without running any code of them" in caplog.text

@@ -35,6 +35,7 @@ IMPORT_HELP = """Examples:
   rlhf-jax import meta-llama/Llama-3.2-1B llama --adapter my-adapter --dtype bfloat16
   rlhf-jax export runs/mine assistant --dtype bfloat16
   rlhf-jax export runs/mine assistant-adapter --adapter
+  rlhf-jax export runs/mine assistant --container google/gemma-3-4b-it
 """
 LOGGER = logging.getLogger(__name__)
 ADAPTER_HELP = "a PEFT folder, whose LoRA adapter is added to the model"
@@ -141,6 +142,8 @@ def add_folder_options(reads: argparse.ArgumentParser, writes: argparse.Argument
     writes.add_argument("source", metavar="RUN", help="the run.dir of a training")
     for command in (reads, writes):
         command.add_argument("destination", metavar="DST", help="the folder to write, which does not exist or is empty")
+        text = "write this multimodal folder (or hub id) with the model as its text model, in its dtype, all else kept"
+        command.add_argument("--container", metavar="FOLDER", help=text)
     reads.add_argument("--adapter", metavar="FOLDER", help=ADAPTER_HELP)
     reads.add_argument("--dtype", choices=DTYPES, help="default: that of SRC")
     writes.add_argument("--stage", choices=export_folders(), default="", help="default: the last policy of the run")
@@ -261,10 +264,11 @@ def run_chat(args: argparse.Namespace) -> None:
 def run_import(args: argparse.Namespace) -> None:
     from rlhf_jax.import_export import import_model
 
-    import_model(args.source, args.destination, adapter=args.adapter, dtype=args.dtype)
+    import_model(args.source, args.destination, adapter=args.adapter, dtype=args.dtype, container=args.container)
 
 
 def run_export(args: argparse.Namespace) -> None:
     from rlhf_jax.import_export import export_run
 
-    export_run(args.source, args.destination, stage=args.stage, adapter=args.adapter, dtype=args.dtype)
+    chosen = dict(stage=args.stage, adapter=args.adapter, dtype=args.dtype, container=args.container)
+    export_run(args.source, args.destination, **chosen)

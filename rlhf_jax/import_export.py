@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import shutil
@@ -9,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 from rlhf_jax.mesh import MeshConfig, make_mesh
+from rlhf_jax.models.families.containers import is_container, text_name
 from rlhf_jax.models.hub import check_absent, local_folder, read_json, replace_folder
 from rlhf_jax.models.pretrained import from_pretrained, has_scalar_head, reward_from_pretrained, save_pretrained
 from rlhf_jax.models.safetensors_io import stored_dtype
@@ -18,7 +20,14 @@ from rlhf_jax.stages.table import export_folders, exporters
 LOGGER = logging.getLogger(__name__)
 
 
-def import_model(source: str, destination: str, *, adapter: str | None = None, dtype: str | None = None) -> None:
+def import_model(
+    source: str,
+    destination: str,
+    *,
+    adapter: str | None = None,
+    dtype: str | None = None,
+    container: str | None = None,
+) -> None:
     """Read a Hugging Face folder or hub id as training would, over all devices, and write it to `destination`.
 
     Checks every tensor against config.json, merges an adapter, changes the dtype, splits or joins files.
@@ -26,6 +35,7 @@ def import_model(source: str, destination: str, *, adapter: str | None = None, d
     Args:
         adapter: a PEFT folder whose LoRA is merged; with a scalar head the result is a reward model.
         dtype: dtype of the result; None: that of the source's files.
+        container: write this multimodal folder, with the model as its text model, in its dtype.
     Raises:
         ValueError: errors of `from_pretrained` and `save_pretrained`.
     """
@@ -35,21 +45,35 @@ def import_model(source: str, destination: str, *, adapter: str | None = None, d
         load = reward_from_pretrained
     if adapter is not None and read_json(local_folder(adapter) / "adapter_config.json").get("task_type") == "SEQ_CLS":
         load = reward_from_pretrained
-    stored = stored_dtype(folder)
+    in_container = is_container(read_json(folder / "config.json"))
+    stored = stored_dtype(folder, rename=functools.partial(text_name, in_container=in_container))
     model = load(source, adapter, mesh=make_mesh(MeshConfig()), dtype=stored)
+    if container:
+        save_pretrained(model, destination, dtype=dtype, container=container)
+        LOGGER.info(f"wrote {container} with the text model of {source} to {destination}")
+        return
     save_pretrained(model, destination, dtype=dtype or stored)
     kind = "reward model" if model.config.scalar_head else "language model"
     count = sum(math.prod(leaf.shape) for leaf in model.params.values())
     LOGGER.info(f"wrote a {model.config.family} {kind} of {count:,} parameters, {dtype or stored}, to {destination}")
 
 
-def export_run(run: str, destination: str, *, stage: str = "", adapter: bool = False, dtype: str | None = None) -> None:
+def export_run(
+    run: str,
+    destination: str,
+    *,
+    stage: str = "",
+    adapter: bool = False,
+    dtype: str | None = None,
+    container: str | None = None,
+) -> None:
     """Write a model that a run has trained to the folder `destination`.
 
     Args:
         stage: a key of `export_folders`; "": the last stage of the run that exports a policy.
         adapter: write the LoRA adapter alone, for PEFT, instead of the whole model.
         dtype: dtype of the whole model; None: that of the run's export.
+        container: write this multimodal folder, with the model as its text model, in its dtype.
     Raises:
         ValueError: no run, a run without a policy and no `stage`, a stage that is not finished,
             no adapter, a destination that exists and is not empty.
@@ -66,10 +90,11 @@ def export_run(run: str, destination: str, *, stage: str = "", adapter: bool = F
         done = ", ".join(name for name, place in folders.items() if (Path(run) / place).exists()) or "none"
         fix = ", or was trained without (ppo.ema_decay = 0)" if stage == "ema" else ""
         raise ValueError(f"{stage} of {run} is not finished ({folder} does not exist){fix}; finished: {done}")
-    if adapter and dtype:
-        raise ValueError("--dtype is for a whole model, an adapter is float32: leave one of them out")
+    if adapter and (dtype or container):
+        option = "--dtype" if dtype else "--container"
+        raise ValueError(f"{option} is for a whole model, an adapter is float32 and alone: leave one of them out")
     if not adapter:
-        import_model(str(folder), destination, dtype=dtype)
+        import_model(str(folder), destination, dtype=dtype, container=container)
         return
     folder = folder.with_name(f"{folder.name}_adapter")
     if not folder.exists():

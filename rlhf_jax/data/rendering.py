@@ -89,7 +89,7 @@ def render(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat], *, opened:
             return [text for chat in chats for text in render(tokenizer, [chat], opened=opened)]
         tools = list(tools) or None
         return tokenizer.apply_chat_template(
-            [chat.messages for chat in chats],
+            [_as_read(tokenizer, chat.messages) for chat in chats],
             tools=tools,
             chat_template=dated_template(tokenizer, tokenizer.get_chat_template(tools=tools)),
             add_generation_prompt=opened,
@@ -121,11 +121,38 @@ def set_date(tokenizer: PreTrainedTokenizerBase, date: str) -> None:
     tokenizer.date_of_template = date or datetime.now().isoformat(timespec="seconds")
 
 
+@per_template
+def _reads_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template writes a text only as a list of parts, as those of multimodal models may."""
+    for content in ("qzx", [{"type": "text", "text": "qzx"}]):
+        try:
+            chat = [{"role": "user", "content": content}]
+            if "qzx" in tokenizer.apply_chat_template(chat, tokenize=False):
+                return isinstance(content, list)
+        except Exception:  # noqa: S112 - a template is a program: where it fails on this, it does not read it
+            continue
+    return False
+
+
+def _as_read(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with their texts in the form that the chat template reads."""
+    if not _reads_parts(tokenizer):
+        return messages
+    texts = {i: message.get("content") for i, message in enumerate(messages)}
+    parts = {i: [{"type": "text", "text": text}] for i, text in texts.items() if isinstance(text, str)}
+    return [{**message, "content": parts[i]} if i in parts else message for i, message in enumerate(messages)]
+
+
 def render_generation(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tuple[str, list[Range]]:
     """The text of a chat, and what its template marks as the assistant's by `{% generation %}`."""
     tools = list(chat.tools) or None
     (text,), (ranges,) = render_jinja_template(
-        [[{key: value for key, value in message.items() if value is not None} for message in chat.messages]],
+        [
+            [
+                {key: value for key, value in message.items() if value is not None}
+                for message in _as_read(tokenizer, chat.messages)
+            ]
+        ],
         tools=tools,
         chat_template=dated_template(tokenizer, tokenizer.get_chat_template(tools=tools)),
         return_assistant_tokens_mask=True,

@@ -132,6 +132,9 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Any:
     if not any((folder / name).exists() for name in _TOKENIZER_FILES):
         return None
     tokenizer = open_tokenizer(folder)
+    processor = folder / "chat_template.json"  # where processors of multimodal models kept it before transformers 4.51
+    if tokenizer.chat_template is None and processor.exists():
+        tokenizer.chat_template = read_json(processor).get("chat_template")
     if len(tokenizer) > vocab_size:
         raise ValueError(
             f"the tokenizer of {folder} has {len(tokenizer)} ids, its model only {vocab_size}: "

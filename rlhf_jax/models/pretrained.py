@@ -18,6 +18,7 @@ from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
 from rlhf_jax.models import peft
 from rlhf_jax.models.attention import kernel_for_mesh
 from rlhf_jax.models.config import Choice, Compute, DecoderConfig
+from rlhf_jax.models.containers import write_container
 from rlhf_jax.models.decoder import abstract_params, bind, last_hidden, logits, scalar_scores
 from rlhf_jax.models.families import checkpoint_of, decoder_config, hf_config, hf_tensors
 from rlhf_jax.models.families.containers import is_container, text_config
@@ -109,6 +110,8 @@ def _load(
             f"{folder} is a model with a scalar head ({hf['architectures'][0]}), such as a reward model: it scores "
             "(reward_from_pretrained) and has no logits to answer with"
         )
+    if is_container(whole):
+        LOGGER.info(f"{folder} is multimodal ({whole['model_type']}): only its text model, {hf['model_type']}, is read")
     layout = Layout(single_device_mesh() if mesh is None else mesh, TRAIN)
     config = decoder_config(hf, scalar_head=scalar_head, vocab_parts=layout.shards("vocab"))
     optional = (_SCORE,) if scalar_head and not has_scalar_head(hf) else ()
@@ -171,7 +174,12 @@ def _init_scalar_head(config: DecoderConfig, layout: Layout, dtype: str, seed: i
 
 
 def save_pretrained(
-    model: Pretrained, folder: str | Path, *, dtype: str | None = None, overwrite: bool = False
+    model: Pretrained,
+    folder: str | Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    container: str | Path | None = None,
 ) -> None:
     """Write a Hugging Face folder: config.json, generation_config.json, safetensors and the tokenizer's files.
 
@@ -183,10 +191,15 @@ def save_pretrained(
         folder: where to; its parents are made.
         dtype: of the files; None: that of the parameters (bfloat16 where kernels are quantised).
         overwrite: replace an existing folder.
+        container: the multimodal folder, or id, that the model is the text model of: all of it is written, with these
+            weights in the dtype that its text model has; the other tensors and files stay as they are.
     Raises:
-        ValueError: the folder is there and not empty, an unknown dtype, or a scalar head with no pad token to be had.
+        ValueError: the folder is there and not empty, an unknown dtype, a scalar head with no pad token to be had, or a
+            container of another text model, or with a dtype.
     """
     assert model.params.keys() == abstract_params(model.config).keys(), "parameters of another model"
+    if dtype and container:
+        raise ValueError("the weights in a multimodal folder keep the dtype that they have there: leave dtype out")
     dtype = dtype or str(model.params["embed/tokens"].dtype)
     _check_dtype(dtype, DTYPES)
     pad = model.hf_config.get("pad_token_id")
@@ -198,11 +211,14 @@ def save_pretrained(
                 "pad_token_id in hf_config, or the tokenizer's pad_token"
             )
     with replace_folder(Path(folder).expanduser(), overwrite) as unfinished:
-        config = hf_config(model.hf_config, model.config, dtype=dtype, pad_token_id=pad)
-        write_json(unfinished / "config.json", config)
+        if container:
+            write_container(unfinished, local_folder(container), model.config, model.params)
+        else:
+            config = hf_config(model.hf_config, model.config, dtype=dtype, pad_token_id=pad)
+            write_json(unfinished / "config.json", config)
+            write_params(unfinished, model.params, hf_tensors(model.config), dtype, model.config.lora)
         if not model.config.scalar_head:
             write_json(unfinished / "generation_config.json", _generation_config(model))
-        write_params(unfinished, model.params, hf_tensors(model.config), dtype, model.config.lora)
         write_tokenizer(model.tokenizer, unfinished, model.folder)
 
 

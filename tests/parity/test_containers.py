@@ -1,11 +1,18 @@
 """Multimodal folders: their text model computes the same here, and is exported alone or in its folder."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 from checkpoints import assert_close, load, padded_rows, randomise, torch, torch_logits, transformers
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
+from tiny_tokenizer import chatml_like
 
-from rlhf_jax.models.families.containers import CONTAINERS, text_config
+from rlhf_jax.cli import main
+from rlhf_jax.data.rendering import Chat, render
+from rlhf_jax.models.families.containers import CONTAINERS, text_config, text_name
+from rlhf_jax.models.hub import read_tokenizer
 from rlhf_jax.models.pretrained import apply, from_pretrained, save_pretrained
 
 pytestmark = pytest.mark.parity
@@ -99,6 +106,42 @@ def test_the_text_model_of_a_multimodal_folder_gives_its_logits_and_is_exported_
     assert_close(torch_logits(alone, IDS, MASK)[MASK], torch_logits(theirs, IDS, MASK)[MASK], 1e-5)
 
 
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3", "qwen2_5_vl"])
+def test_a_trained_text_model_is_written_into_its_folder_whose_other_tensors_stay_as_they_are(
+    kind, container, tmp_path
+):
+    folder, _ = container(kind)
+    (folder / "preprocessor_config.json").write_text('{"size": 28}')
+    model = from_pretrained(folder)
+    params = {path: array * 1.25 for path, array in model.params.items()}
+    save_pretrained(dataclasses.replace(model, params=params), tmp_path / "text")
+    argv = ["import", str(tmp_path / "text"), str(tmp_path / "whole"), "--container", str(folder)]
+    assert main(argv) == 0
+    assert {path.name for path in folder.iterdir()} <= {path.name for path in (tmp_path / "whole").iterdir()}
+    for name in ("config.json", "preprocessor_config.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (folder / name).read_bytes()
+    old, new = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "whole"))
+    assert old.keys() == new.keys()
+    for name in old:
+        factor = 1.0 if text_name(name, in_container=True) is None else 1.25
+        np.testing.assert_array_equal(new[name], old[name] * np.float32(factor), err_msg=name)
+    assert sum(text_name(name, in_container=True) is None for name in old) > 5
+    whole, alone = load(AUTO, tmp_path / "whole"), load(transformers.AutoModelForCausalLM, tmp_path / "text")
+    assert_close(torch_logits(whole, IDS, MASK)[MASK], torch_logits(alone, IDS, MASK)[MASK], 1e-5)
+
+
+def test_a_folder_of_another_text_model_or_none_is_refused_as_container(container, tmp_path):
+    model = from_pretrained(container("mistral3")[0])
+    with pytest.raises(ValueError, match="is another than this one: they differ in family"):
+        save_pretrained(model, tmp_path / "whole", container=container("gemma3")[0])
+    save_pretrained(model, tmp_path / "text")
+    with pytest.raises(ValueError, match="is not a multimodal folder"):
+        save_pretrained(model, tmp_path / "whole", container=tmp_path / "text")
+    with pytest.raises(ValueError, match="leave dtype out"):
+        save_pretrained(model, tmp_path / "whole", container=container("mistral3")[0], dtype="bfloat16")
+    assert not (tmp_path / "whole").exists()
+
+
 @pytest.mark.parametrize(
     "prefixes", [("model.language_model.", "lm_head."), ("language_model.model.", "language_model.lm_head.")]
 )
@@ -131,3 +174,19 @@ def test_qwen_folders_without_text_config_are_read_as_transformers_reads_them():
         rope = theirs.text_config.rope_parameters
         assert (ours["rope_theta"], ours["rope_scaling"]["rope_type"]) == (rope["rope_theta"], rope["rope_type"])
         assert (ours["tie_word_embeddings"], ours["eos_token_id"]) == (theirs.tie_word_embeddings, 7)
+
+
+def test_a_template_that_reads_lists_of_parts_writes_texts_and_one_of_a_processor_is_used(tmp_path):
+    template = (
+        "{% for message in messages %}{{ message['role'] }}: {% for content in message['content'] | "
+        "selectattr('type', 'equalto', 'text') %}{{ content['text'] }}{% endfor %};{% endfor %}"
+    )
+    tokenizer = chatml_like()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    tokenizer = read_tokenizer(tmp_path, 400)
+    assert tokenizer.chat_template == template
+    messages = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Well."}]
+    assert render(tokenizer, [Chat(messages)], opened=False) == ["user: How are you?;assistant: Well.;"]
+    assert messages[0]["content"] == "How are you?"

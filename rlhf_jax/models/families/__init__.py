@@ -69,6 +69,11 @@ def hf_tensors(config: DecoderConfig) -> Tensors:
     return _select(config, FAMILIES[config.family].tensors(config))
 
 
+def head_tensor(config: DecoderConfig) -> HfTensor | None:
+    """The tensor of the head, which a tied model's folder may have too."""
+    return FAMILIES[config.family].tensors(config).get("head/kernel")
+
+
 def alternative_tensors(config: DecoderConfig) -> list[Tensors]:
     """The same in the other layouts that folders of this family may have."""
     return [_select(config, table) for table in FAMILIES[config.family].alternatives(config)]

@@ -97,3 +97,8 @@ def text_name(name: str, *, in_container: bool) -> str | None:
         return name
     found = (own + name.removeprefix(prefix) for prefix, own in _PREFIXES.items() if name.startswith(prefix))
     return next(found, None)
+
+
+def names_in_container(name: str) -> list[str]:
+    """The names that a tensor of a text model, or a template of them, may have in a multimodal folder."""
+    return [prefix + name.removeprefix(own) for prefix, own in _PREFIXES.items() if name.startswith(own)]

@@ -6,7 +6,7 @@ directions.
 """
 
 from rlhf_jax.models.safetensors_io.entry import NUMPY_DTYPES
-from rlhf_jax.models.safetensors_io.files import join_names, open_file, stored_dtype
+from rlhf_jax.models.safetensors_io.files import join_names, open_file, open_folder, stored_dtype
 from rlhf_jax.models.safetensors_io.reading import different_twin, read_params
 from rlhf_jax.models.safetensors_io.writing import write_params
 
@@ -15,6 +15,7 @@ __all__ = [
     "different_twin",
     "join_names",
     "open_file",
+    "open_folder",
     "read_params",
     "stored_dtype",
     "write_params",

@@ -16,7 +16,7 @@ from rlhf_jax.models.safetensors_io.pickles import ForeignPickle, pickle_entries
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-VALUE_HEAD = "value_head.safetensors"  # LLaMA-Factory writes the head of values next to the language model
+VALUE_HEADS = ("value_head.safetensors", "value_head.bin")  # of LLaMA-Factory, next to the language model
 _MAX_LISTED = 100  # largest number of names of one kind in a message
 
 
@@ -50,7 +50,7 @@ def open_folder(folder: Path) -> dict[str, Entry]:
             raise ValueError(f"{folder / name} is damaged ({_error_text(error)}): download it again") from error
         if absent := [path.name for path in paths if not path.exists()]:
             raise ValueError(f"{folder / name} names {absent[0]}, which is not there: download it again")
-    paths += [folder / VALUE_HEAD] if (folder / VALUE_HEAD).exists() else []
+    paths += [folder / each for each in VALUE_HEADS if (folder / each).exists()][:1]
     entries: dict[str, Entry] = {}
     for path in paths:
         found = open_file(path)

@@ -9,6 +9,7 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ from rlhf_jax.models.safetensors_io.blocks import (
     orient,
     shard_bounds,
 )
-from rlhf_jax.models.safetensors_io.files import INDEX, NUMPY_DTYPES, SINGLE
+from rlhf_jax.models.safetensors_io.files import INDEX, NUMPY_DTYPES, SINGLE, Entry
 from rlhf_jax.models.unstacked import Param, Unstacked
 
 MAX_FILE_BYTES = 5 * 10**9  # as in transformers and the hub; a larger tensor has its own file
@@ -38,10 +39,20 @@ class _FileTensor(NamedTuple):
     name: str
     shape: tuple[int, ...]
     sources: list[tuple[str, tuple[int, ...]]]  # (path, its layer and expert); several where the tensor is fused
+    entry: Entry | None = None  # a tensor of another file, copied as it is
+
+    def num_bytes(self, dtype: np.dtype) -> int:
+        return len(_bytes(self.entry)) if self.entry else math.prod(self.shape) * dtype.itemsize
 
 
 def write_params(
-    folder: Path, params: Mapping[str, Param], tensors: Mapping[str, HfTensor], dtype: str, lora: LoraConfig = NO_LORA
+    folder: Path,
+    params: Mapping[str, Param],
+    tensors: Mapping[str, HfTensor],
+    dtype: str,
+    lora: LoraConfig = NO_LORA,
+    *,
+    others: Mapping[str, Entry] = MappingProxyType({}),
 ) -> None:
     """Write model.safetensors, or several files of up to MAX_FILE_BYTES and their index, holding one tensor of them on
     the host at a time.
@@ -53,11 +64,13 @@ def write_params(
         tensors: {path: its tensor in the files}; entries that are not in `params` are left out.
         dtype: of the files, "float32", "float16" or "bfloat16".
         lora: of the adapters among the params, which are merged, one layer of a shard at a time, and rounded once.
+        others: {name: a tensor of another file}, copied byte for byte.
     """
     groups: list[list[_FileTensor]] = [[]]
     room, total = MAX_FILE_BYTES, 0
-    for slot in _file_tensors(params, tensors):
-        nbytes = math.prod(slot.shape) * jnp.dtype(dtype).itemsize
+    copies = [_FileTensor(name, entry.shape, [], entry) for name, entry in others.items()]
+    for slot in _file_tensors(params, tensors) + copies:
+        nbytes = slot.num_bytes(jnp.dtype(dtype))
         if groups[-1] and nbytes > room:
             groups.append([])
             room = MAX_FILE_BYTES
@@ -91,15 +104,30 @@ def _write_file(path: Path, slots: Sequence[_FileTensor], params, tensors, dtype
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers rejects files without it
     offset = 0
     for slot in slots:
-        end = offset + math.prod(slot.shape) * dtype.itemsize
-        header[slot.name] = {"dtype": code, "shape": slot.shape, "data_offsets": [offset, end]}
+        end = offset + slot.num_bytes(dtype)
+        header[slot.name] = {
+            "dtype": slot.entry.dtype if slot.entry else code,
+            "shape": slot.shape,
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for slot in slots:
+            if slot.entry:
+                file.write(_bytes(slot.entry))
+                slot.entry.release()
+                continue
             file.write(_assemble(slot, params, tensors, dtype, lora).reshape(-1).view(np.uint8).data)
+
+
+def _bytes(entry: Entry) -> memoryview:
+    """The elements of a tensor in C order."""
+    if entry.strides is None:
+        return memoryview(entry.file)[entry.start : entry.stop]
+    return np.ascontiguousarray(entry.array()).reshape(-1).view(np.uint8).data
 
 
 def _assemble(slot: _FileTensor, params: Mapping[str, jax.Array], tensors, dtype, lora: LoraConfig) -> np.ndarray:

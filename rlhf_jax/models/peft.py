@@ -26,7 +26,9 @@ from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.families import hf_tensors
 from rlhf_jax.models.hub import read_json, write_json
 from rlhf_jax.models.lora import LINEARS, LoraConfig
+from rlhf_jax.models.peft_base import MERGE, is_parameter_target, merge_products, replaced_embeddings
 from rlhf_jax.models.safetensors_io import NUMPY_DTYPES, join_names, open_file
+from rlhf_jax.models.unstacked import Param
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SCORE = "score/kernel"
@@ -59,23 +61,23 @@ def modules_of(config: DecoderConfig) -> list[Module]:
     return list(modules.values())
 
 
-MERGE = "merge it into its base with PEFT (merge_and_unload, then save_pretrained) and load the result"
-
 # Settings that leave the stored function as it is, or that are acted on below. Any other that is on is refused.
 _KNOWN_SETTINGS = frozenset(
     "peft_type task_type base_model_name_or_path revision inference_mode auto_mapping peft_version r lora_alpha "
-    "lora_dropout fan_in_fan_out bias target_modules exclude_modules modules_to_save layers_to_transform "
-    "layers_pattern rank_pattern alpha_pattern use_rslora init_lora_weights megatron_core loftq_config eva_config "
+    "lora_dropout fan_in_fan_out bias target_modules target_parameters exclude_modules modules_to_save "
+    "layers_to_transform layers_pattern rank_pattern alpha_pattern use_rslora init_lora_weights megatron_core "
+    "loftq_config eva_config "
     "corda_config lora_ga_config qalora_group_size velora_config ensure_weight_tying runtime_config".split()
 )
 _DEFAULTS = {"r": 8, "lora_alpha": 8, "bias": "none", "init_lora_weights": True, "use_rslora": False}
 _INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")  # those that leave the base as it was
-# PEFT adds both names of a head to the adapters of classifiers; a head that is listed but not stored does no harm.
+# PEFT adds both names of a head to the adapters of classifiers; a head that is listed but not stored does no harm. What
+# else is saved whole has to be stored, and to be an embedding.
 _HEADS = ("score", "classifier", "lm_head")
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """adapter_config.json with its defaults; refuses what is not plain LoRA on an untouched base."""
+def read_settings(folder: Path, stored: Iterable[str] = ()) -> dict[str, Any]:
+    """adapter_config.json with its defaults; refuses what is not plain LoRA, with or without modules `stored` whole."""
     adapter = read_json(folder / CONFIG)
     kind = adapter.get("peft_type")
     if kind != "LORA":
@@ -91,7 +93,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
         refused["bias"] = adapter["bias"]
     if adapter["init_lora_weights"] not in _INITS:
         refused["init_lora_weights"] = adapter["init_lora_weights"]  # it took something out of the base's kernels
-    if set(adapter["modules_to_save"]) - set(_HEADS):
+    whole, saved = ({name.rpartition(".")[2] for name in names} for names in (stored, adapter["modules_to_save"]))
+    # PEFT stores an embedding that it keeps tied to the head once, under the name of the head.
+    if saved - whole - set(_HEADS) and not (adapter.get("ensure_weight_tying") and "lm_head" in whole):
         refused["modules_to_save"] = adapter["modules_to_save"]
     if refused:
         reported = ", ".join(f"{key}={json.dumps(value)}" for key, value in sorted(refused.items()))
@@ -142,8 +146,10 @@ class _Part(NamedTuple):
     divisor: float  # alpha / divisor is the scale
 
 
-def read_adapter(folder: Path, config: DecoderConfig, layout: Layout) -> tuple[DecoderConfig, dict[str, jax.Array]]:
-    """Read a PEFT LoRA adapter as adapters of this model's kernels.
+def read_adapter(
+    folder: Path, config: DecoderConfig, layout: Layout, params: Mapping[str, Param]
+) -> tuple[DecoderConfig, dict[str, jax.Array]]:
+    """Read a PEFT LoRA adapter as adapters of this model's kernels, and what else it changes as changed parameters.
 
     The rank is the largest that a linear has; smaller ones are filled up with zeros, and so are the layers that PEFT
     left without. That is exact in training too: where a column of A and its row of B are both zero, so are their
@@ -153,17 +159,31 @@ def read_adapter(folder: Path, config: DecoderConfig, layout: Layout) -> tuple[D
         folder: holds adapter_config.json and adapter_model.safetensors.
         config: of the base.
         layout: sharding of the adapters.
+        params: of the base.
     Returns:
         `config` with the adapters, whose targets are the linears that have one in any layer, and {path: float32 array}:
-        .../lora_a [L, in, rank], .../lora_b [L, rank, out], and score/kernel [E, 1] if the adapter has a scalar head.
+        .../lora_a [L, in, rank], .../lora_b [L, rank, out], and score/kernel [E, 1] if the adapter has a scalar head;
+        and those parameters of the base, in its dtype, that the adapter changes otherwise (see `models.peft_base`).
     Raises:
         ValueError: a file is absent or damaged, the weights are a pickle, the adapter is of a kind or changes a module
             that cannot be had here, or its tensors are not those that its configuration describes (all in one message).
     """
-    adapter, stored, modules = read_settings(folder), _read_tensors(folder), modules_of(config)
+    stored = _read_tensors(folder)
+    adapter, modules = read_settings(folder, stored), modules_of(config)
+
+    def scale_of(name: str, rank: int) -> float:
+        alpha = match_pattern(adapter["alpha_pattern"], name, adapter["lora_alpha"])
+        return alpha / (math.sqrt(rank) if adapter["use_rslora"] else rank)
+
+    changed = replaced_embeddings(folder, adapter, stored, config, params, layout)
+    changed |= merge_products(folder, adapter, stored, config, {**params, **changed}, scale_of)
     _refuse_foreign(folder, stored, modules, config)
     places = [(module, i, module.name.format(i=i)) for module in modules for i in range(config.num_layers)]
-    places = [place for place in places if is_target(adapter, place[2])]
+    places = [
+        place for place in places if is_target(adapter, place[2]) or is_parameter_target(adapter, f"{place[2]}.weight")
+    ]
+    if not places and changed and not stored:
+        return config, changed
     if not places:
         raise ValueError(f"the target_modules of {folder / CONFIG} are no linears of this model: is its base another?")
     shapes: dict[str, tuple[int, ...]] = {}
@@ -193,7 +213,7 @@ def read_adapter(folder: Path, config: DecoderConfig, layout: Layout) -> tuple[D
         host[SCORE] = stored["score"].T
     config = dataclasses.replace(config, lora=lora)
     leaves = abstract_params(config)
-    return config, {path: layout.put(array, *leaves[path].axes) for path, array in host.items()}
+    return config, changed | {path: layout.put(array, *leaves[path].axes) for path, array in host.items()}
 
 
 def _stack(parts: Sequence[_Part], num_layers: int) -> tuple[LoraConfig, dict[str, np.ndarray]]:

@@ -53,6 +53,7 @@ class Pretrained:
     layout: Layout
     source: str = ""  # the absolute folder, or the hub id, it came from
     folder: Path | None = None  # its local path
+    changed: tuple[str, ...] = ()  # paths of parameters that an adapter has changed as it was read
 
 
 def from_pretrained(
@@ -134,9 +135,11 @@ def _load(
         kind=kind,
         serving=serving,
     )
+    changed: tuple[str, ...] = ()
     if adapter is not None:
         # Adapters are small and their products large sums, so they are read in float32 whatever the base is.
-        config, adapters = peft.read_adapter(local_folder(adapter), config, layout)
+        config, adapters = peft.read_adapter(local_folder(adapter), config, layout, params)
+        changed = tuple(sorted(params.keys() & adapters.keys() - {_SCORE}))
         params |= adapters
     if scalar_head and _SCORE not in params:
         LOGGER.warning(f"{folder} has no score.weight: the scalar head starts at random")
@@ -151,6 +154,7 @@ def _load(
         layout=layout,
         source=str(folder.resolve() if is_folder(path_or_id) else path_or_id),
         folder=folder,
+        changed=changed,
     )
 
 
@@ -233,6 +237,9 @@ def save_adapter(model: Pretrained, folder: str | Path, *, base: str, overwrite:
     """
     if not model.config.lora.rank:
         raise ValueError("this model has no adapters: use save_pretrained")
+    if model.changed:
+        names = ", ".join(model.changed)
+        raise ValueError(f"the adapter that was read has changed {names} of the base too: use save_pretrained")
     with replace_folder(Path(folder).expanduser(), overwrite) as unfinished:
         peft.write_adapter(unfinished, model.config, model.params, base=base)
         write_tokenizer(model.tokenizer, unfinished, model.folder)

@@ -323,7 +323,6 @@ def adapter(base, tmp_path):
         {"use_dora": True},
         {"bias": "all"},
         {"modules_to_save": ["embed_tokens"]},
-        {"target_parameters": ["mlp.experts.gate_up_proj"]},
         {"lora_bias": True},
         {"layer_replication": [[0, 2], [1, 2]]},
         {"trainable_token_indices": [3]},
@@ -345,30 +344,80 @@ def test_settings_beyond_plain_lora_are_rejected_by_name(settings, base, adapter
     assert str(value) in str(error.value) or json.dumps(value) in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_embeddings_are_rejected_by_name(base, tmp_path):
+    peft_adapter(base("llama"), tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"])
+    with pytest.raises(ValueError, match="changes .*embed_tokens.* merge it into its base"):
+        from_pretrained(base("llama"), tmp_path / "adapter")
+
+
+# ---- What an adapter changes in its base
+
+
 @pytest.mark.parametrize(
-    ("name", "settings"),
+    ("name", "settings", "changed"),
     [
-        ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
-        ("llama", {"target_modules": ["q_proj", "lm_head"]}),
-        ("opt-350m", {"target_modules": "all-linear"}),
+        ("mixtral", {"target_modules": "all-linear"}, "experts/down experts/gate experts/up router"),
+        (
+            "qwen3_moe",
+            {"target_modules": "all-linear", "use_rslora": True},
+            "experts/down experts/gate experts/up router",
+        ),
+        (
+            "mixtral",
+            {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"], "alpha_pattern": {"down_proj": 20}},
+            "experts/down",
+        ),
+        (
+            "mixtral",
+            {"target_modules": ["q_proj"], "target_parameters": ["o_proj.weight", "gate_up_proj"]},
+            "experts/gate experts/up",
+        ),
+        ("opt-350m", {"target_modules": "all-linear"}, "project_in project_out"),
+        ("llama", {"target_modules": ["q_proj", "lm_head"]}, "head"),
+        ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}, "head tokens"),
+        (
+            "llama-tied",
+            {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+            "tokens",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_adapters_of_other_modules_are_rejected_by_name(name, settings, base, tmp_path):
-    peft_adapter(base(name), tmp_path / "adapter", **settings)
-    with pytest.raises(ValueError, match="changes .*(embed_tokens|lm_head|project_in).* merge it into its base"):
-        from_pretrained(base(name), tmp_path / "adapter")
+def test_what_an_adapter_changes_besides_linears_is_merged_and_gives_the_same_logits(
+    name, settings, changed, base, tmp_path
+):
+    theirs = peft_adapter(base(name), tmp_path / "adapter", **settings)
+    model = from_pretrained(base(name), tmp_path / "adapter")
+    paths = {path.removeprefix("layers/").removeprefix("embed/").removesuffix("/kernel") for path in model.changed}
+    assert paths == set(changed.split())
+    same_logits(model, theirs)
+    with pytest.raises(ValueError, match="use save_pretrained"):
+        save_adapter(model, tmp_path / "ours", base="x")
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_adapters_of_experts_and_routers_are_rejected(base, tmp_path):
-    settings = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}
-    peft_adapter(base("mixtral"), tmp_path / "adapter", **settings)
-    with pytest.raises(ValueError, match="target_parameters"):
-        from_pretrained(base("mixtral"), tmp_path / "adapter")
-    change(tmp_path / "adapter", target_parameters=None)
-    with pytest.raises(ValueError, match="experts.*no embeddings, heads or experts"):
-        from_pretrained(base("mixtral"), tmp_path / "adapter")
+def test_embeddings_that_an_adapter_repeats_are_logged_and_resized_or_untied_ones_rejected(base, tmp_path, caplog):
+    def save_with_embedding(name, change, **settings):
+        model = peft_adapter(base(name), tmp_path / "adapter", target_modules=["q_proj"], **settings)
+        weights = tmp_path / "adapter" / "adapter_model.safetensors"
+        tensors = load_file(weights)
+        embedding = "base_model.model.model.embed_tokens.weight"
+        tensors[embedding] = change(model.get_input_embeddings().weight.detach().numpy())
+        save_file(tensors, weights)
+        return model
+
+    with caplog.at_level("INFO"):
+        theirs = save_with_embedding("llama", lambda embedding: embedding)
+        model = from_pretrained(base("llama"), tmp_path / "adapter")
+    assert "has embed/tokens as in the base" in caplog.text and model.changed == ()
+    same_logits(model, theirs)
+    save_with_embedding("llama", lambda embedding: np.concatenate([embedding, embedding[:1]]))
+    with pytest.raises(ValueError, match="resized the vocabulary of its base from 150 to 151 tokens: merge it"):
+        from_pretrained(base("llama"), tmp_path / "adapter")
+    peft_adapter(base("llama-tied"), tmp_path / "split", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match="changes one of embedding and head, which its base ties"):
+        from_pretrained(base("llama-tied"), tmp_path / "split")
 
 
 def test_tensors_that_do_not_fit_are_reported_all_at_once(base, adapter):

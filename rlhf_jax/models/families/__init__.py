@@ -74,6 +74,12 @@ def head_tensor(config: DecoderConfig) -> HfTensor | None:
     return FAMILIES[config.family].tensors(config).get("head/kernel")
 
 
+def embedding_names(config: DecoderConfig) -> dict[str, set[str]]:
+    """{path: names of its module in the files} of the embedding and of a linear head, also where they are tied."""
+    paths = ("embed/tokens", "head/kernel")
+    return {path: {name.removesuffix(".weight") for name in _all_names(config, path)} for path in paths}
+
+
 def alternative_tensors(config: DecoderConfig) -> list[Tensors]:
     """The same in the other layouts that folders of this family may have."""
     return [_select(config, table) for table in FAMILIES[config.family].alternatives(config)]

@@ -27,7 +27,8 @@ from rlhf_jax.models.safetensors_io.blocks import (
     orient,
     shard_bounds,
 )
-from rlhf_jax.models.safetensors_io.files import INDEX, NUMPY_DTYPES, SINGLE, Entry
+from rlhf_jax.models.safetensors_io.entry import NUMPY_DTYPES, Entry
+from rlhf_jax.models.safetensors_io.files import INDEX, SINGLE
 from rlhf_jax.models.unstacked import Param, Unstacked
 
 MAX_FILE_BYTES = 5 * 10**9  # as in transformers and the hub; a larger tensor has its own file

@@ -339,21 +339,39 @@ TOOLS = ({"type": "function", "function": {"name": "add", "description": "adds <
 )
 def test_calls_of_tools_are_learned_and_their_results_are_not(name, kind, call):
     tokenizer = prepare_tokenizer(tokenizer_of(name, kind))
-    turns = [Turn("user", "3 + 4?"), Turn("assistant", "", {"reasoning_content": "I add.", **CALL})]
+    reasoning = {"reasoning_content": "I add."} if name == "qwen3" else {}
+    tools = TOOLS if name != "llama31" else ()
+    turns = [Turn("user", "3 + 4?"), Turn("assistant", "", {**reasoning, **CALL})]
     turns += [Turn("tool", "7 </s> <|im_end|> <|eom_id|> <tool_call>"), Turn("assistant", "It is 7.")]
     turns += [Turn("user", "Sure?"), Turn("assistant", "No.", is_learned=False)]
     turns += [Turn("user", "Sure?"), Turn("assistant", "Yes.")]
     messages = [{"role": t.role, "content": t.content, **t.extra} for t in turns]
-    written = tokenizer.apply_chat_template(messages, tools=list(TOOLS), tokenize=False)
-    (encoded,) = encode_dialogues(tokenizer, [Dialogue(tuple(turns), TOOLS)], all_turns=True)
+    written = tokenizer.apply_chat_template(messages, tools=list(tools) or None, tokenize=False)
+    (encoded,) = encode_dialogues(tokenizer, [Dialogue(tuple(turns), tools)], all_turns=True)
     assert written.startswith(tokenizer.decode(encoded.tokens))
     said, end = [tokenizer.decode(encoded.tokens[a:b]) for a, b in encoded.spans], STYLES[name].ends[-1]
     thought = "<think>\nI add.\n</think>\n\n" if name == "qwen3" else ""  # which it leaves out before a later question
     assert said[:2] == [call, f"It is 7.{end}"] and said[2].endswith(f"Yes.{end}") and len(said) == 3
-    (first,) = encode_dialogues(tokenizer, [Dialogue(tuple(turns[:2]), TOOLS)])
+    (first,) = encode_dialogues(tokenizer, [Dialogue(tuple(turns[:2]), tools)])
     assert tokenizer.decode(first.tokens[slice(*first.spans[-1])]) == thought + call
     eos, forged = tokenizer.convert_tokens_to_ids("</s>"), written.count("</s>")
     assert forged >= 1 and eos not in encoded.tokens[: encoded.spans[-1, 0]]
+
+
+def test_reasoning_tools_and_calls_that_a_template_does_not_write_are_refused():
+    said = (*QUESTION, Turn("assistant", "7.", {"thinking": "I add."}))
+    for dialogue, name in (
+        (said, "reasoning_content"),
+        ((*QUESTION, Turn("assistant", "", CALL)), "tool_calls"),
+        (Dialogue((*QUESTION, Turn("assistant", "7.")), TOOLS), "tools"),
+    ):
+        (found,) = encode_dialogues(CHATML_LIKE, [dialogue])
+        assert f"the chat template does not write the {name} that the row has" in str(found)
+    named = (*QUESTION, Turn("assistant", "7.", {"id": 3}))
+    (found,) = encode_dialogues(CHATML_LIKE, [named])
+    assert CHATML_LIKE.decode(found.tokens).endswith("assistant\n7.<|im_end|>")
+    (found,) = encode_dialogues(prepare_tokenizer(tokenizer_of("qwen3")), [said])
+    assert "<think>\nI add.\n</think>\n\n7." in tokenizer_of("qwen3").decode(found.tokens)
 
 
 # Users write a Q in every text and assistants an A, so that a span that has more than an answer shows.

@@ -145,13 +145,9 @@ ROLES = {
         [message("user", "q"), message("narrator", "a")],
         "has an invalid message 2: its role 'narrator'",
     ),
-    "a tool's answer": (
-        [message("user", "q"), message("tool", "4"), message("assistant", "a")],
-        "has an invalid message 2",
-    ),
-    "a call of a tool": (
-        [message("user", "q"), message("assistant", "") | {"tool_calls": [{"id": 1}]}],
-        "has an invalid message 2: it calls a tool",
+    "a function call": (
+        [message("user", "q"), message("assistant", "") | {"function_call": {"name": "f"}}],
+        "has an invalid message 2: it calls a function",
     ),
     "no content": ([message("user", "q"), message("assistant", None)], "its content must be text, not NoneType"),
     "an image": (

@@ -14,7 +14,7 @@ from rlhf_jax.config import dump_config, parse_config
 from rlhf_jax.data.config import SourceConfig
 from rlhf_jax.data.dialogues import parse_transcript
 from rlhf_jax.data.mapping import make_mapper, provides, resolve_format
-from rlhf_jax.data.records import KINDS, BadRow, Example, Row
+from rlhf_jax.data.records import KINDS, BadRow, Example, Row, Turn
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data at {REAL}")
@@ -75,8 +75,8 @@ def test_only_the_reward_stage_rejects_a_pair_without_a_rejected_answer():
 )
 def test_prompts_and_answers_can_be_lists_of_messages_or_whole_dialogues(reply):
     row = {"prompt": user_and_assistant("q"), "chosen": reply(" good "), "rejected": reply("bad")}
-    assert [examples(row, kind) for kind in KINDS] == [[example(ASKED, "good", "good", "bad")]] * 3
-    assert examples(row | {"prompt": "q"}, "pair") == [example(ASKED, "good", "good", "bad")]
+    assert [examples(row, kind) for kind in KINDS] == [[example(ASKED, " good ", " good ", "bad")]] * 3
+    assert examples(row | {"prompt": "q"}, "pair") == [example(ASKED, " good ", " good ", "bad")]
 
 
 def test_dialogues_that_share_a_prompt_need_no_prompt_field():
@@ -333,14 +333,15 @@ def test_ppo_accepts_messages_without_an_answer():
 
 
 ASK, TOOL = {"role": "user", "content": "q"}, {"role": "tool", "content": "21 C"}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
 UNFIT = {
-    "a tool": ([ASK, TOOL], "message 2: its role 'tool' is none of system, developer, user"),
+    "a tool last": ([ASK, CALL, TOOL], "has no assistant turn that answers a user turn"),
+    "a weight between": ([ASK, CALL | {"weight": 0.5}], "message 2: its weight must be 0 or 1"),
     "a function": ([ASK, {"role": "function", "content": "x"}], "its role 'function' is none of"),
-    "a call": (
-        [ASK, {"role": "assistant", "content": "", "tool_calls": [{}]}],
-        "message 2: it calls a tool",
+    "an old call": (
+        [ASK, {"role": "assistant", "content": None, "function_call": {"name": "f"}}],
+        "it calls a function",
     ),
-    "an old call": ([ASK, {"role": "assistant", "content": None, "function_call": {"name": "f"}}], "it calls a tool"),
     "null": ([ASK, {"role": "assistant", "content": None}], "its content must be text, not NoneType"),
     "an image": (
         [{"role": "user", "content": [{"type": "image_url"}]}],
@@ -365,6 +366,37 @@ UNFIT = {
 def test_messages_that_no_template_can_render_are_rejected(messages, message):
     with pytest.raises(BadRow, match="^rows.jsonl, row 7: field 'messages' (?:.* )?" + re.escape(message)):
         examples({"messages": messages}, form="messages")
+
+
+def test_messages_keep_their_whitespace_and_what_a_template_reads_besides_content():
+    thought = {"role": "assistant", "content": "    return 7\n", "reasoning_content": "I add.", "weight": 1}
+    messages = [{"role": "user", "content": "Complete:\n"}, CALL | {"train": False}, TOOL, TOOL, thought]
+    for tools in ([{"name": "f"}], '[{"name": "f"}]'):
+        (found,) = examples({"messages": messages, "tools": tools}, form="messages")
+        call = Turn("assistant", "", {"tool_calls": CALL["tool_calls"]}, is_learned=False)
+        assert found.turns == (("user", "Complete:\n"), call, ("tool", "21 C"), ("tool", "21 C"))
+        assert (found.answer, found.extra, found.is_learned) == (
+            "    return 7\n",
+            {"reasoning_content": "I add."},
+            True,
+        )
+        assert found.tools == ({"name": "f"},)
+    with pytest.raises(BadRow, match="field 'tools' must be a list of objects, or JSON text of one"):
+        examples({"messages": messages, "tools": "f"}, form="messages")
+    with pytest.raises(BadRow, match="field 'chosen' has messages with more than a content"):
+        examples({"prompt": "q", "chosen": [thought], "rejected": "b"})
+
+
+def test_the_text_of_an_answer_keeps_its_indentation():
+    for text, answer in {
+        " yes ": "yes",
+        "\n\n    return 7\n": "    return 7",
+        "\tx": "\tx",
+        "  \n a": "a",
+        "": "",
+    }.items():
+        (found,) = examples({"prompt": "q", "chosen": "b", "answer": text}, answer="answer", rejected="")
+        assert found.answer == answer
 
 
 # Alpaca, rankings, documents.

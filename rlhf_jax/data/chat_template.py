@@ -45,6 +45,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
 )
 
+REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one field; transformers fills in the others
 # In one dialogue in CHATS_PER_CHECK the tokens of the answers are also found exactly; both results must agree.
 CHATS_PER_CHECK = 512
 
@@ -215,7 +216,8 @@ def _encode(
 ) -> list[tuple[str, np.ndarray, list[Range]] | Failure]:
     """The text of each chat, its ids, and where a control token in it is spelled by others than the assistant."""
     texts, spells = render(tokenizer, chats, opened=opened), spells_control(tokenizer)
-    found: list = list(texts)
+    found: list = [_check_fields(tokenizer, *each) for each in zip(chats, texts, strict=True)]
+    texts = found.copy()
     good = [i for i, text in enumerate(texts) if isinstance(text, str)]
     for i, ids in zip(good, encode_texts(tokenizer, [texts[i] for i in good]), strict=True):
         found[i] = texts[i], ids, []
@@ -226,6 +228,22 @@ def _encode(
             except ValueError as error:
                 found[i] = error
     return found
+
+
+def _check_fields(tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str | Failure) -> str | Failure:
+    """The text, or a Failure if the chat has reasoning, tools or calls of them that the template does not read."""
+    if not chat.tools and all(len(message) == 2 for message in chat.messages):
+        return text
+    template = str(tokenizer.chat_template)
+    given = {key for message in chat.messages for key, value in message.items() if value}
+    for names in (REASONING, ("tool_calls",), ("tools",)):
+        here = given.intersection(names) or (chat.tools and "tools" in names)
+        if here and not any(name in template for name in names):
+            return ValueError(
+                f"the chat template does not write the {names[0]} that the row has, which would be lost: give a "
+                "template that does (data.template), or remove them"
+            )
+    return text
 
 
 def _find_spans(

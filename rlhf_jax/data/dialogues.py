@@ -6,17 +6,19 @@ Everything here raises `BadRow` without the place: `mapping.mapper` puts file, r
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-from rlhf_jax.data.records import BadRow, Turns
+from rlhf_jax.data.records import BadRow, Turn, Turns
 
 T = TypeVar("T")
 SPEAKERS = ("\n\nHuman:", "\n\nAssistant:")  # those of hh-rlhf, and of SourceConfig.speakers
 ROLES = {"system": "system", "developer": "system"}
 ROLES |= dict.fromkeys(("user", "human", "prompter"), "user")
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant")
+ROLES |= dict.fromkeys(("tool", "observation"), "tool")
 
 
 def check_text(value: Any) -> str:
@@ -34,10 +36,22 @@ def check_text(value: Any) -> str:
 def parse_messages(messages: Any) -> Turns:
     """[{"role", "content"}, ...] or [{"from", "value"}, ...] as turns.
 
-    BadRow for an unknown role, a call of a tool, content that is not text (a list of parts of
-    type "text" is: they are joined unchanged), and what `merge_turns` rejects.
+    Other fields of a message, such as tool_calls, are kept for the chat template. With "weight": 0 or "train": false
+    a turn is not learned. BadRow for an unknown role, content that is not text (a list of parts of type "text" is: they
+    are joined unchanged), and what `merge_turns` rejects.
     """
     return merge_turns(_pairs(messages))
+
+
+def parse_tools(tools: Any) -> tuple[dict[str, Any], ...]:
+    """Descriptions of tools: objects, or JSON text of them; none for a null. BadRow for anything else."""
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+    except ValueError as error:
+        raise BadRow(f"field 'tools' must be a list of objects, or JSON text of one: {error}") from error
+    if not isinstance(tools or [], list) or not all(isinstance(each, dict) for each in tools or []):
+        raise BadRow("field 'tools' must be a list of objects, or JSON text of one")
+    return tuple(tools or ())
 
 
 def parse_prompt(value: Any) -> Turns:
@@ -48,13 +62,28 @@ def parse_prompt(value: Any) -> Turns:
 
 
 def parse_reply(value: Any) -> str | Turns:
-    """A text, or the messages of an answer, as text; a whole dialogue as turns."""
+    """A text, or the messages of an answer, as text; a whole dialogue as turns.
+
+    A text loses blank lines around it and a single blank in front; deeper indentation is kept.
+    """
     if type(value) is str:
-        return check_text(value).strip()
+        return trim_answer(check_text(value))
     pairs = _pairs(value, "text or a list of messages")
-    if pairs and all(role == "assistant" for role, _ in pairs):
-        return "\n\n".join(text for _, text in pairs).strip()
+    if any(turn.role == "assistant" and turn.extra for turn in pairs if isinstance(turn, Turn)):
+        raise BadRow("has messages with more than a content, which are read of format 'messages' alone")
+    if pairs and all(turn[0] == "assistant" for turn in pairs):
+        return _join(turn[1] for turn in pairs)
     return merge_turns(pairs)
+
+
+def trim_answer(text: str) -> str:
+    """The text without blank lines around it and a single blank in front, which separates it; with its indentation."""
+    text = re.sub(r"\A(?:[^\S\n]*\n)+", "", text.rstrip())
+    return text[1:] if re.match(r" \S", text) else text
+
+
+def _join(texts: Iterable[str]) -> str:
+    return "\n\n".join(text for text in texts if text.strip())
 
 
 def check_prompt(turns: Turns) -> Turns:
@@ -71,25 +100,25 @@ def add_system(system: str, turns: Turns) -> Turns:
 
 def same_prompt(one: Turns, other: Turns) -> bool:
     """Whether two prompts differ only in whitespace and system texts."""
-    first, second = ([(role, text.split()) for role, text in turns if role != "system"] for turns in (one, other))
+    first, second = ([(turn[0], turn[1].split()) for turn in turns if turn[0] != "system"] for turns in (one, other))
     return first == second
 
 
-def merge_turns(pairs: Iterable[tuple[str, str]]) -> Turns:
+def merge_turns(pairs: Iterable[Turn | tuple[str, str]]) -> Turns:
     """Turns of one speaker in succession as one, joined by a blank line, because chat templates insist on alternation.
 
-    BadRow unless a user turn comes first, or after one system turn that comes first.
+    Turns with more than a text, and those of tools, are left as they are. BadRow unless a user turn comes first, or
+    after one system turn that comes first.
     """
-    turns: list[tuple[str, str]] = []
-    last = ""
-    for role, text in pairs:
-        if role == last:
-            turns[-1] = (role, f"{turns[-1][1]}\n\n{text}".strip())
+    turns: list[Turn | tuple[str, str]] = []
+    for turn in pairs:
+        role, last = turn[0], turns[-1] if turns else ("", "")
+        if role == last[0] and role != "tool" and len(turn) == len(last) == 2:
+            turns[-1] = (role, _join((last[1], turn[1])))
             continue
         if turns and role == "system":
             raise BadRow("a system turn comes after other turns; it must come first")
-        turns.append((role, text))
-        last = role
+        turns.append(turn)
     opening = turns[1:2] if turns and turns[0][0] == "system" else turns[:1]
     if opening and opening[0][0] != "user":
         raise BadRow(f"the {opening[0][0]} speaks first; a user turn must come before")
@@ -170,36 +199,48 @@ def convert_each(items: Iterable[Any], convert: Callable[[Any], T], noun: str) -
     return converted
 
 
-def _pairs(messages: Any, expected: str = "a list of messages") -> list[tuple[str, str]]:
+def _pairs(messages: Any, expected: str = "a list of messages") -> list[Turn | tuple[str, str]]:
     if not isinstance(messages, list | tuple):
         raise BadRow(f"must be {expected}, not {type(messages).__name__}")
     return convert_each(messages, _pair, "message")
 
 
-def _pair(message: Any) -> tuple[str, str]:
+def _pair(message: Any) -> Turn | tuple[str, str]:
+    """(role, content), or a `Turn` if the message has more."""
     try:
         role, content = ROLES[message["role"]], message["content"]
     except (KeyError, TypeError):
         role, content = _other_spelling(message)
-    if len(message) > 2 and (message.get("tool_calls") or message.get("function_call")):
-        raise BadRow("it calls a tool, which no template here writes")
+    if len(message) > 2 and message.get("function_call"):
+        raise BadRow("it calls a function by function_call, which no template here writes; tool_calls can be read")
     if isinstance(content, list):
         content = "".join(map(_part_text, content))
+    if content is None and len(message) > 2 and message.get("tool_calls"):
+        content = ""
     try:
-        return role, check_text(content).strip()
+        content = check_text(content)
     except BadRow as error:
         raise BadRow(f"its content {error}") from error
+    if len(message) == 2:
+        return role, content
+    left_out = ("role", "content", "from", "value", "weight", "train")
+    extra = {key: value for key, value in message.items() if key not in left_out and value is not None}
+    weight, train = message.get("weight"), message.get("train")
+    if weight not in (None, 0, 1) or train not in (None, False, True):
+        raise BadRow(f"its weight must be 0 or 1, and its train false or true, not {weight!r} and {train!r}")
+    is_learned = not (weight == 0 and weight is not None) and train is not False
+    return Turn(role, content, extra, is_learned) if extra or not is_learned else (role, content)
 
 
 def _other_spelling(message: Any) -> tuple[str, Any]:
     if not isinstance(message, dict):
         raise BadRow(f"it must be an object, not {type(message).__name__}")
     for speaker, content in (("role", "content"), ("from", "value"), ("role", "value"), ("from", "content")):
-        if speaker in message and content in message:
+        if speaker in message and (content in message or (content == "content" and message.get("tool_calls"))):
             role = str(message[speaker]).strip().lower()
             if role not in ROLES:
                 raise BadRow(f"its role {message[speaker]!r} is none of {', '.join(ROLES)}")
-            return ROLES[role], message[content]
+            return ROLES[role], message.get(content)
     raise BadRow(f"it needs role and content, or from and value, but has {', '.join(map(str, message)) or 'nothing'}")
 
 

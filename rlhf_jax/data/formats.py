@@ -21,11 +21,12 @@ from rlhf_jax.data.dialogues import (
     parse_messages,
     parse_prompt,
     parse_reply,
+    parse_tools,
     parse_transcript,
     same_prompt,
     split_answer,
 )
-from rlhf_jax.data.records import BadRow, Example, Row, RowKind, Turns
+from rlhf_jax.data.records import BadRow, Example, Row, RowKind, Turn, Turns
 
 T = TypeVar("T")
 Fields = dict[str, Any]
@@ -121,8 +122,8 @@ def _fields_reader(source: SourceConfig, kind: RowKind) -> RowReader:
             turns = prompt_in(fields)
         if tuple in (type(answer), type(chosen), type(rejected)):
             turns, (answer, chosen, rejected) = _join_dialogues(turns, (answer, chosen, rejected), names, needed)
-        turns = add_system(system_in(fields), turns)
-        return [Example(turns, answer, chosen, rejected, source.path, row.number)]
+        turns, tools = add_system(system_in(fields), turns), parse_tools(fields.get("tools"))
+        return [Example(turns, answer, chosen, rejected, source.path, row.number, tools=tools)]
 
     return read
 
@@ -189,10 +190,12 @@ def _messages_reader(source: SourceConfig, kind: RowKind) -> RowReader:
 
     def read(row: Row) -> list[Example]:
         turns = add_system(system_in(row.fields), turns_in(row.fields))
-        if kind == "prompt" and turns and not any(role == "assistant" for role, _ in turns):
-            return [Example(_with_field_name(check_prompt, turns, name), "", "", "", path, row.number)]
+        tools = parse_tools(row.fields.get("tools"))
+        if kind == "prompt" and turns and not any(turn[0] == "assistant" for turn in turns):
+            return [Example(_with_field_name(check_prompt, turns, name), "", "", "", path, row.number, tools=tools)]
         before, answer = _with_field_name(split_answer, turns, name)
-        return [Example(before, answer, "", "", path, row.number)]
+        said = Turn(*turns[len(before)])
+        return [Example(before, answer, "", "", path, row.number, "", said.extra, said.is_learned, tools)]
 
     return read
 

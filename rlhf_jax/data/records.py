@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
 RowKind = Literal["demonstration", "pair", "prompt"]
@@ -67,7 +67,7 @@ class RowSpec:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A dialogue, or with `text` a document. All texts are stripped: the chat template writes its own whitespace."""
+    """A dialogue, or with `text` a document. Contents of messages are as written; other texts are trimmed."""
 
     turns: Turns  # the prompt; () for a document
     answer: str  # what SFT learns; "" where absent
@@ -76,3 +76,6 @@ class Example:
     source: str  # path of the source
     row: int  # `Row.number`
     text: str = ""  # a document for SFT or mixture training, encoded without a template
+    extra: Mapping[str, Any] = field(default_factory=dict)  # `Turn.extra` of the answer
+    is_learned: bool = True  # `Turn.is_learned` of the answer
+    tools: tuple[dict[str, Any], ...] = ()  # `Dialogue.tools`

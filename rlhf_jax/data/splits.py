@@ -17,7 +17,7 @@ from rlhf_jax.data.records import Turns
 
 def prompt_key(turns: Turns) -> bytes:
     """16 bytes, blake2b of the roles and texts; whitespace counts as one space, so that copies of a prompt agree."""
-    text = "\x1e".join([f"{role}\x1f{' '.join(content.split())}" for role, content in turns])
+    text = "\x1e".join([f"{role}\x1f{' '.join(content.split())}" for role, content, *_ in turns])
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 

@@ -24,7 +24,7 @@ from rlhf_jax.data import splits
 from rlhf_jax.data.chat_template import Encoding, encode_dialogues, encode_documents, encode_prompts
 from rlhf_jax.data.config import DataConfig, SourceConfig
 from rlhf_jax.data.mapping import make_mapper
-from rlhf_jax.data.records import BadRow, Example, Row, RowKind, RowSpec, Turns
+from rlhf_jax.data.records import BadRow, Dialogue, Example, Row, RowSpec, Turn, Turns
 from rlhf_jax.data.sources import has_eval, limit_of, place_of
 from rlhf_jax.data.store import record_batch
 
@@ -160,7 +160,7 @@ def encode_examples(
     either way. A document is cut into pieces of max_length; a last one of a single token, the EOS, has no loss
     and is left out.
     """
-    obstacles = ((i, _reason_to_drop(example, spec.kind)) for i, example in enumerate(examples))
+    obstacles = ((i, _reason_to_drop(example, spec)) for i, example in enumerate(examples))
     found: dict[int, Outcome] = {i: reason for i, reason in obstacles if reason}
     whole = [i for i, example in enumerate(examples) if example.turns and i not in found]
     for i, row in zip(whole, _encode_rows([examples[i] for i in whole], tokenizer, spec), strict=True):
@@ -173,16 +173,22 @@ def encode_examples(
     return found
 
 
-def _reason_to_drop(example: Example, kind: RowKind) -> str:
+def _reason_to_drop(example: Example, spec: RowSpec) -> str:
+    kind = spec.kind
     if not example.turns:
         return "" if example.text else "empty document"
-    if not example.turns[-1][1]:
+    if not example.turns[-1][1].strip():
         return "empty prompt"
-    answers = {"demonstration": example.answer, "pair": example.chosen and example.rejected, "prompt": True}
+    said = example.answer.strip() or example.extra.get("tool_calls")
+    pair = example.chosen.strip() and example.rejected.strip()
+    answers = {"demonstration": said, "pair": pair, "prompt": True}
     if not answers[kind]:
         return "empty answer"
     if kind == "pair" and example.chosen == example.rejected:
         return "chosen and rejected equal"
+    said = [Turn(*turn) for turn in example.turns if turn[0] == "assistant"] if spec.learn == "assistant" else []
+    if kind == "demonstration" and not (example.is_learned or any(turn.is_learned for turn in said)):
+        return "answer of weight 0"
     return ""
 
 
@@ -190,11 +196,14 @@ def _encode_rows(examples: list[Example], tokenizer: PreTrainedTokenizerBase, sp
     """For each example its whole sequences, or errors in their place."""
     if spec.kind == "prompt":
         nothing = np.zeros((0, 2), np.int32)
-        prompts = encode_prompts(tokenizer, [example.turns for example in examples])
+        prompts = encode_prompts(tokenizer, [Dialogue(example.turns, example.tools) for example in examples])
         return [[each if isinstance(each, ValueError) else Encoding(each, nothing)] for each in prompts]
     answers = [[e.answer] if spec.kind == "demonstration" else [e.chosen, e.rejected] for e in examples]
-    answered = zip(examples, answers, strict=True)
-    dialogues = [(*example.turns, ("assistant", text)) for example, texts in answered for text in texts]
+    dialogues = [
+        Dialogue((*e.turns, Turn("assistant", text, e.extra, e.is_learned)), e.tools)
+        for e, texts in zip(examples, answers, strict=True)
+        for text in texts
+    ]
     encoded = encode_dialogues(tokenizer, dialogues, all_turns=spec.learn == "assistant")
     n = spec.per_row
     return [encoded[i * n : (i + 1) * n] for i in range(len(examples))]

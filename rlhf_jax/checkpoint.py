@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import copy
+import logging
+import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import LatestN
+
+T = TypeVar("T")
+LOGGER = logging.getLogger(__name__)
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint whose files cannot be read."""
 
 
 class Checkpoints:
@@ -54,6 +65,33 @@ class Checkpoints:
         """The newest step saved, including one being written, or None. A new process sees only finished ones."""
         return self._manager.latest_step()
 
+    def restore_newest(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """(step, state, meta) of the newest checkpoint whose files can be read, as `restore`; None if there is none.
+
+        Damaged ones that are newer are renamed to `folder/damaged-STEP`, with a warning. ValueError if all are damaged,
+        or as `restore`.
+        """
+        damaged: dict[int, DamagedCheckpoint] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                state, meta = self.restore(step, abstract)
+            except DamagedCheckpoint as error:
+                damaged[step] = error
+                continue
+            for other, error in damaged.items():
+                kept = self._folder / f"damaged-{other}"
+                shutil.rmtree(kept, ignore_errors=True)
+                (self._folder / str(other)).rename(kept)
+                LOGGER.warning(f"{error}: renamed to {kept.name}, and the checkpoint of step {step} is used")
+            if damaged:
+                self._manager.reload()
+            return step, state, meta
+        if damaged:
+            raise ValueError(
+                f"{damaged[max(damaged)]}, and no other one can be read: delete {self._folder} to start over"
+            )
+        return None
+
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
         """The state and meta of a step, every array read directly into the sharding that `abstract` gives it.
 
@@ -61,7 +99,7 @@ class Checkpoints:
         of which shape, dtype and sharding are used. Mesh and shardings may differ from those of the save. Ints, floats
         and numpy arrays keep their types.
         Raises ValueError if there is no such step, or with every path that only one side has or whose shape or dtype
-        differs.
+        differs; DamagedCheckpoint if its files cannot be read.
         """
         self.wait()
         if step not in self._manager.all_steps():
@@ -71,20 +109,30 @@ class Checkpoints:
         wanted = {path: _as_array(leaf) for path, leaf in leaves.items()}
         missing = [path for path, leaf in wanted.items() if not isinstance(leaf, np.ndarray) and leaf.sharding is None]
         assert not missing, f"no sharding given for {missing}"
-        saved = self._manager.item_metadata(step).state
+        saved = self._read(step, lambda: dict(self._manager.item_metadata(step).state))
         if faults := _differences(saved, wanted):
             raise ValueError(
                 f"checkpoint {self._folder / str(step)} does not fit this model and configuration; resume with the "
                 "ones it was saved with, or start a new run folder:\n  " + "\n  ".join(faults)
             )
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted), meta=ocp.args.JsonRestore())
-        )
+        parts = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), meta=ocp.args.JsonRestore())
+        restored = self._read(step, lambda: self._manager.restore(step, args=parts))
         values = [
             type(leaf)(restored.state[path].item()) if isinstance(leaf, (int, float)) else restored.state[path]
             for path, leaf in leaves.items()
         ]
         return jax.tree.unflatten(jax.tree.structure(abstract), values), restored.meta
+
+    def _read(self, step: int, read: Callable[[], T]) -> T:
+        """read(); any failure, except for a lack of memory, is raised as DamagedCheckpoint."""
+        try:
+            return read()
+        except (jax.errors.JaxRuntimeError, MemoryError):
+            raise
+        except Exception as error:  # every library that reads a part of it has errors of its own
+            what = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        _silence_reads()
+        raise DamagedCheckpoint(f"checkpoint {self._folder / str(step)} is damaged ({what.partition('. See ')[0]})")
 
     def wait(self) -> None:
         """Return when the last save is on disk; raises its failure."""
@@ -100,6 +148,18 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _silence_reads() -> None:
+    """Keep Python from printing a traceback for each read that orbax had begun when another one failed."""
+    before = sys.unraisablehook
+
+    def report(unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        if code is None or "orbax" not in code.co_filename:
+            before(unraisable)
+
+    sys.unraisablehook = report
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

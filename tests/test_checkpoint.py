@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -234,3 +235,78 @@ def test_nothing_is_printed(tmp_path, capfd):
         checkpoints.restore(1, {"x": jnp.zeros(1)})
     printed = capfd.readouterr()
     assert printed.out == "" and printed.err == ""
+
+
+NOISE = np.random.default_rng(0).normal(size=4096).astype(np.float32)  # no compression makes it small
+
+
+def save_steps(folder, *steps):
+    with Checkpoints(folder, keep=5) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, {"x": jnp.asarray(step * NOISE)}, {"step": step})
+            checkpoints.wait()
+
+
+def truncate(folder):
+    largest = max(
+        (path for path in (folder / "state").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
+    os.truncate(largest, 10)
+
+
+def remove(name):
+    return lambda folder: [path.unlink() for path in folder.rglob(name)]
+
+
+def empty(name):
+    return lambda folder: [path.write_bytes(b"") for path in folder.rglob(name)]
+
+
+DAMAGES = {
+    "cut short": truncate,
+    "no array data": remove("manifest.ocdbt"),
+    "empty array data": empty("manifest.ocdbt"),
+    "no tree": remove("_METADATA"),
+    "empty tree": empty("_METADATA"),
+    "no state": lambda folder: shutil.rmtree(folder / "state"),
+    "no meta": lambda folder: shutil.rmtree(folder / "meta"),
+    "empty meta": empty("metadata"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_the_newest_checkpoint_that_can_be_read_is_used(tmp_path, caplog, damage):
+    save_steps(tmp_path, 2, 4, 6)
+    damage(tmp_path / "6")
+    with Checkpoints(tmp_path) as checkpoints:
+        step, state, meta = checkpoints.restore_newest({"x": jnp.zeros(4096)})
+        assert (step, meta) == (4, {"step": 4}) and np.array_equal(state["x"], 4 * NOISE)
+        (message,) = [record.getMessage() for record in caplog.records if record.name == "rlhf_jax.checkpoint"]
+        assert f"checkpoint {tmp_path / '6'} is damaged (" in message
+        assert message.endswith("): renamed to damaged-6, and the checkpoint of step 4 is used") and "\n" not in message
+        checkpoints.save(5, state, {"step": 5})
+        checkpoints.save(6, state, {"step": 6})
+    assert {path.name for path in tmp_path.iterdir()} >= {"5", "6", "damaged-6"}
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore_newest({"x": jnp.zeros(4096)})[0] == 6
+
+
+def test_where_all_are_damaged_the_message_says_what_to_delete_and_none_is_renamed(tmp_path):
+    save_steps(tmp_path, 2, 4)
+    for step in ("2", "4"):
+        truncate(tmp_path / step)
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(ValueError, match=rf"checkpoint \S*4 is damaged .* no other one can be read: delete {tmp_path}"),
+    ):
+        checkpoints.restore_newest({"x": jnp.zeros(4096)})
+    assert {path.name for path in tmp_path.iterdir()} >= {"2", "4"}
+
+
+def test_a_state_of_another_shape_is_no_damage_and_a_new_folder_has_no_newest(tmp_path):
+    with Checkpoints(tmp_path / "new") as checkpoints:
+        assert checkpoints.restore_newest({"x": jnp.zeros(1)}) is None
+    save_steps(tmp_path, 2, 4)
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match="does not fit this model"):
+        checkpoints.restore_newest({"x": jnp.zeros(5)})
+    assert (tmp_path / "4").exists()

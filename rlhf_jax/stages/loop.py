@@ -58,12 +58,12 @@ def train_loop(
         metrics.advance(step, {name: stats[name] for name in headline})
 
     with Checkpoints(context.folder / "checkpoints") as checkpoints:
-        start = checkpoints.latest_step() or 0
-        if start:
+        start = 0
+        if checkpoints.latest_step():
             abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
             # Freed before the saved arrays are read: the caller may hold these too, and memory may fit only one state.
             jax.tree.map(lambda x: x.delete(), state)
-            state, meta = checkpoints.restore(start, abstract)
+            start, state, meta = checkpoints.restore_newest(abstract)
             if meta["data"] != rows.fingerprint:
                 fix = f"restore it, choose another run.dir, or delete {context.folder} to restart the stage"
                 raise ValueError(f"{stage}: the training data is no longer what the first {start} steps saw: {fix}")

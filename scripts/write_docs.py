@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rlhf_jax.models.families import FAMILIES
+from rlhf_jax.plan.temporaries import ESTIMATE_ERROR
 from rlhf_jax.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -169,7 +170,7 @@ def plan() -> str:
     count, share = sum(each["programs"] for each in results), f"{percent(least, 0)} to {percent(largest, 0)}"
     text = (
         f"{count} compiled programs had {share} of the estimated temporaries, not counting 64 MiB of each, which the "
-        "upper bound adds; it also adds 25% to the estimate. GiB on one GPU:"
+        f"upper bound adds; it also adds {percent(ESTIMATE_ERROR, 0)} to the estimate. GiB on one GPU:"
     )
     head = ["configuration", "card", "usable", "compiled peak", "bounds", "without the plugin", "seconds"]
     return f"{textwrap.fill(text, 116)}\n\n{table_of_runs('plan', head, row)}"

@@ -22,7 +22,7 @@ from rlhf_jax.stages.models import ModelConfig
 
 # Compiled programs had at most this much more of temporaries than `temporary_bytes` says, as a share of it
 # (docs/memory.md, benchmarks/results/estimates.json).
-ESTIMATE_ERROR = 0.25
+ESTIMATE_ERROR = 0.3
 SMALL_BUFFERS = 2**26  # bytes for what the estimate leaves out
 
 

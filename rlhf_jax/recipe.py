@@ -71,7 +71,10 @@ class Recipe:
     def _asks_for_date(self) -> bool:
         template, place = read_template(self.data.template), self.tokenizer
         if not template and (place != self.run.folder("base") or self.run.folder("base").exists()):
-            template = str(load_tokenizer(place, self.data).chat_template)
+            try:
+                template = str(load_tokenizer(place, self.data).chat_template)
+            except ValueError:  # the stage that reads this folder says what is wrong with it
+                return False
         return "strftime_now" in template
 
     def context(self, stage: str, mesh: Mesh) -> StageContext:

@@ -16,7 +16,7 @@ from rlhf_jax.models.tokenizer_files import open_tokenizer
 LOGGER = logging.getLogger(__name__)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "vocab.txt", "merges.txt", "*.jinja"]
-_PICKLES = ["pytorch_model*.bin", "adapter_model.bin"]
+_PICKLES = ["pytorch_model.bin", "pytorch_model*-of-*.bin", "adapter_model.bin"]
 # Those of the requests in which the hub's own converter offers safetensors; transformers checks the same.
 _CONVERTER, _CONVERSION = "SFconvertbot", "Adding `safetensors` variant of this model"
 _NOT_HF = ["consolidated*", "original/*"]  # the same weights again, in a layout of their authors
@@ -42,9 +42,15 @@ def local_folder(path_or_id: str | Path) -> Path:
         if any(folder.glob("*.safetensors")):
             return folder
         obstacle = hub_obstacle()
-        if not obstacle and (revision := conversion_revision(name)):
-            LOGGER.info(f"{name} has no safetensors: those of its pull request {revision} by {_CONVERTER} are read")
-            return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HF))
+        # Noted in the cache, where nothing shows who opened a pull request: without network it is known by this alone.
+        note = folder.parents[1] / "refs" / f"safetensors-of-{folder.name}"
+        revision = note.read_text() if note.exists() else None if obstacle else conversion_revision(name)
+        if revision:
+            LOGGER.info(f"{name} has no safetensors: those of {_CONVERTER}'s pull request, {revision}, are read")
+            files = dict(allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HF)
+            converted = Path(snapshot_download(name, revision=revision, **files))
+            note.write_text(converted.name)
+            return converted
         folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES + _PICKLES, ignore_patterns=_NOT_HF))
     if any(match for pattern in _PICKLES for match in folder.glob(pattern)):
         LOGGER.info(f"{name} has no safetensors: its pickles are read, without running any code of them")
@@ -59,12 +65,15 @@ def conversion_revision(name: str) -> str | None:
     branch holds now; None where there is none.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
-    newest = api.list_repo_commits(name)[0].commit_id
-    requests = api.get_repo_discussions(
-        name, author=_CONVERTER, discussion_type="pull_request", discussion_status="open"
-    )
+    newest, wanted = api.list_repo_commits(name)[0].commit_id, dict(author=_CONVERTER, discussion_status="open")
+    try:
+        requests = list(api.get_repo_discussions(name, discussion_type="pull_request", **wanted))
+    except HfHubHTTPError as error:  # a repository may have them turned off
+        LOGGER.info(f"{name}: its pull requests cannot be listed ({str(error).splitlines()[0]})")
+        return None
     for request in requests:
         # Asked of the hub already, but the author is what makes the files trustworthy.
         if (request.author, request.title, request.status) == (_CONVERTER, _CONVERSION, "open"):

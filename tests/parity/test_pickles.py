@@ -2,13 +2,11 @@
 
 import json
 from collections import OrderedDict
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from checkpoints import assert_close, build, padded_rows, torch, torch_logits
 
-from rlhf_jax.models import hub
 from rlhf_jax.models.pretrained import apply, from_pretrained
 from rlhf_jax.models.safetensors_io import open_file
 
@@ -37,12 +35,18 @@ class Call:
 
 def tensors():
     """Tensors of every dtype and layout that checkpoints have."""
-    table = torch.arange(24.0).reshape(4, 6).half()
+    table, annotated = torch.arange(24.0).reshape(4, 6).half(), torch.nn.Parameter(torch.randn(2, 2))
+    annotated.note = "torch calls another function for a parameter with attributes"
     return {
         "table": table,
         "transposed": table.t(),
         "slice": table[1:3, 2:],
         "parameter": torch.nn.Parameter(torch.randn(2, 2).bfloat16()),
+        "annotated": annotated,
+        "annotated tensor": annotated.data.clone(),
+        "one row for all": torch.randn(1, 3).expand(4, 3),
+        "unsigned": torch.ones(2, dtype=torch.uint16),
+        "eight bits": torch.ones(4).to(torch.float8_e4m3fn),
         "scalar": torch.tensor(2.5),
         "empty": torch.zeros(0, 3),
         "ids": torch.arange(5),
@@ -54,11 +58,12 @@ def tensors():
 @FORMATS
 def test_tensors_of_every_layout_have_the_numbers_of_torch(tmp_path, is_zip):
     content = OrderedDict(tensors())
+    content["annotated tensor"].note = "likewise"
     content._metadata = {"": {"version": 1}}  # as a module's
     save_pickle(content, tmp_path / "x.bin", is_zip)
     entries = open_file(tmp_path / "x.bin")
     assert {name: entry.shape for name, entry in entries.items()} == {n: tuple(t.shape) for n, t in content.items()}
-    others = {"ids": "I64", "mask": "BOOL", "double": "F64"}
+    others = {"ids": "I64", "mask": "BOOL", "double": "F64", "unsigned": "U16", "eight bits": "F8_E4M3"}
     assert {name: entries[name].dtype for name in others} == others
     for name in content.keys() - others.keys():
         array = entries[name].array().astype(np.float32)
@@ -104,10 +109,11 @@ def test_names_of_other_modules_are_refused_by_name(tmp_path, module, name):
     "content, what",
     [
         ({"model": {"a": 1}, "epoch": 3}, "holds model, epoch and not the tensors of a model by their names"),
+        ({"a": torch._neg_view(torch.ones(2))}, "has a conjugated or negated view"),
         ([1, 2], "holds list and not the tensors of a model"),
         ({"a": np.ones(2)}, r"names numpy\S*_reconstruct, which is no part of a tensor"),
     ],
-    ids=["trainer", "list", "numpy"],
+    ids=["trainer", "negated view", "list", "numpy"],
 )
 @FORMATS
 def test_a_pickle_of_something_else_is_refused_with_what_it_holds(tmp_path, content, what, is_zip):
@@ -133,57 +139,3 @@ def test_a_tensor_beyond_its_storage_is_damaged(tmp_path):
     (tmp_path / "x.bin").write_bytes(whole.replace(b"K\x02K\x03\x86", b"K\x09K\x03\x86"))
     with pytest.raises(ValueError, match="x.bin is damaged"):
         open_file(tmp_path / "x.bin")
-
-
-@pytest.fixture
-def repository(tmp_path, monkeypatch):
-    """A hub that has a main branch with a pickle and the pull requests of `requests`: (author, title, commits)."""
-    commit = SimpleNamespace
-    state = SimpleNamespace(requests=[], downloads=[])
-    title = "Adding `safetensors` variant of this model"
-
-    class Api:
-        def list_repo_commits(self, name, revision="main"):
-            ids = ["new", "old"] if revision == "main" else state.requests[int(revision.split("/")[-1])][2]
-            return [commit(commit_id=each) for each in ids]
-
-        def get_repo_discussions(self, name, **filters):
-            for i, (author, text, _) in enumerate(state.requests):
-                yield SimpleNamespace(
-                    author=author, title=text or title, status="open", num=i, git_reference=f"refs/pr/{i}"
-                )
-
-    def download(name, *, revision="main", allow_patterns, ignore_patterns):
-        folder = tmp_path / revision.replace("/", "-")
-        folder.mkdir(exist_ok=True)
-        if revision != "main":
-            (folder / "model.safetensors").touch()
-        elif "pytorch_model*.bin" in allow_patterns:
-            (folder / "pytorch_model.bin").touch()
-        state.downloads.append(revision)
-        return str(folder)
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.setattr(hub, "hub_obstacle", lambda: "")
-    return state
-
-
-def test_safetensors_of_the_converters_pull_request_come_before_pickles(repository, caplog):
-    caplog.set_level("INFO")
-    repository.requests = [("SFconvertbot", "", ["pr", "new"])]
-    assert (hub.local_folder("someone/model") / "model.safetensors").exists()
-    assert repository.downloads == ["main", "refs/pr/0"]
-    assert "no safetensors: those of its pull request refs/pr/0 by SFconvertbot are read" in caplog.text
-
-
-@pytest.mark.parametrize(
-    "request_",
-    [("somebody", "", ["pr", "new"]), ("SFconvertbot", "", ["pr", "old"]), ("SFconvertbot", "x", ["pr", "new"])],
-)
-def test_pickles_are_read_where_a_request_is_by_another_author_or_of_an_older_commit(repository, caplog, request_):
-    caplog.set_level("INFO")
-    repository.requests = [request_]
-    assert (hub.local_folder("someone/model") / "pytorch_model.bin").exists()
-    assert repository.downloads == ["main", "main"]
-    assert "someone/model has no safetensors: its pickles are read, without running any code of them" in caplog.text

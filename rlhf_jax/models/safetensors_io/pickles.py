@@ -22,10 +22,12 @@ from typing import Any, NamedTuple
 from rlhf_jax.models.safetensors_io.entry import Entry
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_BYTES |= {"U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "": 1}  # stored as bytes
 _STORAGES = {"Double": "F64", "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Long": "I64", "Int": "I32"}
 _STORAGES |= {"Short": "I16", "Char": "I8", "Byte": "U8", "Bool": "BOOL", "Untyped": ""}
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32"}
 _DTYPES |= {"int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
+_DTYPES |= {"uint16": "U16", "uint32": "U32", "uint64": "U64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _LOCAL_HEADER = 30  # bytes of a member's header in a zip file, before its name
 
@@ -73,7 +75,9 @@ class _Name:
         raise ValueError("it changes a name")
 
 
-def _tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: Any) -> _Tensor:
+def _tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple, *rest: Any) -> _Tensor:
+    if any(rest[2:]):  # after requires_grad and hooks
+        raise ForeignPickle("has a conjugated or negated view, whose numbers are others than those of the file")
     return _Tensor(storage, storage.dtype, offset, tuple(shape), tuple(strides))
 
 
@@ -81,6 +85,14 @@ def _tensor_of_bytes(storage: _Storage, offset: int, shape: tuple, strides: tupl
     return _Tensor(storage, rest[2], offset, tuple(shape), tuple(strides))  # after requires_grad and hooks
 
 
+def _subclass(function: _Name, kind: str, args: tuple, _: Any) -> _Tensor:
+    """A tensor or parameter with attributes of its own, which are left out."""
+    if not isinstance(function, _Name) or kind not in _KINDS:
+        raise ForeignPickle(f"has a tensor of the type {kind}")
+    return function(*args)
+
+
+_KINDS = ("torch.Tensor", "torch.nn.parameter.Parameter")
 _NAMES: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _Name(_Table),
     ("torch", "Size"): _Name(tuple),
@@ -89,6 +101,8 @@ _NAMES: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v3"): _Name(_tensor_of_bytes),
     ("torch._utils", "_rebuild_parameter"): _Name(lambda tensor, *_: tensor),
     ("torch._utils", "_rebuild_parameter_with_state"): _Name(lambda tensor, *_: tensor),
+    ("torch._tensor", "_rebuild_from_type_v2"): _Name(_subclass),
+    **{tuple(kind.rsplit(".", 1)): kind for kind in _KINDS},
     **{("torch", f"{name}Storage"): dtype for name, dtype in _STORAGES.items()},
     **{("torch.storage", f"{name}Storage"): dtype for name, dtype in _STORAGES.items()},
     **{("torch", name): dtype for name, dtype in _DTYPES.items()},
@@ -150,7 +164,7 @@ def _read_zip(file: io.BufferedReader) -> tuple[Any, dict[str, tuple[int, int]]]
         if packed := [name for name, member in members.items() if member.compress_type != zipfile.ZIP_STORED]:
             raise ValueError(f"{packed[0]} in it is compressed, which torch does not write")
         if f"{folder}byteorder" in members and archive.read(f"{folder}byteorder") != b"little":
-            raise ValueError("its numbers are big-endian")
+            raise ForeignPickle("has big-endian numbers")
         content = _Reader(io.BytesIO(archive.read(pickled))).load()
     places = {}
     for name, member in members.items():
@@ -169,7 +183,7 @@ def _read_legacy(file: io.BufferedReader) -> tuple[Any, dict[str, tuple[int, int
     if (magic, protocol) != (_LEGACY_MAGIC, _LEGACY_PROTOCOL):
         raise ValueError("it is no file of torch.save")
     if not system["little_endian"]:
-        raise ValueError("its numbers are big-endian")
+        raise ForeignPickle("has big-endian numbers")
     reader = _Reader(file)
     content, keys = reader.load(), _Reader(file).load()
     places, start = {}, file.seek(0, io.SEEK_CUR)

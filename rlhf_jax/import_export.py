@@ -92,7 +92,7 @@ def export_run(
         raise ValueError(f"{stage} of {run} is not finished ({folder} does not exist){fix}; finished: {done}")
     if adapter and (dtype or container):
         option = "--dtype" if dtype else "--container"
-        raise ValueError(f"{option} is for a whole model, an adapter is float32 and alone: leave one of them out")
+        raise ValueError(f"{option} is for a whole model, an adapter is float32: leave one of them out")
     if not adapter:
         import_model(str(folder), destination, dtype=dtype, container=container)
         return

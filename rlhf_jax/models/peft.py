@@ -76,9 +76,8 @@ _INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")  # those that le
 _HEADS = ("score", "classifier", "lm_head")
 
 
-def read_settings(folder: Path, stored: Iterable[str] = ()) -> dict[str, Any]:
+def read_settings(folder: Path, adapter: Mapping[str, Any], stored: Iterable[str]) -> dict[str, Any]:
     """adapter_config.json with its defaults; refuses what is not plain LoRA, with or without modules `stored` whole."""
-    adapter = read_json(folder / CONFIG)
     kind = adapter.get("peft_type")
     if kind != "LORA":
         raise ValueError(f'{folder} has an adapter of peft_type "{kind}", only "LORA" is supported: {MERGE}')
@@ -168,8 +167,8 @@ def read_adapter(
         ValueError: a file is absent or damaged, the weights are a pickle, the adapter is of a kind or changes a module
             that cannot be had here, or its tensors are not those that its configuration describes (all in one message).
     """
-    stored = _read_tensors(folder)
-    adapter, modules = read_settings(folder, stored), modules_of(config)
+    content, stored, modules = read_json(folder / CONFIG), _read_tensors(folder), modules_of(config)
+    adapter = read_settings(folder, content, stored)
 
     def scale_of(name: str, rank: int) -> float:
         alpha = match_pattern(adapter["alpha_pattern"], name, adapter["lora_alpha"])

@@ -59,6 +59,13 @@ def test_sft_uses_the_chosen_answer_when_no_answer_field_is_named():
     assert [examples(row, kind) for kind in KINDS] == [[example(ASKED, "good", "good", "bad")]] * 3
 
 
+def test_rows_with_a_prompt_and_an_answer_need_no_configuration():
+    row = {"prompt": "q", "answer": "a"}
+    assert examples(row) == examples(row, "prompt") == [example(ASKED, "a", "a")]
+    with pytest.raises(BadRow, match="row 7: no field 'chosen'; the fields are prompt, answer"):
+        examples(row, "pair")
+
+
 def test_ppo_needs_prompts_only():
     assert examples({"prompt": "q"}, "prompt") == [example(ASKED)]
     assert examples({"prompt": "q", "chosen": 3, "rejected": "\ud83d"}, "prompt") == [example(ASKED)]

@@ -110,10 +110,15 @@ def _fields_reader(source: SourceConfig, kind: RowKind) -> RowReader:
     names, needed = _needed_replies(source, kind)
     prompt_in, system_in = _field_getter(source, source.prompt, parse_prompt), _system_getter(source)
     answer_in, chosen_in, rejected_in = (_field_getter(source, name, parse_reply, name in needed) for name in names)
-    picked = path_getter(source.prompt)
+    picked, takes_answer = (
+        path_getter(source.prompt),
+        kind != "pair" and (source.answer, source.chosen) == ("", "chosen"),
+    )
 
     def read(row: Row) -> list[Example]:
         fields = row.fields
+        if takes_answer and "answer" in fields and "chosen" not in fields:  # rows with no more than a demonstration
+            fields = fields | {"chosen": fields["answer"]}
         chosen = chosen_in(fields)
         answer, rejected = answer_in(fields) if source.answer else chosen, rejected_in(fields)
         if type(answer) is tuple and picked(fields) is MISSING:

@@ -26,7 +26,7 @@ from rlhf_jax.models.attention import Choice
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.inference import Inference, Weights, inference_weights, shared_inference_weights, shared_paths
-from rlhf_jax.models.pretrained import Pretrained
+from rlhf_jax.models.pretrained import Pretrained, check_in_vocabulary
 from rlhf_jax.sampling import SampleConfig, check_sample
 from rlhf_jax.train_step import Params
 
@@ -198,12 +198,13 @@ def sample_answers(
         Rollout with .tokens [B, N] int32, .mask [B, N] bool, true up to and including EOS, .logprobs [B, N] float32;
         B x num_samples rows, the samples of a prompt one after the other.
     Raises:
-        ValueError: a scalar head, an empty prompt, no EOS known, more positions than the model has, or "cudnn" where
-            that is impossible.
+        ValueError: a scalar head, an empty prompt, no EOS known, more positions than the model has, an id that it does
+            not have, or "cudnn" where that is impossible.
     """
     if model.config.scalar_head:
         raise ValueError("this model has a scalar head and cannot generate: load it with from_pretrained")
     tokens, mask = np.asarray(input_ids, np.int32), np.asarray(attention_mask, bool)
+    check_in_vocabulary(model.config, tokens, mask)
     order = np.argsort(mask, axis=1, kind="stable")  # padding to the left, real tokens in their order
     more = ((0, 0), (bucket_length(mask.shape[1]) - mask.shape[1], 0))
     tokens, mask = (np.pad(np.take_along_axis(x, order, axis=1), more) for x in (tokens, mask))

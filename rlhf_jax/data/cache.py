@@ -257,6 +257,7 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     listed = templates.values() if isinstance(templates, dict) else [templates]
     dated = [dated_template(tokenizer, template) for template in listed if "strftime_now" in (template or "")]
     parts = [backend, templates, *dated, sorted(tokenizer.special_tokens_map.items()), versions]
+    parts += [tokenizer.num_rows] if hasattr(tokenizer, "num_rows") else []
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 

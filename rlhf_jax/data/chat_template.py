@@ -227,7 +227,19 @@ def _encode(
                 found[i] = texts[i], encode_around(tokenizer, texts[i], ranges), ranges
             except ValueError as error:
                 found[i] = error
+        if not isinstance(found[i], ValueError):
+            found[i] = check_ids(tokenizer, found[i][1]) or found[i]
     return found
+
+
+def check_ids(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> Failure | None:
+    """Why a model with fewer rows in its embedding than its tokenizer has ids cannot read these, or None."""
+    rows = getattr(tokenizer, "num_rows", len(tokenizer))
+    beyond = sorted({int(each) for each in ids if each >= rows})
+    if not beyond:
+        return None
+    text = tokenizer.convert_ids_to_tokens(beyond[0])
+    return ValueError(f"{text!r} in it has the id {beyond[0]}, and the model's embedding only {rows} rows: remove it")
 
 
 def _check_fields(tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str | Failure) -> str | Failure:

@@ -21,7 +21,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import splits
-from rlhf_jax.data.chat_template import Encoding, encode_dialogues, encode_documents, encode_prompts
+from rlhf_jax.data.chat_template import Encoding, check_ids, encode_dialogues, encode_documents, encode_prompts
 from rlhf_jax.data.config import DataConfig, SourceConfig
 from rlhf_jax.data.mapping import make_mapper
 from rlhf_jax.data.records import BadRow, Dialogue, Example, Row, RowSpec, Turn, Turns
@@ -169,7 +169,8 @@ def encode_examples(
     documents = [i for i, example in enumerate(examples) if example.text]
     for i, tokens in zip(documents, encode_documents(tokenizer, [examples[i].text for i in documents]), strict=True):
         pieces = (tokens[start : start + config.max_length] for start in range(0, len(tokens), config.max_length))
-        found[i] = [([_learned_whole(piece)], False) for piece in pieces if len(piece) > 1]
+        rows = [([_learned_whole(piece)], False) for piece in pieces if len(piece) > 1]
+        found[i] = check_ids(tokenizer, tokens) or rows
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import shutil
@@ -137,18 +138,30 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> Any:
-    """The transformers tokenizer of the folder, None if it has none; ValueError if it has more ids than the model."""
+    """The transformers tokenizer of the folder, None if it has none.
+
+    Where it has more ids than the model, as Gemma 3's of text alone and CodeLlama 34B's, its attribute `num_rows` is
+    the model's number: texts with an id beyond are refused when they come.
+    """
     if not any((folder / name).exists() for name in _TOKENIZER_FILES):
         return None
-    tokenizer = open_tokenizer(folder)
+    try:
+        tokenizer = open_tokenizer(folder)
+    except (ImportError, ValueError) as error:
+        model = folder / "tokenizer.model"
+        is_sentencepiece = model.exists() and model.read_bytes()[:1] == b"\n"  # its first field; tiktoken's is text
+        if not is_sentencepiece or importlib.util.find_spec("sentencepiece"):
+            raise
+        raise ValueError(
+            f"{folder} has only tokenizer.model, of SentencePiece: pip install sentencepiece protobuf, which read it"
+        ) from error
     processor = folder / "chat_template.json"  # where processors of multimodal models kept it before transformers 4.51
     if tokenizer.chat_template is None and processor.exists():
         tokenizer.chat_template = read_json(processor).get("chat_template")
     if len(tokenizer) > vocab_size:
-        raise ValueError(
-            f"the tokenizer of {folder} has {len(tokenizer)} ids, its model only {vocab_size}: "
-            "they do not belong together, take both from one checkpoint"
-        )
+        more = f"the tokenizer of {folder} has {len(tokenizer)} ids, its model only {vocab_size}"
+        LOGGER.warning(f"{more}: texts with an id beyond these are refused")
+        tokenizer.num_rows = vocab_size
     return tokenizer
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
@@ -260,7 +261,7 @@ def apply(model: Pretrained, input_ids: jax.Array, attention_mask: jax.Array) ->
     Returns:
         [B, T, V] float32; arbitrary but finite on padding.
     Raises:
-        ValueError: a scalar head, shapes that differ, or more positions than the model has.
+        ValueError: a scalar head, shapes that differ, more positions than the model has, or an id that it does not.
     """
     if model.config.scalar_head:
         raise ValueError("this model has a scalar head and no logits: use score")
@@ -286,6 +287,21 @@ def score(
     return _outputs(scorer, input_ids, attention_mask, attention)
 
 
+def check_in_vocabulary(config: DecoderConfig, tokens: Any, mask: Any) -> None:
+    """Raise ValueError where a real token has no row in the embedding; only for arrays whose values are here."""
+    arrays = [array for array in (tokens, mask) if isinstance(array, jax.Array)]
+    if any(isinstance(array, jax.core.Tracer) or not array.is_fully_addressable for array in arrays):
+        return
+    tokens, mask = np.asarray(tokens), np.asarray(mask)
+    outside = mask & ((tokens < 0) | (tokens >= config.vocab_size))
+    if outside.any():
+        row, column = np.argwhere(outside)[0]
+        raise ValueError(
+            f"input_ids[{row}, {column}] is {tokens[row, column]}, and the model has the ids 0 to "
+            f"{config.vocab_size - 1}: use the tokenizer of its folder"
+        )
+
+
 def _outputs(model: Pretrained, input_ids: jax.Array, attention_mask: jax.Array, attention: Choice) -> jax.Array:
     tokens, mask = jnp.asarray(input_ids, jnp.int32), jnp.asarray(attention_mask, bool)
     if tokens.ndim != 2 or tokens.shape != mask.shape:
@@ -294,6 +310,7 @@ def _outputs(model: Pretrained, input_ids: jax.Array, attention_mask: jax.Array,
         raise ValueError(
             f"{tokens.shape[1]} positions are more than the model's {model.config.max_positions}: cut them"
         )
+    check_in_vocabulary(model.config, tokens, mask)
     # A batch that does not divide is left to the compiler: anybody's three rows have to work on eight devices too.
     divides = tokens.shape[0] % model.layout.shards("batch") == 0
     if attention == "cudnn" and not divides:

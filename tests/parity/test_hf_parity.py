@@ -10,6 +10,9 @@ import pytest
 from checkpoints import assert_close, build, padded_rows, torch, torch_logits, transformers
 from safetensors.numpy import load_file, save_file
 
+from rlhf_jax import SampleConfig, generate
+from rlhf_jax.data.chat_template import encode_prompt, encode_prompts, prepare_tokenizer
+from rlhf_jax.data.records import Turn
 from rlhf_jax.mesh import MeshConfig, make_mesh
 from rlhf_jax.models.pretrained import apply, from_pretrained, reward_from_pretrained, save_pretrained, score
 
@@ -199,7 +202,7 @@ def test_an_export_replaces_a_folder_only_with_overwrite_and_leaves_no_temporary
     assert {path.name for path in tmp_path.iterdir()} == {"source", "copy", "copy.old", "copy.unfinished"}
 
 
-def test_wrong_folders_and_wrong_tokenizers_are_reported_in_one_line(tmp_path, word_tokenizer):
+def test_wrong_folders_are_reported_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="there is no folder"):
         from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="neither a folder here nor to be had from the Hugging Face hub"):
@@ -208,7 +211,26 @@ def test_wrong_folders_and_wrong_tokenizers_are_reported_in_one_line(tmp_path, w
         from_pretrained(tmp_path)
     with pytest.raises(ValueError, match='dtype "int4" is not supported; supported: float32, bfloat16, float16'):
         from_pretrained(tmp_path, dtype="int4")
-    random_checkpoint("llama", tmp_path, vocab_size=4)
+
+
+def test_a_tokenizer_of_more_ids_than_the_model_has_rows_is_read_and_ids_beyond_are_rejected(
+    tmp_path, word_tokenizer, caplog
+):
+    theirs = random_checkpoint("llama", tmp_path, vocab_size=4, eos_token_id=2, pad_token_id=1, bos_token_id=None)
     word_tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has 5 ids, its model only 4"):
-        from_pretrained(tmp_path)
+    model = from_pretrained(tmp_path)
+    assert "has 5 ids, its model only 4: texts with an id beyond these are refused" in caplog.text
+    ids, mask = np.array([[3, 0, 3], [4, 3, 3]]), np.array([[1, 1, 1], [0, 1, 1]])
+    assert_close(apply(model, ids[:1], mask[:1]), torch_logits(theirs, ids[:1], mask[:1]))
+    apply(model, ids, mask)  # the id beyond is padding
+    with pytest.raises(ValueError, match=r"input_ids\[1, 0\] is 4, and the model has the ids 0 to 3"):
+        apply(model, ids, np.ones_like(mask))
+    with pytest.raises(ValueError, match=r"input_ids\[0, 1\] is -1, and the model has the ids 0 to 3"):
+        generate(model, np.array([[3, -1]]), np.ones((1, 2)), SampleConfig(max_new_tokens=1), jax.random.key(0))
+    jax.jit(lambda ids: apply(model, ids, np.ones_like(mask)))(ids)  # under jit there is no value to look at
+    tokenizer = prepare_tokenizer(model.tokenizer)
+    assert encode_prompt(tokenizer, (Turn("user", "good"),))
+    with pytest.raises(ValueError, match="'day' in it has the id 4, and the model's embedding only 4 rows: remove it"):
+        encode_prompt(tokenizer, (Turn("user", "good day"),))
+    good, bad = encode_prompts(tokenizer, [(Turn("user", "good"),), (Turn("user", "day"),)])
+    assert len(good) and isinstance(bad, ValueError)

@@ -10,8 +10,6 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from rlhf_jax.models import hub
-
 MAIN, OLDER, CONVERTED, FOREIGN = (digit * 40 for digit in "abcd")
 TITLE = "Adding `safetensors` variant of this model"
 OLD = {"config.json": b"{}", "pytorch_model.bin": b"pickle", "pytorch_model.fp16.bin": b"variant", "vocab.json": b"{}"}
@@ -149,17 +147,3 @@ def test_an_adapter_comes_as_a_pickle_and_a_repository_without_weights_is_reject
         assert found["adapter/model"] == [MAIN, ["adapter_config.json", "adapter_model.bin"]]
     assert "empty/model has neither safetensors nor pytorch_model.bin nor" in runs[0][0]["empty/model"][1]
     assert "empty/model is in the cache without its weights, and HF_HUB_OFFLINE is set" in runs[1][0]["empty/model"][1]
-
-
-def test_a_sentencepiece_model_alone_is_reported_with_the_packages_that_read_it(tmp_path, monkeypatch):
-    def refuse(_):
-        raise ValueError("`tiktoken` is required to read a `tiktoken` file.")
-
-    monkeypatch.setattr(hub, "open_tokenizer", refuse)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
-    with pytest.raises(ValueError, match="only tokenizer.model, of SentencePiece: pip install sentencepiece protobuf"):
-        hub.read_tokenizer(tmp_path, 4)
-    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\n")  # of tiktoken
-    with pytest.raises(ValueError, match="`tiktoken` is required"):
-        hub.read_tokenizer(tmp_path, 4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import shutil
@@ -145,16 +144,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Any:
     """
     if not any((folder / name).exists() for name in _TOKENIZER_FILES):
         return None
-    try:
-        tokenizer = open_tokenizer(folder)
-    except (ImportError, ValueError) as error:
-        model = folder / "tokenizer.model"
-        is_sentencepiece = model.exists() and model.read_bytes()[:1] == b"\n"  # its first field; tiktoken's is text
-        if not is_sentencepiece or importlib.util.find_spec("sentencepiece"):
-            raise
-        raise ValueError(
-            f"{folder} has only tokenizer.model, of SentencePiece: pip install sentencepiece protobuf, which read it"
-        ) from error
+    tokenizer = open_tokenizer(folder)
     processor = folder / "chat_template.json"  # where processors of multimodal models kept it before transformers 4.51
     if tokenizer.chat_template is None and processor.exists():
         tokenizer.chat_template = read_json(processor).get("chat_template")

@@ -23,11 +23,15 @@ def open_tokenizer(path_or_id: str | Path) -> Any:
 
     For some families `AutoTokenizer` ignores the class that tokenizer_config.json names, and builds the pipeline of its
     own class (Qwen2's words, for instance) around the vocabulary of tokenizer.json.
+
+    Raises:
+        ValueError: there is only a SentencePiece model, and sentencepiece is not installed.
     """
     from tokenizers import Tokenizer  # imported where used: with transformers it takes seconds
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import cached_file
 
+    _check_sentencepiece(Path(path_or_id))
     tokenizer = AutoTokenizer.from_pretrained(path_or_id)
     path = cached_file(path_or_id, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
     if path is None:
@@ -41,6 +45,22 @@ def open_tokenizer(path_or_id: str | Path) -> Any:
         key: token for key, token in tokenizer.special_tokens_map.items() if backend.token_to_id(token) is not None
     }
     return PreTrainedTokenizerFast.from_pretrained(path_or_id, **named)
+
+
+def _check_sentencepiece(folder: Path) -> None:
+    """ValueError where a folder's tokenizer needs sentencepiece; transformers would ask for tiktoken."""
+    path = folder / "tokenizer.model"
+    if (folder / "tokenizer.json").exists() or not path.exists():
+        return
+    with path.open("rb") as file:
+        is_sentencepiece = file.read(1) == b"\n"  # a protocol buffer that begins with a piece; tiktoken's is text
+    try:
+        import sentencepiece  # noqa: F401
+    except ImportError as error:
+        if is_sentencepiece:
+            raise ValueError(
+                f"{folder} has only tokenizer.model, of SentencePiece, and no tokenizer.json: pip install sentencepiece"
+            ) from error
 
 
 def write_tokenizer(tokenizer: Any, folder: Path, source: Path | None) -> None:

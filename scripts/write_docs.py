@@ -194,6 +194,19 @@ def import_export() -> str:
     return transposed_table("import_export", ["", *(run["result"]["dtype"] for run in runs_of("import_export"))], rows)
 
 
+def pickle_memory() -> str:
+    def megabytes(key: str) -> Callable[[dict], str]:
+        return lambda result: f"{result[key] / 1e6:,.0f}"
+
+    rows = {
+        "parameters, MB": megabytes("parameter_bytes"),
+        "largest tensor, MB": megabytes("largest_tensor_bytes"),
+        "peak resident memory above that before reading, MB": megabytes("peak_bytes"),
+        "the peak above the parameters, in largest tensors": lambda r: f"{r['largest_tensors_above_parameters']:.2f}",
+    }
+    return transposed_table("pickle_memory", ["", *(run["result"]["dtype"] for run in runs_of("pickle_memory"))], rows)
+
+
 def data() -> str:
     rows = {
         "dialogues; tokens; bytes of text": lambda r: f"{r['rows']:,}; {r['tokens']:,}; {r['text_bytes'] / 1e9:.2f} GB",
@@ -440,6 +453,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
             fit,
             plan,
             import_export,
+            pickle_memory,
             data,
             quantised,
             quantised_errors,

@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import sys
+import tomllib
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
@@ -30,6 +32,16 @@ DATA_HELP = """CONFIG is the same as for `train`. Tokens with loss are bold gree
 colours are not possible. Tokenized rows are cached for `train`. Examples:
   rlhf-jax data configs/demo.toml
   rlhf-jax data mine.toml data.max_bad_rows=10 --examples 5
+"""
+EVALUATE_HELP = f"""{CONFIG_HELP}
+With --prompts: folders or hub ids instead of CONFIG, and key=value of its section [evaluate]. Win rates are over the
+first model. A reward function is called as in TRL: function(prompts=, completions=, **columns) -> a list of numbers.
+  rlhf-jax evaluate A B --prompts mine.jsonl --reward RUN/reward/export sample.temperature=0 prompts=100
+  rlhf-jax evaluate A B --prompts '{{ path = "mine.csv", prompt = "question" }}' --reward judge.py:score
+"""
+SCORE_HELP = """FILE holds texts, dialogues or pairs, in any format that training reads; a row gives a line of JSON:
+  rlhf-jax score runs/demo/reward/export pairs.jsonl
+  rlhf-jax score runs/demo/reward/export '{ path = "mine.csv", prompt = "question" }' --output scores.jsonl
 """
 IMPORT_HELP = """Examples:
   rlhf-jax import meta-llama/Llama-3.2-1B llama --adapter my-adapter --dtype bfloat16
@@ -85,7 +97,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, text in {"train": every, **{name: stage.help for name, stage in STAGES.items()}}.items():
         add(name, run_train, text, CONFIG_HELP, config=True)
     text = "the finished run on held-out prompts: its policies side by side, and the reward model's accuracy"
-    add("evaluate", run_evaluate, text, CONFIG_HELP, config=True)
+    text += "; or any models side by side on any prompts"
+    add_evaluate_options(add("evaluate", run_evaluate, text, EVALUATE_HELP, config=True))
+    command = add("score", run_score, "a reward model's scores for the texts, dialogues or pairs of a file", SCORE_HELP)
+    add_score_options(command)
     text = "what each source gives: counts, drops, lengths, and rows as the model sees them"
     command = add("data", run_data, text, DATA_HELP, config=True)
     command.add_argument("--examples", type=int, default=1, metavar="N", help="rows of each source (default: 1)")
@@ -121,6 +136,21 @@ def add_plan_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--gpus", metavar="8xA100-80GB", help=machine)
     command.add_argument("--price-per-gpu-hour", type=float, default=0.0, metavar="PRICE", help="for the cost")
     command.add_argument("--json", action="store_true", help="everything, in bytes and seconds, as one JSON object")
+
+
+def add_evaluate_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--prompts", metavar="FILE", help="a file, folder or hub id, or an item of data.sources")
+    command.add_argument("--reward", metavar="JUDGE", default="", help="a reward model's folder, or FILE.py:FUNCTION")
+    command.add_argument("--output", metavar="FOLDER", help="writes evaluate.json and evaluate.jsonl there")
+    command.add_argument("--dtype", default="float32", choices=DTYPES, help="of the models (default: %(default)s)")
+
+
+def add_score_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", metavar="FOLDER", help="a reward model's folder, for example RUN/reward/export")
+    command.add_argument("file", metavar="FILE", help="a file, folder or hub id, or an item of data.sources")
+    command.add_argument("--output", metavar="FILE", help="where the lines are written (default: stdout)")
+    command.add_argument("--dtype", default="float32", choices=DTYPES, help="of the model (default: %(default)s)")
+    command.add_argument("--adapter", metavar="FOLDER", help=ADAPTER_HELP)
 
 
 def add_chat_options(command: argparse.ArgumentParser) -> None:
@@ -218,6 +248,11 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
+    if args.prompts is not None:
+        run_compare(args)
+        return
+    if args.reward or args.output or Path(args.config).is_dir():
+        raise ValueError("folders, --reward and --output need --prompts FILE; without it the argument is a TOML file")
     from rlhf_jax.config import dump_config, load_config
     from rlhf_jax.evaluate import evaluate
     from rlhf_jax.mesh import make_mesh
@@ -227,6 +262,27 @@ def run_evaluate(args: argparse.Namespace) -> None:
     recipe = load_config(args.config, args.overrides, Recipe).with_date()
     check_same_data(recipe.run, dump_config(recipe))
     print(evaluate(recipe.run, make_mesh(recipe.mesh), recipe.data, recipe.evaluate, recipe.model), flush=True)
+
+
+def run_compare(args: argparse.Namespace) -> None:
+    from rlhf_jax.compare import compare_models
+    from rlhf_jax.config import parse_config
+    from rlhf_jax.evaluate import EvaluateConfig
+
+    named = [args.config, *args.overrides]
+    settings = "\n".join(each for each in named if "=" in each)
+    config = parse_config(EvaluateConfig, tomllib.loads(settings), "key=value")
+    folders = [each for each in named if "=" not in each]
+    options = dict(dtype=args.dtype, output=args.output)
+    print(compare_models(folders, args.prompts, args.reward, config, **options).report, flush=True)
+
+
+def run_score(args: argparse.Namespace) -> None:
+    from rlhf_jax.compare import score_file
+
+    output = open(args.output, "w", encoding="utf-8") if args.output else nullcontext(sys.stdout)
+    with output as out:
+        score_file(args.folder, args.file, adapter=args.adapter, dtype=args.dtype, out=out)
 
 
 def run_plan(args: argparse.Namespace) -> int:

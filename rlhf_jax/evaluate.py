@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,10 +20,12 @@ from rlhf_jax.data.batches import Batch, Batches
 from rlhf_jax.data.config import BUILTIN, DataConfig
 from rlhf_jax.data.records import Example, RowSpec
 from rlhf_jax.data.selection import read_examples, rows_from_examples, select_rows
+from rlhf_jax.decode import Rollout
 from rlhf_jax.models.attention import Choice
-from rlhf_jax.models.pretrained import Pretrained, from_pretrained, reward_from_pretrained, score
+from rlhf_jax.models.pretrained import Pretrained, from_pretrained, reward_from_pretrained
 from rlhf_jax.rollout import sample_answers
 from rlhf_jax.sampling import SampleConfig
+from rlhf_jax.scoring import chunks, score_sequences, win_rate
 from rlhf_jax.stages.models import ModelConfig, log_devices
 from rlhf_jax.stages.run_folder import RunConfig
 from rlhf_jax.stages.table import exporters
@@ -88,15 +91,13 @@ def evaluate(run: RunConfig, mesh: Mesh, data: DataConfig, config: EvaluateConfi
             measured["good"] = [builtin_judge.judge(e.turns[-1][1], text, end).good for e, text, end in judged]
             good[f"{stage}_good"] = measured["good"]
         numbers |= {f"{stage}_{name}": float(np.mean(values)) for name, values in measured.items()}
-    first, *others = map(np.asarray, scores.values())
+    first, *others = scores.values()
     for stage, other in zip(policies[1:], others, strict=True):
-        numbers[f"{stage}_win_rate"] = float((other > first).mean() + 0.5 * (other == first).mean())
+        numbers |= win_numbers(stage, other, first)
 
     columns = {"prompt": [example.turns for example in examples]} | answers | scores | good
     records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    (Path(run.dir) / "evaluate.jsonl").write_text(lines, encoding="utf-8")
-    (Path(run.dir) / "evaluate.json").write_text(json.dumps({"prompts": len(records), **numbers}, indent=2) + "\n")
+    write_evaluation(Path(run.dir), {"prompts": len(records), **numbers}, records)
     return format_report(policies, records[: config.show], numbers, len(records))
 
 
@@ -138,62 +139,76 @@ def held_out_prompts(
     return [examples[index] for index in part.store.numbers()[part.selected[:count]]], prompts
 
 
-def score_sequences(
-    scorer: Pretrained, tokens: np.ndarray, mask: np.ndarray, batch_size: int, attention: Choice = "auto"
-) -> np.ndarray:
-    """[B] scores of [B, T] sequences, `batch_size` at a time."""
-    real = mask.any(axis=0)  # without the padding that all rows share, which may exceed the model's positions
-    parts = chunks(batch_size, tokens[:, real], mask[:, real])
-    return np.concatenate([np.asarray(score(scorer, *part, attention=attention)) for part in parts])[: len(tokens)]
-
-
-def chunks(size: int, *arrays: np.ndarray) -> list[tuple[np.ndarray, ...]]:
-    """Chunks of `size` rows of each array; the last repeats its last row, so that one shape is compiled."""
-    rows = len(arrays[0])
-    filled = [np.pad(x, ((0, -rows % size), (0, 0)), mode="edge") for x in arrays]
-    return [tuple(x[i : i + size] for x in filled) for i in range(0, rows, size)]
-
-
-def sample_and_score(
-    model: Pretrained, scorer: Pretrained, prompts: Batch, config: EvaluateConfig, attention: Choice
-) -> tuple[list[str], list[bool], np.ndarray, np.ndarray]:
-    """Sampled answers to left-padded prompts: (texts, ended by EOS, lengths in tokens, scores)."""
-    key, count = jax.random.key(config.seed), len(prompts.tokens)
+def sample_texts(
+    model: Pretrained, tokens: np.ndarray, mask: np.ndarray, config: EvaluateConfig, attention: Choice = "auto"
+) -> tuple[Rollout, list[str]]:
+    """Sampled answers to prompts [B, P], padded on the left, `config.batch_size` at a time; and their texts."""
+    key, count = jax.random.key(config.seed), len(tokens)
     parts = [
         jax.device_get(sample_answers(model, *part, config.sample, jax.random.fold_in(key, i), attention=attention))
-        for i, part in enumerate(chunks(config.batch_size, prompts.tokens, prompts.mask))
+        for i, part in enumerate(chunks(config.batch_size, tokens, mask))
     ]
     rollout = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
     texts = [
         model.tokenizer.decode(row[real], skip_special_tokens=True).strip()
         for row, real in zip(rollout.tokens, rollout.mask, strict=True)
     ]
+    return rollout, texts
+
+
+def sample_and_score(
+    model: Pretrained, scorer: Pretrained, prompts: Batch, config: EvaluateConfig, attention: Choice
+) -> tuple[list[str], list[bool], np.ndarray, np.ndarray]:
+    """Sampled answers to left-padded prompts: (texts, ended by EOS, lengths in tokens, scores)."""
+    rollout, texts = sample_texts(model, prompts.tokens, prompts.mask, config, attention)
     tokens = np.concatenate([rollout.prompts, rollout.tokens], axis=1)
     mask = np.concatenate([rollout.prompt_mask, rollout.mask], axis=1)
     scores = score_sequences(scorer, tokens, mask, config.batch_size, attention)
     return texts, rollout.ended.tolist(), rollout.mask.sum(axis=1), scores
 
 
-def format_report(policies: Sequence[str], records: list[dict], numbers: dict[str, float], count: int) -> str:
+def win_numbers(name: str, scores: Sequence[float], first: Sequence[float]) -> dict[str, Any]:
+    """The win rate of a policy over the first one, and its 95% interval, see `win_rate`."""
+    rate, low, high = win_rate(scores, first)
+    return {f"{name}_win_rate": rate, f"{name}_win_rate_interval": [low, high]}
+
+
+def write_evaluation(folder: Path, numbers: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
+    """Write evaluate.json, the numbers, and evaluate.jsonl, every answer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    (folder / "evaluate.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "evaluate.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+
+
+def format_report(
+    policies: Sequence[str], records: list[dict], numbers: dict[str, Any], count: int, what: str = "held-out prompts"
+) -> str:
     """The answers of every policy to the same prompts, and the metrics over all prompts, as text for a terminal."""
     lines = []
     for record in records:
         lines.append("\n" + record["prompt"][-1][1])
         for stage in policies:
             verdict = {True: ", good", False: ", not good", None: ""}[record.get(f"{stage}_good")]
-            head = f"  {stage.upper()} (score {record[f'{stage}_score']:+.2f}{verdict}): "
+            score = f" (score {record[f'{stage}_score']:+.2f}{verdict})" if f"{stage}_score" in record else ""
+            head = f"  {stage.upper()}{score}: "
             lines.append(textwrap.fill(record[f"{stage}_answer"], 110, initial_indent=head, subsequent_indent="      "))
     names = " ".join(f"{stage.upper():>8}" for stage in policies)
-    lines += ["", f"{f'over {count} held-out prompts:':<40}{names}"]
+    lines += ["", f"{f'over {count} {what}:':<40}{names}"]
     for name, label, style in (
         ("good", "judged good", "{:8.1%}"),
-        ("score", "mean reward-model score", "{:8.2f}"),
+        ("score", "mean score", "{:8.2f}"),
         ("length", "mean answer length, tokens", "{:8.1f}"),
         ("ended", "ended by EOS", "{:8.1%}"),
     ):
         if f"{policies[0]}_{name}" in numbers:
             lines.append(f"  {label:<38}" + " ".join(style.format(numbers[f"{stage}_{name}"]) for stage in policies))
     for stage in policies[1:]:
-        lines.append(f"  {stage.upper()}'s answer has the higher score       {numbers[f'{stage}_win_rate']:.1%}")
-    lines.append(f"  reward model's accuracy on held-out pairs  {numbers['reward_accuracy']:.1%}")
+        if f"{stage}_win_rate" in numbers:
+            low, high = numbers[f"{stage}_win_rate_interval"]
+            label = f"{stage.upper()}'s answer scores above {policies[0].upper()}'s"
+            interval = f"(95% interval {low:.1%} to {high:.1%}, Wilson; ties count half)"
+            lines.append(f"  {label:<42} {numbers[f'{stage}_win_rate']:.1%} {interval}")
+    if "reward_accuracy" in numbers:
+        lines.append(f"  reward model's accuracy on held-out pairs  {numbers['reward_accuracy']:.1%}")
     return "\n".join(lines)

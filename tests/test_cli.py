@@ -82,13 +82,18 @@ def test_python_m_runs_the_command_and_exits_with_the_codes_of_main(tmp_path):
     assert wrong.stderr == "rlhf-jax: nothing.toml: no such file; give the path of a TOML file\n"
 
 
-@pytest.mark.parametrize("command", ["train", "sft", "reward", "ppo", "evaluate", "chat", "import", "export"])
+@pytest.mark.parametrize("command", ["train", "sft", "reward", "ppo", "evaluate", "score", "chat", "import", "export"])
 def test_every_command_has_a_help_text(command, capsys):
     with pytest.raises(SystemExit) as left:
         main([command, "--help"])
     assert left.value.code == 0
     reported = capsys.readouterr().out
-    shown = {"chat": "FOLDER", "import": "rlhf-jax import meta-llama", "export": "rlhf-jax export runs/mine"}
+    shown = {
+        "chat": "FOLDER",
+        "score": "FOLDER",
+        "import": "rlhf-jax import meta-llama",
+        "export": "rlhf-jax export runs/mine",
+    }
     assert shown.get(command, "rlhf-jax train configs/demo.toml run.dir=runs/mine") in " ".join(reported.split())
 
 

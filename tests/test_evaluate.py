@@ -110,13 +110,13 @@ def test_data_without_a_judge_have_no_share_of_good_answers():
     records = [
         {"prompt": (("user", "Hm?"),), "sft_answer": "a", "ppo_answer": "b", "sft_score": -1.0, "ppo_score": 2.0}
     ]
-    numbers = {"ppo_win_rate": 1.0, "reward_accuracy": 0.75}
+    numbers = {"ppo_win_rate": 1.0, "ppo_win_rate_interval": [0.25, 1.0], "reward_accuracy": 0.75}
     for stage, score in (("sft", -1.0), ("ppo", 2.0)):
         numbers |= {f"{stage}_score": score, f"{stage}_length": 1.0, f"{stage}_ended": 0.5}
     reported = format_report(("sft", "ppo"), records, numbers, 1)
     assert "good" not in reported
     assert "  SFT (score -1.00): a\n  PPO (score +2.00): b" in reported
-    assert "75.0%" in reported
+    assert "75.0%" in reported and "100.0% (95% interval 25.0% to 100.0%" in reported
 
 
 def test_an_unfinished_run_is_not_evaluated(tmp_path, capsys):

@@ -16,9 +16,10 @@ FLOORS = [
     ["rollout"],
     ["engine"],
     ["stages"],
+    ["scoring"],
     ["evaluate"],
     ["recipe"],
-    ["plan", "show_data", "chat", "import_export", "serve", "report"],
+    ["plan", "show_data", "chat", "compare", "import_export", "serve", "report"],
     ["train"],
     [""],  # the package's own __init__, its public face
     ["cli"],

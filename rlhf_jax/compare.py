@@ -1,0 +1,228 @@
+"""Models of any folders side by side on any prompts, and scores of the rows of a file: `evaluate` and `score`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+from jax.sharding import Mesh
+
+from rlhf_jax.data.chat_template import encode_prompts, prepare_tokenizer
+from rlhf_jax.data.places import kind_of, parse_place, read_place
+from rlhf_jax.data.records import Dialogue, Example, Turn
+from rlhf_jax.data.tokenize import split_blocks
+from rlhf_jax.evaluate import EvaluateConfig, format_report, sample_texts, win_numbers, write_evaluation
+from rlhf_jax.mesh import MeshConfig, make_mesh
+from rlhf_jax.models.hub import local_folder, read_json
+from rlhf_jax.models.pretrained import from_pretrained, has_scalar_head, reward_from_pretrained
+from rlhf_jax.scoring import (
+    Answered,
+    call_function,
+    encode_each,
+    is_function,
+    load_function,
+    plain_turns,
+    score_answers,
+    score_rows,
+    scorer_tokenizer,
+    win_rate,
+)
+from rlhf_jax.stages.run_folder import date_of_export
+
+LOGGER = logging.getLogger(__name__)
+ROWS_PER_WRITE = 4096  # of a file that are scored before their scores are written
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+class Comparison(NamedTuple):
+    """Answers of several models to the same prompts."""
+
+    report: str  # text for a terminal
+    numbers: dict[str, Any]  # means, and win rates over the first model with their 95% intervals
+    records: list[dict[str, Any]]  # one per prompt: the prompt, and every model's answer and score
+
+
+class SampledAnswer(NamedTuple):
+    """One model's answer to one prompt."""
+
+    text: str
+    ended: bool  # by EOS or an end of turn, not by the maximum length
+    length: int  # in tokens
+
+
+def compare_models(
+    folders: Sequence[str],
+    prompts: str,
+    reward: str = "",
+    config: EvaluateConfig | None = None,
+    *,
+    dtype: str = "float32",
+    output: str | Path | None = None,
+    mesh: Mesh | None = None,
+) -> Comparison:
+    """Answer the same prompts by every model, and score and compare the answers.
+
+    Every model renders the prompts by its own chat template, and a reward model reads the answers as text by its own.
+
+    Args:
+        folders: Hugging Face folders or hub ids; win rates are over the first.
+        prompts: a place of rows as in `data.sources`: a path, a hub id, or an inline table of TOML.
+        reward: the folder of a reward model, or FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION, see
+            `scoring.call_function`; "": the answers are not scored.
+        config: number of prompts, batch size, seed, sampling; None: the defaults.
+        dtype: of the models' parameters, as in `from_pretrained`.
+        output: a folder to write evaluate.json and evaluate.jsonl to; None: none.
+        mesh: None: all devices.
+    Raises:
+        ValueError: a folder, row or function that cannot be used, or no prompt that every model has room for.
+    """
+    config, mesh = config or EvaluateConfig(), mesh or make_mesh(MeshConfig())
+    source = parse_place(prompts, "--prompts", as_prompts=True)
+    rows = list(itertools.islice(read_place(source, "prompt"), config.prompts))
+    function = load_function(reward) if is_function(reward) else None
+    if reward and function is None:
+        check_reward_model(reward)
+    if not rows:
+        raise ValueError(f"{source.path} gives no prompts: name their field, as '{{ path = ..., prompt = ... }}'")
+    names, templates = LETTERS[: len(folders)], {}
+    config = replace(config, batch_size=min(config.batch_size, len(rows)))
+    found: dict[str, dict[int, SampledAnswer]] = {}
+    for name, folder in zip(names, folders, strict=True):
+        found[name], templates[name] = answer_prompts(folder, [each for _, each in rows], config, dtype, mesh)
+    kept = [i for i in range(len(rows)) if all(i in answers for answers in found.values())]
+    if len(kept) < len(rows):
+        why = "with an answer of max_new_tokens they exceed the positions of a model"
+        LOGGER.warning(f"{len(rows) - len(kept)} of {len(rows)} prompts are left out: {why}")
+    if not kept:
+        raise ValueError("no prompt is left that all models have room for: lower sample.max_new_tokens or shorten them")
+    answered = {
+        name: [Answered(rows[i][1].turns, *answers[i][:2], rows[i][0], rows[i][1].tools) for i in kept]
+        for name, answers in found.items()
+    }
+    scores: dict[str, np.ndarray] = {}
+    if function is not None:
+        as_messages = source.format in ("messages", "sharegpt") or any(len(rows[i][1].turns) > 1 for i in kept)
+        scores = {name: call_function(function, each, as_messages=as_messages) for name, each in answered.items()}
+    elif reward:
+        scorer = reward_from_pretrained(reward, mesh=mesh, dtype=dtype)
+        others = [name for name in names if templates[name] != scorer_tokenizer(scorer).chat_template]
+        if others:
+            LOGGER.info(f"{reward} scores the texts in its own chat template, which is not that of {', '.join(others)}")
+        scores = {name: score_answers(scorer, each, config.batch_size) for name, each in answered.items()}
+
+    numbers: dict[str, Any] = {"models": dict(zip(names, folders, strict=True)), "reward": reward, "prompts": len(kept)}
+    columns: dict[str, list] = {"prompt": [plain_turns(rows[i][1].turns) for i in kept]}
+    for name, answers in found.items():
+        columns[f"{name}_answer"] = [answers[i].text for i in kept]
+        measured = {part: [getattr(answers[i], part) for i in kept] for part in ("length", "ended")}
+        if name in scores:
+            columns[f"{name}_score"] = measured["score"] = scores[name].tolist()
+        numbers |= {f"{name}_{part}": float(np.mean(values)) for part, values in measured.items()}
+        if name != names[0] and scores:
+            numbers |= win_numbers(name, scores[name], scores[names[0]])
+    records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    report = format_report(names, records[: config.show], numbers, len(kept), "prompts")
+    report += "".join(f"\n  {name} is {folder}" for name, folder in zip(names, folders, strict=True))
+    if output is not None:
+        write_evaluation(Path(output), numbers, records)
+    return Comparison(report, numbers, records)
+
+
+def answer_prompts(
+    folder: str, examples: Sequence[Example], config: EvaluateConfig, dtype: str, mesh: Mesh
+) -> tuple[dict[int, SampledAnswer], str]:
+    """{index of an example: the model's answer}, and the model's chat template.
+
+    Prompts that leave no room for max_new_tokens have no answer.
+    """
+    model = from_pretrained(folder, mesh=mesh, dtype=dtype, one_copy=True)
+    if model.tokenizer is None:
+        raise ValueError(f"{folder} has no tokenizer: save one into the folder (tokenizer.save_pretrained)")
+    tokenizer = prepare_tokenizer(model.tokenizer, date=date_of_export(model.folder))
+    prompts = encode_prompts(tokenizer, [Dialogue(example.turns, example.tools) for example in examples])
+    for example, ids in zip(examples, prompts, strict=True):
+        if isinstance(ids, ValueError):
+            raise ValueError(f"{folder}, {example.source}, row {example.row}: {ids}") from ids
+    room = model.config.max_positions - config.sample.max_new_tokens
+    kept = [i for i, ids in enumerate(prompts) if len(ids) <= room]
+    if not kept:
+        return {}, tokenizer.chat_template
+    width = max(len(prompts[i]) for i in kept)
+    tokens, mask = np.zeros((len(kept), width), np.int32), np.zeros((len(kept), width), bool)
+    for row, i in enumerate(kept):
+        tokens[row, width - len(prompts[i]) :], mask[row, width - len(prompts[i]) :] = prompts[i], True
+    rollout, texts = sample_texts(model, tokens, mask, config)
+    lengths = rollout.mask.sum(axis=1).tolist()
+    answers = map(SampledAnswer, texts, rollout.ended.tolist(), lengths)
+    return dict(zip(kept, answers, strict=True)), tokenizer.chat_template
+
+
+def check_reward_model(folder: str, adapter: str | None = None) -> None:
+    """ValueError unless this is a reward model, or an adapter makes it one."""
+    if adapter is not None and read_json(local_folder(adapter) / "adapter_config.json").get("task_type") == "SEQ_CLS":
+        return
+    if not has_scalar_head(hf := read_json(local_folder(folder) / "config.json")):
+        kind = ", ".join(hf.get("architectures") or ["of no named architecture"])
+        raise ValueError(
+            f"{folder} is a language model ({kind}) and has no head that scores: give the folder of a reward model, "
+            "such as RUN/reward/export, whose architecture ends with ForSequenceClassification"
+        )
+
+
+def score_file(
+    folder: str, file: str, *, adapter: str | None = None, dtype: str = "float32", batch_size: int = 64, out: TextIO
+) -> None:
+    """Write a line of JSON to `out` for every row of `file`: its number and its score, of a pair both answers' scores.
+
+    Texts are encoded as they are, dialogues by the chat template of the reward model. Of a row that exceeds its
+    positions the beginning is left out, which its line and the log say.
+
+    Args:
+        file: a place of rows, as `prompts` of `compare_models`.
+        adapter: a PEFT folder with the reward model's adapter and head.
+    Raises:
+        ValueError: no reward model, or a row that cannot be scored.
+    """
+    check_reward_model(folder, adapter)
+    source = parse_place(file, "FILE")
+    kind = kind_of(source)
+    scorer = reward_from_pretrained(folder, adapter, mesh=make_mesh(MeshConfig()), dtype=dtype)
+    tokenizer, margins, count, cut = scorer_tokenizer(scorer), [], 0, 0
+    labels = ("chosen", "rejected") if kind == "pair" else ("score",)
+    for block in split_blocks(read_place(source, kind), ROWS_PER_WRITE):
+        texts = [text for _, example in block for text in texts_to_score(example, kind)]
+        encoded = encode_each(tokenizer, texts)
+        excess = [max(0, len(ids) - scorer.config.max_positions) for ids in encoded]
+        scores, per_row = score_rows(scorer, encoded, batch_size).tolist(), len(texts) // len(block)
+        for i, (_, example) in enumerate(block):
+            mine, over = (each[i * per_row : (i + 1) * per_row] for each in (scores, excess))
+            line = {"row": example.row, **dict(zip(labels, mine, strict=True))}
+            line |= {"tokens_left_out": max(over)} if any(over) else {}
+            out.write(json.dumps(line) + "\n")
+            margins += [mine[0] - mine[1]] if kind == "pair" else []
+            count, cut = count + 1, cut + any(over)
+    if cut:
+        LOGGER.warning(
+            f"{cut} of {count} rows exceed the {scorer.config.max_positions} positions of the reward model and were "
+            "scored without their beginning (tokens_left_out)"
+        )
+    if margins:
+        rate, low, high = win_rate(margins, np.zeros(len(margins)))
+        LOGGER.info(
+            f"the chosen answer scores higher in {rate:.1%} of {count} pairs (95% interval {low:.1%} to {high:.1%}, "
+            f"Wilson; ties count half); mean difference {np.mean(margins):+.3f}"
+        )
+
+
+def texts_to_score(example: Example, kind: str) -> list[str | Dialogue]:
+    """The text of an example, or its dialogue with the answer, or with either answer of a pair."""
+    if not example.turns:
+        return [example.text]
+    answers = [example.chosen, example.rejected] if kind == "pair" else [example.answer]
+    return [Dialogue((*example.turns, Turn("assistant", answer, example.extra)), example.tools) for answer in answers]

@@ -1,0 +1,201 @@
+"""Scores of dialogues and texts by a reward model or by a Python function, and the interval of a win rate."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_jax.data.chat_template import encode_dialogues, prepare_tokenizer
+from rlhf_jax.data.dialogues import parse_messages
+from rlhf_jax.data.records import Dialogue, Turn, Turns
+from rlhf_jax.decode import bucket_length
+from rlhf_jax.models.attention import Choice
+from rlhf_jax.models.pretrained import Pretrained, score
+from rlhf_jax.stages.run_folder import date_of_export
+
+
+class Answered(NamedTuple):
+    """A prompt with an answer to it."""
+
+    turns: Turns  # the prompt
+    answer: str
+    ended: bool = True  # whether the answer has its end, which the reward model then reads
+    fields: Mapping[str, Any] = {}  # of the row that the prompt comes from
+    tools: tuple[dict[str, Any], ...] = ()
+
+
+def score_texts(
+    scorer: Pretrained, texts: Sequence[str | Sequence[Mapping[str, Any]]], *, batch_size: int = 64
+) -> np.ndarray:
+    """Scores of texts, and of dialogues that end with the assistant's turn.
+
+    Args:
+        scorer: from `reward_from_pretrained`, with a tokenizer.
+        texts: each a text, which is encoded as transformers does it, or messages [{"role", "content"}, ...], which
+            the chat template of the scorer's tokenizer renders.
+        batch_size: sequences scored at once.
+    Returns:
+        [B] float32. Of a sequence that exceeds the model's positions the beginning is left out.
+    Raises:
+        ValueError: no scalar head, no tokenizer, no dialogue, or one that the template rejects.
+    """
+    read = [each if isinstance(each, str) else Dialogue(parse_messages(each)) for each in texts]
+    return score_rows(scorer, encode_each(scorer_tokenizer(scorer), read), batch_size)
+
+
+def scorer_tokenizer(scorer: Pretrained) -> PreTrainedTokenizerBase:
+    """The scorer's tokenizer with a template, and with the date of its run. ValueError if it has none."""
+    if scorer.tokenizer is None:
+        raise ValueError(f"{scorer.source} has no tokenizer: save one into the folder (tokenizer.save_pretrained)")
+    return prepare_tokenizer(scorer.tokenizer, date=date_of_export(scorer.folder))
+
+
+def encode_each(tokenizer: PreTrainedTokenizerBase, rows: Sequence[str | Dialogue]) -> list[np.ndarray]:
+    """int32 ids of each text or dialogue; a BOS that a text has already is not repeated. ValueError with the row."""
+    encoded: list = [None] * len(rows)
+    dialogues = [i for i, row in enumerate(rows) if not isinstance(row, str)]
+    if not all(rows[i].turns and rows[i].turns[-1][0] == "assistant" for i in dialogues):
+        raise ValueError("a dialogue to score ends with a turn of the assistant")
+    for i, found in zip(dialogues, encode_dialogues(tokenizer, [rows[i] for i in dialogues]), strict=True):
+        if isinstance(found, ValueError):
+            raise ValueError(f"dialogue {i + 1}: {found}") from found
+        encoded[i] = found.tokens
+    for i, row in enumerate(rows):
+        if isinstance(row, str):
+            has_bos = bool(tokenizer.bos_token) and row.startswith(tokenizer.bos_token)
+            ids = tokenizer(row, add_special_tokens=not has_bos, verbose=False).input_ids
+            encoded[i] = np.array(ids or [tokenizer.eos_token_id], np.int32)
+    return encoded
+
+
+def fit_positions(ids: np.ndarray, positions: int, bos: int | None) -> np.ndarray:
+    """The ids without their beginning where they exceed the positions; a BOS is kept."""
+    if len(ids) <= positions:
+        return ids
+    return np.concatenate([ids[:1], ids[1 - positions :]]) if ids[0] == bos else ids[-positions:]
+
+
+def score_rows(scorer: Pretrained, rows: Sequence[np.ndarray], batch_size: int) -> np.ndarray:
+    """[B] float32 scores of sequences of ids, those of similar length at once."""
+    positions, bos = scorer.config.max_positions, scorer.tokenizer.bos_token_id
+    fitted = [fit_positions(ids, positions, bos) for ids in rows]
+    widths = np.array([min(bucket_length(len(ids)), positions) for ids in fitted], int)
+    scores = np.zeros(len(rows), np.float32)
+    for width in np.unique(widths):
+        (chosen,) = (widths == width).nonzero()
+        tokens, mask = np.zeros((len(chosen), width), np.int32), np.zeros((len(chosen), width), bool)
+        for row, index in enumerate(chosen):
+            tokens[row, : len(fitted[index])], mask[row, : len(fitted[index])] = fitted[index], True
+        scores[chosen] = score_sequences(scorer, tokens, mask, min(batch_size, len(chosen)))
+    return scores
+
+
+def score_sequences(
+    scorer: Pretrained, tokens: np.ndarray, mask: np.ndarray, batch_size: int, attention: Choice = "auto"
+) -> np.ndarray:
+    """[B] scores of [B, T] sequences, `batch_size` at a time."""
+    real = mask.any(axis=0)  # without the padding that all rows share, which may exceed the model's positions
+    parts = chunks(batch_size, tokens[:, real], mask[:, real])
+    return np.concatenate([np.asarray(score(scorer, *part, attention=attention)) for part in parts])[: len(tokens)]
+
+
+def chunks(size: int, *arrays: np.ndarray) -> list[tuple[np.ndarray, ...]]:
+    """Chunks of `size` rows of each array; the last repeats its last row, so that one shape is compiled."""
+    rows = len(arrays[0])
+    filled = [np.pad(x, ((0, -rows % size), (0, 0)), mode="edge") for x in arrays]
+    return [tuple(x[i : i + size] for x in filled) for i in range(0, rows, size)]
+
+
+def score_answers(scorer: Pretrained, answers: Sequence[Answered], batch_size: int) -> np.ndarray:
+    """[B] float32 scores of answers, each read as text by the scorer's own tokenizer and template."""
+    tokenizer = scorer_tokenizer(scorer)
+    dialogues = [Dialogue((*each.turns, Turn("assistant", each.answer)), each.tools) for each in answers]
+    rows = encode_each(tokenizer, dialogues)
+    cut = [ids if each.ended else ids[:-1] for ids, each in zip(rows, answers, strict=True)]
+    return score_rows(scorer, cut, batch_size)
+
+
+def is_function(reward: str) -> bool:
+    """Whether this names a function, FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION, and not a folder."""
+    return ":" in reward and not Path(reward).exists()
+
+
+def load_function(reward: str) -> Callable:
+    """The function that FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION names. ValueError where there is none."""
+    place, _, name = reward.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            found = importlib.util.spec_from_file_location(Path(place).stem, place)
+            module = importlib.util.module_from_spec(found)
+            found.loader.exec_module(module)
+        else:
+            sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)
+            module = importlib.import_module(place)
+        function = getattr(module, name)
+    except Exception as error:  # of the user's code too
+        raise ValueError(f"the reward function {reward}: {type(error).__name__}: {error}") from error
+    if not callable(function):
+        raise ValueError(f"the reward function {reward}: {name} is no function")
+    return function
+
+
+def call_function(function: Callable, answers: Sequence[Answered], *, as_messages: bool) -> np.ndarray:
+    """[B] float scores by a reward function as TRL has them: function(prompts=, completions=, **columns) -> list.
+
+    Args:
+        as_messages: prompts and completions are lists of messages; else texts, of prompts with one turn.
+        columns: the other fields of the rows; only those that the function has parameters for. A function without a
+            parameter `completions` is given prompts and completions by position.
+    Raises:
+        ValueError: the function fails, or does not return one finite number for each answer.
+    """
+    name = getattr(function, "__name__", type(function).__name__)
+    prompts = [_messages(each.turns) if as_messages else each.turns[-1][1] for each in answers]
+    completions = [_messages((("assistant", each.answer),)) if as_messages else each.answer for each in answers]
+    columns = {key: [each.fields.get(key) for each in answers] for key in answers[0].fields}
+    given = {**columns, "prompts": prompts, "completions": completions}
+    try:
+        parameters = inspect.signature(function).parameters
+        takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters.values())
+        if "completions" in parameters or takes_all:
+            found = function(**{key: value for key, value in given.items() if takes_all or key in parameters})
+        else:
+            found = function(prompts, completions)
+        scores = np.array([float(each) for each in found])
+    except Exception as error:  # of the user's code
+        raise ValueError(f"the reward function {name}: {type(error).__name__}: {error}") from error
+    if len(scores) != len(answers) or not np.isfinite(scores).all():
+        raise ValueError(f"the reward function {name} must return one finite number for each of {len(answers)} answers")
+    return scores
+
+
+def plain_turns(turns: Turns) -> list[tuple[str, str]]:
+    """(role, content) of each turn."""
+    return [(turn[0], turn[1]) for turn in turns]
+
+
+def _messages(turns: Turns) -> list[dict[str, Any]]:
+    return [{"role": turn.role, "content": turn.content, **turn.extra} for turn in (Turn(*turn) for turn in turns)]
+
+
+def win_rate(scores: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
+    """How often `scores` [B] are above `others` [B], ties counted half, and its 95% interval.
+
+    The interval is that of Wilson 1927 (J. Am. Stat. Assoc. 22, 209) for B independent prompts; with ties it is wider
+    than it need be.
+    """
+    difference, z = np.sign(np.subtract(scores, others)), 1.959964
+    rate, n = float((difference / 2 + 0.5).mean()), len(difference)
+    centre = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    return rate, max(0.0, centre - half), min(1.0, centre + half)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 Answers = list[list[int]]
+Pairs = list[tuple[str, str]]
 TOLERANCE = 1e-3  # of scores
 
 
@@ -26,13 +27,13 @@ def transformers_answers(folder: str, prompts: Answers, new: int) -> Answers:
     return written[:, ids.shape[1] :].tolist()
 
 
-def transformers_scores(folder: str, texts: list[str]) -> list[float]:
+def transformers_scores(folder: str, pairs: Pairs) -> list[float]:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    batch = tokenizer(*map(list, zip(*pairs, strict=True)), padding=True, return_tensors="pt")
     with torch.no_grad():
         return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0].tolist()
 
@@ -59,12 +60,12 @@ def ctranslate2_answers(folder: str, prompts: Answers, new: int) -> Answers:
     return [each.sequences_ids[0] for each in found]
 
 
-def sentence_transformers_scores(folder: str, texts: list[str]) -> list[float]:
+def sentence_transformers_scores(folder: str, pairs: Pairs) -> list[float]:
     import torch
     from sentence_transformers import CrossEncoder
 
     model = CrossEncoder(folder, device="cpu", activation_fn=torch.nn.Identity())
-    return [float(score) for score in model.predict(texts)]
+    return [float(score) for score in model.predict([tuple(pair) for pair in pairs])]
 
 
 ANSWERS: dict[str, Callable[[str, Answers, int], Answers]] = {
@@ -73,7 +74,7 @@ ANSWERS: dict[str, Callable[[str, Answers, int], Answers]] = {
     "mlx": mlx_answers,
     "ctranslate2": ctranslate2_answers,
 }
-SCORES: dict[str, Callable[[str, list[str]], list[float]]] = {
+SCORES: dict[str, Callable[[str, Pairs], list[float]]] = {
     "transformers5": transformers_scores,
     "transformers4": transformers_scores,
     "sentence_transformers": sentence_transformers_scores,
@@ -94,7 +95,7 @@ def outcome(consumer: str, case: dict) -> str:
         return "-"
     try:
         if "scores" in case:
-            found = programs[consumer](case["folder"], case["texts"])
+            found = programs[consumer](case["folder"], case["pairs"])
             error = max(abs(one - other) for one, other in zip(found, case["scores"], strict=True))
             return "right" if error <= TOLERANCE else f"wrong: scores differ by {error:.2g}"
         answers = programs[consumer](case["folder"], case["prompts"], len(case["answers"][0]))

@@ -159,7 +159,7 @@ def make_new_case(tokenizer: Any) -> dict[str, Any]:
 
 
 def make_reward_case(tokenizer: Any) -> dict[str, Any]:
-    """A random reward model, its export, texts and torch's scores."""
+    """A random reward model, its export, pairs of texts and torch's scores."""
     import torch
     import transformers
 
@@ -173,11 +173,16 @@ def make_reward_case(tokenizer: Any) -> dict[str, Any]:
     model.save_pretrained(folder / "source")
     tokenizer.save_pretrained(folder / "source")
     save_pretrained(reward_from_pretrained(folder / "source"), folder / "export")
-    texts = ["The capital of France is Paris.", "Paris?", "What is the capital? France!", "is is is"]
-    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    pairs = [
+        ("The capital of", " France is Paris."),
+        ("Paris", "?"),
+        ("What is the capital?", " France!"),
+        ("is", " is is"),
+    ]
+    batch = tokenizer(*map(list, zip(*pairs, strict=True)), padding=True, return_tensors="pt")
     with torch.no_grad():
         scores = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, 0].tolist()
-    return {"model": REWARD, "folder": str(folder / "export"), "texts": texts, "scores": scores}
+    return {"model": REWARD, "folder": str(folder / "export"), "pairs": pairs, "scores": scores}
 
 
 def run_consumer(name: str) -> list[dict[str, Any]]:

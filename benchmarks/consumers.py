@@ -174,10 +174,10 @@ def make_reward_case(tokenizer: Any) -> dict[str, Any]:
     tokenizer.save_pretrained(folder / "source")
     save_pretrained(reward_from_pretrained(folder / "source"), folder / "export")
     pairs = [
-        ("The capital of", " France is Paris."),
+        ("The capital of", "France is Paris."),
         ("Paris", "?"),
-        ("What is the capital?", " France!"),
-        ("is", " is is"),
+        ("What is the capital?", "France!"),
+        ("is", "is is"),
     ]
     batch = tokenizer(*map(list, zip(*pairs, strict=True)), padding=True, return_tensors="pt")
     with torch.no_grad():

@@ -454,6 +454,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
             slot_refill,
             packing,
             real_data,
+            consumers,
         ),
         *(history, families, floors, modules, configuration),
     )

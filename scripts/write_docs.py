@@ -300,6 +300,14 @@ def real_data() -> str:
     return f"{table(['', 'before', 'after'], rows)}\n\n{parity}\n\n{origin([run])}"
 
 
+def consumers() -> str:
+    """A row per exported model, a column per consumer."""
+    runs = runs_of("consumers")
+    outcomes = [run["result"]["outcomes"] for run in runs]
+    rows = [[model, *(found[model].replace("|", "\\|") for found in outcomes)] for model in outcomes[0]]
+    return f"{table(['model', *(run['result']['versions'] for run in runs)], rows)}\n\n{origin(runs)}"
+
+
 def history() -> str:
     lines, group = [], ""
     for run in runs_of("history"):
@@ -460,6 +468,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
             slot_refill,
             packing,
             real_data,
+            consumers,
         ),
         *(history, families, floors, modules, configuration),
     )

@@ -1,0 +1,208 @@
+"""What other programs compute from exported folders: greedy answers of random models of many families, and scores.
+
+    python -m benchmarks.consumers [--only CONSUMER ...]
+
+Each checkpoint is made by transformers, read and written by `rlhf_jax.save_pretrained`, and its export is read by each
+consumer in a virtual environment of its own, with pinned versions, in runs/consumers (3 GB, made where absent). A
+consumer is right about a language model where its answers to four prompts are those of torch from the checkpoint before
+the export, and about a reward model where its scores differ from torch's by at most 1e-3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.provenance import record
+
+FOLDER = Path("runs/consumers")
+PROGRAMS = Path(__file__).with_name("consumer_programs.py")
+VOCAB, PROMPTS, PROMPT, ANSWER = 288, 4, 12, 12
+GAP = 1e-2  # smallest difference between the two likeliest logits in a prompt's answer, so that rounding changes none
+TORCH = ("torch==2.13.0", "transformers==4.57.6")
+CONSUMERS = {  # packages of each; the first names it
+    "transformers5": (),  # those of this environment
+    "transformers4": ("transformers==4.57.6", "torch==2.13.0", "accelerate"),
+    "mlx": ("mlx-lm==0.32.2", "mlx[cpu]==0.32.4"),
+    "ctranslate2": ("ctranslate2==4.8.5", *TORCH),
+    "sentence_transformers": ("sentence-transformers==6.2.0", "torch==2.13.0"),
+}
+SIZES = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+SIZES |= dict(max_position_embeddings=128)
+GPT2 = dict(n_embd=64, n_layer=4, n_head=4, n_positions=128)
+LLAMA3 = dict(rope_type="llama3", rope_theta=5e3, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": SIZES | dict(rope_parameters=dict(rope_type="default", rope_theta=500.0)),
+    "llama, llama3 scaling": SIZES | dict(rope_parameters=LLAMA3 | dict(original_max_position_embeddings=32)),
+    "mistral, window of 8": SIZES | dict(sliding_window=8, head_dim=16),
+    "qwen2": SIZES | dict(rope_parameters=dict(rope_type="default", rope_theta=500.0)),
+    "qwen3": SIZES | dict(head_dim=32, rope_parameters=dict(rope_type="default", rope_theta=500.0)),
+    "phi3": SIZES | dict(rope_parameters=dict(rope_type="default", rope_theta=500.0)),
+    "olmo2": SIZES | dict(rope_parameters=dict(rope_type="default", rope_theta=500.0)),
+    "gemma2": SIZES | dict(head_dim=16, sliding_window=8, query_pre_attn_scalar=16, tie_word_embeddings=True),
+    "gemma3_text": SIZES
+    | dict(head_dim=16, num_hidden_layers=6, sliding_window=8, query_pre_attn_scalar=16, tie_word_embeddings=True),
+    "opt": SIZES | dict(ffn_dim=128, word_embed_proj_dim=64, tie_word_embeddings=True),
+    "gpt2": GPT2 | dict(tie_word_embeddings=True),
+    "gpt_neox": SIZES | dict(intermediate_size=256, rotary_pct=0.5, rotary_emb_base=500),
+    "mixtral": SIZES | dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "qwen3_moe": SIZES | dict(head_dim=32, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2),
+}
+NEW, REWARD = "made from scratch (llama)", "reward model (llama)"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=CONSUMERS, default=list(CONSUMERS), metavar="CONSUMER")
+    args = parser.parse_args(argv)
+    shutil.rmtree(FOLDER / "models", ignore_errors=True)
+    tokenizer = make_tokenizer()
+    cases = [make_case(name, settings, tokenizer) for name, settings in MODELS.items()]
+    cases += [make_new_case(tokenizer), make_reward_case(tokenizer)]
+    (FOLDER / "cases.json").write_text(json.dumps(cases))
+    for consumer in args.only:
+        lines = run_consumer(consumer)
+        versions = lines[0]["versions"] if lines else "none"
+        outcomes = {line["model"]: line["outcome"] for line in lines[1:]}
+        missing = {case["model"]: "its process ended" for case in cases if case["model"] not in outcomes}
+        record("consumers", {"consumer": consumer, "versions": versions, "outcomes": outcomes | missing}, "consumer")
+
+
+def make_tokenizer():
+    from rlhf_jax.data.chat_template import prepare_tokenizer
+    from rlhf_jax.stages.from_scratch import train_tokenizer
+
+    tokenizer = train_tokenizer(["What is the capital of France? The capital of France is Paris."] * 4, VOCAB)
+    return prepare_tokenizer(tokenizer)
+
+
+def make_case(name: str, settings: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """A random checkpoint, its export, prompts and torch's greedy answers."""
+    import torch
+    import transformers
+
+    folder, kind = FOLDER / "models" / name.replace(", ", "-").replace(" ", "-"), name.split(",")[0]
+    ids = dict(vocab_size=VOCAB, bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False)
+    config = transformers.AutoConfig.for_model(kind, **ids | settings)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    randomise(model.eval())
+    model.save_pretrained(folder / "source")
+    tokenizer.save_pretrained(folder / "source")
+    export(folder)
+    return {"model": name, "folder": str(folder / "export")} | prompts_of(model)
+
+
+def export(folder: Path) -> None:
+    from rlhf_jax.models.pretrained import from_pretrained, save_pretrained
+
+    save_pretrained(from_pretrained(folder / "source"), folder / "export")
+
+
+def randomise(model: Any) -> None:
+    """Draw every parameter at scales at which attention and positions change the answers."""
+    import torch
+
+    generator, drawn = torch.Generator().manual_seed(0), set()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter not in drawn:
+                noise = torch.randn(parameter.shape, generator=generator)
+                is_vector = parameter.ndim == 1
+                parameter.copy_(1.0 + 0.2 * noise if is_vector else 2.0 * parameter.shape[-1] ** -0.5 * noise)
+                drawn.add(parameter)
+
+
+def prompts_of(model: Any) -> dict[str, Any]:
+    """Prompts whose greedy answers have no near ties and no special tokens, and those answers."""
+    import torch
+
+    generator, prompts, answers = torch.Generator().manual_seed(1), [], []
+    while len(prompts) < PROMPTS:
+        ids = torch.randint(3, model.config.vocab_size, (1, PROMPT), generator=generator)
+        text, is_clear = ids, True
+        for _ in range(ANSWER):
+            with torch.no_grad():
+                best = model(text, use_cache=False).logits[0, -1].topk(2)
+            is_clear &= bool(best.values[0] - best.values[1] > GAP) and int(best.indices[0]) > 2
+            text = torch.cat([text, best.indices[None, :1]], dim=1)
+        if is_clear:
+            prompts.append(ids[0].tolist())
+            answers.append(text[0, PROMPT:].tolist())
+    return {"prompts": prompts, "answers": answers}
+
+
+def make_new_case(tokenizer: Any) -> dict[str, Any]:
+    """A model that `model.actor = "new"` would start from."""
+    import jax
+    import transformers
+
+    from rlhf_jax.mesh import TRAIN, Layout, single_device_mesh
+    from rlhf_jax.models.decoder import init_params
+    from rlhf_jax.models.families import decoder_config
+    from rlhf_jax.models.pretrained import Pretrained, save_pretrained
+    from rlhf_jax.stages.from_scratch import make_hf_config
+    from rlhf_jax.stages.models import NewModelConfig
+
+    hf = make_hf_config(NewModelConfig(), len(tokenizer)) | dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    layout, config = Layout(single_device_mesh(), TRAIN), decoder_config(hf, scalar_head=False)
+    folder = FOLDER / "models" / "new"
+    params = init_params(config, jax.random.key(0), layout)
+    params = {path: 3 * value if value.ndim > 1 else value for path, value in params.items()}  # answers that vary
+    save_pretrained(Pretrained(config, params, tokenizer, hf, {}, layout), folder / "export")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "export", attn_implementation="eager")
+    return {"model": NEW, "folder": str(folder / "export")} | prompts_of(model.eval())
+
+
+def make_reward_case(tokenizer: Any) -> dict[str, Any]:
+    """A random reward model, its export, pairs of texts and torch's scores."""
+    import torch
+    import transformers
+
+    from rlhf_jax.models.pretrained import reward_from_pretrained, save_pretrained
+
+    folder = FOLDER / "models" / "reward"
+    ids = dict(vocab_size=VOCAB, bos_token_id=1, eos_token_id=2, pad_token_id=0, num_labels=1)
+    config = transformers.AutoConfig.for_model("llama", **ids | MODELS["llama"])
+    model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
+    randomise(model)
+    model.save_pretrained(folder / "source")
+    tokenizer.save_pretrained(folder / "source")
+    save_pretrained(reward_from_pretrained(folder / "source"), folder / "export")
+    pairs = [
+        ("The capital of", "France is Paris."),
+        ("Paris", "?"),
+        ("What is the capital?", "France!"),
+        ("is", "is is"),
+    ]
+    batch = tokenizer(*map(list, zip(*pairs, strict=True)), padding=True, return_tensors="pt")
+    with torch.no_grad():
+        scores = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, 0].tolist()
+    return {"model": REWARD, "folder": str(folder / "export"), "pairs": pairs, "scores": scores}
+
+
+def run_consumer(name: str) -> list[dict[str, Any]]:
+    """Its versions, and its outcome for every model, as its program prints them."""
+    out = FOLDER / f"{name}.jsonl"
+    out.unlink(missing_ok=True)
+    subprocess.run([str(python_of(name)), str(PROGRAMS), name, str(FOLDER / "cases.json"), str(out)], check=False)
+    return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+
+
+def python_of(name: str) -> Path:
+    """The Python of the consumer's environment, which is made where absent."""
+    if not CONSUMERS[name]:
+        return Path(sys.executable)
+    folder = FOLDER / "venvs" / name
+    if not (folder / "bin" / "python").exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        subprocess.run([str(folder / "bin" / "pip"), "install", "-q", *CONSUMERS[name]], check=True)
+    return folder / "bin" / "python"
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from rlhf_jax.data.chat_template import encode_prompts, prepare_tokenizer
 from rlhf_jax.data.places import kind_of, parse_place, read_place
-from rlhf_jax.data.records import Dialogue, Example, Turn
+from rlhf_jax.data.records import Dialogue, Example
 from rlhf_jax.data.tokenize import split_blocks
 from rlhf_jax.evaluate import EvaluateConfig, format_report, sample_texts, win_numbers, write_evaluation
 from rlhf_jax.mesh import MeshConfig, make_mesh
@@ -225,4 +225,4 @@ def texts_to_score(example: Example, kind: str) -> list[str | Dialogue]:
     if not example.turns:
         return [example.text]
     answers = [example.chosen, example.rejected] if kind == "pair" else [example.answer]
-    return [Dialogue((*example.turns, Turn("assistant", answer, example.extra)), example.tools) for answer in answers]
+    return [Dialogue((*example.turns, *example.continuation(answer)), example.tools) for answer in answers]

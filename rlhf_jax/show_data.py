@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.chat_template import Encoding
 from rlhf_jax.data.config import DataConfig
-from rlhf_jax.data.mapping import provides, resolve
+from rlhf_jax.data.mapping import provides
 from rlhf_jax.data.records import RowKind, RowSpec
+from rlhf_jax.data.resolve import resolve
 from rlhf_jax.data.rows import Rows
 from rlhf_jax.data.selection import NoRows, select_rows, used_by
 from rlhf_jax.data.sources import has_eval
@@ -195,7 +196,7 @@ def row_text(row: Sequence[Encoding], tokenizer: PreTrainedTokenizerBase, colour
     if len(row) == 1:
         return _add_border(sequence_text(row[0], 0, tokenizer, colours))
     chosen, rejected = row
-    first = int(chosen.spans[-1, 0]) if len(chosen.spans) else 0
+    first = int(chosen.spans[0, 0]) if len(chosen.spans) else 0
     if not np.array_equal(chosen.tokens[:first], rejected.tokens[:first]):
         first = 0
     prompt = Encoding(chosen.tokens[:first], chosen.spans[:0])

@@ -246,7 +246,7 @@ CASES: dict[str, Case] = {
     # Transcripts
     "another prompt": middle_case(
         with_fields(transcripts(3), rejected="\n\nHuman: p\n\nAssistant: b"),
-        "chosen and rejected answer different prompts; only the last turn may differ",
+        "chosen and rejected answer different prompts: they must share at least the first question",
         "reward",
         transcripts,
     ),
@@ -350,8 +350,8 @@ CASES: dict[str, Case] = {
     "CSV with NUL bytes": damaged_case("rows.csv", CSV % b"q,a\0,b", ", row 2: |NUL", 2),
     "CSV with other columns": damaged_case(
         "rows.csv",
-        b"question,answer\nq,a\np,b\n",
-        ", row 1|: no field 'chosen'; the fields are question, answer. Name the right ones in data.sources",
+        b"headline,body\nq,a\np,b\n",
+        ", row 1|: no field 'chosen'; the fields are headline, body. Name the right ones in data.sources",
         0,
         2,
     ),
@@ -647,7 +647,10 @@ def test_a_data_set_of_prompts_alone_has_no_rows_for_the_reward_stage(tmp_path):
     )
     assert str(refused.value).count("Name the right ones") == 1
     case = dataclasses.replace(case, source={"chosen": "", "rejected": ""})
-    with pytest.raises(NoRows, match="reward: there are no rows .* or name the fields that it needs in data.sources"):
+    with pytest.raises(
+        NoRows,
+        match="reward: there are no rows .* name the fields that it needs in .*, or leave it out of run.stages",
+    ):
         rows_of(case, config_of(case, path))
     case = dataclasses.replace(case, stage="ppo")
     assert len(rows_of(case, config_of(case, path))) == 4

@@ -59,13 +59,6 @@ def test_sft_uses_the_chosen_answer_when_no_answer_field_is_named():
     assert [examples(row, kind) for kind in KINDS] == [[example(ASKED, "good", "good", "bad")]] * 3
 
 
-def test_rows_with_a_prompt_and_an_answer_need_no_configuration():
-    row = {"prompt": "q", "answer": "a"}
-    assert examples(row) == examples(row, "prompt") == [example(ASKED, "a", "a")]
-    with pytest.raises(BadRow, match="row 7: no field 'chosen'; the fields are prompt, answer"):
-        examples(row, "pair")
-
-
 def test_ppo_needs_prompts_only():
     assert examples({"prompt": "q"}, "prompt") == [example(ASKED)]
     assert examples({"prompt": "q", "chosen": 3, "rejected": "\ud83d"}, "prompt") == [example(ASKED)]
@@ -97,7 +90,7 @@ def test_a_prompt_in_a_nested_field_is_compared_with_the_dialogues_too():
         "chosen": user_and_assistant("q", "good"),
         "rejected": user_and_assistant("q", "bad"),
     }
-    with pytest.raises(BadRow, match="field 'chosen' is a dialogue that does not have the prompt before its last turn"):
+    with pytest.raises(BadRow, match="field 'chosen' is a dialogue that does not begin with the prompt"):
         examples(row, "demonstration", prompt="q.text")
 
 
@@ -115,7 +108,7 @@ def test_the_system_text_of_a_dialogue_is_kept_in_every_stage():
 def test_a_pair_of_dialogues_with_different_prompts_is_rejected_by_stages_that_need_pairs():
     row = {"prompt": "q", "chosen": user_and_assistant("q", "good"), "rejected": user_and_assistant("other", "bad")}
     assert examples(row, "demonstration") == [example(ASKED, "good", "good")]
-    with pytest.raises(BadRow, match="row 7: field 'rejected' is a dialogue that does not have the prompt before its"):
+    with pytest.raises(BadRow, match="row 7: field 'rejected' is a dialogue that does not begin with the prompt"):
         examples(row, "pair")
 
 
@@ -390,8 +383,56 @@ def test_messages_keep_their_whitespace_and_what_a_template_reads_besides_conten
         assert found.tools == ({"name": "f"},)
     with pytest.raises(BadRow, match="field 'tools' must be a list of objects, or JSON text of one"):
         examples({"messages": messages, "tools": "f"}, form="messages")
-    with pytest.raises(BadRow, match="field 'chosen' has messages with more than a content"):
-        examples({"prompt": "q", "chosen": [thought], "rejected": "b"})
+    (pair,) = examples({"prompt": "Complete:\n", "chosen": [thought], "rejected": "b"}, "pair")
+    assert pair.chosen == (Turn("assistant", "    return 7\n", {"reasoning_content": "I add."}),)
+    assert (pair.rejected, pair.turns) == ("b", (("user", "Complete:"),))
+
+
+PARTED = [
+    # The dialogues, the prompt, and how they go on.
+    (("q", "a", "r", "b"), ("q", "c", "r", "d"), ("q",), ("a", "r", "b"), ("c", "r", "d")),
+    (("q", "a", "r", "b"), ("q", "a", "s", "d"), ("q",), ("a", "r", "b"), ("a", "s", "d")),
+    (("q", "a", "r", "b", "s", "c"), ("q", "a", "r", "d"), ("q", "a", "r"), ("b", "s", "c"), "d"),
+    (("q", "a", "r", "b"), ("q", "a", "r", "d"), ("q", "a", "r"), "b", "d"),
+]
+
+
+def go_on(reply):
+    """A reply as the reader has it."""
+    roles = ("assistant", "user")
+    return reply if isinstance(reply, str) else tuple((roles[i % 2], text) for i, text in enumerate(reply))
+
+
+@pytest.mark.parametrize("chosen, rejected, prompt, better, worse", PARTED)
+def test_a_pair_that_parts_before_its_last_turn_goes_on_from_there_whatever_the_stage(
+    chosen, rejected, prompt, better, worse
+):
+    expected = [example(turns(*prompt), go_on(better), go_on(better), go_on(worse))]
+    row = {"chosen": user_and_assistant(*chosen), "rejected": user_and_assistant(*rejected)}
+    speakers = ("\n\nHuman: ", "\n\nAssistant: ")
+    text = {
+        name: "".join(speakers[i % 2] + said for i, said in enumerate(texts))
+        for name, texts in (("chosen", chosen), ("rejected", rejected))
+    }
+    for kind in KINDS:
+        assert examples(row, kind) == expected
+        assert examples({"prompt": "q", **row}, kind) == expected
+        assert examples(text, kind, form="transcript") == expected
+
+
+def test_replies_of_several_turns_after_a_prompt_are_a_pair():
+    row = {"prompt": "q"} | {name: user_and_assistant("q", name, "r", "b")[1:] for name in ("chosen", "rejected")}
+    replies = [go_on((name, "r", "b")) for name in ("chosen", "rejected")]
+    assert examples(row, "pair") == [example(ASKED, replies[0], *replies)]
+    row["rejected"] = row["rejected"][:2]
+    with pytest.raises(BadRow, match="field 'rejected' continues the prompt, and must .* end with the assistant's"):
+        examples(row, "pair")
+
+
+def test_pairs_that_share_no_question_are_rejected():
+    row = {"chosen": user_and_assistant("q", "a", "r", "b"), "rejected": user_and_assistant("s", "a", "r", "b")}
+    with pytest.raises(BadRow, match="row 7: chosen and rejected answer different prompts: they must share at least"):
+        examples(row, "pair")
 
 
 def test_the_text_of_an_answer_keeps_its_indentation():

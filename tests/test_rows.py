@@ -161,7 +161,7 @@ def test_no_source_is_read_again_because_another_has_its_own_held_out_rows(tmp_p
     files = {name: write_jsonl(pairs(60, start), f"{name}.jsonl") for name, start in (("one", 0), ("two", 40))}
     files["held"] = write_jsonl(pairs(9, 50), "held.jsonl")
     files["sums"] = write_jsonl([{"q": "s", "a": "1"}], "sums.jsonl")
-    one, two, sums = (SourceConfig(str(files[name])) for name in ("one", "two", "sums"))
+    one, two, sums = (SourceConfig(str(files[name]), format="fields") for name in ("one", "two", "sums"))
     sums = dataclasses.replace(sums, prompt="q", answer="a", chosen="", rejected="")
     counts, read_file = Counter(), sources.read_file
     monkeypatch.setattr(sources, "read_file", lambda path: counts.update([Path(path).stem]) or read_file(path))

@@ -136,9 +136,15 @@ def encode_prompts(
 
 
 def encode_dialogues(
-    tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Turns | Dialogue], *, all_turns: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    dialogues: Sequence[Turns | Dialogue],
+    *,
+    all_turns: bool = False,
+    first: Sequence[int] = (),
 ) -> list[Encoding | Failure]:
     """Dialogues that end on an assistant turn, with the span of that turn, or with `all_turns` of every assistant turn.
+
+    first: for each dialogue the turn from which on all of the assistant's have spans, instead.
 
     An assistant turn is what follows the prompt that `encode_prompts` returns for the turns before it, as far as the
     whole dialogue has that prompt, up to the EOS or end-of-turn id, which is the first control token after its text.
@@ -157,6 +163,9 @@ def encode_dialogues(
     if all_turns:
         turns = {i: dialogues[i].turns for i in good}
         answers = {i: [k for k, t in enumerate(turns[i]) if t.role == "assistant" and t.is_learned] for i in good}
+    if first:
+        turns = {i: dialogues[i].turns for i in good}
+        answers = {i: [k for k in range(first[i], len(turns[i])) if turns[i][k].role == "assistant"] for i in good}
     openings = [(i, k) for i in good for k in answers[i]]
     parts = [Chat(chats[i].messages[:k], chats[i].tools) for i, k in openings]
     prompts: dict[int, list] = {i: [] for i in good}

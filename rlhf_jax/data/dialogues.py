@@ -8,10 +8,10 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
-from rlhf_jax.data.records import BadRow, Turn, Turns
+from rlhf_jax.data.records import BadRow, Reply, Turn, Turns
 
 T = TypeVar("T")
 SPEAKERS = ("\n\nHuman:", "\n\nAssistant:")  # those of hh-rlhf, and of SourceConfig.speakers
@@ -61,18 +61,21 @@ def parse_prompt(value: Any) -> Turns:
     return check_prompt(merge_turns(_pairs(value, "text or a list of messages")))
 
 
-def parse_reply(value: Any) -> str | Turns:
-    """A text, or the messages of an answer, as text; a whole dialogue as turns.
+def parse_reply(value: Any) -> Reply:
+    """A text, or the messages of an answer, as text; a whole dialogue, or several turns that continue one, as turns.
 
     A text loses blank lines around it and a single blank in front; deeper indentation is kept.
     """
     if type(value) is str:
         return trim_answer(check_text(value))
     pairs = _pairs(value, "text or a list of messages")
-    if any(turn.role == "assistant" and turn.extra for turn in pairs if isinstance(turn, Turn)):
-        raise BadRow("has messages with more than a content, which are read of format 'messages' alone")
-    if pairs and all(turn[0] == "assistant" for turn in pairs):
+    if pairs and all(turn[0] == "assistant" and len(turn) == 2 for turn in pairs):
         return _join(turn[1] for turn in pairs)
+    if pairs and pairs[0][0] == "assistant":
+        turns = _merge_speakers(pairs)
+        if any(turn[0] == "system" for turn in turns) or turns[-1][0] != "assistant":
+            raise BadRow("continues the prompt, and must have no system turn and end with the assistant's")
+        return turns
     return merge_turns(pairs)
 
 
@@ -110,19 +113,49 @@ def merge_turns(pairs: Iterable[Turn | tuple[str, str]]) -> Turns:
     Turns with more than a text, and those of tools, are left as they are. BadRow unless a user turn comes first, or
     after one system turn that comes first.
     """
+    turns = _merge_speakers(pairs)
+    if any(turn[0] == "system" for turn in turns[1:]):
+        raise BadRow("a system turn comes after other turns; it must come first")
+    opening = turns[1:2] if turns and turns[0][0] == "system" else turns[:1]
+    if opening and opening[0][0] != "user":
+        raise BadRow(f"the {opening[0][0]} speaks first; a user turn must come before")
+    return turns
+
+
+def _merge_speakers(pairs: Iterable[Turn | tuple[str, str]]) -> Turns:
     turns: list[Turn | tuple[str, str]] = []
     for turn in pairs:
         role, last = turn[0], turns[-1] if turns else ("", "")
         if role == last[0] and role != "tool" and len(turn) == len(last) == 2:
             turns[-1] = (role, _join((last[1], turn[1])))
-            continue
-        if turns and role == "system":
-            raise BadRow("a system turn comes after other turns; it must come first")
-        turns.append(turn)
-    opening = turns[1:2] if turns and turns[0][0] == "system" else turns[:1]
-    if opening and opening[0][0] != "user":
-        raise BadRow(f"the {opening[0][0]} speaks first; a user turn must come before")
+        else:
+            turns.append(turn)
     return tuple(turns)
+
+
+def part_dialogues(dialogues: Sequence[Turns]) -> tuple[Turns, list[Reply]]:
+    """The prompt that dialogues share, up to the last turn of a user before they part, and how each goes on.
+
+    The prompt has the system text of the first of the longest prompts. A user turn after the last answer of a dialogue
+    is left out. BadRow if one has no answer, or if they share no prompt.
+    """
+    whole = [(*before, answer) for before, answer in map(_split_turn, dialogues)]
+    spoken = [turns[1:] if turns[0][0] == "system" else turns for turns in whole]
+    plain = [[(turn[0], turn[1].split(), *turn[2:3]) for turn in turns] for turns in spoken]
+    shared = min(map(len, plain)) - 1  # at least the last turn is an answer
+    shared = next((i for i in range(shared) if any(turns[i] != plain[0][i] for turns in plain)), shared)
+    while shared and not (plain[0][shared - 1][0] != "assistant" and all(x[shared][0] == "assistant" for x in plain)):
+        shared -= 1
+    if not shared:
+        raise BadRow("answer different prompts: they must share at least the first question")
+    prompt = max((turns[: len(turns) - len(rest) + shared] for turns, rest in zip(whole, spoken, strict=True)), key=len)
+    replies = [turns[shared:] for turns in spoken]
+    return prompt, [turns[0][1] if len(turns) == 1 and len(turns[0]) == 2 else turns for turns in replies]
+
+
+def _split_turn(turns: Turns) -> tuple[Turns, Turn | tuple[str, str]]:
+    before, _ = split_answer(turns)
+    return before, turns[len(before)]
 
 
 def split_answer(turns: Turns) -> tuple[Turns, str]:

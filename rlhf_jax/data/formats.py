@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from rlhf_jax.data.config import SourceConfig
@@ -23,10 +23,11 @@ from rlhf_jax.data.dialogues import (
     parse_reply,
     parse_tools,
     parse_transcript,
+    part_dialogues,
     same_prompt,
     split_answer,
 )
-from rlhf_jax.data.records import BadRow, Example, Row, RowKind, Turn, Turns
+from rlhf_jax.data.records import BadRow, Example, Reply, Row, RowKind, Turn, Turns
 
 T = TypeVar("T")
 Fields = dict[str, Any]
@@ -110,50 +111,50 @@ def _fields_reader(source: SourceConfig, kind: RowKind) -> RowReader:
     names, needed = _needed_replies(source, kind)
     prompt_in, system_in = _field_getter(source, source.prompt, parse_prompt), _system_getter(source)
     answer_in, chosen_in, rejected_in = (_field_getter(source, name, parse_reply, name in needed) for name in names)
-    picked, takes_answer = (
-        path_getter(source.prompt),
-        kind != "pair" and (source.answer, source.chosen) == ("", "chosen"),
-    )
+    picked = path_getter(source.prompt)
 
     def read(row: Row) -> list[Example]:
         fields = row.fields
-        if takes_answer and "answer" in fields and "chosen" not in fields:  # rows with no more than a demonstration
-            fields = fields | {"chosen": fields["answer"]}
         chosen = chosen_in(fields)
         answer, rejected = answer_in(fields) if source.answer else chosen, rejected_in(fields)
-        if type(answer) is tuple and picked(fields) is MISSING:
-            turns = _with_field_name(split_answer, answer, names[0])[0]  # a dialogue contains its own prompt
-        else:
-            turns = prompt_in(fields)
+        is_whole = type(answer) is tuple and answer[:1] and answer[0][0] != "assistant"
+        turns = () if is_whole and picked(fields) is MISSING else prompt_in(fields)  # a dialogue has its own prompt
         if tuple in (type(answer), type(chosen), type(rejected)):
-            turns, (answer, chosen, rejected) = _join_dialogues(turns, (answer, chosen, rejected), names, needed)
+            turns, (answer, chosen, rejected) = _join_replies(turns, (answer, chosen, rejected), names, needed)
         turns, tools = add_system(system_in(fields), turns), parse_tools(fields.get("tools"))
         return [Example(turns, answer, chosen, rejected, source.path, row.number, tools=tools)]
 
     return read
 
 
-def _join_dialogues(
-    turns: Turns, replies: tuple[str | Turns, ...], names: tuple[str, ...], needed: set[str]
-) -> tuple[Turns, list[str]]:
-    """The prompt, with the system text of the first dialogue, and the answers; those not needed may be invalid."""
-    texts = []
+def _join_replies(
+    given: Turns, replies: tuple[Reply, ...], names: tuple[str, ...], needed: set[str]
+) -> tuple[Turns, list[Reply]]:
+    """The prompt and the replies where at least one of them is a whole dialogue; those not needed may be invalid.
+
+    given: the prompt of its own field, with which dialogues begin; () where there is none.
+    """
+    found: dict[str, Turns] = {}
     for name, reply in zip(names, replies, strict=True):
-        if type(reply) is str:
-            texts.append(reply)
+        is_whole = type(reply) is tuple and reply and reply[0][0] != "assistant"
+        if not reply or (not is_whole and not given):
             continue
+        dialogue = reply if is_whole else (*given, *((("assistant", reply),) if type(reply) is str else reply))
         try:
-            before, text = split_answer(reply)
-            if not same_prompt(before, turns):
-                raise BadRow("is a dialogue that does not have the prompt before its last turn")
-        except BadRow as error:
+            before = _with_field_name(split_answer, dialogue, name)[0]
+            if given and not same_prompt(before[: len(given) + (before[0][0] == "system" != given[0][0])], given):
+                raise BadRow(f"field {name!r} is a dialogue that does not begin with the prompt")
+            _with_names([*found, name], part_dialogues, [*found.values(), dialogue])
+        except BadRow:
             if name in needed:
-                raise BadRow(f"field {name!r} {error}") from error
-            texts.append("")
-        else:
-            texts.append(text)
-            turns = max(turns, before, key=len) if name == names[0] else turns
-    return turns, texts
+                raise
+            continue
+        found[name] = dialogue
+    if not found:
+        return given, [""] * len(names)
+    prompt, parted = part_dialogues(list(found.values()))
+    known = dict(zip(found, parted, strict=True))
+    return prompt, [known.get(name, "") for name in names]
 
 
 def _transcripts_reader(source: SourceConfig, kind: RowKind) -> RowReader:
@@ -166,7 +167,7 @@ def _transcripts_reader(source: SourceConfig, kind: RowKind) -> RowReader:
 
     def read(row: Row) -> list[Example]:
         prompt = prompt_in(row.fields)
-        turns, first, texts = (), "", {}
+        found: dict[str, Turns] = {}
         for name, reply_in in replies_in.items():
             text = reply_in(row.fields)
             if not text and name not in needed:
@@ -174,16 +175,15 @@ def _transcripts_reader(source: SourceConfig, kind: RowKind) -> RowReader:
             try:
                 whole = full_transcript(prompt, text, source.speakers)
                 before, reply = parse_transcript(whole, f"field {name!r}", source.speakers)
-                if first and not same_prompt(before, turns):
-                    raise BadRow(f"{first} and {name} answer different prompts; only the last turn may differ")
+                dialogue = (*before, ("assistant", reply))
+                _with_names([*found, name], part_dialogues, [*found.values(), dialogue])
             except BadRow:
                 if name in needed:
                     raise
                 continue
-            texts[name] = reply
-            if not first:
-                turns, first = before, name
-        turns = add_system(system_in(row.fields), turns)
+            found[name] = dialogue
+        turns, replies = part_dialogues(list(found.values()))
+        texts, turns = dict(zip(found, replies, strict=True)), add_system(system_in(row.fields), turns)
         return [Example(turns, *(texts.get(name, "") for name in names), source.path, row.number)]
 
     return read
@@ -319,3 +319,10 @@ def _with_field_name(function: Callable[[Turns], Any], turns: Turns, name: str) 
         return function(turns)
     except BadRow as error:
         raise BadRow(f"field {name!r} {error}") from error
+
+
+def _with_names(names: Sequence[str], function: Callable[[list[Turns]], Any], dialogues: list[Turns]) -> Any:
+    try:
+        return function(dialogues)
+    except BadRow as error:
+        raise BadRow(f"{' and '.join(names)} {error}") from error

@@ -23,7 +23,7 @@ from importlib import resources
 from pathlib import Path
 
 from rlhf_jax.config import parse_config
-from rlhf_jax.data.config import DataConfig, SourceConfig
+from rlhf_jax.data.config import SourceConfig
 from rlhf_jax.data.formats import READERS, EmptyField, MissingField, RowReader
 from rlhf_jax.data.records import BadRow, Example, Row, RowKind
 
@@ -101,11 +101,6 @@ def known_sets() -> Mapping[str, SourceConfig]:
         name.casefold(): parse_config(SourceConfig, {"path": name} | table, f"known_sets.toml, {name}")
         for name, table in tables.items()
     }
-
-
-def resolve(config: DataConfig) -> DataConfig:
-    """The configuration with the formats of all its sources resolved."""
-    return dataclasses.replace(config, sources=tuple(map(resolve_format, config.sources)))
 
 
 def resolve_format(source: SourceConfig) -> SourceConfig:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import tomllib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhf_jax.config import parse_config
-from rlhf_jax.data.config import DataConfig, SourceConfig
-from rlhf_jax.data.mapping import make_mapper, provides, resolve_format
+from rlhf_jax.data.config import SourceConfig
+from rlhf_jax.data.mapping import make_mapper, provides
 from rlhf_jax.data.records import Example, RowKind
-from rlhf_jax.data.sources import limit_of, place_of, read_rows
-
-FIELDS = {"messages": "messages", "conversations": "sharegpt", "instruction": "alpaca", "text": "text"}
-PROMPTS = ("prompt", "question", "query", "input", "text")
-ANSWERS = ("answer", "response", "completion", "output")
+from rlhf_jax.data.resolve import resolve_fields, rows_of
 
 
 def parse_place(text: str, option: str, *, as_prompts: bool = False) -> SourceConfig:
@@ -36,26 +30,7 @@ def parse_place(text: str, option: str, *, as_prompts: bool = False) -> SourceCo
         source = parse_config(SourceConfig, table, option)
     else:
         source = SourceConfig(text)
-    resolved = resolve_format(source)
-    if resolved != dataclasses.replace(source, format="fields"):
-        return resolved
-    fields = next(iter(rows_of(resolved))).fields
-    names = fields if isinstance(fields, dict) else {}
-    changed: dict[str, Any] = {}
-    if source == SourceConfig(source.path) and source.prompt not in names:
-        kind = next((kind for name, kind in FIELDS.items() if name in names), "")
-        if kind and not (as_prompts and kind == "text"):
-            return dataclasses.replace(source, format=kind)
-        changed["prompt"] = next((name for name in PROMPTS if name in names), source.prompt)
-    if not source.answer and source.chosen not in names:
-        changed["answer"] = next((name for name in ANSWERS if name in names), "")
-    return dataclasses.replace(resolved, **changed)
-
-
-def rows_of(source: SourceConfig) -> Iterator:
-    """The raw rows of a place, as many as its `limit` allows."""
-    place = place_of(source, DataConfig((source,)), held_out=False)
-    return itertools.islice(read_rows(**place), limit_of(source, place))
+    return resolve_fields(source, text_is_prompt=as_prompts)
 
 
 def kind_of(source: SourceConfig) -> RowKind:

@@ -24,6 +24,10 @@ class Turn(NamedTuple):
 Turns = tuple[Turn | tuple[str, str], ...]
 
 
+# The text of an answer; or the turns that continue a prompt, from the first of the assistant to the last.
+Reply = str | Turns
+
+
 class Dialogue(NamedTuple):
     """Turns, with the tools that the chat template is to describe."""
 
@@ -70,12 +74,18 @@ class Example:
     """A dialogue, or with `text` a document. Contents of messages are as written; other texts are trimmed."""
 
     turns: Turns  # the prompt; () for a document
-    answer: str  # what SFT learns; "" where absent
-    chosen: str  # the preference pair; "" where absent
-    rejected: str
+    answer: Reply  # what SFT learns; "" where absent
+    chosen: Reply  # the preference pair; "" where absent
+    rejected: Reply
     source: str  # path of the source
     row: int  # `Row.number`
     text: str = ""  # a document for SFT or mixture training, encoded without a template
-    extra: Mapping[str, Any] = field(default_factory=dict)  # `Turn.extra` of the answer
-    is_learned: bool = True  # `Turn.is_learned` of the answer
+    extra: Mapping[str, Any] = field(default_factory=dict)  # `Turn.extra` of an answer that is a text
+    is_learned: bool = True  # `Turn.is_learned` of it
     tools: tuple[dict[str, Any], ...] = ()  # `Dialogue.tools`
+
+    def continuation(self, reply: Reply) -> tuple[Turn, ...]:
+        """The turns of a reply after the prompt."""
+        if isinstance(reply, str):
+            return (Turn("assistant", reply, self.extra, self.is_learned),)
+        return tuple(Turn(*turn) for turn in reply)

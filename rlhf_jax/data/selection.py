@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data.cache import load_or_tokenize, withheld_keys
 from rlhf_jax.data.config import DataConfig, SourceConfig
-from rlhf_jax.data.mapping import make_mapper, provides, resolve
+from rlhf_jax.data.mapping import make_mapper, provides
 from rlhf_jax.data.mixture import draws_per_epoch
 from rlhf_jax.data.records import Example, RowKind, RowSpec
+from rlhf_jax.data.resolve import resolve
 from rlhf_jax.data.rows import Rows, SourceRows, pack_rows
 from rlhf_jax.data.sources import has_eval, read_rows
 from rlhf_jax.data.store import memory_store
@@ -161,7 +162,7 @@ def _assemble_rows(found: list[SourceRows | StreamRows], config: DataConfig, spe
         raise NoRows(
             f"{spec.share}: there are no rows to train on ({', '.join(reported)}): add rows, raise the stage's share "
             f"in data.split = {_split_text(config.split)}, lower data.held_out = {config.held_out}, raise "
-            "data.max_prompt_length, or name the fields that it needs in data.sources"
+            "data.max_prompt_length, name the fields that it needs in data.sources, or leave it out of run.stages"
         )
     if spec.pack_length:
         found = [pack_rows(part, spec.pack_length) for part in found]

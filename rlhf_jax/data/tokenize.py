@@ -180,16 +180,17 @@ def _reason_to_drop(example: Example, spec: RowSpec) -> str:
         return "" if example.text else "empty document"
     if not example.turns[-1][1].strip():
         return "empty prompt"
-    said = example.answer.strip() or example.extra.get("tool_calls")
-    pair = example.chosen.strip() and example.rejected.strip()
-    answers = {"demonstration": said, "pair": pair, "prompt": True}
-    if not answers[kind]:
+    replies = {"demonstration": [example.answer], "pair": [example.chosen, example.rejected], "prompt": []}[kind]
+    continuations = [example.continuation(reply) for reply in replies]
+    if not all(turns[-1].content.strip() or turns[-1].extra.get("tool_calls") for turns in continuations):
         return "empty answer"
     if kind == "pair" and example.chosen == example.rejected:
         return "chosen and rejected equal"
-    said = [Turn(*turn) for turn in example.turns if turn[0] == "assistant"] if spec.learn == "assistant" else []
-    if kind == "demonstration" and not (example.is_learned or any(turn.is_learned for turn in said)):
-        return "answer of weight 0"
+    if kind == "demonstration":
+        said = [Turn(*turn) for turn in (*example.turns, *continuations[0])]
+        said = said if spec.learn == "assistant" else said[-1:]
+        if not any(turn.role == "assistant" and turn.is_learned for turn in said):
+            return "answer of weight 0"
     return ""
 
 
@@ -199,20 +200,21 @@ def _encode_rows(examples: list[Example], tokenizer: PreTrainedTokenizerBase, sp
         nothing = np.zeros((0, 2), np.int32)
         prompts = encode_prompts(tokenizer, [Dialogue(example.turns, example.tools) for example in examples])
         return [[each if isinstance(each, ValueError) else Encoding(each, nothing)] for each in prompts]
-    answers = [[e.answer] if spec.kind == "demonstration" else [e.chosen, e.rejected] for e in examples]
-    dialogues = [
-        Dialogue((*e.turns, Turn("assistant", text, e.extra, e.is_learned)), e.tools)
-        for e, texts in zip(examples, answers, strict=True)
-        for text in texts
-    ]
-    encoded = encode_dialogues(tokenizer, dialogues, all_turns=spec.learn == "assistant")
+    replies = [[e.answer] if spec.kind == "demonstration" else [e.chosen, e.rejected] for e in examples]
+    parts = [(e, e.continuation(reply)) for e, each in zip(examples, replies, strict=True) for reply in each]
+    dialogues = [Dialogue((*e.turns, *turns), e.tools) for e, turns in parts]
+    if spec.kind == "demonstration":
+        encoded = encode_dialogues(tokenizer, dialogues, all_turns=spec.learn == "assistant")
+    else:  # all turns of the assistant from where the pair parts
+        first = [len(e.turns) for e, _ in parts]
+        encoded = encode_dialogues(tokenizer, dialogues, first=first)
     n = spec.per_row
     return [encoded[i * n : (i + 1) * n] for i in range(len(examples))]
 
 
 def _fit_lengths(row: list[Encoding], tokenizer: PreTrainedTokenizerBase, spec: RowSpec, config: DataConfig) -> Outcome:
     """The row cut to the maximum lengths, or why it is dropped."""
-    prompt = len(row[0].tokens) if spec.kind == "prompt" else int(row[0].spans[-1, 0])
+    prompt = len(row[0].tokens) if spec.kind == "prompt" else int(row[0].spans[0 if spec.kind == "pair" else -1, 0])
     longest = max(len(each.tokens) for each in row)
     if prompt > config.max_prompt_length and config.long_rows != "left":
         return f"prompt over {config.max_prompt_length} tokens"

@@ -79,7 +79,12 @@ def make_hf_config(new: NewModelConfig, vocab_size: int) -> dict[str, Any]:
 def make_tokenizer(model: ModelConfig, data: DataConfig, rows: RowSpec) -> PreTrainedTokenizerBase:
     """A tokenizer of model.new.vocab_size tokens, trained on these training rows."""
     examples = read_examples(data, rows, held_out=False)
-    texts = (text for e in examples for text in (*(said for _, said in e.turns), e.answer, e.text) if text)
+    texts = (
+        text
+        for e in examples
+        for text in (*(turn[1] for turn in (*e.turns, *e.continuation(e.answer))), e.text)
+        if text
+    )
     opened = itertools.chain([" Human:", " Assistant:"], texts)
     return prepare_tokenizer(train_tokenizer(opened, model.new.vocab_size), *data.rendering)
 

@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 from rlhf_jax.mesh import MeshConfig, make_mesh
+from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.families.containers import is_container, text_name
 from rlhf_jax.models.hub import check_absent, local_folder, read_json, replace_folder
 from rlhf_jax.models.pretrained import from_pretrained, has_scalar_head, reward_from_pretrained, save_pretrained
@@ -54,7 +55,8 @@ def import_model(
         return
     save_pretrained(model, destination, dtype=dtype or stored)
     kind = "reward model" if model.config.scalar_head else "language model"
-    count = sum(math.prod(leaf.shape) for leaf in model.params.values())
+    leaves, real = abstract_params(model.config.without_lora()).values(), {"vocab": model.config.vocab_size}
+    count = sum(math.prod(real.get(axis, n) for axis, n in zip(leaf.axes, leaf.shape, strict=True)) for leaf in leaves)
     LOGGER.info(f"wrote a {model.config.family} {kind} of {count:,} parameters, {dtype or stored}, to {destination}")
 
 

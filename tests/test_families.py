@@ -156,6 +156,22 @@ def test_buffers_and_heads_of_a_family_are_ignored_with_and_without_the_prefix()
     for buffer in ("h.0.attn.bias", "h.11.attn.masked_bias"):
         assert gpt2.fullmatch(buffer) and gpt2.fullmatch(f"transformer.{buffer}")
         assert not gpt2.fullmatch(f"model.{buffer}") and not gpt2.fullmatch(f"{buffer}.weight")
+    buffers = {
+        "opt": ("model.", "decoder.version"),  # of fairseq
+        "gpt_neo": ("transformer.", "h.3.attn.attention.bias", "h.3.attn.attention.masked_bias"),
+        "gptj": ("transformer.", "h.3.attn.bias", "h.3.attn.masked_bias"),
+        "codegen": ("transformer.", "h.3.attn.causal_mask"),
+        "gpt_neox": (
+            "gpt_neox.",
+            "layers.3.attention.bias",
+            "layers.3.attention.masked_bias",
+            "layers.3.attention.rotary_emb.inv_freq",
+        ),
+        "llama": ("model.", "layers.3.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq", "embeddings.position_ids"),
+    }
+    for name, (prefix, *old) in buffers.items():
+        ignored = ignored_names(decoder_config(VARIANTS[name], scalar_head=False))
+        assert all(ignored.fullmatch(each) and ignored.fullmatch(prefix + each) for each in old)
     for name, head in (("gpt_neox", "embed_out.weight"), ("gptj", "lm_head.bias")):
         scorer = decoder_config(GPTS[name], scalar_head=True)
         assert ignored_names(scorer).fullmatch(head)

@@ -130,7 +130,7 @@ def base_prefix(config: DecoderConfig) -> str:
 def ignored_names(config: DecoderConfig) -> re.Pattern[str]:
     """Names that a checkpoint may have besides `hf_tensors`: buffers, and a head that this model does not use."""
     family = FAMILIES[config.family]
-    names = [r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)", r"(.*\.)?position_ids"]
+    names = [r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)", r"(.*\.)?position_ids"]
     names += [rf"({re.escape(family.prefix)})?({family.buffers})"]
     if config.tied or config.scalar_head:
         unused = {"head/kernel", "head/bias"} - abstract_params(config).keys()

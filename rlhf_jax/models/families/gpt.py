@@ -199,7 +199,7 @@ def _gpt_neox(config: DecoderConfig, head: str = "embed_out") -> Tensors:
 
 _NEOX = family(_read_gpt_neox, _gpt_neox, "GPTNeoX", "gpt_neox.", rf"layers\.\d+\.attention\.{_BUFFERS}")
 FAMILIES = {
-    "opt": family(_read_opt, _opt, "OPT"),
+    "opt": family(_read_opt, _opt, "OPT", buffers=r"decoder\.version"),
     "gpt2": dataclasses.replace(
         family(_read_gpt2, _gpt2, "GPT2", "transformer.", rf"h\.\d+\.attn\.{_BUFFERS}"), causal="GPT2LMHeadModel"
     ),

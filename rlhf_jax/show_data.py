@@ -35,6 +35,7 @@ share: rows whose prompt belongs to the stage, or is held out; dropped: those of
 given; used: the others; cut: used rows that were truncated; median, 95% and longest: tokens of a sequence;
 tokens: of all sequences together\
 """
+UNWRITTEN = "not written by the chat template (data.template gives another), used without it:"
 COUNTS = ("share", "dropped", "used", "cut", "median", "95%", "longest", "tokens")
 NAME, WIDTH = 32, 8  # characters of a source's name and of a column in a table
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters of a terminal
@@ -142,19 +143,20 @@ def stage_table(serving: Sequence[str], rows: Rows | NoRows, held_out: bool) -> 
     title = "held out" if held_out else "training"
     if isinstance(rows, NoRows):
         return [f"  {title}: {rows}"]
-    lines, reasons = [f"  {title}"], dict[str, Counter[str]]()
+    lines, reasons = [f"  {title}"], dict[tuple[str, str], Counter[str]]()
     counts = np.zeros(4, int)
     for name, part in zip(serving, rows.parts, strict=True):
         row = np.array([part.stats.share, sum(part.stats.dropped.values()), len(part), part.cut])
         lines.append(_line(name, row, part.lengths.reshape(-1)))
         counts += row
-        for why, count in sorted(part.stats.dropped.items()):
-            reasons.setdefault(why, Counter())[name.split()[0]] = count
+        for label, found in (("dropped:", part.stats.dropped), (UNWRITTEN, part.stats.unwritten)):
+            for why, count in sorted(found.items()):
+                reasons.setdefault((label, why), Counter())[name.split()[0]] = count
     if len(rows.parts) > 1:
         lines.append(_line("all", counts, np.concatenate([part.lengths.reshape(-1) for part in rows.parts])))
-    for why, of in reasons.items():
+    for (label, why), of in sorted(reasons.items(), key=lambda each: each[0][0] == UNWRITTEN):
         by = f" ({', '.join(f'{count:,} of {number}' for number, count in of.items())})" if len(serving) > 1 else ""
-        lines.append(f"    dropped: {of.total():,} {why}{by}")
+        lines.append(f"    {label} {of.total():,} {why}{by}")
     return lines
 
 

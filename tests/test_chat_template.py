@@ -367,6 +367,8 @@ def test_reasoning_tools_and_calls_that_a_template_does_not_write_are_refused():
     ):
         (found,) = encode_dialogues(CHATML_LIKE, [dialogue])
         assert f"the chat template does not write the {name} that the row has" in str(found)
+    (found,) = encode_dialogues(tokenizer_of("qwen3"), [(*QUESTION, Turn("assistant", "7.", {"reasoning": "\ud800"}))])
+    assert "a field of its messages or tools holds a lone surrogate" in str(found)
     named = (*QUESTION, Turn("assistant", "7.", {"id": 3}))
     (found,) = encode_dialogues(CHATML_LIKE, [named])
     assert CHATML_LIKE.decode(found.tokens).endswith("assistant\n7.<|im_end|>")

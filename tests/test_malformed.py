@@ -146,8 +146,8 @@ ROLES = {
         "has an invalid message 2: its role 'narrator'",
     ),
     "a function call": (
-        [message("user", "q"), message("assistant", "") | {"function_call": {"name": "f"}}],
-        "has an invalid message 2: it calls a function",
+        [message("user", "q"), message("assistant", "") | {"function_call": {"name": 3}}],
+        "has an invalid message 2: it must call functions",
     ),
     "no content": ([message("user", "q"), message("assistant", None)], "its content must be text, not NoneType"),
     "an image": (

@@ -337,10 +337,19 @@ CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name
 UNFIT = {
     "a tool last": ([ASK, CALL, TOOL], "has no assistant turn that answers a user turn"),
     "a weight between": ([ASK, CALL | {"weight": 0.5}], "message 2: its weight must be 0 or 1"),
-    "a function": ([ASK, {"role": "function", "content": "x"}], "its role 'function' is none of"),
-    "an old call": (
-        [ASK, {"role": "assistant", "content": None, "function_call": {"name": "f"}}],
-        "it calls a function",
+    "a narrator": ([ASK, {"role": "narrator", "content": "x"}], "its role 'narrator' is none of"),
+    "a call that is text": (
+        [ASK, {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "x"}}],
+        "it must call functions as {",
+    ),
+    "a call without a name": ([ASK, {"from": "function_call", "value": '{"arguments": {}}'}], "it must call functions"),
+    "a call of a list": (
+        [ASK, {"from": "function_call", "value": '{"name": "f", "arguments": [1]}'}],
+        "it must call functions",
+    ),
+    "both calls": (
+        [ASK, {"role": "assistant", "function_call": {"name": "f"}, "tool_calls": [{"function": {"name": "g"}}]}],
+        "it has both function_call and tool_calls",
     ),
     "null": ([ASK, {"role": "assistant", "content": None}], "its content must be text, not NoneType"),
     "an image": (
@@ -386,6 +395,31 @@ def test_messages_keep_their_whitespace_and_what_a_template_reads_besides_conten
     (pair,) = examples({"prompt": "Complete:\n", "chosen": [thought], "rejected": "b"}, "pair")
     assert pair.chosen == (Turn("assistant", "    return 7\n", {"reasoning_content": "I add."}),)
     assert (pair.rejected, pair.turns) == ("b", (("user", "Complete:"),))
+
+
+def test_calls_of_functions_in_the_formats_before_tool_calls_are_the_same_dialogue():
+    called, found = Turn("assistant", "", {"tool_calls": [call("f", {"city": "Oslo"})]}), ("tool", "21 C")
+    arguments, function = '{"city": "Oslo"}', {"name": "f", "parameters": {"type": "object"}}
+    tools = ({"type": "function", "function": function},)
+    openai = [ASK, {"role": "assistant", "function_call": {"name": "f", "arguments": arguments}}]
+    openai += [{"role": "function", "name": "f", "content": "21 C"}, {"role": "assistant", "content": "Warm."}]
+    (old,) = examples({"messages": openai, "functions": [function]}, form="messages")
+    assert old.turns == (("user", "q"), called, Turn("tool", "21 C", {"name": "f"})) and old.tools == tools
+    for value in (f'{{"name": "f", "arguments": {arguments}}}', json.dumps({"name": "f", "arguments": arguments})):
+        said = [("human", "q"), ("function_call", value), ("observation", "21 C"), ("gpt", "Warm.")]
+        rows = {"conversations": [{"from": role, "value": text} for role, text in said]}
+        for listed in ([function], json.dumps([function]), list(tools), json.dumps(tools)):
+            (row,) = examples(rows | {"tools": listed}, form="sharegpt")
+            assert (row.turns, row.answer, row.tools) == ((("user", "q"), called, found), "Warm.", tools)
+    thought = '<think>Two.</think>\n[{"name": "f", "arguments": {"city": "Oslo"}}, {"name": "g"}]'
+    rows = {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": thought}]}
+    (row,) = examples(rows | {"tools": ""}, form="sharegpt")
+    calls = [call("f", {"city": "Oslo"}), call("g", {})]
+    assert (row.answer, row.extra, row.tools) == ("<think>Two.</think>", {"tool_calls": calls}, ())
+
+
+def call(name: str, arguments: dict) -> dict:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 PARTED = [

@@ -139,6 +139,19 @@ def test_reasons_for_dropping_rows_are_reported_by_source(tmp_path, write_jsonl)
     assert "dropped: 5 repeated prompt (5 of 2)" in text  # q0 to q3, and p
 
 
+def test_keys_of_messages_that_the_template_does_not_write_are_reported_by_source(tmp_path, write_jsonl):
+    def rows(count: int, **more) -> list[dict]:
+        answer = {"role": "assistant", "content": "a"}
+        return [{"messages": [{"role": "user", "content": f"q{i}", **more}, answer]} for i in range(count)]
+
+    files = [write_jsonl(rows(3, name="Ada"), "one.jsonl"), write_jsonl(rows(5, name="Bo", id="{x}"), "two.jsonl")]
+    sources = [SourceConfig(str(path), format="messages") for path in files]
+    text = printed_text(recipe_of(tmp_path, *sources, split="1,0,0", held_out=0.0, max_bad_rows=0))
+    label = "    not written by the chat template (data.template gives another), used without it:"
+    assert f"{label} 8 name (3 of 1, 5 of 2)\n" in text and f"{label} 5 id (5 of 2)\n" in text
+    assert "    dropped: " not in text
+
+
 def test_prompts_held_out_by_another_source_are_reported(tmp_path, write_jsonl):
     held = write_jsonl(pairs(4), "held.jsonl")
     source = SourceConfig(str(write_jsonl(pairs(30))), eval_path=str(held))

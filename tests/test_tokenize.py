@@ -1,16 +1,18 @@
 """Examples to token rows: masks, truncation and dropped rows by hand."""
 
+import copy
 import dataclasses
 
 import numpy as np
 import pytest
+from chat_templates import tokenizer_of
 from row_specs import SPECS
 from tiny_tokenizer import chatml_like, gpt2_like, llama_like, opt_like
 
 from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.chat_template import encode_prompt, encode_response, prepare_tokenizer
 from rlhf_jax.data.config import DataConfig, SourceConfig
-from rlhf_jax.data.records import Example
+from rlhf_jax.data.records import Example, Turn
 from rlhf_jax.data.rows import Rows
 from rlhf_jax.data.selection import rows_from_examples
 
@@ -183,3 +185,33 @@ def test_an_example_rejected_by_the_template_is_reported():
         ValueError, match="x.jsonl, row 7: the tokenizer's chat template refuses a dialogue: user first"
     ):
         rows_from_examples([bad], CONFIG, prepare_tokenizer(gpt2_like(chat_template=strict)), SPECS["sft"])
+
+
+def test_what_a_chat_template_leaves_out_of_a_row_is_counted_by_its_name():
+    named = (
+        "{% for m in messages %}{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}:\n{{ m.content }}{{ eos_token }}"
+    )
+    named += "{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
+    asked, thought = Turn("user", "q", {"name": "Ada", "id": 7}), "<think>\nI add.\n</think>\n\n7."
+    rows = [
+        Example((asked,), "7.", "", "", "x.jsonl", 1),
+        Example((("user", "r"),), thought, "", "", "x.jsonl", 2),
+        Example((asked, ("assistant", "a"), ("user", "s")), "7.", "", "", "x.jsonl", 3, extra={"cost": {"usd": 1}}),
+        Example((("user", "t"), ("assistant", thought), ("user", "u")), "7.", "", "", "x.jsonl", 4),
+        Example((("user", ""),), thought, "", "", "x.jsonl", 5, extra={"id": 8}),  # is dropped
+    ]
+    both, thoughts = {"id": 2, "name": 2, "cost": 1}, {"reasoning of answers": 1}
+    last, all_turns = SPECS["sft"], dataclasses.replace(SPECS["sft"], learn="assistant")
+    for name, spec, expected in (
+        (gpt2_like(chat_template=named), last, {"id": 2, "cost": 1}),
+        (chatml_like(), last, both),
+        (tokenizer_of("qwen3"), last, both),
+        (tokenizer_of("qwen3"), all_turns, both | thoughts),  # it leaves out reasoning of earlier answers
+        (tokenizer_of("r1"), last, both | thoughts),
+        (tokenizer_of("r1"), all_turns, both | {"reasoning of answers": 2}),
+    ):
+        found = rows_from_examples(rows, CONFIG, prepare_tokenizer(copy.deepcopy(name)), spec)
+        assert found.parts[0].stats.unwritten == expected
+    assert (
+        "2 without their reasoning of answers, which the chat template does not write (data.template)" in found.report
+    )

@@ -255,6 +255,10 @@ def _check_fields(tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str | Fa
     """The text, or a Failure if the chat has reasoning, tools or calls of them that the template does not read."""
     if not chat.tools and all(len(message) == 2 for message in chat.messages):
         return text
+    try:
+        str(text).encode()
+    except UnicodeEncodeError:
+        return ValueError("a field of its messages or tools holds a lone surrogate, as in truncated text")
     template = str(tokenizer.chat_template)
     given = {key for message in chat.messages for key, value in message.items() if value}
     for names in (REASONING, ("tool_calls",), ("tools",)):
@@ -265,6 +269,35 @@ def _check_fields(tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str | Fa
                 "template that does (data.template), or remove them"
             )
     return text
+
+
+def find_unwritten(
+    tokenizer: PreTrainedTokenizerBase, dialogue: Turns | Dialogue, first: int | None = None
+) -> list[str]:
+    """The parts of a dialogue that its text lacks, keys of messages and "reasoning of answers"; [] if there is no text.
+
+    A key is lacking if the text is the same without it, and a reasoning, from turn `first` on, if the text has it
+    nowhere. `_check_fields` refuses those that a template never writes.
+    """
+    turns, tools = _dialogue(dialogue)
+    said = [t for t in turns[first:] if t.role == "assistant" and t.is_learned] if first is not None else []
+    thoughts = [str(turn.extra.get(name) or "").strip() for turn in said for name in REASONING]
+    thoughts += [turn.content.rpartition("</think>")[0].replace("<think>", "").strip() for turn in said]
+    keys = {key for turn in turns for key, value in turn.extra.items() if value} - {*REASONING, "tool_calls"}
+    if not keys and not any(thoughts):
+        return []
+    messages, opened = _chat(Dialogue(turns)).messages, turns[-1].role != "assistant"
+
+    def render_without(left_out: set[str]) -> str | Failure:
+        kept = [{key: value for key, value in message.items() if key not in left_out} for message in messages]
+        return render(tokenizer, [Chat(kept, tools)], opened=opened)[0]
+
+    whole = render_without(set())
+    if isinstance(whole, ValueError):
+        return []
+    if keys and render_without(keys) != whole:
+        keys = {key for key in keys if render_without({key}) == whole}
+    return sorted(keys) + ["reasoning of answers"] * any(thought not in whole for thought in thoughts)
 
 
 def _find_spans(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from rlhf_jax.data.records import BadRow, Reply, Turn, Turns
@@ -18,7 +18,8 @@ SPEAKERS = ("\n\nHuman:", "\n\nAssistant:")  # those of hh-rlhf, and of SourceCo
 ROLES = {"system": "system", "developer": "system"}
 ROLES |= dict.fromkeys(("user", "human", "prompter"), "user")
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant")
-ROLES |= dict.fromkeys(("tool", "observation"), "tool")
+ROLES |= dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response", "ipython"), "tool")
+ROLES |= dict.fromkeys(("function_call", "tool_call"), "call")  # of the assistant, whose text is JSON of its calls
 
 
 def check_text(value: Any) -> str:
@@ -37,21 +38,51 @@ def parse_messages(messages: Any) -> Turns:
     """[{"role", "content"}, ...] or [{"from", "value"}, ...] as turns.
 
     Other fields of a message, such as tool_calls, are kept for the chat template. With "weight": 0 or "train": false
-    a turn is not learned. BadRow for an unknown role, content that is not text (a list of parts of type "text" is: they
-    are joined unchanged), and what `merge_turns` rejects.
+    a turn is not learned. What came before tool_calls becomes them: OpenAI's `function_call` with its role "function",
+    and the roles "function_call" and "observation" of LLaMA-Factory. BadRow for an unknown role, content that is not
+    text (a list of parts of type "text" is: they are joined unchanged), and what `merge_turns` rejects.
     """
     return merge_turns(_pairs(messages))
 
 
-def parse_tools(tools: Any) -> tuple[dict[str, Any], ...]:
-    """Descriptions of tools: objects, or JSON text of them; none for a null. BadRow for anything else."""
+def parse_tools(fields: Mapping[str, Any], form: str) -> tuple[dict[str, Any], ...]:
+    """Descriptions of tools in the field tools, or functions in place of it: objects, or JSON text of them; or none.
+
+    Functions by themselves, which are in `functions`, and in the `tools` of the format sharegpt as LLaMA-Factory has
+    it, become tools of the type "function". BadRow for anything else.
+    """
+    name = "tools" if fields.get("tools") else "functions"
+    tools = fields.get(name)
     try:
         tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
-    except ValueError as error:
-        raise BadRow(f"field 'tools' must be a list of objects, or JSON text of one: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"field {name!r} must be a list of objects, or JSON text of one: {error}") from error
     if not isinstance(tools or [], list) or not all(isinstance(each, dict) for each in tools or []):
-        raise BadRow("field 'tools' must be a list of objects, or JSON text of one")
-    return tuple(tools or ())
+        raise BadRow(f"field {name!r} must be a list of objects, or JSON text of one")
+    is_bare = name == "functions" or form == "sharegpt"
+    bare = [is_bare and "name" in each and "function" not in each for each in tools or ()]
+    return tuple(_as_function(each) if one else each for each, one in zip(tools or (), bare, strict=True))
+
+
+def _as_function(function: dict[str, Any]) -> dict[str, Any]:
+    """A function, or a call of one, as a tool, or an item of tool_calls."""
+    return {"type": "function", "function": function}
+
+
+def _parse_calls(calls: Any) -> list[dict[str, Any]]:
+    """tool_calls of one {"name", "arguments"}, or of a list of them; they and their arguments may be JSON text."""
+    found = []
+    try:
+        calls = json.loads(calls) if isinstance(calls, str) else calls
+        for call in calls if isinstance(calls, list) else [calls]:
+            name, arguments = check_text(call["name"]), call.get("arguments") or {}
+            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+            found.append(_as_function({"name": name, "arguments": {**arguments}}))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise BadRow(
+            'it must call functions as {"name": …, "arguments": {…}}, or a list of them, or JSON text'
+        ) from error
+    return found
 
 
 def parse_prompt(value: Any) -> Turns:
@@ -244,20 +275,26 @@ def _pair(message: Any) -> Turn | tuple[str, str]:
         role, content = ROLES[message["role"]], message["content"]
     except (KeyError, TypeError):
         role, content = _other_spelling(message)
-    if len(message) > 2 and message.get("function_call"):
-        raise BadRow("it calls a function by function_call, which no template here writes; tool_calls can be read")
+    extra: dict[str, Any] = {}
+    if len(message) > 2 or content is None:
+        extra = {key: value for key, value in message.items() if key not in _NO_EXTRA and value is not None}
+        if message.get("function_call"):
+            if extra.get("tool_calls"):
+                raise BadRow("it has both function_call and tool_calls: keep one of them")
+            extra["tool_calls"] = _parse_calls(message["function_call"])
+    if role == "call":
+        thought, calls = _THOUGHT.fullmatch(content).groups("") if isinstance(content, str) else ("", content)
+        role, content, extra["tool_calls"] = "assistant", thought, _parse_calls(calls)
     if isinstance(content, list):
         content = "".join(map(_part_text, content))
-    if content is None and len(message) > 2 and message.get("tool_calls"):
+    if content is None and extra.get("tool_calls"):
         content = ""
     try:
         content = check_text(content)
     except BadRow as error:
         raise BadRow(f"its content {error}") from error
-    if len(message) == 2:
+    if len(message) == 2 and not extra:
         return role, content
-    left_out = ("role", "content", "from", "value", "weight", "train")
-    extra = {key: value for key, value in message.items() if key not in left_out and value is not None}
     weight, train = message.get("weight"), message.get("train")
     if weight not in (None, 0, 1) or train not in (None, False, True):
         raise BadRow(f"its weight must be 0 or 1, and its train false or true, not {weight!r} and {train!r}")
@@ -265,11 +302,16 @@ def _pair(message: Any) -> Turn | tuple[str, str]:
     return Turn(role, content, extra, is_learned) if extra or not is_learned else (role, content)
 
 
+_NO_EXTRA = ("role", "content", "from", "value", "weight", "train", "function_call")
+_THOUGHT = re.compile(r"\s*(<think>.*?</think>)?(.*)", re.DOTALL)  # before calls that are text
+
+
 def _other_spelling(message: Any) -> tuple[str, Any]:
     if not isinstance(message, dict):
         raise BadRow(f"it must be an object, not {type(message).__name__}")
     for speaker, content in (("role", "content"), ("from", "value"), ("role", "value"), ("from", "content")):
-        if speaker in message and (content in message or (content == "content" and message.get("tool_calls"))):
+        is_call = content == "content" and any(map(message.get, ("tool_calls", "function_call")))
+        if speaker in message and (content in message or is_call):
             role = str(message[speaker]).strip().lower()
             if role not in ROLES:
                 raise BadRow(f"its role {message[speaker]!r} is none of {', '.join(ROLES)}")

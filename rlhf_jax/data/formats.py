@@ -121,7 +121,7 @@ def _fields_reader(source: SourceConfig, kind: RowKind) -> RowReader:
         turns = () if is_whole and picked(fields) is MISSING else prompt_in(fields)  # a dialogue has its own prompt
         if tuple in (type(answer), type(chosen), type(rejected)):
             turns, (answer, chosen, rejected) = _join_replies(turns, (answer, chosen, rejected), names, needed)
-        turns, tools = add_system(system_in(fields), turns), parse_tools(fields.get("tools"))
+        turns, tools = add_system(system_in(fields), turns), parse_tools(fields, source.format)
         return [Example(turns, answer, chosen, rejected, source.path, row.number, tools=tools)]
 
     return read
@@ -195,7 +195,7 @@ def _messages_reader(source: SourceConfig, kind: RowKind) -> RowReader:
 
     def read(row: Row) -> list[Example]:
         turns = add_system(system_in(row.fields), turns_in(row.fields))
-        tools = parse_tools(row.fields.get("tools"))
+        tools = parse_tools(row.fields, source.format)
         if kind == "prompt" and turns and not any(turn[0] == "assistant" for turn in turns):
             return [Example(_with_field_name(check_prompt, turns, name), "", "", "", path, row.number, tools=tools)]
         before, answer = _with_field_name(split_answer, turns, name)

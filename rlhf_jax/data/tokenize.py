@@ -21,10 +21,17 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import splits
-from rlhf_jax.data.chat_template import Encoding, check_ids, encode_dialogues, encode_documents, encode_prompts
+from rlhf_jax.data.chat_template import (
+    Encoding,
+    check_ids,
+    encode_dialogues,
+    encode_documents,
+    encode_prompts,
+    find_unwritten,
+)
 from rlhf_jax.data.config import DataConfig, SourceConfig
 from rlhf_jax.data.mapping import make_mapper
-from rlhf_jax.data.records import BadRow, Dialogue, Example, Row, RowSpec, Turn, Turns
+from rlhf_jax.data.records import BadRow, Dialogue, Example, Row, RowKind, RowSpec, Turn, Turns
 from rlhf_jax.data.sources import has_eval, limit_of, place_of
 from rlhf_jax.data.store import record_batch
 
@@ -80,6 +87,7 @@ class RowStats:
     rows: int = 0  # read, whatever their use
     share: int = 0  # examples whose prompts belong here; they are kept unless dropped
     dropped: dict[str, int] = field(default_factory=dict)  # {why: examples}
+    unwritten: dict[str, int] = field(default_factory=dict)  # {what the chat template leaves out: kept examples}
     bad: int = 0  # rows, whatever their prompts
     bad_shown: tuple[str, ...] = ()  # messages of the first of them
 
@@ -88,6 +96,7 @@ class RowStats:
             self.rows + other.rows,
             self.share + other.share,
             dict(Counter(self.dropped) + Counter(other.dropped)),
+            dict(Counter(self.unwritten) + Counter(other.unwritten)),
             self.bad + other.bad,
             (*self.bad_shown, *other.bad_shown)[:MAX_SHOWN],
         )
@@ -135,7 +144,9 @@ def encode_rows(
     for side in (False, True):
         here = [each for i, each in found.items() if held[i] == side and not isinstance(each, ValueError)]
         dropped = dict(Counter(each for each in here if isinstance(each, str)))
-        tallies.append(RowStats(0, len(here), dropped, len(bad), tuple(bad[:MAX_SHOWN])))
+        kept = [examples[i] for i, each in found.items() if held[i] == side and isinstance(each, list)]
+        unwritten = dict(Counter(name for example in kept for name in _unwritten(example, job.tokenizer, job.spec)))
+        tallies.append(RowStats(0, len(here), dropped, unwritten, len(bad), tuple(bad[:MAX_SHOWN])))
     kept = [(i, *row) for i, each in found.items() if isinstance(each, list) for row in each]
     batch = record_batch(
         [sequence for _, sequences, _ in kept for sequence in sequences],
@@ -194,19 +205,33 @@ def _reason_to_drop(example: Example, spec: RowSpec) -> str:
     return ""
 
 
+def _dialogues(example: Example, kind: RowKind) -> list[Dialogue]:
+    """The dialogues of a row of this kind, one or two; of prompts up to the question."""
+    replies = {"demonstration": [example.answer], "pair": [example.chosen, example.rejected], "prompt": []}[kind]
+    whole = [(*example.turns, *example.continuation(reply)) for reply in replies] or [example.turns]
+    return [Dialogue(turns, example.tools) for turns in whole]
+
+
+def _unwritten(example: Example, tokenizer: PreTrainedTokenizerBase, spec: RowSpec) -> set[str]:
+    """What the chat template leaves out of the dialogues of an example, in words."""
+    found: set[str] = set()
+    for dialogue in _dialogues(example, spec.kind) if example.turns else ():
+        last = len(dialogue.turns) - 1 if spec.kind == "demonstration" else len(example.turns)
+        found.update(find_unwritten(tokenizer, dialogue, 0 if spec.learn == "assistant" else last))
+    return found
+
+
 def _encode_rows(examples: list[Example], tokenizer: PreTrainedTokenizerBase, spec: RowSpec) -> list[list]:
     """For each example its whole sequences, or errors in their place."""
+    dialogues = [each for example in examples for each in _dialogues(example, spec.kind)]
     if spec.kind == "prompt":
         nothing = np.zeros((0, 2), np.int32)
-        prompts = encode_prompts(tokenizer, [Dialogue(example.turns, example.tools) for example in examples])
+        prompts = encode_prompts(tokenizer, dialogues)
         return [[each if isinstance(each, ValueError) else Encoding(each, nothing)] for each in prompts]
-    replies = [[e.answer] if spec.kind == "demonstration" else [e.chosen, e.rejected] for e in examples]
-    parts = [(e, e.continuation(reply)) for e, each in zip(examples, replies, strict=True) for reply in each]
-    dialogues = [Dialogue((*e.turns, *turns), e.tools) for e, turns in parts]
     if spec.kind == "demonstration":
         encoded = encode_dialogues(tokenizer, dialogues, all_turns=spec.learn == "assistant")
     else:  # all turns of the assistant from where the pair parts
-        first = [len(e.turns) for e, _ in parts]
+        first = [len(example.turns) for example in examples for _ in range(spec.per_row)]
         encoded = encode_dialogues(tokenizer, dialogues, first=first)
     n = spec.per_row
     return [encoded[i * n : (i + 1) * n] for i in range(len(examples))]

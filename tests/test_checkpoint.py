@@ -1,3 +1,5 @@
+import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -10,7 +12,9 @@ import numpy as np
 import optax
 import pytest
 
+import rlhf_jax.checkpoint
 from rlhf_jax.checkpoint import Checkpoints
+from rlhf_jax.checkpoint_files import MANIFEST
 from rlhf_jax.trees import record
 
 
@@ -254,24 +258,7 @@ def truncate(folder):
     os.truncate(largest, 10)
 
 
-def remove(name):
-    return lambda folder: [path.unlink() for path in folder.rglob(name)]
-
-
-def empty(name):
-    return lambda folder: [path.write_bytes(b"") for path in folder.rglob(name)]
-
-
-DAMAGES = {
-    "cut short": truncate,
-    "no array data": remove("manifest.ocdbt"),
-    "empty array data": empty("manifest.ocdbt"),
-    "no tree": remove("_METADATA"),
-    "empty tree": empty("_METADATA"),
-    "no state": lambda folder: shutil.rmtree(folder / "state"),
-    "no meta": lambda folder: shutil.rmtree(folder / "meta"),
-    "empty meta": empty("metadata"),
-}
+DAMAGES = {"cut short": truncate, "no state": lambda folder: shutil.rmtree(folder / "state")}
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
@@ -282,7 +269,7 @@ def test_the_newest_checkpoint_that_can_be_read_is_used(tmp_path, caplog, damage
         step, state, meta = checkpoints.restore_newest({"x": jnp.zeros(4096)})
         assert (step, meta) == (4, {"step": 4}) and np.array_equal(state["x"], 4 * NOISE)
         (message,) = [record.getMessage() for record in caplog.records if record.name == "rlhf_jax.checkpoint"]
-        assert f"checkpoint {tmp_path / '6'} is damaged (" in message
+        assert message.startswith(f"checkpoint {tmp_path / '6'} is damaged (")
         assert message.endswith("): renamed to damaged-6, and the checkpoint of step 4 is used") and "\n" not in message
         checkpoints.save(5, state, {"step": 5})
         checkpoints.save(6, state, {"step": 6})
@@ -310,3 +297,114 @@ def test_a_state_of_another_shape_is_no_damage_and_a_new_folder_has_no_newest(tm
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match="does not fit this model"):
         checkpoints.restore_newest({"x": jnp.zeros(5)})
     assert (tmp_path / "4").exists()
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """A folder with the checkpoints of steps 2 and 4; copied, never changed."""
+    folder = tmp_path_factory.mktemp("two_steps")
+    save_steps(folder, 2, 4)
+    return folder
+
+
+def flip_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def add_file(path):
+    path.with_name("extra").write_bytes(b"x")
+
+
+def newest_of(folder):
+    with Checkpoints(folder, keep=5) as checkpoints:
+        return checkpoints.newest_intact()
+
+
+@pytest.mark.parametrize("damage", [flip_bit, cut, os.remove, add_file], ids=["flipped", "cut", "missing", "extra"])
+def test_damage_to_any_file_of_a_checkpoint_is_found_and_the_file_is_named(two_steps, tmp_path, caplog, damage):
+    files = [path.relative_to(two_steps / "4") for path in sorted((two_steps / "4").rglob("*")) if path.is_file()]
+    assert len(files) > 10 and MANIFEST in map(str, files)
+    for number, name in enumerate(files):
+        folder = tmp_path / str(number)
+        shutil.copytree(two_steps, folder)
+        damage(folder / "4" / name)
+        caplog.clear()
+        assert newest_of(folder) == 2
+        is_incomplete = str(name) == MANIFEST and damage is os.remove
+        kept = f"{'incomplete' if is_incomplete else 'damaged'}-4"
+        assert (folder / kept).is_dir() and not (folder / "4").exists()
+        (message,) = [record.getMessage() for record in caplog.records if record.name == "rlhf_jax.checkpoint"]
+        assert str(name.with_name("extra") if damage is add_file else name) in message and "\n" not in message
+        assert message.endswith(f"renamed to {kept}, and the checkpoint of step 2 is used")
+
+
+def test_a_save_killed_before_its_checksums_are_complete_is_skipped_and_nothing_older_was_deleted(tmp_path, caplog):
+    program = """
+        import os, sys
+        import jax.numpy as jnp
+        import rlhf_jax.checkpoint
+        from rlhf_jax.checkpoint import Checkpoints
+
+        checkpoints = Checkpoints(sys.argv[1], keep=1)
+        checkpoints.save(1, {"x": jnp.full(4, 1)}, {})
+        checkpoints.wait()
+        rlhf_jax.checkpoint.write_manifest = lambda *_: os._exit(9)
+        checkpoints.save(2, {"x": jnp.full(4, 2)}, {})
+        checkpoints.wait()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
+    assert subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, timeout=120).returncode == 9
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        step, state, _ = checkpoints.restore_newest({"x": jnp.zeros(4, int)})
+        assert step == 1 and state["x"].tolist() == [1, 1, 1, 1]
+        assert "checkpoint of step 1 is used" in caplog.text and "its save did not end" in caplog.text
+        checkpoints.save(2, state, {})
+    assert {path.name for path in tmp_path.iterdir()} == {"2", "incomplete-2"}
+
+
+def test_where_the_only_save_did_not_end_there_is_no_checkpoint(two_steps, tmp_path, caplog):
+    shutil.copytree(two_steps / "2", tmp_path / "run" / "2")
+    (tmp_path / "run" / "2" / MANIFEST).unlink()
+    assert newest_of(tmp_path / "run") is None
+    assert "the stage starts over" in caplog.text
+
+
+def test_a_failed_save_is_raised_and_deletes_nothing(two_steps, tmp_path, monkeypatch):
+    shutil.copytree(two_steps, tmp_path / "run")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(rlhf_jax.checkpoint, "write_manifest", fail)
+    checkpoints = Checkpoints(tmp_path / "run", keep=1)
+    checkpoints.save(6, {"x": jnp.asarray(NOISE)}, {})
+    with pytest.raises(OSError, match="No space left on device"):
+        checkpoints.close()
+    assert newest_of(tmp_path / "run") == 4
+
+
+@pytest.mark.parametrize(("keep_best", "expected"), [("loss", {"3", "5"}), ("-loss", {"1", "5"}), ("kl", {"5"})])
+def test_the_best_checkpoint_by_a_metric_is_kept_too(tmp_path, keep_best, expected):
+    losses = {1: 3.0, 2: 2.5, 3: 2.0}
+    with Checkpoints(tmp_path, keep=1, keep_best=keep_best) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, {"x": jnp.zeros(1)}, {}, {"loss": losses[step]})
+    with Checkpoints(tmp_path, keep=1, keep_best=keep_best) as checkpoints:  # the values are those in the folder
+        for step in (4, 5):
+            checkpoints.save(step, {"x": jnp.zeros(1)}, {}, {"loss": 2.2} if step == 4 else {})
+        assert checkpoints.save_seconds > 0
+    assert {path.name for path in tmp_path.iterdir()} == expected
+
+
+def test_the_checksums_are_those_of_sha256sum(two_steps):
+    manifest = json.loads((two_steps / "4" / MANIFEST).read_text())
+    for name, (size, digest) in manifest["files"].items():
+        content = (two_steps / "4" / name).read_bytes()
+        assert (size, digest) == (len(content), hashlib.sha256(content).hexdigest())

@@ -45,10 +45,11 @@ def train_loop(
     """
     run, stage = context.run, context.name
 
-    def measure(step: int) -> None:
+    def measure(step: int) -> Mapping[str, float]:
         if held_out := evaluate(state):
             metrics.write(step, held_out)
             LOGGER.info(f"{stage} {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in held_out.items()))
+        return held_out
 
     def log(step: int, stats: Mapping[str, Any]) -> None:
         # Values that are not finite are always written, which stops the run before they reach a checkpoint.
@@ -57,13 +58,14 @@ def train_loop(
             metrics.write(step, stats)
         metrics.advance(step, {name: stats[name] for name in headline})
 
-    with Checkpoints(context.folder / "checkpoints") as checkpoints:
-        start = 0
-        if checkpoints.latest_step():
+    kept = dict(keep=run.keep, keep_best=run.keep_best)
+    with Checkpoints(context.folder / "checkpoints", **kept) as checkpoints:
+        start = checkpoints.newest_intact() or 0
+        if start:
             abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
             # Freed before the saved arrays are read: the caller may hold these too, and memory may fit only one state.
             jax.tree.map(lambda x: x.delete(), state)
-            start, state, meta = checkpoints.restore_newest(abstract)
+            state, meta = checkpoints.restore(start, abstract)
             if meta["data"] != rows.fingerprint:
                 fix = f"restore it, choose another run.dir, or delete {context.folder} to restart the stage"
                 raise ValueError(f"{stage}: the training data is no longer what the first {start} steps saw: {fix}")
@@ -86,8 +88,8 @@ def train_loop(
                 if is_measured or is_saved:
                     log(*unlogged)
                     unlogged = None
-                if is_measured:
-                    measure(done)
+                held_out = measure(done) if is_measured else {}
                 if is_saved:
-                    checkpoints.save(done, state, {"data": rows.fingerprint})
+                    values = {name: float(value) for name, value in {**stats, **held_out}.items()}
+                    checkpoints.save(done, state, {"data": rows.fingerprint}, values)
     return state

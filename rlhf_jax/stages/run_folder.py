@@ -26,6 +26,10 @@ class RunConfig:
     seed: int = 0  # seed of initialisation, data order and sampling, but not of the split of the data
     overwrite: bool = False  # start over in a folder that holds a run of another configuration, deleting that run
     save_every: int = 200  # optimizer or PPO steps between checkpoints; one is always saved at the end
+    keep: int = 2  # newest checkpoints of a stage that are kept
+    # Metric by which the best checkpoint is kept too, in the stages that have it, among the checkpoints whose step was
+    # measured: "held_out_loss" keeps the least, "-score_mean" the greatest; "": the newest alone are kept
+    keep_best: str = ""
     log_every: int = 1  # steps between records of metrics.jsonl
 
     def __post_init__(self) -> None:
@@ -33,8 +37,9 @@ class RunConfig:
             raise ValueError("dir is empty: name the folder of the run")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: from 0 to {2**32 - 1}")
-        if self.save_every < 1 or self.log_every < 1:
-            raise ValueError(f"save_every={self.save_every}, log_every={self.log_every}: both at least 1")
+        if min(self.save_every, self.log_every, self.keep) < 1:
+            numbers = f"save_every={self.save_every}, log_every={self.log_every}, keep={self.keep}"
+            raise ValueError(f"{numbers}: all at least 1")
 
     def folder(self, stage: str) -> Path:
         return Path(self.dir) / stage

@@ -15,6 +15,7 @@ from rlhf_jax.data.splits import named_shares
 from rlhf_jax.evaluate import EvaluateConfig
 from rlhf_jax.mesh import Layout, MeshConfig, train_layout
 from rlhf_jax.stages.context import StageContext
+from rlhf_jax.stages.dpo import DPOConfig
 from rlhf_jax.stages.models import ModelConfig
 from rlhf_jax.stages.ppo import PPOConfig
 from rlhf_jax.stages.reward import RewardConfig
@@ -39,6 +40,7 @@ class Recipe:
     sft: SFTConfig = SFTConfig()
     reward: RewardConfig = RewardConfig()
     ppo: PPOConfig = PPOConfig()
+    dpo: DPOConfig = DPOConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     def __post_init__(self) -> None:

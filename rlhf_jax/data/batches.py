@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
@@ -25,6 +26,8 @@ class Batch:
     loss_mask: np.ndarray  # bool: tokens whose prediction is trained; never the first token of a document
     # int32, the document of its row that each token belongs to, from 1; 0: no token. None where rows hold one.
     segments: np.ndarray | None = None
+    # [B, 2] float32, log-probability of each answer of a pair by the reference. None where the loss has no reference.
+    reference: np.ndarray | None = None
 
 
 class Batches:
@@ -65,6 +68,7 @@ class Batches:
         assert side == "right" or not rows.is_packed
         self.rows, self.batch_size, self.seed, self.side, self.shuffle = rows, batch_size, seed, side, shuffle
         self.process = process
+        self.reference: Sequence[np.ndarray] = ()  # `Batch.reference` of the rows of each part, where there is one
         self.steps_per_epoch = len(rows) // batch_size
         longest = width or -(-max(part.longest_row for part in rows.parts if len(part)) // 8) * 8
         lengths = np.concatenate([part.lengths.max(axis=1) for part in rows.parts])
@@ -104,17 +108,22 @@ class Batches:
         return found
 
     def __getitem__(self, step: int) -> Batch:
-        part, row = self.draws(step)
+        return self.make(*self.draws(step))
+
+    def make(self, part: np.ndarray, row: np.ndarray) -> Batch:
+        """The batch of these rows, [B] int64 each: which part, and which row of that part."""
         longest = int(self._lengths_of(part, row).max())
         length = next(length for length in self.lengths if length >= longest)
         index, count = self.process
         own = slice(index * len(part) // count, (index + 1) * len(part) // count)
-        documents = [
-            self.rows.parts[p].documents(r) for p, r in zip(part[own].tolist(), row[own].tolist(), strict=True)
-        ]
+        rows = list(zip(part[own].tolist(), row[own].tolist(), strict=True))
+        documents = [self.rows.parts[p].documents(r) for p, r in rows]
         for each in self.rows.parts:
             each.release()
-        return make_batch(documents, length, self.rows.per_row, self.side, packed=self.rows.is_packed)
+        batch = make_batch(documents, length, self.rows.per_row, self.side, packed=self.rows.is_packed)
+        if not self.reference:
+            return batch
+        return dataclasses.replace(batch, reference=np.stack([self.reference[p][r] for p, r in rows]))
 
 
 def bucket_lengths(row_lengths: np.ndarray, longest: int, buckets: int) -> tuple[int, ...]:

@@ -30,11 +30,52 @@ def dpo_loss(
     d = beta ((log pi(chosen) - log ref(chosen)) - (log pi(rejected) - log ref(rejected))) and s = label_smoothing,
     the share of the labels taken to be wrong. Each argument [B]: log-probability of the whole answer, summed over its
     tokens.
-    Source: Rafailov et al. 2023 (DPO, arXiv 2305.18290), eq. 7; smoothing as in Mitchell 2023, "A note on DPO with
-    noisy preferences".
+    Source: Rafailov et al. 2023 (DPO, arXiv 2305.18290), eq. 7; smoothing as `smoothed_logistic_loss`.
     """
-    chosen = jnp.asarray(policy_chosen, jnp.float32) - jnp.asarray(ref_chosen, jnp.float32)
-    rejected = jnp.asarray(policy_rejected, jnp.float32) - jnp.asarray(ref_rejected, jnp.float32)
-    margin = beta * (chosen - rejected)
-    right, wrong = jax.nn.log_sigmoid(margin), jax.nn.log_sigmoid(-margin)
-    return -((1.0 - label_smoothing) * right + label_smoothing * wrong).mean()
+    chosen, rejected = pair_margin(policy_chosen, ref_chosen), pair_margin(policy_rejected, ref_rejected)
+    return smoothed_logistic_loss(beta * (chosen - rejected), label_smoothing).mean()
+
+
+def pair_margin(chosen: jax.Array, rejected: jax.Array) -> jax.Array:
+    """chosen - rejected, [B] float32."""
+    return jnp.asarray(chosen, jnp.float32) - jnp.asarray(rejected, jnp.float32)
+
+
+def smoothed_logistic_loss(margin: jax.Array, label_smoothing: float) -> jax.Array:
+    """-[(1 - s) log sigmoid(d) + s log sigmoid(-d)] of each margin d, [B] float32; s = label_smoothing, the share of
+    the labels taken to be wrong. Source: Mitchell 2023, "A note on DPO with noisy preferences".
+    """
+    return -((1.0 - label_smoothing) * jax.nn.log_sigmoid(margin) + label_smoothing * jax.nn.log_sigmoid(-margin))
+
+
+def hinge_loss(margin: jax.Array) -> jax.Array:
+    """max(0, 1 - d) of each margin d = beta (log ratio of the chosen - log ratio of the rejected); [B] float32.
+
+    Source: Zhao et al. 2023 (SLiC-HF, arXiv 2305.10425), with the policy's ratio to the reference as its score.
+    """
+    return jax.nn.relu(1.0 - jnp.asarray(margin, jnp.float32))
+
+
+def ipo_loss(chosen: jax.Array, rejected: jax.Array, *, beta: float) -> jax.Array:
+    """(h_chosen - h_rejected - 1 / (2 beta))^2 of each pair, [B] float32.
+
+    chosen, rejected [B]: h, the mean over an answer's tokens of log pi - log ref.
+    Source: Azar et al. 2023 (IPO, arXiv 2310.12036), eq. 17 with tau = beta. Its text sums over tokens; the mean is
+    what its authors used (TRL's `DPOTrainer`), so that beta does not depend on the length of the answers.
+    """
+    return jnp.square(pair_margin(chosen, rejected) - 1.0 / (2.0 * beta))
+
+
+def orpo_loss(chosen: jax.Array, rejected: jax.Array, *, beta: float) -> jax.Array:
+    """-log p(chosen) - beta log sigmoid(log odds(chosen) - log odds(rejected)) of each pair, [B] float32.
+
+    chosen, rejected [B]: log p, the mean log-probability of an answer's tokens; odds = p / (1 - p).
+    Source: Hong et al. 2024 (ORPO, arXiv 2403.07691), eqs. 6 and 7.
+    """
+
+    def log_odds(log_p: jax.Array) -> jax.Array:
+        # log(1 - p) is -inf at p = 1, which no float32 mean of log-probabilities below 0 reaches.
+        return log_p - jnp.log1p(-jnp.exp(jnp.minimum(log_p, -1e-7)))
+
+    chosen, rejected = jnp.asarray(chosen, jnp.float32), jnp.asarray(rejected, jnp.float32)
+    return -chosen - beta * jax.nn.log_sigmoid(log_odds(chosen) - log_odds(rejected))

@@ -48,7 +48,7 @@ from rlhf_jax.stages.batch_sizes import micro_batches
 from rlhf_jax.stages.context import ModelKind
 from rlhf_jax.stages.from_scratch import make_hf_config
 from rlhf_jax.stages.ppo import PPOConfig, ppo_engine, ppo_optimizers, ppo_sizes
-from rlhf_jax.stages.supervised import make_programs
+from rlhf_jax.stages.supervised import jit_reference, make_programs
 from rlhf_jax.stages.table import STAGES, Stage, latest_export
 from rlhf_jax.train_step import OffloadedUpdate, Params, TrainState
 
@@ -180,12 +180,15 @@ def _supervised_phases(stage: Stage, recipe: Recipe, decoder: DecoderConfig, lay
     tx = make_optimizer(config.optim, config.optim.warmup_steps + 1)  # shapes do not depend on the length of the run
     length = _round8(min(spec.pack_length or recipe.data.max_length, decoder.max_positions))
     num_micro = micro_batches(name, config.batch_size, config.micro_batch_size, layout)
-    objective = stage.objective(model.with_lora(decoder), model.compute, layout)
+    objective = stage.objective(model.with_lora(decoder), model.compute, layout, config)
     update, measure = make_programs(objective, model.with_lora(decoder), layout, tx, num_micro, model.scaling)
     state, frozen = abstract_state(abstract_pretrained(decoder, model, layout), model, tx)
     shape = (config.batch_size, 2, length) if spec.per_row > 1 else (config.batch_size, length)
     kinds = (jnp.int32, jnp.bool, jnp.bool, *[jnp.int32] * bool(spec.pack_length))
-    batch = abstract_batch(Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in kinds)), layout)
+    host_batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in kinds))
+    if objective.reference:
+        host_batch = dataclasses.replace(host_batch, reference=jax.ShapeDtypeStruct(shape[:2], jnp.float32))
+    batch = abstract_batch(host_batch, layout)
     live = _state_bytes("", state, frozen) | {"batch": device_bytes(batch)}
     gradients = by_layout(state.trainable, model.with_lora(decoder), layout.gradients)
     params = state.params(frozen)
@@ -195,6 +198,12 @@ def _supervised_phases(stage: Stage, recipe: Recipe, decoder: DecoderConfig, lay
     passes = (Pass(decoder, params, rows, length, length, cast),)
     whole = Phase(name, "update", update, (state, frozen, batch), live, passes=passes, micro=num_micro)
     found = _update_phases(whole, gradients)
+    if objective.reference:  # before there is a training state
+        start = abstract_pretrained(decoder, model, layout).params
+        rows_at_once = dataclasses.replace(measured, reference=None)
+        held = {"parameters": device_bytes(start), "batch": device_bytes(rows_at_once)}
+        args = start, rows_at_once
+        found.insert(0, Phase(name, "reference", jit_reference(objective), args, held, passes=passes))
     if config.eval_batches:  # by micro-batches
         at_hand = live | {"batch": device_bytes(measured)}
         found.append(Phase(name, "evaluate", measure, (params, measured), at_hand, passes=passes))

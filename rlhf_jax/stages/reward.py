@@ -27,7 +27,9 @@ class RewardConfig(SupervisedConfig):
     optim: OptimConfig = OptimConfig(learning_rate=5e-5, weight_decay=0.1)  # the optimizer
 
 
-def reward_objective(config: DecoderConfig, compute: Compute, layout: Layout) -> Objective:
+def reward_objective(
+    config: DecoderConfig, compute: Compute, layout: Layout, settings: RewardConfig | None = None
+) -> Objective:
     """The pairwise loss of a scalar head on preference pairs."""
 
     def scores(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -31,7 +31,9 @@ class SFTConfig(SupervisedConfig):
     optim: OptimConfig = OptimConfig(learning_rate=9.65e-6)  # the optimizer
 
 
-def sft_objective(config: DecoderConfig, compute: Compute, layout: Layout) -> Objective:
+def sft_objective(
+    config: DecoderConfig, compute: Compute, layout: Layout, settings: SFTConfig | None = None
+) -> Objective:
     """The mean negative log-likelihood of the tokens in the loss mask."""
 
     def losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:

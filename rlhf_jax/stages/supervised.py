@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from rlhf_jax.stages.batch_sizes import check_row_lengths, held_out_batches, mic
 from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.loop import train_loop
 from rlhf_jax.stages.models import export_model, load_model, log_attention, make_state
+from rlhf_jax.stages.reference import Reference
 from rlhf_jax.stages.tokenizers import adopt_tokenizer, load_tokenizer
 from rlhf_jax.train_step import TrainState, make_update, taken_before
 
@@ -59,12 +61,15 @@ class Objective(NamedTuple):
         measure: (params, batch) -> arrays of a held-out batch; to be jitted.
         summarize: (results of `measure` for each held-out batch, those batches) -> held-out metrics.
         headline: metrics on the progress bar.
+        reference: (params, batch) -> [B, 2], `Batch.reference`, computed once for each row with the parameters that
+            training starts from; to be jitted. None: the loss has no reference.
     """
 
     loss: Callable
     measure: Callable
     summarize: Callable[[Sequence[Any], Sequence[Batch]], Mapping[str, float]]
     headline: tuple[str, ...]
+    reference: Callable | None = None
 
 
 def make_programs(
@@ -80,16 +85,23 @@ def make_programs(
     return update, jax.jit(objective.measure, compiler_options=RUN_OPTIONS)
 
 
+def jit_reference(objective: Objective) -> Callable:
+    """The jitted `objective.reference`."""
+    return jax.jit(objective.reference, compiler_options=RUN_OPTIONS)
+
+
 def run_supervised_stage(
     context: StageContext,
     config: SupervisedConfig,
     start: str | Path,
-    make_objective: Callable[[DecoderConfig, Compute, Layout], Objective],
+    make_objective: Callable[[DecoderConfig, Compute, Layout, Any], Objective],
     *,
     scalar_head: bool = False,
     tokenizer_from: str | Path | None = None,
 ) -> None:
     """Train the model in the folder (or with the hub id) `start`; writes RUN/NAME/export.
+
+    `make_objective` is also given `config`.
 
     `tokenizer_from`: the folder or hub id whose tokenizer and template replace those of `start`.
     """
@@ -119,7 +131,11 @@ def run_supervised_stage(
 
     tx, rate = make_optimizer(config.optim, steps), learning_rate(config.optim, steps)
     decoder = model.with_lora(pretrained.config)
-    objective = make_objective(decoder, model.compute, layout)
+    objective = make_objective(decoder, model.compute, layout, config)
+    if objective.reference:
+        reference = Reference(jit_reference(objective), pretrained.params, layout)
+        batches.reference = reference.read_or_compute(context, batches, steps, config.batch_size // num_micro)
+        measured = [dataclasses.replace(batch, reference=reference(batch)) for batch in measured]
     update, measure = make_programs(objective, decoder, layout, tx, num_micro, model.scaling)
     state, frozen = make_state(pretrained, model, tx, run.seed)
     prefetch = Prefetch(batches, steps)

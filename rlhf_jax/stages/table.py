@@ -12,6 +12,7 @@ from typing import Any
 
 from rlhf_jax.data.records import RowKind
 from rlhf_jax.stages.context import ModelKind, StageContext
+from rlhf_jax.stages.dpo import dpo_objective, run_dpo
 from rlhf_jax.stages.models import ModelConfig
 from rlhf_jax.stages.ppo import run_ppo
 from rlhf_jax.stages.reward import reward_objective, run_reward
@@ -31,6 +32,7 @@ class Stage:
         exports: kind of model in RUN/NAME/export.
         run: (context, its section of the configuration) -> None; writes the exports.
         needs: kinds of models that it starts from, each exported by an earlier stage of the run.
+        takes: kinds of models that it starts from where an earlier stage of the run exports one.
         objective: objective of a supervised stage, for the plan.
         more_exports: {name for `rlhf-jax export --stage`: folder in RUN/NAME} of its other exports.
     """
@@ -42,6 +44,7 @@ class Stage:
     exports: ModelKind
     run: Callable[[StageContext, Any], None]
     needs: Callable[[ModelConfig], tuple[ModelKind, ...]] = lambda model: ()
+    takes: tuple[ModelKind, ...] = ()
     objective: Callable | None = None
     more_exports: Mapping[str, str] = field(default_factory=dict)
 
@@ -68,6 +71,16 @@ _ROWS = (
         needs=lambda model: ("policy", "scorer"),
         more_exports={"critic": "export_critic", "ema": "export_ema"},
     ),
+    Stage(
+        name="dpo",
+        help="DPO alone: preference pairs without a reward model",
+        rows="pair",
+        share=4.0,
+        exports="policy",
+        run=run_dpo,
+        takes=("policy",),
+        objective=dpo_objective,
+    ),
 )
 STAGES: Mapping[str, Stage] = {stage.name: stage for stage in _ROWS}
 
@@ -93,9 +106,9 @@ def exporters(kind: ModelKind, names: Iterable[str]) -> list[str]:
 
 
 def sources(name: str, names: Sequence[str], model: ModelConfig) -> dict[ModelKind, str]:
-    """{kind of model that the stage needs: the latest stage before it that exports one}."""
+    """{kind of model that the stage needs or takes: the latest stage before it that exports one}."""
     before = names[: names.index(name)]
-    latest = {kind: exporters(kind, before) for kind in STAGES[name].needs(model)}
+    latest = {kind: exporters(kind, before) for kind in (*STAGES[name].needs(model), *STAGES[name].takes)}
     return {kind: found[-1] for kind, found in latest.items() if found}
 
 

@@ -8,12 +8,15 @@ import logging
 import os
 import sys
 import tomllib
+import traceback
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+import jax
 from tqdm import tqdm
 
+from rlhf_jax import hosts
 from rlhf_jax.models.pretrained import DTYPES
 from rlhf_jax.stages.table import STAGES, export_folders, latest_export
 
@@ -65,10 +68,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_compile_cache(os.environ)
     set_xla_threads(os.environ)
     try:
+        if args.run in (run_train, run_evaluate):
+            hosts.start(os.environ)
+            set_logging(args)  # again: now it is known which process this is
         return args.run(args) or 0
     except (ValueError, FloatingPointError, OSError) as error:
-        LOGGER.error(f"rlhf-jax: {' '.join(str(error).split())}")
+        message = " ".join(str(error).split())
+        LOGGER.error(f"rlhf-jax: {message}")
+        hosts.fail(message, 2)
         return 2
+    except jax.errors.JaxRuntimeError as error:
+        if hosts.count() > 1:
+            hosts.lose(error)
+        raise
+    except Exception as error:
+        if hosts.count() > 1:  # reported here, because the process then ends at once
+            traceback.print_exc()
+            hosts.fail(f"{type(error).__name__}: {error}", 1)
+        raise
     except KeyboardInterrupt:
         hint = "; the same command resumes from the last checkpoint" if args.run is run_train else ""
         LOGGER.warning(f"rlhf-jax: interrupted{hint}")
@@ -200,6 +217,7 @@ class JsonFormatter(logging.Formatter):
 
 def set_logging(args: argparse.Namespace) -> None:
     """Send all messages to stderr, those of this package from INFO up, or with --quiet from WARNING up."""
+    # What all processes would say is said by the main one.
     is_quiet, is_json = "quiet" in args, "json_logs" in args
     root, terminal = logging.getLogger(), Terminal()
     terminal.setFormatter(JsonFormatter() if is_json else None)
@@ -207,7 +225,8 @@ def set_logging(args: argparse.Namespace) -> None:
     others = [each for each in root.handlers if type(each) not in (logging.StreamHandler, Terminal)]
     root.handlers = [*others, terminal]
     logging.captureWarnings(is_json)
-    logging.getLogger("rlhf_jax").setLevel(logging.WARNING if is_quiet else logging.INFO)
+    level = logging.WARNING if is_quiet else logging.INFO
+    logging.getLogger("rlhf_jax").setLevel(level if hosts.is_main() else logging.ERROR)
     logging.getLogger("rlhf_jax.metrics.bar").disabled = is_quiet or is_json
 
 
@@ -216,8 +235,6 @@ def set_compile_cache(environ: Mapping[str, str]) -> None:
 
     JAX_COMPILATION_CACHE_DIR names another folder, or if empty disables the cache; JAX has read it already.
     """
-    import jax
-
     if "JAX_COMPILATION_CACHE_DIR" not in environ:
         caches = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(caches / "rlhf_jax" / "compiled"))
@@ -261,7 +278,9 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
     recipe = load_config(args.config, args.overrides, Recipe).with_date()
     check_same_data(recipe.run, dump_config(recipe))
-    print(evaluate(recipe.run, make_mesh(recipe.mesh), recipe.data, recipe.evaluate, recipe.model), flush=True)
+    report = evaluate(recipe.run, make_mesh(recipe.mesh), recipe.data, recipe.evaluate, recipe.model)
+    if hosts.is_main():
+        print(report, flush=True)
 
 
 def run_compare(args: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_jax import hosts
 from rlhf_jax.data import builtin_judge
 from rlhf_jax.data.batches import Batch, Batches
 from rlhf_jax.data.config import BUILTIN, DataConfig
@@ -145,7 +146,7 @@ def sample_texts(
     """Sampled answers to prompts [B, P], padded on the left, `config.batch_size` at a time; and their texts."""
     key, count = jax.random.key(config.seed), len(tokens)
     parts = [
-        jax.device_get(sample_answers(model, *part, config.sample, jax.random.fold_in(key, i), attention=attention))
+        hosts.fetch(sample_answers(model, *part, config.sample, jax.random.fold_in(key, i), attention=attention))
         for i, part in enumerate(chunks(config.batch_size, tokens, mask))
     ]
     rollout = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
@@ -174,7 +175,9 @@ def win_numbers(name: str, scores: Sequence[float], first: Sequence[float]) -> d
 
 
 def write_evaluation(folder: Path, numbers: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
-    """Write evaluate.json, the numbers, and evaluate.jsonl, every answer."""
+    """Write evaluate.json, the numbers, and evaluate.jsonl, every answer; by the main process."""
+    if not hosts.is_main():
+        return
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     (folder / "evaluate.jsonl").write_text(lines, encoding="utf-8")

@@ -20,6 +20,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from rlhf_jax import hosts
+
 AXES = ("data", "fsdp", "tensor")
 HOST_MEMORY = "pinned_host"  # memory kind of arrays that are kept on the host and fetched for computation
 
@@ -31,6 +33,7 @@ class MeshConfig:
     data: int = 1  # replicas of the whole training state
     fsdp: int = -1  # parameters, gradients and optimizer state are split over these; generation batches too
     tensor: int = 1  # tensor-parallel shards of the generation weights (training splits over them like fsdp)
+    tensor_across_nodes: bool = False  # let tensor span machines, whose network is far slower than the links within one
     # What fsdp splits: 0 the batch alone, 1 optimizer state too, 2 gradients too, 3 parameters too ("auto": the plan).
     zero: Literal[3, 2, 1, 0, "auto"] = 3
 
@@ -102,20 +105,60 @@ class Layout:
         """Device array of a host array that every process holds whole; each device receives only its shard."""
         return jax.make_array_from_callback(host.shape, self.sharding(axes), lambda index: host[index])
 
+    def own_rows(self, batch_size: int) -> np.ndarray:
+        """[n] int64, ascending: the rows of a batch that are on devices of this process."""
+        parts = self.sharding(["batch"]).addressable_devices_indices_map((batch_size,)).values()
+        return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in parts]))
+
+    def put_own_rows(self, tree, batch_size: int):
+        """Device arrays of a batch, of which each process holds only its `own_rows`."""
+        own = self.own_rows(batch_size)
+
+        def put(leaf: np.ndarray) -> jax.Array:
+            def part(index):
+                rows = np.searchsorted(own, np.arange(batch_size)[index[0]])
+                return leaf[(rows, *index[1:])]
+
+            sharding = self.sharding(["batch", *[None] * (leaf.ndim - 1)])
+            return jax.make_array_from_callback((batch_size, *leaf.shape[1:]), sharding, part)
+
+        return jax.tree.map(put, tree)
+
     def put_batch(self, tree):
         """`put` for a pytree of host arrays whose first dimension is the batch."""
         return jax.tree.map(lambda leaf: self.put(leaf, "batch", *[None] * (leaf.ndim - 1)), tree)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The ("data", "fsdp", "tensor") mesh over all devices.
+    """The ("data", "fsdp", "tensor") mesh over all devices, those of a machine next to each other.
 
     Raises:
-        ValueError: more than one -1, a size below 1, or sizes whose product is not the number of devices.
+        ValueError: more than one -1, a size below 1, sizes whose product is not the number of devices, or a tensor axis
+            across machines without `tensor_across_nodes`.
     """
-    devices = jax.devices() if devices is None else devices
+    devices, nodes = jax.devices() if devices is None else devices, hosts.nodes()
     shape = tuple(mesh_sizes(config, len(devices)).values())
-    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    grid = np.asarray(by_node(devices, nodes)).reshape(shape)
+    if not config.tensor_across_nodes:
+        check_within_nodes(grid, nodes)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def by_node(devices: Sequence[jax.Device], nodes: Sequence[int]) -> list[jax.Device]:
+    """The devices by machine, process and id; nodes: [processes] the machine of each process."""
+    return sorted(devices, key=lambda device: (nodes[device.process_index], device.process_index, device.id))
+
+
+def check_within_nodes(grid: np.ndarray, nodes: Sequence[int]) -> None:
+    """Raise ValueError where a row of [data, fsdp, tensor] devices, the last axis, is on several machines."""
+    groups = [{nodes[device.process_index] for device in group} for group in grid.reshape(-1, grid.shape[-1])]
+    if any(len(group) > 1 for group in groups):
+        each = grid.size // len(set(nodes))
+        raise ValueError(
+            f"mesh.tensor={grid.shape[-1]} splits every layer over machines of {each} devices, whose network is far "
+            f"slower than the links within one: set mesh.tensor to one of {_divisors(each)}, or "
+            "mesh.tensor_across_nodes=true"
+        )
 
 
 def mesh_sizes(config: MeshConfig, count: int) -> dict[str, int]:
@@ -155,8 +198,8 @@ def train_layout(mesh: Mesh, zero: int, *, offload_moments: bool = False) -> Lay
 
 
 def single_device_mesh() -> Mesh:
-    """A mesh of the first device alone: the library's default when no mesh is given."""
-    return make_mesh(MeshConfig(), jax.devices()[:1])
+    """A mesh of this process's first device alone: the library's default when no mesh is given."""
+    return Mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def in_host_memory(leaf: Any) -> bool:

@@ -8,6 +8,7 @@ with Metrics(run_dir, "sft", total_steps=100) as metrics:
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from tqdm import tqdm
+
+from rlhf_jax import hosts
 
 LOGGER = logging.getLogger(__name__)
 BAR = logging.getLogger(f"{__name__}.bar")  # writes nothing; disabling it disables the progress bar
@@ -31,12 +34,16 @@ class Metrics:
 
     def __init__(self, run_dir: Path, stage: str, *, total_steps: int, start_step: int = 0):
         self.stage, self.total_steps, self.step = stage, total_steps, start_step
-        path = Path(run_dir) / stage / "metrics.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = _keep_until(path, start_step)
+        path, is_main = Path(run_dir) / stage / "metrics.jsonl", hosts.is_main()
+        if is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = _keep_until(path, start_step)
+            self._board = _replay(Path(run_dir) / "tensorboard", stage, kept)
+        else:  # its values are those of the main process
+            path, self._board = Path(os.devnull), None
         self._file = path.open("a", encoding="utf-8")
-        self._board = _replay(Path(run_dir) / "tensorboard", stage, kept)
-        counts, hidden = dict(total=total_steps, initial=start_step), BAR.disabled or not sys.stderr.isatty()
+        hidden = BAR.disabled or not sys.stderr.isatty() or not is_main
+        counts = dict(total=total_steps, initial=start_step)
         self._bar = tqdm(desc=stage, **counts, unit="step", dynamic_ncols=True, disable=hidden)
         self._first_step, self._started, self._printed = start_step, time.monotonic(), -math.inf
 
@@ -45,7 +52,8 @@ class Metrics:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-        self._board.close()
+        if self._board:
+            self._board.close()
         self._file.close()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -119,5 +127,5 @@ def _replay(folder: Path, stage: str, records: list[dict[str, Any]]) -> Any:
 
 
 def _scalars(board: Any, stage: str, step: int, numbers: Mapping[str, float]) -> None:
-    for name, number in numbers.items():
+    for name, number in numbers.items() if board else ():
         board.add_scalar(f"{stage}/{name}", number, step)

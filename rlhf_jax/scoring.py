@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_jax import hosts
 from rlhf_jax.data.chat_template import encode_dialogues, prepare_tokenizer
 from rlhf_jax.data.dialogues import parse_messages
 from rlhf_jax.data.records import Dialogue, Turn, Turns
@@ -106,7 +107,7 @@ def score_sequences(
     """[B] scores of [B, T] sequences, `batch_size` at a time."""
     real = mask.any(axis=0)  # without the padding that all rows share, which may exceed the model's positions
     parts = chunks(batch_size, tokens[:, real], mask[:, real])
-    return np.concatenate([np.asarray(score(scorer, *part, attention=attention)) for part in parts])[: len(tokens)]
+    return np.concatenate([hosts.fetch(score(scorer, *part, attention=attention)) for part in parts])[: len(tokens)]
 
 
 def chunks(size: int, *arrays: np.ndarray) -> list[tuple[np.ndarray, ...]]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from jax.sharding import Mesh
 
+from rlhf_jax import hosts
 from rlhf_jax.config import dump_config
 from rlhf_jax.plan import check_fits, device_limit
 from rlhf_jax.plan.auto import resolve_auto
@@ -29,12 +30,14 @@ def train(recipe: Recipe, mesh: Mesh, stages: Sequence[str] = ()) -> None:
             fit the devices, a run folder of another configuration, or an error of a stage.
     """
     run, stages = recipe.run, tuple(stages or recipe.run.stages)
-    recipe = recipe.with_date(start=True)
+    date = hosts.broadcast(recipe.with_date(start=True).data.date)
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, date=date))
     if unknown := [name for name in stages if name not in run.stages]:
         raise ValueError(f"{unknown[0]} is not a stage of this run, run.stages = {list(run.stages)}: add it there")
     # RUN/config.toml may be a CONFIG later, and must not delete that run then; settings that are "auto" stay "auto".
     merged = dump_config(dataclasses.replace(recipe, run=dataclasses.replace(run, overwrite=False)))
-    waiting = [name for name in stages if run.overwrite or not run.export(name).exists()]
+    # Files are looked for by one process: another may see them later, when they are on a disk of the network.
+    waiting = hosts.on_main(lambda: [name for name in stages if run.overwrite or not run.export(name).exists()])
     limit = device_limit(mesh)
     recipe, chosen = resolve_auto(recipe, mesh, limit, waiting)
     for text in chosen:
@@ -46,14 +49,15 @@ def train(recipe: Recipe, mesh: Mesh, stages: Sequence[str] = ()) -> None:
         with prefix_errors(name):
             getattr(recipe, name).check(name, recipe.layout(mesh))
     check_reward_tokenizer(recipe, waiting)
-    open_run(run, merged)
+    hosts.on_main(open_run, run, merged)
     log_devices(mesh, recipe.model)
     for name in stages:
-        if run.export(name).exists():
+        if hosts.broadcast(run.export(name).exists()):
             LOGGER.info(f"{name}: finished already, {run.export(name)} exists")
             continue
         context = recipe.context(name, mesh)
-        if missing := [folder.parent.name for folder in context.start.values() if not folder.exists()]:
+        missing = [folder.parent.name for folder in context.start.values() if not folder.exists()]
+        if missing := hosts.broadcast(missing):
             raise ValueError(
                 f"{name} starts from the export of {' and '.join(missing)} in {run.dir}, which is not finished: "
                 "run it first, or `train`, which runs all in order"

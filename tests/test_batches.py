@@ -172,14 +172,13 @@ def test_the_rows_of_a_step_are_counted_by_source():
     assert Batches(make_rows([2, 2]), batch_size=1, seed=0).counts(0) == {}
 
 
-def test_each_process_reads_its_own_rows_of_a_batch_and_together_they_read_all():
-    rows = make_rows([3] * 24)
-    whole = Batches(rows, batch_size=12, seed=1)[1]
-    parts = [Batches(rows, batch_size=12, seed=1, process=(i, 3))[1] for i in range(3)]
-    assert [len(part.tokens) for part in parts] == [4, 4, 4]
-    assert np.array_equal(np.concatenate([part.tokens for part in parts]), whole.tokens)
-    with pytest.raises(ValueError, match="batch size 10 is not a multiple of the 3 processes"):
-        Batches(rows, batch_size=10, seed=1, process=(0, 3))
+def test_a_process_that_reads_its_own_rows_of_a_batch_reads_no_others_and_pads_them_to_the_same_length():
+    rows = make_rows([3, 9, 17] * 8)
+    whole = Batches(rows, batch_size=12, seed=1, buckets=3)[1]
+    for own in ([0, 1, 2, 6, 7, 8], [11], range(12)):
+        part = Batches(rows, batch_size=12, seed=1, buckets=3, own=np.array(own))[1]
+        assert np.array_equal(part.tokens, whole.tokens[list(own)]), own
+        assert np.array_equal(part.loss_mask, whole.loss_mask[list(own)]), own
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 4])

@@ -53,21 +53,19 @@ class Batches:
         shuffle: bool = True,
         buckets: int = 1,
         width: int = 0,  # T of all batches; 0: as above
-        process: tuple[int, int] = (0, 1),
+        own: np.ndarray | None = None,
     ):
         """
         Args:
-            process: (index, count): of each batch this process reads its own rows, the index-th of count equal parts.
+            own: [n] int, the rows of each batch that are read here, as `Layout.own_rows` says; None: all.
         Raises:
-            ValueError: `batch_size` is not from 1 to the number of rows, or no multiple of the processes.
+            ValueError: `batch_size` is not from 1 to the number of rows.
         """
         if not 1 <= batch_size <= len(rows):
             raise ValueError(f"batch size {batch_size} does not fit {len(rows)} rows: choose 1 to {len(rows)}")
-        if batch_size % process[1]:
-            raise ValueError(f"batch size {batch_size} is not a multiple of the {process[1]} processes that share it")
         assert side == "right" or not rows.is_packed
         self.rows, self.batch_size, self.seed, self.side, self.shuffle = rows, batch_size, seed, side, shuffle
-        self.process = process
+        self.own = np.arange(batch_size) if own is None else own
         self.reference: Sequence[np.ndarray] = ()  # `Batch.reference` of the rows of each part, where there is one
         self.steps_per_epoch = len(rows) // batch_size
         longest = width or -(-max(part.longest_row for part in rows.parts if len(part)) // 8) * 8
@@ -114,9 +112,7 @@ class Batches:
         """The batch of these rows, [B] int64 each: which part, and which row of that part."""
         longest = int(self._lengths_of(part, row).max())
         length = next(length for length in self.lengths if length >= longest)
-        index, count = self.process
-        own = slice(index * len(part) // count, (index + 1) * len(part) // count)
-        rows = list(zip(part[own].tolist(), row[own].tolist(), strict=True))
+        rows = list(zip(part[self.own].tolist(), row[self.own].tolist(), strict=True))
         documents = [self.rows.parts[p].documents(r) for p, r in rows]
         for each in self.rows.parts:
             each.release()

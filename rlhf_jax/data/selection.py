@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_jax import hosts
 from rlhf_jax.data.cache import load_or_tokenize, withheld_keys
 from rlhf_jax.data.config import DataConfig, SourceConfig
 from rlhf_jax.data.mapping import make_mapper, provides
@@ -54,9 +55,9 @@ def select_rows(config: DataConfig, tokenizer: PreTrainedTokenizerBase, spec: Ro
     if spec.pack_length and any(source.stream for source in sources):
         raise ValueError(f"rows of a stream are not packed: set {spec.share}.pack_length = 0, or stream = false")
     jobs = [Job(source, config, tokenizer, spec, held_out) for source in sources]
-    stored = {at: load_or_tokenize(job) for at, job in enumerate(jobs) if not job.is_streamed}
+    stored = {at: hosts.main_first(load_or_tokenize, job) for at, job in enumerate(jobs) if not job.is_streamed}
     # After the sources are tokenized, which caches most of these keys.
-    withheld = np.zeros(0, np.uint64) if held_out else withheld_keys(config)
+    withheld = np.zeros(0, np.uint64) if held_out else hosts.main_first(withheld_keys, config)
     found: list[SourceRows | StreamRows] = []
     seen = np.zeros(0, np.uint64)
     for at, job in enumerate(jobs):

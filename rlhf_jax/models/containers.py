@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from rlhf_jax import hosts
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.families import decoder_config, head_tensor, hf_tensors
 from rlhf_jax.models.families.containers import is_container, names_in_container, text_name
@@ -59,7 +60,7 @@ def write_container(folder: Path, container: Path, config: DecoderConfig, params
         raise ValueError(f"{container} lacks {names} of this model: is it the folder that it came from?")
     others = {name: entry for name, entry in entries.items() if name not in written}
     for path in container.iterdir():
-        if path.is_file() and not path.name.endswith(_WEIGHTS):
+        if hosts.is_main() and path.is_file() and not path.name.endswith(_WEIGHTS):
             shutil.copyfile(path, folder / path.name)
     dtype = stored_dtype(container, rename=functools.partial(text_name, in_container=True))
     write_params(folder, params, renamed, dtype, config.lora, others=others)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlhf_jax import hosts
 from rlhf_jax.hub_access import hub_obstacle
 from rlhf_jax.models.tokenizer_files import open_tokenizer
 
@@ -133,6 +134,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write the file, by the main process."""
+    if not hosts.is_main():
+        return
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
@@ -163,7 +167,7 @@ def check_absent(folder: Path) -> None:
 
 @contextmanager
 def replace_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder next to `folder`, which replaces it when the body has ended without an exception.
+    """A folder next to `folder`, which replaces it when the body has ended, on every process, without an exception.
 
     Raises:
         ValueError: `folder` is there and not empty, and not to be overwritten.
@@ -171,20 +175,29 @@ def replace_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     folder = folder.absolute()
     # Hidden names, under which users keep nothing.
     unfinished, old = (folder.with_name(f".{folder.name}.{state}") for state in ("unfinished", "old"))
-    if not overwrite:
-        check_absent(folder)
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
-    unfinished.mkdir(parents=True)
+
+    def begin() -> None:
+        if not overwrite:
+            check_absent(folder)
+        if unfinished.exists():
+            shutil.rmtree(unfinished)
+        unfinished.mkdir(parents=True)
+
+    def end() -> None:
+        if folder.exists():
+            if old.exists():
+                shutil.rmtree(old)
+            folder.rename(old)
+        unfinished.rename(folder)
+        if old.exists():
+            shutil.rmtree(old)
+
+    hosts.on_main(begin)
     try:
         yield unfinished
     except BaseException:
-        shutil.rmtree(unfinished)
+        if hosts.is_main():
+            shutil.rmtree(unfinished)
         raise
-    if folder.exists():
-        if old.exists():
-            shutil.rmtree(old)
-        folder.rename(old)
-    unfinished.rename(folder)
-    if old.exists():
-        shutil.rmtree(old)
+    hosts.barrier()
+    hosts.on_main(end)

@@ -20,12 +20,13 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from rlhf_jax import hosts
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.families import hf_tensors
 from rlhf_jax.models.hub import read_json, write_json
-from rlhf_jax.models.lora import LINEARS, LoraConfig
+from rlhf_jax.models.lora import LINEARS, LoraConfig, is_adapter
 from rlhf_jax.models.peft_base import MERGE, is_parameter_target, merge_products, replaced_embeddings
 from rlhf_jax.models.safetensors_io import NUMPY_DTYPES, join_names, open_file
 from rlhf_jax.models.unstacked import Param
@@ -287,16 +288,19 @@ def write_adapter(folder: Path, config: DecoderConfig, adapters: Mapping[str, ja
     Args:
         folder: an existing folder.
         config: of the base, with its adapters.
-        adapters: {path: array}, sharded or not, every shard reachable from this process; other parameters are ignored.
+        adapters: {path: array}, sharded or not; other parameters are ignored.
         base: the folder or hub id of the base, written for tools that load the adapter.
     """
     lora = config.lora
+    adapters = hosts.fetch({path: leaf for path, leaf in adapters.items() if path == SCORE or is_adapter(path)})
+    if not hosts.is_main():
+        return
     tensors: dict[str, np.ndarray] = {}
     written: dict[str, int] = {}  # {module's name within a layer: how many ranks are concatenated}
     modules = [module for module in modules_of(config) if any(f"{linear}/lora_a" in adapters for linear in module.rows)]
     for module in modules:
         linears = [linear for linear in module.rows if f"{linear}/lora_a" in adapters]
-        a, b = ([np.asarray(adapters[f"{linear}/{leaf}"]) for linear in linears] for leaf in ("lora_a", "lora_b"))
+        a, b = ([adapters[f"{linear}/{leaf}"] for linear in linears] for leaf in ("lora_a", "lora_b"))
         shared = all(np.array_equal(a[0], other) for other in a[1:])
         a = np.concatenate(a[:1] if shared else a, axis=2)
         joined = np.zeros((config.num_layers, module.outputs, a.shape[2]), a.dtype)
@@ -309,7 +313,7 @@ def write_adapter(folder: Path, config: DecoderConfig, adapters: Mapping[str, ja
         written[module.name.split("{i}.")[1]] = a.shape[2] // lora.rank
     has_score = SCORE in adapters
     if has_score:
-        tensors["base_model.model.score.weight"] = np.asarray(adapters[SCORE]).T
+        tensors["base_model.model.score.weight"] = adapters[SCORE].T
     alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
     wide = {re.escape(name): times for name, times in written.items() if times > 1}
     content = {

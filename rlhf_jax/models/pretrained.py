@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rlhf_jax import hosts
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
 from rlhf_jax.models import peft
 from rlhf_jax.models.attention import kernel_for_mesh
@@ -224,7 +225,8 @@ def save_pretrained(
             write_params(unfinished, model.params, hf_tensors(model.config), dtype, model.config.lora)
         if not model.config.scalar_head:
             write_json(unfinished / "generation_config.json", _generation_config(model))
-        write_tokenizer(model.tokenizer, unfinished, model.folder)
+        if hosts.is_main():
+            write_tokenizer(model.tokenizer, unfinished, model.folder)
 
 
 def save_adapter(model: Pretrained, folder: str | Path, *, base: str, overwrite: bool = False) -> None:
@@ -243,7 +245,8 @@ def save_adapter(model: Pretrained, folder: str | Path, *, base: str, overwrite:
         raise ValueError(f"the adapter that was read has changed {names} of the base too: use save_pretrained")
     with replace_folder(Path(folder).expanduser(), overwrite) as unfinished:
         peft.write_adapter(unfinished, model.config, model.params, base=base)
-        write_tokenizer(model.tokenizer, unfinished, model.folder)
+        if hosts.is_main():
+            write_tokenizer(model.tokenizer, unfinished, model.folder)
 
 
 def _generation_config(model: Pretrained) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import jax
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from rlhf_jax import hosts
 from rlhf_jax.data.chat_template import prepare_tokenizer
 from rlhf_jax.data.config import DataConfig
 from rlhf_jax.data.records import RowSpec
@@ -95,7 +96,7 @@ def make_base_model(context: StageContext) -> str:
     if model.actor != "new":
         return model.actor
     folder = run.folder("base")
-    if not folder.exists():
+    if not hosts.broadcast(folder.exists()):
         tokenizer = make_tokenizer(model, context.data, context.rows)
         ids = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad")}
         hf = make_hf_config(model.new, len(tokenizer)) | ids

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax import hosts
 from rlhf_jax.data.batches import Batches, Prefetch
 from rlhf_jax.data.chat_template import prepare_tokenizer
 from rlhf_jax.data.selection import select_rows
@@ -319,11 +320,11 @@ def rollout_metrics(experience: Experience, rollout: Rollout) -> dict[str, jax.A
 
 def write_rollouts(context: StageContext, step: int, tokenizer, rollout: Rollout, experience: Experience) -> None:
     """Write every rollout of an iteration to RUN/NAME/rollouts/STEP.jsonl."""
-    folder = context.folder / "rollouts"
-    folder.mkdir(parents=True, exist_ok=True)
     kl = ppo.sequence_kl(experience.logprobs, experience.ref_logprobs, experience.action_mask)
     numbers = {"score": experience.score, "reward": experience.rewards.sum(axis=1), "kl": kl}
-    rollout, numbers = jax.device_get((rollout, numbers))
+    rollout, numbers = hosts.fetch((rollout, numbers))
+    if not hosts.is_main():
+        return
     records = [
         {
             "step": step,
@@ -335,6 +336,8 @@ def write_rollouts(context: StageContext, step: int, tokenizer, rollout: Rollout
         for i in range(len(rollout.ended))
     ]
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    folder = context.folder / "rollouts"
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{step:06d}.jsonl").write_text(lines, encoding="utf-8")
 
 

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
+from rlhf_jax import hosts
 from rlhf_jax.data.batches import Batch, Batches
 from rlhf_jax.mesh import Layout
 from rlhf_jax.stages.context import StageContext
@@ -32,7 +32,7 @@ class Reference(NamedTuple):
 
     def __call__(self, batch: Batch) -> np.ndarray:
         """[B, 2] float32 of a batch, on the host."""
-        return np.asarray(jax.device_get(self.program(self.params, self.layout.put_batch(batch))))
+        return hosts.fetch(self.program(self.params, self.layout.put_batch(batch)))
 
     def read_or_compute(self, context: StageContext, batches: Batches, steps: int, size: int) -> list[np.ndarray]:
         """[rows, 2] float32 for each part of the rows, of the rows that `steps` steps draw; NaN for others.

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from rlhf_jax import hosts
 from rlhf_jax.data.batches import Batch, Batches, Prefetch
 from rlhf_jax.data.chat_template import prepare_tokenizer
 from rlhf_jax.data.rows import Rows
@@ -122,7 +123,9 @@ def run_supervised_stage(
     held_out = rows_of(held_out=True) if config.eval_batches else None
     LOGGER.info(f"{name}: training data: {rows.report}; held out: {held_out.report if held_out else 'unused'}")
     lengths = dict(buckets=config.length_buckets, width=context.rows.pack_length)
-    batches = Batches(rows, batch_size=config.batch_size, seed=run.seed, **lengths)
+    batches = Batches(
+        rows, batch_size=config.batch_size, seed=run.seed, own=layout.own_rows(config.batch_size), **lengths
+    )
     log_attention(name, pretrained, model, batches.lengths[-1], packed=rows.is_packed)
     measured = held_out_batches(held_out, config.batch_size // num_micro, config.eval_batches * num_micro, layout)
     if rows.endless and not config.steps:
@@ -141,11 +144,11 @@ def run_supervised_stage(
     prefetch = Prefetch(batches, steps)
 
     def step_fn(state: TrainState, step: int):
-        state, stats = update(state, frozen, layout.put_batch(prefetch[step]))
+        state, stats = update(state, frozen, layout.put_own_rows(prefetch[step], config.batch_size))
         return state, {**stats, "learning_rate": rate(taken_before(state)), **rows_per_source(batches, step)}
 
     def evaluate(state: TrainState) -> Mapping[str, float]:
-        each = [jax.device_get(measure(state.params(frozen), layout.put_batch(batch))) for batch in measured]
+        each = [hosts.fetch(measure(state.params(frozen), layout.put_batch(batch))) for batch in measured]
         return objective.summarize(each, measured) if measured else {}
 
     held_out_metrics = dict(evaluate=evaluate, eval_every=config.eval_every)

@@ -7,7 +7,7 @@ import gc
 import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax import hosts
 from rlhf_jax.models.families.tensors import HfTensor
 from rlhf_jax.models.lora import NO_LORA, LoraConfig, merge_kernel
 from rlhf_jax.models.quantised import Quantised, dequantise
 from rlhf_jax.models.safetensors_io.blocks import (
+    Bounds,
     block_indices,
     copy,
     member_tensors,
@@ -60,8 +62,8 @@ def write_params(
 
     Args:
         folder: an existing folder.
-        params: {path: array}, sharded or not, every shard reachable from this process; quantised kernels are written
-            dense, with exactly the values that they represent, one matrix at a time.
+        params: {path: array}, sharded or not; quantised kernels are written dense, with exactly the values that they
+            represent, one matrix at a time. Of N processes, all of which call it, each writes every N-th file.
         tensors: {path: its tensor in the files}; entries that are not in `params` are left out.
         dtype: of the files, "float32", "float16" or "bfloat16".
         lora: of the adapters among the params, which are merged, one layer of a shard at a time, and rounded once.
@@ -80,9 +82,15 @@ def write_params(
     weight_map = {}
     for number, group in enumerate(groups, start=1):
         name = f"model-{number:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else SINGLE
-        _write_file(folder / name, group, params, tensors, jnp.dtype(dtype), lora)
+        writer = (number - 1) % hosts.count()
+        options = dict(params=params, tensors=tensors, dtype=jnp.dtype(dtype), lora=lora, writer=writer)
+        if writer == hosts.index():
+            _write_file(folder / name, group, jnp.dtype(dtype), functools.partial(_content, **options))
+        else:
+            for slot in group:
+                _content(slot, **options)
         weight_map |= {slot.name: name for slot in group}
-    if len(groups) > 1:
+    if len(groups) > 1 and hosts.is_main():
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2))
 
@@ -100,7 +108,7 @@ def _file_tensors(params: Mapping[str, jax.Array], tensors: Mapping[str, HfTenso
     return sorted(slots.values(), key=lambda slot: slot.sources[0][1][:1])
 
 
-def _write_file(path: Path, slots: Sequence[_FileTensor], params, tensors, dtype: np.dtype, lora: LoraConfig) -> None:
+def _write_file(path: Path, slots: Sequence[_FileTensor], dtype: np.dtype, content: Callable) -> None:
     code = next(code for code, numpy_dtype in NUMPY_DTYPES.items() if numpy_dtype == dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers rejects files without it
     offset = 0
@@ -117,11 +125,17 @@ def _write_file(path: Path, slots: Sequence[_FileTensor], params, tensors, dtype
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for slot in slots:
+            file.write(content(slot))
             if slot.entry:
-                file.write(_bytes(slot.entry))
                 slot.entry.release()
-                continue
-            file.write(_assemble(slot, params, tensors, dtype, lora).reshape(-1).view(np.uint8).data)
+
+
+def _content(slot: _FileTensor, params, tensors, dtype: np.dtype, lora: LoraConfig, writer: int) -> Any:
+    """The bytes of a tensor; None where `writer` is another process."""
+    if not slot.entry:
+        whole = _assemble(slot, params, tensors, dtype, lora, writer)
+        return None if whole is None else whole.reshape(-1).view(np.uint8).data
+    return _bytes(slot.entry) if writer == hosts.index() else None
 
 
 def _bytes(entry: Entry) -> memoryview:
@@ -131,8 +145,10 @@ def _bytes(entry: Entry) -> memoryview:
     return np.ascontiguousarray(entry.array()).reshape(-1).view(np.uint8).data
 
 
-def _assemble(slot: _FileTensor, params: Mapping[str, jax.Array], tensors, dtype, lora: LoraConfig) -> np.ndarray:
-    """A tensor of the file, from the shards of all its parameters."""
+def _assemble(
+    slot: _FileTensor, params: Mapping[str, jax.Array], tensors, dtype, lora: LoraConfig, writer: int
+) -> np.ndarray | None:
+    """A tensor of the file, from the shards of all its parameters; None where `writer` is another process."""
     whole, filled = np.empty(slot.shape, dtype), 0
     for path, lead in slot.sources:
         tensor, param = tensors[path], params[path]
@@ -142,21 +158,38 @@ def _assemble(slot: _FileTensor, params: Mapping[str, jax.Array], tensors, dtype
         if isinstance(param, Unstacked):
             arrays, lead = [array[lead[0]] for array in arrays], lead[1:]
         if isinstance(param, Unstacked | Quantised):
-            param, lead = _matrix(arrays, lead, lora), ()
-            arrays = [param]
-        distinct = {shard_bounds(shard.index, param.shape): shard.device for shard in param.addressable_shards}
-        for bounds, device in distinct.items():
-            leading, inner = bounds[: len(lead)], bounds[len(lead) :]
-            if all(start <= number < stop for number, (start, stop) in zip(lead, leading, strict=True)):
-                index = [number - start for number, (start, _) in zip(lead, leading, strict=True)]
-                part = _fetch([_on_device(device, array) for array in arrays], index, lora)
-                for here, there in block_indices(tensor, inner):
-                    copy(file[there], part[here])
-                    filled += part[here].size
-                del part
-                gc.collect(0)  # JAX frees arrays that numpy has viewed only in a collection
+            arrays, lead = [_matrix(arrays, lead, lora)], ()
+        for inner, part in _parts(arrays, lead, lora, writer):
+            for here, there in block_indices(tensor, inner):
+                copy(file[there], part[here])
+                filled += part[here].size
+            del part
+            gc.collect(0)  # JAX frees arrays that numpy has viewed only in a collection
+    if writer != hosts.index():
+        return None
     assert filled == whole.size, f"the table fills {filled} of the {whole.size} elements of {slot.name}"
     return whole
+
+
+def _parts(
+    arrays: list[Param], lead: Sequence[int], lora: LoraConfig, writer: int
+) -> Iterator[tuple[Bounds, np.ndarray]]:
+    """(its bounds, its elements) of each shard of one layer (and expert) of a kernel, merged with its adapter, if any.
+
+    With several processes the shards are gathered on the devices, and only `writer` has that one part.
+    """
+    if hosts.count() > 1:
+        matrix = _matrix(arrays, lead, lora) if lead or len(arrays) > 1 else arrays[0]
+        whole = hosts.fetch(matrix, only=writer)
+        if whole is not None:
+            yield [(0, size) for size in whole.shape], whole
+        return
+    distinct = {shard_bounds(shard.index, arrays[0].shape): shard.device for shard in arrays[0].addressable_shards}
+    for bounds, device in distinct.items():
+        leading, inner = bounds[: len(lead)], bounds[len(lead) :]
+        if all(start <= number < stop for number, (start, stop) in zip(lead, leading, strict=True)):
+            index = [number - start for number, (start, _) in zip(lead, leading, strict=True)]
+            yield inner, _fetch([_on_device(device, array) for array in arrays], index, lora)
 
 
 def _on_device(device: jax.Device, array: jax.Array) -> jax.Array:

@@ -1,0 +1,239 @@
+"""Several processes: how they find each other, agree, fail together, and compute the same as one."""
+
+import json
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import tiny_processes
+from tiny_recipe import records, tensors, untimed_records, write_recipe
+
+from rlhf_jax import hosts
+from rlhf_jax.hosts import Launch, read_launch
+from rlhf_jax.mesh import GENERATE, TRAIN, Layout, by_node, check_within_nodes
+
+SLURM = {"SLURM_JOB_ID": "4100", "SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
+STEP = {"SLURM_STEP_NODELIST": "gpu[003-007,9],other1", "SLURM_STEP_TASKS_PER_NODE": "2(x4)"}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+OWN = {hosts.COORDINATOR: "10.0.0.1:1234", hosts.PROCESSES: "2", hosts.PROCESS_ID: "1"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "launch"),
+    [
+        ({}, None),
+        (OWN, Launch("10.0.0.1:1234", 2, 1, None)),
+        (OWN | SLURM | STEP, Launch("10.0.0.1:1234", 2, 1, None)),
+        (SLURM, None),  # a batch script: srun has not started it
+        (SLURM | STEP, Launch("gpu003:61444", 8, 3, [1])),
+        (SLURM | STEP | {"CUDA_VISIBLE_DEVICES": "0"}, Launch("gpu003:61444", 8, 3, None)),
+        (SLURM | STEP | {"CUDA_VISIBLE_DEVICES": "0,1"}, Launch("gpu003:61444", 8, 3, [1])),
+        (SLURM | STEP | {"SLURM_STEP_TASKS_PER_NODE": "1(x8)"}, Launch("gpu003:61444", 8, 3, None)),
+        (SLURM | STEP | {"SLURM_STEP_NODELIST": "a-1,a-2"}, Launch("a-1:61444", 8, 3, [1])),
+        (SLURM | STEP | {"SLURM_STEP_NODELIST": "r[1-2]n[03,04]"}, Launch("r1n03:61444", 8, 3, [1])),
+        (SLURM | STEP | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        (
+            OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"},
+            Launch("10.96.0.1:62624", 4, 1, [1]),
+        ),
+        (OPEN_MPI | {hosts.COORDINATOR: "n1:9"}, Launch("n1:9", 4, 1, [1])),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2", hosts.COORDINATOR: "n1:9"}, Launch("n1:9", 2, 0, None)),
+    ],
+)
+def test_the_environment_of_a_launcher_gives_the_coordinator_the_rank_and_its_devices(environ, launch):
+    assert read_launch(environ) == launch
+
+
+@pytest.mark.parametrize(
+    ("environ", "reported"),
+    [
+        ({hosts.PROCESSES: "2"}, "RLHF_JAX_PROCESSES set alone"),
+        ({hosts.PROCESSES: "2", hosts.PROCESS_ID: "0"}, "RLHF_JAX_PROCESSES and RLHF_JAX_PROCESS_ID set alone"),
+        (OWN | {hosts.PROCESS_ID: "2"}, "RLHF_JAX_PROCESS_ID=2, RLHF_JAX_PROCESSES=2: from 0 to one less"),
+        (OWN | {hosts.PROCESS_ID: "one"}, "both are numbers"),
+        (OPEN_MPI, "does not say where process 0 runs: set RLHF_JAX_COORDINATOR=HOST:PORT"),
+    ],
+)
+def test_an_incomplete_environment_is_refused_with_what_to_set(environ, reported):
+    with pytest.raises(ValueError, match=reported):
+        read_launch(environ)
+
+
+def fake_devices(processes: int, each: int) -> list[SimpleNamespace]:
+    return [SimpleNamespace(process_index=p, id=i) for i in range(each) for p in range(processes)]
+
+
+def test_devices_of_a_machine_are_next_to_each_other_whatever_the_order_of_processes():
+    devices = by_node(fake_devices(4, 2), nodes=[0, 1, 0, 1])
+    assert [device.process_index for device in devices] == [0, 0, 2, 2, 1, 1, 3, 3]
+    assert [device.id for device in devices] == [0, 1] * 4
+
+
+@pytest.mark.parametrize(("tensor", "fits"), [(1, True), (2, True), (4, True), (8, False)])
+def test_tensor_stays_within_a_machine_of_four_devices(tensor, fits):
+    nodes = [0, 1, 0, 1]
+    grid = np.array(by_node(fake_devices(4, 2), nodes), object).reshape(1, -1, tensor)
+    if fits:
+        check_within_nodes(grid, nodes)
+    else:
+        with pytest.raises(ValueError, match=r"mesh.tensor=8 .* machines of 4 devices.*\[1, 2, 4\]"):
+            check_within_nodes(grid, nodes)
+
+
+@pytest.mark.parametrize("mesh", tiny.MESHES)
+@pytest.mark.parametrize("table", [TRAIN, GENERATE])
+def test_rows_put_by_their_owner_are_the_rows_put_by_all(mesh, table):
+    layout = Layout(tiny.mesh_of(mesh), table)
+    batch = {"tokens": np.arange(48).reshape(16, 3), "mask": np.arange(16) % 3 == 0}
+    own = layout.own_rows(16)
+    assert own.tolist() == list(range(16))  # one process has all of them
+    put = layout.put_own_rows({name: leaf[own] for name, leaf in batch.items()}, 16)
+    for name, leaf in layout.put_batch(batch).items():
+        assert np.array_equal(put[name], leaf) and put[name].sharding == leaf.sharding
+
+
+PROGRAM = """
+import json, sys, time
+import jax, numpy as np
+from rlhf_jax import hosts
+from rlhf_jax.mesh import TRAIN, Layout, MeshConfig, make_mesh
+hosts.start()
+index, found = hosts.index(), {}
+found["count"] = [hosts.count(), jax.device_count(), hosts.is_main()]
+found["gather"] = [hosts.gather({"index": index, "n": n}) for n in range(4)]
+found["broadcast"] = hosts.broadcast(f"from {index}")
+calls = []
+found["on_main"] = hosts.on_main(lambda: calls.append(index) or index)
+found["calls"] = calls
+started = time.time()
+hosts.main_first(lambda: time.sleep(0.3) if hosts.is_main() else None)
+found["waited"] = time.time() - started >= 0.3
+def refuse():
+    raise ValueError("the main process refuses this")
+try:
+    hosts.on_main(refuse)
+except ValueError as error:
+    found["refused"] = str(error)
+layout = Layout(make_mesh(MeshConfig()), TRAIN)
+own = layout.own_rows(12)
+found["own"] = own.tolist()
+whole = np.arange(24).reshape(12, 2)
+put = layout.put_own_rows(whole[own], 12)
+found["fetched"] = bool(np.array_equal(hosts.fetch(put), whole))
+only = hosts.fetch({"put": put, "number": 3}, only=1)
+found["only"] = only is not None and only["put"].tolist() == whole.tolist() and only["number"] == 3
+print(json.dumps(found))
+"""
+
+
+def test_three_processes_agree_and_each_holds_its_rows_of_a_batch():
+    ended = tiny_processes.finish(tiny_processes.start(3, 2, "-c", PROGRAM), 120)
+    assert [code for code, _, _ in ended] == [0, 0, 0], ended
+    found = [json.loads(out.splitlines()[-1]) for _, out, _ in ended]
+    for index, each in enumerate(found):
+        assert each["count"] == [3, 6, index == 0]
+        assert each["gather"] == [[{"index": p, "n": n} for p in range(3)] for n in range(4)]
+        assert each["broadcast"] == "from 0" and each["on_main"] == 0
+        assert each["calls"] == ([0] if index == 0 else [])
+        assert each["waited"] and each["refused"] == "the main process refuses this"
+        assert each["own"] == list(range(4 * index, 4 * index + 4))
+        assert each["fetched"] and each["only"] == (index == 1)
+
+
+FAILING = """
+import sys, time
+from rlhf_jax import hosts
+from rlhf_jax.cli import main
+import rlhf_jax.config
+def fail(*args):
+    if hosts.index() == int(sys.argv[1]):
+        raise {error}("no such thing here")
+    time.sleep(50)
+rlhf_jax.config.load_config = fail
+sys.exit(main(["train", "any.toml"]))
+"""
+
+
+@pytest.mark.parametrize(("failing", "error", "code"), [(0, "ValueError", 2), (1, "ValueError", 2), (1, "KeyError", 1)])
+def test_an_error_of_one_process_ends_both_and_the_other_says_which_failed_first(failing, error, code):
+    started = time.monotonic()
+    program = FAILING.replace("{error}", error)
+    ended = tiny_processes.finish(tiny_processes.start(2, 1, "-c", program, str(failing)), 60)
+    assert time.monotonic() - started < 45
+    assert [each[0] for each in ended] == [code, code], ended
+    assert "no such thing here" in ended[failing][2]
+    other = ended[1 - failing][2]
+    assert f"process {1 - failing} ends: process {failing} of 2 failed first: " in other and "no such" in other
+
+
+def train(folder: Path, processes: int, devices: int, *overrides: str) -> Path:
+    """A finished run of the tiny recipe by `processes` processes of `devices` devices each."""
+    recipe = write_recipe(folder)
+    argv = ("-m", "rlhf_jax", "train", str(recipe), f"run.dir={folder / 'run'}", *overrides)
+    ended = tiny_processes.finish(tiny_processes.start(processes, devices, *argv))
+    assert [code for code, _, _ in ended] == [0] * processes, ended
+    return folder / "run"
+
+
+def assert_equal_runs(run: Path, other: Path) -> None:
+    """Equal to rounding in every export, metric and rollout."""
+    exports = sorted(path.parent.relative_to(run) for path in run.glob("*/export*/model.safetensors"))
+    assert exports and exports == sorted(p.parent.relative_to(other) for p in other.glob("*/export*/model.safetensors"))
+    for export in exports:
+        one, two = tensors(run / export), tensors(other / export)
+        assert one.keys() == two.keys()
+        for name in one:
+            np.testing.assert_allclose(one[name], two[name], atol=2e-5, err_msg=f"{export} {name}")
+    for path in sorted(run.glob("*/metrics.jsonl")):
+        for one, two in zip(*(untimed_records(folder / path.relative_to(run)) for folder in (run, other)), strict=True):
+            assert one.keys() == two.keys()
+            for name, value in one.items():
+                # Moved bytes depend on where the devices are.
+                if isinstance(value, float) and not name.startswith("publish_bytes"):
+                    assert two[name] == pytest.approx(value, rel=1e-3, abs=1e-4), (path, name)
+    for path in sorted(run.glob("*/rollouts/*.jsonl")):
+        one, two = records(path), records(other / path.relative_to(run))
+        assert [(r["prompt"], r["response"]) for r in one] == [(r["prompt"], r["response"]) for r in two]
+
+
+# Stages and settings of the runs that have to be equal on any number of processes.
+RECIPES = {
+    "all stages": (),
+    "tensor axis": ("mesh.tensor=2",),
+    "LoRA": ("model.lora={rank=2}", "model.reward_lora={rank=2}"),
+    "zero 1": ("mesh.zero=1",),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_four_devices_train_the_same_models_in_one_two_and_four_processes(tmp_path_factory, name):
+    one, *others = (
+        train(tmp_path_factory.mktemp(f"{n}x{4 // n}"), n, 4 // n, *RECIPES[name], "run.save_every=100")
+        for n in ((1, 2, 4) if name == "all stages" else (1, 2))
+    )
+    for other in others:
+        assert_equal_runs(one, other)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_other_within_a_minute(tmp_path, killed):
+    recipe, run = write_recipe(tmp_path), tmp_path / "run"
+    argv = ("-m", "rlhf_jax", "sft", str(recipe), f"run.dir={run}", "sft.steps=100000")
+    running = tiny_processes.start(2, 1, *argv)
+    while not (run / "sft/metrics.jsonl").exists() or len(records(run / "sft/metrics.jsonl")) < 4:
+        assert all(process.poll() is None for process in running)
+        time.sleep(0.2)
+    running[killed].send_signal(signal.SIGKILL)
+    started = time.monotonic()
+    ended = tiny_processes.finish(running, 90)
+    assert time.monotonic() - started < 60
+    assert ended[killed][0] == -signal.SIGKILL and ended[1 - killed][0] != 0

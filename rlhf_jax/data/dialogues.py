@@ -60,8 +60,9 @@ def parse_tools(fields: Mapping[str, Any], form: str) -> tuple[dict[str, Any], .
     if not isinstance(tools or [], list) or not all(isinstance(each, dict) for each in tools or []):
         raise BadRow(f"field {name!r} must be a list of objects, or JSON text of one")
     is_bare = name == "functions" or form == "sharegpt"
-    bare = [is_bare and "name" in each and "function" not in each for each in tools or ()]
-    return tuple(_as_function(each) if one else each for each, one in zip(tools or (), bare, strict=True))
+    return tuple(
+        _as_function(tool) if is_bare and "name" in tool and "function" not in tool else tool for tool in tools or ()
+    )
 
 
 def _as_function(function: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Checkpoints of torch.save, read without torch: the same numbers, and nothing but tensors."""
 
 import json
+import zipfile
 from collections import OrderedDict
 
 import numpy as np
@@ -137,5 +138,52 @@ def test_a_tensor_beyond_its_storage_is_damaged(tmp_path):
     whole = (tmp_path / "x.bin").read_bytes()
     assert whole.count(b"K\x02K\x03\x86") == 1  # the shape (2, 3) in the pickle
     (tmp_path / "x.bin").write_bytes(whole.replace(b"K\x02K\x03\x86", b"K\x09K\x03\x86"))
+    with pytest.raises(ValueError, match="x.bin is damaged"):
+        open_file(tmp_path / "x.bin")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@FORMATS
+def test_a_file_of_which_any_bytes_are_changed_or_lost_is_refused_or_has_the_right_numbers(tmp_path, is_zip):
+    path, rng, kinds = tmp_path / "x.bin", np.random.default_rng(0), []
+    content = {"w": torch.arange(24.0).reshape(4, 6).t(), "half": torch.ones(3).half(), "empty": torch.zeros(0, 2)}
+    save_pickle(content, path, is_zip)
+    whole = path.read_bytes()
+    numbers = {i for entry in open_file(path).values() for i in range(entry.start, entry.stop)}
+    places = sorted(set(range(len(whole))) - numbers)
+    for n in range(100):
+        changed = bytearray(whole)
+        changed[rng.choice(places)] ^= 1 << rng.integers(8)
+        path.write_bytes(changed[: rng.integers(len(whole))] if n % 4 == 0 else changed)
+        try:
+            found = {name: entry.array() for name, entry in open_file(path).items()}
+        except ValueError as error:
+            assert str(path) in str(error)
+            kinds.append("refused")
+            continue
+        theirs = content if is_zip else torch.load(path, weights_only=True)  # the earlier format has no checksums
+        assert found.keys() == theirs.keys()
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, theirs[name].numpy(), strict=True)
+        kinds.append("read")
+    assert min(kinds.count("refused"), kinds.count("read")) >= 5
+
+
+UNFIT = {
+    "a tuple as a key": b"\x80\x02}K\x01\x85K\x02s.",
+    "tuples as keys": b"\x80\x02}(K\x01\x85K\x02u.",
+    "a tuple as a key of an ordered dictionary": b"\x80\x02ccollections\nOrderedDict\n](]K\x01\x85aK\x02aea\x85R.",
+    "a storage called by a tuple": b"\x80\x02(U\x07storagectorch\nFloatStorage\n)NNtQ.",
+    "a state of a number": b"\x80\x02K\x01}U\x01aK\x01sb.",
+    "a changed name": b"\x80\x02ctorch\nSize\n}U\x04callK\x01sb.",
+    "an object of a class": b"\x80\x02ctorch\nSize\n)\x81.",
+    "more dimensions than torch has": b"\x80\x02ctorch\nSize\n(" + b"K\x01" * 65 + b"t\x85R.",
+}
+
+
+@pytest.mark.parametrize("pickled", UNFIT.values(), ids=UNFIT)
+def test_pickles_of_what_no_tensor_needs_are_refused(tmp_path, pickled):
+    with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
+        archive.writestr("x/data.pkl", pickled)
     with pytest.raises(ValueError, match="x.bin is damaged"):
         open_file(tmp_path / "x.bin")

@@ -1,8 +1,11 @@
 """The tensors of a file of `torch.save`, found without running any code of it and without torch.
 
 A pickle is a program that may call anything it names. Here the names that tensors need stand for descriptions, and
-every other name is an error before anything is called. The numbers are not part of the pickle: they are mapped from the
-file as those of safetensors are.
+every other name is an error before anything is called, as is every opcode that tensors do not need. Damaged files and
+those made to harm cost no more than their size: Python's own unpickler is used, since the one in C takes memory for any
+index that a file gives, and only text and numbers are hashed or written into messages, since tuples that hold one
+another many times over take forever. The numbers are not part of the pickle: they are mapped from the file as those of
+safetensors are.
 
 https://docs.pytorch.org/docs/stable/notes/serialization.html has the zip format (torch 1.6 and later);
 torch.serialization._legacy_load is the only description of the earlier one.
@@ -14,8 +17,9 @@ import io
 import math
 import mmap
 import pickle
+import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +34,11 @@ _DTYPES |= {"int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"}
 _DTYPES |= {"uint16": "U16", "uint32": "U32", "uint64": "U64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _LOCAL_HEADER = 30  # bytes of a member's header in a zip file, before its name
+_MAX_DIMENSIONS = 64  # of torch
+_NEEDED = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE MEMOIZE
+SHORT_BINUNICODE BINSTRING SHORT_BINSTRING EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT
+GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID BINGET LONG_BINGET BINPUT LONG_BINPUT"""
+_OPCODES = [getattr(pickle, name)[0] for name in _NEEDED.split()]
 
 
 class ForeignPickle(ValueError):
@@ -53,6 +62,11 @@ class _Tensor(NamedTuple):
 class _Table(dict):
     """An OrderedDict, without the attributes that torch gives that of a module."""
 
+    def __init__(self, items: Iterable = ()):  # which Python 2 gives
+        pairs = list(items)
+        _check_keys([key for key, _ in pairs])
+        super().__init__(pairs)
+
     def __setstate__(self, state: Any) -> None:
         pass
 
@@ -75,27 +89,38 @@ class _Name:
         raise ValueError("it changes a name")
 
 
+def _check_keys(keys: list) -> None:
+    if not all(isinstance(key, str | int) for key in keys):
+        raise ValueError("a key in it is neither text nor a number")
+
+
+def _sizes(sizes: tuple) -> tuple:
+    if len(sizes) > _MAX_DIMENSIONS:
+        raise ValueError(f"a tensor in it has {len(sizes)} dimensions")
+    return tuple(sizes)
+
+
 def _tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple, *rest: Any) -> _Tensor:
     if any(rest[2:]):  # after requires_grad and hooks
         raise ForeignPickle("has a conjugated or negated view, whose numbers are others than those of the file")
-    return _Tensor(storage, storage.dtype, offset, tuple(shape), tuple(strides))
+    return _Tensor(storage, storage.dtype, offset, _sizes(shape), _sizes(strides))
 
 
 def _tensor_of_bytes(storage: _Storage, offset: int, shape: tuple, strides: tuple, *rest: Any) -> _Tensor:
-    return _Tensor(storage, rest[2], offset, tuple(shape), tuple(strides))  # after requires_grad and hooks
+    return _Tensor(storage, rest[2], offset, _sizes(shape), _sizes(strides))  # after requires_grad and hooks
 
 
 def _subclass(function: _Name, kind: str, args: tuple, _: Any) -> _Tensor:
     """A tensor or parameter with attributes of its own, which are left out."""
     if not isinstance(function, _Name) or kind not in _KINDS:
-        raise ForeignPickle(f"has a tensor of the type {kind}")
+        raise ForeignPickle(f"has a tensor of the type {kind if isinstance(kind, str) else type(kind).__name__}")
     return function(*args)
 
 
 _KINDS = ("torch.Tensor", "torch.nn.parameter.Parameter")
 _NAMES: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _Name(_Table),
-    ("torch", "Size"): _Name(tuple),
+    ("torch", "Size"): _Name(_sizes),
     ("torch._utils", "_rebuild_tensor"): _Name(_tensor),
     ("torch._utils", "_rebuild_tensor_v2"): _Name(_tensor),
     ("torch._utils", "_rebuild_tensor_v3"): _Name(_tensor_of_bytes),
@@ -109,21 +134,39 @@ _NAMES: dict[tuple[str, str], Any] = {
 }
 
 
-class _Reader(pickle.Unpickler):
+class _Opcodes(dict):
+    """{opcode: its function}; pickles may have others."""
+
+    def __missing__(self, opcode: int) -> Any:
+        raise ValueError(f"its pickle has the opcode {opcode:#x}, which no tensor needs")
+
+
+class _Reader(pickle._Unpickler):
     def __init__(self, file: io.BufferedIOBase):
         super().__init__(file, encoding="utf-8")
-        self.dtypes: dict[str, str] = {}  # of the storages, by their keys
+        self.sizes: dict[str, tuple[str, int]] = {}  # of the storages, by their keys: dtype and number of elements
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _NAMES:
             raise ForeignPickle(f"names {module}.{name}, which is no part of a tensor")
         return _NAMES[module, name]
 
+    def load_setitem(self) -> None:
+        _check_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        _check_keys(self.stack[::2])
+        super().load_setitems()
+
+    dispatch = _Opcodes((code, pickle._Unpickler.dispatch[code]) for code in _OPCODES)
+    dispatch |= {pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
+
     def persistent_load(self, reference: Any) -> _Storage:
-        kind, dtype, key, _, _, *view = reference
-        if kind != "storage" or not isinstance(dtype, str):
-            raise ValueError(f"it refers to a {kind!r}")
-        self.dtypes[str(key)] = dtype
+        kind, dtype, key, _, count, *view = reference
+        if kind != "storage" or not isinstance(dtype, str) or not isinstance(key, str | int):
+            raise ValueError("it refers to something else than a storage")
+        self.sizes[str(key)] = dtype, count
         return _Storage(str(key), dtype, view[0][1] if view and view[0] else 0)  # a view: its key, offset and size
 
 
@@ -140,10 +183,10 @@ def pickle_entries(path: Path) -> dict[str, Entry]:
         file.seek(0)
         read = _read_zip if is_zip else _read_legacy
         try:
-            content, places = read(file)
+            content, places = read(file, mapped)
         except ForeignPickle:
             raise
-        except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, *_WRONG_ARGUMENTS) as error:
+        except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError, *_WRONG_ARGUMENTS) as error:
             raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
     if not isinstance(content, dict) or not all(isinstance(each, _Tensor) for each in content.values()):
         keys = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
@@ -151,11 +194,12 @@ def pickle_entries(path: Path) -> dict[str, Entry]:
     return {str(name): _entry(mapped, str(name), tensor, places) for name, tensor in content.items()}
 
 
-# What the functions above raise where a pickle calls them with something else.
+# What the functions above raise where a pickle calls them with something else, and zipfile of versions and encryption.
 _WRONG_ARGUMENTS = (TypeError, AttributeError, KeyError, IndexError, UnicodeDecodeError, OverflowError, MemoryError)
+_WRONG_ARGUMENTS += (struct.error, NotImplementedError, RuntimeError)
 
 
-def _read_zip(file: io.BufferedReader) -> tuple[Any, dict[str, tuple[int, int]]]:
+def _read_zip(file: io.BufferedReader, mapped: mmap.mmap) -> tuple[Any, dict[str, tuple[int, int]]]:
     """The object of the file, and for each storage its bytes (start, stop)."""
     with zipfile.ZipFile(file) as archive:
         members = {member.filename: member for member in archive.infolist()}
@@ -169,15 +213,23 @@ def _read_zip(file: io.BufferedReader) -> tuple[Any, dict[str, tuple[int, int]]]
     places = {}
     for name, member in members.items():
         if name.startswith(f"{folder}data/"):
-            file.seek(member.header_offset)
-            header = file.read(_LOCAL_HEADER)
-            lengths = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))  # of the name and the rest
-            start = member.header_offset + _LOCAL_HEADER + sum(lengths)
-            places[name.removeprefix(f"{folder}data/")] = (start, start + member.file_size)
+            # All lengths are checked, as a wrong one would give other numbers.
+            at, named = (
+                member.header_offset,
+                member.orig_filename.encode("utf-8" if member.flag_bits & 2048 else "cp437"),
+            )
+            header, begin = mapped[at : at + _LOCAL_HEADER], at + _LOCAL_HEADER + len(named)
+            start = begin + int.from_bytes(header[28:30], "little")  # after another field
+            stop = start + member.file_size
+            record = b"PK\7\x08" if member.flag_bits & 8 else b"PK"  # how the record after the numbers begins
+            is_named = mapped[begin - len(named) : begin] == named and header[26:28] == len(named).to_bytes(2, "little")
+            if header[:4] != b"PK\3\4" or not is_named or mapped[stop : stop + len(record)] != record:
+                raise ValueError(f"{name} in it is not where its directory says")
+            places[name.removeprefix(f"{folder}data/")] = start, stop
     return content, places
 
 
-def _read_legacy(file: io.BufferedReader) -> tuple[Any, dict[str, tuple[int, int]]]:
+def _read_legacy(file: io.BufferedReader, _: mmap.mmap) -> tuple[Any, dict[str, tuple[int, int]]]:
     """As `_read_zip`, of the format before torch 1.6: five pickles, then the storages one after the other."""
     magic, protocol, system = (_Reader(file).load() for _ in range(3))
     if (magic, protocol) != (_LEGACY_MAGIC, _LEGACY_PROTOCOL):
@@ -186,22 +238,25 @@ def _read_legacy(file: io.BufferedReader) -> tuple[Any, dict[str, tuple[int, int
         raise ForeignPickle("has big-endian numbers")
     reader = _Reader(file)
     content, keys = reader.load(), _Reader(file).load()
+    _check_keys(keys)
     places, start = {}, file.seek(0, io.SEEK_CUR)
     for key in keys:
         file.seek(start)
-        count = int.from_bytes(file.read(8), "little")
-        stop = start + 8 + count * _BYTES[reader.dtypes[key]]
+        dtype, count = reader.sizes[key]
+        if int.from_bytes(file.read(8), "little") != count:
+            raise ValueError(f"the storage {key} in it is not of {count} numbers")
+        stop = start + 8 + count * _BYTES[dtype]
         places[key], start = (start + 8, stop), stop
     return content, places
 
 
 def _entry(file: mmap.mmap, name: str, tensor: _Tensor, places: Mapping[str, tuple[int, int]]) -> Entry:
     """The tensor's place in the file. ValueError unless all of it is within its storage."""
-    shape, strides, size = tensor.shape, tensor.strides, _BYTES.get(tensor.dtype)
+    shape, strides, size = tensor.shape, tensor.strides, isinstance(tensor.dtype, str) and _BYTES.get(tensor.dtype)
     offset = tensor.offset + tensor.storage.offset
     numbers = (*shape, *strides, offset)
     if not (size and len(shape) == len(strides) and all(isinstance(n, int) and n >= 0 for n in numbers)):
-        raise ValueError(f"{name} is described by {tensor}")
+        raise ValueError(f"{name} is described by something else than numbers")
     if tensor.storage.key not in places:
         raise ValueError(f"the numbers of {name} are missing")
     start, stop = places[tensor.storage.key]

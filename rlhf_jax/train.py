@@ -38,7 +38,8 @@ def train(recipe: Recipe, mesh: Mesh, stages: Sequence[str] = ()) -> None:
     merged = dump_config(dataclasses.replace(recipe, run=dataclasses.replace(run, overwrite=False)))
     # Files are looked for by one process: another may see them later, when they are on a disk of the network.
     waiting = hosts.on_main(lambda: [name for name in stages if run.overwrite or not run.export(name).exists()])
-    limit = device_limit(mesh)
+    limits = hosts.gather(device_limit(mesh))
+    limit = None if None in limits else min(limits)
     recipe, chosen = resolve_auto(recipe, mesh, limit, waiting)
     for text in chosen:
         LOGGER.info(f"auto: {text}")

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import glob
+import shlex
 import sys
 from pathlib import Path
 
+from rlhf_jax import hosts
 from rlhf_jax.cli import main as rlhf_jax
 from rlhf_jax.hardware import parse_machine
 from rlhf_jax.plan import hardware_of_config, local_gpus
@@ -31,6 +33,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the recipe; put these first")
     args = parser.parse_args(argv)
 
+    try:
+        hosts.start()  # before JAX is asked for the memory of its devices
+    except ValueError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
     name = Path(args.actor_model).name
     config = choose(name, args.deployment_type, memory_here())
     if config is None:
@@ -38,18 +45,31 @@ def main(argv: list[str] | None = None) -> int:
         reported = f"{name}-{args.deployment_type}.toml; there are {', '.join(known)}"
         print(f"train.py: there is no recipe {reported}", file=sys.stderr)
         return 2
-    print(f"train.py: {config}, made for {hardware_of_config(config)}", flush=True)
+    if hosts.is_main():
+        print(f"train.py: {config}, made for {hardware_of_config(config)}", flush=True)
     overrides = [f"model.actor={args.actor_model}", *args.overrides]
     if args.reward_model:
         overrides.insert(1, f"model.reward={args.reward_model}")
     if args.output_dir:
         overrides.append(f"run.dir={args.output_dir}")
+    if args.deployment_type == "multi_node" and hosts.count() == 1:
+        print(how_to_launch(config, overrides), file=sys.stderr)
+        return 2
     if set(args.step) == set(STAGES):
         return rlhf_jax(["train", str(config), *overrides])
     for step in sorted(args.step):
         if code := rlhf_jax([STAGES[step], str(config), *overrides]):
             return code
     return 0
+
+
+def how_to_launch(config: Path, overrides: list[str]) -> str:
+    """The commands that start a recipe on its number of nodes."""
+    nodes, command = parse_machine(hardware_of_config(config)).nodes, shlex.join([str(config), *overrides])
+    return f"""train.py: this is one process, and multi_node needs one on every node. With SLURM:
+  sbatch --nodes={nodes} scripts/slurm_train.sbatch {command}
+Without a launcher, on node I of 0 to {nodes - 1}, with HOST the name of node 0:
+  {hosts.COORDINATOR}=HOST:61440 {hosts.PROCESSES}={nodes} {hosts.PROCESS_ID}=I .venv/bin/rlhf-jax train {command}"""
 
 
 def choose(name: str, deployment: str, memory: int) -> Path | None:

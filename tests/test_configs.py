@@ -159,3 +159,12 @@ def test_a_header_is_rewritten_only_from_the_numbers_of_the_plan(tmp_path, monke
     assert path.read_text().splitlines()[3] == line and load_config(path, [], Recipe)
     monkeypatch.setattr(sys, "argv", ["fit.py", "--check"])
     assert fit.main() == 0
+
+
+def test_multi_node_outside_a_launcher_prints_the_commands_that_start_it(capsys):
+    argv = ["--actor-model", "facebook/opt-13b", "--deployment-type", "multi_node", "--output-dir", "runs/my run"]
+    assert script("scripts/train.py").main(argv) == 2
+    printed = capsys.readouterr().err
+    command = f"{ROOT}/configs/opt-13b-multi_node.toml model.actor=facebook/opt-13b 'run.dir=runs/my run'"
+    assert f"sbatch --nodes=8 scripts/slurm_train.sbatch {command}" in printed
+    assert f"RLHF_JAX_PROCESSES=8 RLHF_JAX_PROCESS_ID=I .venv/bin/rlhf-jax train {command}" in printed

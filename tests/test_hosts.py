@@ -1,7 +1,9 @@
 """Several processes: how they find each other, agree, fail together, and compute the same as one."""
 
 import json
+import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -237,3 +239,35 @@ def test_a_killed_process_ends_the_other_within_a_minute(tmp_path, killed):
     ended = tiny_processes.finish(running, 90)
     assert time.monotonic() - started < 60
     assert ended[killed][0] == -signal.SIGKILL and ended[1 - killed][0] != 0
+
+
+@pytest.mark.parametrize("code", [0, 2, 75])
+def test_the_job_of_slurm_passes_its_arguments_to_every_process_and_queues_again_after_75(tmp_path, code):
+    """With scripts in place of srun, which starts two tasks, and of scontrol."""
+    tools = {
+        "srun": "while [[ $1 == --* ]]; do shift; done\n"
+        'for i in 0 1; do SLURM_PROCID=$i "$@" || code=$?; done\nexit $code',
+        "scontrol": f'echo "$*" > {tmp_path}/queued',
+        "rlhf-jax": f'echo "$SLURM_PROCID $*" >> {tmp_path}/started\nexit {code}',
+    }
+    for name, text in tools.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7"}
+    environ |= {"RLHF_JAX_COMMAND": str(tmp_path / "rlhf-jax")}
+    (tmp_path / "my.toml").touch()
+    job = ["bash", str(tiny_processes.ROOT / "scripts/slurm_train.sbatch"), "my.toml", "run.dir=a b"]
+    ended = subprocess.run(job, env=environ, cwd=tmp_path, text=True, capture_output=True)
+    assert ended.returncode == code, ended
+    assert (tmp_path / "started").read_text().splitlines() == [f"{i} train my.toml run.dir=a b" for i in (0, 1)]
+    assert (tmp_path / "queued").exists() == (code == 75)
+
+
+def test_local_processes_end_with_the_code_of_the_one_that_failed_first(tmp_path):
+    program = "if [[ $RLHF_JAX_PROCESS_ID == 1 ]]; then echo lost >&2; exit 7; fi; sleep 1; exit 3"
+    script = str(tiny_processes.ROOT / "scripts/launch_local.sh")
+    ended = subprocess.run([script, "3", "bash", "-c", program], text=True, capture_output=True)
+    assert ended.returncode == 7
+    assert "[1] lost" in ended.stderr and "process 1 of 3 ended first, with exit code 7" in ended.stderr
+    done = subprocess.run([script, "2", "bash", "-c", "echo $RLHF_JAX_PROCESSES"], text=True, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, "2\n2\n")

@@ -271,3 +271,46 @@ def test_local_processes_end_with_the_code_of_the_one_that_failed_first(tmp_path
     assert "[1] lost" in ended.stderr and "process 1 of 3 ended first, with exit code 7" in ended.stderr
     done = subprocess.run([script, "2", "bash", "-c", "echo $RLHF_JAX_PROCESSES"], text=True, capture_output=True)
     assert (done.returncode, done.stdout) == (0, "2\n2\n")
+
+
+EXPORT = """
+import dataclasses, sys
+import jax
+import rlhf_jax
+from rlhf_jax import hosts
+from rlhf_jax.mesh import TRAIN, Layout, MeshConfig, make_mesh
+from rlhf_jax.models.decoder import init_params
+from rlhf_jax.models.families import decoder_config
+from rlhf_jax.models.lora import LoraConfig
+from rlhf_jax.models.pretrained import Pretrained, save_adapter
+from rlhf_jax.models.safetensors_io import writing
+from rlhf_jax.stages.from_scratch import make_hf_config
+from rlhf_jax.stages.models import NewModelConfig
+hosts.start()
+out, writing.MAX_FILE_BYTES = sys.argv[1], 60_000
+layout = Layout(make_mesh(MeshConfig(1, 2, 2)), TRAIN)
+hf = make_hf_config(NewModelConfig(hidden_size=32, num_heads=4, mlp_size=64), 64) | {"eos_token_id": 2}
+config = dataclasses.replace(decoder_config(hf, scalar_head=False), lora=LoraConfig(rank=2))
+params = init_params(config, jax.random.key(0), layout)
+params = {path: jax.jit(lambda x: x + 0.1)(x) if "lora_b" in path else x for path, x in params.items()}
+model = Pretrained(config, params, None, hf, {}, layout)
+rlhf_jax.save_pretrained(model, f"{out}/merged")
+save_adapter(model, f"{out}/adapter", base="base")
+for name, options in {"int8": {"dtype": "int8"}, "one_copy": {"one_copy": True}}.items():
+    model = rlhf_jax.from_pretrained(f"{out}/merged", f"{out}/adapter", mesh=layout.mesh, **options)
+    rlhf_jax.save_pretrained(model, f"{out}/{name}", dtype="float32")
+"""
+
+
+def test_two_processes_export_the_files_that_one_exports(tmp_path):
+    """Merged adapters, an adapter alone, quantised kernels, and kernels in one array per layer; in several files."""
+    for processes in (1, 2):
+        argv = ("-c", EXPORT, str(tmp_path / str(processes)))
+        ended = tiny_processes.finish(tiny_processes.start(processes, 4 // processes, *argv), 300)
+        assert [code for code, _, _ in ended] == [0] * processes, ended
+    one, two = ({path.relative_to(tmp_path / n): path for path in (tmp_path / n).rglob("*.*")} for n in "12")
+    assert one.keys() == two.keys()
+    files = [path for path in one if path.suffix == ".safetensors"]
+    assert len([path for path in files if path.parent.name == "merged"]) > 2
+    for path in one:
+        assert one[path].read_bytes() == two[path].read_bytes(), path

@@ -194,10 +194,23 @@ def import_export() -> str:
     return transposed_table("import_export", ["", *(run["result"]["dtype"] for run in runs_of("import_export"))], rows)
 
 
-def pickle_memory() -> str:
-    def megabytes(key: str) -> Callable[[dict], str]:
-        return lambda result: f"{result[key] / 1e6:,.0f}"
+def megabytes(key: str) -> Callable[[dict], str]:
+    return lambda result: f"{result[key] / 1e6:,.0f}"
 
+
+def process_memory() -> str:
+    rows = {
+        "parameters, MB": megabytes("parameter_bytes"),
+        "shards of this process, MB": megabytes("shard_bytes"),
+        "largest tensor, MB": megabytes("largest_tensor_bytes"),
+        "peak resident memory above that before, MB": megabytes("peak_bytes"),
+        "the peak above the shards, in largest tensors": lambda r: f"{r['largest_tensors_above_shards']:.2f}",
+    }
+    heads = (f"process {run['result']['process']}" for run in runs_of("process_memory"))
+    return transposed_table("process_memory", ["", *heads], rows)
+
+
+def pickle_memory() -> str:
     rows = {
         "parameters, MB": megabytes("parameter_bytes"),
         "largest tensor, MB": megabytes("largest_tensor_bytes"),
@@ -462,6 +475,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
             plan,
             import_export,
             pickle_memory,
+            process_memory,
             data,
             quantised,
             quantised_errors,

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rlhf_jax.data.batches import Batch
 from rlhf_jax.decode import Decoding, Rollout
 from rlhf_jax.hardware import RUN_OPTIONS
 from rlhf_jax.mesh import Layout, check_divides, to_devices
@@ -27,6 +28,7 @@ from rlhf_jax.models.decoder import abstract_params, bind, head_kernel, head_opt
 from rlhf_jax.models.inference import Inference, Weights
 from rlhf_jax.models.layers import roll_rows
 from rlhf_jax.objectives.logprobs import token_logprobs, token_logprobs_and_entropy
+from rlhf_jax.objectives.sft import nll
 from rlhf_jax.rollout import Publish, generate_program, make_generate, make_publish
 from rlhf_jax.sampling import SampleConfig, check_learnable
 from rlhf_jax.train_step import (
@@ -50,11 +52,14 @@ class EngineState:
         actor: with or without adapters.
         critic: with a scalar head; None: there is none.
         average: float32 moving average of the actor's trained parameters, in device or pinned host memory; {}: none.
+        carried: arrays that the caller carries from one iteration to the next, and that `Algorithm.estimate` receives
+            by their names, such as an adaptive KL coefficient; {}: none.
     """
 
     actor: TrainState
     critic: TrainState | None = None
     average: Params = dataclasses.field(default_factory=dict)
+    carried: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @record
@@ -124,14 +129,18 @@ class Algorithm:
     """Advantage estimator and losses: what is learned from rollouts.
 
     Attributes:
-        estimate: scored rollouts of one iteration -> (rewards, advantages, returns), see `Experience`.
+        estimate: scored rollouts of one iteration, and by name what the state carries -> (rewards, advantages,
+            returns), see `Experience`.
         actor_loss: (logprobs, entropy, experience) -> (mean loss over the tokens of a micro-batch, {name: mean}).
         critic_loss: (values, experience) -> the same pair; None: there is no critic.
+        text_coef: coefficient of the next-token loss on texts, which every update then takes (Ouyang et al. 2022,
+            eq. 2, gamma); 0: updates take none.
     """
 
-    estimate: Callable[[ScoredRollout], Estimates]
+    estimate: Callable[..., Estimates]
     actor_loss: Callable[[jax.Array, jax.Array, Experience], tuple[jax.Array, Stats]]
     critic_loss: Callable[[jax.Array, Experience], tuple[jax.Array, Stats]] | None = None
+    text_coef: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -197,7 +206,8 @@ class Programs(NamedTuple):
         publish: (params) -> weights.
         generate: (weights, prompts [B, P], mask, key) -> Rollout, on the devices.
         score: (state, frozen, rollout, scores) -> Experience, of models on the devices, without an average.
-        actor, critic: (state, frozen, experience) -> (state, {name: scalar}); None: there is no critic.
+        actor, critic: (state, frozen, experience) -> (state, {name: scalar}); None: there is no critic. With texts
+            the actor's third argument is that of `with_texts`.
         average: (average, weights) -> average, for one array.
     """
 
@@ -212,15 +222,34 @@ class Programs(NamedTuple):
 class Engine(NamedTuple):
     """publish(params) -> weights; generate(weights, prompts, prompt_mask, key) -> Rollout, on host arrays [B, P];
     score(state, frozen, rollout, scores=None) -> Experience, `scores` [B] instead of a reward model;
-    update(state, frozen, experience) -> (state, {name: scalar}), with the state donated.
+    update(state, frozen, experience, texts=None, models=("actor", "critic")) -> (state, {name: scalar}), with the state
+    donated: one optimizer step of those of its models, `texts` a `Batch` of rows where the algorithm learns texts.
     """
 
     models: Architectures
     publish: Publish
     generate: Callable[[Weights, np.ndarray, np.ndarray, jax.Array], Rollout]
     score: Callable[..., Experience]
-    update: Callable[[EngineState, FrozenParams, Experience], tuple[EngineState, Stats]]
+    update: Callable[..., tuple[EngineState, Stats]]
     programs: Programs
+
+
+def next_token_losses(
+    config: DecoderConfig, params: Params, batch: Batch, compute: Compute, layout: Layout
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The mean loss of the tokens in `loss_mask`, the balance loss, and the number of those tokens."""
+    hidden, balance = bind(config, params)(batch.tokens, batch.mask, compute, layout, batch.segments)
+    head, options = head_kernel(config, params), head_options(config, params)
+    logprobs = token_logprobs(hidden[:, :-1], head, batch.tokens[:, 1:], chunk=compute.chunk, **options)
+    learned = batch.loss_mask[:, 1:]
+    return nll(logprobs, learned), balance, learned.sum()
+
+
+def with_texts(experience: Experience, texts: Batch) -> tuple[Experience, Batch, jax.Array, jax.Array]:
+    """What the actor's update takes where the algorithm learns texts: both, and the token counts of each as rows."""
+    actions = jnp.broadcast_to(experience.action_mask.sum(), experience.action_mask.shape[:1])
+    learned = jnp.broadcast_to(texts.loss_mask[:, 1:].sum(), texts.loss_mask.shape[:1])
+    return experience, texts, actions, learned
 
 
 def answer_hidden(hidden: jax.Array, starts: jax.Array, num_actions: int) -> jax.Array:
@@ -279,7 +308,7 @@ def make_score(
     def score(state: EngineState, frozen: FrozenParams, rollout: Rollout, scores: jax.Array | None) -> Experience:
         parts = split_micro_batches((rollout, scores), execution.num_score_micro, layout)
         scored = join_micro_batches(jax.lax.map(lambda part: score_part(state, frozen, *part), parts), layout)
-        rewards, advantages, returns = estimate(scored)
+        rewards, advantages, returns = estimate(scored, **state.carried)
         experience = Experience(**vars(scored), rewards=rewards, advantages=advantages, returns=returns)
         return jax.tree.map(lambda x: layout.constrain(x, "batch", *[None] * (x.ndim - 1)), experience)
 
@@ -305,6 +334,20 @@ def make_updates(
         loss, stats = algorithm.actor_loss(logprobs, entropy, experience)
         return loss + balance, (experience.action_mask.sum(), stats)
 
+    def mixed_objective(params: Params, batch):
+        """Both losses, each a mean over the tokens of its kind in the whole update, whatever its micro-batches hold."""
+        experience, texts, actions, learned = batch
+        loss, (count, stats) = actor_objective(params, experience)
+        text_loss, balance, text_count = next_token_losses(models.actor, params, texts, compute, layout)
+        # Every micro-batch weighs 1, and the update divides by their number.
+        share, text_share = (
+            execution.num_micro * part / jnp.maximum(whole[0], 1)
+            for part, whole in ((count, actions), (text_count, learned))
+        )
+        text_loss = text_share * text_loss
+        stats = {name: share * value for name, value in stats.items()} | {"text_loss": text_loss}
+        return share * loss + algorithm.text_coef * text_loss + balance, (jnp.float32(1), stats)
+
     def critic_objective(params: Params, experience: Experience):
         hidden, balance = answer_states(models.critic, params, experience)
         loss, stats = algorithm.critic_loss(scalar_scores(params, hidden), experience)
@@ -313,7 +356,7 @@ def make_updates(
     def step(objective, tx: optax.GradientTransformation, config: DecoderConfig) -> Update:
         return make_update(objective, tx, abstract_params(config), layout, execution.num_micro, compute.scaling)
 
-    actor = step(actor_objective, optimizers.actor, models.actor)
+    actor = step(mixed_objective if algorithm.text_coef else actor_objective, optimizers.actor, models.actor)
     return actor, step(critic_objective, optimizers.critic, models.critic) if models.critic else None
 
 
@@ -323,6 +366,7 @@ def make_engine(
     """The engine of these models; nothing is compiled before the first call."""
     check_learnable(sampling.config)
     has_critic = models.critic is not None
+    own_models = ("actor", "critic") if has_critic else ("actor",)
     assert has_critic == (algorithm.critic_loss is not None) == (optimizers.critic is not None), "all three or none"
     layout, compute, temperature = execution.layout, execution.compute, sampling.config.temperature
     publish = make_publish(models.actor, layout.mesh, compute.dtype, layout.table)
@@ -344,17 +388,24 @@ def make_engine(
         scores = None if scores is None else np.asarray(scores, np.float32)
         return programs.score(dataclasses.replace(state, average={}), frozen, rollout, scores)
 
-    def update(state: EngineState, frozen: FrozenParams, experience: Experience) -> tuple[EngineState, Stats]:
+    def update(
+        state: EngineState, frozen: FrozenParams, experience: Experience, texts: Batch | None = None, models=own_models
+    ) -> tuple[EngineState, Stats]:
         rows, parts = experience.tokens.shape[0], execution.num_micro * layout.shards("batch")
         check_divides("rollouts of one update", rows, parts, "micro-batches x devices")
-        states, stats, before = {"critic": None}, {}, state.actor.scale and int(state.actor.step)
-        for name in ("actor", "critic") if has_critic else ("actor",):
-            step, args = getattr(programs, name), (getattr(state, name), getattr(frozen, name), experience)
-            states[name], each = step(*args)
+        if (texts is None) == bool(algorithm.text_coef and "actor" in models):
+            raise ValueError("give texts to an update of the actor where the algorithm has a text_coef, and only there")
+        if texts is not None:
+            check_divides("texts of one update", texts.tokens.shape[0], parts, "micro-batches x devices")
+        states, stats, before = {}, {}, state.actor.scale and int(state.actor.step)
+        for name in models:
+            batch = with_texts(experience, texts) if texts is not None and name == "actor" else experience
+            states[name], each = getattr(programs, name)(getattr(state, name), getattr(frozen, name), batch)
             stats |= {f"{name}_{key}": value for key, value in each.items()}
-        average, is_skipped = state.average, state.actor.scale and int(states["actor"].step) == before
+        state, average = dataclasses.replace(state, **states), state.average
+        is_skipped = "actor" not in states or (state.actor.scale and int(state.actor.step) == before)
         if not is_skipped:
-            average = ema_update(programs.average, average, states["actor"].trainable)
-        return EngineState(**states, average=average), stats
+            average = ema_update(programs.average, average, state.actor.trainable)
+        return dataclasses.replace(state, average=average), stats
 
     return Engine(models, publish, make_generate(decoding, sampling.rows), score, update, programs)

@@ -17,7 +17,7 @@ from rlhf_jax.mesh import Layout, MeshConfig, train_layout
 from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.dpo import DPOConfig
 from rlhf_jax.stages.models import ModelConfig
-from rlhf_jax.stages.ppo import PPOConfig
+from rlhf_jax.stages.ppo_config import PPOConfig
 from rlhf_jax.stages.reward import RewardConfig
 from rlhf_jax.stages.run_folder import RunConfig, run_date
 from rlhf_jax.stages.sft import SFTConfig

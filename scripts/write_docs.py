@@ -134,8 +134,18 @@ def demo_table(runs: list[dict[str, Any]]) -> str:
         shares = [result[how][f"{stage}_good"] for how in ("sampled", "greedy") for stage in ("sft", "ppo")]
         accuracy, minutes = result["sampled"]["reward_accuracy"], sum(result["seconds"].values()) / 60
         took = f"{minutes:.1f} min" if minutes else "not timed"
-        rows.append([str(result["seed"]), *map(percent, [*shares, accuracy]), took])
-    head = ["seed", "SFT, sampled", "PPO, sampled", "SFT, greedy", "PPO, greedy", "reward model", "training"]
+        content = percent(result["content"]["accuracy"]) if "content" in result else "not measured"
+        rows.append([str(result["seed"]), *map(percent, [*shares, accuracy]), content, took])
+    head = [
+        "seed",
+        "SFT, sampled",
+        "PPO, sampled",
+        "SFT, greedy",
+        "PPO, greedy",
+        "reward model",
+        "on content",
+        "training",
+    ]
     return f"{table(head, rows)}\n\n{origin(runs)}"
 
 

@@ -41,7 +41,8 @@ from rlhf_jax.models.unstacked import Unstacked, is_shareable
 from rlhf_jax.optim import OptimConfig, make_optimizer
 from rlhf_jax.rollout import make_publish
 from rlhf_jax.sampling import SampleConfig
-from rlhf_jax.stages.ppo import PPOConfig, ppo_algorithm
+from rlhf_jax.stages.ppo import ppo_algorithm
+from rlhf_jax.stages.ppo_config import PPOConfig
 from rlhf_jax.train_step import TrainState, state_shardings
 from rlhf_jax.trees import partition
 

@@ -171,6 +171,7 @@ def test_the_demo_benchmark_trains_and_evaluates_each_seed_and_its_table_has_one
         return 30.0
 
     monkeypatch.setattr(demo, "seconds_of", stub)
+    monkeypatch.setattr(demo, "content_accuracy", lambda run, settings: {"pairs": 8, "accuracy": 0.625})
     monkeypatch.setattr(demo, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(provenance, "RESULTS", tmp_path)
     monkeypatch.setattr(WRITE, "RESULTS", tmp_path)
@@ -178,5 +179,5 @@ def test_the_demo_benchmark_trains_and_evaluates_each_seed_and_its_table_has_one
     assert [words[0] for words in ran] == ["sft", "reward", "ppo", "evaluate", "evaluate"] * 2
     assert all("sft.steps=2" in words and f"run.seed={2 * (i > 4)}" in words for i, words in enumerate(ran))
     rows = [line for line in WRITE.demo_seeds().splitlines() if line.startswith("| ")][2:]
-    assert rows == [f"| {seed} | 25.0% | 50.0% | 25.0% | 75.0% | 87.5% | 1.5 min |" for seed in (0, 2)]
+    assert rows == [f"| {seed} | 25.0% | 50.0% | 25.0% | 75.0% | 87.5% | 62.5% | 1.5 min |" for seed in (0, 2)]
     assert len([line for line in WRITE.demo().splitlines() if line.startswith("| ")]) == 3

@@ -35,7 +35,9 @@ from rlhf_jax.objectives import masked, ppo
 from rlhf_jax.optim import OptimConfig, make_optimizer
 from rlhf_jax.rollout import make_publish, publish_bytes
 from rlhf_jax.sampling import SampleConfig
-from rlhf_jax.stages.ppo import PPOConfig, actor_loss, ppo_algorithm
+from rlhf_jax.stages.ppo import ppo_algorithm
+from rlhf_jax.stages.ppo_config import PPOConfig
+from rlhf_jax.stages.ppo_losses import actor_loss
 from rlhf_jax.train_step import init_state, start_ema
 from rlhf_jax.trees import partition
 

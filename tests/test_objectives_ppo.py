@@ -228,3 +228,72 @@ def test_a_mask_of_floats_means_the_same_as_one_of_bools(draw, name):
     function, count = IN_TOKENS[name]
     arrays = [draw() for _ in range(count)]
     np.testing.assert_array_equal(function(*arrays, MASK), function(*arrays, MASK.astype(jnp.float32)))
+
+
+# Options
+
+
+def test_scores_of_cut_and_of_long_answers_equal_hand_arithmetic():
+    """Answers of 4 (cut), 2, 1 and 0 tokens, of at most 4."""
+    score, ended = jnp.array([2.0, 1.0, -1.0, 0.5]), jnp.array([False, True, True, True])
+    penalised = ppo.shaped_score(score, ended, MASK, missing_eos_penalty=1.5)
+    np.testing.assert_allclose(penalised, [0.5, 1.0, -1.0, 0.5])
+    replaced = ppo.shaped_score(score, ended, MASK, missing_eos="replace", missing_eos_penalty=1.5)
+    np.testing.assert_allclose(replaced, [-1.5, 1.0, -1.0, 0.5])
+    # The last 3 tokens cost 0.6 together: 4 tokens lose all of it, 2 a third, 1 and 0 nothing.
+    shaped = ppo.shaped_score(score, ended, MASK, overlong_tokens=3, overlong_penalty=0.6)
+    np.testing.assert_allclose(shaped, [1.4, 0.8, -1.0, 0.5], rtol=1e-6)
+
+
+def policy_loss_by_loop(logprobs, old, advantages, clip, clip_high, dual_clip):
+    """(loss, clip fraction) token by token in float64."""
+    losses, clipped = [], []
+    for b, t in zip(*np.asarray(MASK).nonzero(), strict=True):
+        ratio, gain = np.exp(float(logprobs[b, t]) - float(old[b, t])), float(advantages[b, t])
+        loss = max(-gain * ratio, -gain * min(max(ratio, 1 - clip), 1 + clip_high))
+        is_clipped = loss != -gain * ratio
+        if dual_clip and gain < 0 and loss > -dual_clip * gain:
+            loss, is_clipped = -dual_clip * gain, True
+        losses.append(loss)
+        clipped.append(is_clipped)
+    return np.mean(losses), np.mean(clipped)
+
+
+@pytest.mark.parametrize(("clip_high", "dual_clip"), [(0.0, 0.0), (0.6, 0.0), (0.0, 1.3), (0.6, 1.3)])
+def test_the_policy_loss_with_two_clips_and_a_dual_clip_equals_a_loop(draw, clip_high, dual_clip):
+    logprobs, old, advantages = draw(), draw(), draw()
+    clips = dict(clip=0.2, clip_high=clip_high, dual_clip=dual_clip)
+    want = policy_loss_by_loop(logprobs, old, advantages, 0.2, clip_high or 0.2, dual_clip)
+    assert ppo.policy_loss(logprobs, old, advantages, MASK, **clips) == pytest.approx(want[0], rel=1e-5)
+    assert ppo.policy_clip_fraction(logprobs, old, advantages, MASK, **clips) == pytest.approx(want[1])
+
+
+def test_the_gradient_of_the_policy_loss_with_all_clips_equals_finite_differences(draw):
+    logprobs, old, advantages = (np.float64(draw()) for _ in range(3))
+    gradient = jax.grad(ppo.policy_loss)(*map(jnp.float32, (logprobs, old, advantages)), MASK, **CLIPS)
+    for b, t in zip(*np.asarray(MASK).nonzero(), strict=True):
+        step = np.zeros(MASK.shape)
+        step[b, t] = 1e-6
+        high, low = (policy_loss_by_loop(logprobs + s, old, advantages, 0.2, 0.6, 1.3)[0] for s in (step, -step))
+        assert gradient[b, t].item() == pytest.approx((high - low) / 2e-6, rel=1e-4, abs=1e-6)
+
+
+CLIPS = dict(clip=0.2, clip_high=0.6, dual_clip=1.3)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_mismatch_weights_are_truncated_ratios_of_tokens_or_of_whole_answers(draw, level):
+    logprobs, sampler = draw(), draw()
+    ratio = np.where(MASK, np.float64(logprobs) - np.float64(sampler), 0.0)
+    ratio = ratio if level == "token" else np.broadcast_to(ratio.sum(axis=1, keepdims=True), ratio.shape)
+    want = np.where(MASK, np.minimum(np.exp(ratio), 0.9), 0.0)
+    spoilt = jnp.where(MASK, sampler, np.nan)
+    weights = ppo.mismatch_weights(logprobs, spoilt, MASK, level=level, limit=0.9)
+    np.testing.assert_allclose(weights, want, rtol=1e-5)
+    assert (want == 0.9).any() and (want[np.asarray(MASK)] < 0.9).any()
+
+
+def test_a_long_answer_far_from_its_sampler_has_the_limit_as_its_weight():
+    far = jnp.full((1, 500), 3.0)  # the product of the ratios is e^1500
+    weights = ppo.mismatch_weights(far, jnp.zeros_like(far), jnp.ones((1, 500)), level="sequence", limit=2.0)
+    np.testing.assert_allclose(weights, 2.0, rtol=1e-6)

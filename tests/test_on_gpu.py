@@ -37,7 +37,8 @@ from rlhf_jax.models.lora import NO_LORA, LoraConfig, is_trainable
 from rlhf_jax.models.quantised import block_axis, dequantise, is_quantisable, quantise
 from rlhf_jax.rollout import make_generate, make_publish
 from rlhf_jax.sampling import SampleConfig
-from rlhf_jax.stages.ppo import PPOConfig, ppo_algorithm
+from rlhf_jax.stages.ppo import ppo_algorithm
+from rlhf_jax.stages.ppo_config import PPOConfig
 from rlhf_jax.train_step import init_state
 from rlhf_jax.trees import partition
 

@@ -15,7 +15,7 @@ from rlhf_jax.data.config import BUILTIN, DataConfig, SourceConfig
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.show_data import DIM, GREEN, PLAIN, short_names, show_data
 from rlhf_jax.stages.models import ModelConfig
-from rlhf_jax.stages.ppo import PPOConfig
+from rlhf_jax.stages.ppo_config import PPOConfig
 from rlhf_jax.stages.reward import RewardConfig
 from rlhf_jax.stages.sft import SFTConfig
 

@@ -24,7 +24,8 @@ from rlhf_jax.objectives.sft import next_token_loss
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.sampling import SampleConfig
 from rlhf_jax.stages.batch_sizes import check_row_lengths, held_out_batches, micro_batches, total_steps
-from rlhf_jax.stages.ppo import PPOConfig, actor_loss, critic_loss, estimate, ppo_sizes, rollout_metrics, shaped_rewards
+from rlhf_jax.stages.ppo_config import PPOConfig, ppo_sizes
+from rlhf_jax.stages.ppo_losses import actor_loss, critic_loss, estimate, rollout_metrics, shaped_rewards
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import shutil
 import tomllib
 
 import jax
@@ -11,17 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_recipe
-from tiny_recipe import records, tensors, tree, untimed_records, write_recipe
+from tiny_recipe import interrupt_stage, records, start_before_ppo, tensors, tree, untimed_records, write_recipe
 
 import rlhf_jax.collectives
 import rlhf_jax.rollout
 import rlhf_jax.stages.ppo
 import rlhf_jax.stages.supervised
 from rlhf_jax.cli import main
-from rlhf_jax.config import dump_config, load_config
 from rlhf_jax.data import builtin
 from rlhf_jax.models.pretrained import from_pretrained
-from rlhf_jax.recipe import Recipe
 
 STAGES = ("sft", "reward", "ppo")
 
@@ -111,23 +108,6 @@ def test_a_second_train_skips_all_three_stages_and_changes_nothing(finished_fold
     after = tree(finished_folder)
     assert {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)} <= {"config.toml"}
     assert before["config.toml"][0] == after["config.toml"][0]
-
-
-def interrupt_stage(patch: pytest.MonkeyPatch, stage: str, at: int) -> None:
-    """Simulates Ctrl-C in the middle of step `at` (counted from 0) of the stage, when its state has been donated."""
-    module = getattr(rlhf_jax.stages, stage if stage == "ppo" else "supervised")
-    loop = module.train_loop
-
-    def interrupted_loop(context, total, state, step_fn, **options):
-        def stop(state, step):
-            result = step_fn(state, step)
-            if step == at and context.name == stage:
-                raise KeyboardInterrupt
-            return result
-
-        return loop(context, total, state, stop, **options)
-
-    patch.setattr(module, "train_loop", interrupted_loop)
 
 
 LORA = [f"model.{name}={{rank=2, alpha=4.0}}" for name in ("lora", "reward_lora")]
@@ -249,15 +229,6 @@ def test_a_run_killed_between_the_last_checkpoint_and_the_export_resumes_with_th
     assert "sft: resumed at step 2 of 2" in capsys.readouterr().err
     assert untimed_records(folder / "sft/metrics.jsonl") == before
     assert (folder / "sft/export/model.safetensors").exists()
-
-
-def start_before_ppo(folder, finished_folder, *overrides):
-    """A run folder with these settings and the SFT and reward stages of the finished run."""
-    for stage in ("sft", "reward"):
-        shutil.copytree(finished_folder / stage / "export", folder / stage / "export")
-    options = [*overrides, f"run.dir={folder}"]
-    (folder / "config.toml").write_text(dump_config(load_config(finished_folder.parent / "tiny.toml", options, Recipe)))
-    return ["ppo", finished_folder.parent / "tiny.toml", *options]
 
 
 def record_trainable(patch, kept):

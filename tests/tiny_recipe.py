@@ -1,6 +1,7 @@
 """Whole runs of a few steps through the command line, in the same process."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,8 +10,11 @@ import pytest
 from safetensors.numpy import load_file
 
 import rlhf_jax.mesh
+import rlhf_jax.stages
 from rlhf_jax.cli import main
+from rlhf_jax.config import dump_config, load_config
 from rlhf_jax.mesh import make_mesh
+from rlhf_jax.recipe import Recipe
 
 RECIPE = """
 [run]
@@ -107,3 +111,29 @@ def tree(folder: Path) -> dict[str, tuple[int, int]]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def start_before_ppo(folder, finished_folder, *overrides):
+    """A run folder with these settings and the SFT and reward stages of the finished run."""
+    for stage in ("sft", "reward"):
+        shutil.copytree(finished_folder / stage / "export", folder / stage / "export")
+    options = [*overrides, f"run.dir={folder}"]
+    (folder / "config.toml").write_text(dump_config(load_config(finished_folder.parent / "tiny.toml", options, Recipe)))
+    return ["ppo", finished_folder.parent / "tiny.toml", *options]
+
+
+def interrupt_stage(patch: pytest.MonkeyPatch, stage: str, at: int) -> None:
+    """Simulates Ctrl-C in the middle of step `at` (counted from 0) of the stage, when its state has been donated."""
+    module = getattr(rlhf_jax.stages, stage if stage == "ppo" else "supervised")
+    loop = module.train_loop
+
+    def interrupted_loop(context, total, state, step_fn, **options):
+        def stop(state, step):
+            result = step_fn(state, step)
+            if step == at and context.name == stage:
+                raise KeyboardInterrupt
+            return result
+
+        return loop(context, total, state, stop, **options)
+
+    patch.setattr(module, "train_loop", interrupted_loop)

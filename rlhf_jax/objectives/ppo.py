@@ -7,25 +7,63 @@ every result is 0 and every argument may hold anything.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
 from rlhf_jax.objectives import masked
+from rlhf_jax.objectives.kl import Estimator, token_kl
+
+
+def shaped_score(
+    score: jax.Array,
+    ended: jax.Array,
+    mask: jax.Array,
+    *,
+    missing_eos: Literal["penalty", "replace"] = "penalty",
+    missing_eos_penalty: float = 0.0,
+    overlong_tokens: int = 0,
+    overlong_penalty: float = 1.0,
+) -> jax.Array:
+    """The score of each answer with the rules for answers that are cut at the length limit, or near it; [B] float32.
+
+    score [B]; ended [B] bool, whether the answer ended by EOS. A cut answer has `missing_eos_penalty` subtracted
+    ("penalty"), or has the score -missing_eos_penalty ("replace", which TRL calls missing_eos_penalty of a score).
+    With L = T - overlong_tokens, an answer of n > L tokens loses overlong_penalty (n - L) / overlong_tokens: nothing
+    at L, all of it at the limit T. Source of the latter: Yu et al. 2025 (DAPO, arXiv 2503.14476), eq. 13.
+    """
+    score = jnp.asarray(score, jnp.float32)
+    kept = jnp.where(ended, score, 0.0) if missing_eos == "replace" else score
+    score = kept - missing_eos_penalty * ~ended
+    if not overlong_tokens:
+        return score
+    over = jnp.asarray(mask, bool).sum(axis=1) - (mask.shape[1] - overlong_tokens)
+    return score - overlong_penalty * jnp.clip(over / overlong_tokens, 0.0, 1.0)
 
 
 def token_rewards(
-    score: jax.Array, logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array, *, kl_coef: float, clip: float
+    score: jax.Array,
+    logprobs: jax.Array,
+    ref_logprobs: jax.Array,
+    mask: jax.Array,
+    *,
+    kl_coef: float | jax.Array,
+    clip: float,
+    estimator: Estimator = "k1",
+    limit: float = 0.0,
 ) -> jax.Array:
-    """r_t = -kl_coef (log pi_t - log ref_t), plus clip(score, -clip, clip) at the last token of the mask.
+    """r_t = -kl_coef k_t, plus clip(score, -clip, clip) at the last token of the mask.
 
-    score [B]: the reward model's verdict on the whole answer. A row with an empty mask gets no score.
+    score [B]: the reward model's verdict on the whole answer. A row with an empty mask gets no score. k_t is
+    `token_kl`, by default log pi_t - log ref_t; kl_coef may be a float32 scalar array.
     Source: Ziegler et al. 2019 (arXiv 1909.08593), eq. 2, spread over tokens as in Ouyang et al. 2022 (arXiv
     2203.02155), eq. 2; the clip of the score is DeepSpeed-Chat's.
     """
     mask = jnp.asarray(mask, bool)
     to_come = jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1]
     bounded = jnp.clip(jnp.asarray(score, jnp.float32), -clip, clip)[:, None]
-    penalty = masked.zero_outside(logprobs, mask) - masked.zero_outside(ref_logprobs, mask)
+    penalty = token_kl(logprobs, ref_logprobs, mask, estimator=estimator, limit=limit)
     return jnp.where(mask & (to_come == 1), bounded, 0.0) - kl_coef * penalty
 
 
@@ -55,28 +93,81 @@ def gae(
 
 
 def policy_loss(
-    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, *, clip: float
+    logprobs: jax.Array,
+    old_logprobs: jax.Array,
+    advantages: jax.Array,
+    mask: jax.Array,
+    *,
+    clip: float,
+    clip_high: float = 0.0,
+    dual_clip: float = 0.0,
 ) -> jax.Array:
-    """L = mean_t max(-A_t w_t, -A_t clip(w_t, 1 - clip, 1 + clip)), w_t = pi_t / pi_old_t; a float32 scalar.
+    """L = mean_t max(-A_t w_t, -A_t clip(w_t, 1 - clip, 1 + clip_high)), w_t = pi_t / pi_old_t; a float32 scalar.
 
-    The mean is over the tokens of the mask, all rows together.
-    Source: Schulman et al. 2017 (PPO, arXiv 1707.06347), eq. 7, with the sign turned so that it is minimised.
+    The mean is over the tokens of the mask, all rows together. clip_high 0 is `clip`. With a dual clip c > 1 a token
+    of negative A_t adds at most -c A_t, whatever its ratio.
+    Source: Schulman et al. 2017 (PPO, arXiv 1707.06347), eq. 7, with the sign turned so that it is minimised;
+    clip_high: Yu et al. 2025 (DAPO, arXiv 2503.14476), eq. 10; dual clip: Ye et al. 2020 (arXiv 1912.09729), eq. 8.
     """
-    return masked.mean(jnp.maximum(*_policy_terms(logprobs, old_logprobs, advantages, mask, clip)), mask)
+    free, clipped = _policy_terms(logprobs, old_logprobs, advantages, mask, clip, clip_high)
+    loss = jnp.maximum(free, clipped)
+    if dual_clip:
+        gain = masked.zero_outside(advantages, mask)
+        loss = jnp.where(gain < 0, jnp.minimum(loss, -dual_clip * gain), loss)
+    return masked.mean(loss, mask)
 
 
 def policy_clip_fraction(
-    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, mask: jax.Array, *, clip: float
+    logprobs: jax.Array,
+    old_logprobs: jax.Array,
+    advantages: jax.Array,
+    mask: jax.Array,
+    *,
+    clip: float,
+    clip_high: float = 0.0,
+    dual_clip: float = 0.0,
 ) -> jax.Array:
-    """Share of the tokens on which the clip of `policy_loss` takes the gradient away; a float32 scalar."""
-    free, clipped = _policy_terms(logprobs, old_logprobs, advantages, mask, clip)
-    return masked.mean(clipped > free, mask)
+    """Share of the tokens on which the clips of `policy_loss` take the gradient away; a float32 scalar."""
+    free, clipped = _policy_terms(logprobs, old_logprobs, advantages, mask, clip, clip_high)
+    is_clipped = clipped > free
+    if dual_clip:
+        gain = masked.zero_outside(advantages, mask)
+        is_clipped |= (gain < 0) & (free > -dual_clip * gain)
+    return masked.mean(is_clipped, mask)
 
 
-def _policy_terms(logprobs, old_logprobs, advantages, mask, clip: float) -> tuple[jax.Array, jax.Array]:
-    ratio = jnp.exp(masked.zero_outside(logprobs, mask) - masked.zero_outside(old_logprobs, mask))
-    gain = masked.zero_outside(advantages, mask)
-    return -gain * ratio, -gain * jnp.clip(ratio, 1.0 - clip, 1.0 + clip)
+def _policy_terms(
+    logprobs, old_logprobs, advantages, mask, clip: float, clip_high: float
+) -> tuple[jax.Array, jax.Array]:
+    ratio, gain = policy_ratio(logprobs, old_logprobs, mask), masked.zero_outside(advantages, mask)
+    return -gain * ratio, -gain * jnp.clip(ratio, 1.0 - clip, 1.0 + (clip_high or clip))
+
+
+def policy_ratio(logprobs: jax.Array, old_logprobs: jax.Array, mask: jax.Array) -> jax.Array:
+    """w_t = pi_t / pi_old_t, [B, T] float32; 1 outside the mask."""
+    return jnp.exp(masked.zero_outside(logprobs, mask) - masked.zero_outside(old_logprobs, mask))
+
+
+def mismatch_weights(
+    logprobs: jax.Array,
+    sampler_logprobs: jax.Array,
+    mask: jax.Array,
+    *,
+    level: Literal["token", "sequence"],
+    limit: float,
+) -> jax.Array:
+    """min(pi_t / mu_t, limit): weights of tokens that were sampled from mu and train pi; [B, T] float32, 0 outside.
+
+    Both policies have the same weights, and differ in how they are computed (dtype, kernels, sharding).
+    level: "token" takes the ratio of each token, "sequence" for all tokens the product over their answer.
+    To be multiplied with the advantages. Source: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You
+    Off-Policy RL Training" (truncated importance sampling); Espeholt et al. 2018 (IMPALA, arXiv 1802.01561).
+    """
+    log_ratio = masked.zero_outside(logprobs, mask) - masked.zero_outside(sampler_logprobs, mask)
+    if level == "sequence":
+        log_ratio = log_ratio.sum(axis=1, keepdims=True) * jnp.ones_like(log_ratio)
+    # The limit is applied to the logarithm, so that a long answer does not overflow.
+    return masked.zero_outside(jnp.exp(jnp.minimum(log_ratio, jnp.log(limit))), mask)
 
 
 def value_loss(
@@ -110,8 +201,7 @@ def approximate_kl(logprobs: jax.Array, old_logprobs: jax.Array, mask: jax.Array
     w_t = pi_t / pi_old_t. Unbiased, and never negative.
     Source: k3 of Schulman 2020, "Approximating KL Divergence".
     """
-    log_ratio = masked.zero_outside(logprobs, mask) - masked.zero_outside(old_logprobs, mask)
-    return masked.mean(jnp.expm1(log_ratio) - log_ratio, mask)
+    return masked.mean(token_kl(old_logprobs, logprobs, mask, estimator="k3"), mask)
 
 
 def sequence_kl(logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array) -> jax.Array:
@@ -119,7 +209,7 @@ def sequence_kl(logprobs: jax.Array, ref_logprobs: jax.Array, mask: jax.Array) -
 
     May be negative for one answer; its mean is unbiased. Source: k1 of Schulman 2020, "Approximating KL Divergence".
     """
-    return (masked.zero_outside(logprobs, mask) - masked.zero_outside(ref_logprobs, mask)).sum(axis=1)
+    return token_kl(logprobs, ref_logprobs, mask).sum(axis=1)
 
 
 def explained_variance(values: jax.Array, returns: jax.Array, mask: jax.Array) -> jax.Array:

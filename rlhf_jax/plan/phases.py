@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.data.batches import Batch
 from rlhf_jax.decode import Rollout, bucket_length
-from rlhf_jax.engine import Engine, EngineState, FrozenParams
+from rlhf_jax.engine import Engine, EngineState, FrozenParams, with_texts
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.families import decoder_config
@@ -47,7 +47,8 @@ from rlhf_jax.sampling import check_learnable
 from rlhf_jax.stages.batch_sizes import micro_batches
 from rlhf_jax.stages.context import ModelKind
 from rlhf_jax.stages.from_scratch import make_hf_config
-from rlhf_jax.stages.ppo import PPOConfig, ppo_engine, ppo_optimizers, ppo_sizes
+from rlhf_jax.stages.ppo import ppo_engine, ppo_optimizers
+from rlhf_jax.stages.ppo_config import PPOConfig, ppo_sizes
 from rlhf_jax.stages.supervised import jit_reference, make_programs
 from rlhf_jax.stages.table import STAGES, Stage, latest_export
 from rlhf_jax.train_step import OffloadedUpdate, Params, TrainState
@@ -251,7 +252,7 @@ def engine_phases(
     held = _engine_bytes(state, frozen)
     rollout = _abstract_rollout(config, prompt_positions(recipe, positions), engine.publish.layout)
     found = _generation(stage, engine, recipe, state.actor.params(frozen.actor), held, rollout)
-    found += _learning_from(stage, engine, models, held, rollout, config, layout)
+    found += _learning_from(stage, engine, models, held, rollout, recipe, layout)
     return [phase._replace(host=host_bytes(models)) for phase in found]
 
 
@@ -305,11 +306,11 @@ def _learning_from(
     models: tuple[EngineState, FrozenParams],
     held: Mapping[str, int],
     rollout: Rollout,
-    config: PPOConfig,
+    recipe: Recipe,
     layout: Layout,
 ) -> list[Phase]:
     """Scoring, one optimizer step of each trained model, and one update of the moving average."""
-    (state, frozen), programs = models, engine.programs
+    (state, frozen), programs, config = models, engine.programs, getattr(recipe, stage)
     # As the engine fetches from host memory: the whole reference to score, and the average one array at a time.
     fetched = dataclasses.replace(frozen, reference=with_memory(frozen.reference, None))
     ended = rollout.ended
@@ -337,6 +338,12 @@ def _learning_from(
     for name, each in passes.items():
         learner = getattr(state, name)
         args = learner, getattr(frozen, name), part
+        if name == "actor" and config.texts.coef:
+            texts = _abstract_texts(config, recipe.data.max_length, engine.models.actor.max_positions)
+            args = *args[:2], abstract_batch(jax.eval_shape(with_texts, part, texts), layout)
+            # Their tokens as rows of the rollouts' length, all of them with logits.
+            more = -(-(config.texts.batch_size // micro) * texts.tokens.shape[1] // each.length)
+            each = each._replace(rows=each.rows + more, head_tokens=each.length)
         whole = Phase(stage, name, getattr(programs, name), args, dict(live), passes=(each,), micro=micro)
         sums = by_layout(learner.trainable, getattr(engine.models, name), layout.gradients)
         found += _update_phases(whole._replace(runs=config.ppo_epochs * config.rollouts // batch_size), sums)
@@ -348,6 +355,12 @@ def _learning_from(
         pair = there[largest], state.actor.trainable[largest]
         found.append(Phase(stage, "average", programs.average, pair, live))
     return found
+
+
+def _abstract_texts(config: PPOConfig, max_length: int, positions: int) -> Batch:
+    """The longest batch of texts of an update."""
+    shape = (config.texts.batch_size, min(_round8(max_length), positions))
+    return Batch(*(jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, jnp.bool, jnp.bool)))
 
 
 def prompt_positions(recipe: Recipe, max_positions: int) -> int:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax import hosts
-from rlhf_jax.data.batches import Batches, Prefetch
+from rlhf_jax.data.batches import Batch, Batches, Prefetch
 from rlhf_jax.data.chat_template import prepare_tokenizer
 from rlhf_jax.data.selection import select_rows
 from rlhf_jax.decode import Rollout, bucket_length
@@ -27,98 +29,43 @@ from rlhf_jax.engine import (
     FrozenParams,
     Optimizers,
     Sampling,
-    ScoredRollout,
     Stats,
     make_engine,
 )
-from rlhf_jax.mesh import Layout, check_divides, to_devices, to_host
+from rlhf_jax.mesh import Layout, to_devices, to_host
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.pretrained import Pretrained
-from rlhf_jax.objectives import masked, ppo
-from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
-from rlhf_jax.rollout import Publish, check_positions, check_slots, eos_ids, publish_bytes
-from rlhf_jax.sampling import SampleConfig, check_learnable
-from rlhf_jax.stages.batch_sizes import micro_batches, rows_per_source, total_steps
+from rlhf_jax.objectives import ppo
+from rlhf_jax.objectives.kl import adapt_coefficient
+from rlhf_jax.objectives.moments import add_moments, no_moments
+from rlhf_jax.optim import learning_rate, make_optimizer
+from rlhf_jax.rollout import Publish, check_positions, eos_ids, publish_bytes
+from rlhf_jax.stages.batch_sizes import rows_per_source, total_steps
 from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.loop import train_loop
 from rlhf_jax.stages.models import ModelConfig, copy_frozen, export_model, load_model, log_attention, make_state
+from rlhf_jax.stages.ppo_config import PPOConfig, ppo_sizes
+from rlhf_jax.stages.ppo_losses import actor_loss, critic_loss, estimate, rollout_metrics
+from rlhf_jax.stages.score_scale import demonstration_moments
+from rlhf_jax.stages.symptoms import SymptomLog
+from rlhf_jax.stages.texts import open_texts
 from rlhf_jax.stages.tokenizers import adopt_tokenizer
-from rlhf_jax.train_step import Params, start_ema, taken_before
+from rlhf_jax.train_step import Params, TrainState, start_ema, taken_before
 from rlhf_jax.trees import partition
 
 LOGGER = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class PPOConfig:
-    """The [ppo] section."""
-
-    epochs: int = 1  # passes over the prompts
-    steps: int = 0  # iterations of generate, score and update; 0: as `epochs` says
-    rollout_batch_size: int = 64  # prompts answered in one iteration, over all devices, each sample.num_samples times
-    generate_rows: int = 0  # answers decoded at a time; a free decode slot takes the next prompt; 0: all at once
-    batch_size: int = 0  # rollouts of one optimizer step; 0: all of an iteration
-    micro_batch_size: int = 0  # rollouts of one forward and backward pass, over all devices; 0: batch_size
-    ppo_epochs: int = 1  # passes over the rollouts of an iteration
-    kl_coef: float = 0.1  # coefficient of the KL penalty against the reference, on every token
-    score_clip: float = 5.0  # scores are clipped to +- this before they become a reward
-    missing_eos_penalty: float = 0.0  # subtracted from the score of an answer that was cut at max_new_tokens
-    gamma: float = 1.0  # discount per token
-    lam: float = 0.95  # lambda of generalised advantage estimation
-    clip: float = 0.2  # largest change of the probability ratio in the actor loss
-    value_clip: float = 0.2  # largest change of a value in the critic loss
-    ema_decay: float = 0.0  # decay of the moving average of the actor, which is exported to export_ema; 0: none
-    whiten_advantages: bool = True  # scale advantages to mean 0 and variance 1 over the tokens of an iteration
-    sample: SampleConfig = SampleConfig()  # how rollouts are sampled
-    actor: OptimConfig = OptimConfig(learning_rate=9.65e-6)  # the actor's optimizer
-    critic: OptimConfig = OptimConfig(learning_rate=5e-6)  # the critic's optimizer
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay:g}: at least 0 (no average) and below 1, such as 0.992")
-
-    def check(self, name: str, layout: Layout) -> None:
-        """Raise ValueError for sizes that do not divide, filtered sampling, and schedules that do not fit the steps."""
-        ppo_sizes(self, layout)
-        check_learnable(self.sample)
-        if self.steps:
-            for optim in (self.actor, self.critic):
-                learning_rate(optim, self.updates(self.steps))
-
-    @property
-    def rollouts(self) -> int:
-        """Number of answers of one iteration."""
-        return self.rollout_batch_size * self.sample.num_samples
-
-    @property
-    def update_size(self) -> int:
-        """Number of rollouts of one optimizer step."""
-        return self.batch_size or self.rollouts
-
-    def updates(self, steps: int) -> int:
-        """Number of optimizer steps in `steps` iterations."""
-        return steps * self.ppo_epochs * self.rollouts // self.update_size
-
-
-def ppo_sizes(config: PPOConfig, layout: Layout) -> tuple[int, int]:
-    """Rollouts and micro-batches of one optimizer step. Raises ValueError where sizes do not divide."""
-    check_divides("ppo.rollout_batch_size", config.rollout_batch_size, layout.shards("batch"), "devices of the mesh")
-    batch_size = config.update_size
-    num_micro = micro_batches("ppo", batch_size, config.micro_batch_size, layout)
-    name = "ppo.rollout_batch_size" + (" x num_samples" if config.sample.num_samples > 1 else "")
-    check_divides(name, config.rollouts, batch_size, "rollouts of ppo.batch_size")
-    check_slots(config.generate_rows, layout, "ppo.generate_rows")
-    return batch_size, num_micro
-
-
-def ppo_optimizers(config: PPOConfig, updates: int) -> Optimizers:
-    """The optimizers of a run of `updates` optimizer steps."""
-    return Optimizers(make_optimizer(config.actor, updates), make_optimizer(config.critic, updates), config.ema_decay)
+def ppo_optimizers(config: PPOConfig, updates: int, actor_updates: int = 0) -> Optimizers:
+    """The optimizers of a run of `updates` optimizer steps, of which the actor takes `actor_updates`; 0: all."""
+    actor = make_optimizer(config.actor, actor_updates or updates)
+    return Optimizers(actor, make_optimizer(config.critic, updates), config.ema_decay)
 
 
 def ppo_algorithm(config: PPOConfig) -> Algorithm:
     """Generalised advantages, clipped policy loss, clipped value loss."""
-    return Algorithm(*(functools.partial(part, config=config) for part in (estimate, actor_loss, critic_loss)))
+    parts = (functools.partial(part, config=config) for part in (estimate, actor_loss, critic_loss))
+    return Algorithm(*parts, config.texts.coef)
 
 
 def ppo_engine(
@@ -208,23 +155,17 @@ def run_ppo(context: StageContext, config: PPOConfig) -> None:
     steps = total_steps(config.steps, config.epochs, prompts.steps_per_epoch)
     prefetch, updates = Prefetch(prompts, steps), config.updates(steps)
 
-    optimizers = ppo_optimizers(config, updates)
+    optimizers = ppo_optimizers(config, updates, config.actor_updates(steps))
     engine = ppo_engine(config, model, actor.config, critic.config, optimizers, eos_ids(actor), layout)
+    carried = carried_at_start(context, config, critic, tokenizer)
     state, frozen = ppo_models(actor, critic, model, optimizers, run.seed)
+    state = dataclasses.replace(state, critic=first_critic(state.critic, config), carried=carried)
+    texts = open_texts(context, config.texts, tokenizer, actor.config.max_positions, updates)
     publish = engine.publish.compile(state.actor.params(frozen.actor))
     constants, shapes = count_publish_bytes(name, publish, state.actor.params(frozen.actor), model), set()
-    rates = learning_rate(config.actor, updates), learning_rate(config.critic, updates)
-
-    def update_passes(state: EngineState, experience: Experience, step: int) -> tuple[EngineState, list[Stats]]:
-        """`ppo_epochs` passes over the rollouts, each in its own order; also the metrics of each optimizer step."""
-        collected = []
-        for epoch in range(config.ppo_epochs):
-            order = np.random.RandomState([run.seed, step, epoch]).permutation(config.rollouts)
-            for index in order.reshape(-1, config.update_size):
-                part = experience if len(index) == config.rollouts else take_rows(experience, index)
-                state, stats = engine.update(state, frozen, part)
-                collected.append(stats)
-        return state, collected
+    rates = learning_rate(config.actor, config.actor_updates(steps)), learning_rate(config.critic, updates)
+    symptoms = SymptomLog(name, kl_limit=2 * config.kl_target)
+    update_passes = make_passes(engine, frozen, texts, config, run.seed)
 
     def step_fn(state: EngineState, step: int):
         """One iteration, in the steps of Ouyang et al. 2022, figure 2, step 3."""
@@ -238,13 +179,22 @@ def run_ppo(context: StageContext, config: PPOConfig) -> None:
         shapes.add(rollout.prompts.shape)
         # 3. The reward model calculates a reward for each output; critic and reference add values and the KL penalty.
         experience = clock.lap("score", engine.score(state, frozen, rollout))
-        clock.lap("keep", write_rollouts(context, step + 1, tokenizer, rollout, experience))
+        if config.mismatch != "none":
+            experience = correct_mismatch(experience, rollout.logprobs, config=config)
+        keep_tokens = config.save_tokens
+        clock.lap("keep", write_rollouts(context, step + 1, tokenizer, rollout, experience, keep_tokens=keep_tokens))
         # 4. The rewards are used to update the policy, and the critic, by PPO.
         state, collected = update_passes(state, experience, step)
         clock.lap("update", collected)
         stats = {**rollout_metrics(experience, rollout), "decode_steps": rollout.steps.max()}
         stats |= {key: float(np.mean([float(part[key]) for part in collected])) for key in collected[0]}
         stats |= {key: collected[-1][key] for key in collected[0] if key.endswith(("loss_scale", "skipped_steps"))}
+        if "actor_ratio_deviation" in collected[0]:
+            stats["first_ratio_deviation"] = collected[0]["actor_ratio_deviation"]
+        stats |= carried_metrics(state.carried) | {"updates": len(collected)}
+        symptoms.add(step + 1, stats)
+        if state.carried:
+            state = dataclasses.replace(state, carried=carry(state.carried, experience, config=config))
         stats |= {"actor_learning_rate": rates[0](taken_before(state.actor))}
         stats |= {"critic_learning_rate": rates[1](taken_before(state.critic))}
         stats |= rows_per_source(prompts, step) | constants | clock.seconds
@@ -262,67 +212,90 @@ def run_ppo(context: StageContext, config: PPOConfig) -> None:
     export_model(actor, state.actor.params(frozen.actor), model, context.export)
 
 
+def first_critic(critic: TrainState, config: PPOConfig) -> TrainState:
+    """The critic before the first step, with the head that `critic_head` names."""
+    if config.critic_head == "scorer":
+        return critic
+    head = {path: jnp.zeros_like(leaf) for path, leaf in critic.trainable.items() if path.startswith("score/")}
+    return dataclasses.replace(critic, trainable=critic.trainable | head)
+
+
+def carried_at_start(context: StageContext, config: PPOConfig, scorer: Pretrained, tokenizer) -> dict[str, Any]:
+    """`EngineState.carried` before the first iteration: what these settings change from one to the next."""
+    carried: dict[str, Any] = {"kl_coef": jnp.float32(config.kl_coef)} if config.kl_target else {}
+    if config.score_scale == "rollouts":
+        carried["score_moments"] = no_moments()
+    elif config.score_scale == "demonstrations":
+        carried["score_moments"] = demonstration_moments(context, scorer, tokenizer)
+    return jax.device_put(carried, context.layout.sharding(()))
+
+
+def carried_metrics(carried: dict[str, Any]) -> dict[str, jax.Array]:
+    """Metrics of what the state carries, as the iteration used it."""
+    found = {"kl_coef": carried["kl_coef"]} if "kl_coef" in carried else {}
+    moments = carried.get("score_moments")
+    return found | ({"score_scale_mean": moments.mean, "score_scale_std": moments.std} if moments else {})
+
+
+def make_passes(
+    engine: Engine, frozen: FrozenParams, texts: Callable[[int], Batch] | None, config: PPOConfig, seed: int
+) -> Callable[[EngineState, Experience, int], tuple[EngineState, list[Stats]]]:
+    """(state, experience, step) -> the state after `ppo_epochs` passes over the rollouts, each in its own order, and
+    the metrics of each optimizer step. The passes end early where `stop_kl` says so.
+    """
+
+    def run(state: EngineState, experience: Experience, step: int) -> tuple[EngineState, list[Stats]]:
+        models = ("critic",) if step < config.critic_warmup_steps else ("actor", "critic")
+        collected: list[Stats] = []
+        for epoch in range(config.ppo_epochs):
+            order = np.random.RandomState([seed, step, epoch]).permutation(config.rollouts)
+            for index in order.reshape(-1, config.update_size):
+                part = experience if len(index) == config.rollouts else take_rows(experience, index)
+                batch = texts(config.updates(step) + len(collected)) if texts and "actor" in models else None
+                state, stats = engine.update(state, frozen, part, batch, models)
+                collected.append(stats)
+                if config.stop_kl and float(stats.get("actor_approx_kl", 0.0)) > config.stop_kl:
+                    return state, collected
+        return state, collected
+
+    return run
+
+
 @jax.jit
 def take_rows(experience: Experience, index: np.ndarray) -> Experience:
     """The rollouts at `index` [n] of the batch."""
     return jax.tree.map(lambda leaf: leaf[index], experience)
 
 
-def shaped_rewards(scored: ScoredRollout, config: PPOConfig) -> jax.Array:
-    """[B, N]: the KL penalty on every token, and on the last the score minus the penalty for a missing EOS."""
-    score = scored.score - config.missing_eos_penalty * ~scored.ended
-    logprobs, mask = (scored.logprobs, scored.ref_logprobs), scored.action_mask
-    return ppo.token_rewards(score, *logprobs, mask, kl_coef=config.kl_coef, clip=config.score_clip)
+@functools.partial(jax.jit, static_argnames="config")
+def carry(carried: dict[str, Any], experience: Experience, *, config: PPOConfig) -> dict[str, Any]:
+    """What the state carries to the next iteration: the adapted KL coefficient, and the moments of all scores."""
+    carried = dict(carried)
+    if "kl_coef" in carried:
+        kl = ppo.sequence_kl(experience.logprobs, experience.ref_logprobs, experience.action_mask).mean()
+        carried["kl_coef"] = adapt_coefficient(carried["kl_coef"], kl, target=config.kl_target)
+    if config.score_scale == "rollouts":
+        carried["score_moments"] = add_moments(carried["score_moments"], experience.score)
+    return carried
 
 
-def estimate(scored: ScoredRollout, config: PPOConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rewards, advantages and returns, [B, N] each."""
-    rewards, mask = shaped_rewards(scored, config), scored.action_mask
-    advantages, returns = ppo.gae(rewards, scored.values, mask, gamma=config.gamma, lam=config.lam)
-    return rewards, masked.whiten(advantages, mask) if config.whiten_advantages else advantages, returns
+@functools.partial(jax.jit, static_argnames="config")
+def correct_mismatch(experience: Experience, sampler_logprobs: jax.Array, *, config: PPOConfig) -> Experience:
+    """The experience with its advantages weighted for the policy that sampled, see `ppo.mismatch_weights`."""
+    policies = experience.logprobs, sampler_logprobs, experience.action_mask
+    weights = ppo.mismatch_weights(*policies, level=config.mismatch, limit=config.mismatch_limit)
+    return dataclasses.replace(experience, advantages=experience.advantages * weights)
 
 
-def actor_loss(logprobs: jax.Array, entropy: jax.Array, experience: Experience, config: PPOConfig):
-    """The clipped policy loss of a micro-batch, and its metrics."""
-    old, mask = experience.logprobs, experience.action_mask
-    ratios = logprobs, old, experience.advantages, mask
-    stats = {"clip_fraction": ppo.policy_clip_fraction(*ratios, clip=config.clip)}
-    stats |= {"approx_kl": ppo.approximate_kl(logprobs, old, mask), "entropy": masked.mean(entropy, mask)}
-    return ppo.policy_loss(*ratios, clip=config.clip), stats
-
-
-def critic_loss(values: jax.Array, experience: Experience, config: PPOConfig):
-    """The clipped value loss of a micro-batch, and its metrics."""
-    old, returns, mask = experience.values, experience.returns, experience.action_mask
-    loss = ppo.value_loss(values, old, returns, mask, clip=config.value_clip)
-    return loss, {"clip_fraction": ppo.value_clip_fraction(values, old, returns, mask, clip=config.value_clip)}
-
-
-@jax.jit
-def rollout_metrics(experience: Experience, rollout: Rollout) -> dict[str, jax.Array]:
-    """Metrics of an iteration's experience: score, KL, lengths, quality of the critic."""
-    mask = experience.action_mask
-    kl = ppo.sequence_kl(experience.logprobs, experience.ref_logprobs, mask)
-    return {
-        "score_mean": experience.score.mean(),
-        "score_std": experience.score.std(),
-        "kl": kl.mean(),
-        "reward_mean": experience.rewards.sum(axis=1).mean(),
-        "value_mean": masked.mean(experience.values, mask),
-        "return_mean": masked.mean(experience.returns, mask),
-        "explained_variance": ppo.explained_variance(experience.values, experience.returns, mask),
-        "response_length": mask.sum(axis=1).mean(),
-        "ended_by_eos": experience.ended.mean(),
-        # Difference between the policy that sampled and the one that trains; 0 except for rounding.
-        "logprob_mismatch": masked.mean(jnp.abs(rollout.logprobs - experience.logprobs), mask),
-    }
-
-
-def write_rollouts(context: StageContext, step: int, tokenizer, rollout: Rollout, experience: Experience) -> None:
-    """Write every rollout of an iteration to RUN/NAME/rollouts/STEP.jsonl."""
+def write_rollouts(
+    context: StageContext, step: int, tokenizer, rollout: Rollout, experience: Experience, *, keep_tokens: bool = False
+) -> None:
+    """Write every rollout of an iteration to RUN/NAME/rollouts/STEP.jsonl; `keep_tokens`: and each token."""
     kl = ppo.sequence_kl(experience.logprobs, experience.ref_logprobs, experience.action_mask)
     numbers = {"score": experience.score, "reward": experience.rewards.sum(axis=1), "kl": kl}
-    rollout, numbers = hosts.fetch((rollout, numbers))
+    names = ("logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns") if keep_tokens else ()
+    each_token = {name: getattr(experience, name) for name in names}
+    rollout, numbers, each_token = hosts.fetch((rollout, numbers, each_token))
     if not hosts.is_main():
         return
     records = [
@@ -332,6 +305,9 @@ def write_rollouts(context: StageContext, step: int, tokenizer, rollout: Rollout
             "response": tokenizer.decode(rollout.tokens[i][rollout.mask[i]]),
             **{name: float(column[i]) for name, column in numbers.items()},
             "finish_reason": "eos" if rollout.ended[i] else "length",
+            **({"prompt_ids": rollout.prompts[i][rollout.prompt_mask[i]].tolist()} if keep_tokens else {}),
+            **({"response_ids": rollout.tokens[i][rollout.mask[i]].tolist()} if keep_tokens else {}),
+            **{name: column[i][rollout.mask[i]].tolist() for name, column in each_token.items()},
         }
         for i in range(len(rollout.ended))
     ]

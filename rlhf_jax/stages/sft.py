@@ -10,11 +10,9 @@ import numpy as np
 
 from rlhf_jax.data.batches import Batch
 from rlhf_jax.data.records import Learn
+from rlhf_jax.engine import next_token_losses
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.config import Compute, DecoderConfig
-from rlhf_jax.models.decoder import bind, head_kernel, head_options
-from rlhf_jax.objectives.logprobs import token_logprobs
-from rlhf_jax.objectives.sft import nll
 from rlhf_jax.optim import OptimConfig
 from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.from_scratch import make_base_model
@@ -37,13 +35,7 @@ def sft_objective(
     """The mean negative log-likelihood of the tokens in the loss mask."""
 
     def losses(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The mean over the tokens with loss, the balance loss, and the number of those tokens."""
-        rows = batch.tokens, batch.mask
-        hidden, balance = bind(config, params)(*rows, compute, layout, batch.segments)
-        head, options = head_kernel(config, params), head_options(config, params)
-        logprobs = token_logprobs(hidden[:, :-1], head, batch.tokens[:, 1:], chunk=compute.chunk, **options)
-        learned = batch.loss_mask[:, 1:]
-        return nll(logprobs, learned), balance, learned.sum()
+        return next_token_losses(config, params, batch, compute, layout)
 
     def loss(params: Params, batch: Batch):
         mean, balance, count = losses(params, batch)

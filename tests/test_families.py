@@ -204,6 +204,7 @@ OLDER = {
     "phi3": {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
     "qwen3_moe": {"num_experts": 8, "num_local_experts": 8},
     "gpt2": {"n_ctx": 1024, "n_positions": 1024},
+    "falcon": {"num_kv_heads": 1},  # transformers' config has 71 there, which it does not use
 }
 NEWER = {
     "llama": {"rope_parameters": {"rope_theta": 5e5} | LLAMA3},
@@ -231,6 +232,7 @@ NEWER = {
     },
     "qwen3_moe": {"num_local_experts": 8},
     "gpt2": {},
+    "falcon": {},
 }
 
 

@@ -27,6 +27,8 @@ def with_all_spellings(hf: Mapping[str, Any]) -> dict[str, Any]:
     except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
         LOGGER.warning(f"transformers does not read this config.json, which is exported as it is: {error}")
         full = {}
+    if full.get("multi_query") and not full.get("new_decoder_architecture"):
+        full["num_kv_heads"] = 1  # transformers assumes one per head and does not use it; llama.cpp and others do
     assumed = {key: value for key, value in full.items() if key not in _NOT_ASSUMED}
     known = assumed | dict(hf)
     return known | {key: value for key, value in _older_keys(full | known).items() if known.get(key) is None}

@@ -213,6 +213,7 @@ RECIPES = {
     "tensor axis": ("mesh.tensor=2",),
     "LoRA": ("model.lora={rank=2}", "model.reward_lora={rank=2}"),
     "zero 1": ("mesh.zero=1",),
+    "dpo": ('run.stages=["sft", "dpo"]', "dpo.steps=4", "dpo.batch_size=16", "dpo.micro_batch_size=8"),
 }
 
 

@@ -106,13 +106,13 @@ class Batches:
         return found
 
     def __getitem__(self, step: int) -> Batch:
-        return self.make(*self.draws(step))
+        return self.make(*self.draws(step), own=self.own)
 
-    def make(self, part: np.ndarray, row: np.ndarray) -> Batch:
-        """The batch of these rows, [B] int64 each: which part, and which row of that part."""
+    def make(self, part: np.ndarray, row: np.ndarray, own: np.ndarray | slice = slice(None)) -> Batch:
+        """The `own` rows of the batch of these, [B] int64 each: which part, and which row of that part."""
         longest = int(self._lengths_of(part, row).max())
         length = next(length for length in self.lengths if length >= longest)
-        rows = list(zip(part[self.own].tolist(), row[self.own].tolist(), strict=True))
+        rows = list(zip(part[own].tolist(), row[own].tolist(), strict=True))
         documents = [self.rows.parts[p].documents(r) for p, r in rows]
         for each in self.rows.parts:
             each.release()

@@ -48,7 +48,8 @@ class Reference(NamedTuple):
             fix = "set stream = false, or a loss that has no reference"
             raise ValueError(f"the reference's log-probabilities of all rows are computed before training: {fix}")
         key = f"{rows.fingerprint} {steps}"
-        if path.exists() and (saved := np.load(path))["key"] == key:
+        if hosts.on_main(lambda: path.exists() and bool(np.load(path)["key"] == key)):
+            saved = np.load(path)
             return [saved[str(number)] for number in range(len(rows.parts))]
         values = [np.full((len(part), 2), np.nan, np.float32) for part in rows.parts]
         drawn = drawn_rows(batches, steps)
@@ -62,6 +63,8 @@ class Reference(NamedTuple):
             for number, values_of_part in enumerate(values):
                 values_of_part[row[chunk][part[chunk] == number]] = found[part[chunk] == number]
         LOGGER.info(f"{context.name}: the reference's log-probabilities of {len(order):,} rows are in host memory")
+        if not hosts.is_main():
+            return values
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name("reference.unfinished.npz")
         np.savez(unfinished, key=key, **{str(number): each for number, each in enumerate(values)})

@@ -212,6 +212,4 @@ def test_what_a_chat_template_leaves_out_of_a_row_is_counted_by_its_name():
     ):
         found = rows_from_examples(rows, CONFIG, prepare_tokenizer(copy.deepcopy(name)), spec)
         assert found.parts[0].stats.unwritten == expected
-    assert (
-        "2 without their reasoning of answers, which the chat template does not write (data.template)" in found.report
-    )
+    assert "2 without reasoning of answers, which the template does not write (data.template)" in found.report

@@ -271,16 +271,14 @@ def _check_fields(tokenizer: PreTrainedTokenizerBase, chat: Chat, text: str | Fa
     return text
 
 
-def find_unwritten(
-    tokenizer: PreTrainedTokenizerBase, dialogue: Turns | Dialogue, first: int | None = None
-) -> list[str]:
+def find_unwritten(tokenizer: PreTrainedTokenizerBase, dialogue: Turns | Dialogue, first: int) -> list[str]:
     """The parts of a dialogue that its text lacks, keys of messages and "reasoning of answers"; [] if there is no text.
 
     A key is lacking if the text is the same without it, and a reasoning, from turn `first` on, if the text has it
     nowhere. `_check_fields` refuses those that a template never writes.
     """
     turns, tools = _dialogue(dialogue)
-    said = [t for t in turns[first:] if t.role == "assistant" and t.is_learned] if first is not None else []
+    said = [turn for turn in turns[first:] if turn.role == "assistant" and turn.is_learned]
     thoughts = [str(turn.extra.get(name) or "").strip() for turn in said for name in REASONING]
     thoughts += [turn.content.rpartition("</think>")[0].replace("<think>", "").strip() for turn in said]
     keys = {key for turn in turns for key, value in turn.extra.items() if value} - {*REASONING, "tool_calls"}

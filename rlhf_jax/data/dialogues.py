@@ -51,7 +51,7 @@ def parse_tools(fields: Mapping[str, Any], form: str) -> tuple[dict[str, Any], .
     Functions by themselves, which are in `functions`, and in the `tools` of the format sharegpt as LLaMA-Factory has
     it, become tools of the type "function". BadRow for anything else.
     """
-    name = "tools" if fields.get("tools") else "functions"
+    name = "tools" if fields.get("tools") or form == "fields" else "functions"
     tools = fields.get(name)
     try:
         tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
@@ -61,13 +61,9 @@ def parse_tools(fields: Mapping[str, Any], form: str) -> tuple[dict[str, Any], .
         raise BadRow(f"field {name!r} must be a list of objects, or JSON text of one")
     is_bare = name == "functions" or form == "sharegpt"
     return tuple(
-        _as_function(tool) if is_bare and "name" in tool and "function" not in tool else tool for tool in tools or ()
+        {"type": "function", "function": tool} if is_bare and "name" in tool and "function" not in tool else tool
+        for tool in tools or ()
     )
-
-
-def _as_function(function: dict[str, Any]) -> dict[str, Any]:
-    """A function, or a call of one, as a tool, or an item of tool_calls."""
-    return {"type": "function", "function": function}
 
 
 def _parse_calls(calls: Any) -> list[dict[str, Any]]:
@@ -78,7 +74,7 @@ def _parse_calls(calls: Any) -> list[dict[str, Any]]:
         for call in calls if isinstance(calls, list) else [calls]:
             name, arguments = check_text(call["name"]), call.get("arguments") or {}
             arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-            found.append(_as_function({"name": name, "arguments": {**arguments}}))
+            found.append({"type": "function", "function": {"name": name, "arguments": {**arguments}}})
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise BadRow(
             'it must call functions as {"name": …, "arguments": {…}}, or a list of them, or JSON text'

@@ -145,15 +145,12 @@ def _source_examples(job: Job, withheld: np.ndarray) -> Iterator[Example]:
 def _assemble_rows(found: list[SourceRows | StreamRows], config: DataConfig, spec: RowSpec, *, held_out: bool) -> Rows:
     total, tallies = sum(map(len, found)), [part.stats for part in found]
     dropped = sum((Counter(tally.dropped) for tally in tallies), Counter())
-    unwritten = sum((Counter(tally.unwritten) for tally in tallies), Counter())
+    left = sum((Counter(tally.unwritten) for tally in tallies), Counter())
     shown = [message for tally in tallies for message in tally.bad_shown]
     bad, cut = sum(tally.bad for tally in tallies), sum(part.cut for part in found)
     reported = [f"{total:,} rows"]
     reported += [f"{count:,} dropped: {reason}" for reason, count in dropped.items()]
-    reported += [
-        f"{n:,} without their {what}, which the chat template does not write (data.template)"
-        for what, n in unwritten.items()
-    ]
+    reported += [f"{n:,} without {what}, which the template does not write (data.template)" for what, n in left.items()]
     reported += [f"{cut:,} cut at {config.max_length} tokens"] * (cut > 0)
     reported += [f"{bad:,} bad rows left out: {message}" for message in shown[:1]]
     if not total and held_out:

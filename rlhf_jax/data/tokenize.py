@@ -214,11 +214,10 @@ def _dialogues(example: Example, kind: RowKind) -> list[Dialogue]:
 
 def _unwritten(example: Example, tokenizer: PreTrainedTokenizerBase, spec: RowSpec) -> set[str]:
     """What the chat template leaves out of the dialogues of an example, in words."""
-    found: set[str] = set()
-    for dialogue in _dialogues(example, spec.kind) if example.turns else ():
-        last = len(dialogue.turns) - 1 if spec.kind == "demonstration" else len(example.turns)
-        found.update(find_unwritten(tokenizer, dialogue, 0 if spec.learn == "assistant" else last))
-    return found
+    dialogues = _dialogues(example, spec.kind) if example.turns else []
+    last = -1 if spec.kind == "demonstration" else len(example.turns)
+    first = 0 if spec.learn == "assistant" else last
+    return {name for dialogue in dialogues for name in find_unwritten(tokenizer, dialogue, first)}
 
 
 def _encode_rows(examples: list[Example], tokenizer: PreTrainedTokenizerBase, spec: RowSpec) -> list[list]:

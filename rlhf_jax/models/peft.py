@@ -24,11 +24,20 @@ from rlhf_jax import hosts
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.decoder import abstract_params
-from rlhf_jax.models.families import hf_tensors
+from rlhf_jax.models.families import HEADS_OF_VALUES, OTHER_HEADS, hf_tensors
 from rlhf_jax.models.hub import read_json, write_json
 from rlhf_jax.models.lora import LINEARS, LoraConfig, is_adapter
-from rlhf_jax.models.peft_base import MERGE, is_parameter_target, merge_products, replaced_embeddings
+from rlhf_jax.models.peft_base import (
+    MERGE,
+    check_parameter_targets,
+    is_parameter_target,
+    merge_products,
+    merge_targets,
+    replaced_embeddings,
+)
 from rlhf_jax.models.safetensors_io import NUMPY_DTYPES, join_names, open_file
+from rlhf_jax.models.safetensors_io.files import PICKLE, VALUE_HEADS
+from rlhf_jax.models.safetensors_io.reading import log_unused_heads
 from rlhf_jax.models.unstacked import Param
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -175,13 +184,14 @@ def read_adapter(
         alpha = match_pattern(adapter["alpha_pattern"], name, adapter["lora_alpha"])
         return alpha / (math.sqrt(rank) if adapter["use_rslora"] else rank)
 
+    names = [f"{module.name}.weight" for module in modules] + [target.name for target in merge_targets(config)]
+    check_parameter_targets(folder / CONFIG, adapter, names, config.num_layers)
+    _add_value_head(folder, stored, config)
     changed = replaced_embeddings(folder, adapter, stored, config, params, layout)
     changed |= merge_products(folder, adapter, stored, config, {**params, **changed}, scale_of)
     _refuse_foreign(folder, stored, modules, config)
     places = [(module, i, module.name.format(i=i)) for module in modules for i in range(config.num_layers)]
-    places = [
-        place for place in places if is_target(adapter, place[2]) or is_parameter_target(adapter, f"{place[2]}.weight")
-    ]
+    places = [p for p in places if is_target(adapter, p[2]) or is_parameter_target(adapter, f"{p[2]}.weight")]
     if not places and changed and not stored:
         return config, changed
     if not places:
@@ -248,6 +258,21 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     if foreign:
         raise ValueError(f"{path}: {join_names(foreign)} are not {', '.join(NUMPY_DTYPES)}: save it as one of them")
     return stored
+
+
+def _add_value_head(folder: Path, stored: dict[str, np.ndarray], config: DecoderConfig) -> None:
+    """Take the head of values in a file next to the adapter, of TRL or LLaMA-Factory, as its scalar head.
+
+    What this model does not use of it is logged.
+    """
+    path = next((folder / name for name in (*VALUE_HEADS, PICKLE) if (folder / name).exists()), None)
+    files = open_file(path) if path else {}
+    heads = files if all(map(OTHER_HEADS.fullmatch, files)) else {}  # and not a whole model
+    is_needed = config.scalar_head and "score" not in stored
+    used = {name for name in (*HEADS_OF_VALUES, "score.weight") if is_needed and name in heads}
+    for name in used:
+        stored["score"] = heads[name].array().astype(np.float32)
+    log_unused_heads(path, heads.keys() - used, heads, used)
 
 
 def _refuse_foreign(folder: Path, stored: Iterable[str], modules: Iterable[Module], config: DecoderConfig) -> None:

@@ -58,6 +58,16 @@ def merge_targets(config: DecoderConfig) -> list[Target]:
     return list(found.values())
 
 
+def check_parameter_targets(where: Path, adapter: Mapping[str, Any], names: list[str], num_layers: int) -> None:
+    """ValueError with the parameters' `names`, where "{i}" stands for the layer, if `target_parameters` has none."""
+    known = (name.format(i=i) for name in names for i in range(num_layers))
+    if adapter.get("target_parameters") and not any(is_parameter_target(adapter, name) for name in known):
+        own = join_names({name.split("{i}.")[-1] for name in names})
+        raise ValueError(
+            f"the target_parameters of {where} are none of this model, which are {own}: is its base another?"
+        )
+
+
 def is_parameter_target(adapter: Mapping[str, Any], name: str) -> bool:
     """Whether PEFT gives this parameter an adapter by `target_parameters`."""
     return any(name == one or name.endswith(f".{one}") for one in adapter.get("target_parameters") or ())
@@ -99,7 +109,8 @@ def merge_products(
             for path, tensor in target.parts.items():
                 kernel = merged.get(path, params[path])
                 if not isinstance(kernel, jax.Array):
-                    raise ValueError(f"{folder} changes {path} of a base that is quantised or shared: import it first")
+                    fix = f"rlhf-jax import BASE NEW --adapter {folder} merges it into a new base"
+                    raise ValueError(f"{folder} changes {path} of a base that is quantised or shared: {fix}")
                 rows = b if tensor.strip is None else b[:, tensor.strip.offset :][:, : tensor.strip.length]
                 if path not in merged:
                     kernel = jnp.copy(kernel)  # as each product is added in place

@@ -296,6 +296,23 @@ def test_an_adapter_of_a_language_model_keeps_the_scalar_head_of_the_base(base, 
         reward_from_pretrained(base("llama", True), tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("file", ["value_head.safetensors", "value_head.bin", "pytorch_model.bin"])
+def test_a_head_of_values_next_to_an_adapter_is_its_scalar_head_and_is_logged_elsewhere(file, base, tmp_path, caplog):
+    theirs = peft_adapter(base("llama"), tmp_path / "adapter", target_modules=["q_proj"])
+    head = np.random.default_rng(0).standard_normal((1, theirs.config.hidden_size)).astype(np.float32)
+    heads = {"v_head.summary.weight": head, "v_head.summary.bias": np.full(1, 0.75, np.float32)}
+    if file.endswith(".bin"):
+        torch.save({name: torch.tensor(array) for name, array in heads.items()}, tmp_path / "adapter" / file)
+    else:
+        save_file(heads, tmp_path / "adapter" / file)
+    model = reward_from_pretrained(base("llama"), tmp_path / "adapter")
+    np.testing.assert_array_equal(model.params["score/kernel"], head.T)
+    assert f"{file}: v_head.summary.bias (0.75) is left out" in caplog.text
+    assert "starts at random" not in caplog.text
+    same_logits(from_pretrained(base("llama"), tmp_path / "adapter"), theirs)
+    assert f"{file}: v_head.summary.bias, v_head.summary.weight left out" in caplog.text
+
+
 # ---- Rejected adapters
 
 
@@ -418,6 +435,20 @@ def test_embeddings_that_an_adapter_repeats_are_logged_and_resized_or_untied_one
     peft_adapter(base("llama-tied"), tmp_path / "split", target_modules=["q_proj"], modules_to_save=["lm_head"])
     with pytest.raises(ValueError, match="changes one of embedding and head, which its base ties"):
         from_pretrained(base("llama-tied"), tmp_path / "split")
+
+
+def test_target_parameters_that_the_model_lacks_are_refused_with_those_that_it_has(base, adapter):
+    change(adapter, target_parameters=["mlp.experts.gate_up_proj"])
+    own = "mlp.down_proj.weight, mlp.gate_proj.weight, mlp.up_proj.weight, self_attn.k_proj.weight"
+    with pytest.raises(ValueError, match=f"target_parameters of .* are none of this model, which are .*{own}"):
+        from_pretrained(base("llama"), adapter)
+
+
+def test_an_adapter_of_experts_is_refused_with_the_fix_where_the_base_is_quantised(base, tmp_path):
+    settings = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+    peft_adapter(base("mixtral"), tmp_path / "adapter", **settings)
+    with pytest.raises(ValueError, match=f"rlhf-jax import BASE NEW --adapter {tmp_path}/adapter merges it"):
+        from_pretrained(base("mixtral"), tmp_path / "adapter", dtype="int8")
 
 
 def test_tensors_that_do_not_fit_are_reported_all_at_once(base, adapter):

@@ -90,8 +90,8 @@ def _select(config: DecoderConfig, table: Tensors) -> Tensors:
 
 
 # Heads of values, as TRL and LLaMA-Factory, DeepSpeed-Chat, and OpenRLHF name them; all are read as the scalar head.
-_VALUE_HEADS = ("v_head.summary.weight", "v_head.weight", "value_head.weight")
-_OTHER_HEADS = re.compile(r"(v_head|value_head|score)\..*")
+HEADS_OF_VALUES = ("v_head.summary.weight", "v_head.weight", "value_head.weight")
+OTHER_HEADS = re.compile(r"(v_head|value_head|score)\..*")
 
 
 def checkpoint_of(config: DecoderConfig, optional: tuple[str, ...] = (), *, in_container: bool = False) -> Checkpoint:
@@ -107,7 +107,7 @@ def checkpoint_of(config: DecoderConfig, optional: tuple[str, ...] = (), *, in_c
     renamed: list[Tensors] = [{}]
     if config.scalar_head:
         shape = (1, config.embed_size)
-        renamed += [{"score/kernel": HfTensor(name, shape, transpose=True)} for name in _VALUE_HEADS]
+        renamed += [{"score/kernel": HfTensor(name, shape, transpose=True)} for name in HEADS_OF_VALUES]
     if config.tied:
         heads, shape = sorted(_all_names(config, "head/kernel")), (config.vocab_size, config.embed_size)
         renamed += [{**other, "embed/tokens": HfTensor(head, shape)} for other in renamed for head in heads]
@@ -116,7 +116,7 @@ def checkpoint_of(config: DecoderConfig, optional: tuple[str, ...] = (), *, in_c
         base_prefix(config),
         optional,
         ignored_names(config),
-        _OTHER_HEADS,
+        OTHER_HEADS,
         tied_names(config),
         functools.partial(text_name, in_container=in_container),
     )

@@ -36,8 +36,8 @@ _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _LOCAL_HEADER = 30  # bytes of a member's header in a zip file, before its name
 _MAX_DIMENSIONS = 64  # of torch
 _NEEDED = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE MEMOIZE
-SHORT_BINUNICODE BINSTRING SHORT_BINSTRING EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT
-GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID BINGET LONG_BINGET BINPUT LONG_BINPUT"""
+SHORT_BINUNICODE BINSTRING SHORT_BINSTRING EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS SETITEM
+SETITEMS GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID BINGET LONG_BINGET BINPUT LONG_BINPUT"""
 _OPCODES = [getattr(pickle, name)[0] for name in _NEEDED.split()]
 
 
@@ -60,12 +60,16 @@ class _Tensor(NamedTuple):
 
 
 class _Table(dict):
-    """An OrderedDict, without the attributes that torch gives that of a module."""
+    """A dictionary, without the attributes that torch gives the OrderedDict of a module."""
 
-    def __init__(self, items: Iterable = ()):  # which Python 2 gives
-        pairs = list(items)
-        _check_keys([key for key, _ in pairs])
-        super().__init__(pairs)
+    def __init__(self, items: Iterable[tuple] = ()):  # which Python 2 gives
+        for key, value in items:
+            self[key] = value
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if not isinstance(key, str | int):
+            raise ValueError("a key in it is neither text nor a number")
+        super().__setitem__(key, value)
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -89,25 +93,14 @@ class _Name:
         raise ValueError("it changes a name")
 
 
-def _check_keys(keys: list) -> None:
-    if not all(isinstance(key, str | int) for key in keys):
-        raise ValueError("a key in it is neither text nor a number")
-
-
-def _sizes(sizes: tuple) -> tuple:
-    if len(sizes) > _MAX_DIMENSIONS:
-        raise ValueError(f"a tensor in it has {len(sizes)} dimensions")
-    return tuple(sizes)
-
-
 def _tensor(storage: _Storage, offset: int, shape: tuple, strides: tuple, *rest: Any) -> _Tensor:
     if any(rest[2:]):  # after requires_grad and hooks
         raise ForeignPickle("has a conjugated or negated view, whose numbers are others than those of the file")
-    return _Tensor(storage, storage.dtype, offset, _sizes(shape), _sizes(strides))
+    return _Tensor(storage, storage.dtype, offset, shape, strides)
 
 
 def _tensor_of_bytes(storage: _Storage, offset: int, shape: tuple, strides: tuple, *rest: Any) -> _Tensor:
-    return _Tensor(storage, rest[2], offset, _sizes(shape), _sizes(strides))  # after requires_grad and hooks
+    return _Tensor(storage, rest[2], offset, shape, strides)  # after requires_grad and hooks
 
 
 def _subclass(function: _Name, kind: str, args: tuple, _: Any) -> _Tensor:
@@ -120,7 +113,7 @@ def _subclass(function: _Name, kind: str, args: tuple, _: Any) -> _Tensor:
 _KINDS = ("torch.Tensor", "torch.nn.parameter.Parameter")
 _NAMES: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _Name(_Table),
-    ("torch", "Size"): _Name(_sizes),
+    ("torch", "Size"): _Name(lambda sizes: sizes),
     ("torch._utils", "_rebuild_tensor"): _Name(_tensor),
     ("torch._utils", "_rebuild_tensor_v2"): _Name(_tensor),
     ("torch._utils", "_rebuild_tensor_v3"): _Name(_tensor_of_bytes),
@@ -151,16 +144,8 @@ class _Reader(pickle._Unpickler):
             raise ForeignPickle(f"names {module}.{name}, which is no part of a tensor")
         return _NAMES[module, name]
 
-    def load_setitem(self) -> None:
-        _check_keys(self.stack[-2:-1])
-        super().load_setitem()
-
-    def load_setitems(self) -> None:
-        _check_keys(self.stack[::2])
-        super().load_setitems()
-
     dispatch = _Opcodes((code, pickle._Unpickler.dispatch[code]) for code in _OPCODES)
-    dispatch |= {pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
+    dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(_Table())
 
     def persistent_load(self, reference: Any) -> _Storage:
         kind, dtype, key, _, count, *view = reference
@@ -222,8 +207,8 @@ def _read_zip(file: io.BufferedReader, mapped: mmap.mmap) -> tuple[Any, dict[str
             start = begin + int.from_bytes(header[28:30], "little")  # after another field
             stop = start + member.file_size
             record = b"PK\7\x08" if member.flag_bits & 8 else b"PK"  # how the record after the numbers begins
-            is_named = mapped[begin - len(named) : begin] == named and header[26:28] == len(named).to_bytes(2, "little")
-            if header[:4] != b"PK\3\4" or not is_named or mapped[stop : stop + len(record)] != record:
+            is_header = (header[:4], header[26:28]) == (b"PK\3\4", len(named).to_bytes(2, "little"))
+            if not is_header or mapped[stop : stop + len(record)] != record:
                 raise ValueError(f"{name} in it is not where its directory says")
             places[name.removeprefix(f"{folder}data/")] = start, stop
     return content, places
@@ -238,9 +223,8 @@ def _read_legacy(file: io.BufferedReader, _: mmap.mmap) -> tuple[Any, dict[str, 
         raise ForeignPickle("has big-endian numbers")
     reader = _Reader(file)
     content, keys = reader.load(), _Reader(file).load()
-    _check_keys(keys)
     places, start = {}, file.seek(0, io.SEEK_CUR)
-    for key in keys:
+    for key in (key for key in keys if isinstance(key, str)):
         file.seek(start)
         dtype, count = reader.sizes[key]
         if int.from_bytes(file.read(8), "little") != count:
@@ -254,9 +238,9 @@ def _entry(file: mmap.mmap, name: str, tensor: _Tensor, places: Mapping[str, tup
     """The tensor's place in the file. ValueError unless all of it is within its storage."""
     shape, strides, size = tensor.shape, tensor.strides, isinstance(tensor.dtype, str) and _BYTES.get(tensor.dtype)
     offset = tensor.offset + tensor.storage.offset
-    numbers = (*shape, *strides, offset)
-    if not (size and len(shape) == len(strides) and all(isinstance(n, int) and n >= 0 for n in numbers)):
-        raise ValueError(f"{name} is described by something else than numbers")
+    is_view = size and type(shape) is type(strides) is tuple and len(shape) == len(strides) <= _MAX_DIMENSIONS
+    if not is_view or not all(isinstance(n, int) and n >= 0 for n in (*shape, *strides, offset)):
+        raise ValueError(f"{name} has a shape or strides that no tensor has")
     if tensor.storage.key not in places:
         raise ValueError(f"the numbers of {name} are missing")
     start, stop = places[tensor.storage.key]

@@ -6,7 +6,7 @@ import gc
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
 import jax
@@ -88,7 +88,7 @@ def read_params(
     if any(faults.values()):
         reported = "; ".join(f"{fault}: {join_names(names)}" for fault, names in faults.items() if names)
         raise ValueError(f"the tensors of {folder} are not those that its config.json describes; {reported}")
-    _log_unused_heads(folder, unused, files, {tensors[path].name for path in leaves})
+    log_unused_heads(folder, unused, files, {tensors[path].name for path in leaves})
     layouts_of = {path: serving if serving and is_shareable(path) else layout for path in leaves}
     _check_even(leaves, layouts_of)
     found = {name: files[find(name)] for path, leaf in leaves.items() for name in _names(leaf, tensors[path])}
@@ -134,7 +134,8 @@ def different_twin(folder: Path, checkpoint: Checkpoint) -> tuple[str, str] | No
     return None
 
 
-def _log_unused_heads(folder: Path, names: set[str], files: Mapping[str, Entry], used: set[str]) -> None:
+def log_unused_heads(folder: Path, names: Set[str], files: Mapping[str, Entry], used: Set[str]) -> None:
+    """Log the tensors `names` of heads, of which the biases of those `used` shift every score."""
     biases = {name for name in names if name.removesuffix("bias") + "weight" in used}
     for name in biases:
         shift = ", ".join(f"{x:g}" for x in files[name].array().astype(np.float32).reshape(-1))

@@ -21,18 +21,8 @@ from rlhf_jax.evaluate import EvaluateConfig, format_report, sample_texts, win_n
 from rlhf_jax.mesh import MeshConfig, make_mesh
 from rlhf_jax.models.hub import local_folder, read_json
 from rlhf_jax.models.pretrained import from_pretrained, has_scalar_head, reward_from_pretrained
-from rlhf_jax.scoring import (
-    Answered,
-    call_function,
-    encode_each,
-    is_function,
-    load_function,
-    plain_turns,
-    score_answers,
-    score_rows,
-    scorer_tokenizer,
-    win_rate,
-)
+from rlhf_jax.reward_functions import answered_example, call_function, is_function, load_function, plain_turns
+from rlhf_jax.scoring import encode_each, score_answers, score_rows, scorer_tokenizer, win_rate
 from rlhf_jax.stages.run_folder import date_of_export
 
 LOGGER = logging.getLogger(__name__)
@@ -74,7 +64,7 @@ def compare_models(
         folders: Hugging Face folders or hub ids; win rates are over the first.
         prompts: a place of rows as in `data.sources`: a path, a hub id, or an inline table of TOML.
         reward: the folder of a reward model, or FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION, see
-            `scoring.call_function`; "": the answers are not scored.
+            `reward_functions.call_function`; "": the answers are not scored.
         config: number of prompts, batch size, seed, sampling; None: the defaults.
         dtype: of the models' parameters, as in `from_pretrained`.
         output: a folder to write evaluate.json and evaluate.jsonl to; None: none.
@@ -102,7 +92,7 @@ def compare_models(
     if not kept:
         raise ValueError("no prompt is left that all models have room for: lower sample.max_new_tokens or shorten them")
     answered = {
-        name: [Answered(rows[i][1].turns, *answers[i][:2], rows[i][0], rows[i][1].tools) for i in kept]
+        name: [answered_example(rows[i][1], answers[i].text, answers[i].ended, rows[i][0]) for i in kept]
         for name, answers in found.items()
     }
     scores: dict[str, np.ndarray] = {}

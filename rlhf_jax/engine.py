@@ -91,7 +91,7 @@ class ScoredRollout:
         logprobs: [B, N] float32, of the actor before any update.
         ref_logprobs: [B, N] float32, of the reference; None: there is none.
         values: [B, N] float32, of the critic before each action; None: there is none.
-        score: [B] float32 of the whole answer: by the reward model at the last token, or given by the caller.
+        score: [B] float32 of the whole answer: by the reward model at the last token, given by the caller, or both.
     """
 
     tokens: jax.Array
@@ -135,12 +135,17 @@ class Algorithm:
         critic_loss: (values, experience) -> the same pair; None: there is no critic.
         text_coef: coefficient of the next-token loss on texts, which every update then takes (Ouyang et al. 2022,
             eq. 2, gamma); 0: updates take none.
+        actor_weight: (experience) -> the number of things that the actor's loss of a micro-batch is a mean over; None:
+            the tokens of its answers.
+        score_weight: of the reward model's score in the sum with scores that the caller gives.
     """
 
     estimate: Callable[..., Estimates]
     actor_loss: Callable[[jax.Array, jax.Array, Experience], tuple[jax.Array, Stats]]
     critic_loss: Callable[[jax.Array, Experience], tuple[jax.Array, Stats]] | None = None
     text_coef: float = 0.0
+    actor_weight: Callable[[Experience], jax.Array] | None = None
+    score_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -221,7 +226,7 @@ class Programs(NamedTuple):
 
 class Engine(NamedTuple):
     """publish(params) -> weights; generate(weights, prompts, prompt_mask, key) -> Rollout, on host arrays [B, P];
-    score(state, frozen, rollout, scores=None) -> Experience, `scores` [B] instead of a reward model;
+    score(state, frozen, rollout, scores=None) -> Experience, `scores` [B] instead of a reward model or added to its;
     update(state, frozen, experience, texts=None, models=("actor", "critic")) -> (state, {name: scalar}), with the state
     donated: one optimizer step of those of its models, `texts` a `Batch` of rows where the algorithm learns texts.
     """
@@ -259,7 +264,7 @@ def answer_hidden(hidden: jax.Array, starts: jax.Array, num_actions: int) -> jax
 
 
 def make_score(
-    models: Architectures, estimate: Callable[[ScoredRollout], Estimates], execution: Execution, temperature: float
+    models: Architectures, algorithm: Algorithm, execution: Execution, temperature: float
 ) -> Callable[..., Experience]:
     """The jitted (state, frozen, rollout, scores) -> Experience: up to four forward passes in one program.
 
@@ -291,7 +296,8 @@ def make_score(
             learned, reference = jax.lax.optimization_barrier((learned, frozen.actor))
         critic = state.critic.params(frozen.critic) if models.critic else {}
         if models.reward:
-            scores = scalar_scores(frozen.reward, last_hidden(forward(models.reward, frozen.reward), mask))
+            given, hidden = 0.0 if scores is None else scores, last_hidden(forward(models.reward, frozen.reward), mask)
+            scores = given + algorithm.score_weight * scalar_scores(frozen.reward, hidden)
         return ScoredRollout(
             tokens=tokens,
             mask=mask,
@@ -308,7 +314,7 @@ def make_score(
     def score(state: EngineState, frozen: FrozenParams, rollout: Rollout, scores: jax.Array | None) -> Experience:
         parts = split_micro_batches((rollout, scores), execution.num_score_micro, layout)
         scored = join_micro_batches(jax.lax.map(lambda part: score_part(state, frozen, *part), parts), layout)
-        rewards, advantages, returns = estimate(scored, **state.carried)
+        rewards, advantages, returns = algorithm.estimate(scored, **state.carried)
         experience = Experience(**vars(scored), rewards=rewards, advantages=advantages, returns=returns)
         return jax.tree.map(lambda x: layout.constrain(x, "batch", *[None] * (x.ndim - 1)), experience)
 
@@ -332,7 +338,8 @@ def make_updates(
         options |= dict(chunk=compute.chunk, temperature=temperature)
         logprobs, entropy = token_logprobs_and_entropy(hidden, head, experience.actions, **options)
         loss, stats = algorithm.actor_loss(logprobs, entropy, experience)
-        return loss + balance, (experience.action_mask.sum(), stats)
+        weight = algorithm.actor_weight(experience) if algorithm.actor_weight else experience.action_mask.sum()
+        return loss + balance, (weight, stats)
 
     def mixed_objective(params: Params, batch):
         """Both losses, each a mean over the tokens of its kind in the whole update, whatever its micro-batches hold."""
@@ -375,14 +382,14 @@ def make_engine(
     programs = Programs(
         publish,
         generate_program(decoding, sampling.rows),
-        make_score(models, algorithm.estimate, execution, temperature),
+        make_score(models, algorithm, execution, temperature),
         *make_updates(models, algorithm, optimizers, execution, temperature),
         make_ema_step(optimizers.ema_decay),
     )
 
     def score(state: EngineState, frozen: FrozenParams, rollout: Rollout, scores=None) -> Experience:
-        if (scores is None) == (models.reward is None):
-            raise ValueError("give the scores of the answers where the engine has no reward model, and only there")
+        if scores is None and models.reward is None:
+            raise ValueError("give the scores of the answers: the engine has no reward model")
         # A reference in host memory is on the devices only while it scores.
         frozen = dataclasses.replace(frozen, reference=to_devices(frozen.reference))
         scores = None if scores is None else np.asarray(scores, np.float32)

@@ -16,6 +16,7 @@ from rlhf_jax.evaluate import EvaluateConfig
 from rlhf_jax.mesh import Layout, MeshConfig, train_layout
 from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.dpo import DPOConfig
+from rlhf_jax.stages.grpo import GRPOConfig
 from rlhf_jax.stages.models import ModelConfig
 from rlhf_jax.stages.ppo_config import PPOConfig
 from rlhf_jax.stages.reward import RewardConfig
@@ -41,11 +42,12 @@ class Recipe:
     reward: RewardConfig = RewardConfig()
     ppo: PPOConfig = PPOConfig()
     dpo: DPOConfig = DPOConfig()
+    grpo: GRPOConfig = GRPOConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     def __post_init__(self) -> None:
         stages = self.run.stages
-        check_stages(stages, self.model)
+        check_stages(stages, self.model, {name: getattr(self, name) for name in STAGES})
         split = named_shares(self.data.split, tuple(STAGES), {name: STAGES[name].share for name in stages})
         if missing := [name for name in stages if name not in split]:
             raise ValueError(f"data.split has no share for {', '.join(missing)}: add it, or take it out of run.stages")
@@ -81,7 +83,9 @@ class Recipe:
 
     def context(self, stage: str, mesh: Mesh) -> StageContext:
         """The inputs of the stage; the exports that it starts from need not exist yet."""
-        start = {kind: self.run.export(name) for kind, name in sources(stage, self.run.stages, self.model).items()}
+        found = sources(stage, self.run.stages, self.model, getattr(self, stage))
+        found = sources(stage, self.run.stages, self.model, getattr(self, stage))
+        start = {kind: self.run.export(name) for kind, name in found.items()}
         settings = self.row_spec(stage), self.run, self.layout(mesh), self.model, self.data
         return StageContext(stage, *settings, self.tokenizer, start)
 

@@ -1,16 +1,10 @@
-"""Scores of dialogues and texts by a reward model or by a Python function, and the interval of a win rate."""
+"""Scores of dialogues and texts by a reward model, and the interval of a win rate."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import inspect
 import math
-import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -18,21 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_jax import hosts
 from rlhf_jax.data.chat_template import encode_dialogues, prepare_tokenizer
 from rlhf_jax.data.dialogues import parse_messages
-from rlhf_jax.data.records import Dialogue, Turn, Turns
+from rlhf_jax.data.records import Dialogue, Turn
 from rlhf_jax.decode import bucket_length
 from rlhf_jax.models.attention import Choice
 from rlhf_jax.models.pretrained import Pretrained, score
+from rlhf_jax.reward_functions import Answered
 from rlhf_jax.stages.run_folder import date_of_export
-
-
-class Answered(NamedTuple):
-    """A prompt with an answer to it."""
-
-    turns: Turns  # the prompt
-    answer: str
-    ended: bool = True  # whether the answer has its end, which the reward model then reads
-    fields: Mapping[str, Any] = {}  # of the row that the prompt comes from
-    tools: tuple[dict[str, Any], ...] = ()
 
 
 def score_texts(
@@ -124,69 +109,6 @@ def score_answers(scorer: Pretrained, answers: Sequence[Answered], batch_size: i
     rows = encode_each(tokenizer, dialogues)
     cut = [ids if each.ended else ids[:-1] for ids, each in zip(rows, answers, strict=True)]
     return score_rows(scorer, cut, batch_size)
-
-
-def is_function(reward: str) -> bool:
-    """Whether this names a function, FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION, and not a folder."""
-    return ":" in reward and not Path(reward).exists()
-
-
-def load_function(reward: str) -> Callable:
-    """The function that FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION names. ValueError where there is none."""
-    place, _, name = reward.rpartition(":")
-    try:
-        if place.endswith(".py"):
-            found = importlib.util.spec_from_file_location(Path(place).stem, place)
-            module = importlib.util.module_from_spec(found)
-            found.loader.exec_module(module)
-        else:
-            sys.path += [os.getcwd()] * (os.getcwd() not in sys.path)
-            module = importlib.import_module(place)
-        function = getattr(module, name)
-    except Exception as error:  # of the user's code too
-        raise ValueError(f"the reward function {reward}: {type(error).__name__}: {error}") from error
-    if not callable(function):
-        raise ValueError(f"the reward function {reward}: {name} is no function")
-    return function
-
-
-def call_function(function: Callable, answers: Sequence[Answered], *, as_messages: bool) -> np.ndarray:
-    """[B] float scores by a reward function as TRL has them: function(prompts=, completions=, **columns) -> list.
-
-    Args:
-        as_messages: prompts and completions are lists of messages; else texts, of prompts with one turn.
-        columns: the other fields of the rows; only those that the function has parameters for. A function without a
-            parameter `completions` is given prompts and completions by position.
-    Raises:
-        ValueError: the function fails, or does not return one finite number for each answer.
-    """
-    name = getattr(function, "__name__", type(function).__name__)
-    prompts = [_messages(each.turns) if as_messages else each.turns[-1][1] for each in answers]
-    completions = [_messages((("assistant", each.answer),)) if as_messages else each.answer for each in answers]
-    columns = {key: [each.fields.get(key) for each in answers] for key in answers[0].fields}
-    given = {**columns, "prompts": prompts, "completions": completions}
-    try:
-        parameters = inspect.signature(function).parameters
-        takes_all = any(each.kind == each.VAR_KEYWORD for each in parameters.values())
-        if "completions" in parameters or takes_all:
-            found = function(**{key: value for key, value in given.items() if takes_all or key in parameters})
-        else:
-            found = function(prompts, completions)
-        scores = np.array([float(each) for each in found])
-    except Exception as error:  # of the user's code
-        raise ValueError(f"the reward function {name}: {type(error).__name__}: {error}") from error
-    if len(scores) != len(answers) or not np.isfinite(scores).all():
-        raise ValueError(f"the reward function {name} must return one finite number for each of {len(answers)} answers")
-    return scores
-
-
-def plain_turns(turns: Turns) -> list[tuple[str, str]]:
-    """(role, content) of each turn."""
-    return [(turn[0], turn[1]) for turn in turns]
-
-
-def _messages(turns: Turns) -> list[dict[str, Any]]:
-    return [{"role": turn.role, "content": turn.content, **turn.extra} for turn in (Turn(*turn) for turn in turns)]
 
 
 def win_rate(scores: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:

@@ -14,7 +14,8 @@ import rlhf_jax
 import rlhf_jax.compare
 from rlhf_jax.cli import main
 from rlhf_jax.data.places import kind_of, parse_place, read_place
-from rlhf_jax.scoring import Answered, call_function, load_function, score_answers, win_rate
+from rlhf_jax.reward_functions import Answered, call_function, load_function
+from rlhf_jax.scoring import score_answers, win_rate
 
 QUESTIONS = ["What is 3 + 4?", "What is 10 + 2?", "Please sort 3, 1 and 2.", "Hello!"]
 

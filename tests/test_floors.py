@@ -9,10 +9,10 @@ from rlhf_jax.stages.table import STAGES
 
 PACKAGE = Path(__file__).parents[1] / "rlhf_jax"
 FLOORS = [
-    ["config", "trees", "hub_access"],
+    ["config", "trees", "hub_access", "hosts"],
     ["mesh", "hardware", "loss_scale", "collectives", "metrics", "objectives", "sampling"],
-    ["models", "data", "optim"],
-    ["train_step", "decode", "checkpoint"],
+    ["models", "data", "optim", "checkpoint_files"],
+    ["train_step", "decode", "checkpoint", "reward_functions"],
     ["rollout"],
     ["engine"],
     ["stages"],

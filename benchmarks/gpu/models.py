@@ -76,7 +76,10 @@ def engine_of(recipe: Recipe, mesh: Mesh) -> tuple[Engine, EngineState, FrozenPa
 def prompts_of(recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
     """(ids [B, P], mask) of prompts without padding."""
     vocab = decoder_configs(recipe, 1)[0].vocab_size
-    shape = recipe.ppo.rollout_batch_size, prompt_positions(recipe, decoder_configs(recipe, 1)[0].max_positions)
+    shape = (
+        recipe.ppo.rollout_batch_size,
+        prompt_positions(recipe, recipe.ppo, decoder_configs(recipe, 1)[0].max_positions),
+    )
     return np.random.default_rng(0).integers(3, vocab, shape).astype(np.int32), np.ones(shape, bool)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -113,6 +114,30 @@ def read_examples(config: DataConfig, spec: RowSpec, *, held_out: bool) -> Itera
     """
     for source, examples in _by_source(config, spec, held_out):
         yield from itertools.islice(examples, STREAM_EXAMPLES if source.stream else None)
+
+
+def fields_of_prompts(
+    config: DataConfig, spec: RowSpec, wanted: Iterable[int]
+) -> dict[int, tuple[Example, Mapping[str, Any]]]:
+    """{first word of a prompt's key: its example, and the fields of its row} of the wanted training prompts.
+
+    Of a prompt that is repeated, its first row, which is the one that `select_rows` takes. Streams are not read.
+    """
+    config, wanted = resolve(config), set(wanted)
+    found: dict[int, tuple[Example, Mapping[str, Any]]] = {}
+    for source in config.sources:
+        if source.stream or not used_by(source, spec.kind, False):
+            continue
+        job = Job(source, config, None, spec, held_out=False)
+        to_examples = make_mapper(dataclasses.replace(source, path=job.place["path"]), spec.kind)
+        for block in split_blocks(itertools.islice(read_rows(**job.place), job.limit), ROWS_AT_ONCE):
+            each = [(example, row.fields) for row in block for example in map_rows([row], to_examples)[0]]
+            keys = keys_of([example for example, _ in each], config.split_seed)
+            is_trained, _ = job.sides(keys)
+            for key, pair, is_mine in zip(keys[:, 0].tolist(), each, is_trained, strict=True):
+                if is_mine and key in wanted:
+                    found.setdefault(key, pair)
+    return found
 
 
 def source_sizes(config: DataConfig, spec: RowSpec) -> list[int]:

@@ -38,7 +38,6 @@ from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.models.quantised import QUANTISED_KINDS, abstract_codes, is_quantisable
 from rlhf_jax.models.unstacked import Unstacked, is_shareable
 from rlhf_jax.stages.models import ModelConfig, make_state
-from rlhf_jax.stages.ppo import ppo_models
 from rlhf_jax.train_step import Params, TrainState, state_shardings
 
 
@@ -115,18 +114,26 @@ def abstract_state(
 
 
 def abstract_models(
-    actor: DecoderConfig, critic: DecoderConfig, model: ModelConfig, layout: Layout, optimizers: Optimizers
+    make_models: Callable,
+    actor: DecoderConfig,
+    scorer: DecoderConfig | None,
+    model: ModelConfig,
+    layout: Layout,
+    optimizers: Optimizers,
 ) -> tuple[EngineState, FrozenParams]:
-    """The abstract (state, frozen) that `ppo_models` makes of two loaded models."""
+    """The abstract (state, frozen) that `make_models` of a stage makes of a loaded actor and reward model, if any.
+
+    make_models: (actor, scorer, model, optimizers, seed) -> (state, frozen).
+    """
     first = abstract_pretrained(actor, model, layout, one_copy=model.one_copy)
-    second = abstract_pretrained(critic, model, layout)
+    second = abstract_pretrained(scorer, model, layout) if scorer else None
     on_devices = dataclasses.replace(model, offload_reference=False, offload_ema=False)
 
     def build(a, c):
-        loaded = dataclasses.replace(first, params=a), dataclasses.replace(second, params=c)
-        return ppo_models(*loaded, on_devices, optimizers, 0)
+        loaded = dataclasses.replace(first, params=a), second and dataclasses.replace(second, params=c)
+        return make_models(*loaded, on_devices, optimizers, 0)
 
-    state, frozen = jax.eval_shape(build, first.params, second.params)
+    state, frozen = jax.eval_shape(build, first.params, second.params if second else {})
     trained = _with_shardings(state.actor, first, model)
     average = with_memory(trained.trainable, HOST_MEMORY if model.offload_ema else None) if state.average else {}
     base = {path: first.params[path] for path in frozen.actor}
@@ -134,8 +141,9 @@ def abstract_models(
     memory = HOST_MEMORY if model.offload_reference else None
     reference = with_memory(by_layout(frozen.reference, actor, layout), memory)
     own = {path: leaf for path, leaf in frozen.reward.items() if path not in shared}
-    state = EngineState(trained, _with_shardings(state.critic, second, model), average)
-    return state, FrozenParams(base, shared, reference, shared | by_layout(own, critic, layout))
+    reward = shared | (by_layout(own, scorer, layout) if own else {})
+    state = EngineState(trained, state.critic and _with_shardings(state.critic, second, model), average)
+    return state, FrozenParams(base, shared, reference, reward)
 
 
 def by_layout(params: Params, decoder: DecoderConfig, layout: Layout) -> Params:

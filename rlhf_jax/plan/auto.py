@@ -61,7 +61,7 @@ def idle(recipe: Recipe, fsdp: int) -> set[str]:
         "mesh.zero": fsdp == 1,
         "model.one_copy": not recipe.model.can_share,
         "model.offload_reference": recipe.model.lora.rank > 0,
-        "model.offload_ema": not recipe.ppo.ema_decay,
+        "model.offload_ema": not any(getattr(getattr(recipe, name), "ema_decay", 0) for name in recipe.run.stages),
     }
     return {key for key, is_useless in useless.items() if is_useless}
 

@@ -47,8 +47,7 @@ from rlhf_jax.sampling import check_learnable
 from rlhf_jax.stages.batch_sizes import micro_batches
 from rlhf_jax.stages.context import ModelKind
 from rlhf_jax.stages.from_scratch import make_hf_config
-from rlhf_jax.stages.ppo import ppo_engine, ppo_optimizers
-from rlhf_jax.stages.ppo_config import PPOConfig, ppo_sizes
+from rlhf_jax.stages.ppo_config import PPOConfig
 from rlhf_jax.stages.supervised import jit_reference, make_programs
 from rlhf_jax.stages.table import STAGES, Stage, latest_export
 from rlhf_jax.train_step import OffloadedUpdate, Params, TrainState
@@ -171,7 +170,7 @@ def _phases(recipe: Recipe, mesh: Mesh | AbstractMesh, stages: Sequence[str]) ->
         if stage.objective:
             found += _supervised_phases(stage, recipe, critic if stage.exports == "scorer" else actor, layout)
         else:
-            found += _ppo_phases(stage.name, recipe, actor, critic, layout)
+            found += _sampled_phases(stage, recipe, actor, critic, layout)
     return found
 
 
@@ -233,24 +232,33 @@ def _update_phases(whole: Phase, gradients: Params) -> list[Phase]:
     return found
 
 
-def _ppo_phases(stage: str, recipe: Recipe, actor: DecoderConfig, critic: DecoderConfig, layout: Layout) -> list[Phase]:
-    config, model = getattr(recipe, stage), recipe.model
+def _sampled_phases(
+    stage: Stage, recipe: Recipe, actor: DecoderConfig, scorer: DecoderConfig, layout: Layout
+) -> list[Phase]:
+    config, model = getattr(recipe, stage.name), recipe.model
     check_learnable(config.sample)
-    for each in (actor, critic):
+    updates = 1 + max(getattr(config, name).warmup_steps for name in ("actor", "critic") if hasattr(config, name))
+    optimizers = stage.sampled.optimizers(config, updates)
+    engine = stage.sampled.engine(config, model, actor, scorer, optimizers, (0,), layout)
+    for each in filter(None, vars(engine.models).values()):
         check_positions(each, 1, config.sample.max_new_tokens)
-    optimizers = ppo_optimizers(config, max(config.actor.warmup_steps, config.critic.warmup_steps) + 1)
-    engine = ppo_engine(config, model, actor, critic, optimizers, (0,), layout)
-    return engine_phases(stage, engine, abstract_models(actor, critic, model, layout, optimizers), recipe, layout)
+    scorer = scorer if engine.models.reward else None
+
+    def make_models(*loaded):
+        return stage.sampled.models(*loaded, config)
+
+    models = abstract_models(make_models, actor, scorer, model, layout, optimizers)
+    return engine_phases(stage.name, engine, models, recipe, layout)
 
 
 def engine_phases(
     stage: str, engine: Engine, models: tuple[EngineState, FrozenParams], recipe: Recipe, layout: Layout
 ) -> list[Phase]:
-    """The programs of an engine in a stage that generates and trains by the keys of PPO's section."""
+    """The programs of an engine in a stage that generates, by the keys that all sections of such stages have."""
     (state, frozen), config = models, getattr(recipe, stage)
     positions = min(each.max_positions for each in vars(engine.models).values() if each)
     held = _engine_bytes(state, frozen)
-    rollout = _abstract_rollout(config, prompt_positions(recipe, positions), engine.publish.layout)
+    rollout = _abstract_rollout(config, prompt_positions(recipe, config, positions), engine.publish.layout)
     found = _generation(stage, engine, recipe, state.actor.params(frozen.actor), held, rollout)
     found += _learning_from(stage, engine, models, held, rollout, recipe, layout)
     return [phase._replace(host=host_bytes(models)) for phase in found]
@@ -317,7 +325,8 @@ def _learning_from(
     scores = None if engine.models.reward else jax.ShapeDtypeStruct(ended.shape, jnp.float32, sharding=ended.sharding)
     scored = dataclasses.replace(state, average={}), fetched, rollout, scores
     live = {**held, "rollout": device_bytes(rollout)}
-    new, (batch_size, micro) = rollout.tokens.shape[1], ppo_sizes(config, layout)
+    new, batch_size = rollout.tokens.shape[1], config.update_size
+    micro = micro_batches(stage, batch_size, config.micro_batch_size, layout)
     passes = {
         name: Pass(
             getattr(engine.models, name).without_lora(),
@@ -328,8 +337,13 @@ def _learning_from(
         for name in ("actor", "critic")
         if (learner := getattr(state, name))
     }
+    # The reference has the actor's architecture, and the reward model the critic's.
+    scoring, scorer = [*passes.values(), *[passes["actor"]] * bool(engine.models.reference)], engine.models.reward
+    if scorer:
+        own = passes["actor"]._replace(decoder=scorer, params=frozen.reward, cast=0)
+        scoring.append(passes.get("critic", own))
     resident, count = live | {"reference": device_bytes(fetched.reference)}, micro * config.rollouts // batch_size
-    score = Phase(stage, "score", programs.score, scored, resident, passes=tuple(passes.values()), micro=count)
+    score = Phase(stage, "score", programs.score, scored, resident, passes=tuple(scoring), micro=count)
     found, experience = [score], output_shardings(programs.score, *scored)
     part = abstract_batch(_rows(experience, batch_size), layout)
     live |= {"experience": device_bytes(experience)}
@@ -338,7 +352,7 @@ def _learning_from(
     for name, each in passes.items():
         learner = getattr(state, name)
         args = learner, getattr(frozen, name), part
-        if name == "actor" and config.texts.coef:
+        if name == "actor" and hasattr(config, "texts") and config.texts.coef:
             texts = _abstract_texts(config, recipe.data.max_length, engine.models.actor.max_positions)
             args = *args[:2], abstract_batch(jax.eval_shape(with_texts, part, texts), layout)
             # Their tokens as rows of the rollouts' length, all of them with logits.
@@ -346,7 +360,7 @@ def _learning_from(
             each = each._replace(rows=each.rows + more, head_tokens=each.length)
         whole = Phase(stage, name, getattr(programs, name), args, dict(live), passes=(each,), micro=micro)
         sums = by_layout(learner.trainable, getattr(engine.models, name), layout.gradients)
-        found += _update_phases(whole._replace(runs=config.ppo_epochs * config.rollouts // batch_size), sums)
+        found += _update_phases(whole._replace(runs=config.updates(1)), sums)
     if state.average:
         there = with_memory(state.average, None)
         largest = max(there, key=lambda path: device_bytes(there[path]))
@@ -363,9 +377,9 @@ def _abstract_texts(config: PPOConfig, max_length: int, positions: int) -> Batch
     return Batch(*(jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, jnp.bool, jnp.bool)))
 
 
-def prompt_positions(recipe: Recipe, max_positions: int) -> int:
+def prompt_positions(recipe: Recipe, config: PPOConfig, max_positions: int) -> int:
     """P of the longest prompts that the configuration accepts, as `make_generate` truncates them."""
-    longest = min(recipe.data.max_prompt_length, max_positions - recipe.ppo.sample.max_new_tokens)
+    longest = min(recipe.data.max_prompt_length, max_positions - config.sample.max_new_tokens)
     return min(_round8(longest), bucket_length(longest))
 
 

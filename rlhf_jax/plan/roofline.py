@@ -140,15 +140,15 @@ def _generate_work(recipe: Recipe, phase: Phase, layout: Layout) -> Work:
 
 
 def _score_work(recipe: Recipe, phase: Phase, layout: Layout) -> Work:
-    """Two passes of each architecture: actor and reference, critic and reward model."""
+    """The passes of all models that score: actor and reference, critic and reward model."""
     model, (actor, *_) = recipe.model, phase.passes
     flops = sum(phase.micro * forward_flops(each.decoder, *each[2:5]) for each in phase.passes)
     gathered = sum(_gather_bytes(recipe, each.decoder, layout) for each in phase.passes)
     reference = 0.0
-    if model.offload_reference and not model.lora.rank:
+    if model.offload_reference and phase.args[1].reference:
         stored = 4 if model.frozen_dtype == "float32" else 2
         reference = _num_parameters(actor.decoder) * stored / layout.shards("vocab")
-    return Work(2 * flops / layout.shards("batch"), link=2 * phase.micro * gathered, host=reference)
+    return Work(flops / layout.shards("batch"), link=phase.micro * gathered, host=reference)
 
 
 def _num_parameters(decoder: DecoderConfig) -> int:
@@ -238,11 +238,13 @@ def training_rows(data: DataConfig, spec: RowSpec) -> int | None:
 
 def assumptions(recipe: Recipe) -> list[str]:
     """The assumptions of the expected seconds."""
+    sampled = [name for name in recipe.run.stages if STAGES[name].sampled]
+    lengths = dict.fromkeys(str(getattr(recipe, name).sample.max_new_tokens) for name in sampled)
     return [
         f"expected seconds assume {MATMUL_SHARE:.0%} of the GPU's matrix FLOP/s, {MEMORY_SHARE:.0%} of its memory "
         f"bandwidth and {LINK_SHARE:.0%} of its links, transfers not overlapped; none of this was measured",
         f"every prompt fills its {recipe.data.max_prompt_length} tokens and every answer its "
-        f"{recipe.ppo.sample.max_new_tokens}; rows of SFT and reward model fill {recipe.data.max_length}",
+        f"{' or '.join(lengths) or 'no'}; rows of SFT and reward model fill {recipe.data.max_length}",
         "a floor is the data sheet's speed, with transfers that overlap with computation entirely",
         "offloaded arrays cross PCIe of 16 lanes, 32 GB/s each way on A100s and 64 on H100s, at the links' share",
         "links: NVLink or PCIe inside a node, the network that NVIDIA sells with it between nodes",

@@ -7,7 +7,7 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -288,13 +288,24 @@ def correct_mismatch(experience: Experience, sampler_logprobs: jax.Array, *, con
 
 
 def write_rollouts(
-    context: StageContext, step: int, tokenizer, rollout: Rollout, experience: Experience, *, keep_tokens: bool = False
+    context: StageContext,
+    step: int,
+    tokenizer,
+    rollout: Rollout,
+    experience: Experience,
+    *,
+    scores: Mapping[str, np.ndarray] | None = None,
+    keep_tokens: bool = False,
 ) -> None:
-    """Write every rollout of an iteration to RUN/NAME/rollouts/STEP.jsonl; `keep_tokens`: and each token."""
-    kl = ppo.sequence_kl(experience.logprobs, experience.ref_logprobs, experience.action_mask)
-    numbers = {"score": experience.score, "reward": experience.rewards.sum(axis=1), "kl": kl}
+    """Write every rollout of an iteration to RUN/NAME/rollouts/STEP.jsonl; `keep_tokens`: and each token.
+
+    scores: {name of a reward function: [B] its scores}.
+    """
+    numbers = {"score": experience.score, "reward": experience.rewards.sum(axis=1), **(scores or {})}
+    if experience.ref_logprobs is not None:
+        numbers["kl"] = ppo.sequence_kl(experience.logprobs, experience.ref_logprobs, experience.action_mask)
     names = ("logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns") if keep_tokens else ()
-    each_token = {name: getattr(experience, name) for name in names}
+    each_token = {name: values for name in names if (values := getattr(experience, name)) is not None}
     rollout, numbers, each_token = hosts.fetch((rollout, numbers, each_token))
     if not hosts.is_main():
         return
@@ -328,6 +339,7 @@ class PhaseTimer:
         """End `phase` when the arrays of `result` are ready, and return `result`."""
         jax.block_until_ready(result)
         now = time.perf_counter()
-        self.seconds[f"seconds_{phase}"] = now - self._last
+        name = f"seconds_{phase}"
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now
         return result

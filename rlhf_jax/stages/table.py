@@ -8,16 +8,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf_jax.data.records import RowKind
 from rlhf_jax.stages.context import ModelKind, StageContext
 from rlhf_jax.stages.dpo import dpo_objective, run_dpo
+from rlhf_jax.stages.grpo import grpo_engine, grpo_models, grpo_optimizers, run_grpo
 from rlhf_jax.stages.models import ModelConfig
-from rlhf_jax.stages.ppo import run_ppo
+from rlhf_jax.stages.ppo import ppo_engine, ppo_models, ppo_optimizers, run_ppo
 from rlhf_jax.stages.reward import reward_objective, run_reward
 from rlhf_jax.stages.run_folder import RunConfig
 from rlhf_jax.stages.sft import run_sft, sft_objective
+
+
+class Sampled(NamedTuple):
+    """What a stage that generates trains, for the plan.
+
+    Attributes:
+        optimizers: (its section, optimizer steps) -> Optimizers.
+        engine: (its section, models, actor, scorer, optimizers, eos_ids, layout) -> Engine.
+        models: (actor, scorer, models, optimizers, seed, its section) -> (EngineState, FrozenParams).
+    """
+
+    optimizers: Callable
+    engine: Callable
+    models: Callable
 
 
 @dataclass(frozen=True)
@@ -31,9 +46,10 @@ class Stage:
         share: its share of the prompts if `data.split` does not name it.
         exports: kind of model in RUN/NAME/export.
         run: (context, its section of the configuration) -> None; writes the exports.
-        needs: kinds of models that it starts from, each exported by an earlier stage of the run.
+        needs: (models, its section) -> kinds of models that it starts from, each exported by an earlier stage.
         takes: kinds of models that it starts from where an earlier stage of the run exports one.
         objective: objective of a supervised stage, for the plan.
+        sampled: models of a stage that generates, for the plan.
         more_exports: {name for `rlhf-jax export --stage`: folder in RUN/NAME} of its other exports.
     """
 
@@ -43,9 +59,10 @@ class Stage:
     share: float
     exports: ModelKind
     run: Callable[[StageContext, Any], None]
-    needs: Callable[[ModelConfig], tuple[ModelKind, ...]] = lambda model: ()
+    needs: Callable[[ModelConfig, Any], tuple[ModelKind, ...]] = lambda model, config: ()
     takes: tuple[ModelKind, ...] = ()
     objective: Callable | None = None
+    sampled: Sampled | None = None
     more_exports: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -58,7 +75,7 @@ _ROWS = (
         share=4.0,
         exports="scorer",
         run=run_reward,
-        needs=lambda model: ("policy",) if model.reward_from_policy else (),
+        needs=lambda model, config: ("policy",) if model.reward_from_policy else (),
         objective=reward_objective,
     ),
     Stage(
@@ -68,7 +85,8 @@ _ROWS = (
         share=4.0,
         exports="policy",
         run=run_ppo,
-        needs=lambda model: ("policy", "scorer"),
+        needs=lambda model, config: ("policy", "scorer"),
+        sampled=Sampled(ppo_optimizers, ppo_engine, lambda *given: ppo_models(*given[:-1])),
         more_exports={"critic": "export_critic", "ema": "export_ema"},
     ),
     Stage(
@@ -81,23 +99,41 @@ _ROWS = (
         takes=("policy",),
         objective=dpo_objective,
     ),
+    Stage(
+        name="grpo",
+        help="GRPO, RLOO and their relatives alone: groups of answers, scored by a reward model or by functions",
+        rows="prompt",
+        share=4.0,
+        exports="policy",
+        run=run_grpo,
+        needs=lambda model, config: ("scorer",) if config.model_weight is not None else (),
+        takes=("policy",),
+        sampled=Sampled(grpo_optimizers, grpo_engine, grpo_models),
+        more_exports={"grpo_ema": "export_ema"},
+    ),
 )
 STAGES: Mapping[str, Stage] = {stage.name: stage for stage in _ROWS}
 
 
-def check_stages(names: Sequence[str], model: ModelConfig) -> None:
-    """Raise ValueError for `run.stages` with an unknown or repeated name, or a stage without a model to start from."""
+def check_stages(names: Sequence[str], model: ModelConfig, configs: Mapping[str, Any]) -> None:
+    """Raise ValueError for `run.stages` with an unknown or repeated name, or a stage without a model to start from.
+
+    configs: {name of a stage: its section}.
+    """
     if unknown := [name for name in names if name not in STAGES]:
         raise ValueError(f"run.stages names {', '.join(unknown)}; the stages are {', '.join(STAGES)}")
     if not names or len(set(names)) < len(names):
         raise ValueError(f"run.stages = {list(names)}: name at least one stage, and each once")
     for name in names:
-        start = sources(name, names, model)
-        for kind in STAGES[name].needs(model):
+        start = sources(name, names, model, configs[name])
+        for kind in STAGES[name].needs(model, configs[name]):
             if kind not in start:
                 makers = " or ".join(stage.name for stage in STAGES.values() if stage.exports == kind)
                 reason = f"{name} starts from a {kind}, which no stage before it leaves"
-                raise ValueError(f"run.stages = {list(names)}: {reason}: put {makers} before {name}")
+                fix = f"put {makers} before {name}"
+                if kind == "scorer" and hasattr(configs[name], "rewards"):
+                    fix += f', or score by functions alone, {name}.rewards = ["FILE.py:FUNCTION"]'
+                raise ValueError(f"run.stages = {list(names)}: {reason}: {fix}")
 
 
 def exporters(kind: ModelKind, names: Iterable[str]) -> list[str]:
@@ -105,10 +141,10 @@ def exporters(kind: ModelKind, names: Iterable[str]) -> list[str]:
     return [name for name in names if STAGES[name].exports == kind]
 
 
-def sources(name: str, names: Sequence[str], model: ModelConfig) -> dict[ModelKind, str]:
+def sources(name: str, names: Sequence[str], model: ModelConfig, config: Any) -> dict[ModelKind, str]:
     """{kind of model that the stage needs or takes: the latest stage before it that exports one}."""
     before = names[: names.index(name)]
-    latest = {kind: exporters(kind, before) for kind in (*STAGES[name].needs(model), *STAGES[name].takes)}
+    latest = {kind: exporters(kind, before) for kind in (*STAGES[name].needs(model, config), *STAGES[name].takes)}
     return {kind: found[-1] for kind, found in latest.items() if found}
 
 

@@ -1,0 +1,414 @@
+"""Group-relative policy optimisation: several answers to each prompt, compared with each other, and no critic.
+
+The family of GRPO, Dr. GRPO, RLOO, REINFORCE++, DAPO, GSPO and CISPO is one loss with choices, see `objectives.grpo`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax import hosts
+from rlhf_jax.data.batches import Batches, Prefetch
+from rlhf_jax.data.chat_template import prepare_tokenizer
+from rlhf_jax.data.selection import select_rows
+from rlhf_jax.decode import Rollout, bucket_length
+from rlhf_jax.engine import (
+    Algorithm,
+    Architectures,
+    Engine,
+    EngineState,
+    Execution,
+    Experience,
+    FrozenParams,
+    Optimizers,
+    Sampling,
+    ScoredRollout,
+    make_engine,
+)
+from rlhf_jax.mesh import Layout, check_divides, to_devices, to_host
+from rlhf_jax.models.config import DecoderConfig
+from rlhf_jax.models.pretrained import Pretrained
+from rlhf_jax.objectives import grpo, masked, ppo
+from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
+from rlhf_jax.rollout import check_positions, check_slots, eos_ids
+from rlhf_jax.sampling import SampleConfig, check_learnable
+from rlhf_jax.stages.batch_sizes import micro_batches, rows_per_source, total_steps
+from rlhf_jax.stages.context import StageContext
+from rlhf_jax.stages.from_scratch import make_base_model
+from rlhf_jax.stages.loop import train_loop
+from rlhf_jax.stages.models import ModelConfig, copy_frozen, export_model, load_model, log_attention, make_state
+from rlhf_jax.stages.ppo import PhaseTimer, count_publish_bytes, take_rows, write_rollouts
+from rlhf_jax.stages.rewards import RewardsConfig, open_functions
+from rlhf_jax.stages.tokenizers import adopt_tokenizer
+from rlhf_jax.train_step import start_ema, taken_before
+
+LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GRPOConfig(RewardsConfig):
+    """The [grpo] section."""
+
+    epochs: int = 1  # passes over the prompts
+    steps: int = 0  # iterations of generate, score and update; 0: as `epochs` says
+    rollout_batch_size: int = 32  # prompts of one iteration, over all devices, each answered sample.num_samples times
+    generate_rows: int = 0  # answers decoded at a time; a free decode slot takes the next prompt; 0: all at once
+    batch_size: int = 0  # rollouts of one optimizer step, a multiple of sample.num_samples; 0: all of an iteration
+    micro_batch_size: int = 0  # rollouts of one forward and backward pass, over all devices; 0: batch_size
+    passes: int = 1  # passes over the rollouts of an iteration
+    # Advantage of an answer: its score minus the group's mean, over the group's standard deviation, "group_std" (GRPO),
+    # over that of all answers, "batch_std", or over nothing, "group_mean" (Dr. GRPO); minus the mean of the others,
+    # "leave_one_out" (RLOO); or normalised over all answers, "global" (REINFORCE++)
+    advantage: grpo.Advantage = "group_std"
+    # Probability ratio of each "token", of the "sequence" as a mean over its tokens (GSPO), or their "product" (RLOO)
+    ratio: grpo.Ratio = "token"
+    surrogate: Literal["clip", "cispo"] = "clip"  # a clipped ratio as in PPO; a clipped weight without gradient (CISPO)
+    clip_low: float = 0.2  # the ratio is clipped below at 1 - this
+    clip_high: float = 0.2  # the ratio is clipped above at 1 + this; DAPO takes 0.28
+    # The loss is a mean over all tokens ("token", DAPO), over answers of their means ("sequence", GRPO), or a sum
+    # over answers x max_new_tokens ("constant", Dr. GRPO)
+    scale: grpo.Scale = "token"
+    kl_coef: float = 0.0  # coefficient of the KL to the policy at the start; 0: no reference is held
+    kl_in: Literal["loss", "score"] = (
+        "loss"  # where: each token's k3 in the loss, or the whole answer's k1 in its score
+    )
+    missing_eos_penalty: float = 0.0  # subtracted from the score of an answer that was cut at max_new_tokens
+    # Rounds of new prompts, at most, that replace groups whose answers all have one score (dynamic sampling of DAPO)
+    refill_rounds: int = 0
+    ema_decay: float = 0.0  # decay of the moving average of the actor, which is exported to export_ema; 0: none
+    sample: SampleConfig = SampleConfig(num_samples=8)  # how rollouts are sampled
+    actor: OptimConfig = OptimConfig(learning_rate=1e-6)  # the optimizer
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay:g}: at least 0 (no average) and below 1, such as 0.992")
+        if self.sample.num_samples < 2 and self.advantage != "global":
+            raise ValueError(
+                f'sample.num_samples={self.sample.num_samples}: advantage="{self.advantage}" compares the answers to a '
+                'prompt with each other: at least 2, or advantage = "global"'
+            )
+        if min(self.kl_coef, self.clip_low, self.clip_high, self.refill_rounds) < 0 or self.passes < 1:
+            raise ValueError("kl_coef, clip_low, clip_high and refill_rounds: at least 0; passes: at least 1")
+
+    def check(self, name: str, layout: Layout) -> None:
+        """Raise ValueError for sizes that do not divide, filtered sampling, and schedules that do not fit the steps."""
+        grpo_sizes(name, self, layout)
+        check_learnable(self.sample)
+        self.check_functions()
+        if self.steps:
+            learning_rate(self.actor, self.updates(self.steps))
+
+    @property
+    def rollouts(self) -> int:
+        """Number of answers of one iteration."""
+        return self.rollout_batch_size * self.sample.num_samples
+
+    @property
+    def update_size(self) -> int:
+        """Number of rollouts of one optimizer step."""
+        return self.batch_size or self.rollouts
+
+    def updates(self, steps: int) -> int:
+        """Number of optimizer steps in `steps` iterations."""
+        return steps * self.passes * self.rollouts // self.update_size
+
+
+def grpo_sizes(name: str, config: GRPOConfig, layout: Layout) -> int:
+    """Micro-batches of one optimizer step. Raises ValueError where sizes do not divide."""
+    size = f"{name}.rollout_batch_size"
+    check_divides(size, config.rollout_batch_size, layout.shards("batch"), "devices of the mesh")
+    num_micro = micro_batches(name, config.update_size, config.micro_batch_size, layout)
+    check_divides(f"{size} x num_samples", config.rollouts, config.update_size, f"rollouts of {name}.batch_size")
+    check_divides(f"{name}.batch_size", config.update_size, config.sample.num_samples, "answers of a group")
+    check_slots(config.generate_rows, layout, f"{name}.generate_rows")
+    return num_micro
+
+
+def grpo_algorithm(config: GRPOConfig) -> Algorithm:
+    """Advantages from groups, and the policy loss of these settings."""
+    estimate, loss = (functools.partial(part, config=config) for part in (estimate_advantages, group_loss))
+    weight = functools.partial(loss_weight, config=config)
+    return Algorithm(estimate, loss, actor_weight=weight, score_weight=config.model_weight or 0.0)
+
+
+def estimate_advantages(scored: ScoredRollout, config: GRPOConfig, **carried) -> tuple[jax.Array, jax.Array, None]:
+    """Rewards [B, N], the score on the last token of an answer; and its advantage on every token."""
+    score, mask = scored.score - config.missing_eos_penalty * ~scored.ended, scored.action_mask
+    if config.kl_coef and config.kl_in == "score":
+        score = score - config.kl_coef * ppo.sequence_kl(scored.logprobs, scored.ref_logprobs, mask)
+    advantages = grpo.group_advantages(score, config.sample.num_samples, config.advantage)
+    is_last = jnp.arange(mask.shape[1]) == mask.sum(axis=1, keepdims=True) - 1
+    return jnp.where(is_last, score[:, None], 0.0), masked.zero_outside(advantages[:, None], mask), None
+
+
+def group_loss(logprobs: jax.Array, entropy: jax.Array, experience: Experience, config: GRPOConfig):
+    """The loss of a micro-batch, and its metrics."""
+    old, mask, advantages = experience.logprobs, experience.action_mask, experience.advantages
+    log_ratio = grpo.log_ratios(logprobs, old, mask, config.ratio)
+    bounds = dict(low=config.clip_low, high=config.clip_high)
+    if config.surrogate == "cispo":
+        now = masked.zero_outside(logprobs, mask)
+        losses = grpo.cispo_losses(log_ratio, now, advantages, high=config.clip_high)
+        clipped = (jnp.exp(log_ratio) > 1.0 + config.clip_high) & (advantages != 0)
+    else:
+        losses = grpo.clipped_losses(log_ratio, advantages, **bounds)
+        clipped = grpo.is_clipped(log_ratio, advantages, **bounds)
+    stats = {"clip_fraction": masked.mean(clipped, mask), "ratio": masked.mean(jnp.exp(log_ratio), mask)}
+    stats |= {"approx_kl": ppo.approximate_kl(logprobs, old, mask), "entropy": masked.mean(entropy, mask)}
+    if config.kl_coef and config.kl_in == "loss":
+        kl = grpo.kl_losses(logprobs, old, experience.ref_logprobs, mask)
+        losses, stats["kl_loss"] = losses + config.kl_coef * kl, masked.mean(kl, mask)
+    loss, _ = grpo.scaled_mean(losses, mask, config.scale, length=config.sample.max_new_tokens)
+    return loss, stats
+
+
+def loss_weight(experience: Experience, config: GRPOConfig) -> jax.Array:
+    """The weight of a micro-batch in an optimizer step, see `objectives.grpo.scaled_mean`."""
+    mask = experience.action_mask
+    return grpo.scaled_mean(mask, mask, config.scale, length=config.sample.max_new_tokens)[1]
+
+
+def grpo_optimizers(config: GRPOConfig, updates: int) -> Optimizers:
+    """The optimizer of a run of `updates` optimizer steps."""
+    return Optimizers(make_optimizer(config.actor, updates), ema_decay=config.ema_decay)
+
+
+def grpo_engine(
+    config: GRPOConfig,
+    model: ModelConfig,
+    actor: DecoderConfig,
+    scorer: DecoderConfig,
+    optimizers: Optimizers,
+    eos_ids: tuple[int, ...],
+    layout: Layout,
+) -> Engine:
+    """The engine that runs these settings."""
+    num_micro = config.update_size // (config.micro_batch_size or config.update_size)
+    has_scorer = config.model_weight is not None
+    models = Architectures(
+        model.with_lora(actor),
+        reference=actor.without_lora() if config.kl_coef else None,
+        reward=scorer.without_lora() if has_scorer else None,
+    )
+    execution = Execution(layout, model.compute, num_micro, num_micro * config.rollouts // config.update_size)
+    sampling = Sampling(config.sample, eos_ids, config.generate_rows)
+    return make_engine(models, grpo_algorithm(config), optimizers, sampling, execution)
+
+
+def grpo_models(
+    actor: Pretrained,
+    scorer: Pretrained | None,
+    model: ModelConfig,
+    optimizers: Optimizers,
+    seed: int,
+    config: GRPOConfig,
+) -> tuple[EngineState, FrozenParams]:
+    """The trained state and the frozen parameters, from a loaded actor and a loaded reward model, if there is one."""
+    assert "auto" not in (model.offload_reference, model.offload_ema), "the plan resolves this"
+    # Training donates its parameters, so the reference is a copy.
+    holds_reference = config.kl_coef and not model.lora.rank
+    reference = copy_frozen(actor.params, model.frozen_dtype) if holds_reference else {}
+    if model.offload_reference:
+        reference = to_host(reference)
+    reward = {} if scorer is None else copy_frozen(scorer.params, model.frozen_dtype)
+    state, frozen = make_state(actor, model, optimizers.actor, seed)
+    average = start_ema(state.trainable, offload=model.offload_ema) if optimizers.ema_decay else {}
+    return EngineState(state, average=average), FrozenParams(frozen, reference=reference, reward=reward)
+
+
+def load_scorer(context: StageContext, config: GRPOConfig, tokenizer) -> Pretrained | None:
+    """This run's reward model, with the tokenizer of the actor; None where the rewards do not name it."""
+    if config.model_weight is None:
+        return None
+    scorer = load_model(context.start["scorer"], context.model, context.layout, scalar_head=True)
+    prepare_tokenizer(scorer.tokenizer, *context.data.rendering)
+    return adopt_tokenizer(context.name, scorer, tokenizer)
+
+
+class Answers(NamedTuple):
+    """The answers of one iteration, or of one round of it.
+
+    Attributes:
+        scores: {name of a reward function: [B] its scores}.
+    """
+
+    rollout: Rollout
+    experience: Experience
+    scores: dict[str, np.ndarray]
+
+
+def refill_groups(
+    first: Answers, sample: Callable[[int], Answers], config: GRPOConfig
+) -> tuple[Answers, dict[str, float]]:
+    """The answers with groups of equal rewards replaced by groups of later rounds, and metrics.
+
+    Those that `refill_rounds` rounds cannot replace stay, with advantages of 0. Source: Yu et al. 2025 (DAPO, arXiv
+    2503.14476), section 3.2, with a limit.
+
+    Args:
+        sample: (round, from 1) -> answers to as many other prompts.
+    """
+    group, rounds = config.sample.num_samples, [first]
+    signal = find_signal(first, group)
+    chosen, missing = np.arange(len(signal)), np.flatnonzero(~signal)
+    stats = {"groups_without_signal": len(missing) / len(signal)}
+    while len(missing) and len(rounds) <= config.refill_rounds:
+        rounds.append(sample(len(rounds)))
+        found = np.flatnonzero(find_signal(rounds[-1], group))[: len(missing)] + (len(rounds) - 1) * len(signal)
+        chosen[missing[: len(found)]] = found
+        missing = missing[len(found) :]
+    if config.refill_rounds:
+        stats |= {"refill_rounds": len(rounds) - 1, "groups_left_without_signal": len(missing) / len(signal)}
+    if len(rounds) == 1:
+        return first, stats
+    index = (chosen[:, None] * group + np.arange(group)).reshape(-1)
+    rollout, experience = take_from_rounds([(each.rollout, each.experience) for each in rounds], index)
+    scores = {name: np.concatenate([each.scores[name] for each in rounds])[index] for name in first.scores}
+    return Answers(rollout, estimate_again(experience, config=config), scores), stats
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def estimate_again(experience: Experience, *, config: GRPOConfig) -> Experience:
+    """The experience with rewards and advantages over all of its groups."""
+    rewards, advantages, _ = estimate_advantages(experience, config)
+    return dataclasses.replace(experience, rewards=rewards, advantages=advantages)
+
+
+def find_signal(answers: Answers, group: int) -> np.ndarray:
+    """[groups] bool on the host, see `objectives.grpo.has_signal`."""
+    return hosts.fetch(grpo.has_signal(answers.experience.rewards.sum(axis=1), group))
+
+
+def take_from_rounds(rounds: Sequence[tuple[Rollout, Experience]], index: np.ndarray) -> tuple[Rollout, Experience]:
+    """The rows at `index` [B] of all rounds, one after the other, padded to the longest prompts among them."""
+    prompt = max(rollout.prompts.shape[1] for rollout, _ in rounds)
+    total = max(experience.tokens.shape[1] for _, experience in rounds)
+
+    def widen(rollout: Rollout, experience: Experience) -> tuple[Rollout, Experience]:
+        left = ((0, 0), (prompt - rollout.prompts.shape[1], 0))
+        right = ((0, 0), (0, total - experience.tokens.shape[1]))
+        prompts = {name: jnp.pad(getattr(rollout, name), left) for name in ("prompts", "prompt_mask")}
+        sequences = {name: jnp.pad(getattr(experience, name), right) for name in ("tokens", "mask")}
+        return dataclasses.replace(rollout, **prompts), dataclasses.replace(experience, **sequences)
+
+    each = [widen(*one) for one in rounds]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[index], *each)
+
+
+@jax.jit
+def answer_metrics(experience: Experience, rollout: Rollout) -> dict[str, jax.Array]:
+    """Metrics of an iteration's answers."""
+    mask = experience.action_mask
+    stats = {
+        "score_mean": experience.score.mean(),
+        "score_std": experience.score.std(),
+        "reward_mean": experience.rewards.sum(axis=1).mean(),
+        "response_length": mask.sum(axis=1).mean(),
+        "ended_by_eos": experience.ended.mean(),
+        # Difference between the policy that sampled and the one that trains; 0 except for rounding.
+        "logprob_mismatch": masked.mean(jnp.abs(rollout.logprobs - experience.logprobs), mask),
+    }
+    if experience.ref_logprobs is not None:
+        stats["kl"] = ppo.sequence_kl(experience.logprobs, experience.ref_logprobs, mask).mean()
+    return stats
+
+
+def update_order(config: GRPOConfig, seed: int, step: int) -> list[np.ndarray]:
+    """The rollouts of each optimizer step of an iteration, [update_size] each; a group is never split."""
+    group, orders = config.sample.num_samples, []
+    for number in range(config.passes):
+        order = np.random.RandomState([seed, step, number]).permutation(config.rollout_batch_size)
+        orders += list((order[:, None] * group + np.arange(group)).reshape(-1, config.update_size))
+    return orders
+
+
+def log_attention_of(
+    name: str, actor: Pretrained, scorer: Pretrained | None, model: ModelConfig, config: GRPOConfig, longest: int
+) -> None:
+    """Log the attention of the models on prompts of up to `longest` tokens. ValueError for too few positions."""
+    length = bucket_length(longest) + config.sample.max_new_tokens
+    for each in filter(None, (actor, scorer)):
+        check_positions(each.config, longest, config.sample.max_new_tokens)
+    log_attention(f"{name}, actor", actor, model, length, phases="training, scoring and prefill", decodes=True)
+    if scorer is not None:
+        log_attention(f"{name}, reward model", scorer, model, length, phases="scoring")
+
+
+def run_grpo(context: StageContext, config: GRPOConfig) -> None:
+    """Train this run's policy, or without one the model that model.actor names, by the scores of its own answers.
+
+    Writes RUN/NAME/export, and with `ema_decay` export_ema: the moving average of the actor; under LoRA that of the
+    adapters, merged.
+    """
+    name, run, layout, model = context.name, context.run, context.layout, context.model
+    start = context.start.get("policy") or make_base_model(context)
+    actor = load_model(start, model, layout, one_copy=model.one_copy)
+    tokenizer = prepare_tokenizer(actor.tokenizer, *context.data.rendering)
+    scorer = load_scorer(context, config, tokenizer)
+    rows = select_rows(context.data, tokenizer, context.rows, held_out=False)
+    LOGGER.info(f"{name}: prompts: {rows.report}")
+    log_attention_of(name, actor, scorer, model, config, rows.longest)
+    # The same prompts in another order replace groups without a signal.
+    seeds = run.seed, (run.seed + 1) % 2**32
+    prompts, others = (Batches(rows, batch_size=config.rollout_batch_size, seed=seed, side="left") for seed in seeds)
+    steps = total_steps(config.steps, config.epochs, prompts.steps_per_epoch)
+    prefetch, updates = Prefetch(prompts, steps), config.updates(steps)
+    drawn = (prompts, steps), *[(others, steps * config.refill_rounds)] * (config.refill_rounds > 0)
+    functions = open_functions(context, config, tokenizer, *drawn)
+
+    optimizers = grpo_optimizers(config, updates)
+    engine = grpo_engine(config, model, actor.config, scorer and scorer.config, optimizers, eos_ids(actor), layout)
+    state, frozen = grpo_models(actor, scorer, model, optimizers, run.seed, config)
+    del scorer
+    publish = engine.publish.compile(state.actor.params(frozen.actor))
+    constants = count_publish_bytes(name, publish, state.actor.params(frozen.actor), model)
+    rate = learning_rate(config.actor, updates)
+
+    def sample_answers(state: EngineState, weights, clock: PhaseTimer, step: int, number: int) -> Answers:
+        """The scored answers of a round of a step; round 0 is the step's own prompts."""
+        batches, at = (others, step * config.refill_rounds + number - 1) if number else (prompts, step)
+        batch = batches[at] if number else prefetch[at]
+        key = jax.random.fold_in(jax.random.key(run.seed), step)
+        key = jax.random.fold_in(key, number) if number else key
+        rollout = clock.lap("generate", engine.generate(weights, batch.tokens, batch.mask, key))
+        scores = functions(batches, at, rollout) if functions else {}
+        total = clock.lap("rewards", functions.total(scores)) if functions else None
+        return Answers(rollout, clock.lap("score", engine.score(state, frozen, rollout, total)), scores)
+
+    def step_fn(state: EngineState, step: int):
+        clock = PhaseTimer()
+        weights = clock.lap("publish", publish(state.actor.params(frozen.actor)))
+        sample = functools.partial(sample_answers, state, weights, clock, step)
+        answers, stats = refill_groups(sample(0), sample, config)
+        del weights, sample  # the generation copy lives for one phase
+        rollout, experience, scores = answers
+        clock.lap("keep", write_rollouts(context, step + 1, tokenizer, rollout, experience, scores=scores))
+        collected = []
+        for index in update_order(config, run.seed, step):
+            state, each = engine.update(state, frozen, take_rows(experience, index))
+            collected.append(each)
+        clock.lap("update", collected)
+        stats |= {**answer_metrics(experience, rollout), "decode_steps": rollout.steps.max()}
+        stats |= {f"reward/{each.rpartition(':')[2]}": float(values.mean()) for each, values in scores.items()}
+        stats |= {key: float(np.mean([float(part[key]) for part in collected])) for key in collected[0]}
+        stats |= {key: collected[-1][key] for key in collected[0] if key.endswith(("loss_scale", "skipped_steps"))}
+        stats |= {"actor_learning_rate": rate(taken_before(state.actor))}
+        stats |= rows_per_source(prompts, step) | constants | clock.seconds
+        tokens = int(experience.mask.sum())  # prompts and answers of the whole iteration
+        return state, stats | {"tokens_per_second": tokens / sum(clock.seconds.values())}
+
+    headline = ("score_mean", "groups_without_signal", "response_length")
+    state = train_loop(context, steps, state, step_fn, rows=rows, headline=headline)
+    if state.average:
+        export_model(actor, frozen.actor | to_devices(state.average), model, context.folder / "export_ema")
+    export_model(actor, state.actor.params(frozen.actor), model, context.export)

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from rlhf_jax import hosts
 from rlhf_jax.checkpoint_files import MANIFEST, find_damage, read_manifest, write_manifest
 
 T = TypeVar("T")
@@ -44,16 +45,19 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"keep is {keep}: keep at least 1 checkpoint, or a run cannot be resumed")
         self._folder, self._keep, self._keep_best = Path(folder).absolute(), keep, keep_best
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for pattern in ("*.orbax-checkpoint-tmp*", "*.unfinished"):
-            for left in self._folder.glob(pattern):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        hosts.on_main(self._clear)
         parts = dict(state=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**parts))
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._finishing: Future[float] | None = None
-        self._latest = max(self.steps(), default=None)
+        self._latest = max(hosts.broadcast(self.steps()), default=None)
         self.save_seconds = 0.0  # that the last finished save took, from the copy off the devices to the checksums
+
+    def _clear(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for pattern in ("*.orbax-checkpoint-tmp*", "*.unfinished"):
+            for left in self._folder.glob(pattern):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def steps(self) -> list[int]:
         """The steps whose checkpoints are in the folder, complete or not, ascending."""
@@ -79,8 +83,9 @@ class Checkpoints:
     def _finish(self, folder: Path, metrics: dict[str, float], started: float) -> float:
         """Complete a checkpoint once it is written, delete those that are no longer kept; the seconds of the save."""
         self._writer.wait_until_finished()
-        write_manifest(folder, metrics)
-        for step in self._obsolete():
+        if hosts.is_main():
+            write_manifest(folder, metrics)
+        for step in self._obsolete() if hosts.is_main() else ():
             # Renamed first: what a kill leaves of a deletion is never mistaken for a checkpoint.
             deleted = (self._folder / str(step)).rename(self._folder / f"{step}.unfinished")
             shutil.rmtree(deleted)
@@ -112,19 +117,25 @@ class Checkpoints:
         """
         self.wait()
         skipped: dict[int, tuple[str, str]] = {}
-        for step in reversed(self.steps()):
+        for step in hosts.broadcast(self.steps()[::-1]):
             folder = self._folder / str(step)
-            if (folder / MANIFEST).exists():
-                if not (damage := find_damage(folder)):
+            if hosts.broadcast((folder / MANIFEST).exists()):
+                # Each process reads a part of the files.
+                found = hosts.gather(find_damage(folder, (hosts.index(), hosts.count())))
+                if not (damage := next(filter(None, found), "")):
                     break
                 skipped[step] = "damaged", damage
             else:
                 skipped[step] = "incomplete", f"it has no {MANIFEST}: its save did not end"
         else:
             step = None
-        texts = {
-            each: f"checkpoint {self._folder / str(each)} is {kind} ({why})" for each, (kind, why) in skipped.items()
-        }
+        hosts.on_main(self._set_aside, skipped, step)
+        self._latest = step
+        return step
+
+    def _set_aside(self, skipped: Mapping[int, tuple[str, str]], step: int | None) -> None:
+        """Rename {step: (kind, what is wrong)}, as the checkpoint of `step` is used."""
+        texts = {s: f"checkpoint {self._folder / str(s)} is {kind} ({why})" for s, (kind, why) in skipped.items()}
         if step is None and (damaged := [each for each, (kind, _) in skipped.items() if kind == "damaged"]):
             raise ValueError(f"{texts[damaged[0]]}, and no other one can be read: delete {self._folder} to start over")
         instead = "the stage starts over" if step is None else f"the checkpoint of step {step} is used"
@@ -133,8 +144,6 @@ class Checkpoints:
                 shutil.rmtree(old)
             (self._folder / str(each)).rename(self._folder / f"{kind}-{each}")
             LOGGER.warning(f"{texts[each]}: renamed to {kind}-{each}, and {instead}")
-        self._latest = step
-        return step
 
     def restore_newest(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """(step, state, meta) of `newest_intact`, as `restore`; None if there is none. ValueError as both."""

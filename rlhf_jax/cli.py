@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from rlhf_jax import hosts
 from rlhf_jax.models.pretrained import DTYPES
+from rlhf_jax.stages.stopping import EXIT_INTERRUPTED, StopRun, stop_on_signals
 from rlhf_jax.stages.table import STAGES, export_folders, latest_export
 
 CONFIG_HELP = """CONFIG is a TOML file of configs/ or of your own. Any key can be overridden after it:
@@ -61,7 +62,10 @@ PLAN_EXITS = {True: 0, False: 1, None: 3}  # fits, does not fit, cannot tell wit
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0 on success, 2 after a one-line error that the user can fix; a plan also PLAN_EXITS."""
+    """Run one command. Returns 0 on success, 2 after a one-line error that the user can fix; a plan also PLAN_EXITS.
+
+    A run that was stopped and continues with the same command: 75, or 130 after Ctrl-C.
+    """
     args = parse_args(argv)
     set_logging(args)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about missing torch, which is not needed
@@ -86,10 +90,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
             hosts.fail(f"{type(error).__name__}: {error}", 1)
         raise
+    except StopRun as stop:
+        LOGGER.warning(f"rlhf-jax: {stop}")
+        hosts.fail(str(stop), stop.code)
+        return stop.code
     except KeyboardInterrupt:
         hint = "; the same command resumes from the last checkpoint" if args.run is run_train else ""
         LOGGER.warning(f"rlhf-jax: interrupted{hint}")
-        return 130
+        return EXIT_INTERRUPTED
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -258,7 +266,8 @@ def run_train(args: argparse.Namespace) -> None:
     from rlhf_jax.train import train
 
     recipe = load_config(args.config, args.overrides, Recipe)
-    train(recipe, make_mesh(recipe.mesh), () if args.command == "train" else (args.command,))
+    with stop_on_signals():
+        train(recipe, make_mesh(recipe.mesh), () if args.command == "train" else (args.command,))
     LOGGER.info(f"{args.command}: all output is in {recipe.run.dir}")
     if policy := latest_export("policy", recipe.run):
         LOGGER.info(f"talk to the result: rlhf-jax chat {policy}")

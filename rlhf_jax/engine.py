@@ -404,14 +404,13 @@ def make_engine(
             raise ValueError("give texts to an update of the actor where the algorithm has a text_coef, and only there")
         if texts is not None:
             check_divides("texts of one update", texts.tokens.shape[0], parts, "micro-batches x devices")
-        states, stats, before = {}, {}, state.actor.scale and int(state.actor.step)
+        states, stats, before = {}, {}, int(state.actor.step) if state.average else 0
         for name in models:
             batch = with_texts(experience, texts) if texts is not None and name == "actor" else experience
             states[name], each = getattr(programs, name)(getattr(state, name), getattr(frozen, name), batch)
             stats |= {f"{name}_{key}": value for key, value in each.items()}
         state, average = dataclasses.replace(state, **states), state.average
-        is_skipped = "actor" not in states or (state.actor.scale and int(state.actor.step) == before)
-        if not is_skipped:
+        if "actor" in states and average and int(state.actor.step) > before:  # not skipped
             average = ema_update(programs.average, average, state.actor.trainable)
         return dataclasses.replace(state, average=average), stats
 

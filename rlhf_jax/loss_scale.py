@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ class LossScaleConfig:
 
     initial: float = 65536.0  # first scale, a power of two
     growth_steps: int = 2000  # optimizer steps without overflow after which the scale is doubled
-    smallest: float = 1.0  # scale that is never halved: overflow there ends the run
+    smallest: float = 1.0  # scale that is never halved: overflow there counts for run.max_skipped
     largest: float = 16777216.0  # scale that is never doubled
 
     def __post_init__(self) -> None:
@@ -45,17 +44,15 @@ class LossScale:
     Attributes:
         value: [] float32, of the next step.
         clean: [] int32, steps without overflow since the scale last changed.
-        skipped: [] int32, optimizer steps that were skipped so far.
     """
 
     value: jax.Array
     clean: jax.Array
-    skipped: jax.Array
 
 
 def first_scale(config: LossScaleConfig) -> LossScale:
     """The loss scale of step 0."""
-    return LossScale(jnp.float32(config.initial), jnp.int32(0), jnp.int32(0))
+    return LossScale(jnp.float32(config.initial), jnp.int32(0))
 
 
 def next_scale(config: LossScaleConfig, scale: LossScale, is_finite: jax.Array) -> LossScale:
@@ -65,26 +62,4 @@ def next_scale(config: LossScaleConfig, scale: LossScale, is_finite: jax.Array) 
     larger = jnp.minimum(2 * scale.value, config.largest)
     smaller = jnp.maximum(scale.value / 2, config.smallest)
     value = jnp.where(is_finite, jnp.where(grows, larger, scale.value), smaller)
-    clean = jnp.where(is_finite & ~grows, clean, 0)
-    return LossScale(value, clean, scale.skipped + ~is_finite)
-
-
-def select(is_finite: jax.Array, new: Any, old: Any) -> Any:
-    """The tree `new` after finite gradients, else `old`."""
-    return jax.tree.map(lambda one, other: jnp.where(is_finite, one, other), new, old)
-
-
-def step_metrics(config: LossScaleConfig, scale: LossScale, stats: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The metrics of a step, with the scale it used and the number of steps skipped, this one included.
-
-    Values of a skipped step that are not finite are reported as 0, except where the scale is already the smallest:
-    then they stay, which ends the run.
-
-    Args:
-        scale: of this step.
-        stats: with "grad_norm", whose value says whether the gradients are finite.
-    """
-    is_finite = jnp.isfinite(stats["grad_norm"])
-    hides = ~is_finite & (scale.value > config.smallest)
-    shown = {name: jnp.where(hides & ~jnp.isfinite(value), 0.0, value) for name, value in stats.items()}
-    return shown | {"loss_scale": scale.value, "skipped_steps": scale.skipped + ~is_finite}
+    return LossScale(value, jnp.where(is_finite & ~grows, clean, 0))

@@ -56,23 +56,20 @@ class Metrics:
             self._board.close()
         self._file.close()
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
+    def write(self, step: int, values: Mapping[str, Any], *, must_be_finite: bool = True) -> None:
         """Record `values`, {name: Python, numpy or jax scalar}, of `step` in metrics.jsonl and as <stage>/<name>.
 
-        metrics.jsonl is on disk when this returns. Raises FloatingPointError for a NaN or infinite value, after all
-        values are recorded; such a value is recorded as the string "nan", "inf" or "-inf" (JSON has no number for it).
+        metrics.jsonl is on disk when this returns. A NaN or infinite value is recorded as the string "nan", "inf" or
+        "-inf" (JSON has no number for it); unless it may be one, FloatingPointError is raised after all are recorded.
         """
         numbers = {name: _number(value) for name, value in values.items()}
         record = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
         self._file.write(json.dumps({"step": step, "stage": self.stage, **record}, allow_nan=False) + "\n")
         self._file.flush()
         _scalars(self._board, self.stage, step, numbers)
-        if wrong := [f"'{name}' is {value}" for name, value in numbers.items() if not math.isfinite(value)]:
-            fix = "lower the learning rate"
-            if any(name.endswith("loss_scale") for name in numbers):
-                fix += ', or set model.dtype="float32", or "bfloat16" where the GPU has it: float16 overflows even '
-                fix += "with the smallest loss scale (model.loss_scale.smallest)"
-            raise FloatingPointError(f"{self.stage} step {step}: {', '.join(wrong)}; {fix}")
+        wrong = [f"'{name}' is {value}" for name, value in numbers.items() if not math.isfinite(value)]
+        if wrong and must_be_finite:
+            raise FloatingPointError(f"{self.stage} step {step}: {', '.join(wrong)}; lower the learning rate")
 
     def advance(self, step: int, headline: Mapping[str, Any] | None = None) -> None:
         """Move the progress bar to `step` and show the few values of `headline` next to it.

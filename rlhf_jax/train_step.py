@@ -13,10 +13,11 @@ import optax
 from einops import rearrange
 
 from rlhf_jax.hardware import RUN_OPTIONS
-from rlhf_jax.loss_scale import LossScale, LossScaleConfig, first_scale, next_scale, select, step_metrics
+from rlhf_jax.loss_scale import LossScale, LossScaleConfig, first_scale, next_scale
 from rlhf_jax.mesh import Layout, in_host_memory, to_devices, to_host
 from rlhf_jax.models.decoder import Leaf
 from rlhf_jax.optim import Optimizer, join_states, map_nodes, select_path, with_counters
+from rlhf_jax.skipping import Skips, next_skips, no_skips, select, wrong_gradients
 from rlhf_jax.trees import record
 
 Params = dict[str, jax.Array]
@@ -35,12 +36,14 @@ class TrainState:
         step: [] int32, optimizer steps taken.
         trainable: {path: float32 array} that the optimizer changes: all parameters, or adapters and scalar head.
         opt_state: optax state over `trainable`, sharded like it.
+        skips: the optimizer steps that were skipped.
         scale: of the loss, for a model that computes in float16; None: the loss is not scaled.
     """
 
     step: jax.Array
     trainable: Params
     opt_state: optax.OptState
+    skips: Skips
     scale: LossScale | None = None
 
     def params(self, frozen: Params) -> Params:
@@ -96,7 +99,8 @@ def init_state(
     """
 
     def init(trainable):
-        return TrainState(jnp.int32(0), {}, tx.init(trainable), first_scale(scaling) if scaling else None)
+        scale = first_scale(scaling) if scaling else None
+        return TrainState(jnp.int32(0), {}, tx.init(trainable), no_skips(len(trainable)), scale)
 
     def fresh(some: Params, at: Layout) -> TrainState:
         return jax.jit(init, out_shardings=state_shardings(jax.eval_shape(init, some), leaves, at))(some)
@@ -108,7 +112,8 @@ def init_state(
         state = fresh({path: leaf}, on_device)
         kept = jax.device_put(state, state_shardings(state, leaves, layout))
         opt_states.append(jax.block_until_ready(kept).opt_state)
-    return TrainState(state.step, trainable, functools.reduce(join_states, opt_states), state.scale)
+    skips = jax.jit(lambda: no_skips(len(trainable)), out_shardings=layout.sharding(()))()
+    return TrainState(state.step, trainable, functools.reduce(join_states, opt_states), skips, state.scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +133,8 @@ class OffloadedUpdate:
 
     def __call__(self, state: TrainState, frozen: Params, batch) -> tuple[TrainState, dict[str, jax.Array]]:
         after, grads, stats = self.gradients(dataclasses.replace(state, opt_state=None), frozen, batch)
-        if state.scale and after.step == state.step:  # skipped
-            return dataclasses.replace(state, scale=after.scale), stats
+        if after.step == state.step:  # skipped
+            return dataclasses.replace(state, skips=after.skips, scale=after.scale), stats
         trainable, opt_states = dict(state.trainable), []
         for path in self.order(trainable):
             kept, counters = select_path(state.opt_state, path)
@@ -140,7 +145,7 @@ class OffloadedUpdate:
             trainable |= param
             opt_states.append(with_counters(moments, counters))
         opt_state = functools.reduce(join_states, opt_states)
-        return TrainState(after.step, trainable, opt_state, after.scale), stats
+        return TrainState(after.step, trainable, opt_state, after.skips, after.scale), stats
 
     @staticmethod
     def order(trainable: Params) -> list[str]:
@@ -197,14 +202,17 @@ def summed_gradients(
 
 
 def advance(
-    scaling: LossScaleConfig | None, state: TrainState, stats: dict
-) -> tuple[jax.Array, LossScale | None, jax.Array | None, dict]:
-    """Steps taken, the next scale, whether the gradients are finite (None: taken as they are), and the metrics."""
-    if state.scale is None:
-        return state.step + 1, None, None, stats
-    is_finite = jnp.isfinite(stats["grad_norm"])
-    scale = next_scale(scaling, state.scale, is_finite)
-    return state.step + is_finite, scale, is_finite, step_metrics(scaling, state.scale, stats)
+    scaling: LossScaleConfig | None, state: TrainState, grads: Params, stats: dict
+) -> tuple[TrainState, jax.Array, dict]:
+    """The state with the next counters and loss scale, whether the step is finite and so taken, and the metrics."""
+    is_finite, scale, is_helped = jnp.isfinite(stats["grad_norm"]) & jnp.isfinite(stats["loss"]), state.scale, False
+    if scale is not None:
+        is_helped = scale.value > scaling.smallest
+        stats = stats | {"loss_scale": scale.value}
+        scale = next_scale(scaling, scale, is_finite)
+    skips = next_skips(state.skips, is_finite, wrong_gradients(grads), is_helped)
+    state = dataclasses.replace(state, step=state.step + is_finite, skips=skips, scale=scale)
+    return state, is_finite, stats | {"skipped_steps": skips.total}
 
 
 def make_update(
@@ -225,7 +233,7 @@ def make_update(
     parameters, and the parts are gathered to the sharding of the parameters. Offloaded moments need an `Optimizer`.
 
     With `scaling`, for a state with a scale, gradients are those of the scaled loss, divided by the scale before they
-    are clipped. A step whose gradients are not finite changes nothing except the scale.
+    are clipped. A step whose loss or gradient is not finite changes nothing except the scale and the record of skips.
     """
 
     def shard(tree: Params, layout: Layout) -> Params:
@@ -264,14 +272,14 @@ def make_update(
 
     def update(state: TrainState, frozen: Params, batch) -> tuple[TrainState, dict]:
         grads, stats = mean_gradients(state, frozen, batch)
-        taken, scale, is_finite, stats = advance(scaling, state, stats)
+        after, is_finite, stats = advance(scaling, state, grads, stats)
         trainable, opt_state = apply(tx.update, state.trainable, grads, state.opt_state, is_finite)
-        return TrainState(taken, trainable, opt_state, scale), stats
+        return dataclasses.replace(after, trainable=trainable, opt_state=opt_state), stats
 
     def gradients(state: TrainState, frozen: Params, batch) -> tuple[TrainState, Params, dict]:
         grads, stats = mean_gradients(state, frozen, batch)
-        taken, scale, _, stats = advance(scaling, state, stats)
-        return TrainState(taken, {}, None, scale), shard(tx.clip(grads), layout.moments), stats
+        after, _, stats = advance(scaling, state, grads, stats)
+        return dataclasses.replace(after, trainable={}), shard(tx.clip(grads), layout.moments), stats
 
     def step(param: Params, grad: Params, moments, counters) -> tuple[Params, Any, Any]:
         param, opt_state = apply(tx.update_each, param, grad, with_counters(moments, counters))

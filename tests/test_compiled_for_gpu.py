@@ -41,6 +41,7 @@ from rlhf_jax.models.unstacked import Unstacked, is_shareable
 from rlhf_jax.optim import OptimConfig, make_optimizer
 from rlhf_jax.rollout import make_publish
 from rlhf_jax.sampling import SampleConfig
+from rlhf_jax.skipping import no_skips
 from rlhf_jax.stages.ppo import ppo_algorithm
 from rlhf_jax.stages.ppo_config import PPOConfig
 from rlhf_jax.train_step import TrainState, state_shardings
@@ -104,7 +105,8 @@ def state_of(config, lora, layout, tx):
     params = params_of(config, lora, layout, jnp.float32)
     trainable, frozen = partition(params, lambda path: is_trainable(path, lora))
     frozen = {path: shape_dtype(x.shape, BFLOAT16, x.sharding) for path, x in frozen.items()}
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, jax.eval_shape(tx.init, trainable))
+    skips = jax.eval_shape(lambda: no_skips(len(trainable)))
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, jax.eval_shape(tx.init, trainable), skips)
     return with_shardings(state, state_shardings(state, abstract_params(tiny.with_lora(config, lora)), layout)), frozen
 
 

@@ -551,7 +551,7 @@ def test_an_actor_alone_takes_the_group_baseline_step_from_scores_of_the_caller(
     np.testing.assert_array_equal(experience.rewards, first[:, None] * rollout.mask)
     moved = np.where(rollout.mask, gains * (after - experience.logprobs), 0)
     assert moved.sum() > 0.1, "better answers are likelier than before"
-    assert stats.keys() == {"actor_loss", "actor_grad_norm"}
+    assert stats.keys() == {"actor_loss", "actor_grad_norm", "actor_skipped_steps"}
 
 
 def test_an_update_of_an_actor_alone_on_eight_devices_equals_that_on_one():

@@ -206,7 +206,8 @@ def test_compiled_argument_bytes_equal_the_arithmetic_and_the_donated_state_is_a
             state, _, batch = phase.args
             assert memory.arguments <= device_bytes((state.trainable, batch)) + 64, "no moments"
             gradients = device_bytes(state.trainable)
-            assert memory.aliased == 0 and gradients <= memory.outputs <= gradients + 256
+            counters = 256 + device_bytes(state.skips) + 4 * 12  # a number and a pointer for each of four outputs
+            assert memory.aliased == 0 and gradients <= memory.outputs <= gradients + counters
         elif phase.name in ("update", "actor", "critic"):
             state, _, batch = phase.args
             assert given - device_bytes(batch) <= memory.arguments <= given
@@ -222,14 +223,15 @@ def test_the_plan_of_a_tiny_model_equals_hand_arithmetic(tmp_path):
     planned = {f"{phase.stage} {phase.name}": phase for phase in phases(recipe, abstract_mesh(recipe.mesh, 1))}
     scorer = WEIGHTS + D  # one row instead of the head, which is tied to the embedding
     live = planned["ppo publish"].live
-    counters = 3 * 4  # steps: the state's, and two of the optimizer
+    # Steps: the state's, two of the optimizer, skipped ones twice; and a byte for each of the actor's 20 parameters.
+    counters = 5 * 4 + 20
     assert live == {
         "actor frozen": 0,
         "actor trainable": 4 * WEIGHTS,
         "actor optimizer": 8 * WEIGHTS + counters,
         "critic frozen": 0,
         "critic trainable": 4 * scorer,
-        "critic optimizer": 8 * scorer + counters,
+        "critic optimizer": 8 * scorer + counters + 1,  # with a head of its own
         "reference": 4 * WEIGHTS,
         "reward model": 4 * scorer,
     }
@@ -256,7 +258,7 @@ def test_the_plan_of_an_actor_alone_has_no_phase_and_no_byte_of_the_missing_mode
     state, base = abstract_state(abstract_pretrained(decoder, recipe.model, layout), recipe.model, tx)
     found = engine_phases("ppo", engine, (EngineState(state), FrozenParams(base)), recipe, layout)
     assert [phase.name for phase in found] == ["publish", "generate", "score", "actor"]
-    held = {"actor frozen": 0, "actor trainable": 4 * WEIGHTS, "actor optimizer": 8 * WEIGHTS + 3 * 4}
+    held = {"actor frozen": 0, "actor trainable": 4 * WEIGHTS, "actor optimizer": 8 * WEIGHTS + 5 * 4 + 20}
     assert found[0].live == held | {"reference": 0, "reward model": 0}
     assert all(phase.program.lower(*phase.args) for phase in found)
 
@@ -276,13 +278,13 @@ def test_offloaded_moments_are_in_host_memory_and_a_step_has_those_of_one_parame
     recipe = recipe_of(tmp_path, "offload")
     planned = {f"{phase.stage} {phase.name}": phase for phase in phases(recipe, abstract_mesh(recipe.mesh, 1))}
     update, step, scorer = planned["sft update"], planned["sft update step"], WEIGHTS + D
-    counters = 3 * 4
+    counters = 5 * 4 + 20
     assert update.live["optimizer"] == counters and update.host == 8 * WEIGHTS and update.added == 4 * WEIGHTS
     assert planned["ppo critic step"].host == 8 * (WEIGHTS + scorer), "the actor's too"
     # The embedding is the largest and the last, so no other gradient is held at the same time.
     largest = 4 * V * D
     assert step.live == update.live | {"gradients": largest, "moments on the device": 2 * largest}
-    assert device_bytes(step.args) == 4 * largest + counters - 4  # the state's own counter belongs to the other program
+    assert device_bytes(step.args) == 4 * largest + 2 * 4  # the state's own counters belong to the other program
     assert host_bytes(step.args) == 0
 
 
@@ -301,7 +303,7 @@ def test_each_zero_stage_shards_one_more_group_of_arrays_over_eight_devices_as_c
     held = [split // n + whole + positions // (n if n == 8 else 1) for n in (params, gradients, moments)]
     assert update.live["trainable"] == 4 * held[0]
     assert update.added == 4 * held[1]
-    assert update.live["optimizer"] == 8 * held[2] + 3 * 4
+    assert update.live["optimizer"] == 8 * held[2] + 5 * 4 + 20
 
 
 def test_flops_are_two_per_weight_and_token_and_four_per_attended_pair_and_head_dimension():

@@ -186,6 +186,10 @@ class Prefetch:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._made: dict[int, Future] = {}
 
+    @property
+    def rows(self) -> Rows:
+        return self._batches.rows
+
     def __getitem__(self, step: int):
         for prefetch in range(step, min(step + PREFETCH_DEPTH + 1, max(self._stop, step + 1))):
             if prefetch not in self._made:

@@ -384,7 +384,11 @@ def prompt_positions(recipe: Recipe, config: PPOConfig, max_positions: int) -> i
 
 
 def _state_bytes(name: str, state: TrainState, frozen: Params) -> dict[str, int]:
-    parts = {"frozen": frozen, "trainable": state.trainable, "optimizer": (state.step, state.opt_state, state.scale)}
+    parts = {
+        "frozen": frozen,
+        "trainable": state.trainable,
+        "optimizer": (state.step, state.opt_state, state.skips, state.scale),
+    }
     return {f"{name}{part}": device_bytes(tree) for part, tree in parts.items()}
 
 

@@ -408,7 +408,7 @@ def run_grpo(context: StageContext, config: GRPOConfig) -> None:
         return state, stats | {"tokens_per_second": tokens / sum(clock.seconds.values())}
 
     headline = ("score_mean", "groups_without_signal", "response_length")
-    state = train_loop(context, steps, state, step_fn, rows=rows, headline=headline)
+    state = train_loop(context, steps, state, step_fn, batches=prefetch, headline=headline)
     if state.average:
         export_model(actor, frozen.actor | to_devices(state.average), model, context.folder / "export_ema")
     export_model(actor, state.actor.params(frozen.actor), model, context.export)

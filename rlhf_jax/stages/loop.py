@@ -1,4 +1,4 @@
-"""The training loop of every stage: resume, step, log, evaluate, save."""
+"""The training loop of every stage: resume, step, log, evaluate, save, stop."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from typing import Any, TypeVar
 
 import jax
 
+from rlhf_jax import hosts
 from rlhf_jax.checkpoint import Checkpoints
-from rlhf_jax.data.rows import Rows
+from rlhf_jax.data.batches import Prefetch
 from rlhf_jax.metrics import Metrics
 from rlhf_jax.stages.context import StageContext
+from rlhf_jax.stages.skipped import SkipReport, remove_later
+from rlhf_jax.stages.stopping import finish_steps, parse_duration, stop_request
+from rlhf_jax.stages.watchdog import Watchdog
 
 LOGGER = logging.getLogger(__name__)
 State = TypeVar("State")
@@ -25,7 +29,7 @@ def train_loop(
     state: State,
     step_fn: Callable[[State, int], tuple[State, Mapping[str, Any]]],
     *,
-    rows: Rows,
+    batches: Prefetch,
     headline: tuple[str, ...],
     evaluate: Callable[[State], Mapping[str, float]] = lambda state: {},
     eval_every: int = 0,
@@ -36,14 +40,18 @@ def train_loop(
         state: the checkpointed pytree of arrays. The loop owns them: it deletes them where a checkpoint replaces them.
         step_fn: (state, step counted from 0) -> (state, metrics of the step). It depends on nothing else, so a resumed
             run equals an uninterrupted one.
-        rows: the training rows; a run resumes only with the same ones.
+        batches: those that the steps train on; a run resumes only with the same rows.
         headline: metrics on the progress bar.
         evaluate: returns held-out metrics: called before the first step, every `eval_every` steps (0: never) and after
             the last.
     Raises:
         ValueError: the rows have changed since the checkpoint.
+        FloatingPointError: `run.max_skipped` optimizer steps in a row were not finite, or a metric is not.
+        StopRun: after a step that is saved, at a signal or when `run.stop_after` has passed.
     """
-    run, stage = context.run, context.name
+    run, stage, request = context.run, context.name, None
+    limit, kept = parse_duration(run.stop_after), dict(keep=run.keep, keep_best=run.keep_best)
+    watchdog = Watchdog(context.folder, factor=run.watchdog, floor=run.watchdog_floor)
 
     def measure(step: int) -> Mapping[str, float]:
         if held_out := evaluate(state):
@@ -52,35 +60,31 @@ def train_loop(
         return held_out
 
     def log(step: int, stats: Mapping[str, Any]) -> None:
-        # Values that are not finite are always written, which stops the run before they reach a checkpoint.
-        is_wrong = not all(map(math.isfinite, stats.values()))
-        if is_wrong or step == total_steps or step % run.log_every == 0:
-            metrics.write(step, stats)
+        # Values that are not finite are always written: they stop the run, except for those of a skipped step.
+        is_skipped, is_wrong = skips.is_new(stats), not all(map(math.isfinite, stats.values()))
+        if is_wrong or is_skipped or step == total_steps or step % run.log_every == 0:
+            metrics.write(step, stats, must_be_finite=not is_skipped)
         metrics.advance(step, {name: stats[name] for name in headline})
+        if is_skipped:
+            skips.report(step, stats, state)
 
-    kept = dict(keep=run.keep, keep_best=run.keep_best)
-    with Checkpoints(context.folder / "checkpoints", **kept) as checkpoints:
-        start = checkpoints.newest_intact() or 0
-        if start:
-            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-            # Freed before the saved arrays are read: the caller may hold these too, and memory may fit only one state.
-            jax.tree.map(lambda x: x.delete(), state)
-            state, meta = checkpoints.restore(start, abstract)
-            if meta["data"] != rows.fingerprint:
-                fix = f"restore it, choose another run.dir, or delete {context.folder} to restart the stage"
-                raise ValueError(f"{stage}: the training data is no longer what the first {start} steps saw: {fix}")
-        with Metrics(Path(run.dir), stage, total_steps=total_steps, start_step=start) as metrics:
+    with Checkpoints(context.folder / "checkpoints", **kept) as checkpoints, finish_steps():
+        start, state = resume(context, checkpoints, state, batches)
+        skips = SkipReport(context, batches, state)
+        with Metrics(Path(run.dir), stage, total_steps=total_steps, start_step=start) as metrics, watchdog:
             if start:
                 LOGGER.info(f"{stage}: resumed at step {start} of {total_steps}")
             else:
                 measure(0)
             unlogged: tuple[int, Mapping[str, Any]] | None = None
             for step in range(start, total_steps):
+                watchdog.start_step(step)
                 state, stats = step_fn(state, step)
                 done = step + 1
+                request = stop_request(limit, margin=watchdog.usual + checkpoints.save_seconds)
                 is_last = done == total_steps
                 is_measured = is_last or (eval_every > 0 and done % eval_every == 0)
-                is_saved = is_last or done % run.save_every == 0
+                is_saved = is_last or request is not None or done % run.save_every == 0
                 # A step's metrics are read one step later, so that the host never waits for the step just started.
                 if unlogged:
                     log(*unlogged)
@@ -88,8 +92,33 @@ def train_loop(
                 if is_measured or is_saved:
                     log(*unlogged)
                     unlogged = None
-                held_out = measure(done) if is_measured else {}
-                if is_saved:
-                    values = {name: float(value) for name, value in {**stats, **held_out}.items()}
-                    checkpoints.save(done, state, {"data": rows.fingerprint}, values)
+                with watchdog.pause():
+                    held_out = measure(done) if is_measured else {}
+                    if is_saved and (is_last or not skips.are_in_a_row(state)):
+                        values = {name: float(value) for name, value in {**stats, **held_out}.items()}
+                        checkpoints.save(done, state, {"data": batches.rows.fingerprint}, values)
+                if request:
+                    break
+    if request := request or stop_request(math.inf, 0):
+        hosts.barrier()  # the main process has completed the checkpoint
+        raise request
     return state
+
+
+def resume(context: StageContext, checkpoints: Checkpoints, state: State, batches: Prefetch) -> tuple[int, State]:
+    """(steps taken, state) of the newest intact checkpoint; (0, `state`) where there is none.
+
+    What an interrupted run wrote after that step is deleted, as it is written again. ValueError if the rows changed.
+    """
+    start = checkpoints.newest_intact() or 0
+    hosts.on_main(remove_later, context.folder, start)
+    if not start:
+        return 0, state
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    # Freed before the saved arrays are read: the caller may hold these too, and memory may fit only one state.
+    jax.tree.map(lambda x: x.delete(), state)
+    state, meta = checkpoints.restore(start, abstract)
+    if meta["data"] != batches.rows.fingerprint:
+        fix = f"restore it, choose another run.dir, or delete {context.folder} to restart the stage"
+        raise ValueError(f"{context.name}: the training data is no longer what the first {start} steps saw: {fix}")
+    return start, state

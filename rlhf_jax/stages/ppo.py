@@ -40,6 +40,7 @@ from rlhf_jax.objectives.kl import adapt_coefficient
 from rlhf_jax.objectives.moments import add_moments, no_moments
 from rlhf_jax.optim import learning_rate, make_optimizer
 from rlhf_jax.rollout import Publish, check_positions, eos_ids, publish_bytes
+from rlhf_jax.skipping import select
 from rlhf_jax.stages.batch_sizes import rows_per_source, total_steps
 from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.loop import train_loop
@@ -202,7 +203,7 @@ def run_ppo(context: StageContext, config: PPOConfig) -> None:
         return state, stats | {"tokens_per_second": tokens / sum(clock.seconds.values())}
 
     headline = ("score_mean", "kl", "response_length")
-    state = train_loop(context, steps, state, step_fn, rows=rows, headline=headline)
+    state = train_loop(context, steps, state, step_fn, batches=prefetch, headline=headline)
     lengths = len({bucket_length(n) for n in range(1, rows.longest + 1)})
     LOGGER.info(f"{name}: programs of generation: {len(shapes)}, of at most {lengths} for these prompts")
     export_model(critic, state.critic.params(frozen.critic), model, context.folder / "export_critic")
@@ -269,14 +270,18 @@ def take_rows(experience: Experience, index: np.ndarray) -> Experience:
 
 @functools.partial(jax.jit, static_argnames="config")
 def carry(carried: dict[str, Any], experience: Experience, *, config: PPOConfig) -> dict[str, Any]:
-    """What the state carries to the next iteration: the adapted KL coefficient, and the moments of all scores."""
-    carried = dict(carried)
+    """What the state carries to the next iteration: the adapted KL coefficient, and the moments of all scores.
+
+    As a skipped step, an iteration whose scores or KL are not finite changes nothing.
+    """
+    before, carried = carried, dict(carried)
     if "kl_coef" in carried:
         kl = ppo.sequence_kl(experience.logprobs, experience.ref_logprobs, experience.action_mask).mean()
         carried["kl_coef"] = adapt_coefficient(carried["kl_coef"], kl, target=config.kl_target)
     if config.score_scale == "rollouts":
         carried["score_moments"] = add_moments(carried["score_moments"], experience.score)
-    return carried
+    is_finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(carried)]).all()
+    return select(is_finite, carried, before)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -314,11 +319,11 @@ def write_rollouts(
             "step": step,
             "prompt": tokenizer.decode(rollout.prompts[i][rollout.prompt_mask[i]]),
             "response": tokenizer.decode(rollout.tokens[i][rollout.mask[i]]),
-            **{name: float(column[i]) for name, column in numbers.items()},
+            **{name: _json_number(column[i]) for name, column in numbers.items()},
             "finish_reason": "eos" if rollout.ended[i] else "length",
             **({"prompt_ids": rollout.prompts[i][rollout.prompt_mask[i]].tolist()} if keep_tokens else {}),
             **({"response_ids": rollout.tokens[i][rollout.mask[i]].tolist()} if keep_tokens else {}),
-            **{name: column[i][rollout.mask[i]].tolist() for name, column in each_token.items()},
+            **{name: [*map(_json_number, column[i][rollout.mask[i]])] for name, column in each_token.items()},
         }
         for i in range(len(rollout.ended))
     ]
@@ -326,6 +331,10 @@ def write_rollouts(
     folder = context.folder / "rollouts"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{step:06d}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def _json_number(value: np.floating) -> float | str:
+    return float(value) if np.isfinite(value) else str(value)
 
 
 class PhaseTimer:

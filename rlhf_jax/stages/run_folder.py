@@ -11,6 +11,7 @@ from typing import Any
 
 from rlhf_jax.config import differences
 from rlhf_jax.data.splits import named_shares
+from rlhf_jax.stages.stopping import parse_duration
 
 # Settings of how and where models are computed, which change results by rounding only.
 EXECUTION_KEYS = ("remat", "one_copy", "offload_optimizer", "offload_reference", "offload_ema")
@@ -31,15 +32,32 @@ class RunConfig:
     # measured: "held_out_loss" keeps the least, "-score_mean" the greatest; "": the newest alone are kept
     keep_best: str = ""
     log_every: int = 1  # steps between records of metrics.jsonl
+    # Optimizer steps in a row whose loss or gradient is not finite, after which the run stops. Each is skipped: it
+    # changes nothing. float16: those at the smallest loss scale count.
+    max_skipped: int = 3
+    # Time from the start of the command after which it saves and ends with exit code 75, such as "3h50m" for a job of
+    # four hours; "": none. The command run again continues.
+    stop_after: str = ""
+    watchdog: float = 20.0  # times the usual time of a step after which it counts as hung, which ends the run; 0: never
+    watchdog_floor: float = 900.0  # seconds below which no step counts as hung
 
     def __post_init__(self) -> None:
         if not self.dir:
             raise ValueError("dir is empty: name the folder of the run")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: from 0 to {2**32 - 1}")
-        if min(self.save_every, self.log_every, self.keep) < 1:
-            numbers = f"save_every={self.save_every}, log_every={self.log_every}, keep={self.keep}"
-            raise ValueError(f"{numbers}: all at least 1")
+        counts = {name: getattr(self, name) for name in ("save_every", "log_every", "keep", "max_skipped")}
+        if min(counts.values()) < 1:
+            raise ValueError(", ".join(f"{name}={value}" for name, value in counts.items()) + ": all at least 1")
+        if (self.watchdog and not self.watchdog > 1) or not 0 < self.watchdog_floor < float("inf"):
+            raise ValueError(
+                f"watchdog={self.watchdog:g}, watchdog_floor={self.watchdog_floor:g}: a factor above 1, or 0 for no "
+                "watchdog, and a positive number of seconds"
+            )
+        try:
+            parse_duration(self.stop_after)
+        except ValueError as error:
+            raise ValueError(f"stop_after: {error}") from error
 
     def folder(self, stage: str) -> Path:
         return Path(self.dir) / stage

@@ -152,5 +152,7 @@ def run_supervised_stage(
         return objective.summarize(each, measured) if measured else {}
 
     held_out_metrics = dict(evaluate=evaluate, eval_every=config.eval_every)
-    state = train_loop(context, steps, state, step_fn, rows=rows, headline=objective.headline, **held_out_metrics)
+    state = train_loop(
+        context, steps, state, step_fn, batches=prefetch, headline=objective.headline, **held_out_metrics
+    )
     export_model(pretrained, state.params(frozen), model, context.export)

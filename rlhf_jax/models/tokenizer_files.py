@@ -35,7 +35,7 @@ def open_tokenizer(path_or_id: str | Path) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(path_or_id)
     path = cached_file(path_or_id, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
     if path is None:
-        return tokenizer
+        return _with_own_tokens(tokenizer, path_or_id)
     backend = Tokenizer.from_file(path)
     if hasattr(tokenizer, "backend_tokenizer") and _same(_parts(tokenizer.backend_tokenizer), _parts(backend)):
         return tokenizer
@@ -45,6 +45,28 @@ def open_tokenizer(path_or_id: str | Path) -> Any:
         key: token for key, token in tokenizer.special_tokens_map.items() if backend.token_to_id(token) is not None
     }
     return PreTrainedTokenizerFast.from_pretrained(path_or_id, **named)
+
+
+def _with_own_tokens(tokenizer: Any, path_or_id: str | Path) -> Any:
+    """The tokenizer with the special tokens that config.json names, where the folder has no more than a vocabulary.
+
+    DeepSpeed-Chat writes such folders. There transformers adds the special tokens that its class has by default, with
+    new ids, and leaves out the BOS that OPT's texts begin with.
+    """
+    from transformers.utils import cached_file
+
+    names = ("tokenizer_config.json", "special_tokens_map.json", "config.json")
+    *given, config = (cached_file(path_or_id, name, _raise_exceptions_for_missing_entries=False) for name in names)
+    if any(given) or config is None or not hasattr(tokenizer, "backend_tokenizer"):
+        return tokenizer
+    hf = json.loads(Path(config).read_text())
+    words = {str(i): word for word, i in tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).items()}
+    named = {key: words.get(str(hf.get(f"{key}_id"))) for key in ("bos_token", "eos_token", "pad_token")}
+    if tokenizer.eos_token in words.values() or named["eos_token"] is None:
+        return tokenizer
+    LOGGER.info(f"{path_or_id} has no tokenizer_config.json: the special tokens are those that its config.json names")
+    named |= {"unk_token": named["eos_token"], "add_bos_token": hf.get("model_type") == "opt"}
+    return type(tokenizer).from_pretrained(path_or_id, **named)
 
 
 def _check_sentencepiece(folder: Path) -> None:
@@ -75,7 +97,8 @@ def write_tokenizer(tokenizer: Any, folder: Path, source: Path | None) -> None:
     if tokenizer is None:
         return
     files = [] if source is None else [source / name for name in _FILES if (source / name).exists()]
-    before = open_tokenizer(source) if files and source is not None else None
+    is_named = any("tokenizer" in path.name for path in files)  # a vocabulary alone has no names of special tokens
+    before = open_tokenizer(source) if is_named and source is not None else None
     if before is None or not _has_same_ids(before, tokenizer):
         tokenizer.save_pretrained(folder)
         _edit_json(folder / "tokenizer_config.json", {})

@@ -598,16 +598,15 @@ def test_outputs_of_the_other_models_do_not_depend_on_a_missing_one(lacking):
             np.testing.assert_allclose(getattr(got, name), getattr(e, name), atol=1e-5, err_msg=name)
 
 
-def test_the_caller_gives_scores_exactly_when_there_is_no_reward_model():
+def test_scores_of_the_caller_are_added_to_those_of_the_reward_model_and_needed_without_one():
     trained = run("llama")
     engine, state, frozen = actor_alone(tiny.mesh_of("one"))
     rollout = trained.rollout_there
-    for refused in (
-        lambda: engine.score(state, frozen, rollout),
-        lambda: trained.engine.score(trained.state, trained.frozen, rollout, np.zeros(ROWS)),
-    ):
-        with pytest.raises(ValueError, match="give the scores of the answers where the engine has no reward model"):
-            refused()
+    with pytest.raises(ValueError, match="give the scores of the answers: the engine has no reward model"):
+        engine.score(state, frozen, rollout)
+    more = np.arange(float(ROWS))
+    both = trained.engine.score(trained.state, trained.frozen, rollout, more)
+    np.testing.assert_allclose(both.score, trained.experience.score + more, rtol=1e-5, atol=1e-5)
 
 
 def test_rollouts_that_micro_batches_and_devices_do_not_divide_are_rejected_with_the_nearest_that_do():

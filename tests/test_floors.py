@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "rlhf_jax"
 FLOORS = [
     ["config", "trees", "hub_access", "hosts"],
     ["mesh", "hardware", "loss_scale", "collectives", "metrics", "objectives", "sampling"],
-    ["models", "data", "optim", "checkpoint_files"],
+    ["models", "data", "optim", "checkpoint_files", "skipping"],
     ["train_step", "decode", "checkpoint", "reward_functions"],
     ["rollout"],
     ["engine"],

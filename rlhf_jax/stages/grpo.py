@@ -48,6 +48,7 @@ from rlhf_jax.stages.loop import train_loop
 from rlhf_jax.stages.models import ModelConfig, copy_frozen, export_model, load_model, log_attention, make_state
 from rlhf_jax.stages.ppo import PhaseTimer, count_publish_bytes, take_rows, write_rollouts
 from rlhf_jax.stages.rewards import RewardsConfig, open_functions
+from rlhf_jax.stages.symptoms import SymptomLog
 from rlhf_jax.stages.tokenizers import adopt_tokenizer
 from rlhf_jax.train_step import start_ema, taken_before
 
@@ -372,7 +373,7 @@ def run_grpo(context: StageContext, config: GRPOConfig) -> None:
     del scorer
     publish = engine.publish.compile(state.actor.params(frozen.actor))
     constants = count_publish_bytes(name, publish, state.actor.params(frozen.actor), model)
-    rate = learning_rate(config.actor, updates)
+    rate, symptoms = learning_rate(config.actor, updates), SymptomLog(name)
 
     def sample_answers(state: EngineState, weights, clock: PhaseTimer, step: int, number: int) -> Answers:
         """The scored answers of a round of a step; round 0 is the step's own prompts."""
@@ -402,6 +403,7 @@ def run_grpo(context: StageContext, config: GRPOConfig) -> None:
         stats |= {f"reward/{each.rpartition(':')[2]}": float(values.mean()) for each, values in scores.items()}
         stats |= {key: float(np.mean([float(part[key]) for part in collected])) for key in collected[0]}
         stats |= {key: collected[-1][key] for key in collected[0] if key.endswith(("loss_scale", "skipped_steps"))}
+        symptoms.add(step + 1, stats)
         stats |= {"actor_learning_rate": rate(taken_before(state.actor))}
         stats |= rows_per_source(prompts, step) | constants | clock.seconds
         tokens = int(experience.mask.sum())  # prompts and answers of the whole iteration

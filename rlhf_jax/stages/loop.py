@@ -41,7 +41,7 @@ def train_loop(
         step_fn: (state, step counted from 0) -> (state, metrics of the step). It depends on nothing else, so a resumed
             run equals an uninterrupted one.
         batches: those that the steps train on; a run resumes only with the same rows.
-        headline: metrics on the progress bar.
+        headline: metrics on the progress bar, where a step has them.
         evaluate: returns held-out metrics: called before the first step, every `eval_every` steps (0: never) and after
             the last.
     Raises:
@@ -64,7 +64,7 @@ def train_loop(
         is_skipped, is_wrong = skips.is_new(stats), not all(map(math.isfinite, stats.values()))
         if is_wrong or is_skipped or step == total_steps or step % run.log_every == 0:
             metrics.write(step, stats, must_be_finite=not is_skipped)
-        metrics.advance(step, {name: stats[name] for name in headline})
+        metrics.advance(step, {name: stats[name] for name in headline if name in stats})
         if is_skipped:
             skips.report(step, stats, state)
 

@@ -202,7 +202,8 @@ def run_ppo(context: StageContext, config: PPOConfig) -> None:
         tokens = int(experience.mask.sum())  # prompts and answers of the whole iteration
         return state, stats | {"tokens_per_second": tokens / sum(clock.seconds.values())}
 
-    headline = ("score_mean", "kl", "response_length")
+    headline = ("score_mean", "kl", "response_length", "actor_entropy", "explained_variance", "actor_clip_fraction")
+    headline += ("seconds_generate", "seconds_score", "seconds_update")
     state = train_loop(context, steps, state, step_fn, batches=prefetch, headline=headline)
     lengths = len({bucket_length(n) for n in range(1, rows.longest + 1)})
     LOGGER.info(f"{name}: programs of generation: {len(shapes)}, of at most {lengths} for these prompts")

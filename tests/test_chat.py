@@ -134,7 +134,7 @@ def test_the_greedy_answer_equals_that_of_generate(model, tmp_path, monkeypatch,
     assert capsys.readouterr().out.split("\n", 1)[1] == "".join(pieces) + "\n"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "nf4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "nf4"])
 def test_the_speaker_uses_the_loaded_kernels_without_a_copy(folder, monkeypatch, capsys, dtype):
     speakers, Original = [], rlhf_jax.chat.ChatModel
 

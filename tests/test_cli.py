@@ -25,6 +25,7 @@ from rlhf_jax.config import dump_config, load_config
 from rlhf_jax.metrics import Metrics
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.models import ModelConfig
+from rlhf_jax.stages.ppo_config import PPOConfig
 from rlhf_jax.stages.run_folder import RunConfig, check_same_data
 from rlhf_jax.stages.table import STAGES, check_stages, sources
 
@@ -421,9 +422,9 @@ def test_a_stage_that_the_run_does_not_have_is_rejected_with_the_fix(error_line)
 
 def test_a_separate_reward_model_needs_no_policy_and_can_come_first():
     model = ModelConfig(reward="facebook/opt-350m")
-    check_stages(["reward", "sft", "ppo"], model, dict.fromkeys(STAGES))
+    check_stages(["reward", "sft", "ppo"], model, dict.fromkeys(STAGES) | {"ppo": PPOConfig()})
     assert sources("reward", ["reward", "sft", "ppo"], model, None) == {}
-    assert sources("ppo", ["reward", "sft", "ppo"], model, None) == {"policy": "sft", "scorer": "reward"}
+    assert sources("ppo", ["reward", "sft", "ppo"], model, PPOConfig()) == {"policy": "sft", "scorer": "reward"}
 
 
 def test_a_run_of_an_older_version_has_the_default_stages(recipe, finished_folder, tmp_path, capsys):

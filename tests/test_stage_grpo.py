@@ -288,3 +288,19 @@ def test_the_compute_of_a_stage_holds_no_reference_without_a_coefficient():
         config = GRPOConfig(rollout_batch_size=4, kl_coef=coefficient, sample=SampleConfig(6, num_samples=4))
         engine, state, frozen = engine_of(tiny.mesh_of("one"), config)
         assert (engine.models.reference is None) == (coefficient == 0.0) and engine.models.critic is None
+
+
+def test_ppo_learns_from_functions_alone_with_a_critic_that_starts_at_0(tmp_path):
+    folder, given = tmp_path / "run", options(tmp_path, "run.stages=['sft','ppo']", "ppo.steps=2")
+    names = [f"{tmp_path / 'rewards_of_test.py'}:{name}" for name in ("digits", "is_even")]
+    given += [f"ppo.rewards={names}", "ppo.reward_weights=[1.0,0.5]", "ppo.rollout_batch_size=8"]
+    assert tiny_recipe.run("train", write_recipe(tmp_path), *given, f"run.dir={folder}") == 0
+    first, second = records(folder / "ppo/metrics.jsonl")
+    assert first["value_mean"] == 0.0 and second["value_mean"] != 0.0
+    for line in (first, second):
+        assert line["score_mean"] == pytest.approx(line["reward/digits"] + 0.5 * line["reward/is_even"], rel=1e-5)
+    recipe = load_config(folder / "config.toml", [], Recipe)
+    found = {each.name: each for each in phases(recipe, tiny.mesh_of("one"), ("ppo",))}
+    assert list(found) == ["publish", "generate", "score", "actor", "critic"]
+    assert found["publish"].live["reward model"] == 0 and len(found["score"].passes) == 3
+    assert found["score"].program.lower(*found["score"].args)

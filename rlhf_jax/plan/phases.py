@@ -239,10 +239,12 @@ def _sampled_phases(
     check_learnable(config.sample)
     updates = 1 + max(getattr(config, name).warmup_steps for name in ("actor", "critic") if hasattr(config, name))
     optimizers = stage.sampled.optimizers(config, updates)
+    # Without a reward model a critic starts from the policy.
+    scorer = scorer if config.model_weight is not None else dataclasses.replace(actor, scalar_head=True)
     engine = stage.sampled.engine(config, model, actor, scorer, optimizers, (0,), layout)
     for each in filter(None, vars(engine.models).values()):
         check_positions(each, 1, config.sample.max_new_tokens)
-    scorer = scorer if engine.models.reward else None
+    scorer = scorer if engine.models.reward or engine.models.critic else None
 
     def make_models(*loaded):
         return stage.sampled.models(*loaded, config)

@@ -47,7 +47,7 @@ from rlhf_jax.stages.from_scratch import make_base_model
 from rlhf_jax.stages.loop import train_loop
 from rlhf_jax.stages.models import ModelConfig, copy_frozen, export_model, load_model, log_attention, make_state
 from rlhf_jax.stages.ppo import PhaseTimer, count_publish_bytes, take_rows, write_rollouts
-from rlhf_jax.stages.rewards import RewardsConfig, open_functions
+from rlhf_jax.stages.rewards import RewardsConfig, open_functions, reward_metrics
 from rlhf_jax.stages.symptoms import SymptomLog
 from rlhf_jax.stages.tokenizers import adopt_tokenizer
 from rlhf_jax.train_step import start_ema, taken_before
@@ -400,7 +400,7 @@ def run_grpo(context: StageContext, config: GRPOConfig) -> None:
             collected.append(each)
         clock.lap("update", collected)
         stats |= {**answer_metrics(experience, rollout), "decode_steps": rollout.steps.max()}
-        stats |= {f"reward/{each.rpartition(':')[2]}": float(values.mean()) for each, values in scores.items()}
+        stats |= reward_metrics(scores)
         stats |= {key: float(np.mean([float(part[key]) for part in collected])) for key in collected[0]}
         stats |= {key: collected[-1][key] for key in collected[0] if key.endswith(("loss_scale", "skipped_steps"))}
         symptoms.add(step + 1, stats)

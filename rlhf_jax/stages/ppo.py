@@ -47,6 +47,7 @@ from rlhf_jax.stages.loop import train_loop
 from rlhf_jax.stages.models import ModelConfig, copy_frozen, export_model, load_model, log_attention, make_state
 from rlhf_jax.stages.ppo_config import PPOConfig, ppo_sizes
 from rlhf_jax.stages.ppo_losses import actor_loss, critic_loss, estimate, rollout_metrics
+from rlhf_jax.stages.rewards import open_functions, reward_metrics
 from rlhf_jax.stages.score_scale import demonstration_moments
 from rlhf_jax.stages.symptoms import SymptomLog
 from rlhf_jax.stages.texts import open_texts
@@ -66,7 +67,7 @@ def ppo_optimizers(config: PPOConfig, updates: int, actor_updates: int = 0) -> O
 def ppo_algorithm(config: PPOConfig) -> Algorithm:
     """Generalised advantages, clipped policy loss, clipped value loss."""
     parts = (functools.partial(part, config=config) for part in (estimate, actor_loss, critic_loss))
-    return Algorithm(*parts, config.texts.coef)
+    return Algorithm(*parts, config.texts.coef, score_weight=config.model_weight or 0.0)
 
 
 def ppo_engine(
@@ -80,8 +81,9 @@ def ppo_engine(
 ) -> Engine:
     """The engine that runs these settings; the reward model has the critic's architecture."""
     batch_size, num_micro = ppo_sizes(config, layout)
+    reward = critic.without_lora() if config.model_weight is not None else None
     return make_engine(
-        Architectures(model.with_lora(actor), model.with_lora(critic), actor.without_lora(), critic.without_lora()),
+        Architectures(model.with_lora(actor), model.with_lora(critic), actor.without_lora(), reward),
         ppo_algorithm(config),
         optimizers,
         Sampling(config.sample, eos_ids, config.generate_rows),
@@ -90,12 +92,18 @@ def ppo_engine(
 
 
 def ppo_models(
-    actor: Pretrained, critic: Pretrained, model: ModelConfig, optimizers: Optimizers, seed: int
+    actor: Pretrained,
+    critic: Pretrained,
+    model: ModelConfig,
+    optimizers: Optimizers,
+    seed: int,
+    *,
+    has_reward: bool = True,
 ) -> tuple[EngineState, FrozenParams]:
     """The trained state and the frozen parameters, from a loaded actor and a loaded reward model.
 
-    The critic starts from the reward model. Reference and moving average are in host memory if
-    `model.offload_reference` and `model.offload_ema` are set, else on the devices.
+    The critic starts from the reward model, which is not held itself without `has_reward`. Reference and moving average
+    are in host memory if `model.offload_reference` and `model.offload_ema` are set, else on the devices.
     """
     assert "auto" not in (model.offload_reference, model.offload_ema), "the plan resolves this"
     # Training donates its parameters, so reference and reward model have copies of all parameters that train.
@@ -104,7 +112,7 @@ def ppo_models(
         reference = to_host(reference)
     critic_state, critic_frozen = make_state(critic, model, optimizers.critic, seed)
     reward, copied = partition(critic.params, lambda path: path in critic_frozen)
-    reward |= copy_frozen(copied, model.frozen_dtype)
+    reward = reward | copy_frozen(copied, model.frozen_dtype) if has_reward else {}
     actor_state, actor_frozen = make_state(actor, model, optimizers.actor, seed)
     average = start_ema(actor_state.trainable, offload=model.offload_ema) if optimizers.ema_decay else {}
     state = EngineState(actor_state, critic_state, average)
@@ -145,7 +153,9 @@ def run_ppo(context: StageContext, config: PPOConfig) -> None:
     """
     name, run, layout, model = context.name, context.run, context.layout, context.model
     actor = load_model(context.start["policy"], model, layout, one_copy=model.one_copy)
-    critic = load_model(context.start["scorer"], model, layout, scalar_head=True)
+    has_reward = config.model_weight is not None
+    # Without a reward model the critic starts from the policy.
+    critic = load_model(context.start["scorer" if has_reward else "policy"], model, layout, scalar_head=True)
     tokenizer = prepare_tokenizer(actor.tokenizer, *context.data.rendering)
     prepare_tokenizer(critic.tokenizer, *context.data.rendering)
     critic = adopt_tokenizer(name, critic, tokenizer)
@@ -155,11 +165,12 @@ def run_ppo(context: StageContext, config: PPOConfig) -> None:
     prompts = Batches(rows, batch_size=config.rollout_batch_size, seed=run.seed, side="left")
     steps = total_steps(config.steps, config.epochs, prompts.steps_per_epoch)
     prefetch, updates = Prefetch(prompts, steps), config.updates(steps)
+    functions = open_functions(context, config, tokenizer, (prompts, steps))
 
     optimizers = ppo_optimizers(config, updates, config.actor_updates(steps))
     engine = ppo_engine(config, model, actor.config, critic.config, optimizers, eos_ids(actor), layout)
     carried = carried_at_start(context, config, critic, tokenizer)
-    state, frozen = ppo_models(actor, critic, model, optimizers, run.seed)
+    state, frozen = ppo_models(actor, critic, model, optimizers, run.seed, has_reward=has_reward)
     state = dataclasses.replace(state, critic=first_critic(state.critic, config), carried=carried)
     texts = open_texts(context, config.texts, tokenizer, actor.config.max_positions, updates)
     publish = engine.publish.compile(state.actor.params(frozen.actor))
@@ -179,11 +190,13 @@ def run_ppo(context: StageContext, config: PPOConfig) -> None:
         del weights  # the generation copy lives for one phase
         shapes.add(rollout.prompts.shape)
         # 3. The reward model calculates a reward for each output; critic and reference add values and the KL penalty.
-        experience = clock.lap("score", engine.score(state, frozen, rollout))
+        scores = functions(prompts, step, rollout) if functions else {}
+        total = clock.lap("rewards", functions.total(scores)) if functions else None
+        experience = clock.lap("score", engine.score(state, frozen, rollout, total))
         if config.mismatch != "none":
             experience = correct_mismatch(experience, rollout.logprobs, config=config)
-        keep_tokens = config.save_tokens
-        clock.lap("keep", write_rollouts(context, step + 1, tokenizer, rollout, experience, keep_tokens=keep_tokens))
+        kept = dict(scores=scores, keep_tokens=config.save_tokens)
+        clock.lap("keep", write_rollouts(context, step + 1, tokenizer, rollout, experience, **kept))
         # 4. The rewards are used to update the policy, and the critic, by PPO.
         state, collected = update_passes(state, experience, step)
         clock.lap("update", collected)
@@ -192,7 +205,7 @@ def run_ppo(context: StageContext, config: PPOConfig) -> None:
         stats |= {key: collected[-1][key] for key in collected[0] if key.endswith(("loss_scale", "skipped_steps"))}
         if "actor_ratio_deviation" in collected[0]:
             stats["first_ratio_deviation"] = collected[0]["actor_ratio_deviation"]
-        stats |= carried_metrics(state.carried) | {"updates": len(collected)}
+        stats |= carried_metrics(state.carried) | {"updates": len(collected)} | reward_metrics(scores)
         symptoms.add(step + 1, stats)
         if state.carried:
             state = dataclasses.replace(state, carried=carry(state.carried, experience, config=config))
@@ -216,7 +229,7 @@ def run_ppo(context: StageContext, config: PPOConfig) -> None:
 
 def first_critic(critic: TrainState, config: PPOConfig) -> TrainState:
     """The critic before the first step, with the head that `critic_head` names."""
-    if config.critic_head == "scorer":
+    if config.critic_head == "scorer" and config.model_weight is not None:
         return critic
     head = {path: jnp.zeros_like(leaf) for path, leaf in critic.trainable.items() if path.startswith("score/")}
     return dataclasses.replace(critic, trainable=critic.trainable | head)

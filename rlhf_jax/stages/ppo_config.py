@@ -11,12 +11,13 @@ from rlhf_jax.optim import OptimConfig, learning_rate
 from rlhf_jax.rollout import check_slots
 from rlhf_jax.sampling import SampleConfig, check_learnable
 from rlhf_jax.stages.batch_sizes import micro_batches
+from rlhf_jax.stages.rewards import RewardsConfig
 from rlhf_jax.stages.score_scale import ScoreScale
 from rlhf_jax.stages.texts import TextsConfig
 
 
 @dataclass(frozen=True)
-class PPOConfig:
+class PPOConfig(RewardsConfig):
     """The [ppo] section."""
 
     epochs: int = 1  # passes over the prompts
@@ -65,6 +66,9 @@ class PPOConfig:
     critic: OptimConfig = OptimConfig(learning_rate=5e-6)  # the critic's optimizer
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score_scale == "demonstrations" and self.functions:
+            raise ValueError('score_scale="demonstrations" is that of the reward model alone: set "rollouts" or "none"')
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay:g}: at least 0 (no average) and below 1, such as 0.992")
         if self.kl_target and self.kl_in == "loss":
@@ -87,6 +91,7 @@ class PPOConfig:
         """Raise ValueError for sizes that do not divide, filtered sampling, and schedules that do not fit the steps."""
         ppo_sizes(self, layout)
         check_learnable(self.sample)
+        self.check_functions()
         if self.steps:
             learning_rate(self.actor, self.actor_updates(self.steps))
             learning_rate(self.critic, self.updates(self.steps))

@@ -110,6 +110,11 @@ class RewardFunctions(NamedTuple):
         return self.tokenizer.decode(rollout.tokens[row][rollout.mask[row]], skip_special_tokens=True).strip()
 
 
+def reward_metrics(scores: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The mean score of each function, as metrics "reward/NAME"."""
+    return {f"reward/{name.rpartition(':')[2]}": float(values.mean()) for name, values in scores.items()}
+
+
 def open_functions(
     context: StageContext, config: RewardsConfig, tokenizer: PreTrainedTokenizerBase, *prompts: tuple[Batches, int]
 ) -> RewardFunctions | None:

@@ -85,8 +85,12 @@ _ROWS = (
         share=4.0,
         exports="policy",
         run=run_ppo,
-        needs=lambda model, config: ("policy", "scorer"),
-        sampled=Sampled(ppo_optimizers, ppo_engine, lambda *given: ppo_models(*given[:-1])),
+        needs=lambda model, config: ("policy", "scorer") if config.model_weight is not None else ("policy",),
+        sampled=Sampled(
+            ppo_optimizers,
+            ppo_engine,
+            lambda *given: ppo_models(*given[:-1], has_reward=given[-1].model_weight is not None),
+        ),
         more_exports={"critic": "export_critic", "ema": "export_ema"},
     ),
     Stage(

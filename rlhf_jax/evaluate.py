@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,17 @@ from rlhf_jax.data import builtin_judge
 from rlhf_jax.data.batches import Batch, Batches
 from rlhf_jax.data.config import BUILTIN, DataConfig
 from rlhf_jax.data.records import Example, RowSpec
-from rlhf_jax.data.selection import read_examples, rows_from_examples, select_rows
+from rlhf_jax.data.selection import fields_of_prompts, read_examples, rows_from_examples, select_rows
+from rlhf_jax.data.tokenize import keys_of
 from rlhf_jax.decode import Rollout
 from rlhf_jax.models.attention import Choice
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained, reward_from_pretrained
+from rlhf_jax.reward_functions import answered_example, call_function, load_function
 from rlhf_jax.rollout import sample_answers
 from rlhf_jax.sampling import SampleConfig
 from rlhf_jax.scoring import chunks, score_sequences, win_rate
 from rlhf_jax.stages.models import ModelConfig, log_devices
+from rlhf_jax.stages.rewards import has_messages
 from rlhf_jax.stages.run_folder import RunConfig
 from rlhf_jax.stages.table import exporters
 from rlhf_jax.stages.tokenizers import load_tokenizer
@@ -44,6 +48,8 @@ class EvaluateConfig:
     batch_size: int = 64  # prompts answered, and sequences scored, at once
     show: int = 6  # prompts whose answers are printed
     seed: int = 0  # seed of the sampled answers
+    # FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION, which scores the answers in place of the run's reward model; "": none
+    reward: str = ""
     sample: SampleConfig = SampleConfig()  # how the policies answer
 
     def __post_init__(self) -> None:
@@ -54,7 +60,7 @@ class EvaluateConfig:
 
 
 def evaluate(run: RunConfig, mesh: Mesh, data: DataConfig, config: EvaluateConfig, model: ModelConfig) -> str:
-    """Answer held-out prompts by every policy of the run, score the answers by its reward model, report on both.
+    """Answer held-out prompts by every policy of the run, score the answers by its reward model or a function.
 
     Writes RUN/evaluate.json (the numbers) and RUN/evaluate.jsonl (every answer). On `builtin:assistant` a program also
     judges whether each answer is good; training never uses that judge.
@@ -64,27 +70,34 @@ def evaluate(run: RunConfig, mesh: Mesh, data: DataConfig, config: EvaluateConfi
     Returns:
         The report, as text for a terminal.
     Raises:
-        ValueError: a stage of the run is not finished, or there are no held-out rows.
+        ValueError: a stage of the run is not finished, there are no held-out rows, or an error of the function.
     """
     dtype, attention = model.dtype, model.attention
     policies, scorers = (exporters(kind, run.stages) for kind in ("policy", "scorer"))
-    if not policies or not scorers:
-        raise ValueError(f"run.stages = {list(run.stages)}: evaluate needs stages that export a policy and a scorer")
-    if missing := [stage for stage in (*policies, scorers[-1]) if not run.export(stage).exists()]:
+    function = load_function(config.reward) if config.reward else None
+    if not policies or not (scorers or function):
+        needs = "stages that export a policy and a scorer, or a policy and evaluate.reward=FILE.py:FUNCTION"
+        raise ValueError(f"run.stages = {list(run.stages)}: evaluate needs {needs}")
+    if missing := [stage for stage in (*policies, *scorers[-1:]) if not run.export(stage).exists()]:
         raise ValueError(f"{run.dir}: {', '.join(missing)} not finished (no export folder): run `rlhf-jax train` first")
     log_devices(mesh, model)
-    scorer = reward_from_pretrained(run.export(scorers[-1]), mesh=mesh, dtype=dtype)
-    tokenizer = load_tokenizer(run.export(policies[-1]), data)  # one for all policies, and for the scorer
-    numbers = {"reward_accuracy": reward_accuracy(scorer, tokenizer, scorers[-1], data, config, attention)}
+    tokenizer, numbers = load_tokenizer(run.export(policies[-1]), data), {}  # one for all policies, and for the scorer
+    if scorers:
+        scorer = reward_from_pretrained(run.export(scorers[-1]), mesh=mesh, dtype=dtype)
+        numbers = {"reward_accuracy": reward_accuracy(scorer, tokenizer, scorers[-1], data, config, attention)}
 
     examples, prompts = held_out_prompts(tokenizer, policies[-1], data, config.prompts)
+    score = functools.partial(score_rollout, scorer, config=config, attention=attention) if scorers else None
+    if function is not None:
+        score = function_scorer(function, examples, policies[-1], data)
     is_judged = all(example.source == BUILTIN for example in examples)
 
     answers, scores, good = {}, {}, {}  # columns of evaluate.jsonl
     for stage in policies:
         policy = from_pretrained(run.export(stage), mesh=mesh, dtype=dtype, one_copy=True)
-        texts, ended, lengths, rewards = sample_and_score(policy, scorer, prompts, config, attention)
+        rollout, texts = sample_texts(policy, prompts.tokens, prompts.mask, config, attention)
         del policy
+        rewards, ended, lengths = score(rollout, texts), rollout.ended.tolist(), rollout.mask.sum(axis=1)
         answers[f"{stage}_answer"], scores[f"{stage}_score"] = texts, rewards.tolist()
         measured = {"score": rewards, "length": lengths, "ended": ended}
         if is_judged:
@@ -157,15 +170,29 @@ def sample_texts(
     return rollout, texts
 
 
-def sample_and_score(
-    model: Pretrained, scorer: Pretrained, prompts: Batch, config: EvaluateConfig, attention: Choice
-) -> tuple[list[str], list[bool], np.ndarray, np.ndarray]:
-    """Sampled answers to left-padded prompts: (texts, ended by EOS, lengths in tokens, scores)."""
-    rollout, texts = sample_texts(model, prompts.tokens, prompts.mask, config, attention)
+def score_rollout(
+    scorer: Pretrained, rollout: Rollout, texts: Sequence[str], config: EvaluateConfig, attention: Choice
+) -> np.ndarray:
+    """[B] scores of answers by a reward model, which reads their tokens."""
     tokens = np.concatenate([rollout.prompts, rollout.tokens], axis=1)
     mask = np.concatenate([rollout.prompt_mask, rollout.mask], axis=1)
-    scores = score_sequences(scorer, tokens, mask, config.batch_size, attention)
-    return texts, rollout.ended.tolist(), rollout.mask.sum(axis=1), scores
+    return score_sequences(scorer, tokens, mask, config.batch_size, attention)
+
+
+def function_scorer(
+    function: Callable, examples: Sequence[Example], stage: str, data: DataConfig
+) -> Callable[[Rollout, Sequence[str]], np.ndarray]:
+    """(answers to the prompts of these examples, their texts) -> [B] scores by a reward function."""
+    keys = keys_of(examples, data.split_seed)[:, 0].tolist()
+    found = fields_of_prompts(data, RowSpec("prompt", stage), keys, held_out=True)
+    as_messages = has_messages(data, examples)
+
+    def score(rollout: Rollout, texts: Sequence[str]) -> np.ndarray:
+        given = zip(keys, texts, rollout.ended.tolist(), strict=True)
+        answers = [answered_example(found[key][0], text, end, found[key][1]) for key, text, end in given]
+        return np.array(hosts.on_main(lambda: call_function(function, answers, as_messages=as_messages).tolist()))
+
+    return score
 
 
 def win_numbers(name: str, scores: Sequence[float], first: Sequence[float]) -> dict[str, Any]:

@@ -132,7 +132,8 @@ def test_an_unfinished_run_is_not_evaluated(tmp_path, capsys):
 def test_a_run_without_a_policy_or_a_scorer_is_not_evaluated(tmp_path, capsys):
     recipe = tiny_recipe.write_recipe(tmp_path)
     assert tiny_recipe.run("evaluate", recipe, f"run.dir={tmp_path / 'run'}", 'run.stages=["sft"]') == 2
-    reported = "run.stages = ['sft']: evaluate needs stages that export a policy and a scorer"
+    needs = "stages that export a policy and a scorer, or a policy and evaluate.reward=FILE.py:FUNCTION"
+    reported = f"run.stages = ['sft']: evaluate needs {needs}"
     assert capsys.readouterr().err == f"rlhf-jax: {reported}\n"
 
 

@@ -1,6 +1,11 @@
 """Python functions as rewards: how they are called, their time limit, and the errors that name them and an example."""
 
+import http.server
+import json
+import re
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +13,7 @@ import pytest
 from rlhf_jax.reward_functions import Answered, call_function, load_function
 from rlhf_jax.stages.rewards import RewardsConfig
 
+ROOT = Path(__file__).parents[1]
 TEXTS = ["four", "7", "ten"]
 ANSWERS = [
     Answered(
@@ -105,3 +111,61 @@ def test_the_rewards_of_a_stage_have_weights_and_name_functions_or_the_model():
     with pytest.raises(ValueError, match="no attribute 'nothing'"):
         RewardsConfig(rewards=("math:nothing",)).check_functions()
     assert np.isfinite(config.reward_seconds)
+
+
+class Judge(http.server.BaseHTTPRequestHandler):
+    """A server that marks a response by its length, after refusing the first request."""
+
+    requests: list = []
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.requests.append((self.path, self.headers["Authorization"], body))
+        response = re.search(r"<response>\n(.*)\n</response>", body["messages"][0]["content"])[1]
+        marks = json.dumps({"helpful": len(response), "correct": 10, "concise": 20})
+        said = "no marks" if response == "mute" else f"Here they are: {marks}"
+        is_refused = len(self.requests) == 1
+        self.send_response(503 if is_refused else 200)
+        self.end_headers()
+        if not is_refused:
+            self.wfile.write(json.dumps({"choices": [{"message": {"content": said}}]}).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_judge_marks_answers_by_its_rubric_over_http_and_a_mute_one_is_an_error(monkeypatch):
+    server = http.server.ThreadingHTTPServer(("localhost", 0), Judge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("JUDGE_URL", f"http://localhost:{server.server_port}/v1")
+    monkeypatch.setenv("JUDGE_MODEL", "a-judge")
+    judge = load_function(str(ROOT / "configs/rewards/judge.py") + ":judge")
+    try:
+        # 0.5 length / 10 + 0.4 + 0.1, whose mark is cut at 10
+        assert scores(judge, seconds=30.0) == pytest.approx([0.7, 0.55, 0.65])
+        path, key, body = Judge.requests[-1]
+        assert (path, key, body["model"]) == ("/v1/chat/completions", "Bearer none", "a-judge") and len(
+            Judge.requests
+        ) == 4
+        mute = [ANSWERS[0], ANSWERS[1]._replace(answer="mute")]
+        with pytest.raises(ValueError, match="judge: ValueError: the judge gave no mark for helpful, correct, concise"):
+            call_function(judge, mute, as_messages=False, seconds=30.0)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_rewards_of_gsm8k_read_the_number_at_the_end():
+    is_formatted, is_correct = (
+        load_function(f"{ROOT}/configs/rewards/gsm8k.py:{name}") for name in ("is_formatted", "is_correct")
+    )
+    answers = ["so 3\n#### 3", "#### 1,200", "3", "#### $18.0 ", "#### 3 #### 3", "#### three"]
+    assert is_formatted(answers) == [1.0, 1.0, 0.0, 1.0, 0.5, 0.5]
+    assert is_correct(answers, ["x\n#### 3", "#### 1200", "#### 3", "#### 18", "#### 3", "#### 3"]) == [
+        1,
+        1,
+        0,
+        1,
+        1,
+        0,
+    ]

@@ -1,6 +1,7 @@
 """GRPO and its relatives: the update against its invariants, groups without a signal, and runs of a few steps."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from rlhf_jax.optim import OptimConfig
 from rlhf_jax.plan.phases import phases
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.sampling import SampleConfig
+from rlhf_jax.stages.dpo import DPOConfig
 from rlhf_jax.stages.grpo import (
     Answers,
     GRPOConfig,
@@ -30,6 +32,8 @@ from rlhf_jax.stages.grpo import (
     update_order,
 )
 from rlhf_jax.stages.models import ModelConfig
+from rlhf_jax.stages.sft import SFTConfig
+from rlhf_jax.stages.table import STAGES, check_stages, sources
 from rlhf_jax.train_step import init_state
 
 REWARDS = """
@@ -78,6 +82,35 @@ def test_every_rollout_has_the_scores_of_its_functions_and_their_weighted_sum(gr
         assert line["groups_without_signal"] == (np.ptp(groups, axis=1) == 0).mean()
         assert line["logprob_mismatch"] < 1e-4 and "kl" not in line
     assert (grpo_folder / "grpo/export/model.safetensors").exists()
+
+
+def test_a_run_without_a_reward_model_is_evaluated_by_a_function(grpo_folder, capsys):
+    recipe = write_recipe(grpo_folder.parent)
+    given = [*options(grpo_folder.parent), f"run.dir={grpo_folder}"]
+    assert tiny_recipe.run("evaluate", recipe, *given) == 2
+    assert "or a policy and evaluate.reward=FILE.py:FUNCTION" in capsys.readouterr().err
+    function = f"evaluate.reward={grpo_folder.parent / 'rewards_of_test.py'}:digits"
+    assert tiny_recipe.run("evaluate", recipe, *given, function) == 0
+    assert "SFT" in (report := capsys.readouterr().out) and "GRPO" in report
+    numbers, lines = json.loads((grpo_folder / "evaluate.json").read_text()), records(grpo_folder / "evaluate.jsonl")
+    for stage in ("sft", "grpo"):
+        expected = [sum(map(str.isdigit, line[f"{stage}_answer"])) for line in lines]
+        assert [line[f"{stage}_score"] for line in lines] == expected
+        assert numbers[f"{stage}_score"] == pytest.approx(np.mean(expected))
+    assert "reward_accuracy" not in numbers and "grpo_win_rate" in numbers
+
+
+def test_a_stage_starts_from_the_latest_policy_or_from_the_one_that_it_names():
+    names, model = ["sft", "ppo", "dpo", "grpo"], ModelConfig()
+    functions = GRPOConfig(rewards=("a:b",))
+    assert sources("grpo", names, model, functions) == {"policy": "dpo"}
+    assert sources("grpo", names, model, dataclasses.replace(functions, start="sft")) == {"policy": "sft"}
+    assert sources("grpo", ["grpo"], model, functions) == {}
+    configs = dict.fromkeys(STAGES) | {"sft": SFTConfig(), "dpo": DPOConfig(start="reward")}
+    with pytest.raises(
+        ValueError, match=r'dpo.start="reward": the stages before it that export a policy are \[.sft.\]'
+    ):
+        check_stages(["sft", "dpo"], model, configs)
 
 
 def test_the_plan_of_functions_alone_has_one_model_and_no_reference(grpo_folder):

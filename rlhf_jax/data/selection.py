@@ -117,24 +117,24 @@ def read_examples(config: DataConfig, spec: RowSpec, *, held_out: bool) -> Itera
 
 
 def fields_of_prompts(
-    config: DataConfig, spec: RowSpec, wanted: Iterable[int]
+    config: DataConfig, spec: RowSpec, wanted: Iterable[int], *, held_out: bool
 ) -> dict[int, tuple[Example, Mapping[str, Any]]]:
-    """{first word of a prompt's key: its example, and the fields of its row} of the wanted training prompts.
+    """{first word of a prompt's key: its example, and the fields of its row}, of training or of held-out prompts.
 
     Of a prompt that is repeated, its first row, which is the one that `select_rows` takes. Streams are not read.
     """
     config, wanted = resolve(config), set(wanted)
     found: dict[int, tuple[Example, Mapping[str, Any]]] = {}
     for source in config.sources:
-        if source.stream or not used_by(source, spec.kind, False):
+        job = Job(source, config, None, spec, held_out)
+        if job.is_streamed or not used_by(source, spec.kind, held_out):
             continue
-        job = Job(source, config, None, spec, held_out=False)
         to_examples = make_mapper(dataclasses.replace(source, path=job.place["path"]), spec.kind)
         for block in split_blocks(itertools.islice(read_rows(**job.place), job.limit), ROWS_AT_ONCE):
             each = [(example, row.fields) for row in block for example in map_rows([row], to_examples)[0]]
             keys = keys_of([example for example, _ in each], config.split_seed)
-            is_trained, _ = job.sides(keys)
-            for key, pair, is_mine in zip(keys[:, 0].tolist(), each, is_trained, strict=True):
+            mine = job.sides(keys)[held_out]
+            for key, pair, is_mine in zip(keys[:, 0].tolist(), each, mine, strict=True):
                 if is_mine and key in wanted:
                     found.setdefault(key, pair)
     return found

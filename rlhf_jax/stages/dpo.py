@@ -31,6 +31,7 @@ REFERENCE_FREE = ("simpo", "orpo")
 class DPOConfig(SupervisedConfig):
     """The [dpo] section."""
 
+    start: str = ""  # earlier stage whose policy it starts from; "": the latest, or without one model.actor
     # "sigmoid" (DPO), "hinge" (SLiC), "ipo"; "simpo" and "orpo" compare mean log-probabilities and need no reference
     loss: Literal["sigmoid", "hinge", "ipo", "simpo", "orpo"] = "sigmoid"
     beta: float = 0.1  # scale of a reward: beta x (log-probability of the answer - the reference's, where there is one)

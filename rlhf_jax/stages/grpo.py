@@ -59,6 +59,7 @@ LOGGER = logging.getLogger(__name__)
 class GRPOConfig(RewardsConfig):
     """The [grpo] section."""
 
+    start: str = ""  # earlier stage whose policy it starts from; "": the latest, or without one model.actor
     epochs: int = 1  # passes over the prompts
     steps: int = 0  # iterations of generate, score and update; 0: as `epochs` says
     rollout_batch_size: int = 32  # prompts of one iteration, over all devices, each answered sample.num_samples times

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax import hosts
 from rlhf_jax.data.batches import Batches
+from rlhf_jax.data.config import DataConfig
 from rlhf_jax.data.records import Example
 from rlhf_jax.data.resolve import resolve
 from rlhf_jax.data.selection import fields_of_prompts
@@ -115,6 +116,12 @@ def reward_metrics(scores: Mapping[str, np.ndarray]) -> dict[str, float]:
     return {f"reward/{name.rpartition(':')[2]}": float(values.mean()) for name, values in scores.items()}
 
 
+def has_messages(data: DataConfig, examples: Iterable[Example]) -> bool:
+    """Whether functions are given lists of messages: where rows hold them, or a prompt has several turns."""
+    formats = {source.format for source in resolve(data).sources}
+    return bool(formats & {"messages", "sharegpt"}) or any(len(example.turns) > 1 for example in examples)
+
+
 def open_functions(
     context: StageContext, config: RewardsConfig, tokenizer: PreTrainedTokenizerBase, *prompts: tuple[Batches, int]
 ) -> RewardFunctions | None:
@@ -136,9 +143,8 @@ def open_functions(
         wanted.update(
             key for each, drawn in zip(keys, drawn_rows(batches, steps), strict=True) for key in each[drawn].tolist()
         )
-    examples = fields_of_prompts(context.data, context.rows, wanted)
+    examples = fields_of_prompts(context.data, context.rows, wanted, held_out=False)
     assert len(examples) == len(wanted), "every prompt has the row that it was made from"
-    formats = {source.format for source in resolve(context.data).sources}
-    as_messages = bool(formats & {"messages", "sharegpt"}) or any(len(e.turns) > 1 for e, _ in examples.values())
+    as_messages = has_messages(context.data, [example for example, _ in examples.values()])
     functions = {name: load_function(name) for name in config.functions}
     return RewardFunctions(config, functions, keys, examples, as_messages, tokenizer)

@@ -130,6 +130,9 @@ def check_stages(names: Sequence[str], model: ModelConfig, configs: Mapping[str,
         raise ValueError(f"run.stages = {list(names)}: name at least one stage, and each once")
     for name in names:
         start = sources(name, names, model, configs[name])
+        if (wanted := getattr(configs[name], "start", "")) not in ("", *start.values()):
+            earlier = exporters("policy", names[: names.index(name)])
+            raise ValueError(f'{name}.start="{wanted}": the stages before it that export a policy are {earlier}')
         for kind in STAGES[name].needs(model, configs[name]):
             if kind not in start:
                 makers = " or ".join(stage.name for stage in STAGES.values() if stage.exports == kind)
@@ -146,10 +149,11 @@ def exporters(kind: ModelKind, names: Iterable[str]) -> list[str]:
 
 
 def sources(name: str, names: Sequence[str], model: ModelConfig, config: Any) -> dict[ModelKind, str]:
-    """{kind of model that the stage needs or takes: the latest stage before it that exports one}."""
+    """{kind of model that the stage needs or takes: the latest stage before it that exports one, or its `start`}."""
     before = names[: names.index(name)]
     latest = {kind: exporters(kind, before) for kind in (*STAGES[name].needs(model, config), *STAGES[name].takes)}
-    return {kind: found[-1] for kind, found in latest.items() if found}
+    start = getattr(config, "start", "")
+    return {kind: start if start in found else found[-1] for kind, found in latest.items() if found}
 
 
 def latest_export(kind: ModelKind, run: RunConfig) -> Path | None:

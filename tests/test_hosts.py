@@ -179,6 +179,7 @@ def test_an_error_of_one_process_ends_both_and_the_other_says_which_failed_first
 
 def train(folder: Path, processes: int, devices: int, *overrides: str) -> Path:
     """A finished run of the tiny recipe by `processes` processes of `devices` devices each."""
+    folder.mkdir(exist_ok=True)
     recipe = write_recipe(folder)
     argv = ("-m", "rlhf_jax", "train", str(recipe), f"run.dir={folder / 'run'}", *overrides)
     ended = tiny_processes.finish(tiny_processes.start(processes, devices, *argv))
@@ -207,12 +208,16 @@ def assert_equal_runs(run: Path, other: Path) -> None:
         assert [(r["prompt"], r["response"]) for r in one] == [(r["prompt"], r["response"]) for r in two]
 
 
+GRPO = ("grpo.steps=3", "grpo.rollout_batch_size=4", "grpo.sample={num_samples=4, max_new_tokens=12}")
+GRPO += ("grpo.kl_coef=0.1", "grpo.actor.learning_rate=1e-3", "grpo.batch_size=8")
 # Stages and settings of the runs that have to be equal on any number of processes.
 RECIPES = {
     "all stages": (),
     "tensor axis": ("mesh.tensor=2",),
     "LoRA": ("model.lora={rank=2}", "model.reward_lora={rank=2}"),
     "zero 1": ("mesh.zero=1",),
+    "ppo, texts": ("ppo.texts.coef=1", "ppo.kl_target=1", 'ppo.score_scale="demonstrations"', "ppo.ppo_epochs=2"),
+    "grpo": ('run.stages=["sft", "reward", "grpo"]', *GRPO),
     "dpo": ('run.stages=["sft", "dpo"]', "dpo.steps=4", "dpo.batch_size=16", "dpo.micro_batch_size=8"),
 }
 
@@ -227,14 +232,35 @@ def test_four_devices_train_the_same_models_in_one_two_and_four_processes(tmp_pa
         assert_equal_runs(one, other)
 
 
+def wait_for_records(path: Path, count: int, running: list[subprocess.Popen]) -> None:
+    while not path.exists() or len(records(path)) < count:
+        assert all(process.poll() is None for process in running)
+        time.sleep(0.05)
+
+
+def test_a_signal_to_one_of_two_processes_saves_both_and_one_process_finishes_what_they_began(tmp_path):
+    options = ("sft.steps=40", "sft.eval_every=0", "run.save_every=1000", 'run.stages=["sft"]')
+    uninterrupted = train(tmp_path / "one", 1, 4, *options)
+    recipe, run = write_recipe(tmp_path), tmp_path / "run"
+    argv = ("-m", "rlhf_jax", "train", str(recipe), f"run.dir={run}", *options)
+    running = tiny_processes.start(2, 2, *argv)
+    wait_for_records(run / "sft/metrics.jsonl", 6, running)
+    running[1].send_signal(signal.SIGTERM)
+    ended = tiny_processes.finish(running, 120)
+    assert [code for code, _, _ in ended] == [75, 75], ended
+    (saved,) = [int(path.name) for path in (run / "sft/checkpoints").iterdir() if path.name.isdecimal()]
+    assert 5 <= saved < 40
+    ended = tiny_processes.finish(tiny_processes.start(1, 4, *argv))
+    assert ended[0][0] == 0 and f"resumed at step {saved} of 40" in ended[0][2], ended
+    assert_equal_runs(uninterrupted, run)
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other_within_a_minute(tmp_path, killed):
     recipe, run = write_recipe(tmp_path), tmp_path / "run"
     argv = ("-m", "rlhf_jax", "sft", str(recipe), f"run.dir={run}", "sft.steps=100000")
     running = tiny_processes.start(2, 1, *argv)
-    while not (run / "sft/metrics.jsonl").exists() or len(records(run / "sft/metrics.jsonl")) < 4:
-        assert all(process.poll() is None for process in running)
-        time.sleep(0.2)
+    wait_for_records(run / "sft/metrics.jsonl", 4, running)
     running[killed].send_signal(signal.SIGKILL)
     started = time.monotonic()
     ended = tiny_processes.finish(running, 90)

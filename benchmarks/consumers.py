@@ -91,7 +91,7 @@ REASONS = {  # found in the consumer's source, or by changing nothing but the se
         "mistral, window of 8",
     ): "it uses a window only where layer_types is there, and then not one in every layer",
     ("mlx", "gemma2, window of 8"): "it has no windows for Gemma 2",
-    ("ctranslate2", "llama, llama3 scaling"): "it computes other angles",
+    ("ctranslate2", "llama, llama3 scaling"): "it computes other angles, also where it finds theta",
     ("ctranslate2", "mistral, window of 8"): "its window is another",
     ("ctranslate2", "gemma2"): "it does not cap logits for Gemma 2",
     ("ctranslate2", "gemma2, window of 8"): "it neither caps logits nor has windows for Gemma 2",
@@ -101,6 +101,7 @@ REASONS = {  # found in the consumer's source, or by changing nothing but the se
     ("llama_cpp", "stablelm, theta of 500"): "its converter leaves theta out, and 10,000 is assumed",
     ("llama_cpp", "gpt_neox, theta of 500"): "its converter leaves theta out, and 10,000 is assumed",
     ("llama_cpp", "qwen3_moe, weights not normalised"): "it normalises them in all models of the family",
+    ("vllm", "gpt_neox"): "the same from the folder that transformers wrote",
     ("onnx", "mistral, window of 8"): "its builder uses a window only where layer_types is there",
 }
 NEW, REWARD = "made from scratch (llama)", "reward model (llama)"
@@ -133,13 +134,15 @@ def write_sentencepiece(folder: Path) -> None:
     import sentencepiece
     import transformers
 
+    from rlhf_jax.data.chat_template import prepare_tokenizer
+
     options = dict(vocab_size=VOCAB, model_type="bpe", byte_fallback=True, normalization_rule_name="identity")
     options |= dict(pad_id=0, bos_id=1, eos_id=2, unk_id=3, remove_extra_whitespaces=False, minloglevel=2)
     with (folder / "tokenizer.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=file, **options)
     names = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"} | names))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = prepare_tokenizer(transformers.AutoTokenizer.from_pretrained(folder))
     assert len(tokenizer) == VOCAB
     tokenizer.save_pretrained(folder)
 

@@ -70,6 +70,26 @@ def prefill(
     return inference_logits(model.config, weights, hidden[:, -1]), cache
 
 
+def prefill_once(decoding: Decoding, weights: Weights, prompts: jax.Array, prompt_mask: jax.Array):
+    """`prefill` of rows of which num_samples in a row have one prompt: each prompt passes through the model once.
+
+    Where the devices do not divide the number of prompts, every row passes.
+    """
+    model, same = decoding.model, decoding.sample.num_samples
+    count, left = divmod(len(prompts), same)
+    if same == 1 or left or count % model.layout.shards("batch"):
+        return prefill(model, weights, prompts, prompt_mask, decoding.sample.max_new_tokens)
+    found = prefill(model, weights, prompts[::same], prompt_mask[::same], decoding.sample.max_new_tokens)
+
+    def repeat(x: jax.Array) -> jax.Array:
+        rows = jnp.broadcast_to(x[:, None], (count, same, *x.shape[1:])).reshape(len(prompts), *x.shape[1:])
+        # Keys and values, the cache's mask, logits.
+        axes = ("kv_heads", None, None) if x.ndim == 4 else (None,) if x.dtype == bool else ("vocab",)
+        return model.layout.constrain(rows, "batch", *axes)
+
+    return jax.tree.map(repeat, found)
+
+
 @record
 class DecodeState:
     """The answers that B rows are sampling.
@@ -188,7 +208,7 @@ def generate(
     """
     batch, prompt_length = prompts.shape
     none_done, index = jnp.zeros(batch, bool), jnp.arange(batch, dtype=jnp.int32)
-    logits, cache = prefill(decoding.model, weights, prompts, prompt_mask, decoding.sample.max_new_tokens)
+    logits, cache = prefill_once(decoding, weights, prompts, prompt_mask)
     state = start_state(decoding, index, prompts, prompt_mask, none_done)
     state = sample_step(decoding, state, logits, key, 0)
 

@@ -216,7 +216,13 @@ RECIPES = {
     "tensor axis": ("mesh.tensor=2",),
     "LoRA": ("model.lora={rank=2}", "model.reward_lora={rank=2}"),
     "zero 1": ("mesh.zero=1",),
-    "ppo, texts": ("ppo.texts.coef=1", "ppo.texts.batch_size=8", "ppo.kl_target=1", 'ppo.score_scale="demonstrations"', "ppo.ppo_epochs=2"),
+    "ppo, texts": (
+        "ppo.texts.coef=1",
+        "ppo.texts.batch_size=8",
+        "ppo.kl_target=1",
+        'ppo.score_scale="demonstrations"',
+        "ppo.ppo_epochs=2",
+    ),
     "grpo": ('run.stages=["sft", "reward", "grpo"]', *GRPO),
     "dpo": ('run.stages=["sft", "dpo"]', "dpo.steps=4", "dpo.batch_size=16", "dpo.micro_batch_size=8"),
 }

@@ -56,3 +56,13 @@ def test_losses_of_bfloat16_scores_are_float32():
     half = jnp.ones(3, jnp.bfloat16)
     assert preference.pairwise_loss(half, half).dtype == jnp.float32
     assert preference.dpo_loss(half, half, half, half, beta=0.1, label_smoothing=0.0).dtype == jnp.float32
+
+
+def test_smoothing_and_centring_add_their_terms_to_the_pairwise_loss():
+    chosen, rejected = jnp.array([1.0986123, 2.0]), jnp.array([0.0, 1.0])
+    plain = preference.pairwise_losses(chosen, rejected, 0.0, 0.0)
+    # -log sigmoid(-d) = -log sigmoid(d) + d
+    smoothed = preference.pairwise_losses(chosen, rejected, 0.2, 0.0)
+    np.testing.assert_allclose(smoothed - plain, [0.2 * 1.0986123, 0.2 * 1.0], rtol=1e-5)
+    centred = preference.pairwise_losses(chosen, rejected, 0.0, 0.01)
+    np.testing.assert_allclose(centred - plain, [0.01 * 1.0986123**2, 0.01 * 9.0], rtol=1e-4)

@@ -15,7 +15,7 @@ from rlhf_jax.decode import Decoding, generate_slots
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
 from rlhf_jax.models.inference import Inference
 from rlhf_jax.models.pretrained import Pretrained
-from rlhf_jax.rollout import make_generate, make_publish
+from rlhf_jax.rollout import generate_program, make_generate, make_publish
 from rlhf_jax.sampling import SampleConfig
 
 EIGHT = [name for name in tiny.MESHES if name != "one"]
@@ -105,6 +105,21 @@ def test_two_samples_per_prompt_equal_those_of_the_prompt_given_twice():
         assert_same(rollout, jax.tree.map(np.asarray, expected))
         same = (rollout.tokens[0::2] == rollout.tokens[1::2]).all(axis=1)
         assert same.sum() <= 1, "samples of one prompt differ, except that two may both be a single EOS"
+
+
+@pytest.mark.parametrize(("mesh", "shared"), [("one", True), ("fsdp4-tensor2", True), ("fsdp4-tensor2", False)])
+def test_the_samples_of_a_prompt_share_its_prefill_where_the_devices_divide_the_prompts(mesh, shared):
+    config, mesh = tiny.LLAMA, tiny.mesh_of(mesh)
+    prompts = tiny.prompts(config, [8] * (4 if shared else 2), 32)
+    short, found = SampleConfig(1), {}
+    for samples in (1, 4):
+        decoder = tiny.decoding(config, dataclasses.replace(short, num_samples=samples), EOS, mesh, FLOAT32)
+        rows = decoder.model.layout.put_batch(tuple(np.repeat(x, 4, axis=0) for x in prompts))
+        weights = make_publish(config, mesh, FLOAT32)(tiny.random_params(config, mesh))
+        compiled = generate_program(decoder).lower(weights, *rows, KEY).compile()
+        found[samples] = compiled.cost_analysis()["flops"], jax.tree.map(np.asarray, compiled(weights, *rows, KEY))
+    assert_same(found[4][1], found[1][1])
+    assert (found[4][0] < 0.5 * found[1][0]) == shared
 
 
 def test_public_generate_accepts_a_number_of_slots():

@@ -12,8 +12,20 @@ def pairwise_loss(chosen_scores: jax.Array, rejected_scores: jax.Array) -> jax.A
     chosen_scores, rejected_scores [B]: the reward of each whole answer, one number a sequence.
     Source: Ouyang et al. 2022 (InstructGPT, arXiv 2203.02155), eq. 1, with K = 2 answers a prompt.
     """
-    margin = jnp.asarray(chosen_scores, jnp.float32) - jnp.asarray(rejected_scores, jnp.float32)
-    return -jax.nn.log_sigmoid(margin).mean()
+    return pairwise_losses(chosen_scores, rejected_scores, 0.0, 0.0).mean()
+
+
+def pairwise_losses(
+    chosen_scores: jax.Array, rejected_scores: jax.Array, label_smoothing: float, centring: float
+) -> jax.Array:
+    """`smoothed_logistic_loss` of r_chosen - r_rejected, plus centring (r_chosen + r_rejected)^2; [B] float32.
+
+    The pairs' order leaves a constant of all scores free; the second term keeps their mean near 0.
+    Source: Eisenstein et al. 2023 (arXiv 2312.09244), section 2, as TRL's center_rewards_coefficient.
+    """
+    margin = pair_margin(chosen_scores, rejected_scores)
+    total = jnp.asarray(chosen_scores, jnp.float32) + jnp.asarray(rejected_scores, jnp.float32)
+    return smoothed_logistic_loss(margin, label_smoothing) + centring * jnp.square(total)
 
 
 def dpo_loss(

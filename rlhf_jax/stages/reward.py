@@ -12,7 +12,7 @@ from rlhf_jax.data.batches import Batch
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.config import Compute, DecoderConfig
 from rlhf_jax.models.decoder import bind, last_hidden, scalar_scores
-from rlhf_jax.objectives.preference import pairwise_loss
+from rlhf_jax.objectives.preference import pairwise_losses
 from rlhf_jax.optim import OptimConfig
 from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.supervised import Objective, SupervisedConfig, run_supervised_stage
@@ -24,11 +24,18 @@ class RewardConfig(SupervisedConfig):
     """The [reward] section."""
 
     eval_batches: int = 16  # held-out batches, at most; 0: never measure
+    label_smoothing: float = 0.0  # share of the pairs taken to be the wrong way round, below 0.5
+    centring: float = 0.0  # coefficient of the squared sum of both scores, which keeps scores around 0; such as 0.01
     optim: OptimConfig = OptimConfig(learning_rate=5e-5, weight_decay=0.1)  # the optimizer
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 0.5 or self.centring < 0:
+            wrong = f"label_smoothing={self.label_smoothing:g}, centring={self.centring:g}"
+            raise ValueError(f"{wrong}: from 0 to below 0.5, and at least 0")
 
 
 def reward_objective(
-    config: DecoderConfig, compute: Compute, layout: Layout, settings: RewardConfig | None = None
+    config: DecoderConfig, compute: Compute, layout: Layout, settings: RewardConfig = RewardConfig()
 ) -> Objective:
     """The pairwise loss of a scalar head on preference pairs."""
 
@@ -42,7 +49,8 @@ def reward_objective(
         both, balance = scores(params, batch)
         chosen, rejected = both.T
         stats = {"accuracy": (chosen > rejected).mean(), "margin": (chosen - rejected).mean()}
-        return pairwise_loss(chosen, rejected) + balance, (chosen.shape[0], stats)
+        losses = pairwise_losses(chosen, rejected, settings.label_smoothing, settings.centring)
+        return losses.mean() + balance, (chosen.shape[0], stats)
 
     def summarize(measured: Sequence[np.ndarray], batches: Sequence[Batch]) -> dict[str, float]:
         scored = np.concatenate(measured)

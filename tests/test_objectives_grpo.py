@@ -45,6 +45,7 @@ def test_a_group_of_equal_scores_has_no_signal_and_advantages_of_0():
     assert grpo.has_signal(scores, 3).tolist() == [False, True]
     for kind in ("group_std", "group_mean", "batch_std", "leave_one_out"):
         assert grpo.group_advantages(scores, 3, kind)[:3].tolist() == [0.0, 0.0, 0.0]
+        assert grpo.group_advantages(scores, 1, kind).tolist() == [0.0] * 6
 
 
 def loss_by_hand(ratio, surrogate, scale, low=0.2, high=0.3, length=5):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_recipe
+from safetensors.numpy import save_file
 from tiny_recipe import records, tensors, untimed_records, write_recipe
 
 import rlhf_jax.stages.grpo
@@ -337,3 +339,32 @@ def test_ppo_learns_from_functions_alone_with_a_critic_that_starts_at_0(tmp_path
     assert list(found) == ["publish", "generate", "score", "actor", "critic"]
     assert found["publish"].live["reward model"] == 0 and len(found["score"].passes) == 3
     assert found["score"].program.lower(*found["score"].args)
+
+
+def test_distillation_from_a_teacher_lowers_the_kl_to_it_without_any_reward(grpo_folder, tmp_path):
+    # The teacher is the student with three times its embedding, which is its head too: its tokens are far less random.
+    teacher, base = tmp_path / "teacher", grpo_folder / "base"
+    shutil.copytree(base, teacher)
+    weights = tensors(teacher) | {name: 3 * each for name, each in tensors(teacher).items() if "embed_tokens" in name}
+    save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
+    given = ["run.stages=['grpo']", f"model.actor={base}", f"grpo.reference={teacher}", "grpo.rewards=[]"]
+    given += ["grpo.kl_coef=1.0", "grpo.steps=25", "grpo.rollout_batch_size=16", "grpo.actor={learning_rate=3e-2}"]
+    given += ["grpo.sample={max_new_tokens=8,num_samples=1}"]
+    assert tiny_recipe.run("train", write_recipe(tmp_path), *given, f"run.dir={tmp_path / 'run'}") == 0
+    kl = [line["kl"] for line in records(tmp_path / "run/grpo/metrics.jsonl")]
+    assert 0 < np.mean(kl[-5:]) < 0.8 * np.mean(kl[:5]), kl
+    recipe = load_config(tmp_path / "run/config.toml", [], Recipe)
+    found = {each.name: each for each in phases(recipe, tiny.mesh_of("one"), ("grpo",))}
+    assert found["publish"].live["reference"] == found["publish"].live["actor trainable"]
+    assert found["score"].program.lower(*found["score"].args)
+
+
+def test_a_reference_without_a_coefficient_or_of_another_vocabulary_is_rejected(grpo_folder, tmp_path, capsys):
+    with pytest.raises(ValueError, match='reference="a" has no effect with kl_coef=0'):
+        GRPOConfig(rewards=(), reference="a")
+    with pytest.raises(ValueError, match="name at least one"):
+        GRPOConfig(rewards=())
+    other = ["run.stages=['grpo']", "model.new.vocab_size=280", "grpo.rewards=[]", "grpo.kl_coef=1.0"]
+    other += [f"grpo.reference={grpo_folder / 'sft/export'}", "grpo.rollout_batch_size=8"]
+    assert tiny_recipe.run("train", write_recipe(tmp_path), *other, f"run.dir={tmp_path / 'run'}") == 2
+    assert "has another vocabulary than the actor: take a teacher of the same family" in capsys.readouterr().err

@@ -21,7 +21,7 @@ EPS = 1e-4  # added to standard deviations, as TRL does
 
 
 def group_advantages(scores: jax.Array, group: int, kind: Advantage) -> jax.Array:
-    """The advantage of each answer from the scores [B] of all, [B] float32; std is over n - 1.
+    """The advantage of each answer from the scores [B] of all, [B] float32; std is over n - 1. 0 in groups of one.
 
     group_std      (r - mean of the group) / (std of the group + EPS): Shao et al. 2024 (GRPO, arXiv 2402.03300), 4.1
     group_mean     r - mean of the group: Liu et al. 2025 (Dr. GRPO, arXiv 2503.20783), section 3.2
@@ -34,6 +34,8 @@ def group_advantages(scores: jax.Array, group: int, kind: Advantage) -> jax.Arra
     if kind == "global":
         return (scores - scores.mean()) / (scores.std(ddof=1) + EPS)
     centred = groups - groups.mean(axis=1, keepdims=True)
+    if group == 1:
+        return centred.reshape(-1)
     if kind == "group_std":
         centred = centred / (groups.std(axis=1, ddof=1, keepdims=True) + EPS)
     elif kind == "batch_std":

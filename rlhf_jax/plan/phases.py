@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from rlhf_jax.data.batches import Batch
 from rlhf_jax.decode import Rollout, bucket_length
 from rlhf_jax.engine import Engine, EngineState, FrozenParams, with_texts
-from rlhf_jax.mesh import TRAIN, Layout
+from rlhf_jax.mesh import HOST_MEMORY, TRAIN, Layout
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.families import decoder_config
 from rlhf_jax.models.hub import read_json
@@ -47,6 +47,7 @@ from rlhf_jax.sampling import check_learnable
 from rlhf_jax.stages.batch_sizes import micro_batches
 from rlhf_jax.stages.context import ModelKind
 from rlhf_jax.stages.from_scratch import make_hf_config
+from rlhf_jax.stages.models import copy_frozen
 from rlhf_jax.stages.ppo_config import PPOConfig
 from rlhf_jax.stages.supervised import jit_reference, make_programs
 from rlhf_jax.stages.table import STAGES, Stage, latest_export
@@ -241,7 +242,11 @@ def _sampled_phases(
     optimizers = stage.sampled.optimizers(config, updates)
     # Without a reward model a critic starts from the policy.
     scorer = scorer if config.model_weight is not None else dataclasses.replace(actor, scalar_head=True)
-    engine = stage.sampled.engine(config, model, actor, scorer, optimizers, (0,), layout)
+    # A reference of its own, such as a teacher.
+    named = getattr(config, "reference", "")
+    make = functools.partial(decoder_config, scalar_head=False, vocab_parts=layout.shards("vocab"))
+    teachers = [make(find_config(each)[0]) for each in [named] if each]
+    engine = stage.sampled.engine(config, model, actor, scorer, optimizers, (0,), layout, *teachers)
     for each in filter(None, vars(engine.models).values()):
         check_positions(each, 1, config.sample.max_new_tokens)
     scorer = scorer if engine.models.reward or engine.models.critic else None
@@ -249,8 +254,13 @@ def _sampled_phases(
     def make_models(*loaded):
         return stage.sampled.models(*loaded, config)
 
-    models = abstract_models(make_models, actor, scorer, model, layout, optimizers)
-    return engine_phases(stage.name, engine, models, recipe, layout)
+    state, frozen = abstract_models(make_models, actor, scorer, model, layout, optimizers)
+    for teacher in teachers:
+        copy = functools.partial(copy_frozen, dtype=model.frozen_dtype)
+        params = by_layout(jax.eval_shape(copy, abstract_pretrained(teacher, model, layout).params), teacher, layout)
+        memory = HOST_MEMORY if model.offload_reference else None
+        frozen = dataclasses.replace(frozen, reference=with_memory(params, memory))
+    return engine_phases(stage.name, engine, (state, frozen), recipe, layout)
 
 
 def engine_phases(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -79,7 +79,10 @@ class GRPOConfig(RewardsConfig):
     # The loss is a mean over all tokens ("token", DAPO), over answers of their means ("sequence", GRPO), or a sum
     # over answers x max_new_tokens ("constant", Dr. GRPO)
     scale: grpo.Scale = "token"
-    kl_coef: float = 0.0  # coefficient of the KL to the policy at the start; 0: no reference is held
+    kl_coef: float = 0.0  # coefficient of the KL to the reference; 0: no reference is held
+    # Folder or hub id of the model that the KL is measured to; "": the policy at the start. A teacher with the same
+    # tokenizer, kl_coef = 1.0 and rewards = [] are on-policy distillation.
+    reference: str = ""
     kl_in: Literal["loss", "score"] = (
         "loss"  # where: each token's k3 in the loss, or the whole answer's k1 in its score
     )
@@ -94,7 +97,9 @@ class GRPOConfig(RewardsConfig):
         super().__post_init__()
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay:g}: at least 0 (no average) and below 1, such as 0.992")
-        if self.sample.num_samples < 2 and self.advantage != "global":
+        if self.reference and not self.kl_coef:
+            raise ValueError(f'reference="{self.reference}" has no effect with kl_coef=0: set kl_coef, such as 1.0')
+        if self.rewards and self.sample.num_samples < 2 and self.advantage != "global":
             raise ValueError(
                 f'sample.num_samples={self.sample.num_samples}: advantage="{self.advantage}" compares the answers to a '
                 'prompt with each other: at least 2, or advantage = "global"'
@@ -193,13 +198,14 @@ def grpo_engine(
     optimizers: Optimizers,
     eos_ids: tuple[int, ...],
     layout: Layout,
+    reference: DecoderConfig | None = None,
 ) -> Engine:
-    """The engine that runs these settings."""
+    """The engine that runs these settings; reference: the architecture of the model that `reference` names, if any."""
     num_micro = config.update_size // (config.micro_batch_size or config.update_size)
     has_scorer = config.model_weight is not None
     models = Architectures(
         model.with_lora(actor),
-        reference=actor.without_lora() if config.kl_coef else None,
+        reference=(reference or actor).without_lora() if config.kl_coef else None,
         reward=scorer.without_lora() if has_scorer else None,
     )
     execution = Execution(layout, model.compute, num_micro, num_micro * config.rollouts // config.update_size)
@@ -214,12 +220,13 @@ def grpo_models(
     optimizers: Optimizers,
     seed: int,
     config: GRPOConfig,
+    teacher: Pretrained | None = None,
 ) -> tuple[EngineState, FrozenParams]:
-    """The trained state and the frozen parameters, from a loaded actor and a loaded reward model, if there is one."""
+    """The trained state and the frozen parameters, from a loaded actor and, if any, a reward model and a teacher."""
     assert "auto" not in (model.offload_reference, model.offload_ema), "the plan resolves this"
     # Training donates its parameters, so the reference is a copy.
-    holds_reference = config.kl_coef and not model.lora.rank
-    reference = copy_frozen(actor.params, model.frozen_dtype) if holds_reference else {}
+    source = teacher or (actor if config.kl_coef and not model.lora.rank else None)
+    reference = copy_frozen(source.params, model.frozen_dtype) if source else {}
     if model.offload_reference:
         reference = to_host(reference)
     reward = {} if scorer is None else copy_frozen(scorer.params, model.frozen_dtype)
@@ -334,16 +341,26 @@ def update_order(config: GRPOConfig, seed: int, step: int) -> list[np.ndarray]:
     return orders
 
 
+def load_teacher(context: StageContext, config: GRPOConfig, tokenizer) -> Pretrained | None:
+    """The model that `reference` names; None where it names none. ValueError where its ids are not the actor's."""
+    if not config.reference:
+        return None
+    teacher = load_model(config.reference, context.model, context.layout)
+    if teacher.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"{config.reference} has another vocabulary than the actor: take a teacher of the same family")
+    return teacher
+
+
 def log_attention_of(
-    name: str, actor: Pretrained, scorer: Pretrained | None, model: ModelConfig, config: GRPOConfig, longest: int
+    name: str, models: Mapping[str, Pretrained | None], model: ModelConfig, config: GRPOConfig, longest: int
 ) -> None:
     """Log the attention of the models on prompts of up to `longest` tokens. ValueError for too few positions."""
     length = bucket_length(longest) + config.sample.max_new_tokens
-    for each in filter(None, (actor, scorer)):
-        check_positions(each.config, longest, config.sample.max_new_tokens)
-    log_attention(f"{name}, actor", actor, model, length, phases="training, scoring and prefill", decodes=True)
-    if scorer is not None:
-        log_attention(f"{name}, reward model", scorer, model, length, phases="scoring")
+    for what, each in models.items():
+        if each is not None:
+            check_positions(each.config, longest, config.sample.max_new_tokens)
+            phases = "training, scoring and prefill" if what == "actor" else "scoring"
+            log_attention(f"{name}, {what}", each, model, length, phases=phases, decodes=what == "actor")
 
 
 def run_grpo(context: StageContext, config: GRPOConfig) -> None:
@@ -356,10 +373,11 @@ def run_grpo(context: StageContext, config: GRPOConfig) -> None:
     start = context.start.get("policy") or make_base_model(context)
     actor = load_model(start, model, layout, one_copy=model.one_copy)
     tokenizer = prepare_tokenizer(actor.tokenizer, *context.data.rendering)
-    scorer = load_scorer(context, config, tokenizer)
+    scorer, teacher = load_scorer(context, config, tokenizer), load_teacher(context, config, tokenizer)
     rows = select_rows(context.data, tokenizer, context.rows, held_out=False)
     LOGGER.info(f"{name}: prompts: {rows.report}")
-    log_attention_of(name, actor, scorer, model, config, rows.longest)
+    models = {"actor": actor, "reward model": scorer, "reference": teacher}
+    log_attention_of(name, models, model, config, rows.longest)
     # The same prompts in another order replace groups without a signal.
     seeds = run.seed, (run.seed + 1) % 2**32
     prompts, others = (Batches(rows, batch_size=config.rollout_batch_size, seed=seed, side="left") for seed in seeds)
@@ -369,9 +387,11 @@ def run_grpo(context: StageContext, config: GRPOConfig) -> None:
     functions = open_functions(context, config, tokenizer, *drawn)
 
     optimizers = grpo_optimizers(config, updates)
-    engine = grpo_engine(config, model, actor.config, scorer and scorer.config, optimizers, eos_ids(actor), layout)
-    state, frozen = grpo_models(actor, scorer, model, optimizers, run.seed, config)
-    del scorer
+    architectures = actor.config, scorer and scorer.config
+    given = optimizers, eos_ids(actor), layout, teacher and teacher.config
+    engine = grpo_engine(config, model, *architectures, *given)
+    state, frozen = grpo_models(actor, scorer, model, optimizers, run.seed, config, teacher)
+    del scorer, teacher, models
     publish = engine.publish.compile(state.actor.params(frozen.actor))
     constants = count_publish_bytes(name, publish, state.actor.params(frozen.actor), model)
     rate, symptoms = learning_rate(config.actor, updates), SymptomLog(name)
@@ -385,6 +405,8 @@ def run_grpo(context: StageContext, config: GRPOConfig) -> None:
         rollout = clock.lap("generate", engine.generate(weights, batch.tokens, batch.mask, key))
         scores = functions(batches, at, rollout) if functions else {}
         total = clock.lap("rewards", functions.total(scores)) if functions else None
+        if not config.rewards:
+            total = np.zeros(len(rollout.ended), np.float32)
         return Answers(rollout, clock.lap("score", engine.score(state, frozen, rollout, total)), scores)
 
     def step_fn(state: EngineState, step: int):

@@ -34,7 +34,8 @@ class RewardsConfig:
     reward_seconds: float = 600.0  # time limit of a function for the answers of one iteration; 0: none
 
     def __post_init__(self) -> None:
-        if not self.rewards or len(set(self.rewards)) < len(self.rewards):
+        # A teacher alone, `grpo.reference`, is enough to learn from.
+        if not (self.rewards or getattr(self, "reference", "")) or len(set(self.rewards)) < len(self.rewards):
             raise ValueError(f"rewards = {list(self.rewards)}: name at least one, and each once")
         for name in self.rewards:
             if name != MODEL and not is_function(name):

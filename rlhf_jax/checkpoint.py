@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -195,8 +196,18 @@ class Checkpoints:
     def wait(self) -> None:
         """Return when the last save is complete; raises its failure."""
         finishing, self._finishing = self._finishing, None
-        if finishing is not None:
+        if finishing is None:
+            return
+        try:
             self.save_seconds = finishing.result()
+        except (jax.errors.JaxRuntimeError, MemoryError):
+            raise
+        except Exception as error:  # as in `_read`; those of tensorstore are pages of JSON after the reason
+            what = getattr(error, "strerror", None) or re.sub(
+                r"\s*\[(os_error_code|tensorstore_spec).*", "", str(error)
+            )
+            fix = "the one before it is kept: make room or allow writing there, and run the same command again"
+            raise ValueError(f"checkpoint {self._folder / str(self._latest)} is not saved ({what}); {fix}") from error
 
     def close(self) -> None:
         """`wait`, then release the threads."""

@@ -233,6 +233,7 @@ def set_logging(args: argparse.Namespace) -> None:
     others = [each for each in root.handlers if type(each) not in (logging.StreamHandler, Terminal)]
     root.handlers = [*others, terminal]
     logging.captureWarnings(is_json)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax writes a traceback of every error that it raises too
     level = logging.WARNING if is_quiet else logging.INFO
     logging.getLogger("rlhf_jax").setLevel(level if hosts.is_main() else logging.ERROR)
     logging.getLogger("rlhf_jax.metrics.bar").disabled = is_quiet or is_json

@@ -52,9 +52,12 @@ class Metrics:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-        if self._board:
-            self._board.close()
         self._file.close()
+        if self._board:
+            try:
+                self._board.close()
+            except OSError as error:  # it repeats metrics.jsonl, and is written again when the run resumes
+                LOGGER.warning(f"{self.stage}: the records for TensorBoard are not complete: {error}")
 
     def write(self, step: int, values: Mapping[str, Any], *, must_be_finite: bool = True) -> None:
         """Record `values`, {name: Python, numpy or jax scalar}, of `step` in metrics.jsonl and as <stage>/<name>.
@@ -98,8 +101,13 @@ def _number(value: Any) -> int | float:
 def _keep_until(path: Path, last_step: int) -> list[dict[str, Any]]:
     """Drop the records after `last_step` and a last line that a killed run left incomplete; return the others."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() and last_step > 0 else []
-    records = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
-    kept = [(line, record) for line, record in records if record["step"] <= last_step]
+    try:
+        records = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+        kept = [(line, record) for line, record in records if record["step"] <= last_step]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): correct or delete it, and run the same command again"
+        ) from error
     # Written to another name and then renamed, so that a kill at this moment loses nothing.
     unfinished = path.with_name(path.name + ".kept")
     unfinished.write_text("".join(line for line, _ in kept), encoding="utf-8")

@@ -78,9 +78,13 @@ def check_reward_tokenizer(recipe: Recipe, waiting: Sequence[str]) -> None:
 
 @contextmanager
 def prefix_errors(stage: str) -> Iterator[None]:
-    """Prefix ValueErrors of the body with the name of the stage."""
+    """Prefix ValueErrors of the body with the name of the stage, and say of an OSError how the run continues."""
     try:
         yield
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        fix = "what is saved is intact: make room or allow writing there, and run the same command again"
+        raise ValueError(f"{stage}: {error.strerror or error}{where}; {fix}") from error
     except ValueError as error:
         if str(error).startswith(stage):
             raise

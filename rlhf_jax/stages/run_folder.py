@@ -76,8 +76,8 @@ def open_run(run: RunConfig, merged: str) -> None:
         ValueError: the folder belongs to a run of another configuration and run.overwrite is false.
     """
     folder, path = Path(run.dir), Path(run.dir) / "config.toml"
-    if path.exists():
-        old, new = tomllib.loads(path.read_text()), tomllib.loads(merged)
+    if (old := _read_settings(folder)) is not None:
+        new = tomllib.loads(merged)
         names = list(dict.fromkeys([*_stages(old), *_stages(new)]))
         # A stage that has not begun has nothing to lose: its corrected section replaces the old one.
         begun = [name for name in names if (folder / name).exists()]
@@ -94,13 +94,31 @@ def open_run(run: RunConfig, merged: str) -> None:
     elif folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty and holds no run (no config.toml): choose another run.dir")
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(merged)
+    # Written to another name and then renamed, so that a kill or a full disk at this moment loses nothing.
+    unfinished = path.with_name("config.toml.unfinished")
+    unfinished.write_text(merged)
+    unfinished.replace(path)
 
 
 def run_date(folder: str | Path) -> str:
     """`data.date` of the run in this folder; "" where there is no run, or one whose template writes no date."""
-    path = Path(folder) / "config.toml"
-    return tomllib.loads(path.read_text()).get("data", {}).get("date", "") if path.exists() else ""
+    return (_read_settings(Path(folder)) or {}).get("data", {}).get("date", "")
+
+
+def _read_settings(folder: Path) -> dict[str, Any] | None:
+    """config.toml of a run folder; None where there is none. ValueError for a damaged one."""
+    path = folder / "config.toml"
+    if not path.exists():
+        return None
+    try:
+        tables = tomllib.loads(path.read_text())
+        missing = sorted({"run", "model", "data"} - tables.keys())
+    except ValueError as error:
+        missing, tables = [str(error)], {}
+    if missing:
+        fix = "restore it, or delete the folder to start over"
+        raise ValueError(f"{path}, the configuration of this run, is damaged ({', '.join(missing)}): {fix}")
+    return tables
 
 
 def date_of_export(folder: Path | None) -> str:

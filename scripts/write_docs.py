@@ -250,6 +250,38 @@ def data() -> str:
     return transposed_table("data", ["", "measured"], rows)
 
 
+def chaos() -> str:
+    runs = runs_of("chaos")
+
+    def counts(kinds: dict[str, int]) -> str:
+        return ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
+
+    def row(result: dict) -> list[str]:
+        numbers = [str(result[key]) for key in ("processes", "kills", "runs", "equal_files")]
+        return [*numbers, counts(result["moments"]), counts(result["stages"])]
+
+    head = ["processes", "kills", "runs", "equal files of each", "kills by moment aimed at", "kills by stage"]
+    return f"{table(head, [row(run['result']) for run in runs])}\n\n{origin(runs)}"
+
+
+def save_cost() -> str:
+    rows = {
+        "parameters": lambda r: f"{r['parameters'] / 1e6:.1f} million",
+        "rows x tokens of a step": lambda r: f"{r['batch'][0]} x {r['batch'][1]}",
+        "seconds of a step": lambda r: f"{r['seconds_step']:.2f}",
+        "`run.save_every`": lambda r: str(r["save_every"]),
+        "seconds that the loop waits for a save": lambda r: f"{r['seconds_wait']:.3f}",
+        "seconds of the whole save, with checksums": lambda r: f"{r['seconds_save']:.2f}",
+        "share of the steps' time, waiting alone": lambda r: percent(r["share_least"], 3),
+        "share, if nothing overlapped": lambda r: percent(r["share_most"], 2),
+        "checkpoint": lambda r: f"{r['bytes'] / 1e6:.1f} MB",
+        "seconds of comparing checksums": lambda r: f"{r['seconds_checksums']:.2f}",
+        "seconds of resuming, checksums included": lambda r: f"{r['seconds_resume']:.2f}",
+    }
+    names = {"demo": "demo", "125m": "OPT-125M"}
+    return transposed_table("save_cost", ["", *(names[run["result"]["model"]] for run in runs_of("save_cost"))], rows)
+
+
 def quantised_errors() -> str:
     runs = [run for run in runs_of("quantised") if run["result"]["error"]]
     rows = [
@@ -487,6 +519,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
             pickle_memory,
             process_memory,
             data,
+            chaos,
+            save_cost,
             quantised,
             quantised_errors,
             slot_refill,

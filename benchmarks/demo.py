@@ -2,7 +2,7 @@
 
     python -m benchmarks.demo [--seeds 0 1 2] [key=value ...]
 
-Five minutes on two cores per seed. Runs in runs/benchmark-demo/SEED with separate caches, so that the seconds
+About ten minutes on two free cores per seed. Runs in runs/benchmark-demo/SEED with separate caches, so that the seconds
 include compiling and tokenising. `key=value` changes keys of configs/demo.toml.
 """
 

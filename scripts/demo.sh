@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains a small assistant from scratch: makes .venv, installs the package, runs SFT, reward model and PPO on built-in
-# data, and shows what PPO changed. Under ten minutes on two CPU cores; a second run continues where the first stopped.
+# data, and shows what PPO changed. About ten minutes on two free CPU cores; a second run continues where the first
+# stopped.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 

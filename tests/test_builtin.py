@@ -17,8 +17,8 @@ ROWS = list(make_dialogues(seed=0, rows=4000))
 FIRST_ROW = {
     "prompt": "Sam likes wine and lives in Bern. What does Sam like?",
     "answer": "Sure! Sam likes wine. I hope this helps!",
-    "chosen": "Sure! Sam likes wine. I hope this helps!",
-    "rejected": "Happy to help! Sam lives in Bern. I hope this helps!",
+    "chosen": "Happy to help! Sam likes wine. Anything else?",
+    "rejected": "Happy to help! Sam likes milk. Anything else?",
 }
 
 
@@ -65,7 +65,7 @@ def test_the_chosen_answer_has_a_strictly_smaller_penalty_by_the_faults_of_the_j
         assert penalties(row.prompt, row.chosen.text) < penalties(row.prompt, row.rejected.text)
 
 
-def test_a_tenth_of_the_pairs_differ_only_in_the_correctness_of_the_answer():
+def test_half_of_the_pairs_and_a_few_more_differ_only_in_the_correctness_of_the_answer():
     """The share includes independent draws that differ only in correctness and choice of words."""
     alike = [row.rejected.faults == tuple(sorted((*row.chosen.faults, "wrong"))) for row in ROWS]
     assert CONTENT_PAIRS < sum(alike) / len(ROWS) < CONTENT_PAIRS + 0.1

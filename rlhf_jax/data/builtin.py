@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 GOOD_SHARE = 0.5
-CONTENT_PAIRS = 0.05
+CONTENT_PAIRS = 0.5
 FAULT_WEIGHTS = {"opening": 3, "close": 3, "rambling": 2, "no answer": 2, "wrong": 1}
 PENALTIES = {"opening": 2, "close": 2, "rambling": 2, "no answer": 2, "wrong": 3}
 

@@ -130,16 +130,16 @@ class Layout:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The ("data", "fsdp", "tensor") mesh over all devices, those of a machine next to each other.
+    """The ("data", "fsdp", "tensor") mesh over these devices; None: over all, those of a machine next to each other.
 
     Raises:
         ValueError: more than one -1, a size below 1, sizes whose product is not the number of devices, or a tensor axis
             across machines without `tensor_across_nodes`.
     """
-    devices, nodes = jax.devices() if devices is None else devices, hosts.nodes()
-    shape = tuple(mesh_sizes(config, len(devices)).values())
-    grid = np.asarray(by_node(devices, nodes)).reshape(shape)
-    if not config.tensor_across_nodes:
+    nodes = hosts.nodes() if devices is None else None
+    devices = by_node(jax.devices(), nodes) if nodes else devices
+    grid = np.asarray(devices).reshape(tuple(mesh_sizes(config, len(devices)).values()))
+    if nodes and not config.tensor_across_nodes:
         check_within_nodes(grid, nodes)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

@@ -39,6 +39,11 @@ def test_minus_one_takes_the_remaining_of_eight_devices(config, sizes):
     assert list(mesh.devices.flat) == jax.devices(), "every mesh has the same device order"
 
 
+def test_given_devices_keep_their_order():
+    """Those of a plan are of machines that are not here."""
+    assert list(make_mesh(MeshConfig(), jax.devices()[::-1]).devices.flat) == jax.devices()[::-1]
+
+
 def test_the_default_mesh_is_the_first_device():
     assert list(single_device_mesh().devices.flat) == jax.devices()[:1]
 

@@ -262,16 +262,25 @@ def test_a_signal_to_one_of_two_processes_saves_both_and_one_process_finishes_wh
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_process_ends_the_other_within_a_minute(tmp_path, killed):
+def test_a_killed_process_ends_the_other_within_a_minute_and_the_run_then_ends_bit_equal(tmp_path, killed):
+    options = ("sft.steps=60", "sft.eval_every=0", "run.save_every=5", 'run.stages=["sft"]')
+    uninterrupted = train(tmp_path / "whole", 2, 1, *options)
     recipe, run = write_recipe(tmp_path), tmp_path / "run"
-    argv = ("-m", "rlhf_jax", "sft", str(recipe), f"run.dir={run}", "sft.steps=100000")
+    argv = ("-m", "rlhf_jax", "train", str(recipe), f"run.dir={run}", *options)
     running = tiny_processes.start(2, 1, *argv)
-    wait_for_records(run / "sft/metrics.jsonl", 4, running)
+    while not any((run / "sft/checkpoints").glob("*/manifest.json")):  # which completes a checkpoint
+        assert all(process.poll() is None for process in running)
+        time.sleep(0.02)
     running[killed].send_signal(signal.SIGKILL)
     started = time.monotonic()
     ended = tiny_processes.finish(running, 90)
     assert time.monotonic() - started < 60
     assert ended[killed][0] == -signal.SIGKILL and ended[1 - killed][0] != 0
+    ended = tiny_processes.finish(tiny_processes.start(2, 1, *argv))
+    assert [code for code, _, _ in ended] == [0, 0] and "resumed at step" in ended[0][2], ended
+    assert untimed_records(run / "sft/metrics.jsonl") == untimed_records(uninterrupted / "sft/metrics.jsonl")
+    expected = tensors(uninterrupted / "sft/export")
+    assert all(np.array_equal(array, expected[name]) for name, array in tensors(run / "sft/export").items())
 
 
 @pytest.mark.parametrize("code", [0, 2, 75])

@@ -112,8 +112,8 @@ class Checkpoints:
     def newest_intact(self) -> int | None:
         """The newest step whose checkpoint is complete and as it was written; None where there is none.
 
-        Newer ones are renamed, with a warning: to `folder/incomplete-STEP` where the save was killed before its end (of
-        these only the last is kept), and to `folder/damaged-STEP` where a file has changed.
+        Newer ones are renamed, with a warning: to `folder/incomplete-STEP` where the save was killed before its end
+        (those of an earlier call are then deleted), and to `folder/damaged-STEP` where a file has changed.
         Raises ValueError, and renames nothing, where complete checkpoints exist and all are damaged.
         """
         self.wait()
@@ -140,9 +140,10 @@ class Checkpoints:
         if step is None and (damaged := [each for each, (kind, _) in skipped.items() if kind == "damaged"]):
             raise ValueError(f"{texts[damaged[0]]}, and no other one can be read: delete {self._folder} to start over")
         instead = "the stage starts over" if step is None else f"the checkpoint of step {step} is used"
+        patterns = {"incomplete-*" if kind == "incomplete" else f"damaged-{s}" for s, (kind, _) in skipped.items()}
+        for earlier in [path for pattern in patterns for path in self._folder.glob(pattern)]:
+            shutil.rmtree(earlier)
         for each, (kind, _) in skipped.items():
-            for old in self._folder.glob("incomplete-*" if kind == "incomplete" else f"damaged-{each}"):
-                shutil.rmtree(old)
             (self._folder / str(each)).rename(self._folder / f"{kind}-{each}")
             LOGGER.warning(f"{texts[each]}: renamed to {kind}-{each}, and {instead}")
 

@@ -97,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         hint = "; the same command resumes from the last checkpoint" if args.run is run_train else ""
         LOGGER.warning(f"rlhf-jax: interrupted{hint}")
+        hosts.fail("interrupted", EXIT_INTERRUPTED)  # an orderly exit would wait for the other processes
         return EXIT_INTERRUPTED
 
 

@@ -376,6 +376,15 @@ def test_where_the_only_save_did_not_end_there_is_no_checkpoint(two_steps, tmp_p
     assert "the stage starts over" in caplog.text
 
 
+def test_of_several_checkpoints_without_checksums_none_is_deleted(two_steps, tmp_path):
+    """As a version without checksums wrote them."""
+    shutil.copytree(two_steps, tmp_path / "run")
+    for step in ("2", "4"):
+        (tmp_path / "run" / step / MANIFEST).unlink()
+    assert newest_of(tmp_path / "run") is None
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"incomplete-2", "incomplete-4"}
+
+
 def test_a_failed_save_is_raised_and_deletes_nothing(two_steps, tmp_path, monkeypatch):
     shutil.copytree(two_steps, tmp_path / "run")
 

@@ -53,6 +53,11 @@ IMPORT_HELP = """Examples:
   rlhf-jax export runs/mine assistant-adapter --adapter
   rlhf-jax export runs/mine assistant --container google/gemma-3-4b-it
 """
+ROLLOUTS_HELP = """On a terminal in a pager, elsewhere as plain lines. Examples:
+  rlhf-jax rollouts runs/demo --sort=-score --limit 20
+  rlhf-jax rollouts runs/demo --step 40-50 --search Rome --finish length
+  rlhf-jax rollouts runs/demo --json | jq .score
+"""
 LOGGER = logging.getLogger(__name__)
 ADAPTER_HELP = "a PEFT folder, whose LoRA adapter is added to the model"
 
@@ -132,6 +137,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     command.add_argument("--examples", type=int, default=1, metavar="N", help="rows of each source (default: 1)")
     text = "bytes, seconds and cost of every phase on GPUs that need not be attached"
     add_plan_options(add("plan", run_plan, text, PLAN_HELP, config=True))
+    add_rollouts_options(add("rollouts", run_rollouts, "what was sampled in training, with filters", ROLLOUTS_HELP))
     text = "talk to an exported model in the terminal; /clear forgets the dialogue, /quit leaves"
     add_chat_options(add("chat", run_chat, text))
     text = "check a Hugging Face folder and write it again: merged, in another dtype"
@@ -177,6 +183,18 @@ def add_score_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--output", metavar="FILE", help="where the lines are written (default: stdout)")
     command.add_argument("--dtype", default="float32", choices=DTYPES, help="of the model (default: %(default)s)")
     command.add_argument("--adapter", metavar="FOLDER", help=ADAPTER_HELP)
+
+
+def add_rollouts_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run_folder", metavar="RUN", help="the run.dir of a training")
+    command.add_argument("--stage", default="", help="that sampled them (default: all)")
+    command.add_argument("--step", default="", metavar="N", help="one, or a range: 3-9, 3-, -9 (default: all)")
+    sorts = "score, kl, length, reward or step: the least first; after a minus the greatest, --sort=-score"
+    command.add_argument("--sort", default="", metavar="[-]NAME", help=f"{sorts} (default: as written)")
+    command.add_argument("--search", default="", metavar="TEXT", help="in prompt or response, in any case of letters")
+    command.add_argument("--finish", default="", choices=("eos", "length"), help="how the response ended")
+    command.add_argument("--limit", type=int, default=0, metavar="N", help="at most N (default: all)")
+    command.add_argument("--json", action="store_true", help="the records of the files, one JSON object per line")
 
 
 def add_chat_options(command: argparse.ArgumentParser) -> None:
@@ -345,6 +363,14 @@ def run_chat(args: argparse.Namespace) -> None:
 
     sample = SampleConfig(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
     chat(args.folder, sample, args.seed, args.dtype, args.adapter)
+
+
+def run_rollouts(args: argparse.Namespace) -> None:
+    from rlhf_jax.report.rollouts import Filters, parse_steps
+    from rlhf_jax.report.show_rollouts import show_rollouts
+
+    chosen = dict(stage=args.stage, search=args.search, finish=args.finish, sort=args.sort, limit=args.limit)
+    show_rollouts(Path(args.run_folder), Filters(steps=parse_steps(args.step), **chosen), as_json=args.json)
 
 
 def run_import(args: argparse.Namespace) -> None:

@@ -83,7 +83,9 @@ def test_python_m_runs_the_command_and_exits_with_the_codes_of_main(tmp_path):
     assert wrong.stderr == "rlhf-jax: nothing.toml: no such file; give the path of a TOML file\n"
 
 
-@pytest.mark.parametrize("command", ["train", "sft", "reward", "ppo", "evaluate", "score", "chat", "import", "export"])
+@pytest.mark.parametrize(
+    "command", ["train", "sft", "reward", "ppo", "evaluate", "score", "rollouts", "chat", "import", "export"]
+)
 def test_every_command_has_a_help_text(command, capsys):
     with pytest.raises(SystemExit) as left:
         main([command, "--help"])
@@ -92,6 +94,7 @@ def test_every_command_has_a_help_text(command, capsys):
     shown = {
         "chat": "FOLDER",
         "score": "FOLDER",
+        "rollouts": "rlhf-jax rollouts runs/demo",
         "import": "rlhf-jax import meta-llama",
         "export": "rlhf-jax export runs/mine",
     }

@@ -88,14 +88,19 @@ def test_every_rollout_is_written_and_agrees_with_the_metrics(finished_folder):
         rollouts = records(file)
         assert len(rollouts) == 8
         for rollout in rollouts:
-            assert set(rollout) == {"step", "prompt", "response", "score", "reward", "kl", "finish_reason"}
+            assert set(rollout) == {"step", "prompt", "response", "score", "reward", "kl", "length", "finish_reason"}
             assert rollout["step"] == step
             assert rollout["prompt"].startswith("\n\nHuman: ") and rollout["prompt"].endswith("\n\nAssistant:")
             assert rollout["finish_reason"] == ("eos" if rollout["response"].endswith("</s>") else "length")
             # kl_coef 0.1, score_clip 5: the reward of an answer is its score minus the penalties of its tokens
             clipped = min(max(rollout["score"], -5), 5)
             assert rollout["reward"] == pytest.approx(clipped - 0.1 * rollout["kl"], abs=1e-5)
-        for name, column in {"score_mean": "score", "kl": "kl", "reward_mean": "reward"}.items():
+        for name, column in {
+            "score_mean": "score",
+            "kl": "kl",
+            "reward_mean": "reward",
+            "response_length": "length",
+        }.items():
             assert metrics[name] == pytest.approx(np.mean([rollout[column] for rollout in rollouts]), abs=1e-5)
         assert metrics["ended_by_eos"] == np.mean([rollout["finish_reason"] == "eos" for rollout in rollouts])
 

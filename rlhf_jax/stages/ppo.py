@@ -334,6 +334,7 @@ def write_rollouts(
             "prompt": tokenizer.decode(rollout.prompts[i][rollout.prompt_mask[i]]),
             "response": tokenizer.decode(rollout.tokens[i][rollout.mask[i]]),
             **{name: _json_number(column[i]) for name, column in numbers.items()},
+            "length": int(rollout.mask[i].sum()),
             "finish_reason": "eos" if rollout.ended[i] else "length",
             **({"prompt_ids": rollout.prompts[i][rollout.prompt_mask[i]].tolist()} if keep_tokens else {}),
             **({"response_ids": rollout.tokens[i][rollout.mask[i]].tolist()} if keep_tokens else {}),

@@ -1,0 +1,1 @@
+"""What a run has left: its report, an HTML page, and its rollouts."""

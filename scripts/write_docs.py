@@ -258,9 +258,11 @@ def chaos() -> str:
 
     def row(result: dict) -> list[str]:
         numbers = [str(result[key]) for key in ("processes", "kills", "runs", "equal_files")]
-        return [*numbers, counts(result["moments"]), counts(result["stages"])]
+        others = f"{result['seconds_until_others_end']:.0f} s" if result["processes"] > 1 else ""
+        return [*numbers, counts(result["moments"]), counts(result["stages"]), others]
 
     head = ["processes", "kills", "runs", "equal files of each", "kills by moment aimed at", "kills by stage"]
+    head += ["the others end within"]
     return f"{table(head, [row(run['result']) for run in runs])}\n\n{origin(runs)}"
 
 

@@ -140,7 +140,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = by_node(jax.devices(), nodes) if nodes else devices
     grid = np.asarray(devices).reshape(tuple(mesh_sizes(config, len(devices)).values()))
     if nodes and not config.tensor_across_nodes:
-        check_within_nodes(grid, nodes)
+        check_within_nodes(np.vectorize(lambda device: nodes[device.process_index])(grid))
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -149,13 +149,12 @@ def by_node(devices: Sequence[jax.Device], nodes: Sequence[int]) -> list[jax.Dev
     return sorted(devices, key=lambda device: (nodes[device.process_index], device.process_index, device.id))
 
 
-def check_within_nodes(grid: np.ndarray, nodes: Sequence[int]) -> None:
-    """Raise ValueError where a row of [data, fsdp, tensor] devices, the last axis, is on several machines."""
-    groups = [{nodes[device.process_index] for device in group} for group in grid.reshape(-1, grid.shape[-1])]
-    if any(len(group) > 1 for group in groups):
-        each = grid.size // len(set(nodes))
+def check_within_nodes(nodes: np.ndarray) -> None:
+    """Raise ValueError where devices of a tensor axis are on several machines; nodes: [data, fsdp, tensor] ints."""
+    if (nodes != nodes[..., :1]).any():
+        each = nodes.size // len(np.unique(nodes))
         raise ValueError(
-            f"mesh.tensor={grid.shape[-1]} splits every layer over machines of {each} devices, whose network is far "
+            f"mesh.tensor={nodes.shape[-1]} splits every layer over machines of {each} devices, whose network is far "
             f"slower than the links within one: set mesh.tensor to one of {_divisors(each)}, or "
             "mesh.tensor_across_nodes=true"
         )

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from rlhf_jax.hardware import GIB, GPUS, Machine, compile_obstacle, parse_machine
+from rlhf_jax.mesh import check_within_nodes
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.plan.abstract import abstract_mesh, find_config
 from rlhf_jax.plan.auto import SWITCHES, choose_switches, get_value, idle, with_values
@@ -45,11 +47,14 @@ def make_plan(
         Bytes on one GPU. "fits" is True, False, or None where nothing can be compiled for these GPUs and the bounds by
         arithmetic leave it open; "peak" of a phase is then its upper bound, and "least" its lower one.
     Raises:
-        ValueError: unknown GPUs, no config.json, sizes that do not divide the devices, too few positions.
+        ValueError: unknown GPUs, no config.json, sizes that do not divide the devices, too few positions, or a tensor
+            axis across nodes without `mesh.tensor_across_nodes`.
         RuntimeError: the compiler failed.
     """
     wanted, stages = parse_machine(gpus), recipe.run.stages if stages is None else tuple(stages)
     mesh, usable = abstract_mesh(recipe.mesh, wanted.count), int(USABLE_SHARE * wanted.gpu.memory)
+    if not recipe.mesh.tensor_across_nodes:
+        check_within_nodes(np.arange(wanted.count).reshape(mesh.axis_sizes) // wanted.per_node)
     compiled: dict[Recipe, dict[str, Any]] = {}
 
     def need(candidate: Recipe) -> int:
@@ -175,8 +180,6 @@ def _notes(recipe: Recipe, wanted: Machine, obstacle: str = "") -> list[str]:
     for kind, name in named.items():
         if not latest_export(kind, recipe.run) and find_config(name)[1]:
             notes.append(f"config.json of {name} from the plan's own table of known models")
-    if wanted.nodes > 1:
-        notes.append("this version trains in one process, so on one node: more nodes can only be planned")
     if wanted.gpu.capability < "8.0" and recipe.model.dtype == "bfloat16":
         fix = 'model.dtype="float16", which scales the loss, computes eight times as fast'
         notes.append(f"{wanted.gpu.name} has no bfloat16 unit: speeds are those of float32; {fix}")

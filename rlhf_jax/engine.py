@@ -213,7 +213,7 @@ class Programs(NamedTuple):
         score: (state, frozen, rollout, scores) -> Experience, of models on the devices, without an average.
         actor, critic: (state, frozen, experience) -> (state, {name: scalar}); None: there is no critic. With texts
             the actor's third argument is that of `with_texts`.
-        average: (average, weights) -> average, for one array.
+        average: (average, weights, is_taken) -> average, for one array.
     """
 
     publish: Publish
@@ -404,14 +404,15 @@ def make_engine(
             raise ValueError("give texts to an update of the actor where the algorithm has a text_coef, and only there")
         if texts is not None:
             check_divides("texts of one update", texts.tokens.shape[0], parts, "micro-batches x devices")
-        states, stats, before = {}, {}, int(state.actor.step) if state.average else 0
+        states, stats, average = {}, {}, state.average
+        before = jnp.copy(state.actor.step)  # the state is donated
         for name in models:
             batch = with_texts(experience, texts) if texts is not None and name == "actor" else experience
             states[name], each = getattr(programs, name)(getattr(state, name), getattr(frozen, name), batch)
             stats |= {f"{name}_{key}": value for key, value in each.items()}
-        state, average = dataclasses.replace(state, **states), state.average
-        if "actor" in states and average and int(state.actor.step) > before:  # not skipped
-            average = ema_update(programs.average, average, state.actor.trainable)
+        state = dataclasses.replace(state, **states)
+        if "actor" in states and average:
+            average = ema_update(programs.average, average, state.actor.trainable, state.actor.step > before)
         return dataclasses.replace(state, average=average), stats
 
     return Engine(models, publish, make_generate(decoding, sampling.rows), score, update, programs)

@@ -299,11 +299,17 @@ def start_ema(trainable: Params, *, offload: bool) -> Params:
 
 
 def make_ema_step(decay: float):
-    """The jitted (average, weights) -> average + (1 - decay) (weights - average) of one array; donates the average."""
-    return jax.jit(lambda average, weights: average + (1 - decay) * (weights - average), donate_argnums=0)
+    """The jitted (average, weights, is_taken) -> average + (1 - decay) (weights - average) of one array, where the step
+    that led to the weights was taken, [] bool, else the average; donates the average.
+    """
+
+    def step(average: jax.Array, weights: jax.Array, is_taken: jax.Array) -> jax.Array:
+        return jnp.where(is_taken, average + (1 - decay) * (weights - average), average)
+
+    return jax.jit(step, donate_argnums=0)
 
 
-def ema_update(step, average: Params, trainable: Params) -> Params:
+def ema_update(step, average: Params, trainable: Params, is_taken: jax.Array) -> Params:
     """The average after a step of `trainable`, path by path with `step` of `make_ema_step`; the old one is deleted.
 
     An average in host memory is fetched to the devices one path at a time, the next after that one has returned, so at
@@ -312,8 +318,8 @@ def ema_update(step, average: Params, trainable: Params) -> Params:
 
     def update(leaf: jax.Array, weights: jax.Array) -> jax.Array:
         if not in_host_memory(leaf):
-            return step(leaf, weights)
-        back = jax.block_until_ready(jax.device_put(step(to_devices(leaf), weights), leaf.sharding))
+            return step(leaf, weights, is_taken)
+        back = jax.block_until_ready(jax.device_put(step(to_devices(leaf), weights, is_taken), leaf.sharding))
         leaf.delete()
         return back
 

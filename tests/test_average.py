@@ -13,7 +13,7 @@ from rlhf_jax.train_step import ema_update, make_ema_step, start_ema
 
 def ema_with_decay(decay):
     """The compiled update (average, weights) -> average."""
-    return functools.partial(ema_update, make_ema_step(decay))
+    return functools.partial(ema_update, make_ema_step(decay), is_taken=jnp.array(True))
 
 
 def test_three_steps_equal_hand_arithmetic():
@@ -26,6 +26,12 @@ def test_three_steps_equal_hand_arithmetic():
     for each, expected in zip(weights, ([1.0, 1.0], [2.75, 1.0], [2.0625, 1.0]), strict=True):
         average = follow(average, each)
         np.testing.assert_array_equal(average["w"], expected)
+
+
+def test_weights_of_a_skipped_step_leave_the_average_as_it_was():
+    average, step = start_ema({"w": jnp.array([0.5, -0.0])}, offload=False), make_ema_step(0.75)
+    after = ema_update(step, average, {"w": jnp.array([4.0, jnp.inf])}, jnp.array(False))
+    np.testing.assert_array_equal(np.asarray(after["w"]).view(np.int32), np.array([0.5, -0.0], np.float32).view(np.int32))
 
 
 def test_constant_weights_are_their_own_average():

@@ -378,8 +378,8 @@ def _learning_from(
         largest = max(there, key=lambda path: device_bytes(there[path]))
         if host_bytes(state.average):
             live |= {"moving average": device_bytes(there[largest])}
-        pair = there[largest], state.actor.trainable[largest]
-        found.append(Phase(stage, "average", programs.average, pair, live))
+        args = there[largest], state.actor.trainable[largest], jax.ShapeDtypeStruct((), jnp.bool_)
+        found.append(Phase(stage, "average", programs.average, args, live))
     return found
 
 

@@ -84,7 +84,6 @@ class Recipe:
     def context(self, stage: str, mesh: Mesh) -> StageContext:
         """The inputs of the stage; the exports that it starts from need not exist yet."""
         found = sources(stage, self.run.stages, self.model, getattr(self, stage))
-        found = sources(stage, self.run.stages, self.model, getattr(self, stage))
         start = {kind: self.run.export(name) for kind, name in found.items()}
         settings = self.row_spec(stage), self.run, self.layout(mesh), self.model, self.data
         return StageContext(stage, *settings, self.tokenizer, start)

@@ -31,7 +31,9 @@ def test_three_steps_equal_hand_arithmetic():
 def test_weights_of_a_skipped_step_leave_the_average_as_it_was():
     average, step = start_ema({"w": jnp.array([0.5, -0.0])}, offload=False), make_ema_step(0.75)
     after = ema_update(step, average, {"w": jnp.array([4.0, jnp.inf])}, jnp.array(False))
-    np.testing.assert_array_equal(np.asarray(after["w"]).view(np.int32), np.array([0.5, -0.0], np.float32).view(np.int32))
+    np.testing.assert_array_equal(
+        np.asarray(after["w"]).view(np.int32), np.array([0.5, -0.0], np.float32).view(np.int32)
+    )
 
 
 def test_constant_weights_are_their_own_average():

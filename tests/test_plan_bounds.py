@@ -59,7 +59,9 @@ def test_the_published_bounds_of_every_configuration_contain_its_compiled_peak_a
 
 def test_a_plan_refuses_a_tensor_axis_across_nodes_as_a_run_does():
     recipe = load_config(ROOT / "configs/opt-1.3b-single_node.toml", ["mesh.tensor=16", "sft.batch_size=256"], Recipe)
-    with pytest.raises(ValueError, match=r"mesh.tensor=16 .* machines of 8 devices.*\[1, 2, 4, 8\].*tensor_across_nodes"):
+    with pytest.raises(
+        ValueError, match=r"mesh.tensor=16 .* machines of 8 devices.*\[1, 2, 4, 8\].*tensor_across_nodes"
+    ):
         make_plan(recipe, "2x8xA100-80GB")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -21,8 +21,15 @@ from rlhf_jax.evaluate import EvaluateConfig, format_report, sample_texts, win_n
 from rlhf_jax.mesh import MeshConfig, make_mesh
 from rlhf_jax.models.hub import local_folder, read_json
 from rlhf_jax.models.pretrained import from_pretrained, has_scalar_head, reward_from_pretrained
-from rlhf_jax.reward_functions import answered_example, call_function, is_function, load_function, plain_turns
-from rlhf_jax.scoring import encode_each, score_answers, score_rows, scorer_tokenizer, win_rate
+from rlhf_jax.reward_functions import (
+    answered_example,
+    call_function,
+    is_function,
+    load_function,
+    messages_of,
+    plain_turns,
+)
+from rlhf_jax.scoring import best_of, encode_each, score_answers, score_rows, scorer_tokenizer, win_rate
 from rlhf_jax.stages.run_folder import date_of_export
 
 LOGGER = logging.getLogger(__name__)
@@ -67,7 +74,8 @@ def compare_models(
             `reward_functions.call_function`; "": the answers are not scored.
         config: number of prompts, batch size, seed, sampling; None: the defaults.
         dtype: of the models' parameters, as in `from_pretrained`.
-        output: a folder to write evaluate.json and evaluate.jsonl to; None: none.
+        output: a folder to write evaluate.json and evaluate.jsonl to, and with `config.best_of` above 1 NAME_best.jsonl
+            for each model, see `write_best`; None: none.
         mesh: None: all devices.
     Raises:
         ValueError: a folder, row or function that cannot be used, or no prompt that every model has room for.
@@ -75,14 +83,15 @@ def compare_models(
     config, mesh = config or EvaluateConfig(), mesh or make_mesh(MeshConfig())
     source = parse_place(prompts, "--prompts", as_prompts=True)
     rows = list(itertools.islice(read_place(source, "prompt"), config.prompts))
-    function = load_function(reward) if is_function(reward) else None
-    if reward and function is None:
+    if reward and not is_function(reward):
         check_reward_model(reward)
+    if config.best_of > 1 and not reward:
+        raise ValueError(f"best_of={config.best_of}: give --reward, which says which of the answers is the best")
     if not rows:
         raise ValueError(f"{source.path} gives no prompts: name their field, as '{{ path = ..., prompt = ... }}'")
     names, templates = LETTERS[: len(folders)], {}
     config = replace(config, batch_size=min(config.batch_size, len(rows)))
-    found: dict[str, dict[int, SampledAnswer]] = {}
+    found: dict[str, dict[int, list[SampledAnswer]]] = {}
     for name, folder in zip(names, folders, strict=True):
         found[name], templates[name] = answer_prompts(folder, [each for _, each in rows], config, dtype, mesh)
     kept = [i for i in range(len(rows)) if all(i in answers for answers in found.values())]
@@ -91,26 +100,22 @@ def compare_models(
         LOGGER.warning(f"{len(rows) - len(kept)} of {len(rows)} prompts are left out: {why}")
     if not kept:
         raise ValueError("no prompt is left that all models have room for: lower sample.max_new_tokens or shorten them")
-    answered = {
-        name: [answered_example(rows[i][1], answers[i].text, answers[i].ended, rows[i][0]) for i in kept]
-        for name, answers in found.items()
-    }
+    prompted = [rows[i] for i in kept]
+    sampled = {name: [answer for i in kept for answer in answers[i]] for name, answers in found.items()}
     scores: dict[str, np.ndarray] = {}
-    if function is not None:
-        as_messages = source.format in ("messages", "sharegpt") or any(len(rows[i][1].turns) > 1 for i in kept)
-        scores = {name: call_function(function, each, as_messages=as_messages) for name, each in answered.items()}
-    elif reward:
-        scorer = reward_from_pretrained(reward, mesh=mesh, dtype=dtype)
-        others = [name for name in names if templates[name] != scorer_tokenizer(scorer).chat_template]
-        if others:
-            LOGGER.info(f"{reward} scores the texts in its own chat template, which is not that of {', '.join(others)}")
-        scores = {name: score_answers(scorer, each, config.batch_size) for name, each in answered.items()}
+    if reward:
+        options = dict(as_messages=source.format in ("messages", "sharegpt"), dtype=dtype, mesh=mesh)
+        scores = score_all(reward, prompted, sampled, templates, config, **options)
+        best = {name: best_of(each, config.best_of) for name, each in scores.items()}
+        sampled = {name: [sampled[name][at] for at in each] for name, each in best.items()}
+        scores = {name: scores[name][each] for name, each in best.items()}
 
     numbers: dict[str, Any] = {"models": dict(zip(names, folders, strict=True)), "reward": reward, "prompts": len(kept)}
-    columns: dict[str, list] = {"prompt": [plain_turns(rows[i][1].turns) for i in kept]}
-    for name, answers in found.items():
-        columns[f"{name}_answer"] = [answers[i].text for i in kept]
-        measured = {part: [getattr(answers[i], part) for i in kept] for part in ("length", "ended")}
+    numbers["best_of"] = config.best_of
+    columns: dict[str, list] = {"prompt": [plain_turns(example.turns) for _, example in prompted]}
+    for name, answers in sampled.items():
+        columns[f"{name}_answer"] = [answer.text for answer in answers]
+        measured = {part: [getattr(answer, part) for answer in answers] for part in ("length", "ended")}
         if name in scores:
             columns[f"{name}_score"] = measured["score"] = scores[name].tolist()
         numbers |= {f"{name}_{part}": float(np.mean(values)) for part, values in measured.items()}
@@ -121,13 +126,63 @@ def compare_models(
     report += "".join(f"\n  {name} is {folder}" for name, folder in zip(names, folders, strict=True))
     if output is not None:
         write_evaluation(Path(output), numbers, records)
+        for name in names if config.best_of > 1 else ():
+            examples = [example for _, example in prompted]
+            write_best(Path(output) / f"{name}_best.jsonl", examples, sampled[name], scores[name])
     return Comparison(report, numbers, records)
+
+
+def score_all(
+    reward: str,
+    prompted: Sequence[tuple[Mapping[str, Any], Example]],
+    sampled: Mapping[str, Sequence[SampledAnswer]],
+    templates: Mapping[str, str],
+    config: EvaluateConfig,
+    *,
+    as_messages: bool,
+    dtype: str,
+    mesh: Mesh,
+) -> dict[str, np.ndarray]:
+    """{model: [B best_of] scores} of the answers of each to these prompts, by a function or a reward model's folder."""
+    each = [row for row in prompted for _ in range(config.best_of)]
+    answered = {
+        name: [
+            answered_example(example, answer.text, answer.ended, fields)
+            for (fields, example), answer in zip(each, answers, strict=True)
+        ]
+        for name, answers in sampled.items()
+    }
+    if is_function(reward):
+        function = load_function(reward)
+        as_messages = as_messages or any(len(example.turns) > 1 for _, example in prompted)
+        return {name: call_function(function, these, as_messages=as_messages) for name, these in answered.items()}
+    scorer = reward_from_pretrained(reward, mesh=mesh, dtype=dtype)
+    if others := [name for name in templates if templates[name] != scorer_tokenizer(scorer).chat_template]:
+        LOGGER.info(f"{reward} scores the texts in its own chat template, which is not that of {', '.join(others)}")
+    return {name: score_answers(scorer, these, config.batch_size) for name, these in answered.items()}
+
+
+def write_best(
+    path: Path, examples: Sequence[Example], answers: Sequence[SampledAnswer], scores: Sequence[float]
+) -> None:
+    """Write prompts with their best answers as demonstrations, one {"messages", "score"} a line, for another SFT round.
+
+    Answers that were cut at the maximum length are left out: SFT would teach their cut as the end.
+    """
+    with path.open("w", encoding="utf-8") as out:
+        for example, answer, score in zip(examples, answers, scores, strict=True):
+            if answer.ended:
+                turns = messages_of((*example.turns, ("assistant", answer.text)))
+                tools = {"tools": list(example.tools)} if example.tools else {}
+                out.write(json.dumps({"messages": turns, **tools, "score": float(score)}, ensure_ascii=False) + "\n")
+    ended = sum(answer.ended for answer in answers)
+    LOGGER.info(f"{path}: {ended} demonstrations; {len(answers) - ended} best answers were cut and are left out")
 
 
 def answer_prompts(
     folder: str, examples: Sequence[Example], config: EvaluateConfig, dtype: str, mesh: Mesh
-) -> tuple[dict[int, SampledAnswer], str]:
-    """{index of an example: the model's answer}, and the model's chat template.
+) -> tuple[dict[int, list[SampledAnswer]], str]:
+    """{index of an example: the model's `best_of` answers}, and the model's chat template.
 
     Prompts that leave no room for max_new_tokens have no answer.
     """
@@ -148,9 +203,9 @@ def answer_prompts(
     for row, i in enumerate(kept):
         tokens[row, width - len(prompts[i]) :], mask[row, width - len(prompts[i]) :] = prompts[i], True
     rollout, texts = sample_texts(model, tokens, mask, config)
-    lengths = rollout.mask.sum(axis=1).tolist()
-    answers = map(SampledAnswer, texts, rollout.ended.tolist(), lengths)
-    return dict(zip(kept, answers, strict=True)), tokenizer.chat_template
+    lengths, count = rollout.mask.sum(axis=1).tolist(), config.best_of
+    answers = list(map(SampledAnswer, texts, rollout.ended.tolist(), lengths))
+    return {i: answers[at * count : (at + 1) * count] for at, i in enumerate(kept)}, tokenizer.chat_template
 
 
 def check_reward_model(folder: str, adapter: str | None = None) -> None:

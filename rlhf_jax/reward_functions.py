@@ -110,8 +110,8 @@ def call_function(
 
 def function_result(function: Callable, answers: Sequence[Answered], as_messages: bool) -> Any:
     """What the function returns, awaited where it is awaitable."""
-    prompts = [_messages(each.turns) if as_messages else each.turns[-1][1] for each in answers]
-    completions = [_messages((("assistant", each.answer),)) if as_messages else each.answer for each in answers]
+    prompts = [messages_of(each.turns) if as_messages else each.turns[-1][1] for each in answers]
+    completions = [messages_of((("assistant", each.answer),)) if as_messages else each.answer for each in answers]
     columns = {key: [each.fields.get(key) for each in answers] for key in answers[0].fields}
     examples = [dict(each.fields) for each in answers]
     given = {**columns, "prompts": prompts, "completions": completions}
@@ -178,5 +178,6 @@ def plain_turns(turns: Turns) -> list[tuple[str, str]]:
     return [(turn[0], turn[1]) for turn in turns]
 
 
-def _messages(turns: Turns) -> list[dict[str, Any]]:
+def messages_of(turns: Turns) -> list[dict[str, Any]]:
+    """The turns as messages, with all their fields."""
     return [{"role": turn.role, "content": turn.content, **turn.extra} for turn in (Turn(*turn) for turn in turns)]

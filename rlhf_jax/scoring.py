@@ -1,4 +1,4 @@
-"""Scores of dialogues and texts by a reward model, and the interval of a win rate."""
+"""Scores of dialogues and texts by a reward model, its accuracy on pairs, and the interval of a win rate."""
 
 from __future__ import annotations
 
@@ -122,3 +122,45 @@ def win_rate(scores: Sequence[float], others: Sequence[float]) -> tuple[float, f
     centre = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
     return rate, max(0.0, centre - half), min(1.0, centre + half)
+
+
+def pair_accuracy(scores: np.ndarray, lengths: np.ndarray, sources: Sequence[str]) -> dict[str, Any]:
+    """How often the chosen answer of a pair scores higher, next to how often it is the longer one.
+
+    Args:
+        scores, lengths: [B, 2] of the chosen and the rejected answer; lengths in tokens.
+        sources: [B] where each pair comes from.
+    Returns:
+        {pairs, accuracy, accuracy_interval, longer, longer_interval} of all pairs, with a list of the same in
+        "by_length", for quarters of the pairs by the difference of lengths, chosen minus rejected, "from" to "to"; and
+        in "by_source" {source: the same} where there are several. Intervals and ties are those of `win_rate`.
+    """
+
+    def figures(of: np.ndarray) -> dict[str, Any]:
+        found: dict[str, Any] = {"pairs": int(of.size)}
+        for name, values in (("accuracy", scores), ("longer", lengths)):
+            rate, low, high = win_rate(values[of, 0], values[of, 1])
+            found |= {name: rate, f"{name}_interval": [low, high]}
+        return found
+
+    difference = lengths[:, 0].astype(int) - lengths[:, 1]
+    quarters = [each for each in np.array_split(np.argsort(difference, kind="stable"), 4) if each.size]
+    ends = [{"from": int(difference[each[0]]), "to": int(difference[each[-1]])} for each in quarters]
+    found = figures(np.arange(len(scores)))
+    found["by_length"] = [end | figures(each) for end, each in zip(ends, quarters, strict=True)]
+    if len(set(sources)) > 1:
+        where = np.array(sources)
+        found["by_source"] = {each: figures(np.flatnonzero(where == each)) for each in sorted(set(sources))}
+    return found
+
+
+def best_of(scores: np.ndarray, count: int) -> np.ndarray:
+    """[B] the row with the highest of each `count` adjacent scores [B count]; of equal ones the first."""
+    return np.arange(0, len(scores), count) + np.asarray(scores).reshape(-1, count).argmax(axis=1)
+
+
+def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """The mean of values [B] and its 95% interval by the normal approximation, 1.96 standard errors to each side."""
+    values = np.asarray(values, np.float64)
+    half = 1.959964 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)

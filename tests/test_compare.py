@@ -14,6 +14,7 @@ import rlhf_jax
 import rlhf_jax.compare
 from rlhf_jax.cli import main
 from rlhf_jax.data.places import kind_of, parse_place, read_place
+from rlhf_jax.data.records import Example
 from rlhf_jax.reward_functions import Answered, call_function, load_function
 from rlhf_jax.scoring import score_answers, win_rate
 
@@ -138,6 +139,42 @@ def test_every_model_gets_prompts_in_its_own_template(run, write_jsonl, tmp_path
     assert asked[0] == [f"\n\nHuman: {text}\n\nAssistant:" for text in QUESTIONS[:2]]
     assert asked[1] == [f"Q: {text}\nA:" for text in QUESTIONS[:2]]
     assert "A_score" not in compared.records[0] and "B_win_rate" not in compared.numbers
+
+
+def test_the_best_of_several_answers_is_kept_and_written_as_demonstrations(run, write_jsonl, tmp_path):
+    seen, judge = tmp_path / "seen.jsonl", tmp_path / "judge.py"
+    judge.write_text(
+        "import json, pathlib\ndef score(prompts, completions):\n"
+        f"    pathlib.Path({str(seen)!r}).write_text(json.dumps(completions))\n"
+        "    return [float(sum(map(ord, text)) % 97) for text in completions]\n"
+    )
+    file, output = write_jsonl([{"prompt": text} for text in QUESTIONS]), tmp_path / "best"
+    sample = rlhf_jax.SampleConfig(max_new_tokens=6)
+    config = rlhf_jax.evaluate.EvaluateConfig(best_of=3, sample=sample)
+    compared = rlhf_jax.compare_models([str(run / "sft/export")], str(file), f"{judge}:score", config, output=output)
+    texts = np.array(json.loads(seen.read_text())).reshape(4, 3)
+    scores = [[sum(map(ord, text)) % 97 for text in row] for row in texts]
+    assert len(set(texts.ravel())) > 8
+    assert [row["A_score"] for row in compared.records] == [max(row) for row in scores]
+    assert [row["A_answer"] for row in compared.records] == [
+        row[np.argmax(each)] for row, each in zip(texts, scores, strict=True)
+    ]
+    assert compared.numbers["best_of"] == 3 and (output / "A_best.jsonl").read_text() == ""  # no answer ended
+    with pytest.raises(ValueError, match="best_of=3: give --reward"):
+        rlhf_jax.compare_models([run / "sft/export"], str(file), config=config)
+
+
+def test_best_answers_are_read_as_demonstrations_of_sft_without_those_that_were_cut(tmp_path):
+    asked = [
+        Example((("system", "Hm."), ("user", "a")), "", "", "", "x", 1),
+        Example((("user", "c"),), *[""] * 3, "x", 2),
+    ]
+    answers = [rlhf_jax.compare.SampledAnswer("Yes.", True, 2), rlhf_jax.compare.SampledAnswer("No", False, 6)]
+    rlhf_jax.compare.write_best(tmp_path / "best.jsonl", asked, answers, [0.5, 0.75])
+    source = parse_place(str(tmp_path / "best.jsonl"), "FILE")
+    ((fields, example),) = read_place(source, "demonstration")
+    assert source.format == "messages" and fields["score"] == 0.5
+    assert [turn[:2] for turn in example.turns] == [("system", "Hm."), ("user", "a")] and example.answer == "Yes."
 
 
 def test_a_win_rate_counts_ties_half_and_has_wilsons_interval():

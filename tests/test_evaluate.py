@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -13,8 +14,10 @@ import rlhf_jax
 from rlhf_jax.config import load_config
 from rlhf_jax.data.selection import read_examples
 from rlhf_jax.data.splits import prompt_key
-from rlhf_jax.evaluate import format_report, score_sequences
+from rlhf_jax.evaluate import format_report, held_out_demonstrations, score_sequences
+from rlhf_jax.likelihood import answer_kl, is_own_distribution
 from rlhf_jax.recipe import Recipe
+from rlhf_jax.scoring import best_of, pair_accuracy, win_rate
 
 
 @pytest.fixture
@@ -44,8 +47,65 @@ def test_the_metrics_and_all_answers_are_written(evaluation):
         assert 0 <= numbers[f"{stage}_ended"] <= 1
     wins = [np.sign(row["ppo_score"] - row["sft_score"]) / 2 + 0.5 for row in rows]
     assert numbers["ppo_win_rate"] == np.mean(wins)
-    # of 12 pairs
-    assert numbers["reward_accuracy"] * 12 == pytest.approx(round(numbers["reward_accuracy"] * 12))
+    pairs = numbers["reward_pairs"]
+    assert pairs["pairs"] == 12 == sum(part["pairs"] for part in pairs["by_length"]) and "by_source" not in pairs
+    assert numbers["reward_accuracy"] == pairs["accuracy"] == pytest.approx(round(pairs["accuracy"] * 12) / 12)
+    low, high = numbers["ppo_kl_interval"]
+    assert low < numbers["ppo_kl"] < high and "sft_kl" not in numbers
+
+
+def test_the_perplexity_is_that_of_the_answers_of_held_out_demonstrations(evaluation):
+    folder, _ = evaluation
+    data = load_config(folder / "config.toml", [], Recipe).data
+    numbers = json.loads((folder / "evaluate.json").read_text())
+    for stage in ("sft", "ppo"):
+        model = rlhf_jax.from_pretrained(folder / stage / "export")
+        batch = held_out_demonstrations(model.tokenizer, "sft", data, 256)
+        logits = np.asarray(rlhf_jax.apply(model, batch.tokens, batch.mask), np.float64)[:, :-1]
+        logprobs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        chosen = np.take_along_axis(logprobs, batch.tokens[:, 1:, None], axis=2)[..., 0]
+        expected = np.exp(-chosen[batch.loss_mask[:, 1:]].mean())
+        assert numbers[f"{stage}_perplexity"] == pytest.approx(expected, rel=1e-5) and expected > 2
+    assert held_out_demonstrations(model.tokenizer, "sft", data, 0) is None
+
+
+def test_the_kl_of_answers_is_the_mean_difference_of_log_probabilities_of_both_models(finished_folder):
+    policy, reference = (rlhf_jax.from_pretrained(finished_folder / name / "export") for name in ("ppo", "sft"))
+    prompts = np.random.default_rng(0).integers(3, 300, (6, 9)).astype(np.int32)
+    real = np.arange(9) >= np.array([0, 3, 5, 1, 0, 8])[:, None]
+    sample = rlhf_jax.SampleConfig(max_new_tokens=5)
+    rollout = jax.tree.map(np.asarray, rlhf_jax.generate(policy, prompts, real, sample, jax.random.key(1)))
+    differences = []
+    for row in range(6):
+        start = [rollout.prompts[row][rollout.prompt_mask[row]], rollout.tokens[row][rollout.mask[row]]]
+        tokens = np.concatenate(start)[None]
+        sums = []
+        for model in (policy, reference):
+            logits = np.asarray(rlhf_jax.apply(model, tokens, np.ones_like(tokens, bool)), np.float64)[0]
+            logprobs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+            sums.append(sum(logprobs[at - 1, tokens[0, at]] for at in range(len(start[0]), tokens.shape[1])))
+        differences.append(sums[0] - sums[1])
+    mean, low, high = answer_kl(reference, rollout, 4)
+    assert mean == pytest.approx(np.mean(differences), abs=1e-5) and abs(mean) > 1e-4
+    assert (high - low) / 2 == pytest.approx(1.96 * np.std(differences, ddof=1) / np.sqrt(6), rel=1e-3)
+    assert answer_kl(policy, rollout, 4)[0] == pytest.approx(0.0, abs=1e-5)
+    assert is_own_distribution(sample) and not is_own_distribution(rlhf_jax.SampleConfig(5, temperature=0.5))
+
+
+def test_the_accuracy_on_pairs_is_given_by_length_and_source_next_to_that_of_the_longer_answer():
+    scores = np.array([[2.0, 1.0], [0.0, 1.0], [3.0, 1.0], [4.0, 1.0], [1.0, 1.0], [0.0, 5.0], [2.0, 0.0], [9.0, 1.0]])
+    lengths = np.array([[5, 1], [9, 2], [3, 9], [4, 4], [1, 2], [2, 1], [3, 9], [7, 9]])
+    found = pair_accuracy(scores, lengths, ["a"] * 6 + ["b"] * 2)
+    assert (found["pairs"], found["accuracy"], found["longer"]) == (8, 5.5 / 8, 3.5 / 8)
+    assert found["accuracy_interval"] == list(win_rate(scores[:, 0], scores[:, 1])[1:])
+    assert [(part["from"], part["to"]) for part in found["by_length"]] == [(-6, -6), (-2, -1), (0, 1), (4, 7)]
+    assert [part["accuracy"] for part in found["by_length"]] == [1.0, 0.75, 0.5, 0.5]
+    assert [part["longer"] for part in found["by_length"]] == [0.0, 0.0, 0.75, 1.0]
+    assert {name: (part["pairs"], part["accuracy"]) for name, part in found["by_source"].items()} == {
+        "a": (6, 3.5 / 6),
+        "b": (2, 1.0),
+    }
+    assert best_of(np.array([1.0, 3.0, 2.0, 5.0, 5.0, 0.0]), 3).tolist() == [1, 3]
 
 
 def test_prompts_are_printed_with_both_answers_and_their_scores(evaluation):
@@ -56,7 +116,8 @@ def test_prompts_are_printed_with_both_answers_and_their_scores(evaluation):
             assert f"  {stage.upper()} (score {row[f'{stage}_score']:+.2f}, not good):" in said
     assert records(folder / "evaluate.jsonl")[2]["prompt"][-1][1] not in said  # evaluate.show is 2
     assert "over 8 held-out prompts:" in said
-    assert "reward model's accuracy on held-out pairs" in said
+    assert "reward model's accuracy on held-out pairs" in said and "the longer answer is chosen" in said
+    assert "perplexity of demonstrations" in said and "KL to SFT, nats per answer" in said
 
 
 def test_no_evaluation_prompt_is_trained_on_in_any_stage(evaluation):

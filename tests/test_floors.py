@@ -17,6 +17,7 @@ FLOORS = [
     ["engine"],
     ["stages"],
     ["scoring"],
+    ["likelihood"],
     ["evaluate"],
     ["recipe"],
     ["plan", "show_data", "chat", "compare", "import_export", "serve", "report"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,15 @@ from rlhf_jax.models import peft
 from rlhf_jax.models.attention import kernel_for_mesh
 from rlhf_jax.models.config import Choice, Compute, DecoderConfig
 from rlhf_jax.models.containers import write_container
-from rlhf_jax.models.decoder import abstract_params, bind, last_hidden, logits, scalar_scores
+from rlhf_jax.models.decoder import (
+    abstract_params,
+    bind,
+    head_kernel,
+    head_options,
+    last_hidden,
+    logits,
+    scalar_scores,
+)
 from rlhf_jax.models.families import checkpoint_of, decoder_config, hf_config, hf_tensors
 from rlhf_jax.models.families.containers import is_container, text_config
 from rlhf_jax.models.hub import (
@@ -37,10 +45,12 @@ from rlhf_jax.models.quantised import QUANTISED_KINDS, UNQUANTISED_DTYPE
 from rlhf_jax.models.safetensors_io import different_twin, read_params, write_params
 from rlhf_jax.models.tokenizer_files import write_tokenizer
 from rlhf_jax.models.unstacked import Param
+from rlhf_jax.objectives.logprobs import token_logprobs
 
 LOGGER = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")  # of files, and of parameters, which may be of quantised.KINDS too
 _SCORE = "score/kernel"
+LOGPROB_CHUNK = 128  # positions whose logits are in memory at once
 
 
 @dataclass(frozen=True)
@@ -268,7 +278,25 @@ def apply(model: Pretrained, input_ids: jax.Array, attention_mask: jax.Array) ->
     """
     if model.config.scalar_head:
         raise ValueError("this model has a scalar head and no logits: use score")
-    return _outputs(model, input_ids, attention_mask, "auto")
+    return _outputs(_head_outputs, model, input_ids, attention_mask, "auto")
+
+
+def logprobs(
+    model: Pretrained, input_ids: jax.Array, attention_mask: jax.Array, *, attention: Choice = "auto"
+) -> jax.Array:
+    """Log-probability of each token after those before it, by a language model; the logits are never kept.
+
+    Args:
+        input_ids, attention_mask: [B, T], as `apply` takes them.
+        attention: the kernel, see `kernel_for_mesh`.
+    Returns:
+        [B, T - 1] float32, of the tokens from the second on; arbitrary but finite on padding.
+    Raises:
+        ValueError: as `apply`, or "cudnn" where it cannot.
+    """
+    if model.config.scalar_head:
+        raise ValueError("this model has a scalar head and no logits: use score")
+    return _outputs(_token_logprobs, model, input_ids, attention_mask, attention)
 
 
 def score(
@@ -287,7 +315,7 @@ def score(
     """
     if not scorer.config.scalar_head:
         raise ValueError("this model has no scalar head: load it with reward_from_pretrained")
-    return _outputs(scorer, input_ids, attention_mask, attention)
+    return _outputs(_head_outputs, scorer, input_ids, attention_mask, attention)
 
 
 def check_in_vocabulary(config: DecoderConfig, tokens: Any, mask: Any) -> None:
@@ -305,7 +333,9 @@ def check_in_vocabulary(config: DecoderConfig, tokens: Any, mask: Any) -> None:
         )
 
 
-def _outputs(model: Pretrained, input_ids: jax.Array, attention_mask: jax.Array, attention: Choice) -> jax.Array:
+def _outputs(
+    program: Callable, model: Pretrained, input_ids: jax.Array, attention_mask: jax.Array, attention: Choice
+) -> jax.Array:
     tokens, mask = jnp.asarray(input_ids, jnp.int32), jnp.asarray(attention_mask, bool)
     if tokens.ndim != 2 or tokens.shape != mask.shape:
         raise ValueError(f"input_ids {tokens.shape} and attention_mask {mask.shape} have to be [B, T] both")
@@ -323,7 +353,7 @@ def _outputs(model: Pretrained, input_ids: jax.Array, attention_mask: jax.Array,
         )
     layout, dtype = model.layout if divides else None, model.params["embed/tokens"].dtype
     kernel = kernel_for_mesh(model.layout.mesh, model.config, dtype, tokens.shape[1], attention).name
-    return _head_outputs(model.config, layout, kernel if divides else "xla", model.params, tokens, mask)
+    return program(model.config, layout, kernel if divides else "xla", model.params, tokens, mask)
 
 
 def _hidden(config: DecoderConfig, layout: Layout | None, kernel: str, params, tokens, mask) -> jax.Array:
@@ -343,3 +373,11 @@ def _head_outputs(config: DecoderConfig, layout: Layout | None, kernel: str, par
         if config.scalar_head:
             return scalar_scores(params, last_hidden(hidden, mask))
         return logits(config, params, hidden)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _token_logprobs(config: DecoderConfig, layout: Layout | None, kernel: str, params, tokens, mask) -> jax.Array:
+    with jax.default_matmul_precision("float32"):  # as in `_head_outputs`
+        hidden = _hidden(config, layout, kernel, params, tokens, mask)[:, :-1]
+        options = head_options(config, params)
+        return token_logprobs(hidden, head_kernel(config, params), tokens[:, 1:], chunk=LOGPROB_CHUNK, **options)

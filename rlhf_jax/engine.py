@@ -28,7 +28,7 @@ from rlhf_jax.models.decoder import abstract_params, bind, head_kernel, head_opt
 from rlhf_jax.models.inference import Inference, Weights
 from rlhf_jax.models.layers import roll_rows
 from rlhf_jax.objectives.logprobs import token_logprobs, token_logprobs_and_entropy
-from rlhf_jax.objectives.sft import nll
+from rlhf_jax.policy import answer_hidden, next_token_losses
 from rlhf_jax.rollout import Publish, generate_program, make_generate, make_publish
 from rlhf_jax.sampling import SampleConfig, check_learnable
 from rlhf_jax.train_step import (
@@ -224,7 +224,7 @@ class Programs(NamedTuple):
     average: Any
 
 
-class Engine(NamedTuple):
+class HybridEngine(NamedTuple):
     """publish(params) -> weights; generate(weights, prompts, prompt_mask, key) -> Rollout, on host arrays [B, P];
     score(state, frozen, rollout, scores=None) -> Experience, `scores` [B] instead of a reward model or added to its;
     update(state, frozen, experience, texts=None, models=("actor", "critic")) -> (state, {name: scalar}), with the state
@@ -239,28 +239,11 @@ class Engine(NamedTuple):
     programs: Programs
 
 
-def next_token_losses(
-    config: DecoderConfig, params: Params, batch: Batch, compute: Compute, layout: Layout
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The mean loss of the tokens in `loss_mask`, the balance loss, and the number of those tokens."""
-    hidden, balance = bind(config, params)(batch.tokens, batch.mask, compute, layout, batch.segments)
-    head, options = head_kernel(config, params), head_options(config, params)
-    logprobs = token_logprobs(hidden[:, :-1], head, batch.tokens[:, 1:], chunk=compute.chunk, **options)
-    learned = batch.loss_mask[:, 1:]
-    return nll(logprobs, learned), balance, learned.sum()
-
-
 def with_texts(experience: Experience, texts: Batch) -> tuple[Experience, Batch, jax.Array, jax.Array]:
     """What the actor's update takes where the algorithm learns texts: both, and the token counts of each as rows."""
     actions = jnp.broadcast_to(experience.action_mask.sum(), experience.action_mask.shape[:1])
     learned = jnp.broadcast_to(texts.loss_mask[:, 1:].sum(), texts.loss_mask.shape[:1])
     return experience, texts, actions, learned
-
-
-def answer_hidden(hidden: jax.Array, starts: jax.Array, num_actions: int) -> jax.Array:
-    """The states from which each answer token was predicted: [B, S, E] -> [B, N, E]."""
-    index = (starts - 1)[:, None] + jnp.arange(num_actions)
-    return jnp.take_along_axis(hidden, index[..., None], axis=1)
 
 
 def make_score(
@@ -367,13 +350,12 @@ def make_updates(
     return actor, step(critic_objective, optimizers.critic, models.critic) if models.critic else None
 
 
-def make_engine(
+def make_hybrid_engine(
     models: Architectures, algorithm: Algorithm, optimizers: Optimizers, sampling: Sampling, execution: Execution
-) -> Engine:
+) -> HybridEngine:
     """The engine of these models; nothing is compiled before the first call."""
     check_learnable(sampling.config)
-    has_critic = models.critic is not None
-    own_models = ("actor", "critic") if has_critic else ("actor",)
+    own_models = ("actor", "critic") if (has_critic := models.critic is not None) else ("actor",)
     assert has_critic == (algorithm.critic_loss is not None) == (optimizers.critic is not None), "all three or none"
     layout, compute, temperature = execution.layout, execution.compute, sampling.config.temperature
     publish = make_publish(models.actor, layout.mesh, compute.dtype, layout.table)
@@ -415,4 +397,4 @@ def make_engine(
             average = ema_update(programs.average, average, state.actor.trainable, state.actor.step > before)
         return dataclasses.replace(state, average=average), stats
 
-    return Engine(models, publish, make_generate(decoding, sampling.rows), score, update, programs)
+    return HybridEngine(models, publish, make_generate(decoding, sampling.rows), score, update, programs)

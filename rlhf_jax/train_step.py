@@ -16,11 +16,12 @@ from rlhf_jax.hardware import RUN_OPTIONS
 from rlhf_jax.loss_scale import LossScale, LossScaleConfig, first_scale, next_scale
 from rlhf_jax.mesh import Layout, in_host_memory, to_devices, to_host
 from rlhf_jax.models.decoder import Leaf
-from rlhf_jax.optim import Optimizer, join_states, map_nodes, select_path, with_counters
+from rlhf_jax.optim import Optimizer, join_states, select_path, with_counters
 from rlhf_jax.skipping import Skips, next_skips, no_skips, select, wrong_gradients
 from rlhf_jax.trees import record
 
 Params = dict[str, jax.Array]
+Leaves = Mapping[str, Leaf]
 # (parameters and adapters, micro-batch) -> (mean loss, (number of things the mean is over, {name: mean over the same}))
 LossFn = Callable[[Params, Any], tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]]
 
@@ -66,30 +67,35 @@ class Update(Protocol):
         ...
 
 
-def state_shardings(state: TrainState, leaves: Mapping[str, Leaf], layout: Layout) -> TrainState:
-    """A sharding for every leaf of a (possibly abstract) state: by its path if it has one, else replicated.
+def shardings_by_path(tree: Any, leaves: Leaves, layout: Layout, memory: str | None = None) -> Any:
+    """A sharding for every leaf: that of the parameter whose path it has, in this memory kind; else replicated.
+
+    Arrays under the path of a parameter but with other dimensions, as factored moments have, are replicated.
+    """
+
+    def sharding(key_path, leaf):
+        path = next((key.key for key in reversed(key_path) if isinstance(key, jax.tree_util.DictKey)), None)
+        if path not in leaves or not leaf.ndim or leaf.ndim != len(leaves[path].axes):
+            return layout.sharding(())
+        by_axes = layout.sharding(leaves[path].axes)
+        return by_axes.with_memory_kind(memory) if memory else by_axes
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def state_shardings(state: TrainState, leaves: Leaves, layout: Layout) -> TrainState:
+    """A sharding for every leaf of a (possibly abstract) state, by `shardings_by_path`.
 
     Moments are sharded by `layout.moments`, in the memory kind in which they are kept; counters are on the devices.
     """
-
-    def shardings(tree: Any, layout: Layout, memory: str | None = None) -> Any:
-        def sharding(key_path, leaf):
-            path = next((key.key for key in reversed(key_path) if isinstance(key, jax.tree_util.DictKey)), None)
-            if path not in leaves or not leaf.ndim:
-                return layout.sharding(())
-            by_axes = layout.sharding(leaves[path].axes)
-            return by_axes.with_memory_kind(memory) if memory else by_axes
-
-        return jax.tree_util.tree_map_with_path(sharding, tree)
-
-    moments = shardings(state.opt_state, layout.moments, layout.moments_in)
-    return dataclasses.replace(shardings(state, layout), opt_state=moments)
+    moments = shardings_by_path(state.opt_state, leaves, layout.moments, layout.moments_in)
+    return dataclasses.replace(shardings_by_path(state, leaves, layout), opt_state=moments)
 
 
 def init_state(
     trainable: Params,
     tx: optax.GradientTransformation,
-    leaves: Mapping[str, Leaf],
+    leaves: Leaves,
     layout: Layout,
     scaling: LossScaleConfig | None = None,
 ) -> TrainState:
@@ -128,7 +134,7 @@ class OffloadedUpdate:
 
     gradients: Any  # jitted: (state without moments, frozen, batch) -> (the next, gradients, metrics); donates nothing
     step: Any  # jitted: (parameter, gradient, moments, counters) of a path -> all but the gradient; donates 1st and 3rd
-    leaves: Mapping[str, Leaf]
+    leaves: Leaves
     layout: Layout
 
     def __call__(self, state: TrainState, frozen: Params, batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -187,10 +193,23 @@ def join_micro_batches(tree, layout: Layout):
     return jax.tree.map(join, tree)
 
 
-def summed_gradients(
-    loss_fn: LossFn, trainable: Params, scale: LossScale | None, frozen: Params, micro: Any
-) -> tuple[Params, jax.Array, dict[str, jax.Array]]:
-    """(gradients of the scaled loss, weight, loss and metrics) of a micro-batch, all times the weight."""
+@record
+class Sums:
+    """Sums over micro-batches, each times its weight: the number of things that its mean is over.
+
+    Attributes:
+        grads: {path: float32 array} of the scaled loss, sharded by `layout.gradients`.
+        weight: [], the weights.
+        stats: {name: []}, loss and metrics.
+    """
+
+    grads: Params
+    weight: jax.Array
+    stats: dict[str, jax.Array]
+
+
+def micro_batch_sums(loss_fn: LossFn, trainable: Params, scale: LossScale | None, frozen: Params, micro: Any) -> Sums:
+    """The sums of a single micro-batch."""
 
     def scaled_loss(trainable: Params):
         loss, (weight, stats) = loss_fn({**frozen, **trainable}, micro)
@@ -198,7 +217,58 @@ def summed_gradients(
 
     grads, (weight, stats) = jax.grad(scaled_loss, has_aux=True)(trainable)
     stats, grads = jax.tree.map(lambda leaf: leaf * weight, (stats, grads))
-    return grads, weight, stats
+    return Sums(grads, weight, stats)
+
+
+def sum_gradients(
+    loss_fn: LossFn, state: TrainState, frozen: Params, batch: Any, leaves: Leaves, layout: Layout, num_micro: int
+) -> Sums:
+    """The sums over a batch, a pytree of arrays [B, ...], of which `num_micro` parts are computed one by one."""
+    given = loss_fn, state.trainable, state.scale, frozen
+    micros = split_micro_batches(batch, num_micro, layout)
+
+    def by_layout(sums: Sums) -> Sums:
+        return dataclasses.replace(sums, grads=constrain_params(sums.grads, leaves, layout.gradients))
+
+    def add(total: Sums, micro: Any):
+        return jax.tree.map(jnp.add, total, by_layout(micro_batch_sums(*given, micro))), None
+
+    first = jax.tree.map(lambda leaf: leaf[0], micros)
+    shapes = jax.eval_shape(functools.partial(micro_batch_sums, *given), first)
+    zeros = by_layout(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
+    return jax.lax.scan(add, zeros, micros)[0]
+
+
+def mean_gradients(sums: Sums, scale: LossScale | None, leaves: Leaves, layout: Layout) -> tuple[Params, dict]:
+    """The gradients of the mean loss, sharded by `layout.moments`, and the means of the metrics with "grad_norm"."""
+    grads, stats = jax.tree.map(lambda leaf: leaf / jnp.maximum(sums.weight, 1), (sums.grads, sums.stats))
+    if scale:
+        grads = jax.tree.map(lambda leaf: leaf / scale.value, grads)
+    grads = constrain_params(grads, leaves, layout.moments)
+    return grads, stats | {"grad_norm": optax.tree.norm(grads)}
+
+
+def constrain_params(params: Params, leaves: Leaves, layout: Layout) -> Params:
+    """The parameters, or arrays of the same shapes, with the sharding that the layout gives their axes."""
+    return {path: layout.constrain(leaf, *leaves[path].axes) for path, leaf in params.items()}
+
+
+def apply_gradients(
+    tx_update, trainable: Params, grads: Params, opt_state, leaves: Leaves, layout: Layout, is_finite=None
+) -> tuple[Params, optax.OptState]:
+    """The parameters and the optimizer's state after a step, or as they are where `is_finite`, if given, is false.
+
+    The step is computed in the sharding of the moments (ZeRO-1 and -2): each device computes its part of the new
+    parameters, and the parts are gathered to the sharding of the parameters.
+    """
+    parts, before = constrain_params(trainable, leaves, layout.moments), opt_state
+    updates, opt_state = tx_update(grads, opt_state, parts)
+    updated = optax.apply_updates(parts, updates)
+    if is_finite is not None:
+        updated, opt_state = select(is_finite, (updated, opt_state), (parts, before))
+    parts = constrain_params(updated, leaves, layout.moments)
+    shardings = shardings_by_path(opt_state, leaves, layout.moments)
+    return constrain_params(parts, leaves, layout), jax.lax.with_sharding_constraint(opt_state, shardings)
 
 
 def advance(
@@ -215,10 +285,23 @@ def advance(
     return state, is_finite, stats | {"skipped_steps": skips.total}
 
 
+def take_step(
+    tx: optax.GradientTransformation, scaling: LossScaleConfig | None, state: TrainState, sums: Sums, *place
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The state after an optimizer step by the mean gradients of these sums, and the metrics.
+
+    place: the leaves of the parameters, and the layout.
+    """
+    grads, stats = mean_gradients(sums, state.scale, *place)
+    after, is_finite, stats = advance(scaling, state, grads, stats)
+    trainable, opt_state = apply_gradients(tx.update, state.trainable, grads, state.opt_state, *place, is_finite)
+    return dataclasses.replace(after, trainable=trainable, opt_state=opt_state), stats
+
+
 def make_update(
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
-    leaves: Mapping[str, Leaf],
+    leaves: Leaves,
     layout: Layout,
     num_micro: int,
     scaling: LossScaleConfig | None = None,
@@ -229,60 +312,24 @@ def make_update(
     divided by the total: equal to one large batch, however tokens are distributed. Metrics are averaged the same way,
     and "grad_norm" is added. A batch is a pytree of arrays with the batch as their first dimension.
 
-    The step is computed in the sharding of the moments (ZeRO-1 and -2): each device computes its part of the new
-    parameters, and the parts are gathered to the sharding of the parameters. Offloaded moments need an `Optimizer`.
+    Offloaded moments need an `Optimizer`.
 
     With `scaling`, for a state with a scale, gradients are those of the scaled loss, divided by the scale before they
     are clipped. A step whose loss or gradient is not finite changes nothing except the scale and the record of skips.
     """
-
-    def shard(tree: Params, layout: Layout) -> Params:
-        return {path: layout.constrain(leaf, *leaves[path].axes) for path, leaf in tree.items()}
-
-    def mean_gradients(state: TrainState, frozen: Params, batch) -> tuple[Params, dict]:
-        """The gradients, sharded by `layout.moments`, and the metrics."""
-        given = loss_fn, state.trainable, state.scale, frozen
-        micros = split_micro_batches(batch, num_micro, layout)
-        first = jax.tree.map(lambda leaf: leaf[0], micros)
-
-        def add(total, micro):
-            grads, weight, stats = summed_gradients(*given, micro)
-            return jax.tree.map(jnp.add, total, (shard(grads, layout.gradients), weight, stats)), None
-
-        shapes = jax.eval_shape(functools.partial(summed_gradients, *given), first)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        (grads, weight, stats), _ = jax.lax.scan(add, (shard(zeros[0], layout.gradients), *zeros[1:]), micros)
-        grads, stats = jax.tree.map(lambda leaf: leaf / jnp.maximum(weight, 1), (grads, stats))
-        if state.scale:
-            grads = jax.tree.map(lambda leaf: leaf / state.scale.value, grads)
-        grads = shard(grads, layout.moments)
-        return grads, stats | {"grad_norm": optax.tree.norm(grads)}
-
-    def apply(
-        tx_update, trainable: Params, grads: Params, opt_state, is_finite: jax.Array | None = None
-    ) -> tuple[Params, optax.OptState]:
-        parts, before = shard(trainable, layout.moments), opt_state
-        updates, opt_state = tx_update(grads, opt_state, parts)
-        updated = optax.apply_updates(parts, updates)
-        if is_finite is not None:
-            updated, opt_state = select(is_finite, (updated, opt_state), (parts, before))
-        parts = shard(updated, layout.moments)
-        opt_state = map_nodes(lambda x: shard(x, layout.moments) if isinstance(x, dict) else x, opt_state)
-        return shard(parts, layout), opt_state
+    place = leaves, layout
 
     def update(state: TrainState, frozen: Params, batch) -> tuple[TrainState, dict]:
-        grads, stats = mean_gradients(state, frozen, batch)
-        after, is_finite, stats = advance(scaling, state, grads, stats)
-        trainable, opt_state = apply(tx.update, state.trainable, grads, state.opt_state, is_finite)
-        return dataclasses.replace(after, trainable=trainable, opt_state=opt_state), stats
+        return take_step(tx, scaling, state, sum_gradients(loss_fn, state, frozen, batch, *place, num_micro), *place)
 
     def gradients(state: TrainState, frozen: Params, batch) -> tuple[TrainState, Params, dict]:
-        grads, stats = mean_gradients(state, frozen, batch)
+        sums = sum_gradients(loss_fn, state, frozen, batch, *place, num_micro)
+        grads, stats = mean_gradients(sums, state.scale, *place)
         after, _, stats = advance(scaling, state, grads, stats)
-        return dataclasses.replace(after, trainable={}), shard(tx.clip(grads), layout.moments), stats
+        return dataclasses.replace(after, trainable={}), constrain_params(tx.clip(grads), leaves, layout.moments), stats
 
     def step(param: Params, grad: Params, moments, counters) -> tuple[Params, Any, Any]:
-        param, opt_state = apply(tx.update_each, param, grad, with_counters(moments, counters))
+        param, opt_state = apply_gradients(tx.update_each, param, grad, with_counters(moments, counters), *place)
         (path,) = param
         return param, *select_path(opt_state, path)
 

@@ -27,7 +27,7 @@ from rlhf_jax.engine import (
     FrozenParams,
     Optimizers,
     Sampling,
-    make_engine,
+    make_hybrid_engine,
 )
 from rlhf_jax.hardware import COMPILE_OPTIONS, RUN_OPTIONS, compile_only_devices
 from rlhf_jax.mesh import GENERATE, TRAIN, WHOLE, Layout, MeshConfig, make_mesh, train_layout
@@ -149,7 +149,7 @@ def parts(case, zero=3, offload=False):
     critic = tiny.scalar(dataclasses.replace(config, num_layers=2))
     tx, num_micro = make_optimizer(OptimConfig(1e-5), 10), 1 if case in DEEP else MICRO
     train = train_layout(mesh(), zero, offload_moments=offload)
-    engine = make_engine(
+    engine = make_hybrid_engine(
         Architectures(tiny.with_lora(config, lora), critic, config, critic),
         ppo_algorithm(PPOConfig()),
         Optimizers(tx, tx),

@@ -24,7 +24,7 @@ from rlhf_jax.engine import (
     FrozenParams,
     Optimizers,
     Sampling,
-    make_engine,
+    make_hybrid_engine,
 )
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh, to_devices, to_host, train_layout
 from rlhf_jax.models.config import Compute
@@ -77,7 +77,7 @@ def engine_of(case, mesh, dtype=FLOAT32, num_score_micro=None, ema_decay=0.0, sc
         off = jnp.where(experience.action_mask, jnp.abs(ratio - 1), 0).max()
         return loss, {**stats, "ratio_off": off}
 
-    engine = make_engine(
+    engine = make_hybrid_engine(
         Architectures(tiny.with_lora(config, lora), critic, config, critic),
         dataclasses.replace(ppo_algorithm(settings), actor_loss=policy_objective),
         Optimizers(tx, tx, ema_decay),
@@ -491,7 +491,7 @@ def test_publishing_quantised_kernels_moves_the_codes_and_scales_that_a_device_l
 
 def test_a_greedy_actor_is_rejected_because_it_has_no_ratios():
     with pytest.raises(ValueError, match="temperature=0: a greedy policy has no probability ratios .* set it above 0"):
-        make_engine(
+        make_hybrid_engine(
             Architectures(tiny.LLAMA),
             Algorithm(None, None),
             Optimizers(None),
@@ -521,7 +521,7 @@ def actor_alone(mesh):
     """(engine, state, frozen) without critic, reference and reward model."""
     layout, tx = Layout(mesh, TRAIN), make_optimizer(OPTIM, 10)
     execution = Execution(layout, Compute(FLOAT32, "layers", 4), num_micro=2, num_score_micro=2)
-    engine = make_engine(Architectures(tiny.LLAMA), reinforce(), Optimizers(tx), Sampling(PAIRS, EOS), execution)
+    engine = make_hybrid_engine(Architectures(tiny.LLAMA), reinforce(), Optimizers(tx), Sampling(PAIRS, EOS), execution)
     actor, frozen = state_of(tiny.LLAMA, NO_LORA, layout, tx, seed=0)
     return engine, EngineState(actor), FrozenParams(frozen)
 
@@ -583,7 +583,7 @@ def test_outputs_of_the_other_models_do_not_depend_on_a_missing_one(lacking):
     if lacking == "critic":
         state = dataclasses.replace(state, critic=None)
     scores = e.score if lacking == "reward" else None
-    engine = make_engine(
+    engine = make_hybrid_engine(
         models,
         Algorithm(lambda scored: (scored.logprobs, scored.logprobs, None), None, models.critic and len),
         Optimizers(None, models.critic and "none is called"),

@@ -13,7 +13,7 @@ FLOORS = [
     ["mesh", "hardware", "loss_scale", "collectives", "metrics", "objectives", "sampling"],
     ["models", "data", "optim", "checkpoint_files", "skipping"],
     ["train_step", "decode", "checkpoint", "reward_functions"],
-    ["rollout"],
+    ["rollout", "policy"],
     ["engine"],
     ["stages"],
     ["scoring"],
@@ -27,7 +27,18 @@ FLOORS = [
     ["__main__"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-LEARNERS = ["stages", "engine", "rollout", "train_step", "decode", "sampling", "objectives", "models", "optim"]
+LEARNERS = [
+    "stages",
+    "engine",
+    "policy",
+    "rollout",
+    "train_step",
+    "decode",
+    "sampling",
+    "objectives",
+    "models",
+    "optim",
+]
 JUDGE = "data.builtin_judge"
 
 

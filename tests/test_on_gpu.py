@@ -25,7 +25,7 @@ from rlhf_jax.engine import (
     FrozenParams,
     Optimizers,
     Sampling,
-    make_engine,
+    make_hybrid_engine,
 )
 from rlhf_jax.mesh import TRAIN, Layout, single_device_mesh, train_layout
 from rlhf_jax.models import decoder, inference, transformer
@@ -174,7 +174,7 @@ class Scored:
             stats = {"ratio_off": jnp.where(mask, jnp.square(ratio - 1), 0).sum() / count}
             return -jnp.where(mask, ratio * gains, 0).sum() / count, stats
 
-        self.engine = make_engine(
+        self.engine = make_hybrid_engine(
             Architectures(tiny.with_lora(self.config, self.lora), critic, self.config, critic),
             dataclasses.replace(ppo_algorithm(PPOConfig()), actor_loss=actor_objective),
             Optimizers(tx, tx),

@@ -26,7 +26,7 @@ from rlhf_jax.engine import (
     FrozenParams,
     Optimizers,
     Sampling,
-    make_engine,
+    make_hybrid_engine,
 )
 from rlhf_jax.hardware import GPUS, compile_only_devices, cuda_plugin, parse_machine
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, make_mesh, to_devices
@@ -248,7 +248,7 @@ def test_the_plan_of_an_actor_alone_has_no_phase_and_no_byte_of_the_missing_mode
     recipe = recipe_of(tmp_path)
     layout, sample = recipe.layout(tiny.mesh_of("one")), recipe.ppo.sample
     decoder, tx = decoder_configs(recipe, 1)[0], make_optimizer(recipe.ppo.actor, 1)
-    engine = make_engine(
+    engine = make_hybrid_engine(
         Architectures(decoder),
         Algorithm(lambda scored: (scored.logprobs, scored.logprobs, None), lambda logprobs, *_: (logprobs.mean(), {})),
         Optimizers(tx),

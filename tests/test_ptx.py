@@ -18,13 +18,13 @@ from rlhf_jax.engine import (
     FrozenParams,
     Optimizers,
     Sampling,
-    make_engine,
-    next_token_losses,
+    make_hybrid_engine,
 )
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.config import Compute
 from rlhf_jax.models.decoder import abstract_params, bind, head_kernel
 from rlhf_jax.objectives import masked, ppo
+from rlhf_jax.policy import next_token_losses
 from rlhf_jax.sampling import SampleConfig
 from rlhf_jax.train_step import init_state
 
@@ -50,7 +50,7 @@ def actor_loss(logprobs, entropy, experience):
 def start(mesh_name, tx, coef, num_micro=1):
     """(engine, its state, frozen parameters, rollouts with scores)."""
     layout = Layout(tiny.mesh_of(mesh_name), TRAIN)
-    engine = make_engine(
+    engine = make_hybrid_engine(
         Architectures(CONFIG),
         Algorithm(estimate, actor_loss, text_coef=coef),
         Optimizers(tx),

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlhf_jax.config import load_config
-from rlhf_jax.engine import Engine, EngineState, FrozenParams
+from rlhf_jax.engine import EngineState, FrozenParams, HybridEngine
 from rlhf_jax.models.decoder import init_params
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.plan.phases import decoder_configs, prompt_positions
@@ -59,7 +59,7 @@ def recipe_of(folder: str | Path, actor: str, critic: str, *overrides: str, smal
     return load_config(CONFIG, [*paths, data, *(TOY if small else []), *overrides], Recipe)
 
 
-def engine_of(recipe: Recipe, mesh: Mesh) -> tuple[Engine, EngineState, FrozenParams]:
+def engine_of(recipe: Recipe, mesh: Mesh) -> tuple[HybridEngine, EngineState, FrozenParams]:
     """The engine of the recipe, and random models as `ppo` holds them."""
     layout, loaded = recipe.layout(mesh), []
     for seed, decoder in enumerate(decoder_configs(recipe, layout.shards("vocab"))):

@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.data.batches import Batch
 from rlhf_jax.decode import Rollout, bucket_length
-from rlhf_jax.engine import Engine, EngineState, FrozenParams, with_texts
+from rlhf_jax.engine import EngineState, FrozenParams, HybridEngine, with_texts
 from rlhf_jax.mesh import HOST_MEMORY, TRAIN, Layout
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.families import decoder_config
@@ -264,7 +264,7 @@ def _sampled_phases(
 
 
 def engine_phases(
-    stage: str, engine: Engine, models: tuple[EngineState, FrozenParams], recipe: Recipe, layout: Layout
+    stage: str, engine: HybridEngine, models: tuple[EngineState, FrozenParams], recipe: Recipe, layout: Layout
 ) -> list[Phase]:
     """The programs of an engine in a stage that generates, by the keys that all sections of such stages have."""
     (state, frozen), config = models, getattr(recipe, stage)
@@ -295,7 +295,7 @@ def _abstract_rollout(config: PPOConfig, prompt: int, layout: Layout) -> Rollout
 
 
 def _generation(
-    stage: str, engine: Engine, recipe: Recipe, params: Params, held: Mapping[str, int], rollout: Rollout
+    stage: str, engine: HybridEngine, recipe: Recipe, params: Params, held: Mapping[str, int], rollout: Rollout
 ) -> list[Phase]:
     """Publishing the weights, and decoding all answers, at once or in refilled decode slots."""
     actor, layout, programs = engine.models.actor, engine.publish.layout, engine.programs
@@ -322,7 +322,7 @@ def _generation(
 
 def _learning_from(
     stage: str,
-    engine: Engine,
+    engine: HybridEngine,
     models: tuple[EngineState, FrozenParams],
     held: Mapping[str, int],
     rollout: Rollout,

@@ -24,15 +24,15 @@ from rlhf_jax.decode import Rollout, bucket_length
 from rlhf_jax.engine import (
     Algorithm,
     Architectures,
-    Engine,
     EngineState,
     Execution,
     Experience,
     FrozenParams,
+    HybridEngine,
     Optimizers,
     Sampling,
     ScoredRollout,
-    make_engine,
+    make_hybrid_engine,
 )
 from rlhf_jax.mesh import Layout, check_divides, to_devices, to_host
 from rlhf_jax.models.config import DecoderConfig
@@ -199,7 +199,7 @@ def grpo_engine(
     eos_ids: tuple[int, ...],
     layout: Layout,
     reference: DecoderConfig | None = None,
-) -> Engine:
+) -> HybridEngine:
     """The engine that runs these settings; reference: the architecture of the model that `reference` names, if any."""
     num_micro = config.update_size // (config.micro_batch_size or config.update_size)
     has_scorer = config.model_weight is not None
@@ -210,7 +210,7 @@ def grpo_engine(
     )
     execution = Execution(layout, model.compute, num_micro, num_micro * config.rollouts // config.update_size)
     sampling = Sampling(config.sample, eos_ids, config.generate_rows)
-    return make_engine(models, grpo_algorithm(config), optimizers, sampling, execution)
+    return make_hybrid_engine(models, grpo_algorithm(config), optimizers, sampling, execution)
 
 
 def grpo_models(

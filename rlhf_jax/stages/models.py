@@ -18,8 +18,8 @@ from rlhf_jax.loss_scale import LossScaleConfig
 from rlhf_jax.mesh import TRAIN, Layout, check_model_divides
 from rlhf_jax.models.attention import describe_kernel, kernel_for_devices, kernel_for_mesh
 from rlhf_jax.models.config import Choice, Compute, DecoderConfig
-from rlhf_jax.models.decoder import abstract_params, init_params
-from rlhf_jax.models.lora import LoraConfig, is_adapter, is_trainable
+from rlhf_jax.models.decoder import abstract_params
+from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.models.pretrained import (
     Pretrained,
     from_pretrained,
@@ -29,9 +29,9 @@ from rlhf_jax.models.pretrained import (
 )
 from rlhf_jax.models.quantised import QUANTISED_KINDS, UNQUANTISED_DTYPE, Quantised, quantised_shardings
 from rlhf_jax.models.unstacked import Unstacked
+from rlhf_jax.policy import start_state
 from rlhf_jax.rollout import eos_ids
-from rlhf_jax.train_step import Params, TrainState, init_state
-from rlhf_jax.trees import partition
+from rlhf_jax.train_step import Params, TrainState
 
 LOGGER = logging.getLogger(__name__)
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -207,13 +207,7 @@ def make_state(
     model: Pretrained, settings: ModelConfig, tx: optax.GradientTransformation, seed: int
 ) -> tuple[TrainState, Params]:
     """The training state of a loaded model, and its frozen parameters. New adapters do not change the model."""
-    config, layout = settings.with_lora(model.config), model.layout
-    lora, adapters = config.lora, init_params(config, jax.random.key(seed), layout, only=is_adapter)
-    if lora.rank and not adapters:
-        raise ValueError(f"none of the adapters' targets {', '.join(lora.targets)} is a linear of this model")
-    trainable, frozen = partition({**model.params, **adapters}, lambda path: is_trainable(path, lora))
-    trainable = {path: leaf.astype(jnp.float32) for path, leaf in trainable.items()}
-    return init_state(trainable, tx, abstract_params(config), layout, settings.scaling), frozen
+    return start_state(model, settings.with_lora(model.config), tx, settings.scaling, seed)
 
 
 def copy_frozen(params: Params, dtype: FrozenDtype) -> Params:

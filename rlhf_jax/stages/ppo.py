@@ -22,15 +22,15 @@ from rlhf_jax.decode import Rollout, bucket_length
 from rlhf_jax.engine import (
     Algorithm,
     Architectures,
-    Engine,
     EngineState,
     Execution,
     Experience,
     FrozenParams,
+    HybridEngine,
     Optimizers,
     Sampling,
     Stats,
-    make_engine,
+    make_hybrid_engine,
 )
 from rlhf_jax.mesh import Layout, to_devices, to_host
 from rlhf_jax.models.config import DecoderConfig
@@ -78,11 +78,11 @@ def ppo_engine(
     optimizers: Optimizers,
     eos_ids: tuple[int, ...],
     layout: Layout,
-) -> Engine:
+) -> HybridEngine:
     """The engine that runs these settings; the reward model has the critic's architecture."""
     batch_size, num_micro = ppo_sizes(config, layout)
     reward = critic.without_lora() if config.model_weight is not None else None
-    return make_engine(
+    return make_hybrid_engine(
         Architectures(model.with_lora(actor), model.with_lora(critic), actor.without_lora(), reward),
         ppo_algorithm(config),
         optimizers,
@@ -253,7 +253,7 @@ def carried_metrics(carried: dict[str, Any]) -> dict[str, jax.Array]:
 
 
 def make_passes(
-    engine: Engine, frozen: FrozenParams, texts: Callable[[int], Batch] | None, config: PPOConfig, seed: int
+    engine: HybridEngine, frozen: FrozenParams, texts: Callable[[int], Batch] | None, config: PPOConfig, seed: int
 ) -> Callable[[EngineState, Experience, int], tuple[EngineState, list[Stats]]]:
     """(state, experience, step) -> the state after `ppo_epochs` passes over the rollouts, each in its own order, and
     the metrics of each optimizer step. The passes end early where `stop_kl` says so.

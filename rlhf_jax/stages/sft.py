@@ -10,10 +10,10 @@ import numpy as np
 
 from rlhf_jax.data.batches import Batch
 from rlhf_jax.data.records import Learn
-from rlhf_jax.engine import next_token_losses
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.config import Compute, DecoderConfig
 from rlhf_jax.optim import OptimConfig
+from rlhf_jax.policy import next_token_losses
 from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.from_scratch import make_base_model
 from rlhf_jax.stages.supervised import Objective, SupervisedConfig, run_supervised_stage

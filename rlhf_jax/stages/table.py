@@ -26,7 +26,7 @@ class Sampled(NamedTuple):
 
     Attributes:
         optimizers: (its section, optimizer steps) -> Optimizers.
-        engine: (its section, models, actor, scorer, optimizers, eos_ids, layout) -> Engine.
+        engine: (its section, models, actor, scorer, optimizers, eos_ids, layout) -> HybridEngine.
         models: (actor, scorer, models, optimizers, seed, its section) -> (EngineState, FrozenParams).
     """
 

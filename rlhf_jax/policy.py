@@ -22,7 +22,7 @@ from rlhf_jax.train_step import Params, TrainState, init_state
 from rlhf_jax.trees import partition
 
 
-def start_state(
+def make_train_state(
     model: Pretrained,
     config: DecoderConfig,
     tx: optax.GradientTransformation,

@@ -29,7 +29,7 @@ from rlhf_jax.models.pretrained import (
 )
 from rlhf_jax.models.quantised import QUANTISED_KINDS, UNQUANTISED_DTYPE, Quantised, quantised_shardings
 from rlhf_jax.models.unstacked import Unstacked
-from rlhf_jax.policy import start_state
+from rlhf_jax.policy import make_train_state
 from rlhf_jax.rollout import eos_ids
 from rlhf_jax.train_step import Params, TrainState
 
@@ -207,7 +207,7 @@ def make_state(
     model: Pretrained, settings: ModelConfig, tx: optax.GradientTransformation, seed: int
 ) -> tuple[TrainState, Params]:
     """The training state of a loaded model, and its frozen parameters. New adapters do not change the model."""
-    return start_state(model, settings.with_lora(model.config), tx, settings.scaling, seed)
+    return make_train_state(model, settings.with_lora(model.config), tx, settings.scaling, seed)
 
 
 def copy_frozen(params: Params, dtype: FrozenDtype) -> Params:

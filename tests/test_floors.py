@@ -14,7 +14,7 @@ FLOORS = [
     ["models", "data", "optim", "checkpoint_files", "skipping"],
     ["train_step", "decode", "checkpoint", "reward_functions"],
     ["rollout", "policy"],
-    ["engine"],
+    ["engine", "library"],
     ["stages"],
     ["scoring"],
     ["likelihood"],

@@ -318,7 +318,7 @@ def score(
     return _outputs(_head_outputs, scorer, input_ids, attention_mask, attention)
 
 
-def check_in_vocabulary(config: DecoderConfig, tokens: Any, mask: Any) -> None:
+def check_in_vocabulary(config: DecoderConfig, tokens: Any, mask: Any, name: str = "input_ids") -> None:
     """Raise ValueError where a real token has no row in the embedding; only for arrays whose values are here."""
     arrays = [array for array in (tokens, mask) if isinstance(array, jax.Array)]
     if any(isinstance(array, jax.core.Tracer) or not array.is_fully_addressable for array in arrays):
@@ -328,7 +328,7 @@ def check_in_vocabulary(config: DecoderConfig, tokens: Any, mask: Any) -> None:
     if outside.any():
         row, column = np.argwhere(outside)[0]
         raise ValueError(
-            f"input_ids[{row}, {column}] is {tokens[row, column]}, and the model has the ids 0 to "
+            f"{name}[{row}, {column}] is {tokens[row, column]}, and the model has the ids 0 to "
             f"{config.vocab_size - 1}: use the tokenizer of its folder"
         )
 

@@ -164,8 +164,7 @@ class Optimizers:
 
     Attributes:
         ema_decay: decay of the moving average that a state may hold, updated at every optimizer step of the actor.
-            (DeepSpeed-Chat updates it at every micro-batch, even those that only accumulate; both are equal where an
-            update is one micro-batch.)
+            (DeepSpeed-Chat updates it at every micro-batch; both are equal where an update is one micro-batch.)
     """
 
     actor: optax.GradientTransformation

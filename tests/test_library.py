@@ -71,24 +71,24 @@ def part(batch, start, stop):
     return {name: array[start:stop] for name, array in batch.items()}
 
 
-def clipped(logprobs, batch):
+def clip_losses(logprobs, batch):
     ratio = grpo.log_ratios(logprobs, batch["old"], batch["loss_mask"], "token")
     losses = grpo.clipped_losses(ratio, batch["gain"][:, None], low=0.2, high=0.2)
     return losses, {"ratio": jnp.exp(ratio)}
 
 
 def token_loss(logprobs, batch):
-    losses, stats = clipped(logprobs, batch)
+    losses, stats = clip_losses(logprobs, batch)
     return masked.mean(losses, batch["loss_mask"]), {k: masked.mean(v, batch["loss_mask"]) for k, v in stats.items()}
 
 
 def row_loss(logprobs, batch):
-    losses, mask = clipped(logprobs, batch)[0], batch["loss_mask"]
+    losses, mask = clip_losses(logprobs, batch)[0], batch["loss_mask"]
     return ((losses * mask).sum(axis=1) / mask.sum(axis=1)).mean(), {"gain": batch["gain"].mean()}
 
 
 def sum_loss(logprobs, batch):
-    losses = clipped(logprobs, batch)[0] * batch["loss_mask"]
+    losses = clip_losses(logprobs, batch)[0] * batch["loss_mask"]
     return losses.sum() / 70.0, {"tokens": batch["loss_mask"].sum()}
 
 
@@ -337,7 +337,7 @@ def test_states_that_do_not_fit_are_not_saved_and_not_loaded(tmp_path):
         engine.forward_backward(more, batch_of(), row_loss, over="rows")
 
 
-def changed(**arrays):
+def change(**arrays):
     return lambda batch: batch | {name: make(batch[name].copy()) for name, make in arrays.items()}
 
 
@@ -355,26 +355,26 @@ WRONG = {
         "the batch has no loss_mask: rlhf_jax.pad_rows makes",
     ),
     "shifted field": (
-        changed(old=lambda x: x[:, 1:]),
+        change(old=lambda x: x[:, 1:]),
         "old has shape [16, 15] and tokens [16, 16]: give one entry per token",
     ),
-    "fewer rows": (changed(gain=lambda x: x[:3]), "gain has shape [3] and tokens [16, 16]"),
-    "float tokens": (changed(tokens=lambda x: x * 1.0), "tokens is float32 [16, 16]: give token ids, integers [B, T]"),
-    "flat tokens": (changed(tokens=lambda x: x[0]), "tokens is int32 [16]: give token ids, integers [B, T]"),
-    "text": (changed(gain=lambda x: x.astype(str)), "give bool, integers or floats"),
-    "wide integers": (changed(gain=lambda x: np.full(16, 2**40)), "gain has integers of more than 32 bits"),
-    "weights as mask": (changed(loss_mask=lambda x: x * 0.5), "loss_mask is float32: give bool, or 0 and 1"),
-    "not finite": (changed(old=put((2, 1), np.nan)), "old[2, 1] is nan: give finite numbers"),
-    "unknown id": (changed(tokens=put((4, 0), 61)), "tokens[4, 0] is 61, and the model has the ids 0 to 60"),
-    "negative id": (changed(tokens=put((4, 0), -1)), "tokens[4, 0] is -1, and the model has the ids 0 to 60"),
-    "nothing learned": (changed(loss_mask=np.zeros_like), "loss_mask is false everywhere"),
-    "learned padding": (changed(loss_mask=put((1, 15), True)), "loss_mask[1, 15] is true on padding"),
+    "fewer rows": (change(gain=lambda x: x[:3]), "gain has shape [3] and tokens [16, 16]"),
+    "float tokens": (change(tokens=lambda x: x * 1.0), "tokens is float32 [16, 16]: give token ids, integers [B, T]"),
+    "flat tokens": (change(tokens=lambda x: x[0]), "tokens is int32 [16]: give token ids, integers [B, T]"),
+    "text": (change(gain=lambda x: x.astype(str)), "give bool, integers or floats"),
+    "wide integers": (change(gain=lambda x: np.full(16, 2**40)), "gain has integers of more than 32 bits"),
+    "weights as mask": (change(loss_mask=lambda x: x * 0.5), "loss_mask is float32: give bool, or 0 and 1"),
+    "not finite": (change(old=put((2, 1), np.nan)), "old[2, 1] is nan: give finite numbers"),
+    "unknown id": (change(tokens=put((4, 0), 61)), "tokens[4, 0] is 61, and the model has the ids 0 to 60"),
+    "negative id": (change(tokens=put((4, 0), -1)), "tokens[4, 0] is -1, and the model has the ids 0 to 60"),
+    "nothing learned": (change(loss_mask=np.zeros_like), "loss_mask is false everywhere"),
+    "learned padding": (change(loss_mask=put((1, 15), True)), "loss_mask[1, 15] is true on padding"),
     "learned start": (
-        changed(loss_mask=put((1, 0), True)),
+        change(loss_mask=put((1, 0), True)),
         "loss_mask[1, 0] is true, and no token before it predicts it",
     ),
-    "empty row": (changed(mask=put(5, False)), "row 5 of mask has no token"),
-    "left padding": (changed(mask=lambda x: x[:, ::-1]), "of mask has padding before a token: put tokens first"),
+    "empty row": (change(mask=put(5, False)), "row 5 of mask has no token"),
+    "left padding": (change(mask=lambda x: x[:, ::-1]), "of mask has padding before a token: put tokens first"),
     "odd rows": (lambda b: part(b, 0, 6), "rows of a batch=6 does not divide over 4 rows of a micro-batch"),
 }
 

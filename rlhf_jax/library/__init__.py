@@ -24,7 +24,7 @@ from rlhf_jax.checkpoint import Checkpoints
 from rlhf_jax.decode import Decoding
 from rlhf_jax.library.programs import LibraryPrograms, Loss, Over, make_library_programs
 from rlhf_jax.library.rows import check_batch, pad_prompts
-from rlhf_jax.library.states import PolicyState, SampledAnswer, bit_sum
+from rlhf_jax.library.states import PolicyAnswer, PolicyState, bit_sum
 from rlhf_jax.loss_scale import LossScaleConfig
 from rlhf_jax.mesh import check_divides
 from rlhf_jax.models.config import Compute, DecoderConfig, Remat
@@ -126,7 +126,7 @@ class Engine:
         *,
         stop_ids: Sequence[int] = (),
         rows: int = 0,
-    ) -> list[SampledAnswer]:
+    ) -> list[PolicyAnswer]:
         """Answers to prompts of any lengths: tokens in, tokens out. The longest prompt is padded to a power of two, and
         each number of prompts and padded length is compiled once.
 
@@ -150,7 +150,7 @@ class Engine:
         rollout = hosts.fetch(make_generate(decoding, rows)(weights, tokens, mask, key))
         sizes = rollout.mask.sum(axis=1)
         return [
-            SampledAnswer(ids[:size].tolist(), logprobs[:size].tolist(), bool(ended))
+            PolicyAnswer(ids[:size].tolist(), logprobs[:size].tolist(), bool(ended))
             for ids, logprobs, size, ended in zip(rollout.tokens, rollout.logprobs, sizes, rollout.ended, strict=True)
         ]
 

@@ -125,7 +125,7 @@ def check_batch(batch: Mapping[str, Any], config: DecoderConfig, *, learns: bool
     _check_rows(arrays["mask"], config.max_positions)
     check_in_vocabulary(config, tokens, arrays["mask"], "tokens")
     if learns:
-        _check_learned(arrays["loss_mask"], arrays["mask"])
+        _check_loss_mask(arrays["loss_mask"], arrays["mask"])
     return arrays
 
 
@@ -148,7 +148,7 @@ def _check_rows(mask: np.ndarray, positions: int) -> None:
         )
 
 
-def _check_learned(loss_mask: np.ndarray, mask: np.ndarray) -> None:
+def _check_loss_mask(loss_mask: np.ndarray, mask: np.ndarray) -> None:
     if (loss_mask & ~mask).any():
         row, column = np.argwhere(loss_mask & ~mask)[0]
         raise ValueError(f"loss_mask[{row}, {column}] is true on padding: make it false where mask is false")

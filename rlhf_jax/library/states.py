@@ -35,7 +35,7 @@ class PolicyState:
         return self.train.params(self.frozen)
 
 
-class SampledAnswer(NamedTuple):
+class PolicyAnswer(NamedTuple):
     """An answer to one prompt.
 
     Attributes:

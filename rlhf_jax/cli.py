@@ -47,6 +47,12 @@ SCORE_HELP = """FILE holds texts, dialogues or pairs, in any format that trainin
   rlhf-jax score runs/demo/reward/export pairs.jsonl
   rlhf-jax score runs/demo/reward/export '{ path = "mine.csv", prompt = "question" }' --output scores.jsonl
 """
+SERVE_HELP = """The API is that of OpenAI (/v1/chat/completions, /v1/completions, /v1/models), with /v1/score for reward
+models, /health and /metrics. A model is named by its folder: RUN/ppo/export is "ppo". Examples:
+  rlhf-jax serve runs/demo/ppo/export
+  rlhf-jax serve runs/demo/ppo/export runs/demo/reward/export --port 8080
+  RLHF_JAX_API_KEY=secret rlhf-jax serve before=runs/demo/sft/export after=runs/demo/ppo/export --host 0.0.0.0
+"""
 IMPORT_HELP = """Examples:
   rlhf-jax import meta-llama/Llama-3.2-1B llama --adapter my-adapter --dtype bfloat16
   rlhf-jax export runs/mine assistant --dtype bfloat16
@@ -140,6 +146,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_rollouts_options(add("rollouts", run_rollouts, "what was sampled in training, with filters", ROLLOUTS_HELP))
     text = "talk to an exported model in the terminal; /clear forgets the dialogue, /quit leaves"
     add_chat_options(add("chat", run_chat, text))
+    text = "answer requests of OpenAI's HTTP API with exported models, and score texts with reward models"
+    add_serve_options(add("serve", run_serve, text, SERVE_HELP))
     text = "check a Hugging Face folder and write it again: merged, in another dtype"
     command = add("import", run_import, text, IMPORT_HELP)
     text = "export a trained model of a run as a Hugging Face folder or a PEFT adapter"
@@ -203,11 +211,36 @@ def add_chat_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--max-new-tokens", type=int, default=256, help=longest)
     command.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: 1.0)")
     command.add_argument("--top-p", type=float, default=1.0, help="nucleus to sample from (default: 1.0, everything)")
+    add_model_dtype(command)
+    command.add_argument("--seed", type=int, default=0, help="sampling seed (default: 0)")
+    command.add_argument("--adapter", metavar="FOLDER", help=ADAPTER_HELP)
+
+
+def add_serve_options(command: argparse.ArgumentParser) -> None:
+    text = "a Hugging Face folder, for example RUN/ppo/export, or NAME=FOLDER"
+    command.add_argument("folders", metavar="FOLDER", nargs="+", help=text)
+    text = "the address to listen on (default: %(default)s, which only this machine reaches)"
+    command.add_argument("--host", default="127.0.0.1", help=text)
+    command.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    text = "what clients must send as Authorization: Bearer KEY (default: that of RLHF_JAX_API_KEY; without it nothing)"
+    command.add_argument("--api-key", metavar="KEY", default="", help=text)
+    text = "answers of a model that are decoded at once (default: %(default)s)"
+    command.add_argument("--rows", type=int, default=32, help=text)
+    text = "tokens of a prompt and its answer (default: the positions of the model, at most 4096)"
+    command.add_argument("--context", type=int, default=0, metavar="TOKENS", help=text)
+    text = "answers that may wait for a row; more get status 429 (default: %(default)s)"
+    command.add_argument("--queue", type=int, default=256, metavar="ANSWERS", help=text)
+    text = "bytes of a request; more get status 413 (default: %(default)s)"
+    command.add_argument("--body", type=int, default=4_000_000, metavar="BYTES", help=text)
+    text = "seconds until an answer ends; more get status 504 (default: %(default)s)"
+    command.add_argument("--seconds", type=float, default=600.0, help=text)
+    add_model_dtype(command)
+
+
+def add_model_dtype(command: argparse.ArgumentParser) -> None:
     widths = "of weights, activations and cache; int8, nf4: kernels in 8.25 or 4.13 bits per weight, the rest bfloat16"
     kinds = (*DTYPES, "int8", "nf4")
     command.add_argument("--dtype", default="float32", choices=kinds, help=f"{widths} (default: %(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="sampling seed (default: 0)")
-    command.add_argument("--adapter", metavar="FOLDER", help=ADAPTER_HELP)
 
 
 def add_folder_options(reads: argparse.ArgumentParser, writes: argparse.ArgumentParser) -> None:
@@ -371,6 +404,16 @@ def run_rollouts(args: argparse.Namespace) -> None:
 
     chosen = dict(stage=args.stage, search=args.search, finish=args.finish, sort=args.sort, limit=args.limit)
     show_rollouts(Path(args.run_folder), Filters(steps=parse_steps(args.step), **chosen), as_json=args.json)
+
+
+def run_serve(args: argparse.Namespace) -> None:
+    try:
+        from rlhf_jax.serve import Limits, serve
+    except ModuleNotFoundError as error:
+        raise ValueError(f'serve needs {error.name}: pip install "rlhf_jax[serve]"') from error
+
+    limits = Limits(args.rows, args.context, args.queue, args.body, args.seconds)
+    serve(args.folders, limits, host=args.host, port=args.port, key=args.api_key, dtype=args.dtype)
 
 
 def run_import(args: argparse.Namespace) -> None:

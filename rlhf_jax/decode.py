@@ -1,7 +1,8 @@
 """Prefill and decoding with a KV cache, sampling inside one compiled loop; arrays are sharded by GENERATE.
 
-`generate` answers all prompts at once; `generate_slots` answers them in a smaller number of rows, each of which takes
-the next prompt when its answer ends.
+`generate` answers all prompts at once. In `slots` rows take the next prompt when their answer ends, and in `answering`
+the next request, whenever it comes. All of them have the same step, `decode_and_sample`; the latter two begin answers
+by `begin_answers`, and put them into rows by `put_answers`.
 
 B rows, M prompts, P prompt positions, N new tokens, V padded vocabulary.
 """
@@ -18,11 +19,19 @@ import jax.numpy as jnp
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.inference import Cache, Inference, Weights, empty_cache, forward, inference_logits
 from rlhf_jax.models.layers import token_positions
-from rlhf_jax.sampling import SampleConfig, draw, is_eos, is_model_distribution, logprob_of, penalise_logits, seen_ids
+from rlhf_jax.sampling import (
+    RowSample,
+    SampleConfig,
+    draw,
+    is_eos,
+    is_model_distribution,
+    logprob_of,
+    penalise_logits,
+    seen_ids,
+)
 from rlhf_jax.trees import record
 
 MIN_BUCKET = 32
-ROWS_PER_REFILL = 16  # rows per prompt of a refill: few rows are idle, and weights are not read for a single prompt
 
 
 @record
@@ -103,6 +112,7 @@ class DecodeState:
         steps: [B] int32, as in Rollout.
         tokens, logprobs, model_logprobs: [B, N]; the last is None where it equals `logprobs`.
         seen: [B, V] bool, ids of prompt and answer; None where repetition is not penalised.
+        asked: what each row's request asks for; None where all ask for the same, which is that of `Decoding`.
     """
 
     index: jax.Array
@@ -115,6 +125,7 @@ class DecodeState:
     logprobs: jax.Array
     model_logprobs: jax.Array | None
     seen: jax.Array | None
+    asked: RowSample | None = None
 
     @property
     def newest(self) -> NewTokens:
@@ -122,11 +133,19 @@ class DecodeState:
 
 
 def start_state(
-    decoding: Decoding, index: jax.Array, prompts: jax.Array, prompt_mask: jax.Array, done: jax.Array
+    decoding: Decoding,
+    index: jax.Array,
+    prompts: jax.Array,
+    prompt_mask: jax.Array,
+    done: jax.Array,
+    asked: RowSample | None = None,
 ) -> DecodeState:
-    """Empty answers to the prompts [B, P], whose numbers are `index` [B]."""
+    """Empty answers to the prompts [B, P], whose numbers are `index` [B].
+
+    With `asked` the state keeps no answers (N = 0), of which the caller takes each token as it comes.
+    """
     sample, zeros = decoding.sample, jnp.zeros_like(index)
-    shape, vocab = (len(index), sample.max_new_tokens), decoding.model.config.padded_vocab
+    shape, vocab = (len(index), 0 if asked else sample.max_new_tokens), decoding.model.config.padded_vocab
     return DecodeState(
         index=index,
         sizes=prompt_mask.sum(axis=1, dtype=jnp.int32),
@@ -138,6 +157,7 @@ def start_state(
         logprobs=jnp.zeros(shape, jnp.float32),
         model_logprobs=None if is_model_distribution(sample) else jnp.zeros(shape, jnp.float32),
         seen=None if sample.repetition_penalty == 1 else seen_ids(prompts, prompt_mask, vocab),
+        asked=asked,
     )
 
 
@@ -148,15 +168,21 @@ def empty_state(decoding: Decoding, rows: int, total: int) -> DecodeState:
 
 
 def sample_step(
-    decoding: Decoding, state: DecodeState, logits: jax.Array, key: jax.Array, steps: jax.Array | int
+    decoding: Decoding, state: DecodeState, logits: jax.Array, key: jax.Array | None, steps: jax.Array | int
 ) -> DecodeState:
     """Sample one more token from logits [B, V] in every row that is not done.
 
-    Token t of the answer to prompt i is drawn with fold_in(fold_in(key, i), t), whatever its row and step.
+    Token t of the answer to prompt i is drawn with fold_in(fold_in(key, i), t), whatever its row and step. Where rows
+    ask for their own, it is drawn as if there were no others: the key is that of the row's seed, and i the number of
+    the answer among those to its prompt.
     """
     s, going, sample, eos_ids = state, ~state.done, decoding.sample, decoding.eos_ids
-    keys = jax.vmap(lambda i, t: jax.random.fold_in(jax.random.fold_in(key, i), t))(s.index, s.drawn)
-    token, logprob = draw(penalise_logits(logits, sample, s.seen, s.drawn, eos_ids), keys, sample)
+    root = key if s.asked is None else jax.vmap(jax.random.key)(s.asked.seeds)
+    fold = jax.vmap(jax.random.fold_in, (None if s.asked is None else 0, 0))
+    keys = jax.vmap(jax.random.fold_in)(fold(root, s.index), s.drawn)
+    penalised = penalise_logits(logits, sample, s.seen, s.drawn, eos_ids)
+    token, logprob = draw(penalised, keys, s.asked or sample)
+    limit = s.asked.limits if s.asked else sample.max_new_tokens
     here = going[:, None] & (jnp.arange(s.tokens.shape[1]) == s.drawn[:, None])
     drawn = s.drawn + going
     own, seen, vocab = s.model_logprobs, s.seen, jnp.arange(logits.shape[-1])
@@ -164,7 +190,7 @@ def sample_step(
         s,
         drawn=drawn,
         last=jnp.where(going, token, s.last),
-        done=s.done | is_eos(token, eos_ids) | (drawn == sample.max_new_tokens),
+        done=s.done | is_eos(token, eos_ids) | (drawn == limit),
         steps=jnp.where(going, steps, s.steps),
         tokens=jnp.where(here, token[:, None], s.tokens),
         logprobs=jnp.where(here, logprob[:, None], s.logprobs),
@@ -197,6 +223,55 @@ def decode_step(
     return inference_logits(model.config, weights, hidden[:, -1]), cache
 
 
+def decode_and_sample(
+    decoding: Decoding,
+    weights: Weights,
+    state: DecodeState,
+    cache: Cache,
+    index: jax.Array,
+    key: jax.Array | None,
+    steps: jax.Array | int,
+) -> tuple[jax.Array, DecodeState, Cache]:
+    """One decode step of all rows: put the newest token of each into the cache, at `index`, and draw the next.
+
+    The logits [B, V] that it was drawn from come first.
+    """
+    logits, cache = decode_step(decoding.model, weights, state.newest, cache, index)
+    return logits, sample_step(decoding, state, logits, key, steps), cache
+
+
+def begin_answers(
+    decoding: Decoding,
+    weights: Weights,
+    prompts: jax.Array,
+    prompt_mask: jax.Array,
+    empty: DecodeState,
+    key: jax.Array | None,
+    steps: jax.Array | int,
+) -> tuple[jax.Array, DecodeState, Cache]:
+    """The first token of the `empty` answers to prompts [B, P], with the logits that it was drawn from and the cache of
+    the prompts, which has no room for more."""
+    logits, cache = prefill(decoding.model, weights, prompts, prompt_mask, 0)
+    return logits, sample_step(decoding, empty, logits, key, steps), cache
+
+
+def put_answers(
+    layout: Layout, old: tuple[DecodeState, Cache], new: tuple[DecodeState, Cache], rows: jax.Array
+) -> tuple[DecodeState, Cache]:
+    """Let `rows` of the old answers be the new ones, as `put_rows` does; the cache of those may be shorter."""
+
+    def into(old: jax.Array, new: jax.Array, *axes: str | None) -> jax.Array:
+        return put_rows(old, new, rows, layout, axes)
+
+    def entries(old: tuple[jax.Array, ...], new: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return tuple(into(*pair, "kv_heads", None, None) for pair in zip(old, new, strict=True))
+
+    (state, cache), (fresh, prompt) = old, new
+    visible = jnp.pad(prompt.visible, ((0, 0), (0, cache.visible.shape[1] - prompt.visible.shape[1])))
+    keys, values = entries(cache.keys, prompt.keys), entries(cache.values, prompt.values)
+    return jax.tree.map(into, state, fresh), Cache(keys, values, into(cache.visible, visible))
+
+
 def generate(
     decoding: Decoding, weights: Weights, prompts: jax.Array, prompt_mask: jax.Array, key: jax.Array
 ) -> Rollout:
@@ -215,114 +290,11 @@ def generate(
     def step(carry):
         steps, state, cache = carry
         # All rows have the same number of tokens, so all write at the same index.
-        logits, cache = decode_step(decoding.model, weights, state.newest, cache, prompt_length + steps)
-        return steps + 1, sample_step(decoding, state, logits, key, steps + 1), cache
+        _, state, cache = decode_and_sample(decoding, weights, state, cache, prompt_length + steps, key, steps + 1)
+        return steps + 1, state, cache
 
     _, state, _ = jax.lax.while_loop(lambda carry: ~carry[1].done.all(), step, (jnp.int32(0), state, cache))
     return to_rollout(state, prompts, prompt_mask, decoding.eos_ids)
-
-
-class Slots(NamedTuple):
-    """Rows that take prompts: `rows` in total; each of the `shards` has `rows // shards` of them and takes up to
-    `refill` prompts in each refill."""
-
-    rows: int
-    shards: int
-    refill: int
-
-
-class Requests(NamedTuple):
-    """Prompts and mask [M, P], on every device, and the key of their answers."""
-
-    prompts: jax.Array
-    mask: jax.Array
-    key: jax.Array
-
-
-@record
-class SlotsState:
-    """The state of the loop of `generate_slots`.
-
-    Attributes:
-        next: [] int32, the first prompt that no row has taken.
-        steps: [] int32, number of decode steps so far.
-        state, cache: of the rows.
-        answers: to all prompts, those that are done; without `seen`.
-    """
-
-    next: jax.Array
-    steps: jax.Array
-    state: DecodeState
-    cache: Cache
-    answers: DecodeState
-
-
-def generate_slots(
-    decoding: Decoding, weights: Weights, prompts: jax.Array, prompt_mask: jax.Array, key: jax.Array, rows: int
-) -> Rollout:
-    """`generate` for M prompts in `rows` rows: a row whose answer has ended takes the next prompt.
-
-    One program that never returns to the host: a loop of rounds. Each round prefills one new prompt per ROWS_PER_REFILL
-    rows into free rows, then decodes until as many rows are free again. Each device refills its own rows, so no key or
-    value moves between devices.
-
-    Args:
-        prompts, prompt_mask: [M, P], on every device.
-        rows: a multiple of the number of devices that split the batch.
-    """
-    model, (total, length) = decoding.model, prompts.shape
-    layout, shards = model.layout, model.layout.shards("batch")
-    slots = Slots(rows, shards, max(1, rows // shards // ROWS_PER_REFILL))
-    requests = Requests(prompts, prompt_mask, key)
-
-    def turn(loop: SlotsState) -> SlotsState:
-        loop = refill(decoding, slots, weights, requests, loop)
-        return collect(decode_until_free(decoding, slots, weights, requests, loop), layout)
-
-    loop = SlotsState(
-        next=jnp.int32(0),
-        steps=jnp.int32(0),
-        state=empty_state(decoding, rows, total),
-        cache=empty_cache(model.config, rows, length + decoding.sample.max_new_tokens, model.dtype, layout),
-        answers=dataclasses.replace(empty_state(decoding, total, total), seen=None),
-    )
-    answers = jax.lax.while_loop(lambda loop: (loop.next < total) | ~loop.state.done.all(), turn, loop).answers
-    rollout = to_rollout(answers, prompts, prompt_mask, decoding.eos_ids)
-    return jax.tree.map(lambda x: layout.constrain(x, "batch", *[None] * (x.ndim - 1)), rollout)
-
-
-def refill(decoding: Decoding, slots: Slots, weights: Weights, requests: Requests, loop: SlotsState) -> SlotsState:
-    """Put the next prompts into free rows, with the first token of their answers."""
-    model, total, each = decoding.model, len(requests.prompts), slots.rows // slots.shards
-    free = loop.state.done.reshape(slots.shards, each)
-    rows = jnp.argsort(~free, axis=1, stable=True)[:, : slots.refill]
-    usable = jnp.take_along_axis(free, rows, axis=1)
-    # The first free row of every shard, then the second: the last prompts are split evenly between the shards.
-    rank = jnp.cumsum(usable.T.reshape(-1), dtype=jnp.int32).reshape(slots.refill, slots.shards).T - 1
-    index = loop.next + rank
-    usable &= index < total
-    flat = jnp.where(usable, index, 0).reshape(-1)
-    prompts, mask = (model.layout.constrain(x[flat], "batch", None) for x in (requests.prompts, requests.mask))
-    logits, cache = prefill(model, weights, prompts, mask, 0)
-    index, idle = jnp.where(usable, index, total).reshape(-1), ~usable.reshape(-1)
-    fresh = start_state(decoding, index, prompts, mask, idle)
-    fresh = sample_step(decoding, fresh, logits, requests.key, loop.steps)
-    rows = jnp.where(usable, rows, each)
-    visible = jnp.pad(cache.visible, ((0, 0), (0, decoding.sample.max_new_tokens)))
-
-    def into(old: jax.Array, new: jax.Array, *axes: str | None) -> jax.Array:
-        return put_rows(old, new, rows, model.layout, axes)
-
-    def entries(old: tuple[jax.Array, ...], new: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return tuple(into(*pair, "kv_heads", None, None) for pair in zip(old, new, strict=True))
-
-    old = loop.cache
-    return dataclasses.replace(
-        loop,
-        next=loop.next + usable.sum(dtype=jnp.int32),
-        state=jax.tree.map(into, loop.state, fresh),
-        cache=Cache(entries(old.keys, cache.keys), entries(old.values, cache.values), into(old.visible, visible)),
-    )
 
 
 def put_rows(
@@ -342,31 +314,6 @@ def put_rows(
 
     specs = dict(in_specs=(split, split, layout.spec(("batch", None))), out_specs=split)
     return jax.shard_map(local, mesh=layout.mesh, **specs)(old, new, rows)
-
-
-def decode_until_free(
-    decoding: Decoding, slots: Slots, weights: Weights, requests: Requests, loop: SlotsState
-) -> SlotsState:
-    """Decode until as many rows are free as a refill takes; until all answers have ended where no prompt waits."""
-    total, length = requests.prompts.shape
-    waiting = total - loop.next
-    enough = jnp.where(waiting > 0, jnp.minimum(waiting, slots.shards * slots.refill), slots.rows)
-
-    def step(carry):
-        steps, state, cache = carry
-        logits, cache = decode_step(decoding.model, weights, state.newest, cache, length + state.drawn - 1)
-        return steps + 1, sample_step(decoding, state, logits, requests.key, steps + 1), cache
-
-    start = loop.steps, loop.state, loop.cache
-    steps, state, cache = jax.lax.while_loop(lambda carry: carry[1].done.sum() < enough, step, start)
-    return dataclasses.replace(loop, steps=steps, state=state, cache=cache)
-
-
-def collect(loop: SlotsState, layout: Layout) -> SlotsState:
-    """Write the answers of the rows to those of all prompts; unfinished ones are written again when they are done."""
-    state = dataclasses.replace(loop.state, seen=None)
-    answers = jax.tree.map(lambda to, part: to.at[state.index].set(part, mode="drop"), loop.answers, state)
-    return dataclasses.replace(loop, answers=jax.tree.map(lambda x: layout.constrain(x, *[None] * x.ndim), answers))
 
 
 def bucket_length(length: int) -> int:

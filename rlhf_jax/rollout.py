@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from rlhf_jax.collectives import received_bytes
-from rlhf_jax.decode import Decoding, Rollout, bucket_length, generate, generate_slots
+from rlhf_jax.decode import Decoding, Rollout, bucket_length, generate
 from rlhf_jax.hardware import RUN_OPTIONS
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, Table, check_divides, check_model_divides
 from rlhf_jax.models.attention import Choice
@@ -28,6 +28,7 @@ from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.inference import Inference, Weights, inference_weights, shared_inference_weights, shared_paths
 from rlhf_jax.models.pretrained import Pretrained, check_in_vocabulary
 from rlhf_jax.sampling import SampleConfig, check_sample
+from rlhf_jax.slots import generate_slots
 from rlhf_jax.train_step import Params
 
 LOGGER = logging.getLogger(__name__)

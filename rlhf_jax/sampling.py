@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.trees import record
+
 
 @dataclass(frozen=True)
 class SampleConfig:
@@ -25,6 +27,23 @@ class SampleConfig:
     repetition_penalty: float = 1.0  # logits of tokens of the prompt and the answer are divided by it where positive
     min_new_tokens: int = 0  # number of tokens before which no EOS is sampled
     num_samples: int = 1  # answers per prompt
+
+
+@record
+class RowSample:
+    """What the request of each row asks for, where requests differ; all else is as in a SampleConfig.
+
+    Attributes:
+        seeds: [B] uint32.
+        temperature: [B] float32; 0: greedy.
+        top_p: [B] float32, as in SampleConfig.
+        limits: [B] int32, largest number of tokens of the answer.
+    """
+
+    seeds: jax.Array
+    temperature: jax.Array
+    top_p: jax.Array
+    limits: jax.Array
 
 
 def check_sample(sample: SampleConfig) -> None:
@@ -106,15 +125,34 @@ def truncate_logits(logits: jax.Array, sample: SampleConfig) -> jax.Array:
         kth = jax.lax.top_k(logits, sample.top_k)[0][:, -1:]
         logits = jnp.where(logits < kth, -jnp.inf, logits)
     if sample.top_p < 1:
-        ranked = jnp.sort(logits, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(ranked, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of all more likely tokens
-        least = jnp.where(before < sample.top_p, ranked, jnp.inf).min(axis=-1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
+        logits = cut_nucleus(logits, sample.top_p)
     if sample.min_p:
         least = logits.max(axis=-1, keepdims=True) + jnp.log(sample.min_p)
         logits = jnp.where(logits < least, -jnp.inf, logits)
     return logits
+
+
+def cut_nucleus(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
+    """[B, V] -> [B, V]: -inf outside the most likely tokens whose probabilities first sum to `top_p`, [B, 1] or one."""
+    ranked = jnp.sort(logits, axis=-1, descending=True)
+    probabilities = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of all more likely tokens
+    least = jnp.where(before < top_p, ranked, jnp.inf).min(axis=-1, keepdims=True)
+    return jnp.where(logits < least, -jnp.inf, logits)
+
+
+def truncate_rows(logits: jax.Array, rows: RowSample) -> jax.Array:
+    """`truncate_logits` by each row's temperature and top_p, where greedy rows are left as they are.
+
+    The vocabulary is sorted only where some row needs it.
+    """
+    divided = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
+    is_cut = ((rows.top_p < 1) & (rows.temperature > 0))[:, None]
+
+    def cut(logits: jax.Array) -> jax.Array:
+        return jnp.where(is_cut, cut_nucleus(logits, rows.top_p[:, None]), logits)
+
+    return jax.lax.cond(is_cut.any(), cut, lambda logits: logits, divided)
 
 
 def logprob_of(logits: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -123,11 +161,21 @@ def logprob_of(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def draw(logits: jax.Array, keys: jax.Array, sample: SampleConfig) -> tuple[jax.Array, jax.Array]:
+def draw(logits: jax.Array, keys: jax.Array, sample: SampleConfig | RowSample) -> tuple[jax.Array, jax.Array]:
     """Next tokens [B] int32 and their log-probabilities [B] float32 from [B, V] float32 logits and [B] keys."""
-    if sample.temperature == 0:
-        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def choose(logits: jax.Array) -> jax.Array:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def sample_all(logits: jax.Array) -> jax.Array:
+        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+    if isinstance(sample, RowSample):
+        logits, is_greedy = truncate_rows(logits, sample), sample.temperature == 0
+        tokens = jax.lax.cond(is_greedy.all(), choose, lambda x: jnp.where(is_greedy, choose(x), sample_all(x)), logits)
+    elif sample.temperature == 0:
+        tokens = choose(logits)
     else:
         logits = truncate_logits(logits, sample)
-        tokens = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+        tokens = sample_all(logits)
     return tokens, logprob_of(logits, tokens)

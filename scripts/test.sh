@@ -9,7 +9,7 @@ arguments=()
 for argument in "$@"; do
     if [[ $argument == --long ]]; then arguments+=(-m "not gpu and not cuda"); else arguments+=("$argument"); fi
 done
-install -e '.[test,parity]' torch==2.13.0
+install -e '.[test,parity,serve]' torch==2.13.0
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "${arguments[@]}"

@@ -11,12 +11,13 @@ import pytest
 import tiny
 
 import rlhf_jax
-from rlhf_jax.decode import Decoding, generate_slots
+from rlhf_jax.decode import Decoding
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
 from rlhf_jax.models.inference import Inference
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.rollout import generate_program, make_generate, make_publish
 from rlhf_jax.sampling import SampleConfig
+from rlhf_jax.slots import generate_slots
 
 EIGHT = [name for name in tiny.MESHES if name != "one"]
 FLOAT32 = jnp.dtype("float32")

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from rlhf_jax.decode import ROWS_PER_REFILL
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.decoder import abstract_params
@@ -18,6 +17,7 @@ from rlhf_jax.plan.abstract import device_bytes
 from rlhf_jax.plan.compile import micro_batch_sizes
 from rlhf_jax.plan.phases import Pass, Phase
 from rlhf_jax.recipe import Recipe
+from rlhf_jax.slots import ROWS_PER_REFILL
 from rlhf_jax.stages.models import ModelConfig
 
 # Compiled programs had at most this much more of temporaries than `temporary_bytes` says, as a share of it

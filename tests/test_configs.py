@@ -46,6 +46,7 @@ def no_hub(monkeypatch):
 def test_every_model_size_and_machine_has_a_configuration():
     assert len(PLANNED) == 27 and {path.stem for path in ALL} - {path.stem for path in PLANNED} == {
         "demo",
+        "alpaca_pairs",
         "gsm8k",
         "real_data",
     }

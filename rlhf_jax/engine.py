@@ -321,12 +321,12 @@ def make_updates(
         logprobs, entropy = token_logprobs_and_entropy(hidden, head, experience.actions, **options)
         loss, stats = algorithm.actor_loss(logprobs, entropy, experience)
         weight = algorithm.actor_weight(experience) if algorithm.actor_weight else experience.action_mask.sum()
-        return loss + balance, (weight, stats)
+        return loss + balance, (weight, stats, experience.action_mask.sum())
 
     def mixed_objective(params: Params, batch):
         """Both losses, each a mean over the tokens of its kind in the whole update, whatever its micro-batches hold."""
         experience, texts, actions, learned = batch
-        loss, (count, stats) = actor_objective(params, experience)
+        loss, (count, stats, _) = actor_objective(params, experience)
         text_loss, balance, text_count = next_token_losses(models.actor, params, texts, compute, layout)
         # Every micro-batch weighs 1, and the update divides by their number.
         share, text_share = (

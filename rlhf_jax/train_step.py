@@ -22,8 +22,9 @@ from rlhf_jax.trees import record
 
 Params = dict[str, jax.Array]
 Leaves = Mapping[str, Leaf]
-# (parameters and adapters, micro-batch) -> (mean loss, (number of things the mean is over, {name: mean over the same}))
-LossFn = Callable[[Params, Any], tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]]
+# (parameters and adapters, micro-batch) -> (mean loss, (number of things the mean is over, {name: mean over same})).
+# A third member of the inner tuple is the number of things that the metrics are means over.
+LossFn = Callable[[Params, Any], tuple[jax.Array, tuple]]
 
 
 @record
@@ -195,29 +196,31 @@ def join_micro_batches(tree, layout: Layout):
 
 @record
 class Sums:
-    """Sums over micro-batches, each times its weight: the number of things that its mean is over.
+    """Sums over micro-batches, each times the number of things that its mean is over.
 
     Attributes:
         grads: {path: float32 array} of the scaled loss, sharded by `layout.gradients`.
-        weight: [], the weights.
+        weight: [], the weights of gradients and loss.
         stats: {name: []}, loss and metrics.
+        count: [], the weights of the metrics.
     """
 
     grads: Params
     weight: jax.Array
     stats: dict[str, jax.Array]
+    count: jax.Array
 
 
 def micro_batch_sums(loss_fn: LossFn, trainable: Params, scale: LossScale | None, frozen: Params, micro: Any) -> Sums:
     """The sums of a single micro-batch."""
 
     def scaled_loss(trainable: Params):
-        loss, (weight, stats) = loss_fn({**frozen, **trainable}, micro)
-        return loss * scale.value if scale else loss, (weight, {"loss": loss, **stats})
+        loss, (weight, stats, *count) = loss_fn({**frozen, **trainable}, micro)
+        return loss * scale.value if scale else loss, (loss, weight, stats, count[0] if count else weight)
 
-    grads, (weight, stats) = jax.grad(scaled_loss, has_aux=True)(trainable)
-    stats, grads = jax.tree.map(lambda leaf: leaf * weight, (stats, grads))
-    return Sums(grads, weight, stats)
+    grads, (loss, weight, stats, count) = jax.grad(scaled_loss, has_aux=True)(trainable)
+    grads, stats = jax.tree.map(lambda x: x * weight, grads), jax.tree.map(lambda x: x * count, stats)
+    return Sums(grads, weight, {"loss": loss * weight, **stats}, count)
 
 
 def sum_gradients(
@@ -241,7 +244,9 @@ def sum_gradients(
 
 def mean_gradients(sums: Sums, scale: LossScale | None, leaves: Leaves, layout: Layout) -> tuple[Params, dict]:
     """The gradients of the mean loss, sharded by `layout.moments`, and the means of the metrics with "grad_norm"."""
-    grads, stats = jax.tree.map(lambda leaf: leaf / jnp.maximum(sums.weight, 1), (sums.grads, sums.stats))
+    weight, count = (jnp.maximum(number, 1) for number in (sums.weight, sums.count))
+    grads = jax.tree.map(lambda leaf: leaf / weight, sums.grads)
+    stats = {name: total / (weight if name == "loss" else count) for name, total in sums.stats.items()}
     if scale:
         grads = jax.tree.map(lambda leaf: leaf / scale.value, grads)
     grads = constrain_params(grads, leaves, layout.moments)
@@ -310,7 +315,8 @@ def make_update(
 
     Gradients of `num_micro` micro-batches are summed, each weighted by the number of things that its mean is over, and
     divided by the total: equal to one large batch, however tokens are distributed. Metrics are averaged the same way,
-    and "grad_norm" is added. A batch is a pytree of arrays with the batch as their first dimension.
+    or by a number of their own (`LossFn`), and "grad_norm" is added. A batch is a pytree of arrays with the batch as
+    their first dimension.
 
     Offloaded moments need an `Optimizer`.
 

@@ -5,9 +5,12 @@ import logging
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_recipe
 
+from rlhf_jax.stages.grpo import GRPOConfig
+from rlhf_jax.stages.rewards import RewardFunctions
 from rlhf_jax.stages.symptoms import LONG, SymptomLog, find_symptoms
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "metrics.md"
@@ -52,6 +55,38 @@ def test_one_good_iteration_restarts_the_count_and_a_target_replaces_the_limit_o
     bad = HEALTHY | {"kl": 21.0}
     assert find_symptoms([bad] * (LONG - 1) + [HEALTHY] + [bad] * (LONG - 1)) == {}
     assert find_symptoms([bad] * LONG, kl_limit=25.0) == {} != find_symptoms([HEALTHY] * LONG, kl_limit=4.0)
+
+
+def test_a_judge_that_falls_while_the_score_rises_is_a_symptom_and_one_that_follows_it_is_none():
+    rng = np.random.default_rng(0)
+    rising, noise = np.linspace(0.0, 1.0, 60), rng.normal(0, 0.02, (2, 60))
+    peak = np.where(np.arange(60) < 30, np.arange(60), 60 - np.arange(60)) / 60
+
+    def symptoms(scores, judged, steps=60):
+        history = [
+            {"score_mean": a, "reward/judge": b} | HEALTHY
+            for a, b in zip(scores + noise[0], judged + noise[1], strict=True)
+        ]
+        return find_symptoms(history[:steps], judges=["reward/judge"])
+
+    ((name, advice),) = symptoms(rising, peak).items()
+    assert name == "reward/judge" and "raise kl_coef" in advice
+    assert symptoms(rising, peak, steps=35) == {}  # still near its best
+    assert symptoms(rising, rising) == symptoms(rising, 0 * rising) == {}
+    assert symptoms(-rising, -rising) == symptoms(0 * rising, -rising) == {}  # the score does not rise
+    assert find_symptoms([HEALTHY] * 30, judges=["reward/judge"]) == {}
+
+
+def test_a_function_of_weight_0_is_a_judge_that_nothing_learns_from():
+    config = GRPOConfig(rewards=("a.py:good", "b:short"), reward_weights=(1.0, 0.0))
+    assert config.judges == ["reward/short"] and GRPOConfig(rewards=("a.py:good",)).judges == []
+    functions = RewardFunctions(config, {}, [], {}, False, None)
+    total = functions.total({"a.py:good": np.array([1.0, 2.0]), "b:short": np.array([5.0, -7.0])})
+    assert total.tolist() == [1.0, 2.0]
+    with pytest.raises(ValueError, match="nothing to learn from, all are 0"):
+        GRPOConfig(rewards=("a.py:good",), reward_weights=(0.0,))
+    with pytest.raises(ValueError, match='"model" of weight 0 has no effect'):
+        GRPOConfig(rewards=("model", "a.py:good"), reward_weights=(0.0, 1.0))
 
 
 def test_every_metric_of_a_run_is_in_the_table_of_the_documents(tmp_path_factory):

@@ -394,7 +394,7 @@ def run_grpo(context: StageContext, config: GRPOConfig) -> None:
     del scorer, teacher, models
     publish = engine.publish.compile(state.actor.params(frozen.actor))
     constants = count_publish_bytes(name, publish, state.actor.params(frozen.actor), model)
-    rate, symptoms = learning_rate(config.actor, updates), SymptomLog(name)
+    rate, symptoms = learning_rate(config.actor, updates), SymptomLog(name, judges=config.judges)
 
     def sample_answers(state: EngineState, weights, clock: PhaseTimer, step: int, number: int) -> Answers:
         """The scored answers of a round of a step; round 0 is the step's own prompts."""

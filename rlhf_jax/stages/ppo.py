@@ -176,7 +176,7 @@ def run_ppo(context: StageContext, config: PPOConfig) -> None:
     publish = engine.publish.compile(state.actor.params(frozen.actor))
     constants, shapes = count_publish_bytes(name, publish, state.actor.params(frozen.actor), model), set()
     rates = learning_rate(config.actor, config.actor_updates(steps)), learning_rate(config.critic, updates)
-    symptoms = SymptomLog(name, kl_limit=2 * config.kl_target)
+    symptoms = SymptomLog(name, kl_limit=2 * config.kl_target, judges=config.judges)
     update_passes = make_passes(engine, frozen, texts, config, run.seed)
 
     def step_fn(state: EngineState, step: int):

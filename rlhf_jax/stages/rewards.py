@@ -30,7 +30,9 @@ class RewardsConfig:
 
     # What scores an answer: "model", this run's reward model; FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION, a function
     rewards: tuple[str, ...] = (MODEL,)
-    reward_weights: tuple[float, ...] = ()  # of each of `rewards` in the sum of the scores; []: each 1
+    # Of each of `rewards` in the sum of the scores; []: each 1. A function of weight 0 is a judge: it is only logged,
+    # and a warning says where it falls while the score rises.
+    reward_weights: tuple[float, ...] = ()
     reward_seconds: float = 600.0  # time limit of a function for the answers of one iteration; 0: none
 
     def __post_init__(self) -> None:
@@ -47,6 +49,11 @@ class RewardsConfig:
         if not all(map(math.isfinite, (*self.reward_weights, self.reward_seconds))) or self.reward_seconds < 0:
             raise ValueError("reward_weights and reward_seconds: finite numbers, and the seconds at least 0")
 
+        if self.rewards and not any(self.weights.values()) and not getattr(self, "reference", ""):
+            raise ValueError(f"reward_weights = {list(self.reward_weights)}: nothing to learn from, all are 0")
+        if self.model_weight == 0:
+            raise ValueError(f'reward_weights: "{MODEL}" of weight 0 has no effect, since only functions are judges')
+
     def check_functions(self) -> None:
         """Raise ValueError for a function that does not exist."""
         for name in self.functions:
@@ -61,6 +68,11 @@ class RewardsConfig:
     def functions(self) -> list[str]:
         """The rewards that are functions."""
         return [name for name in self.rewards if name != MODEL]
+
+    @property
+    def judges(self) -> list[str]:
+        """The metrics of the functions of weight 0, which nothing learns from."""
+        return [metric_of(name) for name in self.functions if self.weights[name] == 0]
 
     @property
     def model_weight(self) -> float | None:
@@ -114,7 +126,12 @@ class RewardFunctions(NamedTuple):
 
 def reward_metrics(scores: Mapping[str, np.ndarray]) -> dict[str, float]:
     """The mean score of each function, as metrics "reward/NAME"."""
-    return {f"reward/{name.rpartition(':')[2]}": float(values.mean()) for name, values in scores.items()}
+    return {metric_of(name): float(values.mean()) for name, values in scores.items()}
+
+
+def metric_of(name: str) -> str:
+    """The metric of a function."""
+    return f"reward/{name.rpartition(':')[2]}"
 
 
 def has_messages(data: DataConfig, examples: Iterable[Example]) -> bool:

@@ -119,6 +119,15 @@ def test_buckets_give_few_shapes_and_remove_most_of_the_padding():
     assert first != sorted(first)  # steps of short and long rows alternate randomly
 
 
+def test_rows_that_are_padded_to_one_length_are_not_sorted_by_their_own():
+    lengths = np.random.RandomState(0).randint(1, 33, 8 * BUCKET_WINDOW)
+    batches = Batches(make_rows(lengths.tolist()), batch_size=8, seed=0, buckets=2)
+    assert batches.lengths == (16, 32)
+    made = [batches[step] for step in range(batches.steps_per_epoch)]
+    spread = [np.ptp(batch.mask.sum(axis=-1)) for batch in made if batch.tokens.shape[1] == 16]
+    assert np.mean(spread) > 8  # of lengths from 1 to 16; sorted, eight neighbours would be within 1 or 2
+
+
 @given(st.lists(st.integers(1, 96), min_size=1, max_size=30), st.integers(1, 3))
 def test_the_lengths_are_those_that_pad_the_rows_least(row_lengths, buckets):
     longest = -(-max(row_lengths) // 8) * 8

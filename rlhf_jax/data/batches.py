@@ -14,7 +14,7 @@ from rlhf_jax.data.packing import segment_ids
 from rlhf_jax.data.rows import Rows
 from rlhf_jax.trees import record
 
-BUCKET_WINDOW = 32  # steps whose rows are sorted by length among themselves
+BUCKET_WINDOW = 32  # steps whose rows are sorted by padded length among themselves
 
 
 @record
@@ -37,8 +37,8 @@ class Batches:
     epoch), or without `shuffle` by the order of the rows. An epoch's last, incomplete batch is left out.
 
     Every batch has one of `lengths` as its T: the longest row rounded up to a multiple of 8, and with `buckets` up to
-    so many shorter lengths. Then the rows of `BUCKET_WINDOW` steps are sorted by length among themselves, and each step
-    takes neighbours, so that long rows pad long rows; the steps of a window come in random order.
+    so many shorter lengths. Then the rows of `BUCKET_WINDOW` steps are sorted by the length that they are padded to,
+    and each step takes neighbours, so that long rows pad long rows; the steps of a window come in random order.
     """
 
     __iter__ = None  # it would never end
@@ -84,7 +84,8 @@ class Batches:
         first = window * BUCKET_WINDOW * self.batch_size
         positions = np.arange(first, first + steps * self.batch_size)
         part, row = self.rows.draw(self.seed, epoch, positions, shuffle=self.shuffle)
-        order = np.argsort(self._lengths_of(part, row), kind="stable")
+        # By the length that they are padded to and no further: batches of equal rows would be far from random.
+        order = np.argsort(np.searchsorted(self.lengths, self._lengths_of(part, row)), kind="stable")
         turn = permute(np.array([place]), steps, self.seed, epoch, window)[0] if self.shuffle else place
         chosen = order[turn * self.batch_size : (turn + 1) * self.batch_size]
         return part[chosen], row[chosen]

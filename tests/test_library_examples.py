@@ -1,0 +1,85 @@
+"""The examples of docs/library.md, run as they are printed on a small random model."""
+
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from tiny_tokenizer import gpt2_like
+
+import rlhf_jax
+from rlhf_jax.mesh import TRAIN, Layout
+from rlhf_jax.models.families import decoder_config
+from rlhf_jax.models.pretrained import Pretrained, save_pretrained
+from rlhf_jax.stages.from_scratch import make_hf_config
+from rlhf_jax.stages.models import NewModelConfig
+
+TEXT = (Path(__file__).parents[1] / "docs" / "library.md").read_text(encoding="utf-8")
+EXAMPLES = [code for code in re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE) if "STEPS" in code]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with the folder "model"."""
+    tokenizer = gpt2_like(pad_token="<s>")
+    sizes = NewModelConfig(
+        len(tokenizer), 32, num_layers=2, num_heads=2, num_kv_heads=2, mlp_size=48, max_positions=160
+    )
+    hf = make_hf_config(sizes, len(tokenizer)) | {"eos_token_id": tokenizer.eos_token_id}
+    config, mesh = decoder_config(hf, scalar_head=False), tiny.mesh_of("one")
+    params = tiny.random_params(config, mesh)
+    save_pretrained(Pretrained(config, params, tokenizer, hf, {}, Layout(mesh, TRAIN)), tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_examples_have_at_most_40_and_60_lines():
+    assert [len(code.splitlines()) <= limit for code, limit in zip(EXAMPLES, (40, 60), strict=True)] == [True, True]
+
+
+def test_the_reward_of_the_grpo_loop_rises_and_its_export_is_the_policy(folder, capsys):
+    names = {}
+    exec(EXAMPLES[0], names)
+    rewards = names["rewards"]
+    assert len(rewards) == 20 and len(capsys.readouterr().out.splitlines()) == 20
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.15, rewards
+    batch, engine = rlhf_jax.pad_rows(names["rows"]), names["engine"]
+    trained = rlhf_jax.from_pretrained(folder / "trained")
+    np.testing.assert_allclose(engine.score(trained, batch), engine.score(names["state"], batch), atol=1e-5)
+    assert np.abs(engine.score(names["model"], batch) - engine.score(trained, batch)).max() > 0.1
+
+
+def test_the_turns_are_learned_from_the_sampled_tokens_alone_and_the_reward_rises(folder):
+    names, sampled = {}, []
+    original = rlhf_jax.Engine.sample
+
+    def sample(engine, weights, contexts, *args):
+        answers = original(engine, weights, contexts, *args)
+        sampled.append(([list(context) for context in contexts], answers))
+        return answers
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rlhf_jax.Engine, "sample", sample)
+        exec(EXAMPLES[1], names)
+    rewards, tokenizer, batch = names["rewards"], names["model"].tokenizer, names["batch"]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.05, rewards
+    assert len(sampled) == 12 * 3
+    for index in range(16):
+        tokens, mask, logprobs = list(names["task"]), [False] * len(names["task"]), [0.0] * len(names["task"])
+        for contexts, answers in sampled[-3:]:
+            assert contexts[index] == tokens, "the next turn reads exactly the tokens before it"
+            answer = answers[index]
+            text = tokenizer.decode(answer.tokens, skip_special_tokens=True).lower()
+            result = tokenizer.encode(f"\n\nTool: {sum(map(text.count, 'aeiou'))} vowels\n\nAssistant:")
+            tokens += answer.tokens + result
+            mask += [True] * len(answer.tokens) + [False] * len(result)
+            logprobs += answer.logprobs + [0.0] * len(result)
+        size = batch["mask"][index].sum()
+        assert batch["tokens"][index][:size].tolist() == tokens and not batch["tokens"][index][size:].any()
+        assert batch["loss_mask"][index][:size].tolist() == mask and not batch["loss_mask"][index][size:].any()
+        np.testing.assert_array_equal(batch["sampled"][index][:size], np.float32(logprobs))
+    state, meta = names["engine"].load_state("run", names["model"])
+    assert meta == {"step": 11} and int(state.train.step) == 12
+    jax.tree.map(np.testing.assert_array_equal, state.train, names["state"].train)

@@ -14,7 +14,16 @@ import tiny
 
 import rlhf_jax
 from rlhf_jax.data.batches import Batch
-from rlhf_jax.library import Engine, PolicyState
+from rlhf_jax.engine import (
+    Architectures,
+    EngineState,
+    Execution,
+    FrozenParams,
+    Optimizers,
+    Sampling,
+    make_hybrid_engine,
+)
+from rlhf_jax.library import Engine
 from rlhf_jax.library.states import bit_sum
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.config import Compute
@@ -24,6 +33,7 @@ from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.objectives import grpo, masked
 from rlhf_jax.optim import OptimConfig, make_optimizer
 from rlhf_jax.sampling import SampleConfig
+from rlhf_jax.stages.grpo import GRPOConfig, grpo_algorithm
 from rlhf_jax.stages.sft import sft_objective
 from rlhf_jax.train_step import init_state, make_update
 
@@ -176,6 +186,44 @@ def test_a_step_equals_that_of_the_supervised_stage():
         assert {name: float(x) for name, x in step.items()} == pytest.approx({n: float(x) for n, x in stats.items()})
     for path, leaf in theirs.trainable.items():
         np.testing.assert_allclose(state.train.trainable[path], leaf, atol=1e-6, err_msg=path)
+
+
+def test_a_gradient_equals_that_of_the_group_stage_on_its_rollouts():
+    sample, model = SampleConfig(6, temperature=0.7, num_samples=4), model_on()
+    algorithm = grpo_algorithm(GRPOConfig(sample=sample, clip_high=0.28))
+    execution = Execution(model.layout, Compute(jnp.dtype("float32"), "none", 4), num_micro=2)
+    stage = make_hybrid_engine(Architectures(tiny.LLAMA), algorithm, Optimizers(SGD), Sampling(sample, EOS), execution)
+    theirs = EngineState(init_state(model.params, SGD, abstract_params(tiny.LLAMA), model.layout))
+    before, prompts = jax.device_get(theirs.actor.trainable), tiny.prompts(tiny.LLAMA, [5, 1, 3, 8], 8)
+    rollout = stage.generate(stage.publish(theirs.actor.trainable), *prompts, jax.random.key(0))
+    experience = stage.score(theirs, FrozenParams({}), rollout, np.asarray(rollout.tokens[:, 0]) % 7)
+    # Ratios other than 1, so that some are clipped.
+    noise = 0.3 * np.random.default_rng(0).normal(size=experience.logprobs.shape).astype(np.float32)
+    experience = jax.device_get(dataclasses.replace(experience, logprobs=experience.logprobs + noise))
+    rows = []
+    for index in range(16):
+        start, size = experience.starts[index], experience.action_mask[index].sum()
+        spread = {name: np.zeros(start + size) for name in ("old", "gain")}
+        spread["old"][start:] = experience.logprobs[index, :size]
+        spread["gain"][start:] = experience.advantages[index, :size]
+        mask = np.arange(start + size) >= start
+        rows.append(dict(tokens=experience.tokens[index, : start + size], loss_mask=mask, **spread))
+    theirs, stats = stage.update(theirs, FrozenParams({}), model.layout.put_batch(experience))
+    expected = {path: before[path] - leaf for path, leaf in jax.device_get(theirs.actor.trainable).items()}
+
+    def loss(logprobs, batch):
+        ratio = grpo.log_ratios(logprobs, batch["old"], batch["loss_mask"], "token")
+        bounds, mask = dict(low=0.2, high=0.28), batch["loss_mask"]
+        clipped = grpo.is_clipped(ratio, batch["gain"], **bounds)
+        losses = grpo.clipped_losses(ratio, batch["gain"], **bounds)
+        return masked.mean(losses, mask), {"clip_fraction": masked.mean(clipped, mask)}
+
+    engine, model = engine_on(micro=4)
+    state, found = engine.forward_backward(engine.init(model), rlhf_jax.pad_rows(rows, 16), loss, temperature=0.7)
+    state, step = engine.optim_step(state)
+    assert 0.05 < float(found["clip_fraction"]) == pytest.approx(float(stats["actor_clip_fraction"]))
+    assert float(step["loss"]) == pytest.approx(float(stats["actor_loss"]), abs=1e-6)
+    assert_same_gradient({path: before[path] - leaf for path, leaf in state.train.trainable.items()}, expected)
 
 
 @pytest.mark.parametrize(("mesh", "lora"), [("one", NO_LORA), ("fsdp4-tensor2", tiny.LORA)])
@@ -480,10 +528,3 @@ def test_rows_are_padded_on_the_right_in_the_widest_type_of_their_values():
         assert batch[name].dtype == array.dtype
         np.testing.assert_array_equal(batch[name], array)
     assert rlhf_jax.pad_rows([dict(tokens=[1] * 33)])["tokens"].shape == (1, 64)
-
-
-def test_a_state_is_a_pytree():
-    engine, model = engine_on()
-    state, _ = engine.forward_backward(engine.init(model), batch_of(), token_loss)
-    same = jax.tree.map(lambda x: x, state)
-    assert isinstance(same, PolicyState) and same.over == "tokens"

@@ -297,3 +297,26 @@ def test_a_long_answer_far_from_its_sampler_has_the_limit_as_its_weight():
     far = jnp.full((1, 500), 3.0)  # the product of the ratios is e^1500
     weights = ppo.mismatch_weights(far, jnp.zeros_like(far), jnp.ones((1, 500)), level="sequence", limit=2.0)
     np.testing.assert_allclose(weights, 2.0, rtol=1e-6)
+
+
+def test_the_value_loss_of_ragged_answers_equals_a_loop_and_its_gradient_finite_differences(draw):
+    values, old, returns = np.float64(draw()), np.float64(draw()), np.float64(draw())
+    tokens = [(b, t) for b in range(4) for t in range(4) if MASK[b, t]]
+
+    def loop(values):
+        total = 0.0
+        for b, t in tokens:
+            bounded = min(max(values[b, t], old[b, t] - 0.4), old[b, t] + 0.4)
+            total += max((values[b, t] - returns[b, t]) ** 2, (bounded - returns[b, t]) ** 2)
+        return 0.5 * total / len(tokens)
+
+    given = (jnp.asarray(x, jnp.float32) for x in (values, old, returns))
+    loss, gradient = jax.value_and_grad(ppo.value_loss)(*given, MASK, clip=0.4)
+    assert loss.item() == pytest.approx(loop(values), rel=1e-5)
+    for b, t in tokens:
+        step = np.zeros((4, 4))
+        step[b, t] = 1e-5
+        slope = (loop(values + step) - loop(values - step)) / 2e-5
+        assert gradient[b, t].item() == pytest.approx(slope, abs=1e-5)
+    kept = [float(gradient[b, t]) != 0 for b, t in tokens]
+    assert any(kept) and not all(kept), "some values are clipped"

@@ -219,6 +219,7 @@ CASES = {
     "dapo": dict(scale="token", clip_high=0.4),
     "dr-grpo": dict(scale="constant", advantage="group_mean"),
     "rloo": dict(ratio="product", scale="sequence", advantage="leave_one_out", kl_coef=0.2, kl_in="score"),
+    "reinforce++": dict(advantage="global", kl_coef=0.2, kl_in="score"),
     "gspo": dict(ratio="sequence", scale="sequence"),
     "cispo": dict(surrogate="cispo", advantage="batch_std"),
 }

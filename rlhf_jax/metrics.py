@@ -1,4 +1,4 @@
-"""Writes a stage's metrics to the log, to `metrics.jsonl` and to TensorBoard.
+"""Writes a stage's metrics to the log, to `metrics.jsonl`, to TensorBoard and to the trackers of the run.
 
 with Metrics(run_dir, "sft", total_steps=100) as metrics:
     metrics.write(step, {"loss": loss})
@@ -18,6 +18,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from rlhf_jax import hosts
+from rlhf_jax.trackers import Trackers
 
 LOGGER = logging.getLogger(__name__)
 BAR = logging.getLogger(f"{__name__}.bar")  # writes nothing; disabling it disables the progress bar
@@ -32,13 +33,17 @@ class Metrics:
     starts over and drops all.
     """
 
-    def __init__(self, run_dir: Path, stage: str, *, total_steps: int, start_step: int = 0):
-        self.stage, self.total_steps, self.step = stage, total_steps, start_step
+    def __init__(
+        self, run_dir: Path, stage: str, *, total_steps: int, start_step: int = 0, trackers: Trackers | None = None
+    ):
+        self.stage, self.total_steps, self.step, self._trackers = stage, total_steps, start_step, trackers
         path, is_main = Path(run_dir) / stage / "metrics.jsonl", hosts.is_main()
         if is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = _keep_until(path, start_step)
+            kept, dropped = _keep_until(path, start_step)
             self._board = _replay(Path(run_dir) / "tensorboard", stage, kept)
+            if trackers:
+                trackers.start_stage(stage, kept, dropped)
         else:  # its values are those of the main process
             path, self._board = Path(os.devnull), None
         self._file = path.open("a", encoding="utf-8")
@@ -70,6 +75,8 @@ class Metrics:
         self._file.write(json.dumps({"step": step, "stage": self.stage, **record}, allow_nan=False) + "\n")
         self._file.flush()
         _scalars(self._board, self.stage, step, numbers)
+        if self._trackers:
+            self._trackers.log(self.stage, step, numbers)
         wrong = [f"'{name}' is {value}" for name, value in numbers.items() if not math.isfinite(value)]
         if wrong and must_be_finite:
             raise FloatingPointError(f"{self.stage} step {step}: {', '.join(wrong)}; lower the learning rate")
@@ -98,11 +105,17 @@ def _number(value: Any) -> int | float:
     return scalar
 
 
-def _keep_until(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """Drop the records after `last_step` and a last line that a killed run left incomplete; return the others."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() and last_step > 0 else []
+def _keep_until(path: Path, last_step: int) -> tuple[list[dict[str, Any]], int]:
+    """Drop the records after `last_step` and a last line that a killed run left incomplete.
+
+    Returns the kept records, and the number of those that were dropped and complete.
+    """
+    errors = "strict" if last_step > 0 else "replace"  # what is not kept may be damaged
+    text = path.read_text(encoding="utf-8", errors=errors) if path.exists() else ""
+    lines = text.splitlines(keepends=True)
+    complete = [line for line in lines if line.endswith("\n")]
     try:
-        records = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+        records = [(line, json.loads(line)) for line in complete] if last_step > 0 else []
         kept = [(line, record) for line, record in records if record["step"] <= last_step]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
@@ -112,7 +125,7 @@ def _keep_until(path: Path, last_step: int) -> list[dict[str, Any]]:
     unfinished = path.with_name(path.name + ".kept")
     unfinished.write_text("".join(line for line, _ in kept), encoding="utf-8")
     unfinished.replace(path)
-    return [record for _, record in kept]
+    return [record for _, record in kept], len(complete) - len(kept)
 
 
 def _replay(folder: Path, stage: str, records: list[dict[str, Any]]) -> Any:

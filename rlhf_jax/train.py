@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from jax.sharding import Mesh
 
@@ -18,6 +20,7 @@ from rlhf_jax.stages.models import log_devices
 from rlhf_jax.stages.run_folder import open_run
 from rlhf_jax.stages.table import STAGES
 from rlhf_jax.stages.tokenizers import check_same_ids, load_tokenizer
+from rlhf_jax.trackers import Trackers, check_installed
 
 LOGGER = logging.getLogger(__name__)
 
@@ -50,21 +53,30 @@ def train(recipe: Recipe, mesh: Mesh, stages: Sequence[str] = ()) -> None:
         with prefix_errors(name):
             getattr(recipe, name).check(name, recipe.layout(mesh))
     check_reward_tokenizer(recipe, waiting)
+    hosts.on_main(check_installed, run.trackers if waiting else ())
     hosts.on_main(open_run, run, merged)
     log_devices(mesh, recipe.model)
-    for name in stages:
-        if hosts.broadcast(run.export(name).exists()):
-            LOGGER.info(f"{name}: finished already, {run.export(name)} exists")
-            continue
-        context = recipe.context(name, mesh)
-        missing = [folder.parent.name for folder in context.start.values() if not folder.exists()]
-        if missing := hosts.broadcast(missing):
-            raise ValueError(
-                f"{name} starts from the export of {' and '.join(missing)} in {run.dir}, which is not finished: "
-                "run it first, or `train`, which runs all in order"
-            )
-        with prefix_errors(name):
-            STAGES[name].run(context, getattr(recipe, name))
+    asked = run.trackers if waiting and hosts.is_main() else ()
+    with Trackers(asked, Path(run.dir), tomllib.loads(merged)) as trackers:
+        for name in stages:
+            run_stage(recipe, name, mesh, trackers)
+
+
+def run_stage(recipe: Recipe, name: str, mesh: Mesh, trackers: Trackers) -> None:
+    """Run one stage, unless its export exists. ValueError: its predecessors are not finished, or an error of it."""
+    run = recipe.run
+    if hosts.broadcast(run.export(name).exists()):
+        LOGGER.info(f"{name}: finished already, {run.export(name)} exists")
+        return
+    context = dataclasses.replace(recipe.context(name, mesh), trackers=trackers)
+    missing = [folder.parent.name for folder in context.start.values() if not folder.exists()]
+    if missing := hosts.broadcast(missing):
+        raise ValueError(
+            f"{name} starts from the export of {' and '.join(missing)} in {run.dir}, which is not finished: "
+            "run it first, or `train`, which runs all in order"
+        )
+    with prefix_errors(name):
+        STAGES[name].run(context, getattr(recipe, name))
 
 
 def check_reward_tokenizer(recipe: Recipe, waiting: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from rlhf_jax.stages.table import STAGES
 
 PACKAGE = Path(__file__).parents[1] / "rlhf_jax"
 FLOORS = [
-    ["config", "trees", "hub_access", "hosts"],
+    ["config", "trees", "hub_access", "hosts", "trackers"],
     ["mesh", "hardware", "loss_scale", "collectives", "metrics", "objectives", "sampling"],
     ["models", "data", "optim", "checkpoint_files", "skipping", "detokenise"],
     ["train_step", "decode", "checkpoint", "reward_functions"],

@@ -12,6 +12,7 @@ from rlhf_jax.data.records import RowSpec
 from rlhf_jax.mesh import Layout
 from rlhf_jax.stages.models import ModelConfig
 from rlhf_jax.stages.run_folder import RunConfig
+from rlhf_jax.trackers import Trackers
 
 ModelKind = Literal["policy", "scorer"]
 
@@ -28,6 +29,7 @@ class StageContext:
     data: DataConfig
     tokenizer: str | Path  # folder or hub id of the tokenizer, and so of the chat template, of all stages of the run
     start: Mapping[ModelKind, Path]  # the exports that it starts from, one for each kind that it needs
+    trackers: Trackers | None = None  # of the main process
 
     @property
     def folder(self) -> Path:

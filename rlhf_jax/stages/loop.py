@@ -71,7 +71,8 @@ def train_loop(
     with Checkpoints(context.folder / "checkpoints", **kept) as checkpoints, finish_steps():
         start, state = resume(context, checkpoints, state, batches)
         skips = SkipReport(context, batches, state)
-        with Metrics(Path(run.dir), stage, total_steps=total_steps, start_step=start) as metrics, watchdog:
+        counts = dict(total_steps=total_steps, start_step=start)
+        with Metrics(Path(run.dir), stage, **counts, trackers=context.trackers) as metrics, watchdog:
             if start:
                 LOGGER.info(f"{stage}: resumed at step {start} of {total_steps}")
             else:

@@ -12,6 +12,7 @@ from typing import Any
 from rlhf_jax.config import differences
 from rlhf_jax.data.splits import named_shares
 from rlhf_jax.stages.stopping import parse_duration
+from rlhf_jax.trackers import check_names
 
 # Settings of how and where models are computed, which change results by rounding only.
 EXECUTION_KEYS = ("remat", "one_copy", "offload_optimizer", "offload_reference", "offload_ema")
@@ -32,6 +33,8 @@ class RunConfig:
     # measured: "held_out_loss" keeps the least, "-score_mean" the greatest; "": the newest alone are kept
     keep_best: str = ""
     log_every: int = 1  # steps between records of metrics.jsonl
+    # Experiment trackers that get the metrics too, next to TensorBoard: "wandb", "mlflow", "trackio", where installed
+    trackers: tuple[str, ...] = ()
     # Optimizer steps in a row whose loss or gradient is not finite, after which the run stops. Each is skipped: it
     # changes nothing. float16: those at the smallest loss scale count.
     max_skipped: int = 3
@@ -46,6 +49,7 @@ class RunConfig:
             raise ValueError("dir is empty: name the folder of the run")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: from 0 to {2**32 - 1}")
+        check_names(self.trackers)
         counts = {name: getattr(self, name) for name in ("save_every", "log_every", "keep", "max_skipped")}
         if min(counts.values()) < 1:
             raise ValueError(", ".join(f"{name}={value}" for name, value in counts.items()) + ": all at least 1")
@@ -89,7 +93,7 @@ def open_run(run: RunConfig, merged: str) -> None:
             for name in (*names, "base", "tensorboard"):
                 if (folder / name).exists():  # a failure to delete is an error: a stage would resume from the rest
                     shutil.rmtree(folder / name)
-            for name in ("evaluate.json", "evaluate.jsonl"):
+            for name in ("evaluate.json", "evaluate.jsonl", "trackers.json"):
                 (folder / name).unlink(missing_ok=True)
     elif folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty and holds no run (no config.toml): choose another run.dir")

@@ -64,6 +64,10 @@ ROLLOUTS_HELP = """On a terminal in a pager, elsewhere as plain lines. Examples:
   rlhf-jax rollouts runs/demo --step 40-50 --search Rome --finish length
   rlhf-jax rollouts runs/demo --json | jq .score
 """
+REPORT_HELP = """One page that opens from disk: curves, machine, throughput, evaluation, rollouts, settings. Examples:
+  rlhf-jax report runs/demo
+  rlhf-jax report runs/demo runs/demo-1 --output both.html
+"""
 LOGGER = logging.getLogger(__name__)
 ADAPTER_HELP = "a PEFT folder, whose LoRA adapter is added to the model"
 
@@ -143,6 +147,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     command.add_argument("--examples", type=int, default=1, metavar="N", help="rows of each source (default: 1)")
     text = "bytes, seconds and cost of every phase on GPUs that need not be attached"
     add_plan_options(add("plan", run_plan, text, PLAN_HELP, config=True))
+    command = add("report", run_report, "a page on one run, or on several drawn over each other", REPORT_HELP)
+    command.add_argument("runs", metavar="RUN", nargs="+", help="the run.dir of a training")
+    command.add_argument("--output", metavar="FILE", help="default: report.html in the first RUN")
     add_rollouts_options(add("rollouts", run_rollouts, "what was sampled in training, with filters", ROLLOUTS_HELP))
     text = "talk to an exported model in the terminal; /clear forgets the dialogue, /quit leaves"
     add_chat_options(add("chat", run_chat, text))
@@ -337,11 +344,13 @@ def run_evaluate(args: argparse.Namespace) -> None:
     from rlhf_jax.mesh import make_mesh
     from rlhf_jax.recipe import Recipe
     from rlhf_jax.stages.run_folder import check_same_data
+    from rlhf_jax.train import try_report
 
     recipe = load_config(args.config, args.overrides, Recipe).with_date()
     check_same_data(recipe.run, dump_config(recipe))
     report = evaluate(recipe.run, make_mesh(recipe.mesh), recipe.data, recipe.evaluate, recipe.model)
     if hosts.is_main():
+        try_report(recipe.run)
         print(report, flush=True)
 
 
@@ -396,6 +405,12 @@ def run_chat(args: argparse.Namespace) -> None:
 
     sample = SampleConfig(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
     chat(args.folder, sample, args.seed, args.dtype, args.adapter)
+
+
+def run_report(args: argparse.Namespace) -> None:
+    from rlhf_jax.report import write_report
+
+    LOGGER.info(f"report: {write_report(args.runs, args.output)}")
 
 
 def run_rollouts(args: argparse.Namespace) -> None:

@@ -62,7 +62,7 @@ def dump_config(config: Any) -> str:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Dotted keys whose values differ between two nested dicts: ["sft.batch_size: 32 -> 64"], in the order of `new`."""
-    before, after = dict(_leaves(old, "")), dict(_leaves(new, ""))
+    before, after = dict(leaves(old, "")), dict(leaves(new, ""))
     return [
         f"{key}: {_toml_value(before.get(key, ABSENT))} -> {_toml_value(after.get(key, ABSENT))}"
         for key in [*after, *(key for key in before if key not in after)]
@@ -214,12 +214,12 @@ def _keys(wanted: Any, key: str) -> Iterator[str]:
             yield from _keys(get_args(kind)[0], f"{_join(key, name)}.*")
 
 
-def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
     """Arrays of tables are traversed; an array of scalars is one leaf, always as a list."""
     is_array = isinstance(value, list | tuple)
     if isinstance(value, dict) or (is_array and value and isinstance(value[0], dict)):
         for name, item in enumerate(value) if is_array else value.items():
-            yield from _leaves(item, _join(key, str(name)))
+            yield from leaves(item, _join(key, str(name)))
     else:
         yield key, list(value) if is_array else value
 

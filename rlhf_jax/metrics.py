@@ -34,7 +34,7 @@ class Metrics:
     """
 
     def __init__(
-        self, run_dir: Path, stage: str, *, total_steps: int, start_step: int = 0, trackers: Trackers | None = None
+        self, run_dir: Path, stage: str, trackers: Trackers | None = None, *, total_steps: int, start_step: int = 0
     ):
         self.stage, self.total_steps, self.step, self._trackers = stage, total_steps, start_step, trackers
         path, is_main = Path(run_dir) / stage / "metrics.jsonl", hosts.is_main()

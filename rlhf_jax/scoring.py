@@ -114,14 +114,19 @@ def score_answers(scorer: Pretrained, answers: Sequence[Answered], batch_size: i
 def win_rate(scores: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
     """How often `scores` [B] are above `others` [B], ties counted half, and its 95% interval.
 
-    The interval is that of Wilson 1927 (J. Am. Stat. Assoc. 22, 209) for B independent prompts; with ties it is wider
-    than it need be.
+    The interval is that of `wilson` for B independent prompts; with ties it is wider than it need be.
     """
-    difference, z = np.sign(np.subtract(scores, others)), 1.959964
-    rate, n = float((difference / 2 + 0.5).mean()), len(difference)
+    difference = np.sign(np.subtract(scores, others))
+    rate = float((difference / 2 + 0.5).mean())
+    return rate, *wilson(rate, len(difference))
+
+
+def wilson(rate: float, n: int) -> tuple[float, float]:
+    """The 95% interval of a share of `n` independent cases (Wilson 1927, J. Am. Stat. Assoc. 22, 209)."""
+    z = 1.959964
     centre = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-    return rate, max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def pair_accuracy(scores: np.ndarray, lengths: np.ndarray, sources: Sequence[str]) -> dict[str, Any]:

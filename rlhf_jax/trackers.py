@@ -23,6 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from rlhf_jax.config import leaves
+
 LOGGER = logging.getLogger(__name__)
 PROJECT = "rlhf_jax"  # where the environment names none
 CLOSE_SECONDS = 60.0  # that the end of a run waits for trackers to take what is left
@@ -81,12 +83,12 @@ def open_mlflow(folder: Path, key: str, config: Mapping[str, Any]) -> Sink:
         found = client.get_experiment_by_name(name)
         experiment = found.experiment_id if found else client.create_experiment(name)
         key = client.create_run(experiment, run_name=folder.name).info.run_id
-        for param, value in _flat(config):
-            client.log_batch(key, params=[Param(_allowed(param), str(value))])
+        for param, value in leaves(dict(config), ""):
+            client.log_batch(key, params=[Param(_mlflow_name(param), str(value))])
 
     def log(stage: str, step: int, numbers: Numbers) -> None:
         now = int(time.time() * 1000)
-        sent = {_allowed(f"{stage}/{name}"): value for name, value in numbers.items()}
+        sent = {_mlflow_name(f"{stage}/{name}"): value for name, value in numbers.items()}
         finite = {name: value if math.isfinite(value) else math.nan for name, value in sent.items()}
         client.log_batch(key, metrics=[Metric(name, value, now, step) for name, value in finite.items()])
 
@@ -122,7 +124,7 @@ def check_names(names: Sequence[str]) -> None:
         raise ValueError(f"trackers names {', '.join(unknown)}; the trackers are {', '.join(TRACKERS)}")
 
 
-def check_installed(names: Sequence[str]) -> None:
+def check_packages(names: Sequence[str]) -> None:
     """Raise ValueError for a tracker whose package is missing."""
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
         fix = f"pip install {' '.join(missing)}, or take it out of run.trackers"
@@ -229,15 +231,7 @@ def _new_key(folder: Path) -> str:
     return f"{re.sub(r'[^A-Za-z0-9_-]', '-', folder.name)}-{secrets.token_hex(4)}"
 
 
-def _flat(tables: Mapping[str, Any], place: str = "") -> list[tuple[str, Any]]:
-    """[("ppo.actor.learning_rate", value), ...] of nested tables."""
-    found: list[tuple[str, Any]] = []
-    for name, value in tables.items():
-        found += _flat(value, f"{place}{name}.") if isinstance(value, Mapping) else [(f"{place}{name}", value)]
-    return found
-
-
-def _allowed(name: str) -> str:
+def _mlflow_name(name: str) -> str:
     """The name with "_" for what MLflow does not allow in one."""
     return re.sub(r"[^A-Za-z0-9_\-. :/]", "_", name)
 

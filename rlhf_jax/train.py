@@ -13,14 +13,16 @@ from jax.sharding import Mesh
 
 from rlhf_jax import hosts
 from rlhf_jax.config import dump_config
-from rlhf_jax.plan import check_fits, device_limit
+from rlhf_jax.events import describe_machine, record_events
+from rlhf_jax.plan import check_fits, device_limit, token_limits
 from rlhf_jax.plan.auto import resolve_auto
 from rlhf_jax.recipe import Recipe
+from rlhf_jax.report import write_report
 from rlhf_jax.stages.models import log_devices
-from rlhf_jax.stages.run_folder import open_run
+from rlhf_jax.stages.run_folder import RunConfig, open_run
 from rlhf_jax.stages.table import STAGES
 from rlhf_jax.stages.tokenizers import check_same_ids, load_tokenizer
-from rlhf_jax.trackers import Trackers, check_installed
+from rlhf_jax.trackers import Trackers, check_packages
 
 LOGGER = logging.getLogger(__name__)
 
@@ -53,20 +55,39 @@ def train(recipe: Recipe, mesh: Mesh, stages: Sequence[str] = ()) -> None:
         with prefix_errors(name):
             getattr(recipe, name).check(name, recipe.layout(mesh))
     check_reward_tokenizer(recipe, waiting)
-    hosts.on_main(check_installed, run.trackers if waiting else ())
+    hosts.on_main(check_packages, run.trackers if waiting else ())
     hosts.on_main(open_run, run, merged)
     log_devices(mesh, recipe.model)
-    asked = run.trackers if waiting and hosts.is_main() else ()
-    with Trackers(asked, Path(run.dir), tomllib.loads(merged)) as trackers:
+    if not waiting:
+        for name in stages:
+            log_skip(run, name)
+        return
+    start = {"stages": stages, "machine": describe_machine(mesh), "limits": token_limits(recipe, mesh)}
+    asked = run.trackers if hosts.is_main() else ()
+    with record_events(Path(run.dir), start), Trackers(asked, Path(run.dir), tomllib.loads(merged)) as trackers:
         for name in stages:
             run_stage(recipe, name, mesh, trackers)
+    if hosts.is_main():
+        try_report(run)
+
+
+def try_report(run: RunConfig) -> None:
+    """Write RUN/report.html. What keeps it from being written is logged: the run itself is complete."""
+    try:
+        LOGGER.info(f"report: {write_report([run.dir])}")
+    except (OSError, ValueError) as error:
+        LOGGER.warning(f"no report was written: {error}; `rlhf-jax report {run.dir}` writes it")
+
+
+def log_skip(run: RunConfig, name: str) -> None:
+    LOGGER.info(f"{name}: finished already, {run.export(name)} exists")
 
 
 def run_stage(recipe: Recipe, name: str, mesh: Mesh, trackers: Trackers) -> None:
     """Run one stage, unless its export exists. ValueError: its predecessors are not finished, or an error of it."""
     run = recipe.run
     if hosts.broadcast(run.export(name).exists()):
-        LOGGER.info(f"{name}: finished already, {run.export(name)} exists")
+        log_skip(run, name)
         return
     context = dataclasses.replace(recipe.context(name, mesh), trackers=trackers)
     missing = [folder.parent.name for folder in context.start.values() if not folder.exists()]

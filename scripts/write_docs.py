@@ -17,6 +17,7 @@ import json
 import re
 import textwrap
 import tokenize
+import tomllib
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -410,6 +411,15 @@ def modules() -> str:
     return table(["module", "content"], rows)
 
 
+def metrics() -> str:
+    """Every metric, from the package's own table."""
+    rows = [
+        [", ".join(f"`{name}`" for name in each["names"]), each["unit"], each["stages"], each["meaning"]]
+        for each in tomllib.loads((ROOT / "rlhf_jax" / "report" / "metrics.toml").read_text(encoding="utf-8"))["metric"]
+    ]
+    return table(["name", "unit", "stages", "meaning"], rows)
+
+
 def configuration() -> str:
     """A table of keys for each section, and for each table within one."""
     lines = []
@@ -530,7 +540,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
             real_data,
             consumers,
         ),
-        *(history, families, floors, modules, configuration),
+        *(history, families, floors, modules, metrics, configuration),
     )
 }
 

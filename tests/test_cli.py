@@ -349,7 +349,8 @@ def test_overwrite_deletes_the_old_run_and_starts_over(recipe, finished_folder, 
     (folder / "mine.txt").write_text("not of the run")
     options = (f"run.dir={folder}", "sft.steps=1", "run.overwrite=true")
     assert tiny_recipe.run("sft", recipe, *options) == 0
-    assert {path.name for path in folder.iterdir()} == {"config.toml", "base", "sft", "tensorboard", "mine.txt"}
+    written = {"config.toml", "base", "sft", "tensorboard", "events.jsonl", "report.html"}
+    assert {path.name for path in folder.iterdir()} == written | {"mine.txt"}
     assert {line["step"] for line in records(folder / "sft/metrics.jsonl")} == {0, 1}
     capsys.readouterr()
     # The same command again: nothing differs, so nothing is deleted, with or without the key.

@@ -9,8 +9,9 @@ from rlhf_jax.stages.table import STAGES
 
 PACKAGE = Path(__file__).parents[1] / "rlhf_jax"
 FLOORS = [
-    ["config", "trees", "hub_access", "hosts", "trackers"],
-    ["mesh", "hardware", "loss_scale", "collectives", "metrics", "objectives", "sampling"],
+    ["config", "trees", "hub_access", "hosts"],
+    ["trackers"],
+    ["mesh", "hardware", "loss_scale", "collectives", "metrics", "events", "objectives", "sampling"],
     ["models", "data", "optim", "checkpoint_files", "skipping", "detokenise"],
     ["train_step", "decode", "checkpoint", "reward_functions"],
     ["slots"],

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
+from rlhf_jax import hosts
 from rlhf_jax.hardware import GIB, GPUS, Machine, compile_obstacle, parse_machine
 from rlhf_jax.mesh import check_within_nodes
 from rlhf_jax.models.lora import LoraConfig
@@ -19,7 +20,7 @@ from rlhf_jax.plan.abstract import abstract_mesh, find_config
 from rlhf_jax.plan.auto import SWITCHES, choose_switches, get_value, idle, with_values
 from rlhf_jax.plan.compile import Memory, measure_in_subprocess
 from rlhf_jax.plan.phases import Phase, phases
-from rlhf_jax.plan.roofline import assumptions, estimate_times
+from rlhf_jax.plan.roofline import assumptions, estimate_times, token_rates
 from rlhf_jax.plan.temporaries import ESTIMATE_ERROR, PeakBounds, find_bounds, largest_micro_batches
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.context import ModelKind
@@ -118,6 +119,21 @@ def local_gpus(default: str = "") -> str:
             f"name the machine to plan, --gpus 8xNAME with one of {', '.join(GPUS)}"
         )
     return known[0] if known else default
+
+
+def token_limits(recipe: Recipe, mesh: Mesh) -> dict[str, float]:
+    """{stage: tokens per second that no run on these GPUs exceeds, for rows of full length}; {} for unknown ones."""
+    devices = mesh.devices.flat
+    known = next((gpu for gpu in GPUS.values() if gpu.title == devices[0].device_kind), None)
+    if known is None:
+        return {}
+    machine = (
+        Machine(known, 1, mesh.size)
+        if hosts.count() == 1
+        else Machine(known, hosts.count(), mesh.size // hosts.count())
+    )
+    found = phases(recipe, mesh, recipe.run.stages)
+    return token_rates(recipe, found, mesh, machine)
 
 
 def hardware_of_config(path: str | Path) -> str:

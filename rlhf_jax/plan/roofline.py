@@ -228,6 +228,20 @@ def estimate_times(recipe: Recipe, found: list[Phase], mesh, machine: Machine, p
     return table
 
 
+def token_rates(recipe: Recipe, found: list[Phase], mesh, machine: Machine) -> dict[str, float]:
+    """{stage: tokens per second at the data sheet's speed}, for prompts, answers and rows of full length."""
+    rates = {}
+    for stage, entry in estimate_times(recipe, found, mesh, machine, 0.0).items():
+        config = getattr(recipe, stage)
+        if STAGES[stage].rows == "prompt":
+            tokens = config.rollouts * (recipe.data.max_prompt_length + config.sample.max_new_tokens)
+        else:
+            length = recipe.row_spec(stage).pack_length or recipe.data.max_length
+            tokens = config.batch_size * length * (1 + (STAGES[stage].rows == "pair"))
+        rates[stage] = tokens / entry["floor"]
+    return rates
+
+
 def training_rows(data: DataConfig, spec: RowSpec) -> int | None:
     """Rows per epoch before any is dropped for its length; None if a source is streamed or would be downloaded."""
     if any(each.stream or (each.path != BUILTIN and not Path(each.path).is_file()) for each in data.sources):

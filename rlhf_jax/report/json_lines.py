@@ -12,7 +12,7 @@ NOT_FINITE = ("nan", "inf", "-inf")  # how a metric that JSON has no number for 
 
 def read_objects(path: Path, faults: list[str]) -> Iterator[dict[str, Any]]:
     """The objects of a file of JSON lines; a text about the lines that hold none, if any, is added to `faults`."""
-    wrong = []
+    wrong, number, is_cut = [], 0, False
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             try:

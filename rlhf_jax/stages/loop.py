@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,6 +62,7 @@ def train_loop(
         return held_out
 
     def log(step: int, stats: Mapping[str, Any]) -> None:
+        stats = clock.lap(stats)
         # Values that are not finite are always written: they stop the run, except for those of a skipped step.
         is_skipped, is_wrong = skips.is_new(stats), not all(map(math.isfinite, stats.values()))
         if is_wrong or is_skipped or step == total_steps or step % run.log_every == 0:
@@ -68,22 +71,20 @@ def train_loop(
         if is_skipped:
             skips.report(step, stats, state)
 
-    with Checkpoints(context.folder / "checkpoints", **kept) as checkpoints, finish_steps():
+    with Checkpoints(context.folder / "checkpoints", **kept) as checkpoints, finish_steps(), watchdog:
         start, state = resume(context, checkpoints, state, batches)
         skips = SkipReport(context, batches, state)
-        counts = dict(total_steps=total_steps, start_step=start)
-        with Metrics(Path(run.dir), stage, **counts, trackers=context.trackers) as metrics, watchdog:
+        with Metrics(Path(run.dir), stage, context.trackers, total_steps=total_steps, start_step=start) as metrics:
             if start:
                 LOGGER.info(f"{stage}: resumed at step {start} of {total_steps}")
             else:
                 measure(0)
-            unlogged: tuple[int, Mapping[str, Any]] | None = None
+            clock, unlogged = StepClock(), None
             for step in range(start, total_steps):
                 watchdog.start_step(step)
                 state, stats = step_fn(state, step)
-                done = step + 1
                 request = stop_request(limit, margin=watchdog.usual + checkpoints.save_seconds)
-                is_last = done == total_steps
+                done, is_last = step + 1, step + 1 == total_steps
                 is_measured = is_last or (eval_every > 0 and done % eval_every == 0)
                 is_saved = is_last or request is not None or done % run.save_every == 0
                 # A step's metrics are read one step later, so that the host never waits for the step just started.
@@ -93,7 +94,7 @@ def train_loop(
                 if is_measured or is_saved:
                     log(*unlogged)
                     unlogged = None
-                with watchdog.pause():
+                with watchdog.pause(), clock.pause():
                     held_out = measure(done) if is_measured else {}
                     if is_saved and (is_last or not skips.are_in_a_row(state)):
                         values = {name: float(value) for name, value in {**stats, **held_out}.items()}
@@ -104,6 +105,31 @@ def train_loop(
         hosts.barrier()  # the main process has completed the checkpoint
         raise request
     return state
+
+
+class StepClock:
+    """Seconds of each step: from when the metrics of the step before it were known to when its own are.
+
+    Without the bodies of `pause`. The next step is already running then, so this is the time that a step adds.
+    """
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    def lap(self, stats: Mapping[str, Any]) -> dict[str, Any]:
+        """The metrics of a step with `seconds_step`, and with `tokens_per_second` where they count `tokens`."""
+        found = {name: jax.device_get(value) for name, value in stats.items()}  # waits for them
+        now = time.monotonic()
+        seconds, self._since = now - self._since, now
+        rate = {"tokens_per_second": found["tokens"] / seconds} if "tokens" in found else {}
+        return found | {"seconds_step": seconds} | rate
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """The time of the body belongs to no step."""
+        started = time.monotonic()
+        yield
+        self._since += time.monotonic() - started
 
 
 def resume(context: StageContext, checkpoints: Checkpoints, state: State, batches: Prefetch) -> tuple[int, State]:

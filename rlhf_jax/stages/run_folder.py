@@ -93,7 +93,7 @@ def open_run(run: RunConfig, merged: str) -> None:
             for name in (*names, "base", "tensorboard"):
                 if (folder / name).exists():  # a failure to delete is an error: a stage would resume from the rest
                     shutil.rmtree(folder / name)
-            for name in ("evaluate.json", "evaluate.jsonl", "trackers.json"):
+            for name in ("evaluate.json", "evaluate.jsonl", "events.jsonl", "trackers.json", "report.html"):
                 (folder / name).unlink(missing_ok=True)
     elif folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise ValueError(f"{folder} is not empty and holds no run (no config.toml): choose another run.dir")

@@ -144,8 +144,10 @@ def run_supervised_stage(
     prefetch = Prefetch(batches, steps)
 
     def step_fn(state: TrainState, step: int):
-        state, stats = update(state, frozen, layout.put_own_rows(prefetch[step], config.batch_size))
-        return state, {**stats, "learning_rate": rate(taken_before(state)), **rows_per_source(batches, step)}
+        batch = layout.put_own_rows(prefetch[step], config.batch_size)
+        counts = {"tokens": batch.mask.sum(), **rows_per_source(batches, step)}
+        state, stats = update(state, frozen, batch)
+        return state, {**stats, "learning_rate": rate(taken_before(state)), **counts}
 
     def evaluate(state: TrainState) -> Mapping[str, float]:
         each = [hosts.fetch(measure(state.params(frozen), layout.put_batch(batch))) for batch in measured]

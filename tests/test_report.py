@@ -122,6 +122,21 @@ def test_the_evaluation_has_intervals_over_the_prompts(tmp_path):
     assert found["intervals"]["y_win_rate"] == [0.2, 0.8]
 
 
+def test_the_accuracy_on_pairs_is_listed_by_length_and_source(tmp_path):
+    part = {"pairs": 4, "accuracy": 0.75, "accuracy_interval": [0.3, 0.95]}
+    figures = part | {"by_length": [part | {"from": -3, "to": 2}], "by_source": {"a.jsonl": part}}
+    write(tmp_path, "evaluate.json", json.dumps({"reward_accuracy": 0.75, "reward_pairs": figures}))
+    write(tmp_path, "config.toml", "")
+    found = report_of(tmp_path, tmp_path)["evaluation"]
+    assert [each["of"] for each in found["pairs"]] == [
+        "all held-out pairs",
+        "chosen -3 to 2 tokens longer",
+        "a.jsonl",
+    ]
+    assert all(each["accuracy_interval"] == [0.3, 0.95] for each in found["pairs"])
+    assert found["numbers"] == {"reward_accuracy": 0.75}
+
+
 def test_the_share_of_the_limit_is_measured_over_what_the_start_recorded(tmp_path):
     write(tmp_path, "sft/metrics.jsonl", lines([{"step": i, "tokens_per_second": 100.0 * i} for i in (1, 2, 3)]))
     events = [{"event": "start", "limits": {"sft": 800.0}}, {"event": "warning", "message": "w"}]

@@ -45,7 +45,9 @@ def write_run(folder, *, offset=0.0):
         {"prompt": [["user", HOSTILE]], "sft_answer": "a", "sft_score": 0.0, "ppo_answer": "b", "ppo_score": 2.0}
     ]
     (folder / "evaluate.jsonl").write_text(json.dumps(answers[0]) + "\n")
-    (folder / "evaluate.json").write_text('{"prompts": 1, "sft_score": 0.0, "ppo_score": 2.0}')
+    pairs = {"pairs": 8, "accuracy": 0.5, "accuracy_interval": [0.25, 0.75], "longer": 0.5}
+    numbers = {"prompts": 1, "sft_score": 0.0, "ppo_score": 2.0, "ppo_good": 0.5, "reward_pairs": pairs}
+    (folder / "evaluate.json").write_text(json.dumps(numbers))
     (folder / "config.toml").write_text(f"[run]\nseed = {int(offset)}\n")
     return folder
 
@@ -156,6 +158,17 @@ def test_one_prompt_at_several_steps_and_before_and_after(open_page):
     assert [text.split() for text in page.locator("#rollouts .head").all_inner_texts()] == [
         ["sft", "score", "0"],
         ["ppo", "score", "2"],
+    ]
+
+
+def test_the_evaluation_is_a_table_of_policies_with_intervals(open_page):
+    rows = open_page().locator("#evaluation tr").all_inner_texts()
+    assert [re.split(r"\s*\t\s*", row) for row in rows] == [
+        ["over 1 prompts", "sft", "ppo"],
+        ["mean score", "0", "2"],
+        ["judged good", "–", "50.0% 5.5% to 94.5%"],
+        ["reward model on", "pairs", "accuracy", "the longer is chosen"],
+        ["all held-out pairs", "8", "50.0% 25.0% to 75.0%", "50.0%"],
     ]
 
 

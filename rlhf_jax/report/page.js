@@ -362,7 +362,7 @@ function evaluation() {
   if (!found.length) return;
   const node = section("Evaluation");
   for (const run of found) {
-    const { numbers, intervals, policies } = run.evaluation;
+    const { numbers, intervals, policies, pairs } = run.evaluation;
     if (RUNS.length > 1) node.append(element("h3", {}, run.name));
     const shares = /(good|ended|rate|accuracy|share)$/;
     const cell = (name) => {
@@ -372,14 +372,21 @@ function evaluation() {
       return [text(numbers[name]), ...(range ? [" ", element("small", {}, `${text(range[0])} to ${text(range[1])}`)] : [])];
     };
     const used = new Set(), measures = [];
-    for (const name of Object.keys(numbers)) for (const policy of policies) if (name.startsWith(policy + "_")) {
+    const longest = [...policies].sort((a, b) => b.length - a.length);  // ppo_ema before ppo
+    for (const name of Object.keys(numbers)) {
+      const policy = longest.find((each) => name.startsWith(each + "_"));
+      if (!policy) continue;
       used.add(name);
       const measure = name.slice(policy.length + 1);
       if (!measures.includes(measure)) measures.push(measure);
     }
-    const labels = { good: "judged good", score: "mean score", length: "mean length, tokens", ended: "ended by EOS", win_rate: "wins over the first" };
+    const labels = { good: "judged good", score: "mean score", length: "mean length, tokens", ended: "ended by EOS", win_rate: "wins over the first", perplexity: "perplexity of demonstrations", kl: "KL to the first, nats per answer" };
     if (measures.length) node.append(table(["over " + (numbers.prompts ?? "held-out") + " prompts", ...policies],
       measures.map((measure) => [labels[measure] || measure.replaceAll("_", " "), ...policies.map((policy) => cell(`${policy}_${measure}`))]), policies.length));
+    const ranged = (part, name) => name in part ? [percent(part[name]), " ", ...(part[`${name}_interval`] || []).length
+      ? [element("small", {}, part[`${name}_interval`].map(percent).join(" to "))] : []] : null;
+    if (pairs.length) node.append(table(["reward model on", "pairs", "accuracy", "the longer is chosen"],
+      pairs.map((part) => [visible(part.of), show(part.pairs), ranged(part, "accuracy"), ranged(part, "longer")]), 3));
     const others = Object.keys(numbers).filter((name) => !used.has(name) && name !== "prompts");
     if (others.length) node.append(table(["measure", "value"], others.map((name) => [name.replaceAll("_", " "), cell(name)]), 1));
   }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 
 from rlhf_jax.config import leaves
 from rlhf_jax.report.json_lines import NOT_FINITE, read_objects
-from rlhf_jax.scoring import wilson
+from rlhf_jax.scoring import mean_interval, wilson
 
 MAX_VALUES = 60_000  # of all curves of a report; above, curves are thinned
 LEAST_VALUES = 200  # that a thinned curve keeps
@@ -144,11 +143,13 @@ def read_evaluation(folder: Path, limit: int, faults: list[str]) -> dict[str, An
     rows = list(read_objects(answers, faults)) if answers.exists() else []
     policies = [name.removesuffix("_answer") for name in (rows[0] if rows else {}) if name.endswith("_answer")]
     kept = take(rows, limit)
+    pairs = numbers.pop("reward_pairs", None)
     flat = dict(leaves(numbers, ""))
     intervals = {name.removesuffix("_interval"): flat.pop(name) for name in list(flat) if name.endswith("_interval")}
     return {
         "numbers": flat,
         "intervals": sampling_intervals(rows, policies, numbers) | intervals,
+        "pairs": list_pairs(pairs) if isinstance(pairs, dict) else [],
         "policies": policies,
         "rows": kept,
         "of": len(rows),
@@ -165,9 +166,19 @@ def sampling_intervals(rows: Sequence[Mapping[str, Any]], policies: Sequence[str
         name = f"{policy}_score"
         scores = [row[name] for row in rows if isinstance(row.get(name), int | float)]
         if len(scores) > 1:
-            mean, half = statistics.fmean(scores), 1.959964 * statistics.stdev(scores) / math.sqrt(len(scores))
-            found[name] = [mean - half, mean + half]
+            found[name] = list(mean_interval(np.array(scores))[1:])
     return found
+
+
+def list_pairs(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """[{"of": which pairs, "pairs", "accuracy", "longer" and their intervals}] of `pair_accuracy`: all, then parts."""
+    lengths = [
+        each | {"of": f"chosen {each.get('from')} to {each.get('to')} tokens longer"}
+        for each in figures.get("by_length", [])
+    ]
+    sources = [each | {"of": name} for name, each in figures.get("by_source", {}).items()]
+    whole = {name: value for name, value in figures.items() if name not in ("by_length", "by_source")}
+    return [whole | {"of": "all held-out pairs"}, *lengths, *sources]
 
 
 def take(rows: Sequence[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:

@@ -64,7 +64,8 @@ def open_wandb(folder: Path, key: str, config: Mapping[str, Any]) -> Sink:
             run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
         run.log({f"{stage}/step": step} | {f"{stage}/{name}": value for name, value in numbers.items()})
 
-    return Sink(key, run.url or f"wandb sync {run.dir}/..", log, lambda is_good: run.finish(exit_code=1 - is_good))
+    where = f"wandb sync {Path(run.dir).parent}" if run.offline else run.url
+    return Sink(key, where, log, lambda is_good: run.finish(exit_code=1 - is_good))
 
 
 def open_mlflow(folder: Path, key: str, config: Mapping[str, Any]) -> Sink:

@@ -6,6 +6,7 @@ import json
 import math
 import sqlite3
 import threading
+import time
 
 import pytest
 import tiny_recipe
@@ -142,11 +143,13 @@ def test_a_tracker_that_does_not_start_is_refused_in_one_line(tmp_path, monkeypa
 # Against the packages, where they are installed: pip install -e '.[trackers]'.
 
 
-def write_two_stages(folder, name):
-    """A run of two commands: sft, of which the second resumes; values at the edge of what JSON holds."""
+def write_two_stages(folder, name, pause=0.0):
+    """A run of three commands, of which the second resumes sft; values that JSON does not hold."""
     folder.mkdir()
     train(folder, "sft", [1, 2, 3], names=[name])
+    time.sleep(pause)
     train(folder, "sft", [3, 4], start_step=2, names=[name])
+    time.sleep(pause)
     with Trackers([name], folder, CONFIG) as found:
         with Metrics(folder, "ppo", total_steps=2, trackers=found) as metrics:
             metrics.write(1, {"rows/ü?.jsonl": 2, "kl": math.inf, "score_mean": math.nan}, must_be_finite=False)
@@ -184,7 +187,7 @@ def test_trackio_holds_the_metrics_of_a_resumed_run(tmp_path, monkeypatch, capsy
 def test_weights_and_biases_gets_the_metrics_of_a_resumed_run(tmp_path, monkeypatch, capsys):
     pytest.importorskip("wandb", reason="needs pip install -e '.[trackers]'")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    key = write_two_stages(tmp_path / "demo", "wandb")
+    key = write_two_stages(tmp_path / "demo", "wandb", pause=1.5)  # offline, W&B names folders by the second
     files = sorted((tmp_path / "demo/wandb").glob(f"offline-run-*-{key}/*.wandb"))
     assert len(files) == 3 and capsys.readouterr().out == ""
     sent = b"".join(file.read_bytes() for file in files)  # records whose names and JSON values are plain text

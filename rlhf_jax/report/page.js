@@ -101,7 +101,7 @@ function logTicks(low, high) {
   for (let e = Math.floor(Math.log10(low)); e <= Math.ceil(Math.log10(high)); e++) {
     for (const m of high / low < 50 ? [1, 2, 5] : [1]) if (m * 10 ** e >= low * 0.999 && m * 10 ** e <= high * 1.001) found.push(m * 10 ** e);
   }
-  return found.length > 1 && found.length < 9 ? found : [low, high];
+  return found.length > 1 && found.length < 9 ? found : [low, high].map((each) => Number(each.toPrecision(3)));
 }
 
 function smoothed(values, weight) {
@@ -161,7 +161,7 @@ class Chart {
       this.svg.append(drawn("text", { x: this.x(value), y: height - 15, "text-anchor": "middle" }, show(value)));
     }
     this.svg.append(drawn("text", { x: (left + width - right) / 2, y: height - 2, "text-anchor": "middle" }, "step"));
-    const unit = [this.unit, log ? "log scale" : view.log ? "linear: not all above 0" : ""].filter(Boolean).join(", ");
+    const unit = [this.unit, log ? "log scale" : view.log ? "not log: ≤ 0" : ""].filter(Boolean).join(", ");
     if (unit) this.svg.append(drawn("text", { x: 11, y: (height - bottom) / 2, "text-anchor": "middle",
       transform: `rotate(-90 11 ${(height - bottom) / 2})` }, unit));
     for (const line of lines) this.curve(line);
@@ -175,7 +175,7 @@ class Chart {
 
   curve(line) {
     const colour = "k" + line.run % COLOURS;
-    const smooth = view.smooth > 0 && line.values.length > 5 && !line.held;
+    const smooth = view.smooth > 0 && line.values.length > 20 && !line.held;
     const path = (values) => {
       let d = "", pen = false;
       values.forEach((value, i) => {

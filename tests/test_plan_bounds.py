@@ -11,10 +11,12 @@ import rlhf_jax.plan
 from rlhf_jax.cli import main
 from rlhf_jax.config import load_config
 from rlhf_jax.hardware import parse_machine
-from rlhf_jax.plan import make_plan
+from rlhf_jax.mesh import MeshConfig, make_mesh
+from rlhf_jax.plan import make_plan, token_limits
 from rlhf_jax.plan.abstract import abstract_mesh
 from rlhf_jax.plan.compile import micro_batch_sizes, with_micro_batch
 from rlhf_jax.plan.phases import phases
+from rlhf_jax.plan.roofline import token_rates
 from rlhf_jax.plan.temporaries import ESTIMATE_ERROR, find_bounds, largest_micro_batches, temporary_bytes
 from rlhf_jax.recipe import Recipe
 
@@ -120,3 +122,22 @@ def test_the_upper_bound_adds_the_stated_error_to_the_temporaries(tmp_path):
         assert least == sum(phase.live.values()) + phase.added
         assert most - least == int((1 + ESTIMATE_ERROR) * temporary_bytes(recipe, phase, mesh)) + 2**26
         assert temporary_bytes(recipe, phase._replace(micro=2), mesh) >= temporary_bytes(recipe, phase, mesh)
+
+
+def test_the_most_tokens_per_second_are_those_of_full_rows_at_the_floor(tmp_path):
+    recipe, machine = recipe_of(tmp_path), parse_machine("A100-80GB")
+    mesh = abstract_mesh(recipe.mesh, 1)
+    rates = token_rates(recipe, phases(recipe, mesh), mesh, machine)
+    floors = {stage: entry["floor"] for stage, entry in make_plan(recipe, "A100-80GB")["seconds"].items()}
+    data, ppo = recipe.data, recipe.ppo
+    tokens = {
+        "sft": recipe.sft.batch_size * data.max_length,
+        "reward": 2 * recipe.reward.batch_size * data.max_length,
+        "ppo": ppo.rollout_batch_size * (data.max_prompt_length + ppo.sample.max_new_tokens),
+    }
+    assert rates == pytest.approx({stage: tokens[stage] / floor for stage, floor in floors.items()})
+    assert rates.keys() == tokens.keys()
+
+
+def test_a_machine_that_is_not_in_the_table_has_no_limit_of_tokens_per_second(tmp_path):
+    assert token_limits(recipe_of(tmp_path), make_mesh(MeshConfig())) == {}

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from rlhf_jax import hosts
 from rlhf_jax.hardware import GIB, GPUS, Machine, compile_obstacle, parse_machine
 from rlhf_jax.mesh import check_within_nodes
 from rlhf_jax.models.lora import LoraConfig
@@ -123,17 +122,12 @@ def local_gpus(default: str = "") -> str:
 
 def token_limits(recipe: Recipe, mesh: Mesh) -> dict[str, float]:
     """{stage: tokens per second that no run on these GPUs exceeds, for rows of full length}; {} for unknown ones."""
-    devices = mesh.devices.flat
-    known = next((gpu for gpu in GPUS.values() if gpu.title == devices[0].device_kind), None)
-    if known is None:
+    known = [gpu for gpu in GPUS.values() if gpu.title == mesh.devices.flat[0].device_kind]
+    if not known:
         return {}
-    machine = (
-        Machine(known, 1, mesh.size)
-        if hosts.count() == 1
-        else Machine(known, hosts.count(), mesh.size // hosts.count())
-    )
+    # As of one node, whose links are the faster ones: a limit for several nodes too.
     found = phases(recipe, mesh, recipe.run.stages)
-    return token_rates(recipe, found, mesh, machine)
+    return token_rates(recipe, found, mesh, Machine(known[0], 1, mesh.size))
 
 
 def hardware_of_config(path: str | Path) -> str:

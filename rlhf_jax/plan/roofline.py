@@ -230,15 +230,19 @@ def estimate_times(recipe: Recipe, found: list[Phase], mesh, machine: Machine, p
 
 def token_rates(recipe: Recipe, found: list[Phase], mesh, machine: Machine) -> dict[str, float]:
     """{stage: tokens per second at the data sheet's speed}, for prompts, answers and rows of full length."""
+    flops_rate = matmul_rate(machine.gpu, recipe.model.dtype)
+    floors: dict[str, float] = {}
+    for name, need in work_of_phases(recipe, found, mesh).items():
+        stage = name.split("/")[0]
+        floors[stage] = floors.get(stage, 0.0) + need.seconds(flops_rate, machine)["floor"]
     rates = {}
-    for stage, entry in estimate_times(recipe, found, mesh, machine, 0.0).items():
-        config = getattr(recipe, stage)
-        if STAGES[stage].rows == "prompt":
+    for stage, floor in floors.items():
+        config, rows = getattr(recipe, stage), STAGES[stage].rows
+        length = recipe.row_spec(stage).pack_length or recipe.data.max_length
+        tokens = config.batch_size * length * (1 + (rows == "pair"))
+        if rows == "prompt":
             tokens = config.rollouts * (recipe.data.max_prompt_length + config.sample.max_new_tokens)
-        else:
-            length = recipe.row_spec(stage).pack_length or recipe.data.max_length
-            tokens = config.batch_size * length * (1 + (STAGES[stage].rows == "pair"))
-        rates[stage] = tokens / entry["floor"]
+        rates[stage] = tokens / floor
     return rates
 
 

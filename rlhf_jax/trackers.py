@@ -119,7 +119,7 @@ def open_trackio(folder: Path, key: str, config: Mapping[str, Any]) -> Sink:
 TRACKERS = {"wandb": open_wandb, "mlflow": open_mlflow, "trackio": open_trackio}
 
 
-def check_names(names: Sequence[str]) -> None:
+def check_tracker_names(names: Sequence[str]) -> None:
     """Raise ValueError for a name that is no tracker."""
     if unknown := [name for name in names if name not in TRACKERS]:
         raise ValueError(f"trackers names {', '.join(unknown)}; the trackers are {', '.join(TRACKERS)}")

@@ -30,7 +30,8 @@ def finished_folder(tmp_path_factory):
 
 def test_a_finished_run_has_the_documented_folders(finished_folder):
     names = {path.name for path in finished_folder.iterdir()}
-    assert names - {"evaluate.json", "evaluate.jsonl"} == {"config.toml", "tensorboard", "base", *STAGES}
+    files = {"config.toml", "tensorboard", "events.jsonl", "report.html"}
+    assert names - {"evaluate.json", "evaluate.jsonl"} == {*files, "base", *STAGES}
     assert {path.name for path in (finished_folder / "sft").iterdir()} == {"metrics.jsonl", "checkpoints", "export"}
     assert {path.name for path in (finished_folder / "reward").iterdir()} == {"metrics.jsonl", "checkpoints", "export"}
     assert {path.name for path in (finished_folder / "ppo").iterdir()} == {

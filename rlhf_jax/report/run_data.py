@@ -142,7 +142,7 @@ def read_evaluation(folder: Path, limit: int, faults: list[str]) -> dict[str, An
     answers = folder / "evaluate.jsonl"
     rows = list(read_objects(answers, faults)) if answers.exists() else []
     policies = [name.removesuffix("_answer") for name in (rows[0] if rows else {}) if name.endswith("_answer")]
-    kept = take(rows, limit)
+    kept = first_rows(rows, limit)
     pairs = numbers.pop("reward_pairs", None)
     flat = dict(leaves(numbers, ""))
     intervals = {name.removesuffix("_interval"): flat.pop(name) for name in list(flat) if name.endswith("_interval")}
@@ -181,7 +181,7 @@ def list_pairs(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [whole | {"of": "all held-out pairs"}, *lengths, *sources]
 
 
-def take(rows: Sequence[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:
+def first_rows(rows: Sequence[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:
     """The first rows whose JSON is at most `limit` bytes together."""
     kept, size = [], 0
     for row in rows:

@@ -12,7 +12,7 @@ from typing import Any
 from rlhf_jax.config import differences
 from rlhf_jax.data.splits import named_shares
 from rlhf_jax.stages.stopping import parse_duration
-from rlhf_jax.trackers import check_names
+from rlhf_jax.trackers import check_tracker_names
 
 # Settings of how and where models are computed, which change results by rounding only.
 EXECUTION_KEYS = ("remat", "one_copy", "offload_optimizer", "offload_reference", "offload_ema")
@@ -49,7 +49,7 @@ class RunConfig:
             raise ValueError("dir is empty: name the folder of the run")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed={self.seed}: from 0 to {2**32 - 1}")
-        check_names(self.trackers)
+        check_tracker_names(self.trackers)
         counts = {name: getattr(self, name) for name in ("save_every", "log_every", "keep", "max_skipped")}
         if min(counts.values()) < 1:
             raise ValueError(", ".join(f"{name}={value}" for name, value in counts.items()) + ": all at least 1")

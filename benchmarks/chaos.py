@@ -1,6 +1,6 @@
 """SIGKILL at random moments of a whole run, restarted each time: the end is that of a run that no one killed.
 
-    python -m benchmarks.chaos [--processes 1] [--kills 100] [--seed 0] [--folder runs/chaos] [key=value ...]
+    python -m benchmarks.chaos [--processes 1] [--kills 100] [--minutes M] [--seed 0] [--folder FOLDER] [key=value ...]
 
 A run of a few steps through all stages, on one CPU device for each process, on built-in data. A kill comes after a
 random time, or at a random moment of a save, of the completion of a checkpoint, or of an export. Of several processes a
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -81,14 +82,29 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a key of the configuration")
     parser.add_argument("--processes", type=int, default=1, help="processes of each run (default: %(default)s)")
     parser.add_argument("--kills", type=int, default=100, help="number of kills (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="kill no more after this time")
     parser.add_argument("--seed", type=int, default=0, help="seed of their moments (default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("runs/chaos"), help="deleted first (default: %(default)s)")
     args = parser.parse_intermixed_args(argv)
-    record("chaos", run_chaos(args.folder, args.kills, args.seed, args.overrides, args.processes), "processes")
+    limits = dict(kills=args.kills, minutes=args.minutes)
+    found = run_chaos(args.folder, seed=args.seed, overrides=args.overrides, processes=args.processes, **limits)
+    record("chaos", found, "processes")
 
 
-def run_chaos(folder: Path, kills: int, seed: int, overrides: list[str] = (), processes: int = 1) -> dict:
-    """Kill runs until `kills` are reached and the last run has finished. AssertionError where one ends differently."""
+def run_chaos(
+    folder: Path,
+    *,
+    kills: int,
+    seed: int,
+    overrides: list[str] = (),
+    processes: int = 1,
+    minutes: float = math.inf,
+) -> dict:
+    """Kill runs until `kills` or `minutes` are reached and the last run has finished.
+
+    Raises AssertionError where a run ends differently than one that no one killed, or where one of its processes
+    outlives another.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     recipe = folder / "chaos.toml"
@@ -106,11 +122,15 @@ def run_chaos(folder: Path, kills: int, seed: int, overrides: list[str] = (), pr
     seconds = time.monotonic() - started
     expected, chance = fingerprint(folder / "whole"), random.Random(seed)
     moments, stages, killed, ends, runs = Counter(), Counter(), Counter(), [], 0
-    while sum(moments.values()) < kills:
+
+    def is_over() -> bool:
+        return sum(moments.values()) >= kills or time.monotonic() - started > 60 * minutes
+
+    while not is_over():
         run, runs = folder / f"run{runs}", runs + 1
         is_finished = False
         while not is_finished:
-            moment = chance.choice(list(MOMENTS)) if sum(moments.values()) < kills else None
+            moment = None if is_over() else chance.choice(list(MOMENTS))
             running = start(run)
             victim = chance.randrange(processes)
             if moment is not None and (stage := kill(running, victim, run, moment, chance)):
@@ -126,7 +146,7 @@ def run_chaos(folder: Path, kills: int, seed: int, overrides: list[str] = (), pr
         print(f"{sum(moments.values())} kills, {runs} runs, all equal: {dict(moments)} {dict(stages)}", flush=True)
         shutil.rmtree(run)
     counts = {"kills": sum(moments.values()), "moments": dict(moments), "stages": dict(stages), "runs": runs}
-    counts |= {"killed": dict(sorted(killed.items())), "seconds_until_others_end": round(max(ends), 1)}
+    counts |= {"killed": dict(sorted(killed.items())), "seconds_until_others_end": round(max(ends, default=0.0), 1)}
     return {"processes": processes, **counts, "equal_files": len(expected), "seconds_uninterrupted": round(seconds, 1)}
 
 

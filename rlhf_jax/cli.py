@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from rlhf_jax import hosts
 from rlhf_jax.models.pretrained import DTYPES
+from rlhf_jax.redact import redact
 from rlhf_jax.stages.stopping import EXIT_INTERRUPTED, StopRun, stop_on_signals
 from rlhf_jax.stages.table import STAGES, export_folders, latest_export
 
@@ -266,10 +267,10 @@ def add_folder_options(reads: argparse.ArgumentParser, writes: argparse.Argument
 
 
 class Terminal(logging.Handler):
-    """Writes messages to stderr, above the progress bar if there is one."""
+    """Writes messages to stderr, without secrets, above the progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(redact(self.format(record)), file=sys.stderr)
         sys.stderr.flush()
 
 

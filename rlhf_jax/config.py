@@ -19,6 +19,8 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_
 
 import tomli_w
 
+from rlhf_jax.redact import find_secret, redact
+
 C = TypeVar("C")
 ABSENT = dataclasses.MISSING
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", tuple: "an array"}
@@ -58,6 +60,32 @@ def parse_config(schema: type[C], mapping: dict[str, Any], where: str) -> C:
 def dump_config(config: Any) -> str:
     """The TOML text that `load_config` reads back as an equal configuration."""
     return tomli_w.dumps(dataclasses.asdict(config))
+
+
+def with_defaults(schema: type, table: dict[str, Any], defaults: Any = None) -> dict[str, Any]:
+    """The TOML table with the default of every key of `schema` that it lacks, in its own tables too. Checks nothing.
+
+    defaults: a `schema` with the defaults, where the parent of the table has one; None: those of its fields.
+    """
+    hints, filled = get_type_hints(schema), dict(table)
+    for field in dataclasses.fields(schema):
+        default = getattr(defaults, field.name, field.default)
+        if default is ABSENT and field.default_factory is not ABSENT:
+            default = field.default_factory()
+        if field.name in table:
+            filled[field.name] = _fill(hints[field.name], table[field.name], default)
+        elif default is not ABSENT:
+            filled[field.name] = dataclasses.asdict(default) if dataclasses.is_dataclass(default) else default
+    return filled
+
+
+def _fill(wanted: Any, value: Any, default: Any) -> Any:
+    for kind in _members(wanted):
+        if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+            return with_defaults(kind, value, default)
+        if get_origin(kind) is tuple and dataclasses.is_dataclass(get_args(kind)[0]) and isinstance(value, list):
+            return [with_defaults(get_args(kind)[0], each) if isinstance(each, dict) else each for each in value]
+    return value
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -159,6 +187,9 @@ def _parse(wanted: Any, value: Any, key: str, source: ConfigSource, default: Any
         raise ValueError(f"{source.of(key)}: '{key}' is {_toml_value(value)}, but wants one of {choices}{hint}")
     if wanted is float and type(value) in (int, float) and not math.isnan(value):
         return float(value)
+    if wanted is str and type(value) is str and (secret := find_secret(value)):
+        fix = "messages and copies of the configuration would show it: let its reader take it from the environment"
+        raise ValueError(f"{redact(source.of(key))}: '{key}' holds {secret}, and {fix}")
     if wanted in (int, bool, str) and type(value) is wanted:
         return value
     name = " or ".join(TYPE_NAMES.get(get_origin(kind) or kind, "a table") for kind in members)

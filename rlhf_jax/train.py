@@ -56,7 +56,7 @@ def train(recipe: Recipe, mesh: Mesh, stages: Sequence[str] = ()) -> None:
             getattr(recipe, name).check(name, recipe.layout(mesh))
     check_reward_tokenizer(recipe, waiting)
     hosts.on_main(check_packages, run.trackers if waiting else ())
-    hosts.on_main(open_run, run, merged)
+    hosts.on_main(open_run, run, merged, Recipe)
     log_devices(mesh, recipe.model)
     if not waiting:
         for name in stages:

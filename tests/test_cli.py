@@ -255,8 +255,9 @@ def test_a_hub_dataset_without_network_is_reported_in_one_line(error_line):
 
 @pytest.fixture
 def checkpoint(finished_folder, tmp_path):
-    """A copy of a valid folder for the test to damage."""
-    return Path(shutil.copytree(finished_folder / "base", tmp_path / "checkpoint"))
+    """A copy of a valid folder, without its checksums, for the test to damage."""
+    without = shutil.ignore_patterns("SHA256SUMS")
+    return Path(shutil.copytree(finished_folder / "base", tmp_path / "checkpoint", ignore=without))
 
 
 def test_an_unknown_architecture_is_rejected_with_the_known_ones(error_line, checkpoint):

@@ -18,6 +18,7 @@ from test_loop import checkpoints_of, loop, send, steps_of
 
 from rlhf_jax import checkpoint, metrics
 from rlhf_jax.checkpoint_files import MANIFEST
+from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.run_folder import RunConfig, open_run
 from rlhf_jax.stages.stopping import StopRun, stop_on_signals
 from rlhf_jax.train import prefix_errors
@@ -238,7 +239,7 @@ def test_a_damaged_configuration_of_a_run_is_named(tmp_path, text):
     with pytest.raises(
         ValueError, match=rf"{tmp_path}/config.toml, the configuration of this run, is damaged \(.*rest"
     ):
-        open_run(RunConfig(dir=str(tmp_path)), "[run]\n")
+        open_run(RunConfig(dir=str(tmp_path)), "[run]\n", Recipe)
     assert (tmp_path / "config.toml").read_text() == text
 
 

@@ -9,10 +9,11 @@ from rlhf_jax.stages.table import STAGES
 
 PACKAGE = Path(__file__).parents[1] / "rlhf_jax"
 FLOORS = [
-    ["config", "trees", "hub_access", "hosts"],
+    ["redact", "trees", "hub_access", "hosts", "checkpoint_files"],
+    ["config"],
     ["trackers"],
     ["mesh", "hardware", "loss_scale", "collectives", "metrics", "events", "objectives", "sampling"],
-    ["models", "data", "optim", "checkpoint_files", "skipping", "detokenise"],
+    ["models", "data", "optim", "skipping", "detokenise"],
     ["train_step", "decode", "checkpoint", "reward_functions"],
     ["slots"],
     ["rollout", "policy"],

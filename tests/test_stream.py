@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -203,3 +204,21 @@ def test_sources_that_cannot_be_streamed_are_rejected(tmp_path):
         rows_for(dataclasses.replace(config, split=split_of("0,1,0")))
     with pytest.raises(ValueError, match="sft: there are no held-out rows to evaluate on"):
         rows_for(dataclasses.replace(config, held_out=0.5), held_out=True)
+
+
+def test_of_several_processes_the_main_one_makes_the_windows_and_the_others_wait_for_them(tmp_path, monkeypatch):
+    config = config_of(write(tmp_path / "rows.jsonl", 53), tmp_path / "cache")
+    monkeypatch.setattr(stream, "WAIT", 0.01)
+    main = rows_for(config)
+    expected = numbers(main, 2)
+    main.parts[0]._held[2].result()  # made in the background
+    monkeypatch.setattr(stream.hosts, "is_main", lambda: False)
+    other = rows_for(config)
+    assert numbers(other, 2) == expected
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(numbers, other, 6)
+        time.sleep(0.1)
+        assert not waiting.done()
+        monkeypatch.setattr(stream.hosts, "is_main", lambda: True)
+        expected = numbers(main, 6)
+        assert waiting.result(timeout=60) == expected

@@ -296,6 +296,30 @@ def test_the_exported_average_equals_hand_arithmetic_and_is_bit_equal_when_resum
     jax.tree.map(np.testing.assert_array_equal, tensors(tmp_path / "out"), tensors(whole / "ppo/export_ema"))
 
 
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_run_resumed_on_four_and_then_on_one_of_eight_devices_ends_the_same_up_to_rounding(
+    tmp_path, finished_folder, monkeypatch, capsys, stage
+):
+    if stage == "ppo":
+        command = start_before_ppo(tmp_path / "run", finished_folder)
+    else:
+        command = ["sft", write_recipe(tmp_path), f"run.dir={tmp_path / 'run'}"]
+    for devices, at in ((8, 2), (4, 4)):
+        with monkeypatch.context() as patch:
+            interrupt_stage(patch, stage, at)
+            assert tiny_recipe.run(*command, devices=devices) == 130
+    assert tiny_recipe.run(*command) == 0
+    shown = capsys.readouterr().err
+    assert f"{stage}: resumed at step 2 of 5" in shown and f"{stage}: resumed at step 4 of 5" in shown
+    path = f"{stage}/metrics.jsonl"
+    for a, b in zip(untimed_records(tmp_path / "run" / path), untimed_records(finished_folder / path), strict=True):
+        numbers = {name: value for name, value in b.items() if isinstance(value, float)}
+        assert {name: a[name] for name in numbers} == pytest.approx(numbers, rel=1e-3, abs=1e-5)
+    for export in ("sft/export",) if stage == "sft" else ("ppo/export", "ppo/export_critic"):
+        ours, theirs = tensors(tmp_path / "run" / export), tensors(finished_folder / export)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours, theirs)
+
+
 def test_a_run_resumed_with_other_memory_settings_ends_the_same_up_to_rounding(
     tmp_path, finished_folder, monkeypatch, capsys
 ):

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
+from rlhf_jax import hosts
 from rlhf_jax.data.cache import cache_folder, folder_of, key_parts
 from rlhf_jax.data.chat_template import Encoding
 from rlhf_jax.data.records import Row
@@ -29,6 +31,7 @@ from rlhf_jax.data.store import Store, write_store
 from rlhf_jax.data.tokenize import ROWS_PER_BLOCK, Job, RowStats, check_bad_rows, encode_blocks, parse_row_stats
 
 WINDOW = 8192  # rows
+WAIT = 0.2  # seconds between looks for a window that another process makes
 
 # Position in the source at which a window begins: how often the source has been read to its end, the number of the
 # block of ROWS_PER_BLOCK rows, and the index of the first row among the usable rows of the block.
@@ -109,13 +112,17 @@ class StreamRows:
     def make_window(self, number: int) -> tuple[Store, RowStats]:
         """A window, made with all before it if it does not exist; and the counts of the rows up to its end.
 
+        Of several processes the main one makes them, and the others wait for it.
+
         Raises:
             ValueError: more bad rows than are allowed; the source has no usable row; as `sources.read_rows`.
         """
-        if not self._report(number).exists():
+        if hosts.is_main() and not self._report(number).exists():
             with FileLock(self.folder / "windows.lock"):
                 while not self._report(number).exists():
                     self._make(next(n for n in range(number, -1, -1) if n == 0 or self._report(n - 1).exists()))
+        while not self._report(number).exists():
+            time.sleep(WAIT)
         report = json.loads(self._report(number).read_text(encoding="utf-8"))
         tally = parse_row_stats(report["tally"])
         check_bad_rows(tally.bad, tally.bad_shown, self.job.config.max_bad_rows)

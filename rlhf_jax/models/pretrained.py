@@ -42,7 +42,7 @@ from rlhf_jax.models.hub import (
 )
 from rlhf_jax.models.inference import shared_leaves
 from rlhf_jax.models.quantised import QUANTISED_KINDS, UNQUANTISED_DTYPE
-from rlhf_jax.models.safetensors_io import different_twin, read_params, write_params
+from rlhf_jax.models.safetensors_io import check_sums, different_twin, read_params, write_params, write_sums
 from rlhf_jax.models.tokenizer_files import write_tokenizer
 from rlhf_jax.models.unstacked import Param
 from rlhf_jax.objectives.logprobs import token_logprobs
@@ -86,7 +86,8 @@ def from_pretrained(
             linears quantised as they are read (see `models.quantised`), all else bfloat16.
         one_copy: use the generation layout for what it can share with training (see `models.unstacked`).
     Raises:
-        ValueError: no such folder or id, only a pickle, an unsupported architecture, or tensors that do not fit.
+        ValueError: no such folder or id, only a pickle, an unsupported architecture, tensors that do not fit, or files
+            that are not those that the folder's SHA256SUMS lists.
     """
     return _load(path_or_id, adapter, scalar_head=False, mesh=mesh, dtype=dtype, seed=0, one_copy=one_copy)
 
@@ -116,6 +117,7 @@ def _load(
     folder = local_folder(path_or_id)
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise ValueError(f"{folder} is a PEFT adapter: give the folder of its base, and this one as `adapter`")
+    check_sums(folder)
     whole = read_json(folder / "config.json")
     hf = text_config(whole)
     if has_scalar_head(hf) and not scalar_head:
@@ -150,6 +152,7 @@ def _load(
     changed: tuple[str, ...] = ()
     if adapter is not None:
         # Adapters are small and their products large sums, so they are read in float32 whatever the base is.
+        check_sums(local_folder(adapter))
         config, adapters = peft.read_adapter(local_folder(adapter), config, layout, params)
         changed = tuple(sorted(params.keys() & adapters.keys() - {_SCORE}))
         params |= adapters
@@ -197,7 +200,7 @@ def save_pretrained(
     overwrite: bool = False,
     container: str | Path | None = None,
 ) -> None:
-    """Write a Hugging Face folder: config.json, generation_config.json, safetensors and the tokenizer's files.
+    """Write a Hugging Face folder: config.json, generation_config.json, safetensors, SHA256SUMS, the tokenizer's files.
 
     Adapters are merged, kernel by kernel, and quantised kernels written dense. A scalar head becomes
     ...ForSequenceClassification with one label, where transformers has that class for the family. The folder appears
@@ -233,6 +236,7 @@ def save_pretrained(
             config = hf_config(model.hf_config, model.config, dtype=dtype, pad_token_id=pad)
             write_json(unfinished / "config.json", config)
             write_params(unfinished, model.params, hf_tensors(model.config), dtype, model.config.lora)
+        write_sums(unfinished)
         if not model.config.scalar_head:
             write_json(unfinished / "generation_config.json", _generation_config(model))
         if hosts.is_main():
@@ -255,6 +259,7 @@ def save_adapter(model: Pretrained, folder: str | Path, *, base: str, overwrite:
         raise ValueError(f"the adapter that was read has changed {names} of the base too: use save_pretrained")
     with replace_folder(Path(folder).expanduser(), overwrite) as unfinished:
         peft.write_adapter(unfinished, model.config, model.params, base=base)
+        write_sums(unfinished)
         if hosts.is_main():
             write_tokenizer(model.tokenizer, unfinished, model.folder)
 

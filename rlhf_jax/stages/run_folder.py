@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -9,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_jax.config import differences
+from rlhf_jax.config import differences, with_defaults
+from rlhf_jax.data.config import DataConfig
 from rlhf_jax.data.splits import named_shares
 from rlhf_jax.stages.stopping import parse_duration
 from rlhf_jax.trackers import check_tracker_names
 
+LOGGER = logging.getLogger(__name__)
 # Settings of how and where models are computed, which change results by rounding only.
 EXECUTION_KEYS = ("remat", "one_copy", "offload_optimizer", "offload_reference", "offload_ema")
 
@@ -71,21 +74,29 @@ class RunConfig:
         return self.folder(stage) / "export"
 
 
-def open_run(run: RunConfig, merged: str) -> None:
+def open_run(run: RunConfig, merged: str, schema: type) -> None:
     """Create the run folder and write its config.toml, or check that the existing one is the same.
 
+    A key that the existing one lacks has its default: an older version wrote it. The learning rates of a stage that has
+    begun and is not finished may change, since a lower one is the usual way on from steps that are not finite.
+
     Args:
-        merged: the merged configuration as TOML.
+        merged: the merged configuration as TOML, of a `schema`.
     Raises:
         ValueError: the folder belongs to a run of another configuration and run.overwrite is false.
     """
     folder, path = Path(run.dir), Path(run.dir) / "config.toml"
     if (old := _read_settings(folder)) is not None:
-        new = tomllib.loads(merged)
+        old, new = with_defaults(schema, old), tomllib.loads(merged)
         names = list(dict.fromkeys([*_stages(old), *_stages(new)]))
         # A stage that has not begun has nothing to lose: its corrected section replaces the old one.
         begun = [name for name in names if (folder / name).exists()]
         changed = differences(_result_settings(old, begun), _result_settings(new, begun))
+        rates = [text for text in changed if _is_open_rate(run, text.partition(":")[0])]
+        if rates == changed and not run.overwrite:
+            changed = []
+            for text in rates:
+                LOGGER.warning(f"the run goes on with another learning rate, {text}")
         if changed and begun and not run.overwrite:
             fix = "choose another run.dir, or set run.overwrite=true to delete that run and start over"
             raise ValueError(f"{folder} holds a run of another configuration ({'; '.join(changed)}): {fix}")
@@ -102,6 +113,12 @@ def open_run(run: RunConfig, merged: str) -> None:
     unfinished = path.with_name("config.toml.unfinished")
     unfinished.write_text(merged)
     unfinished.replace(path)
+
+
+def _is_open_rate(run: RunConfig, key: str) -> bool:
+    """Whether a dotted key is a learning rate of a stage that is not finished."""
+    stage, *_, name = key.split(".")
+    return name == "learning_rate" and not run.export(stage).exists()
 
 
 def run_date(folder: str | Path) -> str:
@@ -138,7 +155,8 @@ def check_same_data(run: RunConfig, merged: str) -> None:
     """
     path = Path(run.dir) / "config.toml"
     if path.exists():
-        before, now = ({"data": _data(tomllib.loads(text))} for text in (path.read_text(), merged))
+        found = (tomllib.loads(text) for text in (path.read_text(), merged))
+        before, now = ({"data": _data({"data": with_defaults(DataConfig, each["data"])})} for each in found)
         if changed := differences(before, now):
             other = f"other data ({'; '.join(changed)}), so it may have trained on held-out rows"
             raise ValueError(f"{run.dir} was trained on {other}: evaluate it with its own configuration, {path}")

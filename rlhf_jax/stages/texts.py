@@ -51,5 +51,6 @@ def open_texts(
     rows = select_rows(data, tokenizer, RowSpec("demonstration", share), held_out=False)
     check_row_lengths(context.name, rows, max_positions)
     LOGGER.info(f"{context.name}: texts: {rows.report}")
-    prefetch = Prefetch(Batches(rows, batch_size=config.batch_size, seed=context.run.seed), updates)
-    return lambda update: context.layout.put_batch(prefetch[update])
+    layout, size = context.layout, config.batch_size
+    prefetch = Prefetch(Batches(rows, batch_size=size, seed=context.run.seed, own=layout.own_rows(size)), updates)
+    return lambda update: layout.put_own_rows(prefetch[update], size)

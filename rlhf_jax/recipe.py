@@ -56,7 +56,11 @@ class Recipe:
     def row_spec(self, stage: str) -> RowSpec:
         """The rows that a stage needs."""
         config = getattr(self, stage)
-        return RowSpec(STAGES[stage].rows, stage, getattr(config, "learn", "answer"), getattr(config, "pack_length", 0))
+        answers, given = (
+            getattr(config, "answers", 2),
+            (getattr(config, "learn", "answer"), getattr(config, "pack_length", 0)),
+        )
+        return RowSpec("ranking" if answers > 2 else STAGES[stage].rows, stage, *given, answers)
 
     @property
     def tokenizer(self) -> str | Path:

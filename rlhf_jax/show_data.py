@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 import sys
@@ -30,6 +31,7 @@ from rlhf_jax.stages.tokenizers import load_tokenizer
 
 GREEN, DIM, PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 USES: dict[RowKind, str] = {"demonstration": "a dialogue", "pair": "a pair", "prompt": "a prompt"}
+USES["ranking"] = "a ranking"
 LEGEND = """\
 share: rows whose prompt belongs to the stage, or is held out; dropped: those of them that are unusable, for the reasons
 given; used: the others; cut: used rows that were truncated; median, 95% and longest: tokens of a sequence;
@@ -194,16 +196,18 @@ def epoch_lines(
 
 
 def row_text(row: Sequence[Encoding], tokenizer: PreTrainedTokenizerBase, colours: bool) -> list[str]:
-    """The text of a row with tokens with loss marked; for a pair the prompt once, then both answers."""
+    """The text of a row with tokens with loss marked; for a pair or a ranking the prompt once, then its answers."""
     if len(row) == 1:
         return _add_border(sequence_text(row[0], 0, tokenizer, colours))
-    chosen, rejected = row
-    first = int(chosen.spans[0, 0]) if len(chosen.spans) else 0
-    if not np.array_equal(chosen.tokens[:first], rejected.tokens[:first]):
+    best = row[0]
+    first = int(best.spans[0, 0]) if len(best.spans) else 0
+    if not all(np.array_equal(best.tokens[:first], answer.tokens[:first]) for answer in row):
         first = 0
-    prompt = Encoding(chosen.tokens[:first], chosen.spans[:0])
+    prompt = Encoding(best.tokens[:first], best.spans[:0])
     lines = _add_border(sequence_text(prompt, 0, tokenizer, colours)) if first else []
-    for label, answer in (("chosen", chosen), ("rejected", rejected)):
+    answers = [answer for answer in row if not math.isnan(answer.score)]  # without those that only fill the row
+    labels = ("chosen", "rejected") if len(row) == 2 else [f"score {answer.score:g}" for answer in answers]
+    for label, answer in zip(labels, answers, strict=True):
         lines += [f"    {label}:", *_add_border(sequence_text(answer, first, tokenizer, colours))]
     return lines
 

@@ -1,5 +1,6 @@
 """Mapping of rows of every format to examples, with the same turns for every stage; errors name row and field."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -528,7 +529,7 @@ def test_answers_and_scores_can_be_separate_fields_or_keys_of_list_items():
     items = {"completions": [{"response": "low", "score": 0.25}, {"response": "high", "score": 1.0}]}
     names = {"answers": ("completions.*.response",), "scores": ("completions.*.score",)}
     assert own == examples({"prompt": user_and_assistant("q")} | items, "pair", form="ranking", **names)
-    assert own == [example(ASKED, "high", "high", "low")]
+    assert own == [dataclasses.replace(example(ASKED, "high", "high", "low"), scores=(1.0, 0.25))]
 
 
 def test_ppo_uses_the_prompt_of_a_ranking_without_answers():

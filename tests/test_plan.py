@@ -241,7 +241,7 @@ def test_the_plan_of_a_tiny_model_equals_hand_arithmetic(tmp_path):
     assert planned["ppo generate"].live["generation weights"] == 4 * (WEIGHTS + V * D)
     tokens = 16 * 40
     assert planned["sft update"].live["batch"] == tokens * (4 + 1 + 1)
-    assert planned["reward update"].live["batch"] == 2 * tokens * (4 + 1 + 1)
+    assert planned["reward update"].live["batch"] == 2 * tokens * (4 + 1 + 1) + 16 * 2 * 4  # and two scores each
 
 
 def test_the_plan_of_an_actor_alone_has_no_phase_and_no_byte_of_the_missing_models(tmp_path):

@@ -19,7 +19,7 @@ BUCKET_WINDOW = 32  # steps whose rows are sorted by padded length among themsel
 
 @record
 class Batch:
-    """B rows of T tokens; [B, T], or [B, 2, T] for preference pairs, chosen then rejected. Host arrays."""
+    """B rows of T tokens; [B, T], or [B, K, T] for pairs (K = 2) and rankings, the best answer first. Host arrays."""
 
     tokens: np.ndarray  # int32; 0 where there is no token
     mask: np.ndarray  # bool: real tokens
@@ -28,6 +28,9 @@ class Batch:
     segments: np.ndarray | None = None
     # [B, 2] float32, log-probability of each answer of a pair by the reference. None where the loss has no reference.
     reference: np.ndarray | None = None
+    # [B, K] float32, how good each answer is by its source, descending; NaN for those that only fill a row. None where
+    # rows are no pairs or rankings.
+    scores: np.ndarray | None = None
 
 
 class Batches:
@@ -166,8 +169,10 @@ def make_batch(
                 at = stop
         if segments is not None:
             segments[i, 0] = segment_ids([len(document[0].tokens) for document in documents], length)
-    flat = [x if per_row > 1 or x is None else x[:, 0] for x in (tokens, mask, loss_mask, segments)]
-    return Batch(*flat)
+    if per_row > 1:
+        scores = np.array([[each.score for each in documents[0]] for documents in rows], np.float32)
+        return Batch(tokens, mask, loss_mask, scores=scores)
+    return Batch(*(x if x is None else x[:, 0] for x in (tokens, mask, loss_mask, segments)))
 
 
 PREFETCH_DEPTH = 2  # batches made in advance

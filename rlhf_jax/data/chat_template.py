@@ -55,6 +55,7 @@ class Encoding(NamedTuple):
 
     tokens: np.ndarray  # [T] int32
     spans: np.ndarray  # [k, 2] int32: tokens[a:b] is the text of an assistant turn with its EOS or end of turn
+    score: float = 0.0  # of an answer of a pair or a ranking; NaN where it only fills a row
 
 
 def prepare_tokenizer(

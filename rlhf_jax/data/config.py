@@ -38,6 +38,7 @@ class SourceConfig:
     answer: str = ""  # the field of the answer that SFT learns; "": that is `chosen`
     chosen: str = "chosen"  # the field of the better answer; chosen or rejected "": the source has no preference pairs
     rejected: str = "rejected"  # the field of the worse answer
+    margin: str = ""  # the field of how much better the chosen answer is, a number, for reward.margin_coef; "": none
     system: str = ""  # the field of a system text, which may be empty or null; alpaca and sharegpt: "" is "system"
     field: str = ""  # the one field of messages, sharegpt and text; "": "messages", "conversations" and "text"
     answers: tuple[str, ...] = ("answers",)  # of a ranking: one field that holds a list, or a field for each answer

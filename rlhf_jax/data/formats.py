@@ -243,10 +243,13 @@ def _rankings_reader(source: SourceConfig, kind: RowKind) -> RowReader:
             if kind != "prompt":
                 raise
             best_first = [(0.0, "")]
+        if kind == "ranking":
+            scores, ranked = zip(*best_first, strict=True)
+            return [Example(turns, *[ranked[0]] * 2, "", source.path, row.number, ranked=ranked, scores=scores)]
         if kind != "pair":
             return [Example(turns, best_first[0][1], "", "", source.path, row.number)]
         return [
-            Example(turns, better, better, worse, source.path, row.number)
+            Example(turns, better, better, worse, source.path, row.number, scores=(high, low))
             for (high, better), (low, worse) in itertools.combinations(best_first, 2)
             if high > low
         ]
@@ -289,6 +292,11 @@ def _parse_answer(value: Any) -> str:
     if type(reply) is tuple:
         raise BadRow("must be an answer alone, not a dialogue")
     return reply
+
+
+def margin_getter(source: SourceConfig) -> Callable[[Fields], float | str]:
+    """The function from fields to the margin of a pair, "" where the source names no field of it."""
+    return _field_getter(source, source.margin, _parse_number)
 
 
 def _parse_number(value: Any) -> float:

@@ -24,12 +24,12 @@ from pathlib import Path
 
 from rlhf_jax.config import parse_config
 from rlhf_jax.data.config import SourceConfig
-from rlhf_jax.data.formats import READERS, EmptyField, MissingField, RowReader
+from rlhf_jax.data.formats import READERS, EmptyField, MissingField, RowReader, margin_getter
 from rlhf_jax.data.records import BadRow, Example, Row, RowKind
 
 KEYS = {
-    "fields": "prompt, answer, chosen, rejected; chosen = '' for a source without preference pairs",
-    "transcript": "prompt, answer, chosen, rejected; chosen = '' for a source without preference pairs",
+    "fields": "prompt, answer, chosen, rejected, margin; chosen = '' for a source without preference pairs",
+    "transcript": "prompt, answer, chosen, rejected, margin; chosen = '' for a source without preference pairs",
     "messages": "field",
     "sharegpt": "field",
     "alpaca": "format = 'fields' with prompt and answer, where they are not instruction and output",
@@ -46,9 +46,9 @@ def provides(source: SourceConfig, kind: RowKind) -> bool:
     if source.format == "text":
         return kind == "demonstration"
     if source.format in ("messages", "sharegpt", "alpaca"):
-        return kind != "pair"
+        return kind not in ("pair", "ranking")
     pair = source.chosen and source.rejected
-    needed = {"demonstration": source.answer or source.chosen, "pair": pair, "prompt": True}
+    needed = {"demonstration": source.answer or source.chosen, "pair": pair, "prompt": True, "ranking": pair}
     return source.format == "ranking" or bool(needed[kind])
 
 
@@ -56,20 +56,28 @@ def make_mapper(source: SourceConfig, kind: RowKind) -> RowReader:
     """The function from a row of this source to its examples of a kind.
 
     It returns one example, with the texts that the kind needs and the others that the row has. A ranking gives one pair
-    for every two answers of different rank, the best first. It returns none for a source that does not provide the
-    kind, and none for a row of a sparse source with an empty field that the kind needs.
+    for every two answers of different rank, the best first; a pair is also a ranking of two. It returns none for a
+    source that does not provide the kind, and none for a row of a sparse source with an empty field that the kind
+    needs.
 
     It raises BadRow, naming file, row and field, for a malformed row, and `Row.fields` where that is one.
     """
     if not provides(source, kind):
         return lambda row: []
-    read, cut = READERS[source.format](source, kind), re.compile(source.strip).sub
+    is_pair = source.format != "ranking" and kind in ("pair", "ranking")
+    read, cut = READERS[source.format](source, "pair" if is_pair else kind), re.compile(source.strip).sub
+    margin_in = margin_getter(source)
+
+    def read_pair(row: Row) -> list[Example]:
+        (example,), margin = read(row), margin_in(row.fields)
+        ranked = (example.chosen, example.rejected) if kind == "ranking" else ()
+        return [dataclasses.replace(example, ranked=ranked, scores=() if margin == "" else (margin, 0.0))]
 
     def examples(row: Row) -> list[Example]:
         if isinstance(row.fields, BadRow):
             raise row.fields
         try:
-            return read(row)
+            return read_pair(row) if is_pair else read(row)
         except MissingField as error:
             fix = f"Name the right ones in data.sources ({KEYS[source.format]})"
             raise BadRow(f"{row.where}: {error}. {fix}") from error
@@ -81,11 +89,12 @@ def make_mapper(source: SourceConfig, kind: RowKind) -> RowReader:
             raise BadRow(f"{row.where}: {error}") from error
 
     def strip_examples(row: Row) -> list[Example]:
-        names = ("answer", "chosen", "rejected")
-        return [
-            dataclasses.replace(example, **{name: cut("", getattr(example, name)).strip() for name in names})
-            for example in examples(row)
-        ]
+        names, found = ("answer", "chosen", "rejected"), []
+        for example in examples(row):
+            texts = {name: cut("", getattr(example, name)).strip() for name in names}
+            ranked = tuple(cut("", each).strip() for each in example.ranked)
+            found.append(dataclasses.replace(example, **texts, ranked=ranked))
+        return found
 
     return strip_examples if source.strip else examples
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
-RowKind = Literal["demonstration", "pair", "prompt"]
-KINDS: tuple[RowKind, ...] = get_args(RowKind)
+RowKind = Literal["demonstration", "pair", "prompt", "ranking"]
+KINDS: tuple[RowKind, ...] = ("demonstration", "pair", "prompt")  # a ranking has the prompts of its pairs
 Learn = Literal["answer", "assistant", "everything"]
 
 
@@ -62,11 +62,12 @@ class RowSpec:
         "answer"  # tokens of a demonstration with loss: the last answer, every assistant turn, or every token
     )
     pack_length: int = 0  # tokens of a row of several documents; 0: a row is one document
+    answers: int = 2  # of a ranking, at most
 
     @property
     def per_row(self) -> int:
-        """Sequences of a row: one, or two for a pair, chosen then rejected."""
-        return 2 if self.kind == "pair" else 1
+        """Sequences of a row: one; two for a pair, chosen then rejected; `answers` for a ranking, the best first."""
+        return {"pair": 2, "ranking": self.answers}.get(self.kind, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,8 @@ class Example:
     extra: Mapping[str, Any] = field(default_factory=dict)  # `Turn.extra` of an answer that is a text
     is_learned: bool = True  # `Turn.is_learned` of it
     tools: tuple[dict[str, Any], ...] = ()  # `Dialogue.tools`
+    ranked: tuple[Reply, ...] = ()  # of a ranking, the best answer first
+    scores: tuple[float, ...] = ()  # of those, or of the pair, as its source gives them; () where it gives none
 
     def continuation(self, reply: Reply) -> tuple[Turn, ...]:
         """The turns of a reply after the prompt."""

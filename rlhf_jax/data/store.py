@@ -41,6 +41,7 @@ def record_batch(
         "spans": _lists(spans, np.int32),
         "held_key": pa.array(keys[:, 0], pa.uint64()),
         "stage_key": pa.array(keys[:, 1], pa.uint64()),
+        "score": pa.array([each.score for each in sequences], pa.float32()),
         "number": pa.array(np.repeat(np.array(numbers, np.int64), per_row)),
         "cut": pa.array(np.repeat(np.array(cut, np.uint8), per_row)),
     }
@@ -54,7 +55,7 @@ def _lists(arrays: Sequence[np.ndarray], kind: type) -> pa.ListArray:
 
 
 def write_store(batches: Iterable[pa.RecordBatch], sink: str | Path | pa.BufferOutputStream, vocab_size: int) -> str:
-    """Write the batches as one Arrow file and return a digest of their tokens and spans."""
+    """Write the batches as one Arrow file and return a digest of their tokens, spans and scores."""
     schema = record_batch([], np.zeros((0, 2), np.uint64), [], [], 1, vocab_size).schema
     digest = hashlib.blake2b(digest_size=16)
     with pa.ipc.new_file(str(sink) if isinstance(sink, Path) else sink, schema) as file:
@@ -64,6 +65,7 @@ def write_store(batches: Iterable[pa.RecordBatch], sink: str | Path | pa.BufferO
                 column = batch.column(name)
                 digest.update(np.diff(column.offsets.to_numpy()).tobytes())
                 digest.update(column.values.to_numpy().tobytes())
+            digest.update(batch.column("score").to_numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -84,6 +86,7 @@ class Store:
             tuple(part.to_numpy() for name in ("tokens", "spans") for part in (batch[name].offsets, batch[name].values))
             for batch in self._batches
         ]
+        self._scores = [batch["score"].to_numpy() for batch in self._batches]
         lengths = [np.diff(offsets) for offsets, *_ in self._lists]
         self.lengths = np.concatenate([np.zeros(0, np.int32), *lengths]).reshape(-1, per_row)  # [rows, per_row] int32
         self._read = 0
@@ -118,7 +121,8 @@ class Store:
         token_offsets, tokens, span_offsets, spans = self._lists[at]
         part = tokens[token_offsets[i] : token_offsets[i + 1]]
         self._read += max(part.nbytes, mmap.PAGESIZE)
-        return Encoding(part, spans[span_offsets[i] : span_offsets[i + 1]].reshape(-1, 2))
+        score = float(self._scores[at][i])
+        return Encoding(part, spans[span_offsets[i] : span_offsets[i + 1]].reshape(-1, 2), score)
 
     def release(self) -> None:
         """Release the pages once READ_BEFORE_RELEASE bytes were read; the system loads them again when needed."""

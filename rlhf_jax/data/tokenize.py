@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import math
 import os
 import threading
 from collections import Counter, deque
@@ -31,7 +32,7 @@ from rlhf_jax.data.chat_template import (
 )
 from rlhf_jax.data.config import DataConfig, SourceConfig
 from rlhf_jax.data.mapping import make_mapper
-from rlhf_jax.data.records import BadRow, Dialogue, Example, Row, RowKind, RowSpec, Turn, Turns
+from rlhf_jax.data.records import BadRow, Dialogue, Example, Reply, Row, RowKind, RowSpec, Turn, Turns
 from rlhf_jax.data.sources import has_eval, limit_of, place_of
 from rlhf_jax.data.store import record_batch
 
@@ -164,12 +165,13 @@ def encode_examples(
 ) -> dict[int, Outcome]:
     """{index of an example: its outcome}, first of those that are dropped without encoding.
 
-    A demonstration has prompt and answer, a pair the prompt with both answers, a prompt the opened prompt alone.
-    Rows are dropped for an empty prompt or answer, for a chosen answer that equals the rejected one, and for a prompt
-    over max_prompt_length; an answer is cut at max_length, its EOS with it, so that the model does not learn to stop
-    there. long_rows "left" cuts the beginning of the prompt instead, keeping a BOS, and "drop" drops rows too long in
-    either way. A document is cut into pieces of max_length; a last one of a single token, the EOS, has no loss
-    and is left out.
+    A demonstration has prompt and answer, a pair the prompt with both answers, a ranking with all, filled up by copies
+    of the last one without a score to `spec.answers`; a prompt the opened prompt alone. Rows are dropped for an empty
+    prompt or answer, for a chosen answer that equals the rejected one, for a ranking with more answers than a row or
+    with all of one score, and for a prompt over max_prompt_length; an answer is cut at max_length, its EOS with it, so
+    that the model does not learn to stop there. long_rows "left" cuts the beginning of the prompt instead, keeping a
+    BOS, and "drop" drops rows too long in either way. A document is cut into pieces of max_length; a last one of a
+    single token, the EOS, has no loss and is left out.
     """
     obstacles = ((i, _reason_to_drop(example, spec)) for i, example in enumerate(examples))
     found: dict[int, Outcome] = {i: reason for i, reason in obstacles if reason}
@@ -177,6 +179,10 @@ def encode_examples(
     for i, row in zip(whole, _encode_rows([examples[i] for i in whole], tokenizer, spec), strict=True):
         failure = next((each for each in row if isinstance(each, ValueError)), None)
         found[i] = failure or _fit_lengths(row, tokenizer, spec, config)
+        if spec.per_row > 1 and isinstance(found[i], list):
+            found[i] = [
+                (_with_scores(each, examples[i].scores or (1.0, 0.0), spec.per_row), cut) for each, cut in found[i]
+            ]
     documents = [i for i, example in enumerate(examples) if example.text]
     for i, tokens in zip(documents, encode_documents(tokenizer, [examples[i].text for i in documents]), strict=True):
         pieces = (tokens[start : start + config.max_length] for start in range(0, len(tokens), config.max_length))
@@ -191,12 +197,15 @@ def _reason_to_drop(example: Example, spec: RowSpec) -> str:
         return "" if example.text else "empty document"
     if not example.turns[-1][1].strip():
         return "empty prompt"
-    replies = {"demonstration": [example.answer], "pair": [example.chosen, example.rejected], "prompt": []}[kind]
-    continuations = [example.continuation(reply) for reply in replies]
+    continuations = [example.continuation(reply) for reply in _replies(example, kind)]
     if not all(turns[-1].content.strip() or turns[-1].extra.get("tool_calls") for turns in continuations):
         return "empty answer"
     if kind == "pair" and example.chosen == example.rejected:
         return "chosen and rejected equal"
+    if kind == "ranking" and len(example.ranked) > spec.answers:
+        return f"over {spec.answers} answers"
+    if kind == "ranking" and example.scores and example.scores[0] == example.scores[-1]:
+        return "answers of one rank"
     if kind == "demonstration":
         said = [Turn(*turn) for turn in (*example.turns, *continuations[0])]
         said = said if spec.learn == "assistant" else said[-1:]
@@ -205,10 +214,15 @@ def _reason_to_drop(example: Example, spec: RowSpec) -> str:
     return ""
 
 
+def _replies(example: Example, kind: RowKind) -> Sequence[Reply]:
+    """The answers in a row of this kind."""
+    both, ranked = (example.chosen, example.rejected), example.ranked
+    return {"demonstration": (example.answer,), "pair": both, "prompt": (), "ranking": ranked}[kind]
+
+
 def _dialogues(example: Example, kind: RowKind) -> list[Dialogue]:
-    """The dialogues of a row of this kind, one or two; of prompts up to the question."""
-    replies = {"demonstration": [example.answer], "pair": [example.chosen, example.rejected], "prompt": []}[kind]
-    whole = [(*example.turns, *example.continuation(reply)) for reply in replies] or [example.turns]
+    """The dialogues of a row of this kind, one or more; of prompts up to the question."""
+    whole = [(*example.turns, *example.continuation(reply)) for reply in _replies(example, kind)] or [example.turns]
     return [Dialogue(turns, example.tools) for turns in whole]
 
 
@@ -222,23 +236,25 @@ def _unwritten(example: Example, tokenizer: PreTrainedTokenizerBase, spec: RowSp
 
 def _encode_rows(examples: list[Example], tokenizer: PreTrainedTokenizerBase, spec: RowSpec) -> list[list]:
     """For each example its whole sequences, or errors in their place."""
-    dialogues = [each for example in examples for each in _dialogues(example, spec.kind)]
+    rows = [_dialogues(example, spec.kind) for example in examples]
+    dialogues = [each for row in rows for each in row]
     if spec.kind == "prompt":
         nothing = np.zeros((0, 2), np.int32)
         prompts = encode_prompts(tokenizer, dialogues)
         return [[each if isinstance(each, ValueError) else Encoding(each, nothing)] for each in prompts]
     if spec.kind == "demonstration":
         encoded = encode_dialogues(tokenizer, dialogues, all_turns=spec.learn == "assistant")
-    else:  # all turns of the assistant from where the pair parts
-        first = [len(example.turns) for example in examples for _ in range(spec.per_row)]
+    else:  # all turns of the assistant from where the answers part
+        first = [len(example.turns) for example, row in zip(examples, rows, strict=True) for _ in row]
         encoded = encode_dialogues(tokenizer, dialogues, first=first)
-    n = spec.per_row
-    return [encoded[i * n : (i + 1) * n] for i in range(len(examples))]
+    left = iter(encoded)
+    return [list(itertools.islice(left, len(row))) for row in rows]
 
 
 def _fit_lengths(row: list[Encoding], tokenizer: PreTrainedTokenizerBase, spec: RowSpec, config: DataConfig) -> Outcome:
     """The row cut to the maximum lengths, or why it is dropped."""
-    prompt = len(row[0].tokens) if spec.kind == "prompt" else int(row[0].spans[0 if spec.kind == "pair" else -1, 0])
+    span = -1 if spec.kind == "demonstration" else 0
+    prompt = len(row[0].tokens) if spec.kind == "prompt" else int(row[0].spans[span, 0])
     longest = max(len(each.tokens) for each in row)
     if prompt > config.max_prompt_length and config.long_rows != "left":
         return f"prompt over {config.max_prompt_length} tokens"
@@ -250,11 +266,17 @@ def _fit_lengths(row: list[Encoding], tokenizer: PreTrainedTokenizerBase, spec: 
         excess = max(prompt - config.max_prompt_length, min(longest - config.max_length, prompt - 1), 0)
         fitted = [_drop_beginning(each, excess, tokenizer) for each in row]
     fitted = [_truncate(each, config.max_length) for each in fitted]
-    if len(row) == 2 and np.array_equal(fitted[0].tokens, fitted[1].tokens):
+    if spec.kind == "pair" and np.array_equal(fitted[0].tokens, fitted[1].tokens):
         return "chosen and rejected equal"
     if spec.learn == "everything" and spec.kind == "demonstration":
         fitted = [_learned_whole(each.tokens) for each in fitted]
     return [(fitted, any(len(new.tokens) < len(old.tokens) for new, old in zip(fitted, row, strict=True)))]
+
+
+def _with_scores(row: Sequence[Encoding], scores: Sequence[float], count: int) -> list[Encoding]:
+    """`count` sequences with their scores; those that are missing are copies of the last, whose score is NaN."""
+    scored = [each._replace(score=float(score)) for each, score in zip(row, scores, strict=True)]
+    return scored + [row[-1]._replace(score=math.nan)] * (count - len(row))
 
 
 def _learned_whole(tokens: np.ndarray) -> Encoding:

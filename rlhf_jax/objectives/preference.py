@@ -1,9 +1,12 @@
-"""Learning from pairs of answers of which one was preferred. Every array is [B], one entry a pair."""
+"""Learning from pairs and rankings of answers. Every array is [B], one entry a pair, unless said otherwise."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.objectives.masked import zero_outside
 
 
 def pairwise_loss(chosen_scores: jax.Array, rejected_scores: jax.Array) -> jax.Array:
@@ -16,16 +19,42 @@ def pairwise_loss(chosen_scores: jax.Array, rejected_scores: jax.Array) -> jax.A
 
 
 def pairwise_losses(
-    chosen_scores: jax.Array, rejected_scores: jax.Array, label_smoothing: float, centring: float
+    chosen_scores: jax.Array,
+    rejected_scores: jax.Array,
+    label_smoothing: float,
+    centring: float,
+    wanted: jax.Array | float = 0.0,
 ) -> jax.Array:
-    """`smoothed_logistic_loss` of r_chosen - r_rejected, plus centring (r_chosen + r_rejected)^2; [B] float32.
+    """`smoothed_logistic_loss` of r_chosen - r_rejected - m, plus centring (r_chosen + r_rejected)^2; float32.
 
-    The pairs' order leaves a constant of all scores free; the second term keeps their mean near 0.
-    Source: Eisenstein et al. 2023 (arXiv 2312.09244), section 2, as TRL's center_rewards_coefficient.
+    Arrays of one shape. `wanted`: m, how much better the chosen answer should score. Source: Touvron et al. 2023 (Llama
+    2, arXiv 2307.09288), eq. 2. The pairs' order leaves a constant of all scores free; the second term keeps their mean
+    near 0. Source: Eisenstein et al. 2023 (arXiv 2312.09244), section 2, as TRL's center_rewards_coefficient.
     """
-    margin = pair_margin(chosen_scores, rejected_scores)
+    margin = pair_margin(chosen_scores, rejected_scores) - wanted
     total = jnp.asarray(chosen_scores, jnp.float32) + jnp.asarray(rejected_scores, jnp.float32)
     return smoothed_logistic_loss(margin, label_smoothing) + centring * jnp.square(total)
+
+
+def ranking_pairs(values: jax.Array, given: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`values` [B, K] of both answers of each of the K (K - 1) / 2 pairs, and whether one is better; [B, P] each.
+
+    given: [B, K], descending, the scores that rank the answers; NaN where there is no answer. P pairs (i, j), i < j, of
+    which the first is the better one where given[i] > given[j].
+    """
+    first, second = np.triu_indices(given.shape[1], 1)
+    return values[:, first], values[:, second], given[:, first] > given[:, second]
+
+
+def mean_of_rankings(each: jax.Array, counts: jax.Array) -> jax.Array:
+    """The mean over the B rankings, those without a pair left out, of the mean over their pairs; a float32 scalar.
+
+    each, counts: [B, P] of every pair, and whether it counts. A prompt weighs the same whatever its number of answers:
+    1 / C(K, 2) for each pair. Source: Ouyang et al. 2022 (InstructGPT, arXiv 2203.02155), eq. 1.
+    """
+    number = counts.sum(axis=1)
+    means = zero_outside(each, counts).sum(axis=1) / jnp.maximum(number, 1)
+    return means.sum() / jnp.maximum((number > 0).sum(), 1)
 
 
 def dpo_loss(

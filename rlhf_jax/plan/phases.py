@@ -184,11 +184,12 @@ def _supervised_phases(stage: Stage, recipe: Recipe, decoder: DecoderConfig, lay
     objective = stage.objective(model.with_lora(decoder), model.compute, layout, config)
     update, measure = make_programs(objective, model.with_lora(decoder), layout, tx, num_micro, model.scaling)
     state, frozen = abstract_state(abstract_pretrained(decoder, model, layout), model, tx)
-    shape = (config.batch_size, 2, length) if spec.per_row > 1 else (config.batch_size, length)
+    shape = (config.batch_size, *[spec.per_row] * (spec.per_row > 1), length)
     kinds = (jnp.int32, jnp.bool, jnp.bool, *[jnp.int32] * bool(spec.pack_length))
-    host_batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in kinds))
-    if objective.reference:
-        host_batch = dataclasses.replace(host_batch, reference=jax.ShapeDtypeStruct(shape[:2], jnp.float32))
+    each_answer = jax.ShapeDtypeStruct(shape[:2], jnp.float32)
+    more = {"scores": each_answer} if spec.per_row > 1 else {}
+    more |= {"reference": each_answer} if objective.reference else {}
+    host_batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in kinds), **more)
     batch = abstract_batch(host_batch, layout)
     live = _state_bytes("", state, frozen) | {"batch": device_bytes(batch)}
     gradients = by_layout(state.trainable, model.with_lora(decoder), layout.gradients)

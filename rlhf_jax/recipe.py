@@ -16,7 +16,7 @@ from rlhf_jax.evaluate import EvaluateConfig
 from rlhf_jax.mesh import Layout, MeshConfig, train_layout
 from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.dpo import DPOConfig
-from rlhf_jax.stages.grpo import GRPOConfig
+from rlhf_jax.stages.grpo_config import GRPOConfig
 from rlhf_jax.stages.models import ModelConfig
 from rlhf_jax.stages.ppo_config import PPOConfig
 from rlhf_jax.stages.reward import RewardConfig

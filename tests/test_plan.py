@@ -47,7 +47,8 @@ from rlhf_jax.plan.abstract import (
     known_models,
 )
 from rlhf_jax.plan.compile import Memory, measure, measure_all, micro_batch_sizes, with_micro_batch
-from rlhf_jax.plan.phases import Phase, decoder_configs, engine_phases, phases
+from rlhf_jax.plan.phase import Phase
+from rlhf_jax.plan.phases import decoder_configs, engine_phases, phases
 from rlhf_jax.plan.report import format_plan
 from rlhf_jax.plan.roofline import forward_flops, weights_per_token, work_of_phases
 from rlhf_jax.recipe import Recipe

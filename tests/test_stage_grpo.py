@@ -26,13 +26,12 @@ from rlhf_jax.sampling import SampleConfig
 from rlhf_jax.stages.dpo import DPOConfig
 from rlhf_jax.stages.grpo import (
     Answers,
-    GRPOConfig,
     grpo_engine,
     grpo_optimizers,
-    grpo_sizes,
     refill_groups,
     update_order,
 )
+from rlhf_jax.stages.grpo_config import GRPOConfig
 from rlhf_jax.stages.models import ModelConfig
 from rlhf_jax.stages.sft import SFTConfig
 from rlhf_jax.stages.table import STAGES, check_stages, sources
@@ -196,9 +195,9 @@ def test_a_stage_without_anything_that_scores_is_rejected_before_it_starts(tmp_p
 def test_sizes_that_would_split_a_group_are_rejected():
     layout = Layout(tiny.mesh_of("one"), TRAIN)
     config = GRPOConfig(rollout_batch_size=6, batch_size=12, sample=SampleConfig(num_samples=4))
-    assert grpo_sizes("grpo", config, layout) == 1
+    assert config.check_sizes("grpo", layout) == 1
     with pytest.raises(ValueError, match="answers of a group"):
-        grpo_sizes("grpo", dataclasses.replace(config, batch_size=6), layout)
+        dataclasses.replace(config, batch_size=6).check_sizes("grpo", layout)
     with pytest.raises(ValueError, match="compares the answers to a prompt with each other: at least 2"):
         GRPOConfig(sample=SampleConfig(num_samples=1))
 

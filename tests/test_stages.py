@@ -24,7 +24,7 @@ from rlhf_jax.objectives.sft import next_token_loss
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.sampling import SampleConfig
 from rlhf_jax.stages.batch_sizes import check_row_lengths, held_out_batches, micro_batches, total_steps
-from rlhf_jax.stages.ppo_config import PPOConfig, ppo_sizes
+from rlhf_jax.stages.ppo_config import PPOConfig
 from rlhf_jax.stages.ppo_losses import actor_loss, critic_loss, estimate, rollout_metrics, shaped_rewards
 
 
@@ -237,15 +237,17 @@ def test_micro_batches_divide_the_batch_and_are_a_multiple_of_the_devices():
 
 
 def test_ppo_batches_must_divide_the_rollouts():
-    assert ppo_sizes(PPOConfig(rollout_batch_size=64), layout_of(8)) == (64, 1)
-    assert ppo_sizes(PPOConfig(rollout_batch_size=64, batch_size=32, micro_batch_size=8), layout_of(8)) == (32, 4)
+    whole = PPOConfig(rollout_batch_size=64)
+    assert whole.update_size == 64 and whole.check_sizes("ppo", layout_of(8)) == 1
+    halves = PPOConfig(rollout_batch_size=64, batch_size=32, micro_batch_size=8)
+    assert halves.update_size == 32 and halves.check_sizes("ppo", layout_of(8)) == 4
     several = PPOConfig(rollout_batch_size=16, sample=SampleConfig(num_samples=4))
-    assert several.rollouts == 64 and ppo_sizes(several, layout_of(8)) == (64, 1)
-    ppo_sizes(PPOConfig(generate_rows=16), layout_of(8))
+    assert several.rollouts == several.update_size == 64 and several.check_sizes("ppo", layout_of(8)) == 1
+    PPOConfig(generate_rows=16).check_sizes("ppo", layout_of(8))
     with pytest.raises(ValueError, match=r"ppo.generate_rows=12 does not divide over 8 devices .* \[8, 16\]"):
-        ppo_sizes(PPOConfig(generate_rows=12), layout_of(8))
+        PPOConfig(generate_rows=12).check_sizes("ppo", layout_of(8))
     with pytest.raises(ValueError, match=r"ppo.rollout_batch_size=64 does not divide over 24 rollouts of ppo"):
-        ppo_sizes(PPOConfig(rollout_batch_size=64, batch_size=24), layout_of(8))
+        PPOConfig(rollout_batch_size=64, batch_size=24).check_sizes("ppo", layout_of(8))
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 992])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_recipe
 
-from rlhf_jax.stages.grpo import GRPOConfig
+from rlhf_jax.stages.grpo_config import GRPOConfig
 from rlhf_jax.stages.rewards import RewardFunctions
 from rlhf_jax.stages.symptoms import LONG, SymptomLog, find_symptoms
 

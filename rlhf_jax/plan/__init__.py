@@ -18,7 +18,8 @@ from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.plan.abstract import abstract_mesh, find_config
 from rlhf_jax.plan.auto import SWITCHES, choose_switches, get_value, idle, with_values
 from rlhf_jax.plan.compile import Memory, measure_in_subprocess
-from rlhf_jax.plan.phases import Phase, phases
+from rlhf_jax.plan.phase import Phase
+from rlhf_jax.plan.phases import phases
 from rlhf_jax.plan.roofline import assumptions, estimate_times, token_rates
 from rlhf_jax.plan.temporaries import ESTIMATE_ERROR, PeakBounds, find_bounds, largest_micro_batches
 from rlhf_jax.recipe import Recipe

@@ -20,7 +20,8 @@ import jax
 from rlhf_jax.config import dump_config, parse_config
 from rlhf_jax.hardware import COMPILE_OPTIONS, compile_only_devices
 from rlhf_jax.mesh import TRAIN, Layout, make_mesh
-from rlhf_jax.plan.phases import Phase, phases
+from rlhf_jax.plan.phase import Phase
+from rlhf_jax.plan.phases import phases
 from rlhf_jax.recipe import Recipe
 
 

@@ -21,7 +21,7 @@ from rlhf_jax.models.config import DecoderConfig, Remat
 from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.lora import is_adapter
 from rlhf_jax.plan.abstract import device_bytes
-from rlhf_jax.plan.phases import Phase
+from rlhf_jax.plan.phase import Phase
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.table import STAGES
 

@@ -15,7 +15,7 @@ from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.quantised import QUANTISED_KINDS, is_quantisable
 from rlhf_jax.plan.abstract import device_bytes
 from rlhf_jax.plan.compile import micro_batch_sizes
-from rlhf_jax.plan.phases import Pass, Phase
+from rlhf_jax.plan.phase import Pass, Phase
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.slots import ROWS_PER_REFILL
 from rlhf_jax.stages.models import ModelConfig

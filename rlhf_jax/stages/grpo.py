@@ -9,8 +9,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,23 +30,23 @@ from rlhf_jax.engine import (
     HybridEngine,
     Optimizers,
     Sampling,
-    ScoredRollout,
     make_hybrid_engine,
 )
-from rlhf_jax.mesh import Layout, check_divides, to_devices, to_host
+from rlhf_jax.mesh import Layout, to_devices, to_host
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.pretrained import Pretrained
-from rlhf_jax.objectives import grpo, masked, ppo
-from rlhf_jax.optim import OptimConfig, learning_rate, make_optimizer
-from rlhf_jax.rollout import check_positions, check_slots, eos_ids
-from rlhf_jax.sampling import SampleConfig, check_learnable
-from rlhf_jax.stages.batch_sizes import micro_batches, rows_per_source, total_steps
+from rlhf_jax.objectives import grpo
+from rlhf_jax.optim import learning_rate, make_optimizer
+from rlhf_jax.rollout import check_positions, eos_ids
+from rlhf_jax.stages.batch_sizes import rows_per_source, total_steps
 from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.from_scratch import make_base_model
+from rlhf_jax.stages.grpo_config import GRPOConfig
+from rlhf_jax.stages.grpo_losses import answer_metrics, estimate_advantages, group_loss, loss_weight
 from rlhf_jax.stages.loop import train_loop
 from rlhf_jax.stages.models import ModelConfig, copy_frozen, export_model, load_model, log_attention, make_state
 from rlhf_jax.stages.ppo import PhaseTimer, count_publish_bytes, take_rows, write_rollouts
-from rlhf_jax.stages.rewards import RewardsConfig, open_functions, reward_metrics
+from rlhf_jax.stages.rewards import open_functions, reward_metrics
 from rlhf_jax.stages.symptoms import SymptomLog
 from rlhf_jax.stages.tokenizers import adopt_tokenizer
 from rlhf_jax.train_step import start_ema, taken_before
@@ -55,134 +54,11 @@ from rlhf_jax.train_step import start_ema, taken_before
 LOGGER = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class GRPOConfig(RewardsConfig):
-    """The [grpo] section."""
-
-    start: str = ""  # earlier stage whose policy it starts from; "": the latest, or without one model.actor
-    epochs: int = 1  # passes over the prompts
-    steps: int = 0  # iterations of generate, score and update; 0: as `epochs` says
-    rollout_batch_size: int = 32  # prompts of one iteration, over all devices, each answered sample.num_samples times
-    generate_rows: int = 0  # answers decoded at a time; a free decode slot takes the next prompt; 0: all at once
-    batch_size: int = 0  # rollouts of one optimizer step, a multiple of sample.num_samples; 0: all of an iteration
-    micro_batch_size: int = 0  # rollouts of one forward and backward pass, over all devices; 0: batch_size
-    passes: int = 1  # passes over the rollouts of an iteration
-    # Advantage of an answer: its score minus the group's mean, over the group's standard deviation, "group_std" (GRPO),
-    # over that of all answers, "batch_std", or over nothing, "group_mean" (Dr. GRPO); minus the mean of the others,
-    # "leave_one_out" (RLOO); or normalised over all answers, "global" (REINFORCE++)
-    advantage: grpo.Advantage = "group_std"
-    # Probability ratio of each "token", of the "sequence" as a mean over its tokens (GSPO), or their "product" (RLOO)
-    ratio: grpo.Ratio = "token"
-    surrogate: Literal["clip", "cispo"] = "clip"  # a clipped ratio as in PPO; a clipped weight without gradient (CISPO)
-    clip_low: float = 0.2  # the ratio is clipped below at 1 - this
-    clip_high: float = 0.2  # the ratio is clipped above at 1 + this; DAPO takes 0.28
-    # The loss is a mean over all tokens ("token", DAPO), over answers of their means ("sequence", GRPO), or a sum
-    # over answers x max_new_tokens ("constant", Dr. GRPO)
-    scale: grpo.Scale = "token"
-    kl_coef: float = 0.0  # coefficient of the KL to the reference; 0: no reference is held
-    # Folder or hub id of the model that the KL is measured to; "": the policy at the start. A teacher with the same
-    # tokenizer, kl_coef = 1.0 and rewards = [] are on-policy distillation.
-    reference: str = ""
-    kl_in: Literal["loss", "score"] = (
-        "loss"  # where: each token's k3 in the loss, or the whole answer's k1 in its score
-    )
-    missing_eos_penalty: float = 0.0  # subtracted from the score of an answer that was cut at max_new_tokens
-    # Rounds of new prompts, at most, that replace groups whose answers all have one score (dynamic sampling of DAPO)
-    refill_rounds: int = 0
-    ema_decay: float = 0.0  # decay of the moving average of the actor, which is exported to export_ema; 0: none
-    sample: SampleConfig = SampleConfig(num_samples=8)  # how rollouts are sampled
-    actor: OptimConfig = OptimConfig(learning_rate=1e-6)  # the optimizer
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay:g}: at least 0 (no average) and below 1, such as 0.992")
-        if self.reference and not self.kl_coef:
-            raise ValueError(f'reference="{self.reference}" has no effect with kl_coef=0: set kl_coef, such as 1.0')
-        if self.rewards and self.sample.num_samples < 2 and self.advantage != "global":
-            raise ValueError(
-                f'sample.num_samples={self.sample.num_samples}: advantage="{self.advantage}" compares the answers to a '
-                'prompt with each other: at least 2, or advantage = "global"'
-            )
-        if min(self.kl_coef, self.clip_low, self.clip_high, self.refill_rounds) < 0 or self.passes < 1:
-            raise ValueError("kl_coef, clip_low, clip_high and refill_rounds: at least 0; passes: at least 1")
-
-    def check(self, name: str, layout: Layout) -> None:
-        """Raise ValueError for sizes that do not divide, filtered sampling, and schedules that do not fit the steps."""
-        grpo_sizes(name, self, layout)
-        check_learnable(self.sample)
-        self.check_functions()
-        if self.steps:
-            learning_rate(self.actor, self.updates(self.steps))
-
-    @property
-    def rollouts(self) -> int:
-        """Number of answers of one iteration."""
-        return self.rollout_batch_size * self.sample.num_samples
-
-    @property
-    def update_size(self) -> int:
-        """Number of rollouts of one optimizer step."""
-        return self.batch_size or self.rollouts
-
-    def updates(self, steps: int) -> int:
-        """Number of optimizer steps in `steps` iterations."""
-        return steps * self.passes * self.rollouts // self.update_size
-
-
-def grpo_sizes(name: str, config: GRPOConfig, layout: Layout) -> int:
-    """Micro-batches of one optimizer step. Raises ValueError where sizes do not divide."""
-    size = f"{name}.rollout_batch_size"
-    check_divides(size, config.rollout_batch_size, layout.shards("batch"), "devices of the mesh")
-    num_micro = micro_batches(name, config.update_size, config.micro_batch_size, layout)
-    check_divides(f"{size} x num_samples", config.rollouts, config.update_size, f"rollouts of {name}.batch_size")
-    check_divides(f"{name}.batch_size", config.update_size, config.sample.num_samples, "answers of a group")
-    check_slots(config.generate_rows, layout, f"{name}.generate_rows")
-    return num_micro
-
-
 def grpo_algorithm(config: GRPOConfig) -> Algorithm:
     """Advantages from groups, and the policy loss of these settings."""
     estimate, loss = (functools.partial(part, config=config) for part in (estimate_advantages, group_loss))
     weight = functools.partial(loss_weight, config=config)
     return Algorithm(estimate, loss, actor_weight=weight, score_weight=config.model_weight or 0.0)
-
-
-def estimate_advantages(scored: ScoredRollout, config: GRPOConfig, **carried) -> tuple[jax.Array, jax.Array, None]:
-    """Rewards [B, N], the score on the last token of an answer; and its advantage on every token."""
-    score, mask = scored.score - config.missing_eos_penalty * ~scored.ended, scored.action_mask
-    if config.kl_coef and config.kl_in == "score":
-        score = score - config.kl_coef * ppo.sequence_kl(scored.logprobs, scored.ref_logprobs, mask)
-    advantages = grpo.group_advantages(score, config.sample.num_samples, config.advantage)
-    is_last = jnp.arange(mask.shape[1]) == mask.sum(axis=1, keepdims=True) - 1
-    return jnp.where(is_last, score[:, None], 0.0), masked.zero_outside(advantages[:, None], mask), None
-
-
-def group_loss(logprobs: jax.Array, entropy: jax.Array, experience: Experience, config: GRPOConfig):
-    """The loss of a micro-batch, and its metrics."""
-    old, mask, advantages = experience.logprobs, experience.action_mask, experience.advantages
-    log_ratio = grpo.log_ratios(logprobs, old, mask, config.ratio)
-    bounds = dict(low=config.clip_low, high=config.clip_high)
-    if config.surrogate == "cispo":
-        now = masked.zero_outside(logprobs, mask)
-        losses = grpo.cispo_losses(log_ratio, now, advantages, high=config.clip_high)
-        clipped = (jnp.exp(log_ratio) > 1.0 + config.clip_high) & (advantages != 0)
-    else:
-        losses = grpo.clipped_losses(log_ratio, advantages, **bounds)
-        clipped = grpo.is_clipped(log_ratio, advantages, **bounds)
-    stats = {"clip_fraction": masked.mean(clipped, mask), "ratio": masked.mean(jnp.exp(log_ratio), mask)}
-    stats |= {"approx_kl": ppo.approximate_kl(logprobs, old, mask), "entropy": masked.mean(entropy, mask)}
-    if config.kl_coef and config.kl_in == "loss":
-        kl = grpo.kl_losses(logprobs, old, experience.ref_logprobs, mask)
-        losses, stats["kl_loss"] = losses + config.kl_coef * kl, masked.mean(kl, mask)
-    loss, _ = grpo.scaled_mean(losses, mask, config.scale, length=config.sample.max_new_tokens)
-    return loss, stats
-
-
-def loss_weight(experience: Experience, config: GRPOConfig) -> jax.Array:
-    """The weight of a micro-batch in an optimizer step, see `objectives.grpo.scaled_mean`."""
-    mask = experience.action_mask
-    return grpo.scaled_mean(mask, mask, config.scale, length=config.sample.max_new_tokens)[1]
 
 
 def grpo_optimizers(config: GRPOConfig, updates: int) -> Optimizers:
@@ -312,24 +188,6 @@ def take_from_rounds(rounds: Sequence[tuple[Rollout, Experience]], index: np.nda
 
     each = [widen(*one) for one in rounds]
     return jax.tree.map(lambda *parts: jnp.concatenate(parts)[index], *each)
-
-
-@jax.jit
-def answer_metrics(experience: Experience, rollout: Rollout) -> dict[str, jax.Array]:
-    """Metrics of an iteration's answers."""
-    mask = experience.action_mask
-    stats = {
-        "score_mean": experience.score.mean(),
-        "score_std": experience.score.std(),
-        "reward_mean": experience.rewards.sum(axis=1).mean(),
-        "response_length": mask.sum(axis=1).mean(),
-        "ended_by_eos": experience.ended.mean(),
-        # Difference between the policy that sampled and the one that trains; 0 except for rounding.
-        "logprob_mismatch": masked.mean(jnp.abs(rollout.logprobs - experience.logprobs), mask),
-    }
-    if experience.ref_logprobs is not None:
-        stats["kl"] = ppo.sequence_kl(experience.logprobs, experience.ref_logprobs, mask).mean()
-    return stats
 
 
 def update_order(config: GRPOConfig, seed: int, step: int) -> list[np.ndarray]:

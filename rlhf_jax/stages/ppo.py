@@ -45,7 +45,7 @@ from rlhf_jax.stages.batch_sizes import rows_per_source, total_steps
 from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.loop import train_loop
 from rlhf_jax.stages.models import ModelConfig, copy_frozen, export_model, load_model, log_attention, make_state
-from rlhf_jax.stages.ppo_config import PPOConfig, ppo_sizes
+from rlhf_jax.stages.ppo_config import PPOConfig
 from rlhf_jax.stages.ppo_losses import actor_loss, critic_loss, estimate, rollout_metrics
 from rlhf_jax.stages.rewards import open_functions, reward_metrics
 from rlhf_jax.stages.score_scale import demonstration_moments
@@ -80,14 +80,14 @@ def ppo_engine(
     layout: Layout,
 ) -> HybridEngine:
     """The engine that runs these settings; the reward model has the critic's architecture."""
-    batch_size, num_micro = ppo_sizes(config, layout)
+    num_micro = config.check_sizes("ppo", layout)
     reward = critic.without_lora() if config.model_weight is not None else None
     return make_hybrid_engine(
         Architectures(model.with_lora(actor), model.with_lora(critic), actor.without_lora(), reward),
         ppo_algorithm(config),
         optimizers,
         Sampling(config.sample, eos_ids, config.generate_rows),
-        Execution(layout, model.compute, num_micro, num_micro * config.rollouts // batch_size),
+        Execution(layout, model.compute, num_micro, num_micro * config.rollouts // config.update_size),
     )
 
 

@@ -8,24 +8,15 @@ from typing import Literal
 from rlhf_jax.mesh import Layout, check_divides
 from rlhf_jax.objectives.kl import Estimator
 from rlhf_jax.optim import OptimConfig, learning_rate
-from rlhf_jax.rollout import check_slots
-from rlhf_jax.sampling import SampleConfig, check_learnable
-from rlhf_jax.stages.batch_sizes import micro_batches
-from rlhf_jax.stages.rewards import RewardsConfig
+from rlhf_jax.stages.rollout_config import RolloutConfig
 from rlhf_jax.stages.score_scale import ScoreScale
 from rlhf_jax.stages.texts import TextsConfig
 
 
 @dataclass(frozen=True)
-class PPOConfig(RewardsConfig):
+class PPOConfig(RolloutConfig):
     """The [ppo] section."""
 
-    epochs: int = 1  # passes over the prompts
-    steps: int = 0  # iterations of generate, score and update; 0: as `epochs` says
-    rollout_batch_size: int = 64  # prompts answered in one iteration, over all devices, each sample.num_samples times
-    generate_rows: int = 0  # answers decoded at a time; a free decode slot takes the next prompt; 0: all at once
-    batch_size: int = 0  # rollouts of one optimizer step; 0: all of an iteration
-    micro_batch_size: int = 0  # rollouts of one forward and backward pass, over all devices; 0: batch_size
     ppo_epochs: int = 1  # passes over the rollouts of an iteration
     stop_kl: float = 0.0  # the passes end after an optimizer step with an approximate KL per token above it; 0: never
     kl_coef: float = 0.1  # coefficient of the KL penalty against the reference, on every token
@@ -40,7 +31,6 @@ class PPOConfig(RewardsConfig):
     score_scale: ScoreScale = "none"
     score_clip: float = 5.0  # scores are clipped to +- this before they become a reward
     missing_eos: Literal["penalty", "replace"] = "penalty"  # "replace": minus the penalty takes the place of the score
-    missing_eos_penalty: float = 0.0  # subtracted from the score of an answer that was cut at max_new_tokens
     overlong_tokens: int = 0  # the last tokens before max_new_tokens, whose use costs score in proportion; 0: none
     overlong_penalty: float = 1.0  # subtracted from the score of an answer that uses all overlong_tokens
     gamma: float = 1.0  # discount per token
@@ -59,9 +49,7 @@ class PPOConfig(RewardsConfig):
     mismatch_limit: float = 2.0  # largest such weight
     texts: TextsConfig = TextsConfig()  # texts that the actor also learns (PTX)
     save_tokens: bool = False  # ids, log-probabilities and advantages of every token in RUN/ppo/rollouts
-    ema_decay: float = 0.0  # decay of the moving average of the actor, which is exported to export_ema; 0: none
     whiten_advantages: bool = True  # scale advantages to mean 0 and variance 1 over the tokens of an iteration
-    sample: SampleConfig = SampleConfig()  # how rollouts are sampled
     actor: OptimConfig = OptimConfig(learning_rate=9.65e-6)  # the actor's optimizer
     critic: OptimConfig = OptimConfig(learning_rate=5e-6)  # the critic's optimizer
 
@@ -69,8 +57,6 @@ class PPOConfig(RewardsConfig):
         super().__post_init__()
         if self.score_scale == "demonstrations" and self.functions:
             raise ValueError('score_scale="demonstrations" is that of the reward model alone: set "rollouts" or "none"')
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay:g}: at least 0 (no average) and below 1, such as 0.992")
         if self.kl_target and self.kl_in == "loss":
             raise ValueError(f'kl_target={self.kl_target:g} adapts the penalty in the reward: set kl_in = "rewards"')
         if self.dual_clip and self.dual_clip <= 1:
@@ -89,41 +75,25 @@ class PPOConfig(RewardsConfig):
 
     def check(self, name: str, layout: Layout) -> None:
         """Raise ValueError for sizes that do not divide, filtered sampling, and schedules that do not fit the steps."""
-        ppo_sizes(self, layout)
-        check_learnable(self.sample)
+        self.check_sizes(name, layout)
         self.check_functions()
         if self.steps:
             learning_rate(self.actor, self.actor_updates(self.steps))
             learning_rate(self.critic, self.updates(self.steps))
 
     @property
-    def rollouts(self) -> int:
-        """Number of answers of one iteration."""
-        return self.rollout_batch_size * self.sample.num_samples
-
-    @property
-    def update_size(self) -> int:
-        """Number of rollouts of one optimizer step."""
-        return self.batch_size or self.rollouts
-
-    def updates(self, steps: int) -> int:
-        """Number of optimizer steps in `steps` iterations."""
-        return steps * self.ppo_epochs * self.rollouts // self.update_size
+    def num_passes(self) -> int:
+        """Passes over the rollouts of an iteration."""
+        return self.ppo_epochs
 
     def actor_updates(self, steps: int) -> int:
         """Number of those that the actor takes."""
         return self.updates(steps - self.critic_warmup_steps)
 
-
-def ppo_sizes(config: PPOConfig, layout: Layout) -> tuple[int, int]:
-    """Rollouts and micro-batches of one optimizer step. Raises ValueError where sizes do not divide."""
-    check_divides("ppo.rollout_batch_size", config.rollout_batch_size, layout.shards("batch"), "devices of the mesh")
-    batch_size = config.update_size
-    num_micro = micro_batches("ppo", batch_size, config.micro_batch_size, layout)
-    name = "ppo.rollout_batch_size" + (" x num_samples" if config.sample.num_samples > 1 else "")
-    check_divides(name, config.rollouts, batch_size, "rollouts of ppo.batch_size")
-    check_slots(config.generate_rows, layout, "ppo.generate_rows")
-    if config.texts.coef:
-        parts = num_micro * layout.shards("batch")
-        check_divides("ppo.texts.batch_size", config.texts.batch_size, parts, "micro-batches x devices")
-    return batch_size, num_micro
+    def check_sizes(self, name: str, layout: Layout) -> int:
+        """Micro-batches of one optimizer step. Raises ValueError as `RolloutConfig`."""
+        num_micro = super().check_sizes(name, layout)
+        if self.texts.coef:
+            parts = num_micro * layout.shards("batch")
+            check_divides(f"{name}.texts.batch_size", self.texts.batch_size, parts, "micro-batches x devices")
+        return num_micro

@@ -16,7 +16,8 @@ from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.pretrained import from_pretrained, save_pretrained
 from rlhf_jax.sampling import SampleConfig
 from rlhf_jax.stages.dpo import DPOConfig, dpo_objective
-from rlhf_jax.stages.grpo import GRPOConfig, grpo_engine
+from rlhf_jax.stages.grpo import grpo_engine
+from rlhf_jax.stages.grpo_config import GRPOConfig
 from rlhf_jax.stages.models import ModelConfig
 from rlhf_jax.stages.reference import Reference
 from rlhf_jax.train_step import init_state, make_update

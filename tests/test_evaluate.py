@@ -14,10 +14,17 @@ import rlhf_jax
 from rlhf_jax.config import load_config
 from rlhf_jax.data.selection import read_examples
 from rlhf_jax.data.splits import prompt_key
-from rlhf_jax.evaluate import format_report, held_out_demonstrations, score_sequences
+from rlhf_jax.evaluate import (
+    EvaluateConfig,
+    format_report,
+    held_out_demonstrations,
+    policy_folders,
+    score_sequences,
+)
 from rlhf_jax.likelihood import answer_kl, is_own_distribution
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.scoring import best_of, pair_accuracy, win_rate
+from rlhf_jax.stages.run_folder import RunConfig
 
 
 @pytest.fixture
@@ -178,6 +185,26 @@ def test_data_without_a_judge_have_no_share_of_good_answers():
     assert "good" not in reported
     assert "  SFT (score -1.00): a\n  PPO (score +2.00): b" in reported
     assert "75.0%" in reported and "100.0% (95% interval 25.0% to 100.0%" in reported
+
+
+def test_moving_averages_are_policies_of_their_own_after_the_stage_that_made_them(tmp_path):
+    for folder in ("sft/export", "ppo/export", "ppo/export_ema", "grpo/export"):
+        (tmp_path / folder).mkdir(parents=True)
+    found = policy_folders(RunConfig(str(tmp_path)), ["sft", "ppo", "grpo"])
+    assert list(found) == ["sft", "ppo", "ppo_ema", "grpo"] and found["ppo_ema"] == tmp_path / "ppo/export_ema"
+
+
+@pytest.mark.parametrize(
+    ("keys", "fix"),
+    [
+        (dict(best_of=0), "best_of: each at least 1"),
+        (dict(sample=rlhf_jax.SampleConfig(num_samples=2)), "set 1, and best_of"),
+        (dict(best_of=2, sample=rlhf_jax.SampleConfig(temperature=0.0)), "set sample.temperature"),
+    ],
+)
+def test_an_evaluation_of_several_answers_needs_different_ones(keys, fix):
+    with pytest.raises(ValueError, match=fix):
+        EvaluateConfig(**keys)
 
 
 def test_an_unfinished_run_is_not_evaluated(tmp_path, capsys):

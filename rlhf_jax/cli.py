@@ -152,7 +152,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     command.add_argument("runs", metavar="RUN", nargs="+", help="the run.dir of a training")
     command.add_argument("--output", metavar="FILE", help="default: report.html in the first RUN")
     add_rollouts_options(add("rollouts", run_rollouts, "what was sampled in training, with filters", ROLLOUTS_HELP))
-    text = "talk to an exported model in the terminal; /clear forgets the dialogue, /quit leaves"
+    text = "talk to an exported model in the terminal; /help lists the commands there"
     add_chat_options(add("chat", run_chat, text))
     text = "answer requests of OpenAI's HTTP API with exported models, and score texts with reward models"
     add_serve_options(add("serve", run_serve, text, SERVE_HELP))
@@ -222,6 +222,8 @@ def add_chat_options(command: argparse.ArgumentParser) -> None:
     add_model_dtype(command)
     command.add_argument("--seed", type=int, default=0, help="sampling seed (default: 0)")
     command.add_argument("--adapter", metavar="FOLDER", help=ADAPTER_HELP)
+    text = "a second model, which answers the same messages side by side"
+    command.add_argument("--versus", metavar="FOLDER", help=text)
 
 
 def add_serve_options(command: argparse.ArgumentParser) -> None:
@@ -405,7 +407,7 @@ def run_chat(args: argparse.Namespace) -> None:
     from rlhf_jax.sampling import SampleConfig
 
     sample = SampleConfig(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p)
-    chat(args.folder, sample, args.seed, args.dtype, args.adapter)
+    chat(args.folder, sample, args.seed, args.dtype, args.adapter, args.versus)
 
 
 def run_report(args: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@ Python with transformers[serving].
 
     TRANSFORMERS_PYTHON=.serving/bin/python python -m benchmarks.serve [--layers 8] [--hidden 512] [--tokens 64]
 
-A random Llama model in float32, a vocabulary of 8192 words, prompts of 48 words, answers of up to 64 tokens, greedy
+A random Llama model in float32, a vocabulary of 8192, prompts of 48 tokens, answers of up to 64, greedy
 unless a temperature is named, streamed. Each server is a process of its own, and so is nothing else; every stream sends
 its next request when its answer has ended. Before the measurement each number of streams runs once.
 """

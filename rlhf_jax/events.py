@@ -9,7 +9,7 @@ import platform
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ def record_events(folder: Path, start: Mapping[str, Any]) -> Iterator[None]:
         yield
         write("end", {"outcome": "finished"})
     except BaseException as error:  # also signals, which end a run in order
-        write("end", {"outcome": f"{type(error).__name__}: {error}"})
+        with suppress(OSError):  # such as a full disk, which `error` says already
+            write("end", {"outcome": f"{type(error).__name__}: {error}"})
         raise
     finally:
         PACKAGE.removeHandler(handler)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import logging
 import re
 
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+import tiny_processes
 
 import rlhf_jax
 from rlhf_jax.data.batches import Batch
@@ -28,6 +30,7 @@ from rlhf_jax.library.states import bit_sum
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.config import Compute
 from rlhf_jax.models.decoder import abstract_params, bind, logits
+from rlhf_jax.models.families import decoder_config
 from rlhf_jax.models.lora import NO_LORA, is_adapter
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.objectives import grpo, masked
@@ -158,6 +161,35 @@ def test_any_calls_micro_batches_and_devices_give_the_gradient_of_one_large_batc
     assert whole == pytest.approx(loss, abs=1e-5), "losses of the calls combine to that of all"
     if over == "sum":
         assert sum(each["tokens"] for each in stats) == batch["loss_mask"].sum()
+
+
+OPTIMIZERS = {
+    "adafactor": optax.adafactor(0.02, min_dim_size_to_factor=8),
+    "inject": optax.inject_hyperparams(optax.adamw)(learning_rate=0.01, eps=1e-3),
+    "multi": optax.multi_transform(
+        {"layers": optax.adam(0.02, eps=1e-3), "others": optax.sgd(1.0)},
+        lambda params: {path: "layers" if path.startswith("layers/") else "others" for path in params},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_whose_state_has_other_shapes_take_the_same_steps_on_eight_devices(name):
+    found = []
+    for mesh in ("one", "fsdp4-tensor2"):
+        engine, model = (
+            rlhf_jax.make_engine(model_on(mesh), OPTIMIZERS[name], logprob_chunk=4, remat="none"),
+            model_on(mesh),
+        )
+        state = engine.init(model)
+        for _ in range(2):
+            state, _ = engine.forward_backward(state, batch_of(), token_loss)
+            state, _ = engine.optim_step(state)
+        found.append(jax.device_get(state.train.trainable))
+    start = jax.device_get(model.params)
+    assert min(np.abs(found[0][path] - leaf).max() for path, leaf in start.items()) > 1e-3
+    for path, leaf in found[0].items():
+        np.testing.assert_allclose(found[1][path], leaf, atol=1e-4, err_msg=path)
 
 
 def test_padding_changes_no_gradient():
@@ -473,6 +505,9 @@ def test_wrong_prompts_settings_and_models_are_rejected_with_the_fix():
         (lambda: engine.sample(state, [[1, 61]], config, key), "is 61, and the model has the ids 0 to 60"),
         (lambda: engine.sample(state, [[1] * 35], config, key), "shorten the prompt to 32 tokens"),
         (lambda: engine.score(state, batch_of(), temperature=0.0), "temperature=0.0: above 0"),
+        (lambda: engine.sample(model, [[1]], config, key), "a Pretrained is no state of this engine: give what init"),
+        (lambda: engine.score(engine.publish(state), batch_of()), "a dict is no state of this engine"),
+        (lambda: engine.optim_step((state, {})), "a tuple is no state of this engine"),
         (lambda: engine.score(scorer, batch_of()), "give a state, or a language model"),
         (lambda: engine.score(model_on("fsdp4-tensor2"), batch_of()), "loaded with the mesh of this engine"),
         (
@@ -528,3 +563,58 @@ def test_rows_are_padded_on_the_right_in_the_widest_type_of_their_values():
         assert batch[name].dtype == array.dtype
         np.testing.assert_array_equal(batch[name], array)
     assert rlhf_jax.pad_rows([dict(tokens=[1] * 33)])["tokens"].shape == (1, 64)
+
+
+PROCESS = """
+import json, sys
+import jax, numpy as np, optax
+from rlhf_jax import hosts
+hosts.start()
+import rlhf_jax
+from rlhf_jax.objectives import masked
+
+folder = sys.argv[1]
+model = rlhf_jax.from_pretrained(folder + "/model", mesh=rlhf_jax.make_mesh(rlhf_jax.MeshConfig()))
+engine = rlhf_jax.make_engine(model, optax.adam(0.01), lora=rlhf_jax.LoraConfig(rank=4, alpha=8))
+state, report = engine.init(model), []
+loss = lambda logprobs, batch: (-masked.mean(logprobs * batch["gain"][:, None], batch["loss_mask"]), {})
+for step in range(2):
+    answers = engine.sample(state, [[5, 6], [7], [8, 9, 10], [11]], rlhf_jax.SampleConfig(6), jax.random.key(step))
+    masks = [[0] + [1] * len(answer.tokens) for answer in answers]
+    rows = [dict(tokens=[5] + a.tokens, loss_mask=m, gain=i - 1.5) for i, (a, m) in enumerate(zip(answers, masks))]
+    batch = rlhf_jax.pad_rows(rows)
+    scores = engine.score(state, batch)
+    state, _ = engine.forward_backward(state, batch, loss)
+    state, stats = engine.optim_step(state)
+    report.append([[a.tokens for a in answers], float(scores.sum()), float(stats["loss"]), float(stats["grad_norm"])])
+engine.save_state(state, folder + f"/run{hosts.count()}", meta={"step": 2})
+loaded, meta = engine.load_state(folder + f"/run{hosts.count()}", model)
+same = np.array_equal(engine.score(loaded, batch), engine.score(state, batch))
+engine.export(state, folder + f"/export{hosts.count()}")
+print(json.dumps([report, meta, same]))
+"""
+
+
+def test_two_processes_run_the_loop_of_one_and_write_its_files(tmp_path):
+    mesh = tiny.mesh_of("one")
+    hf = dict(
+        model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=61, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2, head_dim=8, max_position_embeddings=40,
+        rms_norm_eps=1e-6, eos_token_id=3, tie_word_embeddings=False,
+    )  # fmt: skip
+    config = decoder_config(hf, scalar_head=False)
+    params = tiny.random_params(config, mesh)
+    rlhf_jax.save_pretrained(Pretrained(config, params, None, hf, {}, Layout(mesh, TRAIN)), tmp_path / "model")
+    found = []
+    for processes in (1, 2):
+        running = tiny_processes.start(processes, 4 // processes, "-c", PROCESS, str(tmp_path))
+        ended = tiny_processes.finish(running, 300)
+        assert [code for code, _, _ in ended] == [0] * processes, ended[-1][2][-2000:]
+        found += [json.loads(out.splitlines()[-1]) for _, out, _ in ended]
+    for report, meta, same in found:
+        assert meta == {"step": 2} and same
+        for (tokens, *numbers), (expected, *others) in zip(report, found[0][0], strict=True):
+            assert tokens == expected and numbers == pytest.approx(others, rel=1e-4)
+    one, two = (rlhf_jax.from_pretrained(tmp_path / f"export{count}").params for count in (1, 2))
+    for path, leaf in one.items():
+        np.testing.assert_allclose(two[path], leaf, atol=1e-5, err_msg=path)

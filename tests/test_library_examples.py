@@ -1,6 +1,8 @@
 """The examples of docs/library.md, run as they are printed on a small random model."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -33,6 +35,23 @@ def folder(tmp_path, monkeypatch):
     save_pretrained(Pretrained(config, params, tokenizer, hf, {}, Layout(mesh, TRAIN)), tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def test_every_public_name_exists_with_a_docstring_and_is_in_the_document():
+    assert sorted(rlhf_jax.__all__) == rlhf_jax.__all__
+    for name in rlhf_jax.__all__:
+        assert getattr(rlhf_jax, name).__doc__, name
+        assert re.search(rf"\b{name}\b", TEXT), f"docs/library.md does not name {name}"
+    methods = [
+        name for name in vars(rlhf_jax.Engine) if not name.startswith("_") and callable(getattr(rlhf_jax.Engine, name))
+    ]
+    assert [name for name in methods if f"| `{name}(" not in TEXT or not getattr(rlhf_jax.Engine, name).__doc__] == []
+
+
+def test_importing_the_package_imports_no_checkpoints_no_transformers_and_no_torch():
+    code = "import sys, rlhf_jax; print([name for name in ('orbax', 'transformers', 'torch') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_the_examples_have_at_most_40_and_60_lines():

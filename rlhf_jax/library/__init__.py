@@ -143,7 +143,7 @@ class Engine:
             ValueError: an empty prompt, an id outside the vocabulary or not an integer, more positions than the model
                 has, settings that define no distribution, or no token that ends an answer.
         """
-        weights = self.publish(policy) if isinstance(policy, PolicyState) else policy
+        weights = policy if isinstance(policy, dict) else self.publish(policy)
         tokens, mask = pad_prompts(prompts, self.config)
         model = Inference(self.config, self._publisher.layout, self.compute.dtype, self.compute.attention)
         decoding = Decoding(model, config, tuple(sorted(stop_ids)) or eos_ids(self.model))
@@ -169,17 +169,16 @@ class Engine:
         Raises:
             ValueError: as `forward_backward`, or a model with a scalar head or on another mesh.
         """
-        if isinstance(policy, PolicyState):
+        is_model = isinstance(policy, Pretrained)
+        if is_model and (policy.config.scalar_head or policy.layout != self.model.layout):
+            raise ValueError("give a state, or a language model that was loaded with the mesh of this engine")
+        if not is_model:
             self._check_state(policy)
-            config, params = self.config, policy.params
-        else:
-            config, params = policy.config, policy.params
-            if config.scalar_head or policy.layout != self.model.layout:
-                raise ValueError("give a state, or a language model that was loaded with the mesh of this engine")
+        config = policy.config if is_model else self.config
         arrays = check_batch({name: batch[name] for name in ("tokens", "mask") if name in batch}, config, learns=False)
         there, num_micro = self._put(arrays)
         return hosts.fetch(
-            self.programs.score(params, there, _positive(temperature), config=config, num_micro=num_micro)
+            self.programs.score(policy.params, there, _positive(temperature), config=config, num_micro=num_micro)
         )
 
     def forward_backward(
@@ -351,7 +350,11 @@ class Engine:
             raise ValueError("this model has another architecture or mesh: make an engine for it with make_engine")
 
     def _check_state(self, state: PolicyState) -> None:
-        """Raise ValueError for a state whose arrays a later one has taken."""
+        """Raise ValueError for what is no state, and for a state whose arrays a later one has taken."""
+        if not isinstance(state, PolicyState):
+            raise ValueError(
+                f"a {type(state).__name__} is no state of this engine: give what init or load_state returned"
+            )
         if any(leaf.is_deleted() for leaf in jax.tree.leaves((state.train, state.sums))):
             raise ValueError(
                 "the memory of this state was taken by optim_step or forward_backward: go on with the state that it "

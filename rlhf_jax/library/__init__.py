@@ -177,9 +177,8 @@ class Engine:
         config = policy.config if is_model else self.config
         arrays = check_batch({name: batch[name] for name in ("tokens", "mask") if name in batch}, config, learns=False)
         there, num_micro = self._put(arrays)
-        return hosts.fetch(
-            self.programs.score(policy.params, there, _positive(temperature), config=config, num_micro=num_micro)
-        )
+        scores = self.programs.score(policy.params, there, _positive(temperature), config=config, num_micro=num_micro)
+        return hosts.fetch(scores)
 
     def forward_backward(
         self,
@@ -228,14 +227,8 @@ class Engine:
             )
         there, num_micro = self._put(check_batch(batch, self.config, learns=True))
         options = dict(loss=loss, over=over, num_micro=num_micro)
-        given = (
-            dataclasses.replace(state.train, opt_state=None),
-            state.frozen,
-            state.sums,
-            there,
-            _positive(temperature),
-        )
-        sums, metrics = self.programs.accumulate(*given, **options)
+        train, divisor = dataclasses.replace(state.train, opt_state=None), _positive(temperature)
+        sums, metrics = self.programs.accumulate(train, state.frozen, state.sums, there, divisor, **options)
         return dataclasses.replace(state, sums=sums, over=over), metrics
 
     def optim_step(self, state: PolicyState) -> tuple[PolicyState, dict[str, jax.Array]]:

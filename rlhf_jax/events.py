@@ -17,6 +17,7 @@ import jax
 from jax.sharding import Mesh
 
 from rlhf_jax import hosts
+from rlhf_jax.redact import redact
 
 PACKAGE = logging.getLogger("rlhf_jax")
 
@@ -35,7 +36,7 @@ def record_events(folder: Path, start: Mapping[str, Any]) -> Iterator[None]:
     def write(event: str, fields: Mapping[str, Any]) -> None:
         record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "event": event, **fields}
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(redact(json.dumps(record, ensure_ascii=False)) + "\n")
 
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: write(record.levelname.lower(), {"message": record.getMessage()})

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 _HIDDEN = "***"
 # What in a text is secret by its form, without the part that says so.
 _PATTERNS = {
-    "a password": re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"),  # https://user:password@host
+    "a password": re.compile(r"(?<=://)[^/\s:@'\"]*:[^/\s@'\"]+(?=@)"),  # https://user:password@host
     "a key or token": re.compile(
         r"(?<=[?&])(?:[\w-]*(?:key|token|secret|password|signature|credential)=)[^&\s'\"#]+"  # https://host/?key=value
         r"|\b(?:hf_|sk-)[A-Za-z0-9_-]{16,}",  # of the hub; of OpenAI, Anthropic and servers that follow them

@@ -1,11 +1,13 @@
 """Passwords, keys and tokens stay out of configurations and messages."""
 
+import json
 import logging
 
 import pytest
 from tiny_recipe import write_recipe
 
 from rlhf_jax.cli import main
+from rlhf_jax.events import record_events
 from rlhf_jax.redact import find_secret, redact
 
 SECRETS = {
@@ -49,3 +51,14 @@ def test_an_unknown_key_with_a_secret_and_messages_of_libraries_are_shown_withou
     logging.getLogger("httpx").warning("Authorization: hunter2hunter2")
     shown = capsys.readouterr().err
     assert "unknown key 'ppo.judge'" in shown and "Authorization: ***" in shown and "hunter2" not in shown
+
+
+def test_warnings_and_errors_that_a_run_records_are_without_secrets(tmp_path):
+    url = "https://me:hunter2@judge.example"
+    with pytest.raises(OSError, match="hunter2"), record_events(tmp_path, {"machine": "a"}):
+        logging.getLogger("rlhf_jax.judge").warning(f"{url} answers late")
+        raise OSError(f"{url} has gone")
+    text = (tmp_path / "events.jsonl").read_text()
+    warning, end = [json.loads(line) for line in text.splitlines()][1:]
+    assert warning["message"] == "https://***@judge.example answers late"
+    assert end["outcome"] == "OSError: https://***@judge.example has gone"

@@ -267,6 +267,17 @@ def chaos() -> str:
     return f"{table(head, [row(run['result']) for run in runs])}\n\n{origin(runs)}"
 
 
+def skip_cost() -> str:
+    rows = {
+        "CPU seconds of a step, with the choice and without": lambda r: (
+            f"{r['checked']['cpu_seconds']:.2f}, {r['unchecked']['cpu_seconds']:.2f}"
+        ),
+        "ratio": lambda r: f"{r['cpu_seconds_ratio']:.3f}",
+        "ratio of the bytes that the compiled programs access": lambda r: f"{r['bytes_accessed_ratio']:.3f}",
+    }
+    return transposed_table("skip_cost", ["", "the demo's SFT"], rows)
+
+
 def save_cost() -> str:
     rows = {
         "parameters": lambda r: f"{r['parameters'] / 1e6:.1f} million",
@@ -532,6 +543,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
             process_memory,
             data,
             chaos,
+            skip_cost,
             save_cost,
             quantised,
             quantised_errors,

@@ -49,7 +49,7 @@ def assert_all_same(start, found):
 SUPERVISED = {
     "sft": lambda config, layout: sft_objective(config, COMPUTE, layout),
     "reward": lambda config, layout: reward_objective(
-        config, COMPUTE, layout, RewardConfig(label_smoothing=0.1, centring=0.01)
+        config, COMPUTE, layout, RewardConfig(label_smoothing=0.1, centring=0.01, margin_coef=0.5)
     ),
     **{
         f"dpo-{name}": lambda config, layout, name=name: dpo_objective(
@@ -62,20 +62,25 @@ SUPERVISED = {
 
 @pytest.mark.parametrize("method", SUPERVISED)
 def test_padding_micro_batches_and_eight_devices_change_no_step_of_rows_or_pairs(method):
-    """Rows of 2 to 16 tokens, the first of which nothing learns where a row is a single answer."""
-    pairs, rng = method != "sft", np.random.default_rng(0)
-    shape = (16, 2) if pairs else (16,)
+    """Rows of 4 to 16 tokens: the first learns nothing where a row is a single answer; rankings are of two or three."""
+    answers, rng = {"sft": (), "reward": (3,)}.get(method, (2,)), np.random.default_rng(0)
+    shape = (16, *answers)
     tokens, lengths = rng.integers(1, 61, (*shape, 24), np.int32), rng.integers(4, 17, (*shape, 1))
     mask = np.arange(24) < lengths
     learned = mask & (np.arange(24) >= 3)
-    if not pairs:
+    if method == "sft":
         learned[0] = False
+    scores = np.tile(np.float32([2, 0.5, -1]), (16, 1))
+    if method == "reward":
+        scores[::2, 2], mask[::2, 2] = np.nan, False
     config = tiny.scalar(tiny.LLAMA) if method == "reward" else tiny.LLAMA
     found, leaves = [], abstract_params(config)
     for mesh, width, num_micro in FORMS:
         layout = Layout(tiny.mesh_of(mesh), TRAIN)
         objective = SUPERVISED[method](config, layout)
         batch = Batch(*(x[..., :width] for x in (np.where(mask, tokens, 0), mask, learned)))
+        if method == "reward":
+            batch = dataclasses.replace(batch, scores=scores)
         if objective.reference:
             reference = Reference(jax.jit(objective.reference), tiny.random_params(config, layout.mesh, 1), layout)
             batch = dataclasses.replace(batch, reference=reference(batch))

@@ -38,7 +38,7 @@ class Sink(NamedTuple):
         key: by which the tracker finds the run again.
         where: how a user finds it.
         log: (stage, step, {metric: value}) -> None.
-        close: (whether the command succeeded) -> None.
+        close: (whether nothing failed) -> None.
     """
 
     key: str
@@ -170,7 +170,8 @@ class Trackers:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         if self._sinks:
-            self._queue.put(kind is None)
+            # A signal or a stop by time is no failure: the same command continues, here and in the tracker.
+            self._queue.put(kind is None or not issubclass(kind, Exception))
             self._thread.join(CLOSE_SECONDS)
             if self._thread.is_alive():
                 lost = f"has not taken the last {self._queue.qsize() + 1} record(s)"

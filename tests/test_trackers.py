@@ -13,6 +13,7 @@ import tiny_recipe
 
 from rlhf_jax import trackers
 from rlhf_jax.metrics import Metrics
+from rlhf_jax.stages.stopping import StopRun
 from rlhf_jax.trackers import TRACKERS, Sink, Trackers
 
 CONFIG = {"run": {"seed": 3}, "ppo": {"actor": {"learning_rate": 0.5}}}
@@ -112,6 +113,12 @@ def test_a_run_that_fails_closes_its_trackers_as_failed(fake, tmp_path):
         with Metrics(tmp_path, "sft", total_steps=2, trackers=found) as metrics:
             metrics.write(1, {"loss": math.nan})
     assert fake.closed == [False]
+
+
+def test_a_run_that_a_signal_stops_is_not_closed_as_failed(fake, tmp_path):
+    with pytest.raises(StopRun), Trackers(["fake"], tmp_path, CONFIG):
+        raise StopRun("stopped by SIGTERM", 75)
+    assert fake.closed == [True]
 
 
 def test_unknown_and_missing_trackers_are_refused_with_the_fix_before_training(tmp_path, capsys, monkeypatch):

@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import logging
+import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -201,7 +202,7 @@ def kl_numbers(
     reference, found = load(policies[first]), {}
     for name in others:
         kl, low, high = answer_kl(reference, rollouts[name], config.batch_size, attention)
-        found |= {f"{name}_kl": kl, f"{name}_kl_interval": [low, high]}
+        found |= {f"{name}_kl": kl} | ({f"{name}_kl_interval": [low, high]} if math.isfinite(low) else {})
     return found
 
 

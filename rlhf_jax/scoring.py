@@ -165,7 +165,10 @@ def best_of(scores: np.ndarray, count: int) -> np.ndarray:
 
 
 def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """The mean of values [B] and its 95% interval by the normal approximation, 1.96 standard errors to each side."""
+    """The mean of values [B] and its 95% interval by the normal approximation, 1.96 standard errors to each side.
+
+    Of a single value the interval is infinite.
+    """
     values = np.asarray(values, np.float64)
     half = 1.959964 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.inf
     return float(values.mean()), float(values.mean() - half), float(values.mean() + half)

@@ -369,6 +369,24 @@ def real_data() -> str:
     return f"{table(['', 'before', 'after'], rows)}\n\n{parity}\n\n{origin([run])}"
 
 
+def alpaca_pairs() -> str:
+    """A row for all pairs, and one for each quarter of them by the difference of lengths."""
+    run = next(run for run in runs_of("recipes") if run["result"]["recipe"] == "alpaca_pairs")
+    found = run["result"]["reward_pairs"]
+
+    def row(label: str, part: dict[str, Any]) -> list[str]:
+        def cell(name: str) -> str:
+            low, high = part[f"{name}_interval"]
+            return f"{percent(part[name])} ({percent(low)} to {percent(high)})"
+
+        return [label, f"{part['pairs']:,}", cell("accuracy"), cell("longer")]
+
+    rows = [row("all", found)]
+    rows += [row(f"chosen longer by {part['from']} to {part['to']} tokens", part) for part in found["by_length"]]
+    head = ["held-out pairs", "number", "reward model", "always the longer answer"]
+    return f"{table(head, rows)}\n\n{origin([run])}"
+
+
 def consumers() -> str:
     """A row per exported model, a column per consumer."""
     runs = runs_of("consumers")
@@ -550,6 +568,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
             slot_refill,
             packing,
             real_data,
+            alpaca_pairs,
             consumers,
         ),
         *(history, families, floors, modules, metrics, configuration),

@@ -49,9 +49,10 @@ SCORE_HELP = """FILE holds texts, dialogues or pairs, in any format that trainin
   rlhf-jax score runs/demo/reward/export '{ path = "mine.csv", prompt = "question" }' --output scores.jsonl
 """
 SERVE_HELP = """The API is that of OpenAI (/v1/chat/completions, /v1/completions, /v1/models), with /v1/score for reward
-models, /health and /metrics. A model is named by its folder: RUN/ppo/export is "ppo". Examples:
+models, /health and /metrics; a web chat is at /. A model is named by its folder: RUN/ppo/export is "ppo". Examples:
   rlhf-jax serve runs/demo/ppo/export
   rlhf-jax serve runs/demo/ppo/export runs/demo/reward/export --port 8080
+  rlhf-jax serve before=runs/demo/sft/export after=runs/demo/ppo/export --votes votes.jsonl
   RLHF_JAX_API_KEY=secret rlhf-jax serve before=runs/demo/sft/export after=runs/demo/ppo/export --host 0.0.0.0
 """
 IMPORT_HELP = """Examples:
@@ -234,6 +235,8 @@ def add_serve_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
     text = "what clients must send as Authorization: Bearer KEY (default: that of RLHF_JAX_API_KEY; without it nothing)"
     command.add_argument("--api-key", metavar="KEY", default="", help=text)
+    text = "JSON lines that votes of the web page are appended to, as `reward` and `dpo` read them (default: not kept)"
+    command.add_argument("--votes", metavar="FILE", default="", help=text)
     text = "answers of a model that are decoded at once (default: %(default)s)"
     command.add_argument("--rows", type=int, default=32, help=text)
     text = "tokens of a prompt and its answer (default: the positions of the model, at most 4096)"
@@ -431,7 +434,8 @@ def run_serve(args: argparse.Namespace) -> None:
         raise ValueError(f'serve needs {error.name}: pip install "rlhf_jax[serve]"') from error
 
     limits = Limits(args.rows, args.context, args.queue, args.body, args.seconds)
-    serve(args.folders, limits, host=args.host, port=args.port, key=args.api_key, dtype=args.dtype)
+    where = dict(host=args.host, port=args.port, key=args.api_key)
+    serve(args.folders, limits, **where, dtype=args.dtype, votes=args.votes)
 
 
 def run_import(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import json
 import threading
 from pathlib import Path
 
@@ -60,11 +61,19 @@ def write_model(
 
 
 @contextlib.contextmanager
-def running(folders, limits: Limits = LIMITS, key: str = "", **changes):
+def running(folders, limits: Limits = LIMITS, key: str = "", votes=None, **changes):
     """The address of a server, and its `Service`, while the block runs."""
     metrics = Counters()
     limits = dataclasses.replace(limits, **changes)
-    service = Service(*open_models([str(each) for each in folders], "float32", limits, metrics), limits, metrics, key)
+    models = open_models([str(each) for each in folders], "float32", limits, metrics)
+    service = Service(*models, limits, metrics, key, votes)
+    with listening(service) as url:
+        yield url, service
+
+
+@contextlib.contextmanager
+def listening(service: Service):
+    """The address at which a service answers, while the block runs."""
     server = uvicorn.Server(uvicorn.Config(make_app(service), port=0, log_config=None, access_log=False, lifespan="on"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
@@ -73,7 +82,28 @@ def running(folders, limits: Limits = LIMITS, key: str = "", **changes):
         thread.join(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield f"http://127.0.0.1:{port}", service
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
         thread.join()
+
+
+def call_app(app, method: str, path: str, body=None, **headers):
+    """(status, JSON or text) of a request to an application that is not started; a body is sent as JSON."""
+    content = b"" if body is None else json.dumps(body).encode()
+    given = {"content-type": "application/json"} | headers
+    path, _, query = path.partition("?")
+    scope = {"type": "http", "http_version": "1.1", "method": method, "path": path, "query_string": query.encode()}
+    scope |= {"headers": [(name.encode(), value.encode()) for name, value in given.items()], "raw_path": path.encode()}
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": content, "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))
+    text = b"".join(each.get("body", b"") for each in sent[1:]).decode()
+    is_json = (b"content-type", b"application/json") in sent[0]["headers"]
+    return sent[0]["status"], json.loads(text) if is_json else text

@@ -5,6 +5,7 @@ metrics                  counters
 worker                   one thread per policy, which drives `answering`
 models                   the models by name
 replies                  the JSON of answers
+votes                    what the web page collects
 app                      the routes
 run                      start and stop
 """

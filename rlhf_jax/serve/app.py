@@ -1,4 +1,4 @@
-"""The routes of the server: OpenAI's endpoints, scores, health and metrics."""
+"""The routes of the server: OpenAI's endpoints, scores, health, metrics, the web page and its votes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from importlib import resources
 from typing import Any
 
 from starlette.applications import Starlette
@@ -24,10 +26,25 @@ from rlhf_jax.serve.limits import Limits
 from rlhf_jax.serve.metrics import Counters
 from rlhf_jax.serve.models import Policy, Scorer, find_model
 from rlhf_jax.serve.replies import HttpReply, event
+from rlhf_jax.serve.votes import KINDS, VoteFile, Votes, line_id, parse_vote
 from rlhf_jax.serve.worker import PendingAnswer, Piece
 
 LOGGER = logging.getLogger(__name__)
-OPEN_PATHS = ("/health", "/")  # need no key
+# {path: file and type of the web page, which loads nothing else}
+PAGE = {
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
+OPEN_PATHS = ("/health", *PAGE)  # need no key
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+MOST_LISTED = 200  # votes of one reply
 
 
 @dataclass
@@ -38,6 +55,7 @@ class Service:
         key: of the clients; "": none is needed.
         active: requests that are being answered.
         draining: whether new requests are refused, as the server is to stop.
+        votes: None: votes are not kept.
     """
 
     policies: Mapping[str, Policy]
@@ -45,6 +63,7 @@ class Service:
     limits: Limits
     metrics: Counters
     key: str = ""
+    votes: Votes | None = None
     active: int = 0
     draining: bool = False
     idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -60,6 +79,11 @@ def make_app(service: Service) -> Starlette:
         Route("/v1/models/{name:path}", endpoint(service, show_model), methods=["GET"]),
         Route("/health", endpoint(service, show_health), methods=["GET"]),
         Route("/metrics", endpoint(service, show_metrics), methods=["GET"]),
+        Route("/votes", endpoint(service, take_vote), methods=["POST"]),
+        Route("/votes/{kind}.jsonl", endpoint(service, export_votes), methods=["GET"]),
+        Route("/votes/{kind}", endpoint(service, list_votes), methods=["GET"]),
+        Route("/votes/{kind}/{id}", endpoint(service, delete_vote), methods=["DELETE"]),
+        *(Route(path, endpoint(service, partial(show_page, *PAGE[path])), methods=["GET"]) for path in PAGE),
     ]
 
     @asynccontextmanager
@@ -304,3 +328,72 @@ async def show_health(service: Service, request: Request) -> Response:
 
 async def show_metrics(service: Service, request: Request) -> Response:
     return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def show_page(name: str, kind: str, service: Service, request: Request) -> Response:
+    text = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return Response(text, media_type=kind, headers=PAGE_HEADERS)
+
+
+def vote_file(service: Service, kind: str) -> VoteFile:
+    """ApiError 404 where no votes are kept, or none of this kind."""
+    if kind not in KINDS:
+        raise ApiError(404, f"votes are {' or '.join(KINDS)}, not {kind!r:.60}", "not_found")
+    if service.votes is None:
+        raise ApiError(404, "this server keeps no votes: start it with --votes FILE.jsonl", "votes_off")
+    return getattr(service.votes, kind)
+
+
+def check_same_origin(request: Request) -> None:
+    """ApiError 403 for what a page of another site sends, as browsers say; other programs say nothing."""
+    if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+        raise ApiError(403, "votes are taken from the page of this server only", "cross_origin")
+
+
+async def take_vote(service: Service, request: Request) -> Response:
+    check_same_origin(request)
+    vote_file(service, KINDS[0])  # refused before its body is read
+    kind, row = parse_vote(await read_body(service, request), service.policies.keys())
+    id = await asyncio.to_thread(vote_file(service, kind).append, row)
+    return JSONResponse({"object": "vote", "kind": kind, "id": id, "row": row}, 201)
+
+
+async def list_votes(service: Service, request: Request) -> Response:
+    """The newest first. Where no votes are kept `file` is null."""
+    kind = request.path_params["kind"]
+    if service.votes is None and kind in KINDS:
+        return JSONResponse({"object": "list", "kind": kind, "file": None, "total": 0, "data": []})
+    file, page = vote_file(service, kind), []
+    for name, default in (("offset", 0), ("limit", 50)):
+        text = request.query_params.get(name, str(default))
+        if not text.isascii() or not text.isdecimal() or len(text) > 9:
+            raise invalid(f"{name} must be a number of votes, not {text!r:.60}", name)
+        page.append(int(text))
+    lines = [line for line in await asyncio.to_thread(file.lines) if line.strip()]
+    chosen = lines[::-1][page[0] : page[0] + min(page[1], MOST_LISTED)]
+    data = [{"id": line_id(line), "row": read_line(line)} for line in chosen]
+    name = file.path.name
+    return JSONResponse({"object": "list", "kind": kind, "file": name, "total": len(lines), "data": data})
+
+
+def read_line(line: bytes) -> Any:
+    """The JSON of a line; its text where it is none, as after an edit by hand."""
+    try:
+        return json.loads(line, parse_constant=str)  # NaN is no JSON
+    except (ValueError, RecursionError):
+        return line.decode(errors="replace")
+
+
+async def export_votes(service: Service, request: Request) -> Response:
+    file = vote_file(service, request.path_params["kind"])
+    headers = {"Content-Disposition": f'attachment; filename="{request.path_params["kind"]}.jsonl"'}
+    content = b"".join(await asyncio.to_thread(file.lines))
+    return Response(content, media_type="application/jsonl", headers=headers)
+
+
+async def delete_vote(service: Service, request: Request) -> Response:
+    check_same_origin(request)
+    kind, id = request.path_params["kind"], request.path_params["id"]
+    if not await asyncio.to_thread(vote_file(service, kind).remove, id):
+        raise ApiError(404, "there is no such vote: it was deleted, or changed in the file", "not_found", "id")
+    return JSONResponse({"object": "vote", "kind": kind, "id": id, "deleted": True})

@@ -15,6 +15,7 @@ from rlhf_jax.serve.app import Service, make_app
 from rlhf_jax.serve.limits import Limits
 from rlhf_jax.serve.metrics import Counters
 from rlhf_jax.serve.models import open_models
+from rlhf_jax.serve.votes import open_votes
 
 LOGGER = logging.getLogger(__name__)
 KEY_VARIABLE = "RLHF_JAX_API_KEY"
@@ -28,6 +29,7 @@ def serve(
     port: int = 8000,
     key: str = "",
     dtype: str = "float32",
+    votes: str = "",
 ) -> None:
     """Serve models until SIGTERM or Ctrl-C; then running answers finish, and a second signal ends them.
 
@@ -35,19 +37,20 @@ def serve(
         folders: of models, or NAME=FOLDER; policies and reward models.
         port: 0 takes a free one.
         key: which clients must send; "": that of the environment's RLHF_JAX_API_KEY, and without it none.
+        votes: the file that votes of the web page are appended to; "": they are not kept.
     Raises:
-        ValueError: no model, or folders that are none.
-        OSError: the port is taken.
+        ValueError: no model, folders that are none, or a file of votes that trainers would not read.
+        OSError: the port is taken, or the file of votes cannot be written.
     """
     key = key or os.environ.get(KEY_VARIABLE, "")
-    metrics = Counters()
+    metrics, kept = Counters(), open_votes(votes) if votes else None
     with open_socket(host, port) as listener:  # before models are read, as it may be taken
         if not key and not is_loopback(host):
             LOGGER.warning(
                 f"serve: every program that reaches {host} can use this server: set --api-key or {KEY_VARIABLE}"
             )
         policies, scorers = open_models(folders, dtype, limits, metrics)
-        service = Service(policies, scorers, limits, metrics, key)
+        service = Service(policies, scorers, limits, metrics, key, kept)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         config = uvicorn.Config(make_app(service), log_config=None, access_log=False, lifespan="on", ws="none")
         DrainingServer(config, service, f"{', '.join([*policies, *scorers])} at {address}").run(sockets=[listener])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -22,8 +23,11 @@ SMALL = ["model.dtype=float32", "data.max_prompt_length=60", "data.max_length=10
 def request(url, path, body):
     """The JSON of a reply."""
     sent = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(sent, timeout=120) as response:
-        return json.load(response)
+    try:
+        with urllib.request.urlopen(sent, timeout=120) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        raise AssertionError(error.read().decode()) from error
 
 
 def answer(url, model, question, seed):
@@ -32,6 +36,18 @@ def answer(url, model, question, seed):
     messages = [{"role": "user", "content": question}]
     (choice,) = request(url, "/v1/chat/completions", {"messages": messages, **settings})["choices"]
     return settings | {"text": choice["message"]["content"], "finish_reason": choice["finish_reason"]}
+
+
+def two_answers(url, question):
+    """The first two answers that differ and have text, as random models end some at once."""
+    found = {}
+    for seed in range(100):
+        each = answer(url, "policy", question, seed)
+        if each["text"].strip():
+            found[each["text"].strip()] = each
+        if len(found) == 2:
+            return found.values()
+    raise AssertionError("no two answers")
 
 
 def count_e(side):
@@ -43,8 +59,8 @@ def test_served_answers_are_voted_on_train_and_are_served_again(tmp_path):
     judge = tiny_server.write_model(tmp_path / "judge", scalar=True, seed=1)
     votes = open_votes(tmp_path / "votes.jsonl")
     with tiny_server.running([policy], votes=votes) as (url, _):
-        for number, question in enumerate(QUESTIONS):
-            left, right = (answer(url, "policy", question, 2 * number + side) for side in range(2))
+        for question in QUESTIONS:
+            left, right = two_answers(url, question)
             vote = "left" if count_e(left) > count_e(right) else "right"
             body = {"messages": [{"role": "user", "content": question}], "left": left, "right": right, "vote": vote}
             assert request(url, "/votes", body)["row"]["chosen_side"] == vote

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -32,6 +33,7 @@ class ScriptedWorker:
 
     def __init__(self, name):
         self.name, self.asked, self.canceled = name, [], 0
+        self.numbers = itertools.count(1)
 
     def start(self, loop):
         self.loop = loop
@@ -41,16 +43,16 @@ class ScriptedWorker:
 
     def cancel(self, answers):
         self.canceled += 1
-        self.task.cancel()
+        answers[0].task.cancel()
 
     def submit(self, answers):
         pieces = asyncio.Queue()
-        self.task = asyncio.create_task(self.say(self.asked[-1], pieces))
+        answers[0].task = asyncio.create_task(self.say(answers[0].asked, pieces))
         return pieces
 
     async def say(self, asked, pieces):
         question = asked.prompts[0].turns[-1][1]
-        name = "" if "same" in question else f"{self.name} number {len(self.asked)} "
+        name = "" if "same" in question else f"{self.name} number {next(self.numbers)} "
         for count in range(10_000 if "slow" in question else 1):
             await pieces.put((0, Piece(f"{name}answers {question} {HOSTILE}\n", (), count + 1)))
             await asyncio.sleep(0.02)
@@ -60,7 +62,7 @@ class ScriptedWorker:
 class ScriptedPolicy(Policy):
     def answers(self, asked, most):
         self.worker.asked.append(asked)
-        return [SimpleNamespace(request=SimpleNamespace(ids=[1]))]
+        return [SimpleNamespace(request=SimpleNamespace(ids=[1]), asked=asked)]
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +79,11 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, tmp_path):
-    """`open_page(models="ab", votes=True, key="", scheme="light", width=1200)`; at the end the test fails on any
-    message of the console, except those about status 401, and on any request elsewhere."""
+    """`open_page(models="ab", votes=True, key="", status=0, scheme="light", width=1200)`; at the end the test fails on
+    any message of the console, except those that the browser writes about `status`, and on any request elsewhere."""
     complaints, stack = [], contextlib.ExitStack()
 
-    def open_one(models="ab", votes=True, key="", scheme="light", width=1200):
+    def open_one(models="ab", votes=True, key="", status=0, scheme="light", width=1200):
         policies = {name: ScriptedPolicy(name, ScriptedWorker(name), None) for name in models}
         file = open_votes(tmp_path / "votes.jsonl") if votes else None
         url = stack.enter_context(
@@ -92,7 +94,8 @@ def open_page(browser, tmp_path):
         )
         page = context.new_page()
         page.set_default_timeout(60_000)
-        page.on("console", lambda message: complaints.append(message.text) if "401" not in message.text else None)
+        expected = f"Failed to load resource: the server responded with a status of {status} "
+        page.on("console", lambda each: None if each.text.startswith(expected) else complaints.append(each.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: None if request.url.startswith(url) else complaints.append(request.url))
         page.goto(url)
@@ -175,7 +178,7 @@ def test_a_blind_vote_is_one_row_whose_sides_are_those_shown_and_the_chosen_answ
         ask(page, f"question {number}")
         sync_api.expect(page.get_by_role("button", name="Right is better")).to_be_visible()
         cards = page.locator(".turn").last.locator(".answer")
-        assert [each.strip() for each in cards.locator("h3").all_inner_texts()] == ["left", "right"], "names are hidden"
+        assert cards.locator("h3").all_text_contents() == ["left", "right"], "names are hidden"
         texts = cards.locator(".text").all_inner_texts()
         page.get_by_role("button", name="Right is better").click()
         sync_api.expect(page.locator("#status")).to_have_text("Right is better; the vote is in the file.")
@@ -184,7 +187,7 @@ def test_a_blind_vote_is_one_row_whose_sides_are_those_shown_and_the_chosen_answ
         assert row["chosen"].replace("\u202e", "\\u202e") == texts[1] and row["rejected"][0] == texts[0][0]
         assert {row["chosen_by"]["model"], row["rejected_by"]["model"]} == {"a", "b"}
         assert row["chosen"].startswith(row["chosen_by"]["model"])
-        assert cards.locator("h3").all_inner_texts()[1] == f"right: {row['chosen_by']['model']}"
+        assert cards.locator("h3").all_text_contents()[1] == f"right: {row['chosen_by']['model']}"
         sides.add(row["chosen_by"]["model"])
         if number > 3 and len(sides) == 2:
             break
@@ -253,7 +256,7 @@ def test_the_page_of_votes_lists_deletes_and_exports(open_page, tmp_path):
 
 
 def test_the_key_is_asked_for_kept_for_the_tab_and_sent(open_page):
-    page = open_page(key=KEY)
+    page = open_page(key=KEY, status=401)
     sync_api.expect(page.locator("#key-dialog")).to_be_visible()
     page.fill("#key", "wrong")
     page.keyboard.press("Enter")
@@ -270,7 +273,7 @@ def test_the_key_is_asked_for_kept_for_the_tab_and_sent(open_page):
 
 
 def test_an_error_is_shown_and_its_question_is_left_out_of_what_follows(open_page):
-    page = open_page("a", votes=False)
+    page = open_page("a", votes=False, status=500)
     worker, submit = page.policies["a"].worker, page.policies["a"].worker.submit
 
     def fail(answers):

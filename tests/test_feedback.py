@@ -18,6 +18,7 @@ from rlhf_jax.serve.votes import open_votes  # noqa: E402
 DOCUMENT = Path(__file__).parents[1] / "docs/feedback.md"
 QUESTIONS = [f"What is {a} + {b}?" for a in range(1, 5) for b in range(1, 5)]
 SMALL = ["model.dtype=float32", "data.max_prompt_length=60", "data.max_length=100", "data.held_out=0.0"]
+SMALL += ["dpo.eval_batches=0", "reward.eval_batches=0"]
 
 
 def request(url, path, body):

@@ -26,7 +26,7 @@ from rlhf_jax.serve.limits import Limits
 from rlhf_jax.serve.metrics import Counters
 from rlhf_jax.serve.models import Policy, Scorer, find_model
 from rlhf_jax.serve.replies import HttpReply, event
-from rlhf_jax.serve.votes import KINDS, VoteFile, Votes, line_id, parse_vote
+from rlhf_jax.serve.votes import VOTE_KINDS, VoteFile, Votes, line_id, parse_vote
 from rlhf_jax.serve.worker import PendingAnswer, Piece
 
 LOGGER = logging.getLogger(__name__)
@@ -337,8 +337,8 @@ async def show_page(name: str, kind: str, service: Service, request: Request) ->
 
 def vote_file(service: Service, kind: str) -> VoteFile:
     """ApiError 404 where no votes are kept, or none of this kind."""
-    if kind not in KINDS:
-        raise ApiError(404, f"votes are {' or '.join(KINDS)}, not {kind!r:.60}", "not_found")
+    if kind not in VOTE_KINDS:
+        raise ApiError(404, f"votes are {' or '.join(VOTE_KINDS)}, not {kind!r:.60}", "not_found")
     if service.votes is None:
         raise ApiError(404, "this server keeps no votes: start it with --votes FILE.jsonl", "votes_off")
     return getattr(service.votes, kind)
@@ -352,7 +352,7 @@ def check_same_origin(request: Request) -> None:
 
 async def take_vote(service: Service, request: Request) -> Response:
     check_same_origin(request)
-    vote_file(service, KINDS[0])  # refused before its body is read
+    vote_file(service, VOTE_KINDS[0])  # refused before its body is read
     kind, row = parse_vote(await read_body(service, request), service.policies.keys())
     id = await asyncio.to_thread(vote_file(service, kind).append, row)
     return JSONResponse({"object": "vote", "kind": kind, "id": id, "row": row}, 201)
@@ -361,7 +361,7 @@ async def take_vote(service: Service, request: Request) -> Response:
 async def list_votes(service: Service, request: Request) -> Response:
     """The newest first. Where no votes are kept `file` is null."""
     kind = request.path_params["kind"]
-    if service.votes is None and kind in KINDS:
+    if service.votes is None and kind in VOTE_KINDS:
         return JSONResponse({"object": "list", "kind": kind, "file": None, "total": 0, "data": []})
     file, page = vote_file(service, kind), []
     for name, default in (("offset", 0), ("limit", 50)):

@@ -398,7 +398,8 @@ async function start() {
 
 at("composer").addEventListener("submit", (event) => { event.preventDefault(); send(at("message").value); });
 at("message").addEventListener("keydown", (event) => {
-  if (isEnter(event)) { event.preventDefault(); send(at("message").value); }
+  const isTouch = matchMedia("(pointer: coarse)").matches;  // its keyboard has no Shift+Enter: Enter begins a line
+  if (isEnter(event) && !isTouch) { event.preventDefault(); send(at("message").value); }
 });
 at("stop").addEventListener("click", () => running && running.abort());
 document.addEventListener("keydown", (event) => { if (event.key === "Escape" && running) running.abort(); });

@@ -21,7 +21,7 @@ from rlhf_jax.data.records import BadRow, Row
 from rlhf_jax.serve.errors import ApiError, invalid
 from rlhf_jax.serve.fields import take
 
-KINDS = ("pairs", "ties")
+VOTE_KINDS = ("pairs", "ties")
 SIDES = ("left", "right")
 FINISHES = ("stop", "length")
 VOTE_FIELDS = {"messages", "vote", *SIDES}

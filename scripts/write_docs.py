@@ -336,6 +336,17 @@ def slot_refill() -> str:
     )
 
 
+def serving() -> str:
+    def row(result: dict) -> list[str]:
+        names = {"rlhf_jax": "`rlhf-jax serve`", "transformers": "`transformers serve`"}
+        kind = "greedy" if result["temperature"] == 0 else f"temperature {result['temperature']:g}"
+        first = [f"{result[f'first_token_{part}']:.2f} s" for part in ("p50", "p95")]
+        return [names[result["server"]], str(result["streams"]), kind, f"{result['tokens_per_second']:,.1f}", *first]
+
+    head = ["server", "streams", "sampled", "tokens per second", "time to first token, median", "95%"]
+    return table_of_runs("serve", head, row)
+
+
 def packing() -> str:
     def row(result: dict) -> list[str]:
         counts = [f"{result['documents']:,}", str(result["length"]), percent(result["padding"])]
@@ -566,6 +577,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
             quantised,
             quantised_errors,
             slot_refill,
+            serving,
             packing,
             real_data,
             alpaca_pairs,

@@ -362,6 +362,11 @@ def test_a_full_queue_and_a_slow_answer_have_their_status(folders):
         status, found = ask(server, long, "/v1/completions")
         assert status == 504 and found["error"]["code"] == "timeout"
         idle(server[1])
+        address = urllib.parse.urlsplit(server[0])
+        with socket.create_connection((address.hostname, address.port)) as part:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+            part.sendall(head.encode() + b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+            assert b" 408 " in part.recv(4096)
         answering.step = step
         assert ask(server, {"prompt": "a", "max_tokens": 1}, "/v1/completions")[0] == 200
 

@@ -161,20 +161,10 @@ def step_rows(
     whole, cache = rows
     state = jax.tree.map(lambda x: x[:count], whole)
     state = dataclasses.replace(state, done=state.done | idle[:count])
-    part = jax.tree.map(lambda x: x[:count, :, :length] if x.ndim == 4 else x[:count, :length], cache)
-    index = jnp.minimum(state.newest.positions, length - 1)
-    logits, state, part = decode_and_sample(decoding, weights, state, part, index, None, 0)
-    each = jnp.arange(count)
-
-    def put_back(old: jax.Array, new: jax.Array) -> jax.Array:
-        if old.shape == new.shape:
-            return new
-        if old.ndim == 4:
-            return old.at[each, :, index].set(new[each, :, index])
-        return old.at[each, index].set(new[each, index])
-
+    index = jnp.clip(state.newest.positions, 0, length - 1)  # of idle rows it may be anything
+    logits, state, cache = decode_and_sample(decoding, weights, state, cache, index, None, 0, length)
     whole = jax.tree.map(lambda old, new: old.at[:count].set(new), whole, state)
-    return (whole, jax.tree.map(put_back, cache, part)), newest_tokens(decoding, state, logits, wants_top)
+    return (whole, cache), newest_tokens(decoding, state, logits, wants_top)
 
 
 def newest_tokens(decoding: Decoding, state: DecodeState, logits: jax.Array, wants_top: jax.Array) -> StepTokens:

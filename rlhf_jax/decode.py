@@ -216,10 +216,13 @@ class NewTokens(NamedTuple):
 
 
 def decode_step(
-    model: Inference, weights: Weights, new: NewTokens, cache: Cache, index: jax.Array
+    model: Inference, weights: Weights, new: NewTokens, cache: Cache, index: jax.Array, reach: int | None = None
 ) -> tuple[jax.Array, Cache]:
-    """Logits [B, V] after one more token per row, which is written to `index` (of all rows, or [B]) of the cache."""
-    hidden, cache = forward(model, weights, *(x[:, None] for x in new), cache, index)
+    """Logits [B, V] after one more token per row, which is written to `index` (of all rows, or [B]) of the cache.
+
+    `reach` is as in `forward`.
+    """
+    hidden, cache = forward(model, weights, *(x[:, None] for x in new), cache, index, reach)
     return inference_logits(model.config, weights, hidden[:, -1]), cache
 
 
@@ -231,12 +234,13 @@ def decode_and_sample(
     index: jax.Array,
     key: jax.Array | None,
     steps: jax.Array | int,
+    reach: int | None = None,
 ) -> tuple[jax.Array, DecodeState, Cache]:
     """One decode step of all rows: put the newest token of each into the cache, at `index`, and draw the next.
 
-    The logits [B, V] that it was drawn from come first.
+    The logits [B, V] that it was drawn from come first. `reach` is as in `forward`.
     """
-    logits, cache = decode_step(decoding.model, weights, state.newest, cache, index)
+    logits, cache = decode_step(decoding.model, weights, state.newest, cache, index, reach)
     return logits, sample_step(decoding, state, logits, key, steps), cache
 
 

@@ -242,6 +242,7 @@ def forward(
     positions: jax.Array,
     cache: Cache,
     index: jax.Array | int,
+    reach: int | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Hidden states of T new tokens, whose keys and values are written to the cache at `index` .. `index` + T - 1.
 
@@ -249,6 +250,8 @@ def forward(
         tokens, mask, positions: [B, T]; a token with a false mask is padding and is never looked at.
         index: where to write; 0 with T > 1 is a prefill, which looks at the new tokens only; its rows are left-padded.
             [B]: where to write in each row; one place for all rows costs less.
+        reach: positions of the cache that one new token of each row attends to, the first of S; None: all. The cache
+            may then have more rows than B, which stay as they are.
 
     Returns:
         ([B, T, E] in the cache's dtype, the cache with the new tokens in it)
@@ -256,7 +259,8 @@ def forward(
     chex.assert_equal_shape((tokens, mask, positions))
     c, layout, length = model.config, model.layout, tokens.shape[1]
     assert length == 1 or (jnp.ndim(index) == 0 and index == 0), "several tokens at once are a prefill, at index 0"
-    stored, padding = write(cache.visible, mask, index, axis=1), None
+    whole, padding = write(cache.visible, mask, index, axis=1), None
+    stored = whole if reach is None else whole[: len(tokens), :reach]
     if length > 1 and kernel_for_mesh(layout.mesh, c, model.dtype, length, model.attention).name == "cudnn":
         padding = jnp.argmax(mask, axis=1)  # fused attention takes right-padded rows
         tokens, positions = roll_rows(tokens, padding), roll_rows(positions, padding)
@@ -269,14 +273,14 @@ def forward(
     context, outside = attention_context(c, mask, positions, layout, **keys), _Parts(c, weights)
     x, layers = embed_tokens(c, outside, tokens, positions, model.dtype), []
     for i in range(c.num_layers):
-        layer = LayerCache(cache.keys[i], cache.values[i], index, padding)
+        layer = LayerCache(cache.keys[i], cache.values[i], index, padding, reach)
         x, parts = layout.constrain(x, "batch", None, None), _Parts(c, weights, f"layers/{i}/", i)
         x, layer, _ = transformer_block(c, parts, x, context, c.window(i) or None, layer)
         layers.append(layer)
     x = tail(c, outside, x)
     if padding is not None:
         x = roll_rows(x, -padding)
-    new = Cache(tuple(layer.keys for layer in layers), tuple(layer.values for layer in layers), stored)
+    new = Cache(tuple(layer.keys for layer in layers), tuple(layer.values for layer in layers), whole)
     return layout.constrain(x, "batch", None, None), new
 
 

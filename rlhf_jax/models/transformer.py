@@ -46,12 +46,14 @@ class LayerCache(NamedTuple):
         keys, values: [B, K, S, d].
         index: [] or [B], the position in the cache of the first new token; one for all rows costs less.
         padding: [B], of rows that are right-padded for fused attention, and left-padded in the cache; None elsewhere.
+        length: positions that one query attends to, the first of S; None: all.
     """
 
     keys: jax.Array
     values: jax.Array
     index: jax.Array | int
     padding: jax.Array | None = None
+    length: int | None = None
 
     def extend(self, k: jax.Array, v: jax.Array) -> LayerCache:
         """The cache with keys and values [B, T, K, d] of the new tokens."""
@@ -62,9 +64,19 @@ class LayerCache(NamedTuple):
             keys=write(self.keys, k, self.index, axis=2), values=write(self.values, v, self.index, axis=2)
         )
 
+    def first(self, rows: int) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of the first `rows`, up to `length`."""
+        if self.length is None:
+            return self.keys, self.values
+        return self.keys[:rows, :, : self.length], self.values[:rows, :, : self.length]
+
 
 def write(old: jax.Array, new: jax.Array, index: jax.Array | int, *, axis: int) -> jax.Array:
-    """`old` [B, ...] with `new` from `index`, [] or [B], on along `axis`."""
+    """`old` [B, ...] with `new` from `index`, [] or [B], on along `axis`; rows of `old` after those of `new` stay."""
+    if len(new) < len(old):  # in place, and before anything reads it: else all of it would be copied
+        assert new.shape[axis] == 1, "one token of some rows"
+        at = (jnp.arange(len(new)), *[slice(None)] * (axis - 1), index)
+        return old.at[at].set(jnp.squeeze(new, axis))
     if jnp.ndim(index) == 1:
         return jax.vmap(lambda o, n, i: jax.lax.dynamic_update_slice_in_dim(o, n, i, axis - 1))(old, new, index)
     return jax.lax.dynamic_update_slice_in_dim(old, new, index, axis)
@@ -115,7 +127,7 @@ def attention_block(
     else:
         keys, values = (rearrange(y, "b t k d -> b k t d") for y in (k, v))
         if cache is not None and x.shape[1] == 1:
-            keys, values = cache.keys, cache.values
+            keys, values = cache.first(len(x))
         visible, cap = context.visible_within(window), config.attention_softcap
         y = attention(q, keys, values, visible, scale=config.attention_scale, cap=cap, bias=context.bias)
     return parts.out(rearrange(y, "b t k g d -> b t (k g d)"), context), cache

@@ -46,7 +46,7 @@ from rlhf_jax.trees import record
 LOGGER = logging.getLogger(__name__)
 ALTERNATIVES = 20  # most likely tokens whose log-probabilities a request can ask for
 LONGEST_CONTEXT = 4096  # positions of a row, unless more are asked for
-SHORTEST_STEP = 256  # cache positions of the smallest step
+SHORTEST_STEP = 128  # cache positions of the smallest step
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,14 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def record(name: str, result: dict[str, Any], *keys: str, machine: str = "") -> None:
+def record(name: str, result: dict[str, Any], *keys: str, machine: str = "", note: str = "") -> None:
     """Write a measurement into benchmarks/results/NAME.json, a list of runs.
 
     Args:
         result: the numbers, JSON values.
         keys: runs whose results have the same values for these keys are replaced, others kept; none: all are replaced.
         machine: the accelerator measured; "": this machine's CPU.
+        note: on the conditions, such as that other processes shared the machine; "": none.
     """
     run = {
         "command": command(),
@@ -29,7 +30,7 @@ def record(name: str, result: dict[str, Any], *keys: str, machine: str = "") -> 
         "date": datetime.date.today().isoformat(),
         "machine": machine or cpu(),
         "result": json.loads(json.dumps(result)),  # as read back from JSON, so that keys compare equal
-    }
+    } | ({"note": note} if note else {})
     path = RESULTS / f"{name}.json"
     runs = json.loads(path.read_text(encoding="utf-8")) if keys and path.exists() else []
     same = [i for i, old in enumerate(runs) if all(old["result"][key] == run["result"][key] for key in keys)]

@@ -2,13 +2,14 @@
 
 import ast
 import math
+import re
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
 import rlhf_jax
-from rlhf_jax.data.builtin import CONTENT_PAIRS, GOOD_SHARE, make_dialogues, make_rows
+from rlhf_jax.data.builtin import GOOD_SHARE, make_dialogues, make_rows
 from rlhf_jax.data.builtin_judge import judge
 from rlhf_jax.stages.from_scratch import train_tokenizer
 
@@ -65,10 +66,12 @@ def test_the_chosen_answer_has_a_strictly_smaller_penalty_by_the_faults_of_the_j
         assert penalties(row.prompt, row.chosen.text) < penalties(row.prompt, row.rejected.text)
 
 
-def test_half_of_the_pairs_and_a_few_more_differ_only_in_the_correctness_of_the_answer():
-    """The share includes independent draws that differ only in correctness and choice of words."""
-    alike = [row.rejected.faults == tuple(sorted((*row.chosen.faults, "wrong"))) for row in ROWS]
-    assert CONTENT_PAIRS < sum(alike) / len(ROWS) < CONTENT_PAIRS + 0.1
+def test_60_percent_of_the_pairs_and_85_of_those_on_sums_differ_only_in_the_correctness_of_the_answer():
+    """The shares include independent draws that differ only in correctness and choice of words."""
+    for is_sum, share in ((False, 0.6), (True, 0.85)):
+        rows = [row for row in ROWS if (len(re.findall(r"\d", row.prompt)) == 2) == is_sum]
+        alike = [row.rejected.faults == tuple(sorted((*row.chosen.faults, "wrong"))) for row in rows]
+        assert share - 0.02 < sum(alike) / len(rows) < share + 0.1
 
 
 def test_5_percent_of_the_prompts_are_hundreds_and_answers_are_short():

@@ -159,25 +159,30 @@ def test_a_result_replaces_the_run_with_the_same_keys_and_keeps_the_others(tmp_p
     assert [run["result"] for run in json.loads((tmp_path / "made.json").read_text())] == [{"other": 1}]
 
 
-def test_the_demo_benchmark_trains_and_evaluates_each_seed_and_its_table_has_one_row_per_seed(tmp_path, monkeypatch):
+def test_the_demo_benchmark_trains_each_method_from_one_sft_model_and_continues(tmp_path, monkeypatch):
     ran = []
 
-    def stub(command, settings, run):
-        ran.append([command, *settings])
-        if command == "evaluate":
-            good = {"sft_good": 0.25, "ppo_good": 0.5 if settings[-1].endswith("=1.0") else 0.75}
-            run.mkdir(parents=True, exist_ok=True)
-            (run / "evaluate.json").write_text(json.dumps({"prompts": 8, "reward_accuracy": 0.875, **good}))
-        return 30.0
+    def run(stage, config, *words):
+        settings = dict(word.split("=", 1) for word in words)
+        ran.append((stage, settings))
+        (Path(settings["run.dir"]) / stage / "export").mkdir(parents=True)
+        (Path(settings["run.dir"]) / "base").mkdir(exist_ok=True)
 
-    monkeypatch.setattr(demo, "seconds_of", stub)
-    monkeypatch.setattr(demo, "content_accuracy", lambda run, settings: {"pairs": 8, "accuracy": 0.625})
+    def numbers(export, base, settings):
+        seed = int(base.parent.name)
+        greedy = {"sft": 0.75, "ppo": 0.875 - 0.25 * (seed == 2)}.get(export.parent.name, 0.5)
+        part = {"length": 8.0, "interval": [0.25, 0.75], "faults": {"wrong": 3}, "wrong_sums": 2}
+        return {"prompts": 8, "kl": 0.5 + seed, "sampled": part | {"good": 0.5}, "greedy": part | {"good": greedy}}
+
+    monkeypatch.setattr(demo, "run_command", run)
+    monkeypatch.setattr(demo, "judge_policy", numbers)
+    monkeypatch.setattr(demo, "content_accuracy", lambda run, settings: {"pairs": 8, "accuracy": 0.625, "sums": 0.5})
+    monkeypatch.setattr(demo, "use_cache", lambda folder: None)
     monkeypatch.setattr(demo, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(provenance, "RESULTS", tmp_path)
     monkeypatch.setattr(WRITE, "RESULTS", tmp_path)
     demo.main(["--seeds", "0", "2", "--", "sft.steps=2"])
-    assert [words[0] for words in ran] == ["sft", "reward", "ppo", "evaluate", "evaluate"] * 2
-    assert all("sft.steps=2" in words and f"run.seed={2 * (i > 4)}" in words for i, words in enumerate(ran))
-    rows = [line for line in WRITE.demo_seeds().splitlines() if line.startswith("| ")][2:]
-    assert rows == [f"| {seed} | 25.0% | 50.0% | 25.0% | 75.0% | 87.5% | 62.5% | 1.5 min |" for seed in (0, 2)]
-    assert len([line for line in WRITE.demo().splitlines() if line.startswith("| ")]) == 3
+    assert [stage for stage, _ in ran] == ["sft", "reward", "ppo", "grpo", "grpo", "dpo"] * 2
+    assert all(found["sft.steps"] == "2" and found["run.seed"] == f"{2 * (i > 5)}" for i, (_, found) in enumerate(ran))
+    demo.main(["--seeds", "2", "--", "sft.steps=2"])
+    assert len(ran) == 12 and len(json.loads((tmp_path / "demo.json").read_text())) == 10

@@ -17,7 +17,8 @@ An answer can have these faults, each with a penalty; the hidden quality of an a
 `GOOD_SHARE` of the demonstrations have no fault; of the rest three quarters have one and one quarter has two, drawn by
 `FAULT_WEIGHTS`. A preference compares two answers to one prompt that are drawn as the demonstrations are, except that
 their quality differs, so that a reward model sees the answers that a model trained on the demonstrations gives; in
-`CONTENT_PAIRS` of the pairs the two differ only in that one is right and the other wrong.
+`CONTENT_PAIRS` of the pairs the two differ only in that one is right and the other wrong, and for sums, which a reward
+model learns last, in `SUM_CONTENT_PAIRS`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 GOOD_SHARE = 0.5
-CONTENT_PAIRS = 0.5
+CONTENT_PAIRS = 0.6
+SUM_CONTENT_PAIRS = 0.85
 FAULT_WEIGHTS = {"opening": 3, "close": 3, "rambling": 2, "no answer": 2, "wrong": 1}
 PENALTIES = {"opening": 2, "close": 2, "rambling": 2, "no answer": 2, "wrong": 3}
 
@@ -51,6 +53,7 @@ class Question:
     prompt: str
     right: str  # the sentence that answers it
     wrong: tuple[str, ...]  # sentences that answer it falsely, or answer another question
+    content: float = CONTENT_PAIRS  # share of the pairs that differ only in right and wrong
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def make_dialogues(seed: int, rows: int) -> Iterator[BuiltinDialogue]:
 def _pair(rng: random.Random, question: Question) -> tuple[Answer, Answer]:
     """(better, worse), of strictly different penalty."""
     faults = _draw_faults(rng)
-    if rng.random() < CONTENT_PAIRS:
+    if rng.random() < question.content:
         form = tuple(fault for fault in faults if fault not in ("no answer", "wrong"))[:1]
         style = rng.getrandbits(32)
         right = _write(random.Random(style), question, form)
@@ -132,12 +135,14 @@ def _write(rng: random.Random, question: Question, faults: tuple[str, ...]) -> A
 
 
 def _sum(rng: random.Random) -> Question:
-    a, b = rng.randrange(10), rng.randrange(10)
+    a, b = rng.randrange(6), rng.randrange(6)
     name, thing = rng.choice(PEOPLE), rng.choice(THINGS)
     story = f"{name} has {a} {thing}s and gets {b} more. How many {thing}s is that?"
-    prompt = rng.choice((f"What is {a} + {b}?", f"Please add {a} and {b}.", story))
+    # Stories are so many that every part of a split, which is by prompts, asks for every sum.
+    prompt = rng.choice((f"What is {a} + {b}?", f"Please add {a} and {b}.", story, story, story, story))
     totals = [a + b + d for d in (-2, -1, 1, 2) if a + b + d >= 0]
-    return Question(prompt, f"{a} + {b} = {a + b}.", tuple(f"{a} + {b} = {total}." for total in totals))
+    wrong = tuple(f"{a} + {b} = {total}." for total in totals)
+    return Question(prompt, f"{a} + {b} = {a + b}.", wrong, SUM_CONTENT_PAIRS)
 
 
 def _order(rng: random.Random) -> Question:

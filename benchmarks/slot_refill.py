@@ -17,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.provenance import record
+from rlhf_jax.decode import Decoding
 from rlhf_jax.mesh import single_device_mesh
 from rlhf_jax.models.decoder import abstract_params
 from rlhf_jax.models.families import decoder_config
+from rlhf_jax.models.inference import Inference
 from rlhf_jax.rollout import make_generate, make_publish
 from rlhf_jax.sampling import SampleConfig
 
@@ -49,10 +51,12 @@ def main(prompts: int = 256, rows: int = 16) -> None:
         path: jnp.asarray(rng.normal(0, scale.get(path, 0.05), leaf.shape), dtype)
         for path, leaf in abstract_params(CONFIG).items()
     }
-    weights = make_publish(CONFIG, mesh, dtype)(params)
+    publish = make_publish(CONFIG, mesh, dtype)
+    weights = publish(params)
     asked = rng.integers(0, VOCAB, (prompts, PROMPT)).astype(np.int32), np.ones((prompts, PROMPT), bool)
     sample, key = SampleConfig(256), jax.random.key(0)
-    at_once, refill = (make_generate(CONFIG, sample, EOS, mesh, dtype, n) for n in (0, rows))
+    decoding = Decoding(Inference(CONFIG, publish.layout, dtype), sample, EOS)
+    at_once, refill = (make_generate(decoding, n) for n in (0, rows))
 
     def batches():
         parts = (tuple(x[i : i + rows] for x in asked) for i in range(0, prompts, rows))

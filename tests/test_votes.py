@@ -16,6 +16,7 @@ import tiny_server  # noqa: E402
 
 from rlhf_jax.serve.app import Service, make_app  # noqa: E402
 from rlhf_jax.serve.metrics import Counters  # noqa: E402
+from rlhf_jax.serve.run import only_by_local_names  # noqa: E402
 from rlhf_jax.serve.votes import VoteFile, open_votes  # noqa: E402
 
 MESSAGES = [
@@ -218,3 +219,13 @@ def test_the_page_loads_nothing_from_elsewhere_and_needs_no_key(votes):
     assert not any(
         name in script for name in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(")
     )
+
+
+def test_a_server_without_a_key_answers_only_requests_that_name_the_loopback_address():
+    app = make_app(Service({}, {}, tiny_server.LIMITS, Counters()))
+    only_by_local_names(app, "127.0.0.2")
+    status = {
+        name: tiny_server.call_app(app, "GET", "/health", host=name)[0]
+        for name in ("127.0.0.1:8000", "localhost", "[::1]:8000", "127.0.0.2", "a.example:8000", "localhost.a.example")
+    }
+    assert list(status.values()) == [200, 200, 200, 200, 400, 400]

@@ -10,6 +10,8 @@ import socket
 from collections.abc import Sequence
 
 import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from rlhf_jax.serve.app import Service, make_app
 from rlhf_jax.serve.limits import Limits
@@ -52,7 +54,10 @@ def serve(
         policies, scorers = open_models(folders, dtype, limits, metrics)
         service = Service(policies, scorers, limits, metrics, key, kept)
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        config = uvicorn.Config(make_app(service), log_config=None, access_log=False, lifespan="on", ws="none")
+        app = make_app(service)
+        if not key and is_loopback(host):
+            only_by_local_names(app, host)
+        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", ws="none")
         DrainingServer(config, service, f"{', '.join([*policies, *scorers])} at {address}").run(sockets=[listener])
     LOGGER.info("serve: stopped")
 
@@ -75,6 +80,16 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def only_by_local_names(app: Starlette, host: str) -> None:
+    """Refuse requests whose Host header is neither `host` nor a name of this machine's loopback, with status 400.
+
+    A page of another site could otherwise have its own name resolved to 127.0.0.1 and be of the same origin as the
+    server, whose answers and votes a browser on this machine would then let it read.
+    """
+    names = [host, f"[{host}]", "localhost", "127.0.0.1", "[::1]"]
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)
 
 
 class DrainingServer(uvicorn.Server):

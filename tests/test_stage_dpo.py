@@ -221,5 +221,6 @@ def test_the_plan_has_a_pass_of_the_reference_alone_and_no_reference_in_training
     counters = 5 * 4 + 11  # five numbers, and a byte for each of the 11 parameters
     assert resident == {"frozen": 0, "trainable": 4 * size, "optimizer": 8 * size + counters}
     tokens = 8 * 2 * 144
-    assert found["update"].live["batch"] == tokens * (4 + 1 + 1) + 8 * 2 * 4
+    numbers = 8 * 2 * (4 + 4)  # the scores that rank the answers, and their log-probabilities by the reference
+    assert found["update"].live["batch"] == tokens * (4 + 1 + 1) + numbers
     assert all(each.program.lower(*each.args) for each in found.values())

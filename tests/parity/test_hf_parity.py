@@ -145,7 +145,7 @@ def test_an_untrained_model_is_exported_unchanged_with_all_files_of_its_tokenize
     generation = json.loads((tmp_path / "copy" / "generation_config.json").read_text())
     assert generation == {"eos_token_id": [7], "top_p": 0.9}
     source, copy = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("source", "copy"))
-    assert source.keys() == copy.keys() and {"tokenizer.json", "special_tokens_map.json"} < copy.keys()
+    assert source.keys() | {"SHA256SUMS"} == copy.keys() and {"tokenizer.json", "special_tokens_map.json"} < copy.keys()
     assert {name for name in source if source[name] != copy[name]} == {
         "config.json",
         "generation_config.json",  # differs in whitespace
@@ -187,6 +187,7 @@ def test_an_export_replaces_a_folder_only_with_overwrite_and_leaves_no_temporary
     assert (tmp_path / "copy" / "stale.txt").exists()
     save_pretrained(model, tmp_path / "copy", overwrite=True)
     assert {path.name for path in (tmp_path / "copy").iterdir()} == {
+        "SHA256SUMS",
         "config.json",
         "generation_config.json",
         "model.safetensors",

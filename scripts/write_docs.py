@@ -120,34 +120,50 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def demo() -> str:
-    """The table of the demo as shipped: seed 0 only."""
-    return demo_table([run for run in runs_of("demo") if run["result"]["seed"] == 0])
+    """The table of the demo over its seeds: a row per method, with means and the lowest and highest seed."""
+    runs = runs_of("demo")
+    results = [run["result"] for run in runs]
+    before = {result["seed"]: result["greedy"]["good"] for result in results if result["method"] == "sft"}
+
+    def spread(values: list[float], show: Callable[[float], str]) -> str:
+        low, mean, high = map(show, (min(values), sum(values) / len(values), max(values)))
+        return mean if low == high else f"{mean} ({low} to {high})"
+
+    def row(method: str) -> list[str]:
+        own = [result for result in results if result["method"] == method]
+        shares = [spread([result[how]["good"] for result in own], percent) for how in ("sampled", "greedy")]
+        change = min(result["greedy"]["good"] - before[result["seed"]] for result in own)
+        minutes = sum(sum(result["seconds"].values()) for result in own) / len(own) / 60
+        is_sft = method == "sft"
+        kl = spread([result["kl"] for result in own], "{:.1f}".format)
+        least, trained = "" if is_sft else f"{100 * change:+.1f} points", DEMO_METHODS[method]
+        return [trained, str(len(own)), *shares, least, "" if is_sft else kl, f"{minutes:.1f} min"]
+
+    rows = [row(method) for method in DEMO_METHODS if any(result["method"] == method for result in results)]
+    head = ["model", "seeds", "sampled", "greedy", "greedy against SFT, worst seed", "KL per answer", "training"]
+    content = [result["content"] for result in results if "content" in result]
+    accuracy, sums = (spread([each[name] for each in content], percent) for name in ("accuracy", "sums"))
+    text = f"The reward model orders {accuracy} of the held-out pairs that differ only in content; of sums, {sums}."
+    source = origin(runs)
+    if "; row" in source:  # the rows are those of the table of every seed
+        source = "Source: that of every seed is in [docs/measurements.md](docs/measurements.md)."
+    return "\n\n".join([table(head, rows), textwrap.fill(text, 116), source])
+
+
+DEMO_METHODS = {"sft": "SFT, and reward model", "ppo": "PPO", "grpo": "GRPO", "rloo": "RLOO", "dpo": "DPO"}
 
 
 def demo_seeds() -> str:
-    return demo_table(runs_of("demo"))
+    def row(result: dict) -> list[str]:
+        cells = [str(result["seed"]), DEMO_METHODS[result["method"]].partition(",")[0]]
+        for how in ("sampled", "greedy"):
+            low, high = result[how]["interval"]
+            cells.append(f"{percent(result[how]['good'])} ({percent(low)} to {percent(high)})")
+        wrong, sums = result["greedy"]["faults"].get("wrong", 0), result["greedy"]["wrong_sums"]
+        return [*cells, f"{wrong} ({sums})", f"{result['kl']:.2f}", f"{sum(result['seconds'].values()):.0f}"]
 
-
-def demo_table(runs: list[dict[str, Any]]) -> str:
-    rows = []
-    for run in runs:
-        result = run["result"]
-        shares = [result[how][f"{stage}_good"] for how in ("sampled", "greedy") for stage in ("sft", "ppo")]
-        accuracy, minutes = result["sampled"]["reward_accuracy"], sum(result["seconds"].values()) / 60
-        took = f"{minutes:.1f} min" if minutes else "not timed"
-        content = percent(result["content"]["accuracy"]) if "content" in result else "not measured"
-        rows.append([str(result["seed"]), *map(percent, [*shares, accuracy]), content, took])
-    head = [
-        "seed",
-        "SFT, sampled",
-        "PPO, sampled",
-        "SFT, greedy",
-        "PPO, greedy",
-        "reward model",
-        "on content",
-        "training",
-    ]
-    return f"{table(head, rows)}\n\n{origin(runs)}"
+    head = ["seed", "model", "sampled", "greedy", "greedy: wrong (sums)", "KL per answer", "seconds"]
+    return table_of_runs("demo", head, row)
 
 
 def fit() -> str:

@@ -159,7 +159,9 @@ def test_a_result_replaces_the_run_with_the_same_keys_and_keeps_the_others(tmp_p
     assert [run["result"] for run in json.loads((tmp_path / "made.json").read_text())] == [{"other": 1}]
 
 
-def test_the_demo_benchmark_trains_each_method_from_one_sft_model_and_continues(tmp_path, monkeypatch):
+def test_the_demo_benchmark_continues_and_its_tables_have_a_row_per_method_and_one_per_seed_and_method(
+    tmp_path, monkeypatch
+):
     ran = []
 
     def run(stage, config, *words):
@@ -168,14 +170,14 @@ def test_the_demo_benchmark_trains_each_method_from_one_sft_model_and_continues(
         (Path(settings["run.dir"]) / stage / "export").mkdir(parents=True)
         (Path(settings["run.dir"]) / "base").mkdir(exist_ok=True)
 
-    def numbers(export, base, settings):
+    def judged(export, base, settings):
         seed = int(base.parent.name)
         greedy = {"sft": 0.75, "ppo": 0.875 - 0.25 * (seed == 2)}.get(export.parent.name, 0.5)
         part = {"length": 8.0, "interval": [0.25, 0.75], "faults": {"wrong": 3}, "wrong_sums": 2}
         return {"prompts": 8, "kl": 0.5 + seed, "sampled": part | {"good": 0.5}, "greedy": part | {"good": greedy}}
 
     monkeypatch.setattr(demo, "run_command", run)
-    monkeypatch.setattr(demo, "judge_policy", numbers)
+    monkeypatch.setattr(demo, "judge_policy", judged)
     monkeypatch.setattr(demo, "content_accuracy", lambda run, settings: {"pairs": 8, "accuracy": 0.625, "sums": 0.5})
     monkeypatch.setattr(demo, "use_cache", lambda folder: None)
     monkeypatch.setattr(demo, "RUNS", tmp_path / "runs")
@@ -184,5 +186,14 @@ def test_the_demo_benchmark_trains_each_method_from_one_sft_model_and_continues(
     demo.main(["--seeds", "0", "2", "--", "sft.steps=2"])
     assert [stage for stage, _ in ran] == ["sft", "reward", "ppo", "grpo", "grpo", "dpo"] * 2
     assert all(found["sft.steps"] == "2" and found["run.seed"] == f"{2 * (i > 5)}" for i, (_, found) in enumerate(ran))
+    rows = [line for line in WRITE.demo_seeds().splitlines() if line.startswith("| ")][2:]
+    starts = [
+        f"| {seed} | {name} | 50.0% (25.0% to 75.0%)" for seed in (0, 2) for name in "SFT PPO GRPO RLOO DPO".split()
+    ]
+    assert [row[: len(start)] for row, start in zip(rows, starts, strict=True)] == starts
+    assert rows[6].startswith(f"{starts[6]} | 62.5% (25.0% to 75.0%) | 3 (2) | 2.50 | ")
+    table = [line for line in WRITE.demo().splitlines() if line.startswith("| ")][2:]
+    assert table[1].startswith("| PPO | 2 | 50.0% | 75.0% (62.5% to 87.5%) | -12.5 points | 1.5 (0.5 to 2.5) | ")
+    assert "orders 62.5% of the held-out pairs" in WRITE.demo()
     demo.main(["--seeds", "2", "--", "sft.steps=2"])
     assert len(ran) == 12 and len(json.loads((tmp_path / "demo.json").read_text())) == 10

@@ -314,5 +314,8 @@ class ChatModel:
                         yield piece
             if piece := stream.finish().rstrip(INCOMPLETE):  # a character that was cut
                 yield piece
+        except KeyboardInterrupt:  # in a step, perhaps after it took the old state and before it gave the new one
+            self.answering.reset()
+            raise
         finally:
             self.answering.stop(stream)

@@ -218,6 +218,23 @@ def test_a_stopped_answer_frees_the_row_of_the_model(model):
     assert one == "".join(ChatModel(model, SAMPLED).answer(QUESTION, SAMPLED, 0))
 
 
+def test_after_ctrl_c_within_a_step_the_model_answers_as_before(model):
+    speaker = ChatModel(model, SAMPLED)
+    step, one = speaker.answering._step, "".join(speaker.answer(QUESTION, SAMPLED, 0))
+
+    def interrupted(*arguments):
+        rows = speaker.answering.rows
+        step(*arguments)
+        speaker.answering.rows = rows  # its arrays are donated: they are gone
+        raise KeyboardInterrupt
+
+    speaker.answering._step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        list(speaker.answer(QUESTION, SAMPLED, 0))
+    speaker.answering._step = step
+    assert one == "".join(speaker.answer(QUESTION, SAMPLED, 0))
+
+
 def test_the_greedy_answer_equals_that_of_generate(model, tmp_path, monkeypatch, capsys):
     # A slightly trained model answers only blanks; a random model with large layer weights gives varied answers.
     rng = np.random.default_rng(0)

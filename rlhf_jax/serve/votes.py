@@ -49,16 +49,17 @@ class VoteFile:
     def append(self, row: Mapping[str, Any]) -> str:
         """Write a row to the disk; returns its id. OSError, with the file as it was, where that fails."""
         line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-        with self.lock(), self.path.open("r+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - 1, 0))
-            is_cut = file.read(1) not in (b"", b"\n")  # by a program that was killed, or an editor
+        with self.lock():
+            size = self.path.stat().st_size
             try:
-                file.write(b"\n" * is_cut + line)
-                file.flush()
-                os.fsync(file.fileno())
+                with self.path.open("r+b") as file:
+                    file.seek(max(size - 1, 0))
+                    is_cut = file.read(1) not in (b"", b"\n")  # by a program that was killed, or an editor
+                    file.write(b"\n" * is_cut + line)
+                    file.flush()
+                    os.fsync(file.fileno())
             except OSError:
-                os.truncate(self.path, size)
+                os.truncate(self.path, size)  # after the file is closed, which tries again to write the rest
                 raise
         return line_id(line)
 

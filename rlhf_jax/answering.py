@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Hashable, Sequence
@@ -292,7 +293,11 @@ class Answering:
             self.pending = deque((new, [pair for pair in pairs if pair[1] != row]) for new, pairs in self.pending)
 
     def step(self) -> list[Token]:
-        """Tokens of the running requests, in their order. A request added since the last step has its first."""
+        """Tokens of the running requests, in their order. A request added since the last step has its first.
+
+        Raises:
+            FloatingPointError: the model's logits are not finite; `reset` before anything else.
+        """
         going = np.array([owner is not None for owner in self.owners]) & (self.left > 0)
         started = len(self.pending)
         if going.any():
@@ -314,6 +319,10 @@ class Answering:
         if not pairs:
             return []
         ids, logprobs, done = (x.tolist() for x in jax.device_get((new.ids, new.logprobs, new.done)))
+        if not all(math.isfinite(logprobs[place]) for place, _ in pairs):  # and so may be what the row has in the cache
+            raise FloatingPointError(
+                "the model's logits are not finite: its weights are damaged, or too large for dtype"
+            )
         asked = [self.requests[row].alternatives for _, row in pairs]
         top = jax.device_get((new.top_ids, new.top_logprobs)) if any(asked) else None
         found = []

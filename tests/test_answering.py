@@ -136,3 +136,15 @@ def test_a_context_beyond_the_positions_of_the_model_is_refused():
         Answering(model("llama"), 4, 41)
     with pytest.raises(ValueError, match="rows=0"):
         Answering(model("llama"), 0)
+
+
+def test_logits_that_are_not_finite_are_an_error_and_after_a_reset_nothing_of_them_is_left():
+    made = answering("llama")
+    weights = made.weights
+    made.weights = jax.tree.map(lambda x: x * np.nan if x.dtype == np.float32 else x, weights)
+    made.add("broken", request(0))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        made.step()
+    made.weights = weights
+    made.reset()
+    assert [token.id for token in run(made, [(1, request(1))])[1]] == alone("llama", 1)[0]

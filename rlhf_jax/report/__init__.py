@@ -58,14 +58,8 @@ def make_page(data: dict[str, Any]) -> str:
     # Text of models may hold "</script>" and "<!--".
     parts["data"] = re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
     hashes = {name: base64.b64encode(hashlib.sha256(parts[name].encode()).digest()).decode() for name in ("css", "js")}
-    parts["policy"] = "; ".join(
-        [
-            "default-src 'none'",
-            "img-src data:",
-            f"style-src 'sha256-{hashes['css']}'",
-            f"script-src 'sha256-{hashes['js']}'",
-        ]
-    )
+    allowed = f"style-src 'sha256-{hashes['css']}'; script-src 'sha256-{hashes['js']}'"
+    parts["policy"] = f"default-src 'none'; img-src data:; {allowed}"
     page = resources.files(__package__).joinpath("page.html").read_text("utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], page)
 

@@ -315,9 +315,8 @@ function curves() {
 const latest = (run, event) => run.events.filter((each) => each.event === event).pop();
 
 function outcome(run) {
-  const end = run.events[run.events.length - 1];
-  if (!end) return "unknown (no events.jsonl)";
   const last = run.events.filter((each) => ["start", "end"].includes(each.event)).pop();
+  if (!last) return "unknown (no start in events.jsonl)";
   return last.event === "end" ? last.outcome : "started, not ended: it runs, or it was killed";
 }
 

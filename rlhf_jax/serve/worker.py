@@ -101,6 +101,7 @@ class Worker:
             self.changed.notify()
 
     def _run(self) -> None:
+        is_lost = False
         while True:
             with self.changed:
                 while not (self.waiting or self.running or self.gone or self.closing):
@@ -109,6 +110,9 @@ class Worker:
                     return
                 started = self._exchange()
             try:
+                if is_lost:  # here, as this too may fail on a device that is out of memory
+                    self.answering.reset()
+                    is_lost = False
                 for answer in started:
                     self.answering.add(answer, answer.request)
                 self._deliver([self._piece(token) for token in self.answering.step()])
@@ -116,7 +120,7 @@ class Worker:
                 LOGGER.exception(f"{self.name} failed; its running requests get status 500")
                 failed = Piece("", (), 0, error=ApiError(*FAILED))
                 self._deliver([(answer, failed) for answer in self.running])
-                self.answering.reset()
+                is_lost = True
 
     def _exchange(self) -> list[PendingAnswer]:
         """Free the rows of those who are gone, and give free rows to those who wait."""

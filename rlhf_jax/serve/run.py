@@ -41,10 +41,13 @@ def serve(
         key: which clients must send; "": that of the environment's RLHF_JAX_API_KEY, and without it none.
         votes: the file that votes of the web page are appended to; "": they are not kept.
     Raises:
-        ValueError: no model, folders that are none, or a file of votes that trainers would not read.
+        ValueError: a key that no header can hold, no model, folders that are none, or a file of votes that trainers
+            would not read.
         OSError: the port is taken, or the file of votes cannot be written.
     """
     key = key or os.environ.get(KEY_VARIABLE, "")
+    if not key.isascii() or key != key.strip():
+        raise ValueError(f"--api-key, {KEY_VARIABLE}: a header holds only ASCII, without blanks at its ends")
     metrics, kept = Counters(), open_votes(votes) if votes else None
     with open_socket(host, port) as listener:  # before models are read, as it may be taken
         if not key and not is_loopback(host):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from starlette.responses import JSONResponse
 
+HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
 ERROR_KINDS = {429: "rate_limit_error", 500: "server_error", 503: "server_error", 504: "server_error"}
 
 
@@ -26,9 +27,8 @@ class ApiError(Exception):
         kind = ERROR_KINDS.get(self.status, "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
-        retry: Mapping[str, str] = {"Retry-After": "1"} if self.status in (429, 503) else {}
-        return JSONResponse(self.content(), self.status, headers=dict(retry))
+    def response(self, headers: Mapping[str, str] | None = None) -> JSONResponse:
+        return JSONResponse(self.content(), self.status, headers={**HEADERS.get(self.status, {}), **(headers or {})})
 
 
 def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import jax
@@ -239,6 +241,7 @@ def test_many_clients_at_once_get_the_answers_of_each_alone_and_nothing_is_compi
         ({"max_tokens": 0}, 400, "invalid_value", "max_tokens must be at least 1"),
         ({"temperature": 2.5}, 400, "invalid_value", "temperature must be from 0 to 2"),
         ({"temperature": float("nan")}, 400, "invalid_value", "temperature must be from 0 to 2"),
+        ({"temperature": 10**400}, 400, "invalid_value", "temperature must be from 0 to 2"),
         ({"temperature": "1"}, 400, "invalid_type", "temperature must be a number"),
         ({"top_p": 0}, 400, "invalid_value", "top_p"),
         ({"n": True}, 400, "invalid_type", "n must be an integer"),
@@ -266,9 +269,9 @@ def test_neutral_and_informative_fields_are_accepted(server):
 
 def test_bodies_keys_paths_and_methods_that_are_wrong_have_their_status(server):
     good = {"messages": QUESTION, "max_tokens": 1}
-    for body, status in ((b"{", 400), (b"[1]", 400), (b"\xff", 400), (b'{"messages":' + b"[" * 9000, 400)):
+    for body in (b"{", b"[1]", b"\xff", b'{"\\ud800": 1}', b'{"messages":' + b"[" * 9000):
         got, found = ask(server, body)
-        assert got == status and found["error"]["code"] == "invalid_json"
+        assert got == 400 and found["error"]["code"] == "invalid_json"
     assert ask(server, b"x" * 20_001)[0] == 413
     assert ask(server, good, **{"Content-Type": "text/plain"})[0] == 415
     for key in ("Bearer wrong", "Basic " + KEY, KEY, "Bearer ", "Bearer \xe9"):
@@ -278,6 +281,21 @@ def test_bodies_keys_paths_and_methods_that_are_wrong_have_their_status(server):
     assert ask(server, None, "/health", Authorization="")[0] == 200
     assert ask(server, good, "/v1/nothing")[0] == 404 and ask(server, None, "/v1/completions")[0] == 405
     assert ask(server, good)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "status", "name", "value"),
+    [
+        ("/v1/completions", KEY, 405, "Allow", "POST"),
+        ("/v1/models", "wrong", 401, "WWW-Authenticate", "Bearer"),
+    ],
+)
+def test_errors_have_the_headers_that_http_asks_for(server, path, key, status, name, value):
+    request = urllib.request.Request(server[0] + path, headers={"Authorization": f"Bearer {key}"})
+    with pytest.raises(urllib.error.HTTPError) as found:
+        urllib.request.urlopen(request, timeout=60)
+    with found.value as response:
+        assert response.code == status and response.headers[name] == value
 
 
 def test_a_body_without_a_length_is_cut_at_the_limit(server):
@@ -373,15 +391,16 @@ def test_a_full_queue_and_a_slow_answer_have_their_status(folders):
 
 def test_a_failure_of_the_device_is_status_500_and_the_server_goes_on(server):
     answering = server[1].policies["policy"].worker.answering
-    step = answering.step
+    step, reset = answering.step, answering.reset
 
     def fail():
         raise RuntimeError("out of memory")
 
-    answering.step = fail
-    status, found = ask(server, {"messages": QUESTION, "max_tokens": 5})
-    assert status == 500 and found["error"]["type"] == "server_error"
-    answering.step = step
+    answering.step = answering.reset = fail
+    for _ in range(3):
+        status, found = ask(server, {"messages": QUESTION, "max_tokens": 5})
+        assert status == 500 and found["error"]["type"] == "server_error"
+    answering.step, answering.reset = step, reset
     assert ask(server, {"messages": QUESTION, "max_tokens": 5})[0] == 200
     idle(server[1])
 
@@ -457,6 +476,8 @@ def test_what_the_command_gets_wrong_is_one_line(folders, tmp_path, capsys):
             ([str(folders[0]), "--port", port], "cannot be listened on"),
             ([str(tmp_path / "empty"), "--port", "0"], "is no Hugging Face folder"),
             ([str(folders[0]), "--port", "0", "--rows", "0"], "rows"),
+            ([str(folders[0]), "--port", "0", "--api-key", "schl\u00fcssel"], "holds only ASCII"),
+            ([str(folders[0]), "--port", "0", "--api-key", "key\n"], "holds only ASCII"),
             ([str(folders[0]), "--port", "0", "--context", "129"], "from 2 to the 128"),
         ):
             assert main(["serve", *arguments]) == 2

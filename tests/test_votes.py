@@ -1,6 +1,7 @@
 """Votes of the web page: what is appended, what trainers read of it, and what is refused."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -112,7 +113,7 @@ def test_lines_that_are_no_votes_are_listed_and_stay_when_others_are_deleted(vot
         ({"left": LEFT | {"extra": 1}}, 400, "left.extra"),
         ({"left": LEFT | {"model": "c"}}, 404, "The model 'c' does not exist"),
         ({"left": LEFT | {"text": 5}}, 400, "text must be a text"),
-        ({"left": LEFT | {"text": "\ud800"}}, 400, "lone surrogate"),
+        ({"left": LEFT | {"text": "\ud800"}}, 400, "surrogates not allowed"),
         ({"left": LEFT | {"text": " \n"}}, 400, "an answer is empty"),
         ({"left": LEFT | {"text": "right\n"}}, 400, "the answers are equal"),
         ({"left": LEFT | {"temperature": float("nan")}}, 400, "temperature must be from 0 to 2"),
@@ -195,6 +196,22 @@ def test_an_append_that_fails_leaves_the_file_as_it_was(votes, monkeypatch):
         votes.pairs.append({"number": 2})
     assert votes.pairs.path.read_bytes() == before
     assert call_server(votes)("POST", "/votes", VOTE)[0] == 500
+
+
+def test_an_append_to_a_full_disk_leaves_the_file_as_it_was_though_space_is_free_again(votes, monkeypatch):
+    resource = pytest.importorskip("resource", reason="limits the size of files, as a full disk does")
+    votes.pairs.append({"number": 1})
+    before, limits, truncate = votes.pairs.path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE), os.truncate
+
+    def free_space(path, size):
+        truncate(path, size)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr("rlhf_jax.serve.votes.os.truncate", free_space)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limits[1]))
+    with pytest.raises(OSError, match="too large"):
+        votes.pairs.append({"number": 2})
+    assert votes.pairs.path.read_bytes() == before
 
 
 def test_the_file_is_named_as_trainers_read_it_in_a_folder_that_exists(tmp_path):

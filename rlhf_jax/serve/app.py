@@ -96,7 +96,8 @@ def make_app(service: Service) -> Starlette:
 
     async def http_error(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
-        return ApiError(error.status_code, message, "not_found" if error.status_code == 404 else "http").response()
+        code = "not_found" if error.status_code == 404 else "http"
+        return ApiError(error.status_code, message, code).response(error.headers)
 
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: http_error})
     app.state.service = service
@@ -158,6 +159,7 @@ async def read_body(service: Service, request: Request) -> dict[str, Any]:
         raise ApiError(408, "the body did not arrive in time", "timeout") from error
     try:
         found = json.loads(body)
+        json.dumps(found, ensure_ascii=False).encode()  # fails for a lone surrogate, which no reply could repeat
     except (ValueError, RecursionError) as error:
         raise invalid(f"the body is no JSON: {error}", code="invalid_json") from error
     if not isinstance(found, dict):

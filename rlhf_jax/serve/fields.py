@@ -149,15 +149,13 @@ def take(
     value = body.get(name)
     if value is None:
         return default
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind:
+    if type(value) is not kind and (kind, type(value)) != (float, int):
         names = {bool: "true or false", int: "an integer", float: "a number", str: "a text", dict: "an object"}
         raise invalid(f"{name} must be {names[kind]}, not {value!r:.60}", name, "invalid_type")
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         limit = f"at least {low}" if high is None else f"from {low} to {high}"
         raise invalid(f"{name} must be {limit}, not {value!r:.60}", name)
-    return value
+    return kind(value)
 
 
 def take_stops(value: Any) -> tuple[str, ...]:

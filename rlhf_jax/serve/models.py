@@ -63,15 +63,8 @@ class Policy:
             encoded = [self._encode(prompt) for prompt in asked.prompts]
         answers = []
         for index, (ids, choice) in enumerate(itertools.product(encoded, range(asked.n))):
-            request = Request(
-                ids,
-                self._longest(len(ids), asked),
-                asked.temperature,
-                asked.top_p,
-                asked.seed,
-                choice,
-                asked.alternatives or 0,
-            )
+            sampled = asked.temperature, asked.top_p, asked.seed, choice
+            request = Request(ids, self._longest(len(ids), asked), *sampled, asked.alternatives or 0)
             stream = TextStream(self.worker.tokenizer, asked.stops, strip=asked.is_chat)
             answers.append(PendingAnswer(index, request, stream, wants_tokens=asked.alternatives is not None))
         return answers

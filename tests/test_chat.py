@@ -222,13 +222,13 @@ def test_after_ctrl_c_within_a_step_the_model_answers_as_before(model):
     speaker = ChatModel(model, SAMPLED)
     step, one = speaker.answering._step, "".join(speaker.answer(QUESTION, SAMPLED, 0))
 
-    def interrupted(*arguments):
+    def step_then_signal(*arguments):
         rows = speaker.answering.rows
         step(*arguments)
         speaker.answering.rows = rows  # its arrays are donated: they are gone
         raise KeyboardInterrupt
 
-    speaker.answering._step = interrupted
+    speaker.answering._step = step_then_signal
     with pytest.raises(KeyboardInterrupt):
         list(speaker.answer(QUESTION, SAMPLED, 0))
     speaker.answering._step = step

@@ -170,14 +170,14 @@ def test_the_demo_benchmark_continues_and_its_tables_have_a_row_per_method_and_o
         (Path(settings["run.dir"]) / stage / "export").mkdir(parents=True)
         (Path(settings["run.dir"]) / "base").mkdir(exist_ok=True)
 
-    def judged(export, base, settings):
+    def numbers(export, base, settings):
         seed = int(base.parent.name)
         greedy = {"sft": 0.75, "ppo": 0.875 - 0.25 * (seed == 2)}.get(export.parent.name, 0.5)
         part = {"length": 8.0, "interval": [0.25, 0.75], "faults": {"wrong": 3}, "wrong_sums": 2}
         return {"prompts": 8, "kl": 0.5 + seed, "sampled": part | {"good": 0.5}, "greedy": part | {"good": greedy}}
 
     monkeypatch.setattr(demo, "run_command", run)
-    monkeypatch.setattr(demo, "judge_policy", judged)
+    monkeypatch.setattr(demo, "judge_policy", numbers)
     monkeypatch.setattr(demo, "content_accuracy", lambda run, settings: {"pairs": 8, "accuracy": 0.625, "sums": 0.5})
     monkeypatch.setattr(demo, "use_cache", lambda folder: None)
     monkeypatch.setattr(demo, "RUNS", tmp_path / "runs")

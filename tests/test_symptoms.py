@@ -75,6 +75,9 @@ def test_a_judge_that_falls_while_the_score_rises_is_a_symptom_and_one_that_foll
     assert symptoms(rising, rising) == symptoms(rising, 0 * rising) == {}
     assert symptoms(-rising, -rising) == symptoms(0 * rising, -rising) == {}  # the score does not rise
     assert find_symptoms([HEALTHY] * 30, judges=["reward/judge"]) == {}
+    # A judge that only fluctuates, tested at each of 200 iterations against the best earlier ones.
+    rising, noise = np.linspace(0.0, 20.0, 200), rng.normal(0, 1.0, (2, 200))
+    assert not any(symptoms(rising, 0 * rising, steps) for steps in range(1, 201))
 
 
 def test_a_function_of_weight_0_is_a_judge_that_nothing_learns_from():

@@ -148,6 +148,14 @@ def test_the_margin_of_a_pair_is_read_from_its_field_and_needed_by_its_coefficie
     as_ranking = rows_of(tmp_path, rows, RowSpec("ranking", "reward", answers=3), margin="better_by")
     np.testing.assert_array_equal(Batches(as_ranking, batch_size=1, seed=0)[0].scores, [[2.5, 0, NAN]])
     place = SourceConfig(str(tmp_path / "rows.jsonl"), format="fields")
+    # Llama 2 gives pairs that are "negligibly better" the margin 0: they are learned all the same.
+    for sparse in (False, True):
+        found = rows_of(tmp_path, [rows[0] | {"better_by": 0}], spec, margin="better_by", sparse=sparse)
+        (pair,) = Batches(found, batch_size=1, seed=0)[0].scores
+        assert preference.ranking_pairs(pair[None], pair[None])[2].tolist() == [[True]] and pair[0] - pair[1] < 1e-29
+    for wrong in (-1, "inf"):
+        with pytest.raises(ValueError, match="'better_by' must be a margin of at least 0"):
+            rows_of(tmp_path, [rows[0] | {"better_by": wrong}], spec, margin="better_by")
     with pytest.raises(ValueError, match="margin_coef needs margins, and .*rows.jsonl has none: name its field"):
         check_margins(DataConfig((place,)))
     with pytest.raises(ValueError, match="answers at least 2"):

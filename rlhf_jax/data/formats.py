@@ -31,6 +31,7 @@ from rlhf_jax.data.records import BadRow, Example, Reply, Row, RowKind, Turn, Tu
 
 T = TypeVar("T")
 Fields = dict[str, Any]
+NO_MARGIN = 1e-30  # the least margin, which still says which of two answers is better
 MISSING = object()  # there is no such field; a null is None
 
 
@@ -83,7 +84,7 @@ def _field_getter(
     def read(fields: Fields) -> T | str:
         value = pick(fields)
         try:
-            if value is None or value is MISSING or (source.sparse and not value):
+            if value is None or value is MISSING or (source.sparse and not value and value != 0):
                 if not needed or value in absent:
                     return ""
                 if value is MISSING:
@@ -296,7 +297,13 @@ def _parse_answer(value: Any) -> str:
 
 def margin_getter(source: SourceConfig) -> Callable[[Fields], float | str]:
     """The function from fields to the margin of a pair, "" where the source names no field of it."""
-    return _field_getter(source, source.margin, _parse_number)
+    return _field_getter(source, source.margin, _parse_margin)
+
+
+def _parse_margin(value: Any) -> float:
+    if not 0 <= (number := _parse_number(value)) < math.inf:
+        raise BadRow(f"must be a margin of at least 0, not {value!r}: chosen is the better answer")
+    return max(number, NO_MARGIN)
 
 
 def _parse_number(value: Any) -> float:

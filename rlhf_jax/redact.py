@@ -12,7 +12,8 @@ _PATTERNS = {
     "a password": re.compile(r"(?<=://)[^/\s:@'\"]*:[^/\s@'\"]+(?=@)"),  # https://user:password@host
     "a key or token": re.compile(
         r"(?<=[?&])(?:[\w-]*(?:key|token|secret|password|signature|credential)=)[^&\s'\"#]+"  # https://host/?key=value
-        r"|\b(?:hf_|sk-)[A-Za-z0-9_-]{16,}",  # of the hub; of OpenAI, Anthropic and servers that follow them
+        # Of the hub; of OpenAI, Anthropic and servers that follow them. Names such as hf_preferences_cleaned are none.
+        r"|\bhf_[A-Za-z0-9]{16,}|\bsk-(?=[\w-]*\d)[\w-]{16,}",
         re.IGNORECASE,
     ),
 }

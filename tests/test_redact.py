@@ -17,7 +17,17 @@ SECRETS = {
     "Bearer hf_" + "a1B2" * 8: ("a1B2", "Bearer ***"),
     "sk-proj-" + "a1B2" * 8: ("a1B2", "***"),
 }
-HARMLESS = ["https://host:8080/v1?page=2", "a@b.example", "runs/sk-1", "hf_mirror", "key=value", "data: 3:4@5", ""]
+HARMLESS = [
+    "https://host:8080/v1?page=2",
+    "a@b.example",
+    "runs/sk-1",
+    "hf_mirror",
+    "data/hf_preferences_cleaned.jsonl",
+    "runs/sk-learn-baseline-of-march",
+    "key=value",
+    "data: 3:4@5",
+    "",
+]
 
 
 @pytest.mark.parametrize("text", SECRETS)

@@ -146,6 +146,7 @@ def resume(context: StageContext, checkpoints: Checkpoints, state: State, batche
     jax.tree.map(lambda x: x.delete(), state)
     state, meta = checkpoints.restore(start, abstract)
     if meta["data"] != batches.rows.fingerprint:
-        fix = f"restore it, choose another run.dir, or delete {context.folder} to restart the stage"
+        other = "restore it, or the version of rlhf_jax that began, if it was another"
+        fix = f"{other}; or choose another run.dir, or delete {context.folder} to restart the stage"
         raise ValueError(f"{context.name}: the training data is no longer what the first {start} steps saw: {fix}")
     return start, state

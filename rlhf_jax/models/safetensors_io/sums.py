@@ -40,10 +40,10 @@ def check_sums(folder: Path) -> None:
     path = folder / SUMS
     if not hosts.broadcast(path.exists()):
         return
-    lines = (_LINE.fullmatch(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
-    listed = {line["name"]: line["digest"] for line in lines if line}
-    fault = "" if listed else "it lists no safetensors"
     try:
+        lines = map(_LINE.fullmatch, path.read_text(encoding="utf-8", errors="replace").splitlines())
+        listed = {line["name"]: line["digest"] for line in lines if line}
+        fault = "" if listed else "it lists no safetensors"
         found = checksums(folder, sorted(listed)[hosts.index() :: hosts.count()])
         fault = fault or next((f"{name} has changed" for name in found if found[name][1] != listed[name]), "")
     except OSError as error:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,9 @@ def test_the_most_tokens_per_second_are_those_of_full_rows_at_the_floor(tmp_path
     }
     assert rates == pytest.approx({stage: tokens[stage] / floor for stage, floor in floors.items()})
     assert rates.keys() == tokens.keys()
+    ranked = replace(recipe, reward=replace(recipe.reward, answers=4))
+    most = token_rates(ranked, phases(ranked, mesh), mesh, machine)["reward"]
+    assert most == pytest.approx(rates["reward"], rel=0.2)  # twice the tokens, and twice the work
 
 
 def test_a_machine_that_is_not_in_the_table_has_no_limit_of_tokens_per_second(tmp_path):

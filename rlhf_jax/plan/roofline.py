@@ -237,10 +237,9 @@ def token_rates(recipe: Recipe, found: list[Phase], mesh, machine: Machine) -> d
         floors[stage] = floors.get(stage, 0.0) + need.seconds(flops_rate, machine)["floor"]
     rates = {}
     for stage, floor in floors.items():
-        config, rows = getattr(recipe, stage), STAGES[stage].rows
-        length = recipe.row_spec(stage).pack_length or recipe.data.max_length
-        tokens = config.batch_size * length * (1 + (rows == "pair"))
-        if rows == "prompt":
+        config, spec = getattr(recipe, stage), recipe.row_spec(stage)
+        tokens = config.batch_size * (spec.pack_length or recipe.data.max_length) * spec.per_row
+        if spec.kind == "prompt":
             tokens = config.rollouts * (recipe.data.max_prompt_length + config.sample.max_new_tokens)
         rates[stage] = tokens / floor
     return rates

@@ -56,11 +56,9 @@ class Recipe:
     def row_spec(self, stage: str) -> RowSpec:
         """The rows that a stage needs."""
         config = getattr(self, stage)
-        answers, given = (
-            getattr(config, "answers", 2),
-            (getattr(config, "learn", "answer"), getattr(config, "pack_length", 0)),
-        )
-        return RowSpec("ranking" if answers > 2 else STAGES[stage].rows, stage, *given, answers)
+        answers, learn = getattr(config, "answers", 2), getattr(config, "learn", "answer")
+        kind = "ranking" if answers > 2 else STAGES[stage].rows
+        return RowSpec(kind, stage, learn, getattr(config, "pack_length", 0), answers)
 
     @property
     def tokenizer(self) -> str | Path:

@@ -53,10 +53,12 @@ def test_a_bit_that_flips_in_a_tensor_is_found_in_any_file(folder, number):
 def test_a_lost_file_and_an_empty_list_are_found_and_lists_of_other_tools_are_read(folder):
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     listed = (folder / "SHA256SUMS").read_text()
-    (folder / "SHA256SUMS").write_text(f"# of another tool\n{listed.replace('  ', ' *')}{'0' * 64}  README.md\n")
+    (folder / "SHA256SUMS").write_text(f"# of another tool\n{listed.replace('  ', ' *./')}{'0' * 64}  README.md\n")
+    from_pretrained(folder)
+    (folder / "SHA256SUMS").write_text(f"{'0' * 64}  ./README.md\n{'0' * 64}  part/{names[0]}\n")
     from_pretrained(folder)
     (folder / "SHA256SUMS").write_text("")
-    with pytest.raises(ValueError, match="SHA256SUMS: it lists no safetensors"):
+    with pytest.raises(ValueError, match="SHA256SUMS: it lists no file"):
         from_pretrained(folder)
     (folder / "SHA256SUMS").write_text(listed)
     (folder / names[1]).unlink()

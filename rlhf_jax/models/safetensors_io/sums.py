@@ -12,7 +12,7 @@ from rlhf_jax import hosts
 from rlhf_jax.checkpoint_files import checksums
 
 SUMS = "SHA256SUMS"
-_LINE = re.compile(r"(?P<digest>[0-9a-f]{64}) [ *](?P<name>[^/]+\.safetensors)")
+_LINE = re.compile(r"(?P<digest>[0-9a-f]{64}) [ *](?:\./)?(?P<name>.+)")
 
 
 def write_sums(folder: Path) -> None:
@@ -32,7 +32,8 @@ def write_sums(folder: Path) -> None:
 def check_sums(folder: Path) -> None:
     """Compare the files of a folder that lists their checksums with them, each file by one of the processes.
 
-    All processes have to call it. A folder without a list, of other tools, is not checked.
+    All processes have to call it. A folder without a list is not checked; of a list of another tool,
+    the safetensors in the folder itself are.
 
     Raises:
         ValueError: on every process, where a file is missing or has changed since it was written, or the list has.
@@ -41,9 +42,10 @@ def check_sums(folder: Path) -> None:
     if not hosts.broadcast(path.exists()):
         return
     try:
-        lines = map(_LINE.fullmatch, path.read_text(encoding="utf-8", errors="replace").splitlines())
-        listed = {line["name"]: line["digest"] for line in lines if line}
-        fault = "" if listed else "it lists no safetensors"
+        found = map(_LINE.fullmatch, path.read_text(encoding="utf-8", errors="replace").splitlines())
+        lines = {line["name"]: line["digest"] for line in found if line}
+        fault = "" if lines else "it lists no file"
+        listed = {name: lines[name] for name in lines if name.endswith(".safetensors") and "/" not in name}
         found = checksums(folder, sorted(listed)[hosts.index() :: hosts.count()])
         fault = fault or next((f"{name} has changed" for name in found if found[name][1] != listed[name]), "")
     except OSError as error:

@@ -5,7 +5,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 
-install -e .
+install -e '.[serve]'  # with what the README's next commands need
 .venv/bin/rlhf-jax train configs/demo.toml
 .venv/bin/rlhf-jax evaluate configs/demo.toml
 

@@ -32,8 +32,8 @@ def write_sums(folder: Path) -> None:
 def check_sums(folder: Path) -> None:
     """Compare the files of a folder that lists their checksums with them, each file by one of the processes.
 
-    All processes have to call it. A folder without a list is not checked; of a list of another tool,
-    the safetensors in the folder itself are.
+    All processes have to call it. A folder without a list is not checked; of a list of another tool, the
+    safetensors in the folder itself are.
 
     Raises:
         ValueError: on every process, where a file is missing or has changed since it was written, or the list has.
@@ -42,8 +42,8 @@ def check_sums(folder: Path) -> None:
     if not hosts.broadcast(path.exists()):
         return
     try:
-        found = map(_LINE.fullmatch, path.read_text(encoding="utf-8", errors="replace").splitlines())
-        lines = {line["name"]: line["digest"] for line in found if line}
+        matches = map(_LINE.fullmatch, path.read_text(encoding="utf-8", errors="replace").splitlines())
+        lines = {line["name"]: line["digest"] for line in matches if line}
         fault = "" if lines else "it lists no file"
         listed = {name: lines[name] for name in lines if name.endswith(".safetensors") and "/" not in name}
         found = checksums(folder, sorted(listed)[hosts.index() :: hosts.count()])

@@ -10,31 +10,24 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.peers import ppo_case
+from benchmarks.peers import environments, ppo_case
 from benchmarks.provenance import record
 
-PACKAGES = ("trl==1.9.2", "transformers==5.24.0", "torch==2.13.0", "accelerate==1.15.0", "datasets==5.2.0")
-FOLDER = Path("runs/peers/trl-1.9.2")
+FOLDER = environments.FOLDER / "trl-1.9.2"
 LOGGED = {"policy_loss": "loss/policy_avg", "value_loss": "loss/value_avg"}
 LOGGED |= {"policy_clipped": "policy/clipfrac_avg", "value_clipped": "val/clipfrac_avg"}
 
 
 def main() -> None:
-    python, out = FOLDER / "bin" / "python", FOLDER / "found.json"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(FOLDER)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", *PACKAGES], check=True)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([str(python), "-m", "benchmarks.peers.trl_ppo", str(out)], check=True, env=environment)
-    record("trl_ppo", {"packages": PACKAGES, "cases": json.loads(out.read_text())})
+    out = FOLDER / "found.json"
+    environments.run_module(FOLDER.name, "benchmarks.peers.trl_ppo", str(out))
+    record("trl_ppo", {"packages": environments.PACKAGES[FOLDER.name], "cases": json.loads(out.read_text())})
 
 
 def encode(values: Any) -> str:

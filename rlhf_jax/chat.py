@@ -6,12 +6,14 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import logging
 import os
 import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 from rlhf_jax.answering import Answering, Request, policy_tokenizer
 from rlhf_jax.data.chat_template import encode_prompt
@@ -20,6 +22,7 @@ from rlhf_jax.detokenise import INCOMPLETE, TextStream
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained
 from rlhf_jax.sampling import SampleConfig, check_sample
 
+LOGGER = logging.getLogger(__name__)
 COMMANDS = {
     "/help": "lists the commands",
     "/clear": "forgets the dialogue, not the system text",
@@ -104,14 +107,33 @@ def line_editing():
         yield lambda: input("> ")
         return
     kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlhf_jax" / "chat_history"
-    if kept.exists():
-        readline.read_history_file(kept)
-    try:
+    with remembered_lines(kept, readline):
         yield lambda: input("> ")
-    finally:
+
+
+@contextlib.contextmanager
+def remembered_lines(kept: Path, readline: ModuleType) -> Iterator[None]:
+    """Reads the lines of earlier chats from `kept`, and at the end writes all there; a warning where that fails."""
+
+    def warn(error: OSError) -> None:
+        LOGGER.warning(f"chat: lines are not remembered, as {kept} cannot be used: {error.strerror or error}")
+
+    try:
         kept.parent.mkdir(parents=True, exist_ok=True)
+        if kept.exists():
+            readline.read_history_file(kept)
+    except OSError as error:
+        warn(error)
+        yield  # and nothing is written to what could not be read
+        return
+    try:
+        yield
+    finally:
         readline.set_history_length(HISTORY_LINES)
-        readline.write_history_file(kept)
+        try:
+            readline.write_history_file(kept)
+        except OSError as error:
+            warn(error)
 
 
 class Conversation:

@@ -243,9 +243,11 @@ def add_serve_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--context", type=int, default=0, metavar="TOKENS", help=text)
     text = "answers that may wait for a row; more get status 429 (default: %(default)s)"
     command.add_argument("--queue", type=int, default=256, metavar="ANSWERS", help=text)
+    text = "texts that one request has scored; more get status 400 (default: %(default)s)"
+    command.add_argument("--inputs", type=int, default=1024, metavar="TEXTS", help=text)
     text = "bytes of a request; more get status 413 (default: %(default)s)"
     command.add_argument("--body", type=int, default=4_000_000, metavar="BYTES", help=text)
-    text = "seconds until an answer ends; more get status 504 (default: %(default)s)"
+    text = "seconds until an answer or all scores of a request are there; more get status 504 (default: %(default)s)"
     command.add_argument("--seconds", type=float, default=600.0, help=text)
     add_model_dtype(command)
 
@@ -433,7 +435,7 @@ def run_serve(args: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise ValueError(f'serve needs {error.name}: pip install "rlhf_jax[serve]"') from error
 
-    limits = Limits(args.rows, args.context, args.queue, args.body, args.seconds)
+    limits = Limits(args.rows, args.context, args.queue, args.inputs, args.body, args.seconds)
     where = dict(host=args.host, port=args.port, key=args.api_key)
     serve(args.folders, limits, **where, dtype=args.dtype, votes=args.votes)
 

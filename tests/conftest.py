@@ -98,6 +98,15 @@ def few_programs() -> Iterator[None]:
         gc.collect()
 
 
+@pytest.fixture(scope="session")
+def browser() -> Iterator[object]:
+    """Headless Chromium, of playwright's synchronous interface."""
+    import tiny_browser
+
+    with tiny_browser.running() as found:
+        yield found
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

@@ -21,7 +21,7 @@ import tiny_recipe
 import rlhf_jax
 import rlhf_jax.chat
 from rlhf_jax.answering import Answering, Token
-from rlhf_jax.chat import COMMANDS, ChatModel, Columns, chat
+from rlhf_jax.chat import COMMANDS, ChatModel, Columns, chat, read_questions
 from rlhf_jax.cli import main
 from rlhf_jax.data.chat_template import encode_prompt
 from rlhf_jax.data.dialogues import parse_messages
@@ -409,3 +409,27 @@ def test_in_a_terminal_lines_are_edited_remembered_and_ctrl_c_stops_only_the_ans
     assert process.wait(60) == 0
     os.close(main_end)
     assert (tmp_path / "rlhf_jax/chat_history").read_text().splitlines() == ["hello", "/quit"]
+
+
+@pytest.mark.parametrize("fault", ["no folder", "unreadable", "not writable"])
+def test_a_history_that_cannot_be_used_is_one_warning_and_lines_are_read(fault, tmp_path, monkeypatch, caplog):
+    kept = tmp_path / "rlhf_jax/chat_history"
+    if fault == "no folder":
+        (tmp_path / "rlhf_jax").write_text("")
+    elif fault == "unreadable":
+        kept.mkdir(parents=True)
+    lines = iter(["hello"])
+
+    def ask(prompt):
+        if line := next(lines, ""):
+            return line
+        if fault == "not writable":
+            kept.mkdir()
+        raise EOFError
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", ask)
+    assert list(read_questions()) == ["hello"]
+    (message,) = caplog.messages
+    assert message.startswith(f"chat: lines are not remembered, as {kept} cannot be used: ")

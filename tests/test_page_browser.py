@@ -4,18 +4,16 @@ import asyncio
 import contextlib
 import itertools
 import json
-import os
 import re
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("uvicorn", reason="needs the server: pip install -e '.[serve]'")
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs pip install -e '.[browser]', and Chromium")
 
 import tiny_server  # noqa: E402
+from tiny_browser import HOSTILE, check_fits, picture, sync_api  # noqa: E402
 
 from rlhf_jax.serve.app import Service  # noqa: E402
 from rlhf_jax.serve.metrics import Counters  # noqa: E402
@@ -23,8 +21,6 @@ from rlhf_jax.serve.models import Policy  # noqa: E402
 from rlhf_jax.serve.votes import open_votes  # noqa: E402
 from rlhf_jax.serve.worker import Piece  # noqa: E402
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-HOSTILE = "</script><img src=x onerror=\"document.title='taken'\"> \u202egnp.exe"
 KEY = "correct horse"
 
 
@@ -60,21 +56,9 @@ class ScriptedWorker:
 
 
 class ScriptedPolicy(Policy):
-    def answers(self, asked, most):
+    async def answers(self, asked, most):
         self.worker.asked.append(asked)
         return [SimpleNamespace(request=SimpleNamespace(ids=[1]), asked=asked)]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        own = os.path.exists(playwright.chromium.executable_path)  # that of `playwright install chromium`
-        if not (CHROMIUM or own):
-            pytest.skip("needs Chromium: apt-get install chromium, or playwright install chromium")
-        with contextlib.closing(
-            playwright.chromium.launch(executable_path=None if own else CHROMIUM, args=["--no-sandbox"])
-        ) as found:
-            yield found
 
 
 @pytest.fixture
@@ -121,12 +105,6 @@ def ask(page, text):
 
 def rows(tmp_path, name="votes.jsonl"):
     return [json.loads(line) for line in (tmp_path / name).read_text(encoding="utf-8").splitlines()]
-
-
-def picture(page, name):
-    """A screenshot, where PAGE_PICTURES names a folder for them."""
-    if folder := os.environ.get("PAGE_PICTURES"):
-        page.screenshot(path=Path(folder) / f"{name}.png")
 
 
 def test_a_conversation_streams_stops_regenerates_and_is_edited_with_the_right_messages(open_page):
@@ -310,19 +288,14 @@ def test_both_pages_fit_wide_and_narrow_screens_in_both_schemes_and_every_contro
     ask(page, "And a long word: " + "x" * 300)
     sync_api.expect(page.get_by_role("button", name="Tie")).to_be_visible()
     picture(page, f"chat-{scheme}-{width}")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    check_fits(page, width, scheme)
     page.locator("summary").click()
     page.evaluate("scrollTo(0, 0)")
     picture(page, f"settings-{scheme}-{width}")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    back, text = (
-        sum(map(int, re.findall(r"\d+", page.evaluate(f"getComputedStyle(document.body).{name}"))[:3]))
-        for name in ("backgroundColor", "color")
-    )
-    assert (back > 700 and text < 150) if scheme == "light" else (back < 150 and text > 600)
+    check_fits(page, width, scheme)
     names = "[...document.querySelectorAll('input, select, textarea')].map((each) => each.labels.length)"
     assert min(page.evaluate(names)) == 1
     page.get_by_role("link", name="Votes").click()
     sync_api.expect(page.locator("#rows article")).to_have_count(1)
     picture(page, f"votes-{scheme}-{width}")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    check_fits(page, width, scheme)

@@ -1,30 +1,14 @@
 """The report in headless Chromium: no error, nothing loaded from elsewhere, and what keys and filters change."""
 
-import contextlib
 import json
-import os
 import re
-import shutil
 
 import pytest
+import tiny_browser
 
 from rlhf_jax.report import write_report
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs pip install -e '.[browser]', and Chromium")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-HOSTILE = "</script><img src=x onerror=\"document.title='taken'\"> \u202egnp.exe \x1b[2J"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        own = os.path.exists(playwright.chromium.executable_path)  # that of `playwright install chromium`
-        if not (CHROMIUM or own):
-            pytest.skip("needs Chromium: apt-get install chromium, or playwright install chromium")
-        with contextlib.closing(
-            playwright.chromium.launch(executable_path=None if own else CHROMIUM, args=["--no-sandbox"])
-        ) as found:
-            yield found
+HOSTILE = f"{tiny_browser.HOSTILE} \x1b[2J"
 
 
 def write_run(folder, *, offset=0.0):
@@ -85,12 +69,8 @@ def open_page(browser, pages):
 @pytest.mark.parametrize("width", [1400, 390])
 def test_the_page_fits_wide_and_narrow_screens_in_both_schemes(open_page, scheme, width):
     page = open_page(2, scheme, width)
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    back, text = (
-        sum(map(int, re.findall(r"\d+", page.evaluate(f"getComputedStyle(document.body).{name}"))[:3]))
-        for name in ("backgroundColor", "color")
-    )
-    assert (back > 700 and text < 150) if scheme == "light" else (back < 150 and text > 600)
+    tiny_browser.check_fits(page, width, scheme)
+    tiny_browser.picture(page, f"report-{scheme}-{width}")
     assert page.locator("figure:visible svg .curve").count() >= 4
 
 

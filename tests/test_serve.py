@@ -1,8 +1,10 @@
 """The server by the official openai client and by raw requests: answers, streams, limits, clients that misbehave."""
 
 import concurrent.futures
+import dataclasses
 import http.client
 import json
+import logging
 import os
 import re
 import signal
@@ -23,7 +25,7 @@ import pytest
 import rlhf_jax
 
 openai = pytest.importorskip("openai", reason="needs the server and its client: pip install -e '.[serve,test]'")
-pytest.importorskip("uvicorn", reason="needs the server: pip install -e '.[serve]'")
+uvicorn = pytest.importorskip("uvicorn", reason="needs the server: pip install -e '.[serve]'")
 
 import tiny  # noqa: E402
 import tiny_server  # noqa: E402
@@ -33,7 +35,9 @@ from rlhf_jax.cli import main  # noqa: E402
 from rlhf_jax.data.chat_template import encode_prompt  # noqa: E402
 from rlhf_jax.detokenise import decode_ids  # noqa: E402
 from rlhf_jax.sampling import SampleConfig  # noqa: E402
-from rlhf_jax.serve.models import model_names  # noqa: E402
+from rlhf_jax.serve import models  # noqa: E402
+from rlhf_jax.serve.app import make_app  # noqa: E402
+from rlhf_jax.serve.run import DrainingServer  # noqa: E402
 
 QUESTION = [{"role": "user", "content": "What is 3 + 4?"}]
 KEY = "correct horse"
@@ -64,18 +68,9 @@ def model(folders):
     return found
 
 
-def ask(server, body, path="/v1/chat/completions", **headers):
-    """(status, JSON or text) of a raw request; a body that is no bytes is sent as JSON."""
-    address = urllib.parse.urlsplit(server[0])
-    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=60)
-    sent = body if isinstance(body, bytes | type(None)) else json.dumps(body).encode()
-    given = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"} | headers
-    connection.request("GET" if body is None else "POST", path, sent, given)
-    response = connection.getresponse()
-    text = response.read().decode()
-    connection.close()
-    is_json = response.headers.get_content_type() == "application/json"
-    return response.status, json.loads(text) if is_json else text
+def ask(server, *request, **headers):
+    """`tiny_server.ask` with the key."""
+    return tiny_server.ask(server[0], *request, **({"Authorization": f"Bearer {KEY}"} | headers))
 
 
 def alone(model, ids, seed, new, temperature=1.0, **options):
@@ -197,13 +192,71 @@ def test_scores_are_those_of_score_texts(server, folders):
     assert single["data"][0]["score"] == pytest.approx(found["data"][1]["score"], abs=1e-5)
 
 
+@pytest.fixture
+def quick_limits(server, monkeypatch):
+    """`server`, whose requests may take half a second; a step of scoring takes a fifth, and is counted."""
+    counted = []
+
+    def score_slowly(*arguments):
+        counted.append(1)
+        time.sleep(0.2)
+        return rlhf_jax.score(*arguments)
+
+    monkeypatch.setattr(server[1], "limits", dataclasses.replace(server[1].limits, seconds=0.5))
+    monkeypatch.setattr(models, "score", score_slowly)
+    return server, counted
+
+
+def test_scores_that_take_too_long_get_504_and_what_is_left_of_them_is_not_computed(quick_limits):
+    server, counted = quick_limits
+    status, found = ask(server, {"input": ["a"] * 80}, "/v1/score")
+    assert status == 504 and found["error"]["code"] == "timeout"
+    assert ask(server, {"input": "a"}, "/v1/score")[0] == 200
+    assert len(counted) < 6, "ten steps of eight texts, and that of the second request"
+
+
+def test_scores_for_a_client_that_goes_away_are_not_computed(quick_limits):
+    server, counted = quick_limits
+    server[1].limits = dataclasses.replace(server[1].limits, seconds=60.0)
+    send_request(server, "/v1/score", {"input": ["a"] * 80}).close()
+    assert ask(server, {"input": "a"}, "/v1/score")[0] == 200
+    assert len(counted) < 6
+
+
+def test_too_many_texts_and_too_many_requests_for_scores_have_their_status(quick_limits, monkeypatch):
+    server, _ = quick_limits
+    status, found = ask(server, {"input": ["a"] * 1025}, "/v1/score")
+    assert status == 400 and "1025 texts: at most 1024" in found["error"]["message"]
+    monkeypatch.setitem(server[1].scorers, "judge", dataclasses.replace(server[1].scorers["judge"], most_waiting=0))
+    first = send_request(server, "/v1/score", {"input": ["a"] * 80})
+    while not server[1].scorers["judge"].waiting:
+        time.sleep(0.01)
+    status, found = ask(server, {"input": "a"}, "/v1/score")
+    assert status == 429 and found["error"]["code"] == "queue_full"
+    assert b" 504 " in first.recv(4096)
+    first.close()
+
+
+def test_a_prompt_whose_tokens_take_too_long_gets_504_and_the_next_is_answered(server, monkeypatch):
+    encode = models.Policy._encode
+    with monkeypatch.context() as patch:
+        patch.setattr(server[1], "limits", dataclasses.replace(server[1].limits, seconds=0.2))
+        patch.setattr(models.Policy, "_encode", lambda *arguments: (time.sleep(0.5), encode(*arguments))[1])
+        for body in ({"messages": QUESTION}, {"messages": QUESTION, "stream": True}):
+            status, found = ask(server, body)
+            assert status == 504 and found["error"]["code"] == "timeout"
+    assert ask(server, {"messages": QUESTION, "max_tokens": 1})[0] == 200
+
+
 def test_two_models_answer_in_one_process_and_the_wrong_one_is_named(server):
     body = {"messages": QUESTION, "max_tokens": 1}
     assert ask(server, body)[0] == 200, "without a name the first that answers"
     status, found = ask(server, body | {"model": "judge"})
     assert status == 400 and "scores and gives no answers" in found["error"]["message"]
-    status, found = ask(server, body | {"model": "gpt-4"})
-    assert status == 404 and found["error"]["code"] == "model_not_found"
+    status, found = ask(server, body | {"model": "gpt-4" + "x" * 5000})
+    assert status == 404 and found["error"]["code"] == "model_not_found" and len(found["error"]["message"]) < 150
+    status, found = ask(server, body | {"x" * 5000: 1})
+    assert status == 400 and len(json.dumps(found)) < 300
     assert ask(server, {"model": "policy", "input": "a"}, "/v1/score")[0] == 400
 
 
@@ -308,15 +361,19 @@ def test_a_body_without_a_length_is_cut_at_the_limit(server):
     connection.close()
 
 
-def open_stream(server, **changes):
-    """A socket on which a stream has begun."""
-    address = urllib.parse.urlsplit(server[0])
-    body = json.dumps({"prompt": "a", "max_tokens": 100, "stream": True, **changes}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
-    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+def send_request(server, path, body):
+    """The socket of a request that was sent."""
+    address, content = urllib.parse.urlsplit(server[0]), json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
     connection = socket.create_connection((address.hostname, address.port))
-    connection.sendall(head.encode() + body)
+    connection.sendall(head.encode() + content)
     return connection
+
+
+def open_stream(server, **changes):
+    """The socket of a stream that was asked for."""
+    return send_request(server, "/v1/completions", {"prompt": "a", "max_tokens": 100, "stream": True, **changes})
 
 
 def test_a_client_that_goes_away_in_mid_stream_frees_its_row(server):
@@ -406,12 +463,12 @@ def test_a_failure_of_the_device_is_status_500_and_the_server_goes_on(server):
 
 
 def test_models_are_named_by_their_folders():
-    names = model_names(["runs/demo/ppo/export", "runs/demo/reward/export", "/data/llama/"])
+    names = models.model_names(["runs/demo/ppo/export", "runs/demo/reward/export", "/data/llama/"])
     assert names == {"ppo": "runs/demo/ppo/export", "reward": "runs/demo/reward/export", "llama": "/data/llama"}
-    assert list(model_names(["a/ppo/export", "b/ppo/export"])) == ["a/ppo", "b/ppo"]
-    assert model_names(["one=a/x", "two=a/x"]) == {"one": "a/x", "two": "a/x"}
+    assert list(models.model_names(["a/ppo/export", "b/ppo/export"])) == ["a/ppo", "b/ppo"]
+    assert models.model_names(["one=a/x", "two=a/x"]) == {"one": "a/x", "two": "a/x"}
     with pytest.raises(ValueError, match="two models have one name"):
-        model_names(["a/x", "a/x"])
+        models.model_names(["a/x", "a/x"])
 
 
 def start_process(folder, *options):
@@ -455,6 +512,27 @@ def test_at_sigterm_running_answers_finish_new_requests_get_503_and_the_process_
     finally:
         process.kill()
         process.stderr.close()
+
+
+def test_a_second_signal_ends_running_answers_at_once_and_leaves_no_thread_and_no_error(folders, caplog):
+    service = tiny_server.open_service(folders[:1], key=KEY)
+    server = DrainingServer(uvicorn.Config(make_app(service), port=0, log_config=None, lifespan="on"), service, "")
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    worker = service.policies["policy"].worker
+    step = worker.answering.step
+    worker.answering.step = lambda: (time.sleep(0.05), step())[1]
+    stream = open_stream((url,))
+    assert b"200 OK" in stream.recv(100)
+    for _ in range(2):
+        server.handle_exit(signal.SIGTERM, None)
+    thread.join(20)
+    assert not thread.is_alive() and not worker.thread.is_alive()
+    stream.close()
+    assert [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING] == []
 
 
 def test_a_server_that_stops_refuses_new_requests(server):

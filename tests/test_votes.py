@@ -229,10 +229,10 @@ def test_the_file_is_named_as_trainers_read_it_in_a_folder_that_exists(tmp_path)
 
 def test_the_page_loads_nothing_from_elsewhere_and_needs_no_key(votes):
     call = call_server(votes, "secret")
-    texts = [call("GET", path) for path in ("/", "/page.css", "/page.js")]
-    assert [status for status, _ in texts] == [200] * 3
+    texts = [call("GET", path) for path in ("/", "/page.css", "/elements.js", "/page.js")]
+    assert [status for status, _ in texts] == [200] * 4
     assert not any(part in text for _, text in texts for part in ("http:", "https:", "//cdn", "@import", "url("))
-    script = texts[2][1]
+    script = texts[2][1] + texts[3][1]
     assert not any(
         name in script for name in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(")
     )

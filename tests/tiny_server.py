@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import dataclasses
+import http.client
 import json
 import threading
+import urllib.parse
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -63,12 +65,16 @@ def write_model(
 @contextlib.contextmanager
 def running(folders, limits: Limits = LIMITS, key: str = "", votes=None, **changes):
     """The address of a server, and its `Service`, while the block runs."""
-    metrics = Counters()
-    limits = dataclasses.replace(limits, **changes)
-    models = open_models([str(each) for each in folders], "float32", limits, metrics)
-    service = Service(*models, limits, metrics, key, votes)
+    service = open_service(folders, dataclasses.replace(limits, **changes), key, votes)
     with listening(service) as url:
         yield url, service
+
+
+def open_service(folders, limits: Limits = LIMITS, key: str = "", votes=None) -> Service:
+    """What a server of these models shares, before it is started."""
+    metrics = Counters()
+    models = open_models([str(each) for each in folders], "float32", limits, metrics)
+    return Service(*models, limits, metrics, key, votes)
 
 
 @contextlib.contextmanager
@@ -86,6 +92,19 @@ def listening(service: Service):
     finally:
         server.should_exit = True
         thread.join()
+
+
+def ask(url, body, path="/v1/chat/completions", **headers):
+    """(status, JSON or text) of a raw request to a server; a body that is no bytes is sent as JSON, and None is GET."""
+    address = urllib.parse.urlsplit(url)
+    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=120)
+    sent = body if isinstance(body, bytes | type(None)) else json.dumps(body).encode()
+    connection.request("GET" if body is None else "POST", path, sent, {"Content-Type": "application/json"} | headers)
+    response = connection.getresponse()
+    text = response.read().decode()
+    connection.close()
+    is_json = response.headers.get_content_type() == "application/json"
+    return response.status, json.loads(text) if is_json else text
 
 
 def call_app(app, method: str, path: str, body=None, **headers):

@@ -53,15 +53,20 @@ def read_runs(folders: Sequence[Path]) -> dict[str, Any]:
 
 def make_page(data: dict[str, Any]) -> str:
     """The HTML page that shows these values; of scripts and styles only the page's own are allowed to run."""
-    parts = {name: resources.files(__package__).joinpath(f"page.{name}").read_text("utf-8") for name in ("css", "js")}
+    page, css, elements, js = map(_read, ("report/page.html", "report/page.css", "elements.js", "report/page.js"))
+    parts = {"css": css, "js": elements + js}
     text = json.dumps(_plain(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # Text of models may hold "</script>" and "<!--".
     parts["data"] = re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text)
     hashes = {name: base64.b64encode(hashlib.sha256(parts[name].encode()).digest()).decode() for name in ("css", "js")}
     allowed = f"style-src 'sha256-{hashes['css']}'; script-src 'sha256-{hashes['js']}'"
     parts["policy"] = f"default-src 'none'; img-src data:; {allowed}"
-    page = resources.files(__package__).joinpath("page.html").read_text("utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], page)
+
+
+def _read(name: str) -> str:
+    """A file of the package."""
+    return resources.files("rlhf_jax").joinpath(name).read_text("utf-8")
 
 
 def _plain(value: Any) -> Any:

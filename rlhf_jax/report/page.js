@@ -1,22 +1,10 @@
-"use strict";
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const RUNS = DATA.runs, SVG = "http://www.w3.org/2000/svg", COLOURS = 6;
 const shown = new Set(RUNS.map((_, i) => i));  // indices of the runs that are drawn
 const view = { log: false, smooth: 0 };
 const charts = [];
 
-// --- elements; text of models is only ever set as text
-
-function element(name, properties = {}, ...children) {
-  const node = document.createElement(name);
-  for (const [key, value] of Object.entries(properties)) {
-    if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
-    else if (key in node && typeof value !== "string") node[key] = value;
-    else node.setAttribute(key, value);
-  }
-  node.append(...children.filter((each) => each !== null));
-  return node;
-}
+// --- elements
 
 function drawn(name, attributes, text = null) {
   const node = document.createElementNS(SVG, name);
@@ -24,10 +12,6 @@ function drawn(name, attributes, text = null) {
   if (text !== null) node.textContent = text;
   return node;
 }
-
-const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u200b-\u200c\u200e-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
-// Characters that are invisible, or that change the direction of writing, as escapes.
-const visible = (text) => String(text).replace(HIDDEN, (c) => "\\u" + c.charCodeAt(0).toString(16).padStart(4, "0"));
 
 function section(title, ...children) {
   const id = title.toLowerCase().replace(/[^a-z]+/g, "-");

@@ -30,11 +30,12 @@ from rlhf_jax.serve.votes import VOTE_KINDS, VoteFile, Votes, line_id, parse_vot
 from rlhf_jax.serve.worker import PendingAnswer, Piece
 
 LOGGER = logging.getLogger(__name__)
-# {path: file and type of the web page, which loads nothing else}
+# {path: file in the package, and type, of the web page, which loads nothing else}
 PAGE = {
-    "/": ("page.html", "text/html"),
-    "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
+    "/": ("serve/page.html", "text/html"),
+    "/page.css": ("serve/page.css", "text/css"),
+    "/elements.js": ("elements.js", "text/javascript"),
+    "/page.js": ("serve/page.js", "text/javascript"),
 }
 OPEN_PATHS = ("/health", *PAGE)  # need no key
 PAGE_HEADERS = {
@@ -95,7 +96,7 @@ def make_app(service: Service) -> Starlette:
             policy.worker.close()
 
     async def http_error(request: Request, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path}: {error.detail}"
+        message = f"{request.method} {request.url.path:.100}: {error.detail}"
         code = "not_found" if error.status_code == 404 else "http"
         return ApiError(error.status_code, message, code).response(error.headers)
 
@@ -176,11 +177,12 @@ def answer_endpoint(
         start = time.monotonic()
         check_open(service)
         asked = parse(await read_body(service, request))
+        deadline = time.monotonic() + service.limits.seconds
         policy = find_model(service.policies, asked.model, service.scorers)
-        answers = await asyncio.to_thread(policy.answers, asked, service.limits.rows)
+        answers = await in_time(policy.answers(asked, service.limits.rows), request.receive, deadline)
         check_open(service)
         pieces = policy.worker.submit(answers)
-        reply, run = HttpReply(policy.name, asked, answers), Running(service, policy, answers, pieces)
+        reply, run = HttpReply(policy.name, asked, answers), Running(service, policy, answers, pieces, deadline)
         if asked.stream:
             return EventStream(reply, run, start, request.scope["route"].path)
         return await collect(reply, run, request)
@@ -196,8 +198,16 @@ def check_open(service: Service) -> None:
 class Running:
     """Answers that a worker computes, as a context: at its end what they hold is freed."""
 
-    def __init__(self, service: Service, policy: Policy, answers: Sequence[PendingAnswer], pieces: asyncio.Queue):
+    def __init__(
+        self,
+        service: Service,
+        policy: Policy,
+        answers: Sequence[PendingAnswer],
+        pieces: asyncio.Queue,
+        deadline: float,
+    ):
         self.service, self.policy, self.answers, self.queue = service, policy, answers, pieces
+        self.deadline = deadline  # of time.monotonic
         service.active += 1
         service.idle.clear()
 
@@ -224,14 +234,16 @@ async def until_gone(receive: Callable[[], Awaitable[Mapping[str, Any]]]) -> Non
         pass
 
 
-async def first_of(work: Awaitable[Any], receive: Callable, seconds: float) -> Any:
-    """The result of `work`. ClientDisconnect if the client goes away before, TimeoutError after `seconds`."""
+async def in_time(work: Awaitable[Any], receive: Callable, deadline: float) -> Any:
+    """The result of `work`. ClientDisconnect if the client goes away before, ApiError 504 if the deadline, of
+    time.monotonic, comes first."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(until_gone(receive))
     try:
-        done, _ = await asyncio.wait((task, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        left = deadline - time.monotonic()
+        done, _ = await asyncio.wait((task, gone), timeout=left, return_when=asyncio.FIRST_COMPLETED)
         if task in done:
             return task.result()
-        raise ClientDisconnect if gone in done else TimeoutError
+        raise ClientDisconnect if gone in done else ApiError(*TOO_LATE)
     finally:
         task.cancel()
         gone.cancel()
@@ -239,7 +251,7 @@ async def first_of(work: Awaitable[Any], receive: Callable, seconds: float) -> A
 
 
 async def collect(reply: HttpReply, run: Running, request: Request) -> Response:
-    """The whole reply. ApiError 504 if it takes too long."""
+    """The whole reply."""
 
     async def work() -> dict[str, Any]:
         found: list[list[Piece]] = [[] for _ in run.answers]
@@ -249,9 +261,7 @@ async def collect(reply: HttpReply, run: Running, request: Request) -> Response:
         return reply.whole(found)
 
     try:
-        return JSONResponse(await first_of(work(), request.receive, run.service.limits.seconds))
-    except TimeoutError as error:
-        raise ApiError(*TOO_LATE) from error
+        return JSONResponse(await in_time(work(), request.receive, run.deadline))
     finally:
         run.close()
 
@@ -280,12 +290,11 @@ class EventStream(Response):
 
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await first_of(work(), receive, self.run.service.limits.seconds)
+            await in_time(work(), receive, self.run.deadline)
         except ClientDisconnect:
             status = 499
-        except (TimeoutError, ApiError) as error:
+        except ApiError as failure:
             # The status has been sent; the error is an event, as a client may still read.
-            failure = error if isinstance(error, ApiError) else ApiError(*TOO_LATE)
             status = failure.status
             try:
                 async with asyncio.timeout(1.0):
@@ -299,9 +308,10 @@ class EventStream(Response):
 
 async def give_scores(service: Service, request: Request) -> Response:
     check_open(service)
-    name, rows = parse_score(await read_body(service, request))
+    name, rows = parse_score(await read_body(service, request), service.limits.inputs)
+    deadline = time.monotonic() + service.limits.seconds
     scorer = find_model(service.scorers, name, service.policies)
-    scores, tokens = await scorer.scores(rows)
+    scores, tokens = await in_time(scorer.scores(rows), request.receive, deadline)
     data = [{"object": "score", "index": index, "score": score} for index, score in enumerate(scores)]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return JSONResponse({"object": "list", "model": scorer.name, "data": data, "usage": usage})
@@ -333,7 +343,7 @@ async def show_metrics(service: Service, request: Request) -> Response:
 
 
 async def show_page(name: str, kind: str, service: Service, request: Request) -> Response:
-    text = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    text = resources.files("rlhf_jax").joinpath(name).read_text(encoding="utf-8")
     return Response(text, media_type=kind, headers=PAGE_HEADERS)
 
 

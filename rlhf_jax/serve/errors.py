@@ -36,5 +36,5 @@ def invalid(message: str, param: str | None = None, code: str = "invalid_value")
 
 
 SHUTTING_DOWN = (503, "the server is shutting down: ask another, or again once it has started", "shutting_down")
-TOO_LATE = (504, "the answer took longer than the server allows: ask for fewer tokens", "timeout")
+TOO_LATE = (504, "the answer took longer than the server allows: ask for fewer tokens, or fewer scores", "timeout")
 FAILED = (500, "the server failed to answer; its log says why", "internal_error")

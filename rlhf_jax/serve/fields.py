@@ -137,7 +137,7 @@ def check_names(body: Mapping[str, Any], known: set[str]) -> None:
         if name in known or name in WITHOUT_EFFECT or value is None:
             continue
         if name not in NEUTRAL:
-            raise invalid(f"Unrecognized request argument supplied: {name}", name, "unknown_parameter")
+            raise invalid(f"Unrecognized request argument supplied: {name:.60}", name[:60], "unknown_parameter")
         if value not in NEUTRAL[name]:
             raise invalid(f"{name} is not supported; it may be {NEUTRAL[name][0]!r}", name, "unsupported_value")
 
@@ -172,8 +172,8 @@ def is_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(each) is int for each in value)
 
 
-def parse_score(body: Mapping[str, Any]) -> tuple[str | None, list[str | list]]:
-    """The body of /v1/score: the model, and texts or dialogues."""
+def parse_score(body: Mapping[str, Any], most: int) -> tuple[str | None, list[str | list]]:
+    """The body of /v1/score: the model, and at most `most` texts or dialogues. ApiError with status 400."""
     check_names(body, SCORE_FIELDS)
     given = body.get("input")
     is_dialogue = isinstance(given, list) and bool(given) and all(isinstance(each, dict) for each in given)
@@ -181,4 +181,6 @@ def parse_score(body: Mapping[str, Any]) -> tuple[str | None, list[str | list]]:
     if not isinstance(rows, list) or not rows or not all(isinstance(each, str | list) for each in rows):
         message = "input must be a text or the messages of a dialogue, or a list of either"
         raise invalid(message, "input", "missing_required_parameter" if given is None else "invalid_type")
+    if len(rows) > most:
+        raise invalid(f"input has {len(rows)} texts: at most {most} in one request", "input")
     return take(body, "model", str, None), rows

@@ -7,9 +7,11 @@ import copy
 import itertools
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,25 +34,30 @@ from rlhf_jax.serve.worker import PendingAnswer, Worker
 ROWS_PER_SCORE = (1, 8)  # numbers of sequences that are scored at once: few are compiled
 
 
+async def on_thread(thread: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:
+    """The result of `work`, which is not begun where the caller is cancelled before its turn."""
+    return await asyncio.get_running_loop().run_in_executor(thread, work)
+
+
 @dataclass(frozen=True)
 class Policy:
     """A model that answers.
 
     Attributes:
-        tokenizer: of the threads that encode prompts, one at a time.
+        tokenizer: of `thread`, which encodes prompts, those of one request at a time.
     """
 
     name: str
     worker: Worker
     tokenizer: object
     created: int = field(default_factory=lambda: int(time.time()))
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     @property
     def context(self) -> int:
         return self.worker.answering.context
 
-    def answers(self, asked: Asked, most: int) -> list[PendingAnswer]:
+    async def answers(self, asked: Asked, most: int) -> list[PendingAnswer]:
         """The answers that a request asks for: n to each prompt, in their order.
 
         Raises:
@@ -59,8 +66,7 @@ class Policy:
         count = asked.n * len(asked.prompts)
         if count > most:
             raise invalid(f"n and prompt ask for {count} answers: at most {most}", "n")
-        with self.lock:
-            encoded = [self._encode(prompt) for prompt in asked.prompts]
+        encoded = await on_thread(self.thread, lambda: [self._encode(prompt) for prompt in asked.prompts])
         answers = []
         for index, (ids, choice) in enumerate(itertools.product(encoded, range(asked.n))):
             sampled = asked.temperature, asked.top_p, asked.seed, choice
@@ -105,7 +111,7 @@ class Scorer:
     tokenizer: object
     most_waiting: int
     created: int = field(default_factory=lambda: int(time.time()))
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     waiting: list = field(default_factory=list)
 
     async def scores(self, rows: Sequence[str | list]) -> tuple[list[float], int]:
@@ -113,13 +119,14 @@ class Scorer:
         if len(self.waiting) > self.most_waiting:
             raise ApiError(429, f"{self.name} has too many requests waiting: ask again later", "queue_full")
         self.waiting.append(None)
+        gone = threading.Event()
         try:
-            async with self.lock:
-                return await asyncio.to_thread(self._scores, rows)
+            return await on_thread(self.thread, lambda: self._scores(rows, gone))
         finally:
+            gone.set()
             self.waiting.pop()
 
-    def _scores(self, rows: Sequence[str | list]) -> tuple[list[float], int]:
+    def _scores(self, rows: Sequence[str | list], gone: threading.Event) -> tuple[list[float], int]:
         try:
             read = [row if isinstance(row, str) else Dialogue(parse_messages(row)) for row in rows]
             encoded = encode_each(self.tokenizer, read)
@@ -129,11 +136,11 @@ class Scorer:
         if longest > most:
             message = f"input has {longest} tokens, and the model's context is {most}: shorten it"
             raise invalid(message, "input", "context_length_exceeded")
-        return [float(score) for score in self.score(encoded)], sum(map(len, encoded))
+        return self.score(encoded, gone).tolist(), sum(map(len, encoded))
 
-    def score(self, rows: Sequence[np.ndarray]) -> np.ndarray:
+    def score(self, rows: Sequence[np.ndarray], gone: threading.Event) -> np.ndarray:
         """[B] scores; sequences of similar length at once, in one of two numbers of rows and padded, so that few
-        shapes are compiled."""
+        shapes are compiled. What is left when no one waits any more is not computed."""
         scores, most = np.zeros(len(rows), np.float32), self.model.config.max_positions
         widths = np.array([min(bucket_length(len(ids)), most) for ids in rows])
         for width in np.unique(widths):
@@ -142,8 +149,11 @@ class Scorer:
             tokens, mask = np.zeros((len(chosen), width), np.int32), np.zeros((len(chosen), width), bool)
             for row, index in enumerate(chosen):
                 tokens[row, : len(rows[index])], mask[row, : len(rows[index])] = rows[index], True
-            parts = [np.asarray(score(self.model, *part)) for part in chunks(count, tokens, mask)]
-            scores[chosen] = np.concatenate(parts)[: len(chosen)]
+            for i, part in enumerate(chunks(count, tokens, mask)):
+                if gone.is_set():
+                    return scores
+                places = chosen[i * count : (i + 1) * count]
+                scores[places] = np.asarray(score(self.model, *part))[: len(places)]
         return scores
 
     def warm_up(self) -> None:
@@ -151,7 +161,7 @@ class Scorer:
         most = self.model.config.max_positions
         for width in sorted({min(bucket_length(size), most) for size in range(1, most + 1)}):
             for count in ROWS_PER_SCORE:
-                self.score([np.zeros(width, np.int32)] * count)
+                self.score([np.zeros(width, np.int32)] * count, threading.Event())
 
 
 def model_names(folders: Sequence[str]) -> dict[str, str]:
@@ -214,4 +224,4 @@ def find_model(models: Mapping[str, Policy | Scorer], name: str | None, others: 
         kind = "answers and gives no scores" if isinstance(others[name], Policy) else "scores and gives no answers"
         raise invalid(f"The model {name!r} {kind}", "model")
     known = ", ".join(models) or "no model of this kind"
-    raise ApiError(404, f"The model {name!r} does not exist; this server has {known}", "model_not_found", "model")
+    raise ApiError(404, f"The model {name!r:.60} does not exist; this server has {known}", "model_not_found", "model")

@@ -1,25 +1,10 @@
 "use strict";
 // A conversation is a list of turns: {text} of the user, then {answers, ...} of one model or of two sides.
-// Texts of models and of users are only ever set as text.
 
 const KEY = "rlhf-jax-key", SIDES = ["left", "right"];
 const at = (id) => document.getElementById(id);
 let turns = [], running = null, votesFile = null, listed = 0, asking = null;
 
-function element(name, properties = {}, ...children) {
-  const node = document.createElement(name);
-  for (const [key, value] of Object.entries(properties)) {
-    if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
-    else if (key in node && typeof value !== "string") node[key] = value;
-    else node.setAttribute(key, value);
-  }
-  node.append(...children.filter((each) => each !== null));
-  return node;
-}
-
-const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u2028-\u202e\u2066-\u2069]/g;
-// Controls, and what changes the direction of writing for what follows, as escapes.
-const visible = (text) => String(text).replace(HIDDEN, (c) => "\\u" + c.charCodeAt(0).toString(16).padStart(4, "0"));
 const paragraph = (text) => element("div", { class: "text", dir: "auto" }, visible(text));
 const button = (text, onclick, properties = {}) => element("button", { type: "button", onclick, ...properties }, text);
 

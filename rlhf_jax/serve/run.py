@@ -101,12 +101,24 @@ class DrainingServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service, title: str):
         super().__init__(config)
         self.service, self.title = service, title
-        self.loop: asyncio.AbstractEventLoop | None = None
+        self.loop: asyncio.AbstractEventLoop
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        await super().serve(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        self.loop = asyncio.get_running_loop()
         await super().startup(sockets)
         LOGGER.info(f"serve: {self.title}")  # it is listening now
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:  # then uvicorn waits for nothing, and requests and models would speak to a closed loop
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()  # as if its client had gone away
+            if self.server_state.tasks:
+                await asyncio.wait(self.server_state.tasks, timeout=1.0)
+            await self.lifespan.shutdown()
 
     def handle_exit(self, sig: int, frame: object) -> None:
         if self.service.draining:

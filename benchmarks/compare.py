@@ -2,14 +2,15 @@
 
     python -m benchmarks.compare [SUBJECT/SIZE ...] [--note TEXT]
 
-Every side runs in each of its dtypes, then each once more in its fastest dtype and in the reverse order; every run is a
-process of its own that leaves its first iterations out. A ratio is that of the medians over both orders. Writes a row
-of benchmarks/results/compare.json for each peer.
+Short runs find the fastest dtype of each side; in it all sides run one after the other, and again in the reverse order.
+Every run is a process of its own that leaves its first iterations out. A ratio is that of the medians over both orders.
+Writes a row of benchmarks/results/compare.json for each peer.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.peers.environments import run_module
-from benchmarks.provenance import record
+from benchmarks.provenance import RESULTS, record
 
 OWN = "rlhf_jax"
 
@@ -49,7 +50,8 @@ class Comparison:
 
     Attributes:
         ratios: by peer, the ratio to reach: its seconds over this package's.
-        warm_up, iterations: of each run, of which every side has two in its fastest dtype.
+        warm_up, iterations: of each run in the fastest dtype, of which every side has two.
+        dtypes_of: the comparison whose fastest dtypes are taken; "": short runs find them.
     """
 
     subject: str
@@ -57,50 +59,72 @@ class Comparison:
     ratios: dict[str, float]
     warm_up: int = 2
     iterations: int = 5
+    dtypes_of: str = ""
 
     @property
     def name(self) -> str:
         return f"{self.subject}/{self.size}"
 
 
+PPO = {"torch": 1.5, "TRL 1.9.2": 1.8}
 COMPARISONS = (
-    Comparison("ppo_iteration", "A", {"torch": 1.5, "TRL 1.9.2": 1.8}),
-    Comparison("ppo_iteration", "opt-125m", {"torch": 1.5, "TRL 1.9.2": 1.8}, warm_up=1, iterations=3),
+    Comparison("ppo_iteration", "A", PPO, iterations=3),
+    Comparison("ppo_iteration", "opt-125m", PPO, warm_up=1, iterations=3, dtypes_of="ppo_iteration/A"),
     Comparison("grpo_iteration", "qwen3", {"tunix 0.1.7": 2.0, "TRL 1.16": 1.5}),
     Comparison("generate", "A", {"torch": 2.0}),
     Comparison("train_step", "A", {"torch": 1.15}),
     Comparison("score", "A", {"torch": 1.3}),
 )
-Run = Callable[[Comparison, str, str], dict[str, Any]]  # (comparison, side, dtype) -> the JSON line
+SHORT = (1, 2)  # iterations of a short run: of warm-up, and timed
+Run = Callable[[str, str, str, str, tuple[int, int]], dict[str, Any]]  # of `run_side`
 
 
-def run_side(comparison: Comparison, side: str, dtype: str) -> dict[str, Any]:
-    """Run a side in a process of its own."""
-    shared = ["--size", comparison.size, "--dtype", dtype]
-    shared += ["--warm-up", str(comparison.warm_up), "--iterations", str(comparison.iterations)]
+def run_side(subject: str, size: str, side: str, dtype: str, iterations: tuple[int, int]) -> dict[str, Any]:
+    """The JSON line of a side in a process of its own; `iterations`: of warm-up, and timed."""
+    shared = ["--size", size, "--dtype", dtype, "--warm-up", str(iterations[0]), "--iterations", str(iterations[1])]
     if side == OWN:
-        command = [sys.executable, "-m", f"benchmarks.{comparison.subject}", *shared]
+        command = [sys.executable, "-m", f"benchmarks.{subject}", *shared]
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": "runs/compiled"}
         lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
     else:
         peer = PEERS[side]
-        given = [comparison.subject] if peer.takes_subject else []
+        given = [subject] if peer.takes_subject else []
         lines = run_module(peer.environment, peer.module, *given, *shared, capture=True)
     result = json.loads(lines.splitlines()[-1])
     seconds, memory = result["seconds"], result["peak_bytes"] / 2**30
-    print(f"{comparison.name}: {side}, {dtype}: {seconds:.3f} s, {memory:.1f} GiB", file=sys.stderr, flush=True)
+    print(f"{subject}/{size}: {side}, {dtype}: {seconds:.3f} s, {memory:.1f} GiB", file=sys.stderr, flush=True)
     return result
+
+
+def short_runs(comparison: Comparison, run: Run) -> dict[str, dict[str, float]]:
+    """{side: {dtype: seconds}}, by runs of their own or those recorded of `dtypes_of`.
+
+    Raises:
+        ValueError: none are recorded.
+    """
+    dtypes = {OWN: ("float32", "bfloat16")} | {peer: PEERS[peer].dtypes for peer in comparison.ratios}
+    if not comparison.dtypes_of:
+        given = comparison.subject, comparison.size
+        return {side: {each: run(*given, side, each, SHORT)["seconds"] for each in own} for side, own in dtypes.items()}
+    path = RESULTS / "compare.json"
+    recorded = [each["result"] for each in json.loads(path.read_text())] if path.exists() else []
+    rows = {row["peer"]: row for row in recorded if f"{row['subject']}/{row['size']}" == comparison.dtypes_of}
+    if missing := comparison.ratios.keys() - rows.keys():
+        raise ValueError(f"{', '.join(missing)}: run {comparison.dtypes_of} before {comparison.name}")
+    return {OWN: next(iter(rows.values()))["own"]["by_dtype"]} | {
+        peer: rows[peer]["other"]["by_dtype"] for peer in comparison.ratios
+    }
 
 
 def compare(comparison: Comparison, run: Run) -> list[dict[str, Any]]:
     """The row of each peer."""
-    dtypes = {OWN: ("float32", "bfloat16")} | {peer: PEERS[peer].dtypes for peer in comparison.ratios}
-    first = {side: {dtype: run(comparison, side, dtype) for dtype in own} for side, own in dtypes.items()}
-    fastest = {
-        side: min(found, key=lambda dtype, found=found: found[dtype]["seconds"]) for side, found in first.items()
-    }
-    again = {side: run(comparison, side, fastest[side]) for side in reversed(dtypes)}
-    sides = {side: summary(first[side], again[side]) for side in dtypes}
+    by_dtype = short_runs(comparison, run)
+    fastest = {side: min(seconds, key=seconds.get) for side, seconds in by_dtype.items()}
+    given, iterations = (comparison.subject, comparison.size), (comparison.warm_up, comparison.iterations)
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in fastest}
+    for side in (*fastest, *reversed(fastest)):
+        runs[side].append(run(*given, side, fastest[side], iterations))
+    sides = {side: summary(each) | {"by_dtype": by_dtype[side]} for side, each in runs.items()}
     own = sides[OWN]
     return [
         {
@@ -117,24 +141,17 @@ def compare(comparison: Comparison, run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def fastest_dtype(found: dict[str, dict[str, Any]]) -> str:
-    return min(found, key=lambda dtype: found[dtype]["seconds"])
-
-
-def summary(first: dict[str, dict[str, Any]], again: dict[str, Any]) -> dict[str, Any]:
-    """Of a side in its fastest dtype, over both orders: timings, their median, and the more memory; of each phase the
-    mean of both medians; and the seconds of every dtype in the first order."""
-    both = [first[again["dtype"]], again]
-    timings = [seconds for each in both for seconds in each["timings"]]
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the runs of a side: all timings and their median, the largest peak, and means of all else."""
+    timings = [seconds for run in runs for seconds in run["timings"]]
+    means = ("tokens_per_second", "flops_share", "bytes_share")
     return {
-        "dtype": again["dtype"],
+        "dtype": runs[0]["dtype"],
         "seconds": statistics.median(timings),
         "timings": timings,
-        "phases": {phase: statistics.mean(each["phases"][phase] for each in both) for phase in again["phases"]},
-        "flops_share": statistics.mean(each["flops_share"] for each in both),
-        "bytes_share": statistics.mean(each["bytes_share"] for each in both),
-        "peak_bytes": max(each["peak_bytes"] for each in both),
-        "by_dtype": {dtype: each["seconds"] for dtype, each in first.items()},
+        "phases": {phase: statistics.mean(run["phases"][phase] for run in runs) for phase in runs[0]["phases"]},
+        **{name: statistics.mean(run[name] for run in runs) for name in means},
+        "peak_bytes": max(run["peak_bytes"] for run in runs),
     }
 
 
@@ -143,12 +160,14 @@ def main(argv: list[str] | None = None) -> None:
     names = [comparison.name for comparison in COMPARISONS]
     parser.add_argument("names", nargs="*", metavar="SUBJECT/SIZE", help=f"of {', '.join(names)} (default: all)")
     parser.add_argument("--note", default="", help="about the machine, such as that other processes shared it")
+    parser.add_argument("--iterations", type=int, help="that are timed in each run, in place of the comparison's")
     args = parser.parse_args(argv)
     if unknown := set(args.names) - set(names):
         parser.error(f"no such comparison: {', '.join(sorted(unknown))}; choose from {', '.join(names)}")
     for comparison in COMPARISONS:
         if comparison.name in (args.names or names):
-            for row in compare(comparison, run_side):
+            counted = dataclasses.replace(comparison, iterations=args.iterations or comparison.iterations)
+            for row in compare(counted, run_side):
                 record("compare", row, "subject", "size", "peer", note=args.note)
                 print(json.dumps({key: row[key] for key in ("subject", "size", "peer", "ratio", "memory_ratio")}))
 

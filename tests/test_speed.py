@@ -67,27 +67,47 @@ def test_the_work_of_a_small_model_is_that_of_its_products_by_hand():
     assert timing.generate_work(sizes, 2) == (generate, 2 * 2 * 168 + 3 * (2 * 4) * 2 * 2)
 
 
-def test_ratios_are_those_of_medians_over_both_orders_in_the_fastest_dtype():
-    seconds = {
-        ("rlhf_jax", "float32"): [[4.0, 4.0, 4.0]],
-        ("rlhf_jax", "bfloat16"): [[1.0, 3.0, 2.0], [2.0, 2.0, 9.0]],
-        ("torch", "float32"): [[6.0, 6.0, 6.0]],
-        ("torch", "bfloat16"): [[9.0, 9.0, 9.0]],
-        ("torch", "mixed"): [[5.0, 5.0, 5.0], [3.0, 3.0, 5.0]],
-    }
-    order = []
+def make_run(seconds, order):
+    """The `run` of a comparison, with the timings of each side and dtype in turn; appends the runs to `order`."""
 
-    def run(comparison, side, dtype):
-        order.append((side, dtype))
+    def run(subject, size, side, dtype, iterations):
+        order.append((side, dtype, iterations))
         timings = seconds[side, dtype].pop(0)
         found = {"dtype": dtype, "seconds": sorted(timings)[1], "timings": timings, "phases": {"all": timings[0]}}
-        return found | {"flops_share": 0.5, "bytes_share": 0.25, "peak_bytes": 100 if side == "torch" else 60}
+        found |= {"flops_share": 0.5, "bytes_share": timings[0] / 8, "tokens_per_second": 10.0}
+        return found | {"peak_bytes": timings[-1] * (10 if side == "torch" else 6)}
 
-    (row,) = compare.compare(compare.Comparison("score", "A", {"torch": 1.3}), run)
-    assert order == [*[("rlhf_jax", "float32"), ("rlhf_jax", "bfloat16")]] + [
-        *[("torch", "float32"), ("torch", "bfloat16"), ("torch", "mixed"), ("torch", "mixed"), ("rlhf_jax", "bfloat16")]
-    ]
-    assert row["own"]["dtype"] == "bfloat16" and row["own"]["timings"] == [1.0, 3.0, 2.0, 2.0, 2.0, 9.0]
-    assert (row["own"]["seconds"], row["other"]["seconds"], row["ratio"]) == (2.0, 5.0, 2.5)
-    assert row["memory_ratio"] == 0.6 and row["other"]["by_dtype"] == {"float32": 6.0, "bfloat16": 9.0, "mixed": 5.0}
-    assert row["own"]["phases"] == {"all": 1.5}
+    return run
+
+
+def test_ratios_are_those_of_medians_over_both_orders_in_the_fastest_dtype_of_each_side():
+    seconds = {
+        ("rlhf_jax", "float32"): [[4.0, 4.0, 4.0]],
+        ("rlhf_jax", "bfloat16"): [[3.0, 3.0, 3.0], [1.0, 3.0, 2.0], [2.0, 2.0, 9.0]],
+        ("torch", "float32"): [[6.0, 6.0, 6.0]],
+        ("torch", "bfloat16"): [[9.0, 9.0, 9.0]],
+        ("torch", "mixed"): [[5.0, 4.0, 5.0], [5.0, 5.0, 5.0], [3.0, 3.0, 6.0]],
+    }
+    order, comparison = [], compare.Comparison("score", "A", {"torch": 1.3}, iterations=3)
+    (row,) = compare.compare(comparison, make_run(seconds, order))
+    sides = [("rlhf_jax", "float32"), ("rlhf_jax", "bfloat16"), *[("torch", each) for each in ("float32", "bfloat16")]]
+    assert order[:5] == [(*each, (1, 2)) for each in [*sides, ("torch", "mixed")]]
+    assert order[5:] == [(*each, (2, 3)) for each in [sides[1], ("torch", "mixed"), ("torch", "mixed"), sides[1]]]
+    own, other = row["own"], row["other"]
+    assert own["dtype"] == "bfloat16" and own["timings"] == [1.0, 3.0, 2.0, 2.0, 2.0, 9.0]
+    assert (own["seconds"], other["seconds"], row["ratio"]) == (2.0, 5.0, 2.5)
+    assert row["memory_ratio"] == 54 / 60 and other["by_dtype"] == {"float32": 6.0, "bfloat16": 9.0, "mixed": 5.0}
+    assert own["phases"] == {"all": 1.5} and own["bytes_share"] == 1.5 / 8
+
+
+def test_a_comparison_takes_the_fastest_dtypes_that_are_recorded_of_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    large = compare.Comparison("score", "opt-125m", {"torch": 1.3}, 1, 3, dtypes_of="score/A")
+    with pytest.raises(ValueError, match="torch: run score/A before score/opt-125m"):
+        compare.compare(large, make_run({}, []))
+    by_dtype = {"own": {"by_dtype": {"float32": 1.0, "bfloat16": 2.0}}, "other": {"by_dtype": {"mixed": 1.0}}}
+    row = {"subject": "score", "size": "A", "peer": "torch", **by_dtype}
+    (tmp_path / "compare.json").write_text(json.dumps([{"result": row}]))
+    seconds = {("rlhf_jax", "float32"): [[2.0] * 3] * 2, ("torch", "mixed"): [[3.0] * 3] * 2}
+    (found,) = compare.compare(large, make_run(seconds, order := []))
+    assert found["ratio"] == 1.5 and [each[2] for each in order] == [(1, 3)] * 4

@@ -18,10 +18,12 @@ PACKAGES = {
 
 def run_module(name: str, module: str, *arguments: str, capture: bool = False) -> str:
     """`python -m module arguments` in an environment, which is made unless it exists; its output where captured."""
-    python = FOLDER / name / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(FOLDER / name)], check=True)
+    python, installed = FOLDER / name / "bin" / "python", FOLDER / name / "packages.txt"
+    wanted = "\n".join(PACKAGES[name])
+    if not installed.exists() or installed.read_text() != wanted:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(FOLDER / name)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "-q", *PACKAGES[name]], check=True)
+        installed.write_text(wanted)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     out = subprocess.PIPE if capture else None
     command = [str(python), "-m", module, *arguments]

@@ -37,7 +37,7 @@ class Words:
         return self.tokenizer.decode(ids)
 
     def bos_id(self) -> int:
-        return self.tokenizer.pad_token_id
+        return 0  # none is added
 
     def eos_id(self) -> int:
         return self.tokenizer.eos_token_id

@@ -51,6 +51,7 @@ class Comparison:
     Attributes:
         ratios: by peer, the ratio to reach: its seconds over this package's.
         warm_up, iterations: of each run in the fastest dtype, of which every side has two.
+        dtypes: of which each side has some, or all.
         dtypes_of: the comparison whose fastest dtypes are taken; "": short runs find them.
     """
 
@@ -59,6 +60,7 @@ class Comparison:
     ratios: dict[str, float]
     warm_up: int = 2
     iterations: int = 5
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "mixed")
     dtypes_of: str = ""
 
     @property
@@ -71,7 +73,7 @@ COMPARISONS = (
     Comparison("ppo_iteration", "A", PPO, iterations=3),
     Comparison("ppo_iteration", "opt-125m", PPO, warm_up=1, iterations=3, dtypes_of="ppo_iteration/A"),
     Comparison("grpo_iteration", "qwen3", {"tunix 0.1.7": 2.0, "TRL 1.16": 1.5}),
-    Comparison("generate", "A", {"torch": 2.0}),
+    Comparison("generate", "A", {"torch": 2.0}, dtypes=("float32", "bfloat16")),
     Comparison("train_step", "A", {"torch": 1.15}),
     Comparison("score", "A", {"torch": 1.3}),
 )
@@ -102,9 +104,10 @@ def short_runs(comparison: Comparison, run: Run) -> dict[str, dict[str, float]]:
     Raises:
         ValueError: none are recorded.
     """
-    dtypes = {OWN: ("float32", "bfloat16")} | {peer: PEERS[peer].dtypes for peer in comparison.ratios}
     if not comparison.dtypes_of:
         given = comparison.subject, comparison.size
+        every = {OWN: ("float32", "bfloat16")} | {peer: PEERS[peer].dtypes for peer in comparison.ratios}
+        dtypes = {side: [each for each in own if each in comparison.dtypes] for side, own in every.items()}
         return {side: {each: run(*given, side, each, SHORT)["seconds"] for each in own} for side, own in dtypes.items()}
     path = RESULTS / "compare.json"
     recorded = [each["result"] for each in json.loads(path.read_text())] if path.exists() else []

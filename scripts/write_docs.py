@@ -363,6 +363,52 @@ def serving() -> str:
     return table_of_runs("serve", head, row)
 
 
+WORK = {
+    "ppo_iteration": "PPO iteration",
+    "grpo_iteration": "GRPO iteration",
+    "generate": "generation",
+    "train_step": "SFT step",
+    "score": "scoring",
+}
+SPEED_SIZES = {"A": "A", "opt-125m": "OPT-125M", "qwen3": "Qwen3"}
+
+
+def speed() -> str:
+    """A row per peer: seconds in the fastest dtype of each side, their ratio, and that of the peak memory."""
+
+    def row(result: dict) -> list[str]:
+        own, other = (f"{result[side]['seconds']:.3f} ({result[side]['dtype']})" for side in ("own", "other"))
+        ratios = [f"{result['ratio']:.2f}", f"{result['wanted']:g}", f"{result['memory_ratio']:.2f}"]
+        return [WORK[result["subject"]], SPEED_SIZES[result["size"]], own, result["peer"], other, *ratios]
+
+    head = ["", "size", "here, seconds", "peer", "its seconds", "ratio", "aimed at", "peak memory over the peer's"]
+    return table_of_runs("compare", head, row)
+
+
+def speed_phases() -> str:
+    """A row per side of the PPO iterations: the seconds of each phase, and the shares of the machine's ceilings."""
+    runs = [run["result"] for run in runs_of("compare") if run["result"]["subject"] == "ppo_iteration"]
+    rows = []
+    for size in dict.fromkeys(result["size"] for result in runs):
+        same = [result for result in runs if result["size"] == size]
+        for name, side in {"here": same[0]["own"]} | {result["peer"]: result["other"] for result in same}.items():
+            seconds = [f"{side['phases'][phase]:.2f}" if phase in side["phases"] else "" for phase in PHASES]
+            shares = [percent(side[f"{kind}_share"], 0) for kind in ("flops", "bytes")]
+            rows.append([SPEED_SIZES[size], name, *seconds, *shares, f"{side['peak_bytes'] / 2**30:.2f}"])
+    return table(["size", "", *PHASES, "of the products' ceiling", "of the memory's", "peak, GiB"], rows)
+
+
+def start_up() -> str:
+    rows = {
+        "`import rlhf_jax`, seconds": lambda r: f"{r['seconds']['import']:.2f}",
+        "`rlhf-jax --help`": lambda r: f"{r['seconds']['help']:.2f}",
+        "`rlhf-jax plan configs/opt-175b-multi_node.toml`": lambda r: f"{r['seconds']['plan']:.1f}",
+        "first PPO iteration of a run, compilation included": lambda r: f"{r['first_steps'][0]:.1f}",
+        "the same of a second run": lambda r: f"{r['first_steps'][1]:.1f}",
+    }
+    return transposed_table("compile", ["", *(run["result"]["size"] for run in runs_of("compile"))], rows)
+
+
 def packing() -> str:
     def row(result: dict) -> list[str]:
         counts = [f"{result['documents']:,}", str(result["length"]), percent(result["padding"])]
@@ -594,6 +640,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
             quantised_errors,
             slot_refill,
             serving,
+            speed,
+            speed_phases,
+            start_up,
             packing,
             real_data,
             alpaca_pairs,

@@ -1,20 +1,25 @@
 """README.md and docs/: generated parts agree with their sources; commands, configurations and links work."""
 
+import contextlib
 import datetime
 import importlib.util
+import io
 import json
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import tomli_w
 
 from benchmarks import demo, provenance
 from rlhf_jax import cli
 from rlhf_jax.config import load_config, parse_config
 from rlhf_jax.recipe import Recipe
+from rlhf_jax.stages.table import STAGES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -25,15 +30,15 @@ PARTS = re.compile(r"^<!-- (\w+) -->$.*?^<!-- /\1 -->$", re.DOTALL | re.MULTILIN
 FENCES = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
-def write_docs():
-    """scripts/write_docs.py as a module."""
-    spec = importlib.util.spec_from_file_location("write_docs", ROOT / "scripts" / "write_docs.py")
+def load_script(name: str):
+    """scripts/NAME.py as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-WRITE = write_docs()
+WRITE = load_script("write_docs")
 DOCUMENTS = WRITE.documents()
 TEXTS = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
 EACH = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
@@ -44,11 +49,36 @@ def prose(path: Path) -> str:
     return FENCES.sub("", PARTS.sub("", TEXTS[path]))
 
 
-def commands() -> list[list[str]]:
-    """The arguments of every command line of `rlhf-jax` in the documents."""
-    code = [code for text in TEXTS.values() for language, code in FENCES.findall(text) if language == "bash"]
-    lines = [shlex.split(line, comments=True) for line in "\n".join(code).splitlines()]
-    return [words[1:] for words in lines if words and words[0].endswith("rlhf-jax")]
+def help_text(*command: str) -> str:
+    """What `rlhf-jax COMMAND --help` prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as left:
+        cli.main([*command, "--help"])
+    assert left.value.code == 0
+    return out.getvalue()
+
+
+NAMES = re.findall(r"^    ([a-z]+) ", help_text(), re.MULTILINE)
+
+
+def example_of(path: Path) -> dict:
+    """The configuration mine.toml of a document, or that of the README."""
+    codes = [code for each in (path, ROOT / "README.md") for language, code in FENCES.findall(TEXTS[each])]
+    return tomllib.loads(next(code for code in codes if code.startswith("# mine.toml")))
+
+
+def code_lines() -> list[tuple[Path, list[str]]]:
+    """(document, words) of every command line in the documents."""
+    codes = [(path, code) for path, text in TEXTS.items() for kind, code in FENCES.findall(text) if kind == "bash"]
+    lines = [(path, shlex.split(line, comments=True)) for path, code in codes for line in code.splitlines()]
+    return [(path, words) for path, words in lines if words]
+
+
+def commands() -> list[tuple[Path, list[str]]]:
+    """(document, arguments) of every command line of `rlhf-jax` in the documents and the help texts, once each."""
+    found = [(path, words[1:]) for path, words in code_lines() if words[0].endswith("rlhf-jax")]
+    helps = [line for name in NAMES for line in re.findall(r"^  (?:\w+=\S+ )?rlhf-jax (.*)$", help_text(name), re.M)]
+    found += [(ROOT / "README.md", shlex.split(line.partition(" | ")[0])) for line in helps]
+    return list({(path.stem, *words): (path, words) for path, words in found}.values())
 
 
 @EACH
@@ -96,18 +126,52 @@ def test_every_file_named_by_its_path_exists(path):
     assert [name for name in modules if not (ROOT / f"{name.replace('.', '/')}.py").exists()] == []
 
 
-def test_the_documents_contain_commands():
-    assert len(commands()) > 15
+def test_every_command_explains_itself_and_all_but_chat_have_examples():
+    assert len(NAMES) == 16 and {"train", *STAGES, "evaluate", "chat", "serve", "report", "rollouts"} < {*NAMES}
+    texts = {name: help_text(name) for name in NAMES}
+    assert all(text.startswith(f"usage: rlhf-jax {name}") for name, text in texts.items())
+    assert [name for name, text in texts.items() if "\n  rlhf-jax " not in text] == ["chat"]
 
 
-@pytest.mark.parametrize("arguments", commands(), ids=" ".join)
-def test_a_command_parses_and_its_configuration_loads_with_its_overrides(arguments):
+@pytest.mark.parametrize(
+    ("path", "arguments"), commands(), ids=lambda each: each.stem if isinstance(each, Path) else " ".join(each)
+)
+def test_a_command_parses_and_its_configuration_loads_with_its_overrides(path, arguments, tmp_path):
     args = cli.parse_args(arguments)
-    if getattr(args, "config", "").startswith("configs/"):
-        assert load_config(ROOT / args.config, args.overrides, Recipe)
-    else:
-        config = "mine.toml" if getattr(args, "prompts", None) is None else "A"  # of models on prompts there is none
-        assert getattr(args, "config", config) == config
+    config = getattr(args, "config", None)
+    if config is None or getattr(args, "prompts", None) is not None:  # models, of which there is no configuration
+        return
+    if not config.startswith("configs/"):
+        assert config == "mine.toml"
+        (tmp_path / config).write_text(tomli_w.dumps(example_of(path)))
+    assert load_config((ROOT if config.startswith("configs/") else tmp_path) / config, args.overrides, Recipe)
+
+
+def test_other_command_lines_name_scripts_modules_options_and_extras_that_exist(monkeypatch):
+    others = [words for _, words in code_lines() if not words[0].endswith("rlhf-jax")]
+    inline = re.findall(r"`([^`]*python -m benchmarks\.[a-z][^`]*)`", "\n".join(map(prose, DOCUMENTS)))
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for words in (*others, *map(shlex.split, inline)):
+        if "-m" in words and words[words.index("-m") + 1].startswith("benchmarks."):
+            module = words[words.index("-m") + 1]
+            source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+            assert [word for word in words if word.startswith("--") and f'"{word}"' not in source] == []
+        elif words[0].startswith("scripts/"):
+            subprocess.run(["bash", "-n", words[0]], cwd=ROOT, check=True)
+        elif "scripts/train.py" in words:
+            script = load_script("train")
+            monkeypatch.setattr(script, "rlhf_jax", lambda argv: bool(load_config(argv[1], argv[2:], Recipe)))
+            assert script.main(words[2:]) is True
+        elif "pip" in words[0]:
+            assert {each for word in words for each in re.findall(r"\[(\w+)\]", word)} <= extras.keys()
+        else:
+            assert words[:3] == ["python3", "-m", "venv"], words
+
+
+def test_the_reward_function_of_the_documents_runs():
+    (code,) = [code for language, code in FENCES.findall(TEXTS[ROOT / "docs/methods.md"]) if language == "python"]
+    exec(code, names := {})
+    assert names["is_correct"](["1 + 1?"] * 2, ["It is 2.", "3"], [{"answer": "2"}] * 2) == [1.0, 0.0]
 
 
 def test_every_example_configuration_loads():

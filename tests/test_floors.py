@@ -23,7 +23,7 @@ FLOORS = [
     ["likelihood"],
     ["evaluate"],
     ["recipe"],
-    ["plan", "show_data", "chat", "compare", "import_export", "serve", "report"],
+    ["plan", "show_data", "chat", "compare", "import_export", "serve", "report", "options"],
     ["train"],
     [""],  # the package's own __init__, its public face
     ["cli"],

@@ -12,14 +12,18 @@ import tiny
 from tiny_tokenizer import gpt2_like
 
 import rlhf_jax
+from rlhf_jax.data.chat_template import prepare_tokenizer
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.families import decoder_config
 from rlhf_jax.models.pretrained import Pretrained, save_pretrained
 from rlhf_jax.stages.from_scratch import make_hf_config
 from rlhf_jax.stages.models import NewModelConfig
 
-TEXT = (Path(__file__).parents[1] / "docs" / "library.md").read_text(encoding="utf-8")
-EXAMPLES = [code for code in re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE) if "STEPS" in code]
+README, TEXT = (
+    (Path(__file__).parents[1] / name).read_text(encoding="utf-8") for name in ("README.md", "docs/library.md")
+)
+PYTHON = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+EXAMPLES = [code for code in PYTHON.findall(TEXT) if "STEPS" in code]
 
 
 @pytest.fixture
@@ -52,6 +56,25 @@ def test_importing_the_package_imports_no_checkpoints_no_transformers_and_no_tor
     code = "import sys, rlhf_jax; print([name for name in ('orbax', 'transformers', 'torch') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_the_short_examples_of_the_document_and_the_readme_run(folder, capsys):
+    model = rlhf_jax.from_pretrained("model")
+    prepare_tokenizer(model.tokenizer)
+    rlhf_jax.save_pretrained(model, "runs/demo/ppo/export")
+    config = decoder_config(model.hf_config, scalar_head=True)
+    params = tiny.random_params(config, tiny.mesh_of("one"))
+    scorer = Pretrained(config, params, model.tokenizer, model.hf_config, {}, model.layout)
+    rlhf_jax.save_pretrained(scorer, "runs/demo/reward/export")
+    short = [code for text in (README, TEXT) for code in PYTHON.findall(text) if code not in EXAMPLES]
+    assert len(short) == 2
+    for code in short:
+        exec(code, {})
+    answers = capsys.readouterr().out.splitlines()
+    assert (
+        answers[-1] == f"(1, {answers[-1].split(', ')[1]}, {config.vocab_size})"
+        and (folder / "copy/config.json").exists()
+    )
 
 
 def test_the_examples_have_at_most_40_and_60_lines():

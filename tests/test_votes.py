@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -64,6 +66,16 @@ def test_a_vote_appends_a_row_that_trainers_read_as_a_pair_with_its_provenance(v
     call("POST", "/votes", VOTE | {"vote": "left"})
     assert [each.chosen for each in pairs_read(votes.pairs.path)] == ["right", "left 漢\nc"]
     assert votes.ties.path.read_bytes() == b""
+
+
+def test_the_row_in_the_document_is_one_that_trainers_read_with_the_fields_of_a_vote(votes):
+    text = (Path(__file__).parents[1] / "docs/feedback.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```json\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    row = json.loads(code)
+    votes.pairs.append(row)
+    assert [(each.chosen, each.rejected) for each in pairs_read(votes.pairs.path)] == [("7", "It is 8.")]
+    taken = call_server(votes)("POST", "/votes", VOTE)[1]["row"]
+    assert taken.keys() == row.keys() and taken["chosen_by"].keys() == row["chosen_by"].keys()
 
 
 def test_a_tie_is_kept_apart_from_the_pairs_with_both_answers(votes):

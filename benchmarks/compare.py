@@ -1,6 +1,6 @@
 """The seconds of this package's programs and of the same work by its peers, in turn on one machine, and their ratios.
 
-    python -m benchmarks.compare [SUBJECT/SIZE ...] [--note TEXT]
+    python -m benchmarks.compare [SUBJECT/SIZE ...] [--peers NAME ...] [--note TEXT]
 
 Short runs find the fastest dtype of each side; in it all sides run one after the other, and again in the reverse order.
 Every run is a process of its own that leaves its first iterations out. A ratio is that of the medians over both orders.
@@ -70,14 +70,14 @@ class Comparison:
 
 PPO = {"torch": 1.5, "TRL 1.9.2": 1.8}
 COMPARISONS = (
-    Comparison("ppo_iteration", "A", PPO, iterations=3),
-    Comparison("ppo_iteration", "opt-125m", PPO, warm_up=1, iterations=3, dtypes_of="ppo_iteration/A"),
-    Comparison("grpo_iteration", "qwen3", {"tunix 0.1.7": 2.0, "TRL 1.16": 1.5}),
     Comparison("generate", "A", {"torch": 2.0}, dtypes=("float32", "bfloat16")),
     Comparison("train_step", "A", {"torch": 1.15}),
     Comparison("score", "A", {"torch": 1.3}),
+    Comparison("grpo_iteration", "qwen3", {"tunix 0.1.7": 2.0, "TRL 1.16": 1.5}),
+    Comparison("ppo_iteration", "A", PPO, iterations=3),
+    Comparison("ppo_iteration", "opt-125m", PPO, warm_up=1, iterations=3, dtypes_of="ppo_iteration/A"),
 )
-SHORT = (1, 2)  # iterations of a short run: of warm-up, and timed
+SHORT = (1, 1)  # iterations of a short run: of warm-up, and timed
 Run = Callable[[str, str, str, str, tuple[int, int]], dict[str, Any]]  # of `run_side`
 
 
@@ -162,15 +162,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [comparison.name for comparison in COMPARISONS]
     parser.add_argument("names", nargs="*", metavar="SUBJECT/SIZE", help=f"of {', '.join(names)} (default: all)")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="NAME", help="(default: all)")
     parser.add_argument("--note", default="", help="about the machine, such as that other processes shared it")
     parser.add_argument("--iterations", type=int, help="that are timed in each run, in place of the comparison's")
     args = parser.parse_args(argv)
     if unknown := set(args.names) - set(names):
         parser.error(f"no such comparison: {', '.join(sorted(unknown))}; choose from {', '.join(names)}")
     for comparison in COMPARISONS:
-        if comparison.name in (args.names or names):
-            counted = dataclasses.replace(comparison, iterations=args.iterations or comparison.iterations)
-            for row in compare(counted, run_side):
+        ratios = {peer: wanted for peer, wanted in comparison.ratios.items() if peer in args.peers}
+        if ratios and comparison.name in (args.names or names):
+            iterations = args.iterations or comparison.iterations
+            for row in compare(dataclasses.replace(comparison, ratios=ratios, iterations=iterations), run_side):
                 record("compare", row, "subject", "size", "peer", note=args.note)
                 print(json.dumps({key: row[key] for key in ("subject", "size", "peer", "ratio", "memory_ratio")}))
 

@@ -9,7 +9,7 @@ from rlhf_jax.stages.table import STAGES
 
 PACKAGE = Path(__file__).parents[1] / "rlhf_jax"
 FLOORS = [
-    ["redact", "trees", "hub_access", "hosts", "checkpoint_files"],
+    ["redact", "trees", "products", "hub_access", "hosts", "checkpoint_files"],
     ["config"],
     ["trackers"],
     ["mesh", "hardware", "loss_scale", "collectives", "metrics", "events", "objectives", "sampling"],

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.sharding import AbstractMesh
 
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.attention import kernel_for_mesh
@@ -22,6 +23,7 @@ from rlhf_jax.models.config import BLOCK_NORMS, Compute, DecoderConfig
 from rlhf_jax.models.experts import balance_loss, router_load
 from rlhf_jax.models.layers import (
     AttentionContext,
+    add_bias,
     attention_context,
     embed,
     normalise,
@@ -29,10 +31,11 @@ from rlhf_jax.models.layers import (
     visible_keys,
 )
 from rlhf_jax.models.lora import NO_LORA
-from rlhf_jax.models.quantised import Quantised, matmul
+from rlhf_jax.models.quantised import Quantised, multiply
 from rlhf_jax.models.transformer import embed_tokens, tail, transformer_block
 from rlhf_jax.models.unstacked import Param, has_unstacked, remat_layer, scan_layers
 from rlhf_jax.objectives.logprobs import head_logits
+from rlhf_jax.products import matmul
 
 
 def _param(init, rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
@@ -60,10 +63,11 @@ class Linear(nnx.Module):
         self.lora_scale = lora.scale if adapted else 0.0
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = matmul(x, self.kernel[...])
+        y = multiply(x, self.kernel[...])
         if self.lora_a is not None:
-            y = y + (x @ self.lora_a[...].astype(x.dtype)) @ (self.lora_scale * self.lora_b[...]).astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+            scaled = (self.lora_scale * self.lora_b[...]).astype(x.dtype)
+            y = y + matmul(matmul(x, self.lora_a[...].astype(x.dtype)), scaled)
+        return y if self.bias is None else add_bias(y, self.bias[...])
 
 
 class Norm(nnx.Module):
@@ -237,7 +241,7 @@ class Decoder(nnx.Module):
             # A scan keeps what is computed twice apart by itself.
             step = jax.checkpoint(layer, prevent_cse=has_unstacked(layers), policy=kept)
         windows = jnp.asarray(c.windows, jnp.int32) if c.windows else None
-        x, loads = scan_layers(step, context.constrain(x), (layers, windows))
+        x, loads = scan_layers(step, context.constrain(x), (layers, windows), unroll=is_unrolled(layout, compute))
         return tail(c, self, x), balance_loss(c.experts, loads) if c.experts else jnp.float32(0)
 
     def rows(self, name: str, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -248,6 +252,14 @@ class Decoder(nnx.Module):
 
     def norm(self, name: str, x: jax.Array) -> jax.Array:
         return (self.embed.norm if name == "embed/norm" else self.final_norm)(x)
+
+
+def is_unrolled(layout: Layout | None, compute: Compute) -> bool:
+    """Whether layers follow one another in the program, in place of a loop: on CPUs in bfloat16, where what a loop
+    keeps for the backward pass is filled with zeros and copied in float32 first."""
+    if layout is None or isinstance(layout.mesh, AbstractMesh) or compute.remat != "none":
+        return False
+    return compute.dtype == jnp.bfloat16 and layout.mesh.devices.flat[0].platform == "cpu"
 
 
 class Leaf(NamedTuple):

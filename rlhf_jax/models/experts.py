@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.config import Experts
 from rlhf_jax.models.layers import ACTIVATIONS
+from rlhf_jax.products import matmul
 
 
 class Routing(NamedTuple):
@@ -38,7 +39,7 @@ class Routing(NamedTuple):
 
 def route(experts: Experts, x: jax.Array, router: jax.Array) -> Routing:
     """x [B, T, D], router [D, X]."""
-    logits = jnp.einsum("btd,dx->btx", x, router.astype(x.dtype), preferred_element_type=jnp.float32)
+    logits = matmul(x, router.astype(x.dtype), jnp.float32)
     probabilities = jax.nn.softmax(logits, axis=-1)
     weights, chosen = jax.lax.top_k(probabilities, experts.per_token)
     if experts.renormalised:

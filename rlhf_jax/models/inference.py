@@ -44,6 +44,7 @@ from rlhf_jax.models.quantised import Quantised, dequantise, quantised_shardings
 from rlhf_jax.models.transformer import LayerCache, embed_tokens, tail, transformer_block, write
 from rlhf_jax.models.unstacked import Param, Unstacked, is_shareable
 from rlhf_jax.objectives.logprobs import head_logits
+from rlhf_jax.products import einsum, matmul
 from rlhf_jax.trees import record
 
 # "layers/0/qkv/kernel" [D, K, G+2, d], "layers/0/gate_up/kernel" [D, 2, F], ..., "head/kernel" [E, V].
@@ -299,7 +300,7 @@ class _Parts(NamedTuple):
         return jnp.take(self.weights[f"embed/{name}"], ids, axis=0).astype(dtype)
 
     def project(self, name: str, x: jax.Array) -> jax.Array:
-        return x @ self.weights[f"{name}/kernel"].astype(x.dtype)
+        return matmul(x, self.weights[f"{name}/kernel"].astype(x.dtype))
 
     def norm(self, name: str, x: jax.Array, over: str = "") -> jax.Array:
         scale, bias = self.get(f"{name}/scale"), self.get(f"{name}/bias")
@@ -319,13 +320,13 @@ class _Parts(NamedTuple):
         return dequantise(self.weights[f"layers/{name}/kernel"][self.layer + zero], x.dtype)
 
     def linear(self, name: str, x: jax.Array) -> jax.Array:
-        y, a = x @ self.kernel(name, x), self.get(f"{name}/lora_a")
-        return y if a is None else y + (x @ a) @ self.get(f"{name}/lora_b")
+        y, a = matmul(x, self.kernel(name, x)), self.get(f"{name}/lora_a")
+        return y if a is None else y + matmul(matmul(x, a), self.get(f"{name}/lora_b"))
 
     def qkv(self, x: jax.Array, context: AttentionContext) -> tuple[jax.Array, jax.Array, jax.Array]:
         fused, layout = self.get("qkv/kernel"), context.layout
         if fused is not None:
-            qkv = jnp.einsum("btd,dkgh->btkgh", x, fused.astype(x.dtype))
+            qkv = einsum("btd,dkgh->btkgh", x, fused.astype(x.dtype))
         else:
             head, repeats = self.config.head_dim, _kv_repeats(self.config, layout)
             q, k, v = (self.linear(name, x) for name in "qkv")
@@ -341,7 +342,7 @@ class _Parts(NamedTuple):
     def gate_up(self, x: jax.Array, context: AttentionContext) -> tuple[jax.Array | None, jax.Array]:
         fused, gated = self.get("gate_up/kernel"), self.config.gated_mlp
         if fused is not None:
-            y = jnp.einsum("btd,dnf->btnf", x, fused.astype(x.dtype))
+            y = einsum("btd,dnf->btnf", x, fused.astype(x.dtype))
         else:
             y = jnp.stack([self.linear(name, x) for name in (("gate", "up") if gated else ("up",))], axis=-2)
         y = context.layout.constrain(self.add_bias("gate_up", y), "batch", None, None, "mlp")

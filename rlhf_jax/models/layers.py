@@ -15,6 +15,7 @@ from einops import rearrange
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.config import Alibi, DecoderConfig, Rope
 from rlhf_jax.objectives.logprobs import softcap_logits
+from rlhf_jax.products import einsum
 
 ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -45,6 +46,20 @@ def _table_gradient(dtype, looked, gradient):
 
 
 embed.defvjp(_embed_forward, _table_gradient)
+
+
+@jax.custom_vjp
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x [..., F] + bias [F] in x's dtype; the gradient of the bias is summed in float32."""
+    return x + bias.astype(x.dtype)
+
+
+def _bias_gradient(bias, gradient):
+    summed = gradient.astype(jnp.float32).sum(range(gradient.ndim - bias.ndim))
+    return gradient, summed.astype(bias.dtype)
+
+
+add_bias.defvjp(lambda x, bias: (add_bias(x, bias), bias), _bias_gradient)
 
 
 def normalise(
@@ -145,12 +160,12 @@ def attention(
     soft-capped, and biased by [B, K, G, 1, S]. -> [B, T, K, G, d].
     A query that may look nowhere (padding) gives a finite average, which is ignored.
     """
-    scores = softcap_logits(jnp.einsum("btkgd,bksd->bkgts", q, k, preferred_element_type=jnp.float32) * scale, cap)
+    scores = softcap_logits(einsum("btkgd,bksd->bkgts", q, k, jnp.float32) * scale, cap)
     if bias is not None:
         scores = scores + bias
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bksd->btkgd", weights, v)
+    return einsum("bkgts,bksd->btkgd", weights, v)
 
 
 def fused_attention(

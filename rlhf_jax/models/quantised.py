@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.mesh import Layout
+from rlhf_jax.products import matmul
 from rlhf_jax.trees import record
 
 QUANTISED_KINDS = ("int8", "nf4")
@@ -126,11 +127,11 @@ def dequantise(kernel: Quantised | jax.Array, dtype: jnp.dtype) -> jax.Array:
     return blocks.reshape(values.shape).astype(dtype)
 
 
-def matmul(x: jax.Array, kernel: Quantised | jax.Array) -> jax.Array:
+def multiply(x: jax.Array, kernel: Quantised | jax.Array) -> jax.Array:
     """x [..., in] @ kernel [in, out] in x's dtype; the backward pass dequantises again and keeps no dense kernel."""
     if not isinstance(kernel, Quantised):
-        return x @ kernel.astype(x.dtype)
-    return jax.checkpoint(lambda x, kernel: x @ dequantise(kernel, x.dtype), prevent_cse=False)(x, kernel)
+        return matmul(x, kernel.astype(x.dtype))
+    return jax.checkpoint(lambda x, kernel: matmul(x, dequantise(kernel, x.dtype)), prevent_cse=False)(x, kernel)
 
 
 def quantised_shardings(axes: Sequence[str | None], kind: str, layout: Layout) -> Quantised:

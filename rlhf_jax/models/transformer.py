@@ -144,7 +144,7 @@ def mlp_block(
             dense = [dequantise(kernel, x.dtype) if isinstance(kernel, Quantised) else kernel for kernel in kernels]
             return apply_experts(x, routing, dense, activation=config.activation, layout=context.layout)
 
-        # As in `matmul`: the backward pass dequantises again, and so computes the experts again.
+        # As in `multiply`: the backward pass dequantises again, and so computes the experts again.
         if isinstance(kernels[0], Quantised):
             apply = jax.checkpoint(apply, prevent_cse=False)
         return apply(x, routing, kernels), routing

@@ -92,10 +92,10 @@ def order_gradients(x: Any, layer: Sequence[Any], fixed: Sequence[bool]) -> tupl
     return x, [part if is_fixed else next(rest) for part, is_fixed in zip(layer, fixed, strict=True)]
 
 
-def scan_layers(step: Callable, carry: Any, stacks: Any) -> tuple[Any, Any]:
-    """`jax.lax.scan` over the layers of a tree of stacks, unrolled where some of them are `Unstacked`."""
+def scan_layers(step: Callable, carry: Any, stacks: Any, *, unroll: bool = False) -> tuple[Any, Any]:
+    """`jax.lax.scan` over the layers of a tree of stacks, unrolled if asked or where some of them are `Unstacked`."""
     if not has_unstacked(stacks):
-        return jax.lax.scan(step, carry, stacks)
+        return jax.lax.scan(step, carry, stacks, unroll=unroll)
     leaves, structure = jax.tree.flatten(stacks, is_leaf=is_unstacked)
     # The gradient of a split is one concatenation; that of an index would be a sum of L stacks.
     parts = [

@@ -11,6 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from rlhf_jax.products import matmul
+
 # In place of minus infinity: exp gives 0, and 0 times it is still 0, which the entropy needs.
 _EXCLUDED = -1e30
 
@@ -50,7 +52,7 @@ def head_logits(hidden: jax.Array, head: jax.Array, bias: jax.Array | None = Non
     Multiplied in the dtype of `hidden`, summed in float32 and kept so: rounded to bfloat16, what is sampled would not
     be what trains.
     """
-    logits = jnp.einsum("...d,dv->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = matmul(hidden, head.astype(hidden.dtype), jnp.float32)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
     return softcap_logits(logits, softcap)

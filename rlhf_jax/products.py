@@ -48,9 +48,13 @@ def _widened(spec: str, dtype: jnp.dtype | None, x: jax.Array, y: jax.Array) -> 
     y = rearrange(y, f"{' '.join(of_y)} -> {pattern(n, k) if y_turned else pattern(k, n)}")
     if x_turned:  # in two parts: the compiler undoes a plain transpose, for an order that the product does not have
         x = jnp.concatenate([part.swapaxes(-1, -2) for part in jnp.array_split(x, 2, axis=-1)], axis=-2)
+    rows = x.shape[-2]
+    if rows == 1:  # a product with a vector is none of the backend's either
+        x = jnp.repeat(x, 2, axis=-2)
     summed = (x.ndim - 1,), (y.ndim - 1 if y_turned else y.ndim - 2,)
     batch = ((0,), (0,)) if b else ((), ())
     product = jax.lax.dot_general(x, y, (summed, batch), preferred_element_type=jnp.float32).astype(dtype or x.dtype)
+    product = product[..., :rows, :]
     return rearrange(product, f"{pattern(m, n)} -> {' '.join(of_result)}", **{each: sizes[each] for each in of_result})
 
 

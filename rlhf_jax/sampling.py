@@ -161,20 +161,31 @@ def logprob_of(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
+def most_likely(logits: jax.Array) -> jax.Array:
+    """[..., V] -> [...] int32: the first of the largest, 0 where some are NaN.
+
+    Two reductions, which XLA makes vector instructions of on CPUs; of `argmax`, with two results, it does not.
+    """
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    size = logits.shape[-1]
+    return jnp.where(logits == logits.max(axis=-1, keepdims=True), ids, size).min(axis=-1) % size
+
+
 def draw(logits: jax.Array, keys: jax.Array, sample: SampleConfig | RowSample) -> tuple[jax.Array, jax.Array]:
     """Next tokens [B] int32 and their log-probabilities [B] float32 from [B, V] float32 logits and [B] keys."""
 
-    def choose(logits: jax.Array) -> jax.Array:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
     def sample_all(logits: jax.Array) -> jax.Array:
-        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+        # What `jax.random.categorical` draws with these keys.
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
+        return most_likely(logits + noise)
 
     if isinstance(sample, RowSample):
         logits, is_greedy = truncate_rows(logits, sample), sample.temperature == 0
-        tokens = jax.lax.cond(is_greedy.all(), choose, lambda x: jnp.where(is_greedy, choose(x), sample_all(x)), logits)
+        tokens = jax.lax.cond(
+            is_greedy.all(), most_likely, lambda x: jnp.where(is_greedy, most_likely(x), sample_all(x)), logits
+        )
     elif sample.temperature == 0:
-        tokens = choose(logits)
+        tokens = most_likely(logits)
     else:
         logits = truncate_logits(logits, sample)
         tokens = sample_all(logits)

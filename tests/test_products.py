@@ -58,7 +58,9 @@ def test_a_float32_result_is_not_rounded_and_its_gradients_are_of_the_gradient_i
 
 def test_float32_is_jnp_einsum_bit_for_bit():
     x, y = (each.astype(F32) for each in operands("abc,cd->", {"a": 2, "b": 8, "c": 16, "d": 12}))
-    got, want = (jax.jit(jax.value_and_grad(lambda x, f=f: f("abc,cd->abd", x, y).sum()))(x) for f in (einsum, jnp.einsum))
+    got, want = (
+        jax.jit(jax.value_and_grad(lambda x, f=f: f("abc,cd->abd", x, y).sum()))(x) for f in (einsum, jnp.einsum)
+    )
     assert got[0] == want[0] and (got[1] == want[1]).all()
 
 

@@ -20,6 +20,7 @@ from rlhf_jax.sampling import (
     check_sample,
     draw,
     is_model_distribution,
+    most_likely,
     penalise_logits,
     seen_ids,
     truncate_logits,
@@ -238,3 +239,15 @@ def test_ppo_rejects_sampling_settings_that_change_the_distribution_and_names_th
 
 def test_ppo_accepts_a_temperature_and_several_samples_per_prompt():
     check_learnable(SampleConfig(NEW, 0.7, num_samples=4))
+
+
+def test_the_tokens_drawn_are_those_of_argmax_and_of_categorical():
+    logits = jax.random.normal(jax.random.key(0), (64, 300))
+    logits = logits.at[:, 200:].set(-jnp.inf).at[0].set(0.0).at[1].set(jnp.finfo(jnp.float32).min)
+    keys = jax.random.split(jax.random.key(1), 64)
+    greedy, drawn = (
+        jax.jit(lambda x, t=t: draw(x, keys, SampleConfig(1, temperature=t))[0])(logits) for t in (0.0, 1.0)
+    )
+    assert (greedy == logits.argmax(-1)).all()
+    assert (drawn == jax.vmap(jax.random.categorical)(keys, logits)).all()
+    assert (most_likely(jnp.full((2, 5), jnp.nan)) == 0).all()

@@ -22,14 +22,14 @@ def einsum(spec: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype | None = None
     Every letter of `spec` is in two of its three parts at least, "btd,df->btf", and none is written as "...".
     The gradients are in the dtype of x and y.
     """
-    return _choose(functools.partial(_plain, spec, dtype), functools.partial(_widened, spec, dtype), x, y)
+    return _choose(functools.partial(_product, spec, dtype), functools.partial(_product_on_cpus, spec, dtype), x, y)
 
 
-def _plain(spec: str, dtype: jnp.dtype | None, x: jax.Array, y: jax.Array) -> jax.Array:
+def _product(spec: str, dtype: jnp.dtype | None, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x, y, preferred_element_type=dtype)
 
 
-def _widened(spec: str, dtype: jnp.dtype | None, x: jax.Array, y: jax.Array) -> jax.Array:
+def _product_on_cpus(spec: str, dtype: jnp.dtype | None, x: jax.Array, y: jax.Array) -> jax.Array:
     """As [b, m, k] by [b, k, n] or [b, n, k], the orders of dimensions for which the backend has such a product."""
     of_x, of_y, of_result = spec.replace("->", ",").split(",")
     sizes = dict(zip(of_x + of_y, x.shape + y.shape, strict=True))
@@ -71,14 +71,14 @@ def _forward(spec, x, y, dtype):
 
 def _backward(spec, dtype, operands, gradient):
     def others(x, y, gradient):
-        return jax.vjp(functools.partial(_plain, spec, dtype), x, y)[1](gradient)
+        return jax.vjp(functools.partial(_product, spec, dtype), x, y)[1](gradient)
 
     def cpu(x, y, gradient):
         # Rounded first: a product of float32 and bfloat16 would be one of float32.
         of_x, of_y, of_result = spec.replace("->", ",").split(",")
         gradient = gradient.astype(x.dtype)
         to_x, to_y = f"{of_result},{of_y}->{of_x}", f"{of_x},{of_result}->{of_y}"
-        return _widened(to_x, None, gradient, y), _widened(to_y, None, x, gradient)
+        return _product_on_cpus(to_x, None, gradient, y), _product_on_cpus(to_y, None, x, gradient)
 
     return _choose(others, cpu, *operands, gradient)
 

@@ -23,6 +23,8 @@ from rlhf_jax.stages.run_folder import RunConfig, open_run
 from rlhf_jax.stages.stopping import StopRun, stop_on_signals
 from rlhf_jax.train import prefix_errors
 
+# A save that fails leaves reads and writes of TensorStore running, which find the event loop of the save closed.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 TOTAL = 8
 RUN = dict(total=TOTAL, save_every=2)
 

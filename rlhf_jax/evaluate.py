@@ -231,13 +231,14 @@ def sample_texts(
 ) -> tuple[Rollout, list[str]]:
     """Sampled answers to prompts [B, P], padded on the left, and their texts.
 
-    `config.batch_size` prompts are answered at a time, with `best_of` answers to each, in adjacent rows.
+    Prompts are answered as many at a time as have `config.batch_size` answers, or one; the `best_of` answers to each
+    are in adjacent rows.
     """
     key, count = jax.random.key(config.seed), len(tokens) * config.best_of
     sample = dataclasses.replace(config.sample, num_samples=config.best_of)
     parts = [
         hosts.fetch(sample_answers(model, *part, sample, jax.random.fold_in(key, i), attention=attention))
-        for i, part in enumerate(chunks(config.batch_size, tokens, mask))
+        for i, part in enumerate(chunks(max(1, config.batch_size // config.best_of), tokens, mask))
     ]
     rollout = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
     texts = [

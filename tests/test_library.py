@@ -535,6 +535,7 @@ def test_wrong_prompts_settings_and_models_are_rejected_with_the_fix():
         ([dict(tokens=[1, 2], old=[0.5])], "old of row 0 has shape [1] and the row 2 tokens"),
         ([dict(tokens=[1], old=0.5), dict(tokens=[1], old=[0.5])], "old of row 1 has shape [1]"),
         ([dict(tokens=[1, 2], loss_mask=[0, 0.5])], "loss_mask is float64: give bool, or 0 and 1"),
+        ([dict(tokens=[1, 2], mask=[1, 0])], 'a row has no "mask"'),
         ([dict(tokens=[1] * 9)], "row 0 has 9 tokens: set length to at least that, or cut it"),
     ],
 )

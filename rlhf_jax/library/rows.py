@@ -30,12 +30,14 @@ def pad_rows(rows: Sequence[Mapping[str, Any]], length: int = 0) -> dict[str, np
         "tokens" [B, T] int32, "mask" [B, T] bool, true on the tokens of the rows, and every other key, [B, T] or [B]:
         int32, bool or float32 as its values are; "loss_mask" bool.
     Raises:
-        ValueError: no rows, keys that differ, a sequence of another length than its tokens, or a row longer than
+        ValueError: no rows, keys that differ, a key "mask", a sequence of another length than its tokens, or a row longer than
             `length`.
     """
     if not rows or "tokens" not in rows[0]:
         raise ValueError('give at least one row, each a mapping with "tokens", a sequence of token ids')
     keys, sizes = rows[0].keys(), [len(row.get("tokens", ())) for row in rows]
+    if "mask" in keys:
+        raise ValueError('a row has no "mask": all its tokens are real; the tokens to learn are those of "loss_mask"')
     width = length or bucket_length(max(sizes))
     if max(sizes) > width:
         raise ValueError(f"row {int(np.argmax(sizes))} has {max(sizes)} tokens: set length to at least that, or cut it")

@@ -240,7 +240,14 @@ def sample_texts(
         hosts.fetch(sample_answers(model, *part, sample, jax.random.fold_in(key, i), attention=attention))
         for i, part in enumerate(chunks(max(1, config.batch_size // config.best_of), tokens, mask))
     ]
-    rollout = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
+
+    def join(*leaves: np.ndarray) -> np.ndarray:
+        if leaves[0].ndim == 2:  # each part has its prompts in the least width that is compiled, padded on the left
+            width = max(leaf.shape[1] for leaf in leaves)
+            leaves = [np.pad(leaf, ((0, 0), (width - leaf.shape[1], 0))) for leaf in leaves]
+        return np.concatenate(leaves)[:count]
+
+    rollout = jax.tree.map(join, *parts)
     texts = [
         model.tokenizer.decode(row[real], skip_special_tokens=True).strip()
         for row, real in zip(rollout.tokens, rollout.mask, strict=True)

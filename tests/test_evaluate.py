@@ -19,6 +19,7 @@ from rlhf_jax.evaluate import (
     format_report,
     held_out_demonstrations,
     policy_folders,
+    sample_texts,
     score_sequences,
 )
 from rlhf_jax.likelihood import answer_kl, is_own_distribution
@@ -231,3 +232,16 @@ def test_a_run_is_not_evaluated_on_data_whose_held_out_part_it_may_have_trained_
     error = capsys.readouterr().err
     assert "was trained on other data (data.held_out: 0.15 -> 0.5)" in error
     assert error.count("\n") == 1
+
+
+def test_prompts_of_several_lengths_are_answered_in_small_batches_as_in_a_large_one(finished_folder):
+    policy = rlhf_jax.from_pretrained(finished_folder / "sft/export")
+    sizes = np.array([3, 40, 5, 4, 9])
+    mask = np.arange(48) >= 48 - sizes[:, None]
+    tokens = np.where(mask, np.random.default_rng(0).integers(10, 100, mask.shape), 0)
+    greedy = rlhf_jax.SampleConfig(max_new_tokens=4, temperature=0.0)
+    large, small = (sample_texts(policy, tokens, mask, EvaluateConfig(batch_size=n, sample=greedy)) for n in (5, 2))
+    assert large[1] == small[1] and (large[0].tokens == small[0].tokens).all()
+    assert [row[real].tolist() for row, real in zip(small[0].prompts, small[0].prompt_mask, strict=True)] == [
+        row[real].tolist() for row, real in zip(tokens, mask, strict=True)
+    ]

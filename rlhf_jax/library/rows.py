@@ -30,8 +30,8 @@ def pad_rows(rows: Sequence[Mapping[str, Any]], length: int = 0) -> dict[str, np
         "tokens" [B, T] int32, "mask" [B, T] bool, true on the tokens of the rows, and every other key, [B, T] or [B]:
         int32, bool or float32 as its values are; "loss_mask" bool.
     Raises:
-        ValueError: no rows, keys that differ, a key "mask", a sequence of another length than its tokens, or a row longer than
-            `length`.
+        ValueError: no rows, keys that differ, a key "mask", a sequence of another length than its tokens, or a row
+            longer than `length`.
     """
     if not rows or "tokens" not in rows[0]:
         raise ValueError('give at least one row, each a mapping with "tokens", a sequence of token ids')

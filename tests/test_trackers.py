@@ -192,9 +192,10 @@ def test_trackio_holds_the_metrics_of_a_resumed_run(tmp_path, monkeypatch, capsy
 
 @pytest.mark.filterwarnings("default")
 def test_weights_and_biases_gets_the_metrics_of_a_resumed_run(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("wandb", reason="needs pip install -e '.[trackers]'")
+    wandb = pytest.importorskip("wandb", reason="needs pip install -e '.[trackers]'")
     monkeypatch.setenv("WANDB_MODE", "offline")
     key = write_two_stages(tmp_path / "demo", "wandb", pause=1.5)  # offline, W&B names folders by the second
+    wandb.teardown()  # as at the end of a process: its service writes what `finish` may have left in its buffers
     files = sorted((tmp_path / "demo/wandb").glob(f"offline-run-*-{key}/*.wandb"))
     assert len(files) == 3 and capsys.readouterr().out == ""
     sent = b"".join(file.read_bytes() for file in files)  # records whose names and JSON values are plain text

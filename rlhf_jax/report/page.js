@@ -337,7 +337,7 @@ function throughput() {
   }));
   section("Throughput", table(["run and stage", "steps", "per step", "all steps", "tokens/s", "of the limit", "phases of a step"], rows, 5),
     element("p", { class: "faint" }, "Medians over the steps; the first steps compile. The limit is the tokens per second of the " +
-      "GPU's data sheet, for rows of full length; it is known for the GPUs of `rlhf-jax plan`, and not for CPUs."));
+      "GPU's data sheet, for rows of full length; it is known for the GPUs of rlhf-jax plan, and not for CPUs."));
 }
 
 function evaluation() {
@@ -471,7 +471,7 @@ function repeated(run, holder) {
 
 function evaluated(run, holder) {
   const { rows, policies, of } = run.evaluation;
-  if (!rows.length) { holder.replaceChildren(element("p", {}, "This run has no evaluate.jsonl: `rlhf-jax evaluate` writes it.")); return; }
+  if (!rows.length) { holder.replaceChildren(element("p", {}, "This run has no evaluate.jsonl: rlhf-jax evaluate writes it.")); return; }
   const [first, last] = [policies[0], policies[policies.length - 1]];
   const gain = (row) => row[`${last}_score`] - row[`${first}_score`];
   const list = element("div");

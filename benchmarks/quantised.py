@@ -30,8 +30,9 @@ from rlhf_jax.data.selection import select_rows
 from rlhf_jax.mesh import single_device_mesh
 from rlhf_jax.models.config import Compute
 from rlhf_jax.models.decoder import bind, logits
+from rlhf_jax.models.dtypes import QUANTISED_KINDS
 from rlhf_jax.models.pretrained import Pretrained, from_pretrained
-from rlhf_jax.models.quantised import QUANTISED_KINDS, Quantised, dequantise
+from rlhf_jax.models.quantised import Quantised, dequantise
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.from_scratch import make_base_model
 

@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pkgutil import resolve_name
 
 from jax.sharding import Mesh
 
@@ -97,7 +98,7 @@ def run_stage(recipe: Recipe, name: str, mesh: Mesh, trackers: Trackers) -> None
             "run it first, or `train`, which runs all in order"
         )
     with prefix_errors(name):
-        STAGES[name].run(context, getattr(recipe, name))
+        resolve_name(STAGES[name].run)(context, getattr(recipe, name))
 
 
 def check_reward_tokenizer(recipe: Recipe, waiting: Sequence[str]) -> None:

@@ -145,7 +145,7 @@ def test_the_arrays_of_an_engine_have_the_planned_bytes_within_two_percent(setti
             params = share_params(decoder, params, Layout(mesh, GENERATE))
         loaded.append(relayout(Pretrained(decoder, params, None, HF, {}, Layout(mesh, TRAIN)), layout))
     optimizers = ppo_optimizers(recipe.ppo, 1)
-    state, frozen = ppo_models(*loaded, model, optimizers, 0)
+    state, frozen = ppo_models(*loaded, model, optimizers, 0, recipe.ppo)
     engine = ppo_engine(recipe.ppo, model, loaded[0].config, loaded[1].config, optimizers, (0,), layout)
     weights = engine.publish(state.actor.params(frozen.actor))
 

@@ -19,6 +19,7 @@ from rlhf_jax.decode import Decoding, SampleConfig, generate
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
 from rlhf_jax.models.config import Compute, Rope
 from rlhf_jax.models.decoder import abstract_params, bind, head_kernel
+from rlhf_jax.models.dtypes import QUANTISED_KINDS
 from rlhf_jax.models.families import decoder_config
 from rlhf_jax.models.inference import Inference
 from rlhf_jax.models.lora import is_adapter, is_trainable
@@ -26,7 +27,6 @@ from rlhf_jax.models.pretrained import Pretrained, apply, from_pretrained, save_
 from rlhf_jax.models.quantised import (
     DYNAMIC,
     NF4,
-    QUANTISED_KINDS,
     Quantised,
     abstract_codes,
     block_size,

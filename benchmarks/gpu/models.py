@@ -70,7 +70,7 @@ def engine_of(recipe: Recipe, mesh: Mesh) -> tuple[HybridEngine, EngineState, Fr
     actor, critic = loaded
     optimizers = ppo_optimizers(recipe.ppo, max(recipe.ppo.actor.warmup_steps, recipe.ppo.critic.warmup_steps) + 1)
     engine = ppo_engine(recipe.ppo, recipe.model, actor.config, critic.config, optimizers, NEVER, layout)
-    return engine, *jax.block_until_ready(ppo_models(actor, critic, recipe.model, optimizers, 0))
+    return engine, *jax.block_until_ready(ppo_models(actor, critic, recipe.model, optimizers, 0, recipe.ppo))
 
 
 def prompts_of(recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:

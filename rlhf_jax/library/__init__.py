@@ -29,9 +29,10 @@ from rlhf_jax.loss_scale import LossScaleConfig
 from rlhf_jax.mesh import check_divides
 from rlhf_jax.models.config import Compute, DecoderConfig, Remat
 from rlhf_jax.models.decoder import abstract_params
+from rlhf_jax.models.dtypes import DTYPES
 from rlhf_jax.models.inference import Inference, Weights
 from rlhf_jax.models.lora import NO_LORA, LoraConfig, is_trainable
-from rlhf_jax.models.pretrained import DTYPES, Pretrained, save_adapter, save_pretrained
+from rlhf_jax.models.pretrained import Pretrained, save_adapter, save_pretrained
 from rlhf_jax.policy import make_train_state
 from rlhf_jax.rollout import Publish, eos_ids, make_generate, make_publish
 from rlhf_jax.sampling import SampleConfig

@@ -30,6 +30,7 @@ from rlhf_jax.models.decoder import (
     logits,
     scalar_scores,
 )
+from rlhf_jax.models.dtypes import DTYPES, QUANTISED_KINDS
 from rlhf_jax.models.families import checkpoint_of, decoder_config, hf_config, hf_tensors
 from rlhf_jax.models.families.containers import is_container, text_config
 from rlhf_jax.models.hub import (
@@ -41,14 +42,13 @@ from rlhf_jax.models.hub import (
     write_json,
 )
 from rlhf_jax.models.inference import shared_leaves
-from rlhf_jax.models.quantised import QUANTISED_KINDS, UNQUANTISED_DTYPE
+from rlhf_jax.models.quantised import UNQUANTISED_DTYPE
 from rlhf_jax.models.safetensors_io import check_sums, different_twin, read_params, write_params, write_sums
 from rlhf_jax.models.tokenizer_files import write_tokenizer
 from rlhf_jax.models.unstacked import Param
 from rlhf_jax.objectives.logprobs import token_logprobs
 
 LOGGER = logging.getLogger(__name__)
-DTYPES = ("float32", "bfloat16", "float16")  # of files, and of parameters, which may be of quantised.KINDS too
 _SCORE = "score/kernel"
 LOGPROB_CHUNK = 128  # positions whose logits are in memory at once
 

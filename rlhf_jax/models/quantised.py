@@ -28,7 +28,6 @@ from rlhf_jax.mesh import Layout
 from rlhf_jax.products import matmul
 from rlhf_jax.trees import record
 
-QUANTISED_KINDS = ("int8", "nf4")
 UNQUANTISED_DTYPE = "bfloat16"  # next to quantised kernels: of embeddings, head, norms and biases (as QLoRA)
 BLOCK_SIZES = {"int8": 128, "nf4": 64}
 GROUP_SIZE = 256  # maxima of blocks that share a second-level scale

@@ -32,10 +32,11 @@ from rlhf_jax.mesh import (
 )
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.decoder import Leaf, abstract_params
+from rlhf_jax.models.dtypes import QUANTISED_KINDS
 from rlhf_jax.models.hub import config_json, is_folder
 from rlhf_jax.models.inference import shared_inference_weights, shared_leaves
 from rlhf_jax.models.pretrained import Pretrained
-from rlhf_jax.models.quantised import QUANTISED_KINDS, abstract_codes, is_quantisable
+from rlhf_jax.models.quantised import abstract_codes, is_quantisable
 from rlhf_jax.models.unstacked import Unstacked, is_shareable
 from rlhf_jax.stages.models import ModelConfig, make_state
 from rlhf_jax.train_step import Params, TrainState, state_shardings

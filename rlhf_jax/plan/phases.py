@@ -12,6 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 import jax
@@ -122,7 +123,7 @@ def _supervised_phases(stage: Stage, recipe: Recipe, decoder: DecoderConfig, lay
     tx = make_optimizer(config.optim, config.optim.warmup_steps + 1)  # shapes do not depend on the length of the run
     length = _round8(min(spec.pack_length or recipe.data.max_length, decoder.max_positions))
     num_micro = micro_batches(name, config.batch_size, config.micro_batch_size, layout)
-    objective = stage.objective(model.with_lora(decoder), model.compute, layout, config)
+    objective = resolve_name(stage.objective)(model.with_lora(decoder), model.compute, layout, config)
     update, measure = make_programs(objective, model.with_lora(decoder), layout, tx, num_micro, model.scaling)
     state, frozen = abstract_state(abstract_pretrained(decoder, model, layout), model, tx)
     shape = (config.batch_size, *[spec.per_row] * (spec.per_row > 1), length)
@@ -181,20 +182,20 @@ def _sampled_phases(
     config, model = getattr(recipe, stage.name), recipe.model
     check_learnable(config.sample)
     updates = 1 + max(getattr(config, name).warmup_steps for name in ("actor", "critic") if hasattr(config, name))
-    optimizers = stage.sampled.optimizers(config, updates)
+    optimizers = resolve_name(stage.sampled.optimizers)(config, updates)
     # Without a reward model a critic starts from the policy.
     scorer = scorer if config.model_weight is not None else dataclasses.replace(actor, scalar_head=True)
     # A reference of its own, such as a teacher.
     named = getattr(config, "reference", "")
     make = functools.partial(decoder_config, scalar_head=False, vocab_parts=layout.shards("vocab"))
     teachers = [make(find_config(each)[0]) for each in [named] if each]
-    engine = stage.sampled.engine(config, model, actor, scorer, optimizers, (0,), layout, *teachers)
+    engine = resolve_name(stage.sampled.engine)(config, model, actor, scorer, optimizers, (0,), layout, *teachers)
     for each in filter(None, vars(engine.models).values()):
         check_positions(each, 1, config.sample.max_new_tokens)
     scorer = scorer if engine.models.reward or engine.models.critic else None
 
     def make_models(*loaded):
-        return stage.sampled.models(*loaded, config)
+        return resolve_name(stage.sampled.models)(*loaded, config)
 
     state, frozen = abstract_models(make_models, actor, scorer, model, layout, optimizers)
     for teacher in teachers:

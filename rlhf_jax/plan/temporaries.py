@@ -12,7 +12,8 @@ from jax.sharding import AbstractMesh, Mesh
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.config import DecoderConfig
 from rlhf_jax.models.decoder import abstract_params
-from rlhf_jax.models.quantised import QUANTISED_KINDS, is_quantisable
+from rlhf_jax.models.dtypes import QUANTISED_KINDS
+from rlhf_jax.models.quantised import is_quantisable
 from rlhf_jax.plan.abstract import device_bytes
 from rlhf_jax.plan.compile import micro_batch_sizes
 from rlhf_jax.plan.phase import Pass, Phase

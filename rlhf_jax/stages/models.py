@@ -19,6 +19,7 @@ from rlhf_jax.mesh import TRAIN, Layout, check_model_divides
 from rlhf_jax.models.attention import describe_kernel, kernel_for_devices, kernel_for_mesh
 from rlhf_jax.models.config import Choice, Compute, DecoderConfig
 from rlhf_jax.models.decoder import abstract_params
+from rlhf_jax.models.dtypes import QUANTISED_KINDS
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.models.pretrained import (
     Pretrained,
@@ -27,7 +28,7 @@ from rlhf_jax.models.pretrained import (
     save_adapter,
     save_pretrained,
 )
-from rlhf_jax.models.quantised import QUANTISED_KINDS, UNQUANTISED_DTYPE, Quantised, quantised_shardings
+from rlhf_jax.models.quantised import UNQUANTISED_DTYPE, Quantised, quantised_shardings
 from rlhf_jax.models.unstacked import Unstacked
 from rlhf_jax.policy import make_train_state
 from rlhf_jax.rollout import eos_ids

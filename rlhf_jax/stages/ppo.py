@@ -97,13 +97,12 @@ def ppo_models(
     model: ModelConfig,
     optimizers: Optimizers,
     seed: int,
-    *,
-    has_reward: bool = True,
+    config: PPOConfig,
 ) -> tuple[EngineState, FrozenParams]:
     """The trained state and the frozen parameters, from a loaded actor and a loaded reward model.
 
-    The critic starts from the reward model, which is not held itself without `has_reward`. Reference and moving average
-    are in host memory if `model.offload_reference` and `model.offload_ema` are set, else on the devices.
+    The critic starts from the reward model, which is held itself only if `config.rewards` name it. Reference and moving
+    average are in host memory if `model.offload_reference` and `model.offload_ema` are set, else on the devices.
     """
     assert "auto" not in (model.offload_reference, model.offload_ema), "the plan resolves this"
     # Training donates its parameters, so reference and reward model have copies of all parameters that train.
@@ -112,7 +111,7 @@ def ppo_models(
         reference = to_host(reference)
     critic_state, critic_frozen = make_state(critic, model, optimizers.critic, seed)
     reward, copied = partition(critic.params, lambda path: path in critic_frozen)
-    reward = reward | copy_frozen(copied, model.frozen_dtype) if has_reward else {}
+    reward = reward | copy_frozen(copied, model.frozen_dtype) if config.model_weight is not None else {}
     actor_state, actor_frozen = make_state(actor, model, optimizers.actor, seed)
     average = start_ema(actor_state.trainable, offload=model.offload_ema) if optimizers.ema_decay else {}
     state = EngineState(actor_state, critic_state, average)
@@ -170,7 +169,7 @@ def run_ppo(context: StageContext, config: PPOConfig) -> None:
     optimizers = ppo_optimizers(config, updates, config.actor_updates(steps))
     engine = ppo_engine(config, model, actor.config, critic.config, optimizers, eos_ids(actor), layout)
     carried = carried_at_start(context, config, critic, tokenizer)
-    state, frozen = ppo_models(actor, critic, model, optimizers, run.seed, has_reward=has_reward)
+    state, frozen = ppo_models(actor, critic, model, optimizers, run.seed, config)
     state = dataclasses.replace(state, critic=first_critic(state.critic, config), carried=carried)
     texts = open_texts(context, config.texts, tokenizer, actor.config.max_positions, updates)
     publish = engine.publish.compile(state.actor.params(frozen.actor))

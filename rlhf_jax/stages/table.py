@@ -1,6 +1,7 @@
 """The table of stages, the only list of them.
 
-A new stage is its own file, its objective, one row here, and its section in the recipe.
+A new stage is its own file, its objective, one row here, and its section in the recipe. A row names its functions
+as "module:function", for `pkgutil.resolve_name`, so that reading the table imports none of them.
 """
 
 from __future__ import annotations
@@ -8,21 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rlhf_jax.data.records import RowKind
-from rlhf_jax.stages.context import ModelKind, StageContext
-from rlhf_jax.stages.dpo import dpo_objective, run_dpo
-from rlhf_jax.stages.grpo import grpo_engine, grpo_models, grpo_optimizers, run_grpo
-from rlhf_jax.stages.models import ModelConfig
-from rlhf_jax.stages.ppo import ppo_engine, ppo_models, ppo_optimizers, run_ppo
-from rlhf_jax.stages.reward import reward_objective, run_reward
-from rlhf_jax.stages.run_folder import RunConfig
-from rlhf_jax.stages.sft import run_sft, sft_objective
+if TYPE_CHECKING:
+    from rlhf_jax.data.records import RowKind
+    from rlhf_jax.stages.context import ModelKind
+    from rlhf_jax.stages.models import ModelConfig
+    from rlhf_jax.stages.run_folder import RunConfig
 
 
 class Sampled(NamedTuple):
-    """What a stage that generates trains, for the plan.
+    """What a stage that generates trains, for the plan: names of functions.
 
     Attributes:
         optimizers: (its section, optimizer steps) -> Optimizers.
@@ -30,9 +27,9 @@ class Sampled(NamedTuple):
         models: (actor, scorer, models, optimizers, seed, its section) -> (EngineState, FrozenParams).
     """
 
-    optimizers: Callable
-    engine: Callable
-    models: Callable
+    optimizers: str
+    engine: str
+    models: str
 
 
 @dataclass(frozen=True)
@@ -45,10 +42,10 @@ class Stage:
         rows: kind of row that it learns from.
         share: its share of the prompts if `data.split` does not name it.
         exports: kind of model in RUN/NAME/export.
-        run: (context, its section of the configuration) -> None; writes the exports.
+        run: name of the function (StageContext, its section of the configuration) -> None, which writes the exports.
         needs: (models, its section) -> kinds of models that it starts from, each exported by an earlier stage.
         takes: kinds of models that it starts from where an earlier stage of the run exports one.
-        objective: objective of a supervised stage, for the plan.
+        objective: name of the objective of a supervised stage, for the plan; "" for the others.
         sampled: models of a stage that generates, for the plan.
         more_exports: {name for `rlhf-jax export --stage`: folder in RUN/NAME} of its other exports.
     """
@@ -58,25 +55,33 @@ class Stage:
     rows: RowKind
     share: float
     exports: ModelKind
-    run: Callable[[StageContext, Any], None]
+    run: str
     needs: Callable[[ModelConfig, Any], tuple[ModelKind, ...]] = lambda model, config: ()
     takes: tuple[ModelKind, ...] = ()
-    objective: Callable | None = None
+    objective: str = ""
     sampled: Sampled | None = None
     more_exports: Mapping[str, str] = field(default_factory=dict)
 
 
 _ROWS = (
-    Stage("sft", "supervised fine-tuning alone", "demonstration", 2.0, "policy", run_sft, objective=sft_objective),
+    Stage(
+        name="sft",
+        help="supervised fine-tuning alone",
+        rows="demonstration",
+        share=2.0,
+        exports="policy",
+        run="rlhf_jax.stages.sft:run_sft",
+        objective="rlhf_jax.stages.sft:sft_objective",
+    ),
     Stage(
         name="reward",
         help="the reward model alone",
         rows="pair",
         share=4.0,
         exports="scorer",
-        run=run_reward,
+        run="rlhf_jax.stages.reward:run_reward",
         needs=lambda model, config: ("policy",) if model.reward_from_policy else (),
-        objective=reward_objective,
+        objective="rlhf_jax.stages.reward:reward_objective",
     ),
     Stage(
         name="ppo",
@@ -84,12 +89,10 @@ _ROWS = (
         rows="prompt",
         share=4.0,
         exports="policy",
-        run=run_ppo,
+        run="rlhf_jax.stages.ppo:run_ppo",
         needs=lambda model, config: ("policy", "scorer") if config.model_weight is not None else ("policy",),
         sampled=Sampled(
-            ppo_optimizers,
-            ppo_engine,
-            lambda *given: ppo_models(*given[:-1], has_reward=given[-1].model_weight is not None),
+            "rlhf_jax.stages.ppo:ppo_optimizers", "rlhf_jax.stages.ppo:ppo_engine", "rlhf_jax.stages.ppo:ppo_models"
         ),
         more_exports={"critic": "export_critic", "ema": "export_ema"},
     ),
@@ -99,9 +102,9 @@ _ROWS = (
         rows="pair",
         share=4.0,
         exports="policy",
-        run=run_dpo,
+        run="rlhf_jax.stages.dpo:run_dpo",
         takes=("policy",),
-        objective=dpo_objective,
+        objective="rlhf_jax.stages.dpo:dpo_objective",
     ),
     Stage(
         name="grpo",
@@ -109,10 +112,14 @@ _ROWS = (
         rows="prompt",
         share=4.0,
         exports="policy",
-        run=run_grpo,
+        run="rlhf_jax.stages.grpo:run_grpo",
         needs=lambda model, config: ("scorer",) if config.model_weight is not None else (),
         takes=("policy",),
-        sampled=Sampled(grpo_optimizers, grpo_engine, grpo_models),
+        sampled=Sampled(
+            "rlhf_jax.stages.grpo:grpo_optimizers",
+            "rlhf_jax.stages.grpo:grpo_engine",
+            "rlhf_jax.stages.grpo:grpo_models",
+        ),
         more_exports={"grpo_ema": "export_ema"},
     ),
 )

@@ -69,7 +69,7 @@ def make_engine(settings, folders):
     value, reward = (reward_from_pretrained(folders / name) for name in ("value", "reward"))
     model, optimizers = ModelConfig(dtype="float32", remat="none", logprob_chunk=4), Optimizers(STEP, STEP)
     engine = ppo_engine(config, model, policy.config, value.config, optimizers, (ppo_case.EOS,), policy.layout)
-    state, frozen = ppo_models(policy, value, model, optimizers, 0)
+    state, frozen = ppo_models(policy, value, model, optimizers, 0, config)
     return engine, state, dataclasses.replace(frozen, reference=reference.params, reward=reward.params), config
 
 

@@ -18,11 +18,11 @@ import time
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data.chat_template import prepare_tokenizer
 from rlhf_jax.decode import (
@@ -43,6 +43,9 @@ from rlhf_jax.rollout import eos_ids, make_publish
 from rlhf_jax.sampling import RowSample, SampleConfig, logprob_of
 from rlhf_jax.stages.run_folder import date_of_export
 from rlhf_jax.trees import record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LOGGER = logging.getLogger(__name__)
 ALTERNATIVES = 20  # most likely tokens whose log-probabilities a request can ask for

@@ -13,12 +13,8 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-import jax
-from tqdm import tqdm
-
-from rlhf_jax import hosts, options
+from rlhf_jax import options
 from rlhf_jax.redact import redact
-from rlhf_jax.stages.stopping import EXIT_INTERRUPTED, StopRun, stop_on_signals
 from rlhf_jax.stages.table import STAGES, latest_export
 
 LOGGER = logging.getLogger(__name__)
@@ -32,6 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     A run that was stopped and continues with the same command: 75, or 130 after Ctrl-C.
     """
     args = parse_args(argv)
+
+    import jax  # from here on imported where used, so that help texts and wrong command lines take no seconds
+
+    from rlhf_jax import hosts
+    from rlhf_jax.stages.stopping import EXIT_INTERRUPTED, StopRun
+
     set_logging(args)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about missing torch, which is not needed
     set_compile_cache(os.environ)
@@ -123,6 +125,8 @@ class Terminal(logging.Handler):
     """Writes messages to stderr, without secrets, above the progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
         tqdm.write(redact(self.format(record)), file=sys.stderr)
         sys.stderr.flush()
 
@@ -138,7 +142,8 @@ class JsonFormatter(logging.Formatter):
 
 def set_logging(args: argparse.Namespace) -> None:
     """Send all messages to stderr, those of this package from INFO up, or with --quiet from WARNING up."""
-    # What all processes would say is said by the main one.
+    from rlhf_jax import hosts
+
     is_quiet, is_json = "quiet" in args, "json_logs" in args
     root, terminal = logging.getLogger(), Terminal()
     terminal.setFormatter(JsonFormatter() if is_json else None)
@@ -148,6 +153,7 @@ def set_logging(args: argparse.Namespace) -> None:
     logging.captureWarnings(is_json)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax writes a traceback of every error that it raises too
     level = logging.WARNING if is_quiet else logging.INFO
+    # What all processes would say is said by the main one.
     logging.getLogger("rlhf_jax").setLevel(level if hosts.is_main() else logging.ERROR)
     logging.getLogger("rlhf_jax.metrics.bar").disabled = is_quiet or is_json
 
@@ -157,6 +163,8 @@ def set_compile_cache(environ: Mapping[str, str]) -> None:
 
     JAX_COMPILATION_CACHE_DIR names another folder, or if empty disables the cache; JAX has read it already.
     """
+    import jax
+
     if "JAX_COMPILATION_CACHE_DIR" not in environ:
         caches = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(caches / "rlhf_jax" / "compiled"))
@@ -173,10 +181,10 @@ def set_xla_threads(environ: MutableMapping[str, str]) -> None:
 
 
 def run_train(args: argparse.Namespace) -> None:
-    # Imported here so that --help is fast.
     from rlhf_jax.config import load_config
     from rlhf_jax.mesh import make_mesh
     from rlhf_jax.recipe import Recipe
+    from rlhf_jax.stages.stopping import stop_on_signals
     from rlhf_jax.train import train
 
     recipe = load_config(args.config, args.overrides, Recipe)
@@ -193,6 +201,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         return
     if args.reward or args.output or Path(args.config).is_dir():
         raise ValueError("folders, --reward and --output need --prompts FILE; without it the argument is a TOML file")
+    from rlhf_jax import hosts
     from rlhf_jax.config import dump_config, load_config
     from rlhf_jax.evaluate import evaluate
     from rlhf_jax.mesh import make_mesh

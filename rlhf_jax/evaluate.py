@@ -12,12 +12,11 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax import hosts
 from rlhf_jax.data import builtin_judge
@@ -39,6 +38,9 @@ from rlhf_jax.stages.rewards import has_messages
 from rlhf_jax.stages.run_folder import RunConfig
 from rlhf_jax.stages.table import exporters
 from rlhf_jax.stages.tokenizers import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LOGGER = logging.getLogger(__name__)
 EXAMPLES_READ_PER_PROMPT = 32  # held-out rows read per prompt that is answered

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from rlhf_jax.models.pretrained import DTYPES
+from rlhf_jax.models.dtypes import DTYPES, QUANTISED_KINDS
 from rlhf_jax.stages.table import export_folders
 
 CONFIG_HELP = """CONFIG is a TOML file of configs/ or of your own. Any key can be overridden after it:
@@ -142,7 +142,7 @@ def add_serve_options(command: argparse.ArgumentParser) -> None:
 
 def add_model_dtype(command: argparse.ArgumentParser) -> None:
     widths = "of weights, activations and cache; int8, nf4: kernels in 8.25 or 4.13 bits per weight, the rest bfloat16"
-    kinds = (*DTYPES, "int8", "nf4")
+    kinds = (*DTYPES, *QUANTISED_KINDS)
     command.add_argument("--dtype", default="float32", choices=kinds, help=f"{widths} (default: %(default)s)")
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax import hosts
 from rlhf_jax.data.chat_template import encode_dialogues, prepare_tokenizer
@@ -18,6 +17,9 @@ from rlhf_jax.models.attention import Choice
 from rlhf_jax.models.pretrained import Pretrained, score
 from rlhf_jax.reward_functions import Answered
 from rlhf_jax.stages.run_folder import date_of_export
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def score_texts(

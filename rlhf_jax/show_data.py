@@ -11,10 +11,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePath
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data.batches import Batches
 from rlhf_jax.data.chat_template import Encoding
@@ -28,6 +27,9 @@ from rlhf_jax.data.sources import has_eval
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.stages.from_scratch import make_tokenizer
 from rlhf_jax.stages.tokenizers import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 GREEN, DIM, PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 USES: dict[RowKind, str] = {"demonstration": "a dialogue", "pair": "a pair", "prompt": "a prompt"}

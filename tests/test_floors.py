@@ -1,6 +1,7 @@
 """The floors of the package: a module imports only from lower floors or from its own folder."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def name_of(path: Path, package: Path) -> str:
 
 
 def imports_of(path: Path, package: Path, modules: set[str]) -> set[str]:
-    """The modules of the package that `path` names in any import, anywhere in the file."""
+    """The modules of the package that `path` names in any import or as "module:function", anywhere in the file."""
     here = name_of(path, package).split(".") if name_of(path, package) else []
     folder = here if path.name == "__init__.py" else here[:-1]
     found = set()
@@ -63,6 +64,8 @@ def imports_of(path: Path, package: Path, modules: set[str]) -> set[str]:
             above = ["rlhf_jax", *folder[: len(folder) + 1 - node.level]] if node.level else []
             base = above + (node.module.split(".") if node.module else [])
             names = [[*base, alias.name] for alias in node.names]
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"rlhf_jax[\w.]*:\w+", str(node.value)):
+            names = [re.split("[.:]", node.value)]
         else:
             continue
         for name in names:
@@ -96,7 +99,7 @@ def reach(graph: dict[str, set[str]], name: str) -> set[str]:
     seen, todo = set(), [name]
     while todo:
         module = todo.pop()
-        # The package's own __init__ is left out: it runs before everything and imports everything.
+        # The package's own __init__ is left out: it runs before everything and names everything.
         parents = [folder for folder in [module.rpartition(".")[0]] if folder]
         if module and module not in seen:
             seen.add(module)
@@ -150,6 +153,7 @@ def test_few_files_name_a_stage():
         ("chat.py", "from . import report", ["chat imports report"]),
         ("chat.py", "from rlhf_jax import apply", ["chat imports __init__"]),
         ("engine.py", "def f():\n    from rlhf_jax.stages.sft import run", ["engine imports stages.sft"]),
+        ("engine.py", "RUN = 'rlhf_jax.stages.sft:run'", ["engine imports stages.sft"]),
         ("models/decoder.py", "from ..data.batches import Batch", ["models.decoder imports data.batches"]),
         ("models/decoder.py", "from . import families\nfrom .families import x\nfrom ..trees import record", []),
         ("__init__.py", "from .cli import main", ["__init__ imports cli"]),

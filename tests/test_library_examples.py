@@ -1,5 +1,7 @@
 """The examples of docs/library.md, run as they are printed on a small random model."""
 
+import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -52,10 +54,31 @@ def test_every_public_name_exists_with_a_docstring_and_is_in_the_document():
     assert [name for name in methods if f"| `{name}(" not in TEXT or not getattr(rlhf_jax.Engine, name).__doc__] == []
 
 
-def test_importing_the_package_imports_no_checkpoints_no_transformers_and_no_torch():
-    code = "import sys, rlhf_jax; print([name for name in ('orbax', 'transformers', 'torch') if name in sys.modules])"
+def test_every_public_name_has_for_type_checkers_the_import_that_happens_when_it_is_asked_for():
+    (block,) = [node for node in ast.parse(Path(rlhf_jax.__file__).read_text()).body if isinstance(node, ast.If)]
+    imports = [(node.module, alias) for node in block.body for alias in node.names]
+    for module, alias in imports:
+        found = importlib.import_module(module)
+        expected = getattr(found, alias.name, None) or importlib.import_module(f"{module}.{alias.name}")
+        assert getattr(rlhf_jax, alias.asname) is expected, alias.asname
+    assert sorted(alias.asname for _, alias in imports) == rlhf_jax.__all__
+    assert set(rlhf_jax.__all__) < set(dir(rlhf_jax))
+    with pytest.raises(AttributeError, match="'rlhf_jax' has no attribute 'from_trained'"):
+        rlhf_jax.from_trained  # noqa: B018
+
+
+def test_importing_the_package_and_reading_a_command_line_import_no_jax_no_transformers_and_no_torch():
+    code = """import sys, rlhf_jax
+from rlhf_jax.cli import parse_args
+assert parse_args(["train", "mine.toml", "sft.steps=3"]).overrides == ["sft.steps=3"]
+print({"jax", "numpy", "optax", "orbax", "tokenizers", "torch", "transformers"} & sys.modules.keys())
+from rlhf_jax import from_pretrained
+print({"orbax", "torch", "transformers"} & sys.modules.keys())
+import rlhf_jax.train
+print({"torch", "transformers"} & sys.modules.keys())
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    assert done.stdout == "set()\n" * 3
 
 
 def test_the_short_examples_of_the_document_and_the_readme_run(folder, capsys):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pkgutil import resolve_name
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from rlhf_jax.sampling import SampleConfig
 from rlhf_jax.stages.batch_sizes import check_row_lengths, held_out_batches, micro_batches, total_steps
 from rlhf_jax.stages.ppo_config import PPOConfig
 from rlhf_jax.stages.ppo_losses import actor_loss, critic_loss, estimate, rollout_metrics, shaped_rewards
+from rlhf_jax.stages.table import STAGES
 
 
 @pytest.fixture
@@ -45,6 +47,13 @@ def layout_of(devices: int) -> Layout:
 def loss_of(model, batch) -> float:
     logits = rlhf_jax.apply(model, batch.tokens, batch.mask)
     return float(next_token_loss(logits[:, :-1], batch.tokens[:, 1:], batch.loss_mask[:, 1:]))
+
+
+def test_the_table_of_stages_names_functions_that_exist():
+    for stage in STAGES.values():
+        assert bool(stage.objective) != bool(stage.sampled), stage.name
+        functions = [resolve_name(name) for name in (stage.run, stage.objective, *(stage.sampled or ())) if name]
+        assert len(functions) == (2 if stage.objective else 4) and all(map(callable, functions)), stage.name
 
 
 @pytest.mark.parametrize("learn", ["answer", "everything"])

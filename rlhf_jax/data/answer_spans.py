@@ -12,10 +12,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data.rendering import (
     Chat,
@@ -28,6 +27,9 @@ from rlhf_jax.data.rendering import (
     spelled_ranges,
     strings_of,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")  # a single byte, in vocabularies that fall back to bytes
 

@@ -14,13 +14,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import sources, splits
 from rlhf_jax.data.config import DataConfig, SourceConfig
@@ -40,6 +39,9 @@ from rlhf_jax.data.tokenize import (
     parse_row_stats,
     split_blocks,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LOGGER = logging.getLogger(__name__)
 # Keys of a source that its tokens do not depend on: its place, and how often it is drawn.

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jinja2
 import numpy as np
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from rlhf_jax.data.answer_spans import answer_ranges, tagged_ranges, token_spans
 from rlhf_jax.data.records import Dialogue, Turn, Turns
@@ -35,6 +33,9 @@ from rlhf_jax.data.rendering import (
     spelled_ranges,
     spells_control,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -87,6 +88,8 @@ def prepare_tokenizer(
 
 
 def _check_template(template: str) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template  # where used: it takes seconds
+
     try:
         render_jinja_template([[]], chat_template=template)
     except jinja2.TemplateSyntaxError as error:

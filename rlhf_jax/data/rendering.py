@@ -13,13 +13,14 @@ import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jinja2
 import numpy as np
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 Failure = ValueError  # returned in place of a dialogue that cannot be encoded, so that the others still are
@@ -145,6 +146,8 @@ def _as_read(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]])
 
 def render_generation(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tuple[str, list[Range]]:
     """The text of a chat, and what its template marks as the assistant's by `{% generation %}`."""
+    from transformers.utils.chat_template_utils import render_jinja_template  # where used: it takes seconds
+
     tools = list(chat.tools) or None
     (text,), (ranges,) = render_jinja_template(
         [

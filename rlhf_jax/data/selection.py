@@ -6,10 +6,9 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax import hosts
 from rlhf_jax.data.cache import load_or_tokenize, withheld_keys
@@ -23,6 +22,9 @@ from rlhf_jax.data.sources import has_eval, read_rows
 from rlhf_jax.data.store import memory_store
 from rlhf_jax.data.stream import StreamRows, open_stream
 from rlhf_jax.data.tokenize import MAX_SHOWN, Job, check_bad_rows, encode_rows, keys_of, map_rows, split_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ROWS_AT_ONCE = 4096
 STREAM_EXAMPLES = 100_000  # examples that `read_examples` reads of a stream

@@ -15,11 +15,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax.data import splits
 from rlhf_jax.data.chat_template import (
@@ -35,6 +34,9 @@ from rlhf_jax.data.mapping import make_mapper
 from rlhf_jax.data.records import BadRow, Dialogue, Example, Reply, Row, RowKind, RowSpec, Turn, Turns
 from rlhf_jax.data.sources import has_eval, limit_of, place_of
 from rlhf_jax.data.store import record_batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ROWS_PER_BLOCK = 512  # measured: smaller blocks cost calls, larger ones cache misses
 THREADS = 8  # at most: a third of a row's time is Python's, under its lock

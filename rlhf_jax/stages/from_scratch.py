@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf_jax import hosts
 from rlhf_jax.data.chat_template import prepare_tokenizer
@@ -22,6 +21,9 @@ from rlhf_jax.models.families import decoder_config
 from rlhf_jax.models.pretrained import Pretrained, save_pretrained
 from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.models import ModelConfig, NewModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 LOGGER = logging.getLogger(__name__)
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")  # ids 0, 1, 2
@@ -42,6 +44,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     if the texts have too few merges. No tokens are added around a text. `save_pretrained` writes a folder that
     `AutoTokenizer` opens. Raises ValueError if `vocab_size` is below 259.
     """
+    from transformers import PreTrainedTokenizerFast  # imported where used: it takes seconds
+
     smallest = len(SPECIAL_TOKENS) + NUM_BYTES
     if vocab_size < smallest:
         raise ValueError(f"vocab_size {vocab_size} cannot hold the bytes and special tokens: use {smallest} or more")
@@ -61,6 +65,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 def make_hf_config(new: NewModelConfig, vocab_size: int) -> dict[str, Any]:
     """The config.json that transformers writes for a new model, without the token ids of its tokenizer."""
+    from transformers import LlamaConfig  # imported where used: it takes seconds, and torch where that is installed
+
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=new.hidden_size,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax import hosts
 from rlhf_jax.data.batches import Batches
@@ -20,6 +19,9 @@ from rlhf_jax.decode import Rollout
 from rlhf_jax.reward_functions import answered_example, call_function, is_function, load_function
 from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.reference import drawn_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MODEL = "model"  # the name of this run's reward model among the rewards
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_jax import hosts
 from rlhf_jax.data.batches import Batches
@@ -18,6 +17,9 @@ from rlhf_jax.models.decoder import bind, last_hidden, scalar_scores
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.objectives.moments import Moments, add_moments, no_moments
 from rlhf_jax.stages.context import StageContext
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LOGGER = logging.getLogger(__name__)
 ScoreScale = Literal["none", "demonstrations", "rollouts"]

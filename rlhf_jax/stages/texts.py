@@ -6,8 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from rlhf_jax.data.batches import Batch, Batches, Prefetch
 from rlhf_jax.data.config import SourceConfig
@@ -15,6 +14,9 @@ from rlhf_jax.data.records import RowSpec
 from rlhf_jax.data.selection import select_rows
 from rlhf_jax.stages.batch_sizes import check_row_lengths
 from rlhf_jax.stages.context import StageContext
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LOGGER = logging.getLogger(__name__)
 

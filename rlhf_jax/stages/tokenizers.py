@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from rlhf_jax.data.chat_template import prepare_tokenizer
 from rlhf_jax.data.config import DataConfig
 from rlhf_jax.hub_access import hub_obstacle
 from rlhf_jax.models.pretrained import Pretrained
 from rlhf_jax.models.tokenizer_files import open_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LOGGER = logging.getLogger(__name__)
 

@@ -26,6 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 
 from benchmarks.provenance import record
 
@@ -152,11 +153,14 @@ def run_chaos(
 
 def import_train() -> Callable[[list[str]], int]:
     """`rlhf_jax.cli.main`, with everything imported that a run needs, and no thread and no device in use."""
-    import transformers  # noqa: F401
+    from transformers import AutoTokenizer, LlamaConfig  # noqa: F401
 
     import rlhf_jax.train  # noqa: F401
     from rlhf_jax.cli import main
+    from rlhf_jax.stages.table import STAGES
 
+    for stage in STAGES.values():
+        resolve_name(stage.run)
     return main
 
 

@@ -242,6 +242,21 @@ def test_the_page_of_votes_lists_deletes_and_exports(open_page, tmp_path):
     sync_api.expect(cards).to_have_count(0)
 
 
+def test_a_wrong_vote_is_corrected_on_the_page_of_votes(open_page, tmp_path):
+    page = open_page()
+    ask(page, "one")
+    page.get_by_role("button", name="Left is better").click()
+    sync_api.expect(page.locator("#status")).to_contain_text("in the file")
+    (before,) = rows(tmp_path)
+    page.get_by_role("link", name="Votes").click()
+    page.get_by_role("button", name="Swap chosen and rejected").click()
+    sync_api.expect(page.locator("#rows .chosen .note")).to_contain_text(f"model {before['rejected_by']['model']},")
+    (after,) = rows(tmp_path)
+    for name, other in (("chosen", "rejected"), ("rejected", "chosen")):
+        assert (after[name], after[f"{name}_by"]) == (before[other], before[f"{other}_by"])
+    assert after["prompt"] == before["prompt"] and (before["chosen_side"], after["chosen_side"]) == ("left", "right")
+
+
 def test_the_key_is_asked_for_kept_for_the_tab_and_sent(open_page):
     page = open_page(key=KEY, status=401)
     sync_api.expect(page.locator("#key-dialog")).to_be_visible()

@@ -317,6 +317,18 @@ function drawRow({ id, row }, kind) {
       say("Nothing was deleted: " + error.message, "votes-status");
     }
   });
+  const swap = kind !== "pairs" ? null : button("Swap", async () => {
+    const { chosen_side: side, prompt: messages } = row, other = SIDES.find((each) => each !== side);
+    const answers = { [side]: { text: row.chosen, ...row.chosen_by }, [other]: { text: row.rejected, ...row.rejected_by } };
+    try {
+      await post("votes", { messages, ...answers, vote: other });
+      await call(`votes/${kind}/${id}`, { method: "DELETE" });
+      await list(false);
+      at("votes-title").focus();
+    } catch (error) {
+      say("The vote was not changed: " + error.message, "votes-status");
+    }
+  }, { "aria-label": "Swap chosen and rejected" });
   const names = kind === "pairs" ? ["chosen", "rejected"] : SIDES;
   const isKnown = row && typeof row === "object" && names.every((name) => name in row);
   if (!isKnown) return element("article", {}, element("p", { class: "wrong" }, "This line is no vote of this page."),
@@ -331,7 +343,7 @@ function drawRow({ id, row }, kind) {
       element("p", { class: "note" }, visible(about)));
   });
   return element("article", { "aria-label": "Vote" }, ...prompt, element("div", { class: "answers two" }, ...sides),
-    element("div", { class: "bar" }, element("p", { class: "note" }, visible(row.time || "")), remove));
+    element("div", { class: "bar" }, element("p", { class: "note" }, visible(row.time || "")), ...(swap ? [swap] : []), remove));
 }
 
 async function exportVotes() {

@@ -50,7 +50,8 @@ class Comparison:
 
     Attributes:
         ratios: by peer, the ratio to reach: its seconds over this package's.
-        warm_up, iterations: of each run in the fastest dtype, of which every side has two.
+        warm_up: iterations before those that are timed, in each of a side's two runs in its fastest dtype.
+        iterations: that are timed in both runs together.
         dtypes: of which each side has some, or all.
         dtypes_of: the comparison whose fastest dtypes are taken; "": short runs find them.
     """
@@ -59,7 +60,7 @@ class Comparison:
     size: str
     ratios: dict[str, float]
     warm_up: int = 2
-    iterations: int = 5
+    iterations: int = 10
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "mixed")
     dtypes_of: str = ""
 
@@ -74,8 +75,8 @@ COMPARISONS = (
     Comparison("train_step", "A", {"torch": 1.15}),
     Comparison("score", "A", {"torch": 1.3}),
     Comparison("grpo_iteration", "qwen3", {"tunix 0.1.7": 2.0, "TRL 1.16": 1.5}),
-    Comparison("ppo_iteration", "A", PPO, iterations=3),
-    Comparison("ppo_iteration", "opt-125m", PPO, warm_up=1, iterations=3, dtypes_of="ppo_iteration/A"),
+    Comparison("ppo_iteration", "A", PPO, iterations=6),
+    Comparison("ppo_iteration", "opt-125m", PPO, warm_up=1, iterations=5, dtypes_of="ppo_iteration/A"),
 )
 SHORT = (1, 1)  # iterations of a short run: of warm-up, and timed
 Run = Callable[[str, str, str, str, tuple[int, int]], dict[str, Any]]  # of `run_side`
@@ -123,10 +124,11 @@ def compare(comparison: Comparison, run: Run) -> list[dict[str, Any]]:
     """The row of each peer."""
     by_dtype = short_runs(comparison, run)
     fastest = {side: min(seconds, key=seconds.get) for side, seconds in by_dtype.items()}
-    given, iterations = (comparison.subject, comparison.size), (comparison.warm_up, comparison.iterations)
+    given, second = (comparison.subject, comparison.size), comparison.iterations // 2
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in fastest}
-    for side in (*fastest, *reversed(fastest)):
-        runs[side].append(run(*given, side, fastest[side], iterations))
+    for order, count in ((fastest, comparison.iterations - second), (reversed(fastest), second)):
+        for side in order:
+            runs[side].append(run(*given, side, fastest[side], (comparison.warm_up, count)))
     sides = {side: summary(each) | {"by_dtype": by_dtype[side]} for side, each in runs.items()}
     own = sides[OWN]
     return [
@@ -164,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="SUBJECT/SIZE", help=f"of {', '.join(names)} (default: all)")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="NAME", help="(default: all)")
     parser.add_argument("--note", default="", help="about the machine, such as that other processes shared it")
-    parser.add_argument("--iterations", type=int, help="that are timed in each run, in place of the comparison's")
+    parser.add_argument("--iterations", type=int, help="that are timed, in place of the comparison's")
     args = parser.parse_args(argv)
     if unknown := set(args.names) - set(names):
         parser.error(f"no such comparison: {', '.join(sorted(unknown))}; choose from {', '.join(names)}")

@@ -35,8 +35,10 @@ def by_jax() -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
+    from rlhf_jax.products import matmul
+
     def product(dtype: str) -> Callable[[], Any]:
-        matrix, multiply = jnp.ones((ROWS, ROWS), dtype), jax.jit(jnp.matmul)
+        matrix, multiply = jnp.ones((ROWS, ROWS), dtype), jax.jit(matmul)  # as the models multiply
         return lambda: multiply(matrix, matrix).block_until_ready()
 
     array, increment = jnp.zeros(NUMBERS, jnp.float32), jax.jit(lambda x: x + 1, donate_argnums=0)

@@ -139,8 +139,9 @@ def pair_accuracy(scores: np.ndarray, lengths: np.ndarray, sources: Sequence[str
         sources: [B] where each pair comes from.
     Returns:
         {pairs, accuracy, accuracy_interval, longer, longer_interval} of all pairs, with a list of the same in
-        "by_length", for quarters of the pairs by the difference of lengths, chosen minus rejected, "from" to "to"; and
-        in "by_source" {source: the same} where there are several. Intervals and ties are those of `win_rate`.
+        "by_length", for quarters of the pairs by the difference of lengths, chosen minus rejected, "from" to "to", of
+        which equal differences share one; and in "by_source" {source: the same} where there are several. Intervals and
+        ties are those of `win_rate`.
     """
 
     def figures(of: np.ndarray) -> dict[str, Any]:
@@ -151,8 +152,11 @@ def pair_accuracy(scores: np.ndarray, lengths: np.ndarray, sources: Sequence[str
         return found
 
     difference = lengths[:, 0].astype(int) - lengths[:, 1]
-    quarters = [each for each in np.array_split(np.argsort(difference, kind="stable"), 4) if each.size]
-    ends = [{"from": int(difference[each[0]]), "to": int(difference[each[-1]])} for each in quarters]
+    # Pairs of one difference are all in the quarter that their middle is in.
+    _, place, counts = np.unique(difference, return_inverse=True, return_counts=True)
+    quarter = np.floor(4 * (np.cumsum(counts) - counts / 2) / len(difference))[place]
+    quarters = [np.flatnonzero(quarter == part) for part in np.unique(quarter)]
+    ends = [{"from": int(difference[each].min()), "to": int(difference[each].max())} for each in quarters]
     found = figures(np.arange(len(scores)))
     found["by_length"] = [end | figures(each) for end, each in zip(ends, quarters, strict=True)]
     if len(set(sources)) > 1:

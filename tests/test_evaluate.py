@@ -113,6 +113,9 @@ def test_the_accuracy_on_pairs_is_given_by_length_and_source_next_to_that_of_the
         "a": (6, 3.5 / 6),
         "b": (2, 1.0),
     }
+    lengths = np.array([[1, 3], *[[2, 2]] * 5, [3, 2], [4, 2]])
+    by_length = pair_accuracy(scores, lengths, ["a"] * 8)["by_length"]
+    assert [(part["from"], part["to"], part["pairs"]) for part in by_length] == [(-2, -2, 1), (0, 0, 5), (1, 2, 2)]
     assert best_of(np.array([1.0, 3.0, 2.0, 5.0, 5.0, 0.0]), 3).tolist() == [1, 3]
 
 

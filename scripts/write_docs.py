@@ -357,9 +357,25 @@ def serving() -> str:
         names = {"rlhf_jax": "`rlhf-jax serve`", "transformers": "`transformers serve`"}
         kind = "greedy" if result["temperature"] == 0 else f"temperature {result['temperature']:g}"
         first = [f"{result[f'first_token_{part}']:.2f} s" for part in ("p50", "p95")]
-        return [names[result["server"]], str(result["streams"]), kind, f"{result['tokens_per_second']:,.1f}", *first]
+        model = f"{result['layers']} x {result['hidden']}, {result['tokens']} tokens"
+        return [
+            names[result["server"]],
+            model,
+            str(result["streams"]),
+            kind,
+            f"{result['tokens_per_second']:,.1f}",
+            *first,
+        ]
 
-    head = ["server", "streams", "sampled", "tokens per second", "time to first token, median", "95%"]
+    head = [
+        "server",
+        "layers x width, answers of",
+        "streams",
+        "sampled",
+        "tokens per second",
+        "time to first token, median",
+        "95%",
+    ]
     return table_of_runs("serve", head, row)
 
 
@@ -391,7 +407,8 @@ def speed_phases() -> str:
     rows = []
     for size in dict.fromkeys(result["size"] for result in runs):
         same = [result for result in runs if result["size"] == size]
-        for name, side in {"here": same[0]["own"]} | {result["peer"]: result["other"] for result in same}.items():
+        sides = {"here": same[0]["own"]} | {result["peer"]: result["other"] for result in same}
+        for name, side in sides.items():
             seconds = [f"{side['phases'][phase]:.2f}" if phase in side["phases"] else "" for phase in PHASES]
             shares = [percent(side[f"{kind}_share"], 0) for kind in ("flops", "bytes")]
             rows.append([SPEED_SIZES[size], name, *seconds, *shares, f"{side['peak_bytes'] / 2**30:.2f}"])
@@ -458,6 +475,33 @@ def alpaca_pairs() -> str:
     rows += [row(f"chosen longer by {part['from']} to {part['to']} tokens", part) for part in found["by_length"]]
     head = ["held-out pairs", "number", "reward model", "always the longer answer"]
     return f"{table(head, rows)}\n\n{origin([run])}"
+
+
+def gsm8k() -> str:
+    """The rewards of the first and last iterations, and the form of held-out answers before and after."""
+    run = next(run for run in runs_of("recipes") if run["result"]["recipe"] == "gsm8k")
+    found = run["result"]
+
+    def row(label: str, name: str, show: Callable[[float], str]) -> list[str]:
+        return [label, *(show(found[name][when]) for when in ("first", "last"))]
+
+    rows = [
+        row("answers in the form that is rewarded", "reward/is_formatted", percent),
+        row("answers with the right number", "reward/is_correct", percent),
+        row("answers that end by themselves", "ended_by_eos", percent),
+        row("tokens per answer", "response_length", "{:.0f}".format),
+    ]
+    head = ["", "first five iterations", f"last five of {found['iterations']}"]
+    held = found["held_out"]
+    shares = " before and ".join(percent(held[f"{name}_score"]) for name in ("sft", "grpo"))
+    text = (
+        f"Of the sampled answers to {held['prompts']} held-out questions, {shares} after GRPO have that form; the KL "
+    )
+    text += (
+        f"to the SFT model is {held['grpo_kl']:.1f} per answer, since they are shorter: {held['sft_length']:.0f} and "
+    )
+    text += f"{held['grpo_length']:.0f} tokens."
+    return "\n\n".join([table(head, rows), textwrap.fill(text, 116), origin([run])])
 
 
 def consumers() -> str:
@@ -646,6 +690,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
             packing,
             real_data,
             alpaca_pairs,
+            gsm8k,
             consumers,
         ),
         *(history, families, floors, modules, metrics, configuration),

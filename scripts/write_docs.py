@@ -133,7 +133,8 @@ def demo() -> str:
         own = [result for result in results if result["method"] == method]
         shares = [spread([result[how]["good"] for result in own], percent) for how in ("sampled", "greedy")]
         change = min(result["greedy"]["good"] - before[result["seed"]] for result in own)
-        minutes = sum(sum(result["seconds"].values()) for result in own) / len(own) / 60
+        timed = [result["seconds"].values() for result in own if all(result["seconds"].values())]  # 0: was resumed
+        minutes = sum(map(sum, timed)) / len(timed) / 60
         is_sft = method == "sft"
         kl = spread([result["kl"] for result in own], "{:.1f}".format)
         least, trained = "" if is_sft else f"{100 * change:+.1f} points", DEMO_METHODS[method]
@@ -160,7 +161,8 @@ def demo_seeds() -> str:
             low, high = result[how]["interval"]
             cells.append(f"{percent(result[how]['good'])} ({percent(low)} to {percent(high)})")
         wrong, sums = result["greedy"]["faults"].get("wrong", 0), result["greedy"]["wrong_sums"]
-        return [*cells, f"{wrong} ({sums})", f"{result['kl']:.2f}", f"{sum(result['seconds'].values()):.0f}"]
+        seconds = f"{sum(result['seconds'].values()):.0f}" if all(result["seconds"].values()) else "resumed"
+        return [*cells, f"{wrong} ({sums})", f"{result['kl']:.2f}", seconds]
 
     head = ["seed", "model", "sampled", "greedy", "greedy: wrong (sums)", "KL per answer", "seconds"]
     return table_of_runs("demo", head, row)

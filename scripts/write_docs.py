@@ -479,6 +479,20 @@ def alpaca_pairs() -> str:
     return f"{table(head, rows)}\n\n{origin([run])}"
 
 
+def ablations() -> str:
+    """A row per change of the demo's PPO and seed."""
+
+    def row(result: dict[str, Any]) -> list[str]:
+        shares = [percent(result[how]["good"]) for how in ("sampled", "greedy")]
+        numbers = (f"{result[name]:.2f}" for name in ("kl", "explained_variance", "actor_entropy"))
+        return [result["change"], *shares, *numbers, f"{1000 * result['seconds_update']:.0f}"]
+
+    seeds = {run["result"]["seed"] for run in runs_of("ablations")}
+    assert len(seeds) == 1, "a table of several seeds needs a column for them"
+    shown = ["sampled", "greedy", "KL per answer", "explained variance", "entropy", "ms per update"]
+    return table_of_runs("ablations", [f"PPO of seed {seeds.pop()}", *shown], row)
+
+
 def gsm8k() -> str:
     """The rewards of the first and last iterations, and the form of held-out answers before and after."""
     run = next(run for run in runs_of("recipes") if run["result"]["recipe"] == "gsm8k")
@@ -692,6 +706,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
             packing,
             real_data,
             alpaca_pairs,
+            ablations,
             gsm8k,
             consumers,
         ),

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import transformers  # noqa: F401 - in a test its handler of messages would keep a stderr that is closed afterwards
 from safetensors.numpy import load_file
 
 import rlhf_jax.mesh

@@ -2,7 +2,8 @@
 
 XLA's CPU backend (jax 0.10.2) computes a product of bfloat16 whose result is bfloat16 by converting its operands to
 float32; one whose result is float32 takes the bfloat16 instructions of the processor. GPUs sum in float32 and write the
-result rounded, so that there the result stays in the dtype of the operands.
+result rounded, so that there the result stays in the dtype of the operands. The gradient of a weight is written as the
+activations by the incoming gradient, where JAX would have the backend transpose the gradient.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ def _product_on_cpus(spec: str, dtype: jnp.dtype | None, x: jax.Array, y: jax.Ar
         return max(map(of.index, group), default=-1) < min(map(of.index, other), default=len(of))
 
     x_turned, y_turned = is_first(k, m, of_x), not is_first(k, n, of_y)
+    if x_turned and len(k) > 1 and not b:  # of several dimensions the backend makes the copy itself
+        return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32).astype(dtype or x.dtype)
     x = rearrange(x, f"{' '.join(of_x)} -> {pattern(k, m) if x_turned else pattern(m, k)}")
     y = rearrange(y, f"{' '.join(of_y)} -> {pattern(n, k) if y_turned else pattern(k, n)}")
     if x_turned:  # in two parts: the compiler undoes a plain transpose, for an order that the product does not have
@@ -76,11 +79,11 @@ def _backward(spec, dtype, operands, gradient):
     def cpu(x, y, gradient):
         # Rounded first: a product of float32 and bfloat16 would be one of float32.
         of_x, of_y, of_result = spec.replace("->", ",").split(",")
-        gradient = gradient.astype(x.dtype)
+        gradient, product = gradient.astype(x.dtype), _product_on_cpus if x.dtype == jnp.bfloat16 else _product
         to_x, to_y = f"{of_result},{of_y}->{of_x}", f"{of_x},{of_result}->{of_y}"
-        return _product_on_cpus(to_x, None, gradient, y), _product_on_cpus(to_y, None, x, gradient)
+        return product(to_x, None, gradient, y), product(to_y, None, x, gradient)
 
-    return _choose(others, cpu, *operands, gradient)
+    return jax.lax.platform_dependent(*operands, gradient, cpu=cpu, default=others)
 
 
 einsum.defvjp(_forward, _backward)

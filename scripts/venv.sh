@@ -1,4 +1,6 @@
 # Sourced by the other scripts: changes to the repository's root and makes venv (.venv) there, or keeps a working one.
+# On a CPU every run of a program takes fresh memory for its temporary arrays: in large pages that is much faster.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${venv:-.venv}
 

@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from rlhf_jax.products import matmul
 
@@ -71,7 +72,7 @@ def token_logprobs_and_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """`from_logits(head_logits(hidden, head) / temperature, targets)`, `chunk` positions at a time.
 
-    The backward pass recomputes the logits.
+    The backward pass recomputes the logits where there are several chunks.
 
     hidden [B, T, D], head [D, V], targets [B, T] int; bias [V] and softcap as `head_logits` takes them.
     Live at once are the logits of one chunk, [B, chunk, V] float32. `chunk` need not divide T; 0 takes T whole.
@@ -89,10 +90,14 @@ def token_logprobs_and_entropy(
         x = jnp.pad(x, [(0, 0), (0, num_chunks * size - length)] + [(0, 0)] * len(rest))
         return jnp.moveaxis(x.reshape(batch, num_chunks, size, *rest), 1, 0)
 
+    # A single chunk is the first thing that the backward pass needs: to keep its logits takes no more memory at once.
+    policy = jax.checkpoint_policies.save_only_these_names(*["logits"] * (num_chunks == 1))
+
     # Inside a scan nothing can undo the recomputation, so the barrier against it is left out.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
+    @functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
     def one_chunk(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return from_logits(head_logits(hidden, head, bias, softcap) / temperature, targets, num_real=num_real)
+        logits = checkpoint_name(head_logits(hidden, head, bias, softcap), "logits")
+        return from_logits(logits / temperature, targets, num_real=num_real)
 
     _, outputs = jax.lax.scan(lambda _, xs: (None, one_chunk(*xs)), None, (chunks_first(hidden), chunks_first(targets)))
     logprobs, entropy = (jnp.moveaxis(x, 0, 1).reshape(batch, num_chunks * size)[:, :length] for x in outputs)

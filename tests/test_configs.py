@@ -1,19 +1,28 @@
 """Every shipped configuration: its header, that its sizes divide, that it fits its hardware, and how one is chosen."""
 
+import dataclasses
 import importlib.util
 import re
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn  # which asks the plugin for the version of cuDNN
 
 from rlhf_jax.config import load_config
-from rlhf_jax.hardware import GPUS, parse_machine
-from rlhf_jax.mesh import TRAIN, Layout
+from rlhf_jax.hardware import COMPILE_OPTIONS, GPUS, compile_only_devices, parse_machine
+from rlhf_jax.mesh import TRAIN, Layout, MeshConfig, make_mesh, single_device_mesh
+from rlhf_jax.models import attention
 from rlhf_jax.plan import USABLE_SHARE, abstract, hardware_of_config, lower_bound_bytes, make_plan
 from rlhf_jax.plan.abstract import abstract_mesh
 from rlhf_jax.plan.auto import choose_switches
+from rlhf_jax.plan.phases import SlotsProgram, decoder_configs, phases
 from rlhf_jax.recipe import Recipe
+from rlhf_jax.train_step import OffloadedUpdate
 
 ROOT = Path(__file__).parents[1]
 ALL = sorted((ROOT / "configs").glob("*.toml"))
@@ -99,6 +108,107 @@ def test_a_configuration_compiled_for_its_hardware_fits_in_95_percent_of_the_car
     plan = make_plan(load_config(path, [], Recipe), hardware_of_config(path), search=False)
     assert plan["compiled_for"] == parse_machine(hardware_of_config(path)).gpu.name
     assert plan["fits"], {(row["stage"], row["phase"]): row["headroom"] for row in plan["phases"]}
+
+
+def gpus_of(path):
+    """What the choice of a kernel asks of a mesh, of the GPUs in a header."""
+    device = SimpleNamespace(platform="gpu", compute_capability=parse_machine(hardware_of_config(path)).gpu.capability)
+    return SimpleNamespace(devices=np.array([device]))
+
+
+@pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
+def test_a_configuration_chooses_cudnns_attention_for_its_actor_and_its_reward_model(path):
+    recipe = load_config(path, [], Recipe)
+    packed = any(recipe.row_spec(stage).pack_length for stage in recipe.run.stages)
+    for decoder in decoder_configs(recipe, 1):
+        how = gpus_of(path), decoder, recipe.model.compute.dtype, recipe.data.max_length, recipe.model.attention
+        assert attention.kernel_for_mesh(*how, packed=packed) == ("cudnn", "bfloat16, causal")
+
+
+class ForCuda(NamedTuple):
+    """A jitted function whose `lower` is for NVIDIA GPUs, on any machine."""
+
+    program: Any
+
+    def lower(self, *args, **options):
+        return self.program.trace(*args, **options).lower(lowering_platforms=("cuda",))
+
+
+def for_cuda(program):
+    """A program of the plan, lowered for NVIDIA GPUs."""
+    if isinstance(program, SlotsProgram):
+        return SlotsProgram(ForCuda(program.program))
+    if isinstance(program, OffloadedUpdate):
+        return dataclasses.replace(program, gradients=ForCuda(program.gradients))
+    return ForCuda(program)
+
+
+@pytest.fixture
+def on_gpus(monkeypatch):
+    """A function that makes kernels be chosen as on the GPUs in a header, by a JAX with cuDNN 9.10."""
+    obstacle = attention.device_obstacle
+
+    def choose(path):
+        monkeypatch.setattr(attention, "device_obstacle", lambda mesh, dtype: obstacle(gpus_of(path), dtype))
+        monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+
+    return choose
+
+
+@pytest.fixture
+def one_layer(monkeypatch):
+    """Makes every model one of a single layer: each runs the same kernel."""
+    shallow = {name: {**config, "num_hidden_layers": 1} for name, config in abstract.known_models().items()}
+    monkeypatch.setattr(abstract, "known_models", lambda: shallow)
+
+
+def attending(recipe, mesh, stage):
+    """The programs of a stage in which models read whole rows."""
+    return [phase for phase in phases(recipe, mesh, (stage,)) if phase.passes and phase.name != "publish"]
+
+
+def check_fused_calls(phase, text):
+    """Each model, of one layer, has one forward call, or two with rematerialisation, and if it trains one backward."""
+    calls = Counter(re.findall(r"__cudnn\$fmha(\w+)", text))
+    assert calls["SoftmaxBackward"] == phase.is_update, (phase.stage, phase.name)
+    assert len(phase.passes) <= calls["Softmax"] <= len(phase.passes) * (1 + phase.is_update), (phase.stage, phase.name)
+
+
+STAGES = ("sft", "reward", "ppo")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
+def test_every_program_of_a_configuration_has_cudnns_attention_forward_and_backward(path, stage, one_layer, on_gpus):
+    """On one device: over several, its calls are in the text only after XLA has split them."""
+    on_gpus(path)
+    recipe = dataclasses.replace(load_config(path, [], Recipe), mesh=MeshConfig())
+    assert recipe.run.stages == STAGES
+    found = attending(recipe, single_device_mesh(), stage)
+    wanted = ["generate", "score", "actor", "critic"] if stage == "ppo" else ["update", "evaluate"]
+    assert [phase.name for phase in found] == wanted
+    for phase in found:
+        check_fused_calls(phase, for_cuda(phase.program).lower(*phase.args).as_text())
+
+
+def test_packed_rows_are_read_without_cudnns_attention_and_the_reason_says_so(one_layer, on_gpus):
+    path = ROOT / "configs" / "opt-1.3b-single_gpu.toml"
+    on_gpus(path)
+    recipe = dataclasses.replace(load_config(path, ["sft.pack_length=512"], Recipe), mesh=MeshConfig())
+    phase = attending(recipe, single_device_mesh(), "sft")[-1]
+    assert "fmha" not in for_cuda(phase.program).lower(*phase.args).as_text()
+    how = single_device_mesh(), phase.passes[0].decoder, recipe.model.compute.dtype, 512, recipe.model.attention
+    assert "rows are packed" in attention.kernel_for_mesh(*how, packed=True).reason
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("path", PLANNED, ids=lambda path: path.stem)
+def test_programs_compiled_for_the_devices_of_a_configuration_have_cudnns_attention(path, one_layer):
+    recipe = load_config(path, [], Recipe)
+    mesh = make_mesh(recipe.mesh, compile_only_devices(hardware_of_config(path)))
+    for phase in attending(recipe, mesh, "ppo"):
+        text = phase.program.lower(*phase.args).compile(COMPILE_OPTIONS).as_text()
+        check_fused_calls(phase, text)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,12 @@ from typing import Any
 
 TRIALS = 5  # of which the best counts
 ROWS, NUMBERS = 2048, 2**26  # of the square matrices; of the float32 array
+ON_GPU = 4, 8  # times as many: there those take about as long as a launch
+
+Trial = Callable[[], Any]
 
 
-def best_seconds(run: Callable[[], Any]) -> float:
+def best_seconds(run: Trial) -> float:
     """The least of TRIALS calls, after one that is not timed."""
     seconds = []
     for _ in range(TRIALS + 1):
@@ -20,15 +23,39 @@ def best_seconds(run: Callable[[], Any]) -> float:
     return min(seconds[1:])
 
 
-def ceilings(product: Callable[[str], Callable[[], Any]], add: Callable[[], Any]) -> dict[str, float]:
-    """Operations per second in each dtype, and bytes per second of "memory", read and written.
+def bandwidth(add: Callable[[int], Trial], numbers: int) -> float:
+    """Bytes per second, read and written; `add` as in `ceilings`."""
+    return 2 * 4 * numbers / best_seconds(add(numbers))
+
+
+def ceilings(
+    product: Callable[[str, int], Trial], add: Callable[[int], Trial], gpu_peak: int | None = None
+) -> dict[str, float]:
+    """Operations per second in each dtype, and bytes per second of "memory"; "peak_bytes" of a GPU.
 
     Args:
-        product: (dtype) -> a function that multiplies two matrices of ROWS rows and waits.
-        add: adds 1 to NUMBERS float32 numbers in place and waits.
+        product: (dtype, rows) -> a function that multiplies two square matrices and waits.
+        add: (numbers) -> a function that adds 1 to so many float32 numbers in place and waits.
+        gpu_peak: bytes of a GPU that were allocated at most so far; None on a CPU.
     """
-    found = {dtype: 2 * ROWS**3 / best_seconds(product(dtype)) for dtype in ("float32", "bfloat16")}
-    return found | {"memory": 2 * 4 * NUMBERS / best_seconds(add)}
+    more_rows, more_numbers = (1, 1) if gpu_peak is None else ON_GPU
+    rows = more_rows * ROWS
+    found = {dtype: 2 * rows**3 / best_seconds(product(dtype, rows)) for dtype in ("float32", "bfloat16")}
+    found |= {"memory": bandwidth(add, more_numbers * NUMBERS)}
+    return found if gpu_peak is None else found | {"peak_bytes": gpu_peak}
+
+
+def add_by_jax(numbers: int) -> Trial:
+    import jax
+    import jax.numpy as jnp
+
+    array, increment = jnp.zeros(numbers, jnp.float32), jax.jit(lambda x: x + 1, donate_argnums=0)
+
+    def add() -> None:
+        nonlocal array
+        array = increment(array).block_until_ready()
+
+    return add
 
 
 def by_jax() -> dict[str, float]:
@@ -37,25 +64,29 @@ def by_jax() -> dict[str, float]:
 
     from rlhf_jax.products import matmul
 
-    def product(dtype: str) -> Callable[[], Any]:
-        matrix, multiply = jnp.ones((ROWS, ROWS), dtype), jax.jit(matmul)  # as the models multiply
+    def product(dtype: str, rows: int) -> Trial:
+        matrix, multiply = jnp.ones((rows, rows), dtype), jax.jit(matmul)  # as the models multiply
         return lambda: multiply(matrix, matrix).block_until_ready()
 
-    array, increment = jnp.zeros(NUMBERS, jnp.float32), jax.jit(lambda x: x + 1, donate_argnums=0)
-
-    def add() -> None:
-        nonlocal array
-        array = increment(array).block_until_ready()
-
-    return ceilings(product, add)
+    stats = jax.devices()[0].memory_stats()  # None on CPUs
+    return ceilings(product, add_by_jax, stats["peak_bytes_in_use"] if stats else None)
 
 
 def by_torch() -> dict[str, float]:
     import torch
 
-    def product(dtype: str) -> Callable[[], Any]:
-        matrix = torch.ones(ROWS, ROWS, dtype=getattr(torch, dtype))
-        return lambda: matrix @ matrix
+    on_gpu = torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
 
-    array = torch.zeros(NUMBERS)
-    return ceilings(product, lambda: array.add_(1))
+    def waiting(run: Trial) -> Trial:
+        return (lambda: (run(), torch.cuda.synchronize())) if on_gpu else run
+
+    def product(dtype: str, rows: int) -> Trial:
+        matrix = torch.ones(rows, rows, dtype=getattr(torch, dtype), device=device)
+        return waiting(lambda: matrix @ matrix)
+
+    def add(numbers: int) -> Trial:
+        array = torch.zeros(numbers, device=device)
+        return waiting(lambda: array.add_(1))
+
+    return ceilings(product, add, torch.cuda.max_memory_allocated() if on_gpu else None)

@@ -5,7 +5,8 @@
 Short runs find the fastest dtype of each side; in it all sides run one after the other, and again in the reverse order.
 Every run is a process of its own that leaves its first iterations out. A ratio is that of the medians over both orders.
 All sides get large pages from the C library, which makes each of them faster on CPUs.
-Writes a row of benchmarks/results/compare.json for each peer.
+Writes a row of benchmarks/results/compare.json for each peer; where this machine has an NVIDIA GPU, all sides compute
+on it, and rows are in compare_gpu.json.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.peers.environments import run_module
+from benchmarks.peers.environments import gpu, run_module
 from benchmarks.provenance import RESULTS, record
 
 OWN = "rlhf_jax"
@@ -78,6 +79,11 @@ COMPARISONS = (
     Comparison("grpo_iteration", "qwen3", {"tunix 0.1.7": 2.0, "TRL 1.16": 1.5}),
     Comparison("ppo_iteration", "A", PPO, iterations=6),
     Comparison("ppo_iteration", "opt-125m", PPO, warm_up=1, iterations=5, dtypes_of="ppo_iteration/A"),
+)
+ON_GPU = (
+    Comparison("generate", "opt-1.3b", {"torch": 2.0}, dtypes=("bfloat16",)),
+    Comparison("train_step", "opt-1.3b", {"torch": 1.15}, dtypes=("bfloat16", "mixed")),
+    Comparison("ppo_iteration", "opt-1.3b", PPO, dtypes=("bfloat16", "mixed")),
 )
 SHORT = (1, 1)  # iterations of a short run: of warm-up, and timed
 Run = Callable[[str, str, str, str, tuple[int, int]], dict[str, Any]]  # of `run_side`
@@ -163,7 +169,9 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [comparison.name for comparison in COMPARISONS]
+    device = gpu()
+    comparisons = ON_GPU if device else COMPARISONS
+    names = [comparison.name for comparison in comparisons]
     parser.add_argument("names", nargs="*", metavar="SUBJECT/SIZE", help=f"of {', '.join(names)} (default: all)")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="NAME", help="(default: all)")
     parser.add_argument("--note", default="", help="about the machine, such as that other processes shared it")
@@ -172,13 +180,14 @@ def main(argv: list[str] | None = None) -> None:
     if unknown := set(args.names) - set(names):
         parser.error(f"no such comparison: {', '.join(sorted(unknown))}; choose from {', '.join(names)}")
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # as scripts/venv.sh sets it
-    for comparison in COMPARISONS:
+    for comparison in comparisons:
         ratios = {peer: wanted for peer, wanted in comparison.ratios.items() if peer in args.peers}
         if ratios and comparison.name in (args.names or names):
             iterations = args.iterations or comparison.iterations
             for row in compare(dataclasses.replace(comparison, ratios=ratios, iterations=iterations), run_side):
-                record("compare", row, "subject", "size", "peer", note=args.note)
-                print(json.dumps({key: row[key] for key in ("subject", "size", "peer", "ratio", "memory_ratio")}))
+                name = "compare_gpu" if device else "compare"
+                record(name, row, "subject", "size", "peer", machine=device, note=args.note)
+                print(json.dumps({key: value for key, value in row.items() if key not in ("own", "other")}))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import ceilings, timing
-from benchmarks.gpu.models import NEVER, prompts_of
-from benchmarks.random_models import add_overrides, open_recipe
+from benchmarks.random_models import NEVER, add_overrides, open_recipe, prompts_of
 from rlhf_jax.decode import Decoding
 from rlhf_jax.mesh import single_device_mesh
 from rlhf_jax.models.decoder import init_params

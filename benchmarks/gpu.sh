@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Measures this machine's NVIDIA GPU in under nine minutes: parity tests, decoding, peak memory against the plan, and
-# the seconds of PPO's phases. Writes benchmarks/results/DEVICE-DATE.json and .md; exit code 1 if a part failed, whose
-# error is then in both. Uses the Python named by PYTHON (python3) if its JAX sees a GPU and all dependencies are
-# installed; otherwise makes .venv and installs them (some more minutes, the first time).
+# Measures this machine's NVIDIA GPU: parity tests, decoding, peak memory against the plan, the seconds of PPO's phases
+# and of training steps, and of the same work by torch and TRL; first of all what is wanted of each. The parts before
+# the peers end within twenty minutes, and these, which are installed first, after forty more. Writes
+# benchmarks/results/DEVICE-DATE.json and .md; exit code 1 if a part failed, whose error is then in both. Uses the
+# Python named by PYTHON (python3) if its JAX sees a GPU and all dependencies are installed; otherwise makes .venv and
+# installs them (some more minutes, the first time).
 #   benchmarks/gpu.sh            everything, on the GPU
 #   benchmarks/gpu.sh --small    the same at toy size, also on a CPU: tests the script, and says nothing about a GPU
 set -euo pipefail
@@ -31,8 +33,7 @@ if [[ -z $python ]] || ! said=$(serves "$python" 2>&1); then
     source scripts/venv.sh
     extra=test
     if [[ $wanted == gpu ]]; then
-        driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -n 1)
-        if ((${driver%%.*} >= 580)); then extra=cuda13,test; else extra=cuda12,test; fi
+        extra=$(.venv/bin/python -c 'from benchmarks.peers.environments import jax_extra; print(jax_extra())'),test
     fi
     install -e ".[$extra]"
     python=.venv/bin/python

@@ -11,9 +11,8 @@ import jax
 import numpy as np
 
 from benchmarks import ceilings, timing
-from benchmarks.gpu.models import NEVER
 from benchmarks.peers import words
-from benchmarks.random_models import add_overrides, open_recipe
+from benchmarks.random_models import NEVER, add_overrides, open_recipe
 from rlhf_jax.mesh import single_device_mesh
 from rlhf_jax.models.decoder import init_params
 from rlhf_jax.models.pretrained import Pretrained

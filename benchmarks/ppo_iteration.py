@@ -11,8 +11,7 @@ from __future__ import annotations
 import jax
 
 from benchmarks import ceilings, timing
-from benchmarks.gpu.models import engine_of, prompts_of
-from benchmarks.random_models import add_overrides, open_recipe
+from benchmarks.random_models import add_overrides, engine_of, open_recipe, prompts_of
 from rlhf_jax.mesh import single_device_mesh
 
 

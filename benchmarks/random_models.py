@@ -9,11 +9,23 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+import numpy as np
 import tomli_w
+from jax.sharding import Mesh
 
 from benchmarks import timing
 from rlhf_jax.config import load_config
+from rlhf_jax.engine import EngineState, FrozenParams, HybridEngine
+from rlhf_jax.mesh import Layout
+from rlhf_jax.models.config import DecoderConfig
+from rlhf_jax.models.decoder import init_params
+from rlhf_jax.models.pretrained import Pretrained
+from rlhf_jax.plan.phases import decoder_configs, prompt_positions
 from rlhf_jax.recipe import Recipe
+from rlhf_jax.stages.ppo import ppo_engine, ppo_models, ppo_optimizers
+
+NEVER = (-1,)  # no token ends an answer, so all answers have full length
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -54,3 +66,31 @@ def open_recipe(args: argparse.Namespace) -> Iterator[Recipe]:
     """`make_recipe`, in a folder that exists meanwhile."""
     with tempfile.TemporaryDirectory() as folder:
         yield make_recipe(args, folder)
+
+
+def draw(decoder: DecoderConfig, seed: int, recipe: Recipe, layout: Layout) -> Pretrained:
+    """A random model in the dtype in which the recipe stores it."""
+    drawn = init_params(decoder, jax.random.key(seed), layout)
+    dtype = recipe.model.stored_dtype(scalar_head=decoder.scalar_head)
+    params = {path: drawn.pop(path).astype(dtype) for path in list(drawn)}  # frees the float32 leaves one by one
+    return Pretrained(decoder, params, None, {}, {}, layout)
+
+
+def engine_of(recipe: Recipe, mesh: Mesh) -> tuple[HybridEngine, EngineState, FrozenParams]:
+    """The engine of the recipe, and random models as `ppo` holds them."""
+    layout = recipe.layout(mesh)
+    models = enumerate(decoder_configs(recipe, layout.shards("vocab")))
+    actor, critic = (draw(decoder, seed, recipe, layout) for seed, decoder in models)
+    optimizers = ppo_optimizers(recipe.ppo, max(recipe.ppo.actor.warmup_steps, recipe.ppo.critic.warmup_steps) + 1)
+    engine = ppo_engine(recipe.ppo, recipe.model, actor.config, critic.config, optimizers, NEVER, layout)
+    return engine, *jax.block_until_ready(ppo_models(actor, critic, recipe.model, optimizers, 0, recipe.ppo))
+
+
+def prompts_of(recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
+    """(ids [B, P], mask) of prompts without padding."""
+    vocab = decoder_configs(recipe, 1)[0].vocab_size
+    shape = (
+        recipe.ppo.rollout_batch_size,
+        prompt_positions(recipe, recipe.ppo, decoder_configs(recipe, 1)[0].max_positions),
+    )
+    return np.random.default_rng(0).integers(3, vocab, shape).astype(np.int32), np.ones(shape, bool)

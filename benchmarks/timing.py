@@ -35,6 +35,7 @@ class Sizes:
     samples: int
     prompt: int  # tokens
     answer: int  # tokens
+    embed: int = 0  # size of the embedding, as OPT-350M has, which also normalises after its layers; 0: `hidden`
 
     @property
     def rows(self) -> int:
@@ -63,7 +64,8 @@ class Sizes:
         shared |= {"num_hidden_layers": self.layers, "num_attention_heads": self.heads}
         shared |= {"max_position_embeddings": POSITIONS, "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1}
         if self.family == "opt":
-            return shared | {"ffn_dim": self.mlp, "word_embed_proj_dim": self.hidden, "dropout": 0.0}
+            own = {"ffn_dim": self.mlp, "word_embed_proj_dim": self.embed or self.hidden, "dropout": 0.0}
+            return shared | own | {"do_layer_norm_before": not self.embed}
         sizes = {"num_key_value_heads": self.kv_heads, "head_dim": self.hidden // self.heads}
         return shared | sizes | {"intermediate_size": self.mlp, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 
@@ -72,6 +74,11 @@ SIZES = {
     "A": Sizes("opt", 512, 8, 8, 8, 2048, 8192, 8, 1, 64, 64),
     "opt-125m": Sizes("opt", 768, 12, 12, 12, 3072, 50272, 8, 1, 128, 128),
     "qwen3": Sizes("qwen3", 256, 4, 4, 2, 768, 4096, 4, 4, 64, 64),
+    # For GPUs, and a toy that tries their programs elsewhere.
+    "opt-350m": Sizes("opt", 1024, 24, 16, 16, 4096, 50272, 8, 1, 256, 256, 512),
+    "opt-1.3b": Sizes("opt", 2048, 24, 32, 32, 8192, 50272, 8, 1, 256, 256),
+    "qwen3-8b": Sizes("qwen3", 4096, 36, 32, 8, 12288, 151936, 8, 1, 1024, 1024),
+    "toy": Sizes("opt", 64, 2, 4, 4, 128, 512, 8, 1, 32, 16),
 }
 
 
@@ -104,6 +111,11 @@ def update_work(sizes: Sizes, heads: int, itemsize: int) -> Work:
     return Work(3 * forward.flops, 3 * forward.bytes + 4 * 8 * (sizes.linear + sizes.hidden * sizes.vocab))
 
 
+def adapter_work(sizes: Sizes, itemsize: int) -> Work:
+    """Forward and the gradients of activations alone; the products of the adapters are not counted."""
+    return Work(*(2 * each for each in forward_work(sizes, sizes.length, sizes.length - 1, itemsize)))
+
+
 def score_work(sizes: Sizes, itemsize: int) -> Work:
     """Actor and reference with logits, critic and reward model without."""
     each = [forward_work(sizes, sizes.length, heads, itemsize) for heads in (sizes.answer, 0)]
@@ -120,6 +132,7 @@ WORK: dict[str, Callable[[Sizes, int], dict[str, Work]]] = {
     "generate": lambda *of: {"generate": generate_work(*of)},
     "score": lambda *of: {"score": score_work(*of)},
     "train_step": lambda sizes, itemsize: {"update": update_work(sizes, sizes.length - 1, itemsize)},
+    "adapter_step": lambda *of: {"update": adapter_work(*of)},
     "ppo_iteration": lambda sizes, itemsize: {
         "publish": publish_work(sizes, itemsize),
         "generate": generate_work(sizes, itemsize),
@@ -156,8 +169,15 @@ def sizes_of(args: argparse.Namespace) -> Sizes:
 Lap = Callable[[str], None]  # ends the phase of this name
 
 
-def measure(step: Callable[[Lap], None], args: argparse.Namespace) -> list[dict[str, float]]:
-    """Seconds of each phase of every iteration, warm-up included; `step` calls its argument where a phase has ended."""
+def measure(
+    step: Callable[[Lap], None], args: argparse.Namespace, wait: Callable[[], None] = lambda: None
+) -> list[dict[str, float]]:
+    """Seconds of each phase of every iteration, warm-up included.
+
+    Args:
+        step: calls its argument where a phase has ended.
+        wait: returns once the device has finished what `step` has started.
+    """
     iterations = []
     for _ in range(args.warm_up + args.iterations):
         seconds: dict[str, float] = {}
@@ -165,6 +185,7 @@ def measure(step: Callable[[Lap], None], args: argparse.Namespace) -> list[dict[
 
         def lap(phase: str, seconds=seconds) -> None:
             nonlocal last
+            wait()
             now = time.perf_counter()
             seconds[phase] = seconds.get(phase, 0.0) + now - last
             last = now
@@ -197,11 +218,13 @@ def report(
     timings: the seconds of every timed iteration, and seconds, their median; first: those of the first, with
     compilation; phases: the median of each; tokens_per_second, of prompts and answers; flops, bytes: of an iteration at
     least; flops_share, bytes_share: of the ceilings, which are per second, measured in this process, the one of
-    products being the larger of both dtypes'; peak_bytes: resident memory of the process before that.
+    products being the larger of both dtypes'; peak_bytes: resident memory of the process before that, or of a GPU what
+    was allocated.
     """
     peak, sizes, timed = peak_memory(), sizes_of(args), iterations[args.warm_up :]
     timings = [sum(each.values()) for each in timed]
     seconds, found = statistics.median(timings), measure_ceilings()
+    peak = found.pop("peak_bytes", peak)
     work = WORK[subject](sizes, 4 if args.dtype == "float32" else 2)
     flops, moved = (sum(each) for each in zip(*work.values(), strict=True))
     result = {

@@ -6,7 +6,9 @@ import math
 
 import pytest
 
-from benchmarks import ceilings, compare, timing
+from benchmarks import ceilings, compare, timing, train_step
+from benchmarks.gpu import decode, table
+from benchmarks.peers import environments
 
 TINY = ["--hidden", "16", "--layers", "1", "--heads", "2", "--kv-heads", "1", "--mlp", "24", "--vocab", "32"]
 TINY += ["--prompts", "2", "--prompt", "8", "--answer", "4", "--iterations", "2", "--warm-up", "1"]
@@ -44,6 +46,58 @@ def check_line(result, line, side, subject):
 def test_a_program_prints_its_phases_tokens_and_shares_of_the_ceilings_in_one_line(subject, capsys):
     result = importlib.import_module(f"benchmarks.{subject}").main(TINY)
     check_line(result, capsys.readouterr().out.splitlines()[-1], "rlhf_jax", subject)
+
+
+def test_a_step_of_adapters_states_its_own_work(capsys):
+    result = train_step.main([*TINY, "--dtype", "bfloat16", "model.lora.rank=2", "sft.micro_batch_size=1"])
+    forward = timing.forward_work(timing.Sizes(**result["sizes"]), 12, 11, 2)
+    assert (result["subject"], result["flops"], result["bytes"]) == (
+        "adapter_step",
+        2 * forward.flops,
+        2 * forward.bytes,
+    )
+
+
+def test_goals_of_a_gpu_are_scaled_by_the_products_that_it_can_do():
+    line = {"flops": 1.0e15, "seconds": 2.0, "tokens_per_second": 15_000.0}
+    phases = dict.fromkeys(table.PHASES, [9.0, 0.5])
+    row = {"subject": "score", "size": "A", "peer": "torch", "ratio": 1.25, "wanted": 1.3}
+    parts = {
+        "decode": {"runs": [{"batch": 64, "share_of_bandwidth": 0.7}, {"batch": 1, "share_of_bandwidth": 0.5}]},
+        "training": {"lines": [line]},
+        "training adapters": {"lines": [line]},
+        "phases": {"seconds": phases, "tokens": {"rows": 32}},
+        "peers": {"lines": [row]},
+    }
+    # 32 rollouts in 2.5 s; an H100 does 989.4 / 312 times the products of an A100, whose rate is 6.275 a second.
+    assert table.goals(parts, "NVIDIA H100 80GB HBM3", 1)[5:] == [
+        "| memory bandwidth, decoding 64 answers | 65% | 70% |",
+        "| MFU, training all weights | 50% | 51% |",
+        "| tokens/s, training adapters of 8B | 12,000 | 15,000 |",
+        "| PPO rollouts/s, of those of DeepSpeed-Chat | 2.0 | 0.64 |",
+        "| score/A: seconds of torch, of these | 1.30 | 1.25 |",
+    ]
+    assert len(table.goals(parts, "an unknown card", 1)) == 5 + 2 and len(table.goals({}, "cpu", 1)) == 4
+
+
+@pytest.mark.parametrize(("part", "more"), [("decode", []), ("phases", []), ("memory", ["350m-lora"])])
+def test_the_parts_of_the_gpu_script_run_at_toy_size(part, more, tmp_path):
+    importlib.import_module(f"benchmarks.gpu.{part}").main(str(tmp_path / "out.json"), True, *more)
+    found = json.loads((tmp_path / "out.json").read_text())
+    if part == "decode":
+        shares = [run["share_of_bandwidth"] for run in found["runs"]]
+        assert len(shares) == len(decode.BATCHES) * len(decode.VARIANTS) and min(shares) > 0
+    elif part == "phases":
+        assert [*found["seconds"]] == [*table.PHASES] and all(len(each) == 3 for each in found["seconds"].values())
+    else:
+        assert [*found["phases"]] == [*found["plan"]] == [*table.PHASES]
+
+
+def test_environments_of_peers_have_jax_for_the_driver_of_the_machines_gpu(monkeypatch):
+    for driver, wanted in (("", "jax==0.10.2"), ("570.86", "jax[cuda12]==0.10.2"), ("580.95", "jax[cuda13]==0.10.2")):
+        monkeypatch.setattr(environments, "gpu", lambda field="name", driver=driver: driver)
+        assert environments.packages("tunix-0.1.7")[:2] == ["google-tunix==0.1.7", wanted]
+        assert environments.packages("trl-1.9.2") == list(environments.PACKAGES["trl-1.9.2"])
 
 
 @pytest.mark.parity

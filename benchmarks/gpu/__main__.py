@@ -29,6 +29,10 @@ TESTS = ["-m", "pytest", "tests/test_on_gpu.py", "tests/test_attention.py", "-v"
 OUTCOMES = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)", re.MULTILINE)
 TOGETHER = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # allocate on demand: these parts share the GPU
 ALONE = {"XLA_CLIENT_MEM_FRACTION": "0.9"}
+# Name, size, and keys of the configuration, of the steps of supervised fine-tuning.
+ADAPTERS = ("model.lora.rank=16", "model.lora.alpha=32", "sft.micro_batch_size=2")
+TRAINING = (("training", "opt-1.3b", ()), ("training adapters", "qwen3-8b", ADAPTERS))
+PEERS_LIMIT = 2400  # environments are installed first
 IDENTITY = """
 import json, jax
 device, stats = jax.devices()[0], jax.devices()[0].memory_stats() or {}
@@ -42,17 +46,24 @@ print(json.dumps({
 
 @dataclass(frozen=True)
 class Part:
-    """A process: its name, its arguments for Python, and its additional environment variables."""
+    """A process.
+
+    Attributes:
+        arguments: for Python.
+        environment: additional variables.
+        out: the file with its results; "": they are the lines of JSON that it prints.
+    """
 
     name: str
     arguments: list[str]
     environment: dict[str, str]
+    out: str = ""
 
 
 def main(arguments: list[str]) -> int:
     small = ["--small"] if "--small" in arguments else []
     began, who = time.monotonic(), identity()
-    limits = (1500, 600, 600) if small else (225, 160, 140)  # a small run may use a slow CPU and has no time goal
+    limits = (1500, *[600] * 4) if small else (225, 160, 140, 240, 400)  # a small run may use a slow CPU
     if who["backend"] != "gpu" and not small:
         sys.exit(f"this machine's JAX sees no GPU ({who['backend']}): try the script at toy size with --small")
     with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +71,7 @@ def main(arguments: list[str]) -> int:
         def gpu_part(module: str, environment: dict[str, str], *more: str) -> Part:
             name = " ".join((module, *more))
             out = str(Path(folder) / f"{module}{'-'.join(more)}.json")
-            return Part(name, ["-m", f"benchmarks.gpu.{module}", out, *small, *more], environment)
+            return Part(name, ["-m", f"benchmarks.gpu.{module}", out, *small, *more], environment, out)
 
         on_gpu = ["-m", "gpu"] if who["backend"] == "gpu" else ["-m", "not gpu", "-k", "on_gpu"]
         parity = Part("parity", [*TESTS, "-p", "no:cacheprovider", *on_gpu], TOGETHER)
@@ -69,6 +80,12 @@ def main(arguments: list[str]) -> int:
         parts = run_together([parity, *memory], limits[0], folder)
         parts |= run_together([gpu_part("decode", ALONE)], limits[1], folder)
         parts |= run_together([gpu_part("phases", ALONE)], limits[2], folder)
+        for (name, size, overrides), limit in zip(TRAINING, limits[3:], strict=True):
+            sizes = ["--size", "toy" if small else size, "--dtype", "bfloat16"]
+            part = Part(name, ["-m", "benchmarks.train_step", *sizes, *overrides], ALONE)
+            parts |= run_together([part], limit, folder)
+        if not small:  # installs torch
+            parts |= run_together([Part("peers", ["-m", "benchmarks.compare"], ALONE)], PEERS_LIMIT, folder)
     result = who | {"small": bool(small), "seconds": round(time.monotonic() - began, 1), "parts": parts}
     text = render(result)
     slug = re.sub(r"[^a-z0-9]+", "-", who["device"].lower()).strip("-")
@@ -151,7 +168,9 @@ def outcome(part: Part, said: str) -> dict:
         reported = {name: word for name, word in OUTCOMES.findall(said)}
         kinds = {"passed": ("PASSED",), "failed": ("FAILED", "ERROR"), "skipped": ("SKIPPED",)}
         return {kind: [name for name, word in reported.items() if word in words] for kind, words in kinds.items()}
-    out = Path(part.arguments[2])
+    if not part.out:
+        return {"lines": [json.loads(line) for line in said.splitlines() if re.fullmatch(r"\{.*\}", line)]}
+    out = Path(part.out)
     return json.loads(out.read_text()) if out.exists() else {}
 
 

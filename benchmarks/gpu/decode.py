@@ -22,7 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from benchmarks.gpu.models import arguments, hf_config, keep
+from benchmarks import ceilings
+from benchmarks.gpu.models import arguments, keep
+from benchmarks.timing import SIZES
 from rlhf_jax.decode import Decoding, generate
 from rlhf_jax.mesh import GENERATE, TRAIN, Layout, single_device_mesh
 from rlhf_jax.models.config import DecoderConfig
@@ -39,15 +41,18 @@ BATCHES = (64, 1, 16)  # the most informative first
 Variant = Callable[[DecoderConfig, Mesh, Params, SampleConfig], tuple[Any, Any]]
 
 
+def decoding_of(config: DecoderConfig, mesh: Mesh, sample: SampleConfig) -> Decoding:
+    return Decoding(Inference(config, Layout(mesh, GENERATE), DTYPE), sample, (END,))
+
+
 def published_program(config: DecoderConfig, mesh: Mesh, params: Params, sample: SampleConfig) -> tuple[Any, Weights]:
     """The program of the engine: every layer has separate arrays."""
-    program = generate_program(config, sample, (END,), mesh, DTYPE)
-    return program, make_publish(config, mesh, DTYPE)(params)
+    return generate_program(decoding_of(config, mesh, sample)), make_publish(config, mesh, DTYPE)(params)
 
 
 def stacked_program(config: DecoderConfig, mesh: Mesh, params: Params, sample: SampleConfig) -> tuple[Any, Weights]:
     """The same weights stacked over layers as in training, with each layer sliced where it is used."""
-    decoding = Decoding(Inference(config, Layout(mesh, GENERATE), DTYPE), sample, (END,))
+    decoding = decoding_of(config, mesh, sample)
     weights = make_publish(config, mesh, DTYPE)(params)
     names = [path.removeprefix("layers/0/") for path in weights if path.startswith("layers/0/")]
     whole = {path: leaf for path, leaf in weights.items() if not path.startswith("layers/")}
@@ -84,10 +89,11 @@ class Sliced(Mapping):
 
 
 def main(out: str, small: bool) -> None:
-    config = decoder_config(hf_config("toy" if small else "opt-1.3b"), scalar_head=False)
+    config = decoder_config(SIZES["toy" if small else "opt-1.3b"].hf_config, scalar_head=False)
     prompt, new = (32, 16) if small else (256, 256)
     mesh, sample = single_device_mesh(), SampleConfig(new)
-    result = {"bandwidth": bandwidth(2**22 if small else 2**29), "prompt": prompt, "new": new, "runs": []}
+    measured = ceilings.bandwidth(ceilings.add_by_jax, 2**22 if small else 2**29)
+    result = {"bandwidth": measured, "prompt": prompt, "new": new, "runs": []}
     keep(out, result)
     drawn = init_params(config, jax.random.key(0), Layout(mesh, TRAIN))
     params = {path: drawn.pop(path).astype(DTYPE) for path in list(drawn)}
@@ -119,18 +125,6 @@ def main(out: str, small: bool) -> None:
         run["share_of_bandwidth"] = run["bytes_per_step"] / step / result["bandwidth"]
         result["runs"].append(run)
         keep(out, result)
-
-
-def bandwidth(size: int) -> float:
-    """Bytes per second, read and written, of adding 1 to `size` float32 numbers; the best of ten."""
-    x, add = jnp.zeros(size, jnp.float32), jax.jit(lambda x: x + 1)
-    seconds = []
-    jax.block_until_ready(add(x))
-    for _ in range(10):
-        start = time.perf_counter()
-        jax.block_until_ready(add(x))
-        seconds.append(time.perf_counter() - start)
-    return 2 * x.nbytes / min(seconds)
 
 
 def fastest(program, *args) -> tuple[float, int]:

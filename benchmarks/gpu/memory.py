@@ -11,7 +11,8 @@ import tempfile
 
 import jax
 
-from benchmarks.gpu.models import arguments, engine_of, keep, prompts_of, recipe_of
+from benchmarks.gpu.models import arguments, keep, recipe_of
+from benchmarks.random_models import engine_of, prompts_of
 from rlhf_jax.mesh import single_device_mesh
 from rlhf_jax.plan.compile import measure
 from rlhf_jax.plan.phases import phases

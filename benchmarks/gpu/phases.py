@@ -13,7 +13,8 @@ import time
 
 import jax
 
-from benchmarks.gpu.models import arguments, engine_of, keep, prompts_of, recipe_of
+from benchmarks.gpu.models import arguments, keep, recipe_of
+from benchmarks.random_models import engine_of, prompts_of
 from rlhf_jax.hardware import parse_machine
 from rlhf_jax.mesh import make_mesh
 from rlhf_jax.plan import local_gpus

@@ -19,6 +19,7 @@ from torch import nn
 from benchmarks import ceilings, timing
 
 DTYPES = ("float32", "bfloat16", "mixed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLIP, VALUE_CLIP, KL_COEF, LAM = 0.2, 0.2, 0.1, 0.95
 
 
@@ -55,7 +56,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0, fused=True)
 
     def autocast(self):
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "mixed")
+        return torch.autocast(DEVICE, torch.bfloat16, enabled=self.dtype == "mixed")
 
     def update(self, loss_of: Callable[[], torch.Tensor]) -> None:
         """One optimizer step on the loss, with its gradient clipped."""
@@ -65,6 +66,12 @@ class Training:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def wait() -> None:
+    """Return once the device has finished; a CPU always has."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def low_dtype(dtype: str) -> torch.dtype:
@@ -210,7 +217,8 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
-    iterations = timing.measure(SUBJECTS[args.subject](timing.sizes_of(args), args.dtype), args)
+    torch.set_default_device(DEVICE)
+    iterations = timing.measure(SUBJECTS[args.subject](timing.sizes_of(args), args.dtype), args, wait)
     return timing.report(args.subject, "torch", args, iterations, ceilings.by_torch)
 
 

@@ -21,14 +21,16 @@ from datasets import Dataset
 
 from benchmarks import ceilings, timing
 from benchmarks.peers import words
-from benchmarks.peers.plain_torch import DTYPES, trained_dtype
+from benchmarks.peers.plain_torch import DEVICE, DTYPES, trained_dtype, wait
 
 Run = Callable[[timing.Sizes, str, int, str, Callable[[], None]], None]
 
 
 def shared_arguments(dtype: str, rows: int, folder: str) -> dict[str, Any]:
     """Of both trainers: whole batches, nothing recomputed, nothing saved or reported."""
-    plain = dict(report_to=[], use_cpu=True, gradient_checkpointing=False, save_strategy="no", disable_tqdm=True)
+    plain = dict(
+        report_to=[], use_cpu=DEVICE == "cpu", gradient_checkpointing=False, save_strategy="no", disable_tqdm=True
+    )
     return plain | dict(output_dir=folder, bf16=dtype == "mixed", per_device_train_batch_size=rows, learning_rate=1e-6)
 
 
@@ -114,9 +116,13 @@ def main(argv: list[str] | None = None) -> dict:
     times: list[float] = []
     count = args.warm_up + args.iterations
     with tempfile.TemporaryDirectory() as folder:
+
+        def mark() -> None:
+            wait()
+            times.append(time.perf_counter())
+
         # One more, whose start ends the last that is timed.
-        run, mark = RUNS[args.subject], lambda: times.append(time.perf_counter())
-        run(timing.sizes_of(args), args.dtype, count + 1, folder, mark)
+        RUNS[args.subject](timing.sizes_of(args), args.dtype, count + 1, folder, mark)
     iterations = timing.between(times)
     assert len(iterations) == count, (len(iterations), count)
     return timing.report(args.subject, "trl", args, iterations, ceilings.by_torch)

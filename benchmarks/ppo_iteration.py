@@ -8,6 +8,9 @@ of actor and critic train.
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable
+
 import jax
 
 from benchmarks import ceilings, timing
@@ -15,8 +18,8 @@ from benchmarks.random_models import add_overrides, engine_of, open_recipe, prom
 from rlhf_jax.mesh import single_device_mesh
 
 
-def main(argv: list[str] | None = None) -> dict:
-    args = add_overrides(timing.make_parser(__doc__)).parse_args(argv)
+def make_step(args: argparse.Namespace) -> Callable[[timing.Lap], None]:
+    """An iteration on random models of the sizes in `args`."""
     with open_recipe(args) as recipe:
         engine, state, frozen = engine_of(recipe, single_device_mesh())
         prompts = prompts_of(recipe)
@@ -38,7 +41,12 @@ def main(argv: list[str] | None = None) -> dict:
         for model in ("actor", "critic"):
             state, _ = finish(model, engine.update(state, frozen, experience, models=(model,)))
 
-    return timing.report("ppo_iteration", "rlhf_jax", args, timing.measure(step, args), ceilings.by_jax)
+    return step
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = add_overrides(timing.make_parser(__doc__)).parse_args(argv)
+    return timing.report("ppo_iteration", "rlhf_jax", args, timing.measure(make_step(args), args), ceilings.by_jax)
 
 
 if __name__ == "__main__":

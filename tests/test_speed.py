@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from benchmarks import ceilings, compare, timing, train_step
+from benchmarks import ceilings, compare, host_time, timing, train_step
 from benchmarks.gpu import decode, table
 from benchmarks.peers import environments
 
@@ -91,6 +91,20 @@ def test_the_parts_of_the_gpu_script_run_at_toy_size(part, more, tmp_path):
         assert [*found["seconds"]] == [*table.PHASES] and all(len(each) == 3 for each in found["seconds"].values())
     else:
         assert [*found["phases"]] == [*found["plan"]] == [*table.PHASES]
+
+
+def test_the_time_between_programs_is_that_of_iterations_in_which_none_executes():
+    spans = [host_time.Span(*each) for each in ((0, 10), (20, 30))]
+    # Covered: 2 to 6 and 9 to 10 of the first iteration, 20 to 25 of the second.
+    busy = [host_time.Span(*each) for each in ((22, 25), (4, 6), (2, 5), (9, 22), (12, 15), (40, 50))]
+    assert host_time.idle_time(spans, busy) == 10 - 5 + 10 - 5 and host_time.idle_time(spans, []) == 20
+
+
+def test_a_trace_of_an_iteration_has_its_programs(monkeypatch):
+    monkeypatch.setattr(host_time, "record", lambda *args, **more: None)
+    result = host_time.main(TINY)
+    assert result["iterations"] == 2 and 0 < result["idle"] < result["seconds"]
+    assert math.isclose(result["share"], result["idle"] / result["seconds"], rel_tol=1e-9)
 
 
 def test_environments_of_peers_have_jax_for_the_driver_of_the_machines_gpu(monkeypatch):

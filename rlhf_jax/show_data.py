@@ -182,7 +182,7 @@ def epoch_lines(
     lines, spec, config = [], recipe.row_spec(stage), getattr(recipe, stage)
     if spec.pack_length:
         rows = select_rows(recipe.data, tokenizer, spec, held_out=False)
-        lines.append(f"  packed: {sum(map(len, rows.parts)):,} rows of {spec.pack_length} tokens")
+        lines.append(f"  packed: {sum(map(len, rows.parts)):,} rows of {spec.packed_tokens} tokens")
     if rows.quota != tuple(map(len, rows.parts)):
         drawn = ", ".join(f"{count:,} of {name.split()[0]}" for name, count in zip(serving, rows.quota, strict=True))
         lines.append(f"  drawn in an epoch: {len(rows):,} rows, {drawn}")

@@ -163,6 +163,34 @@ def test_packing_keeps_every_token_once_and_separates_the_documents(lengths, see
     assert sorted(found) == sorted(list(range(1 + s, 1 + s + length)) for s, length in enumerate(lengths))
 
 
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(2, 30), min_size=2, max_size=60), seed=SEEDS)
+def test_packed_pairs_keep_every_token_of_both_answers_under_the_number_of_its_answer(lengths, seed):
+    part = pack_rows(source(lengths, per_row=2), 32)
+    rows = Rows((part,), 2, (len(part),), "")
+    batch = Batches(rows, batch_size=len(part), seed=seed, width=32)[0]
+    assert batch.tokens.shape == (len(part), 2, 32)
+    assert np.array_equal(part.lengths.sum(), batch.mask.sum()) and np.array_equal(batch.segments > 0, batch.mask)
+    found = []
+    for tokens, loss, segments, scores in zip(batch.tokens, batch.loss_mask, batch.segments, batch.scores, strict=True):
+        count = segments.max() // 2
+        assert np.isnan(scores).tolist() == [[d >= count] * 2 for d in range(len(scores))]
+        for number in range(1, 2 * count + 1):
+            sub_row = (segments == number).any(axis=1)
+            document, learned = tokens[segments == number], tokens[loss & (segments == number)]
+            assert sub_row.sum() == 1 and learned.tolist() == document[1:].tolist()
+            # Sequence s starts with s + 1: the first and the second answer of a pair are an even s and the next.
+            assert document[0] % 2 == number % 2 and (number % 2 or document[0] == found[-1][0] + 1)
+            found.append(document.tolist())
+    pairs = len(lengths) // 2 * 2
+    assert sorted(found) == sorted(list(range(1 + s, 1 + s + length)) for s, length in enumerate(lengths[:pairs]))
+
+
+def test_what_is_packed_together_changes_the_fingerprint_of_the_rows():
+    parts = [pack_rows(source([7, 3, 6, 4, 5, 5]), length) for length in (10, 14)]
+    assert list(map(len, parts)) == [3, 3] and parts[0].digest != parts[1].digest
+
+
 def test_a_packed_row_has_the_name_of_its_first_document():
     part = pack_rows(source([20, 9, 20, 9, 9]), 32)
     for row in range(len(part)):

@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from rlhf_jax.data.batches import Batch
-from rlhf_jax.data.packing import pack, segment_ids
+from rlhf_jax.data.packing import pack
 from rlhf_jax.hardware import COMPILE_OPTIONS, compile_only_devices
 from rlhf_jax.mesh import TRAIN, Layout, MeshConfig, make_mesh, single_device_mesh
 from rlhf_jax.models import decoder, transformer
@@ -58,7 +58,8 @@ LENGTHS = [length for row in ROWS for length in row]
 
 def pack_documents(documents: list[np.ndarray], rows=ROWS, width=WIDTH):
     """(tokens, mask, segments), [B, width]: `documents` end to end, in each row as many as its list of lengths has."""
-    segments = np.stack([segment_ids(np.array(row), width) for row in rows])
+    numbers = [np.repeat(np.arange(1, len(row) + 1), row) for row in rows]
+    segments = np.stack([np.pad(each, (0, width - len(each))) for each in numbers]).astype(np.int32)
     tokens = np.zeros(segments.shape, np.int32)
     tokens[segments > 0] = np.concatenate(documents)
     return tokens, segments > 0, segments

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_jax.data.packing import Bins, pack, segment_ids
+from rlhf_jax.data.packing import PAIRS_AT_ONCE, Bins, pack, pack_pairs
 
 anything = settings(max_examples=300, deadline=None)
 
@@ -158,7 +158,36 @@ def test_the_order_of_bins_and_of_sequences_in_a_bin_is_independent_of_their_len
     assert first == pytest.approx(last, rel=0.03)
 
 
-def test_segments_number_the_documents_of_a_row_from_one_and_padding_is_zero():
-    segments = segment_ids(np.array([3, 1, 2]), 8)
-    assert segments.tolist() == [1, 1, 1, 2, 3, 3, 0, 0] and segments.dtype == np.int32
-    assert segment_ids(np.array([], np.int64), 2).tolist() == [0, 0]
+@st.composite
+def problems_of_pairs(draw):
+    """(lengths [n, 2], capacity)."""
+    capacity = draw(st.integers(1, 60))
+    length = st.integers(1, capacity)
+    return np.array(draw(st.lists(st.tuples(length, length), max_size=60)), np.int64).reshape(-1, 2), capacity
+
+
+@anything
+@given(problems_of_pairs())
+def test_every_pair_is_in_one_bin_whose_sub_rows_hold_no_more_than_the_capacity(problem):
+    lengths, capacity = problem
+    bins = pack_pairs(lengths, capacity)
+    assert sorted(bins.members.tolist()) == list(range(len(lengths)))
+    for number in range(len(bins)):
+        inside, sub_rows = lengths[bins.members[bins.span(number)]], bins.sub_rows[bins.span(number)]
+        assert max(inside[sub_rows == 0].sum(), inside[sub_rows == 1].sum()) <= capacity and len(inside)
+    assert bins.fill == (lengths.sum() / (2 * capacity * len(bins)) if len(bins) else 1)
+    again = pack_pairs(lengths, capacity)
+    assert all(np.array_equal(getattr(bins, name), getattr(again, name)) for name in ("members", "sub_rows", "offsets"))
+
+
+def test_an_answer_next_to_the_longer_answer_of_another_pair_leaves_no_room_empty():
+    # By the longer answers alone each of these pairs has a row of its own.
+    assert len(pack_pairs(np.array([[7, 3], [7, 3], [6, 4], [4, 6]]), 10)) == 2
+    lengths = lognormal(2 * (PAIRS_AT_ONCE + 900), 1024).reshape(-1, 2)
+    assert pack(lengths.max(axis=1), 1024).fill * lengths.mean() / lengths.max(axis=1).mean() < 0.8
+    assert pack_pairs(lengths, 1024).fill > 0.99
+
+
+def test_a_pair_with_an_answer_that_no_row_holds_is_rejected_with_both_lengths():
+    with pytest.raises(ValueError, match="pair 1 has 4 and 11 tokens .1 such.: rows of 10 tokens"):
+        pack_pairs(np.array([[10, 10], [4, 11]]), 10)

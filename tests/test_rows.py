@@ -278,6 +278,15 @@ def test_packed_rows_hold_every_document_once_and_the_report_gives_the_fill(writ
     assert packed.fingerprint != loose.fingerprint
 
 
+def test_packed_pairs_are_reported_with_both_sub_rows_and_their_fill(write_jsonl):
+    config = dataclasses.replace(config_of(write_jsonl(pairs(200)), "0,1,0"), max_prompt_length=100, max_length=128)
+    loose, packed = rows_for(config, "reward"), rows_for(config, "reward", pack_length=128)
+    (part,), tokens = packed.parts, int(loose.parts[0].lengths.sum())
+    assert part.lengths.max() <= 128 and part.lengths.sum() == tokens
+    fill = tokens / (2 * 128 * len(part))
+    assert fill > 0.85 and packed.report.endswith(f"packed into {len(part)} of 2 x 128 tokens, {fill:.1%} of them real")
+
+
 def test_a_stage_without_rows_is_rejected_with_the_fix(write_jsonl):
     path = write_jsonl(pairs(5))
     with pytest.raises(

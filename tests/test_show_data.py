@@ -14,6 +14,7 @@ from rlhf_jax.data import stream
 from rlhf_jax.data.config import BUILTIN, DataConfig, SourceConfig
 from rlhf_jax.recipe import Recipe
 from rlhf_jax.show_data import DIM, GREEN, PLAIN, short_names, show_data
+from rlhf_jax.stages.dpo import DPOConfig
 from rlhf_jax.stages.models import ModelConfig
 from rlhf_jax.stages.ppo_config import PPOConfig
 from rlhf_jax.stages.reward import RewardConfig
@@ -191,6 +192,16 @@ def test_packed_rows_are_reported_next_to_the_table_of_their_documents(tmp_path,
     (columns,) = (columns for key, columns in tables(text).items() if key[0] == "sft")
     packed = int(re.search(r"  packed: (\d+) rows of 200 tokens\n", text)[1])
     assert columns[0] == "60" and int(columns[-1]) / 200 <= packed < 20
+    assert re.search(rf"  an epoch: {packed // 4} steps? of 4 rows, padded to 200 tokens: \d+\.\d% padding\n", text)
+
+
+def test_packed_pairs_are_reported_with_both_sub_rows(tmp_path, write_jsonl):
+    recipe = recipe_of(tmp_path, SourceConfig(str(write_jsonl(pairs(60)))), split="0,1,0", held_out=0.0)
+    run = dataclasses.replace(recipe.run, stages=("dpo",))
+    data = dataclasses.replace(recipe.data, split={"dpo": 1.0})
+    text = printed_text(dataclasses.replace(recipe, run=run, data=data, dpo=DPOConfig(batch_size=4, pack_length=200)))
+    packed = int(re.search(r"  packed: (\d+) rows of 2 x 200 tokens\n", text)[1])
+    assert packed < 20
     assert re.search(rf"  an epoch: {packed // 4} steps? of 4 rows, padded to 200 tokens: \d+\.\d% padding\n", text)
 
 

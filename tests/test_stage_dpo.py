@@ -13,13 +13,18 @@ from jax.test_util import check_grads
 from tiny_recipe import records, tensors, untimed_records, write_recipe
 
 import rlhf_jax
+import rlhf_jax.stages.dpo
 import rlhf_jax.stages.reference
 import rlhf_jax.stages.supervised
 from rlhf_jax.config import load_config
 from rlhf_jax.data.batches import Batch, Batches
-from rlhf_jax.data.chat_template import prepare_tokenizer
+from rlhf_jax.data.chat_template import Encoding, prepare_tokenizer
+from rlhf_jax.data.config import SourceConfig
 from rlhf_jax.data.records import RowSpec
+from rlhf_jax.data.rows import Rows, SourceRows, pack_rows
 from rlhf_jax.data.selection import select_rows
+from rlhf_jax.data.store import memory_store, record_batch
+from rlhf_jax.data.tokenize import RowStats
 from rlhf_jax.mesh import TRAIN, Layout
 from rlhf_jax.models.config import Compute
 from rlhf_jax.models.decoder import abstract_params
@@ -119,6 +124,83 @@ def test_padding_micro_batches_and_eight_devices_change_no_loss_and_no_step():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found, expected)
 
 
+def pair_rows(count: int) -> tuple[Rows, Rows]:
+    """Random pairs, loose and packed into rows of 2 x 24 tokens; all tokens of an answer but three are trained."""
+    rng = np.random.default_rng(0)
+    sequences = [
+        Encoding(rng.integers(1, 61, length).astype(np.int32), np.array([[3, length]], np.int32))
+        for length in rng.integers(4, 17, 2 * count)
+    ]
+    sequences = [each._replace(score=1.0 - s % 2) for s, each in enumerate(sequences)]
+    keys = np.arange(2 * count, dtype=np.uint64).reshape(count, 2)
+    store = memory_store([record_batch(sequences, keys, range(count), [False] * count, 2, 61)], 2, 61)
+    part = SourceRows(SourceConfig("made"), store, np.arange(count, dtype=np.int32), RowStats())
+    return tuple(Rows((each,), 2, (len(each),), "") for each in (part, pack_rows(part, 24)))
+
+
+def packed_and_loose(number: int) -> tuple[Batch, Batch]:
+    """A batch of `number` packed rows, and one of the pairs that it holds, in the same order."""
+    loose, packed = pair_rows(4 * number)
+    batches = Batches(packed, batch_size=number, seed=0, width=24)
+    rows, bins = batches.draws(0)[1], packed.parts[0].bins
+    pairs = np.concatenate([bins.members[bins.span(row)] for row in rows])
+    apart = Batches(loose, batch_size=len(pairs), seed=0).make(np.zeros_like(pairs), pairs)
+    assert np.diff(bins.offsets)[rows].tolist() != [2] * number and len(pairs) > 1.5 * number
+    return batches[0], apart
+
+
+def bigram_logprobs(config, params, tokens, *rest):
+    """In place of a model: the log-probability of each token after the one before it, by a table."""
+    return jax.nn.log_softmax(params["table"])[tokens[:, :-1], tokens[:, 1:]], jnp.float32(0)
+
+
+def test_losses_metrics_gradients_and_the_reference_of_packed_pairs_equal_those_of_the_pairs_apart(monkeypatch):
+    monkeypatch.setattr(rlhf_jax.stages.dpo, "next_token_logprobs", bigram_logprobs)
+    every = [DPOConfig(loss=name, beta=0.5, nll_coef=0.1) for name in LOSSES]
+    every[0] = dataclasses.replace(every[0], label_smoothing=0.2)
+    layout = Layout(tiny.mesh_of("one"), TRAIN)
+    objectives = [dpo_objective(tiny.LLAMA, Compute(jnp.dtype("float32"), "none", 0), layout, each) for each in every]
+    params, start = ({"table": jax.random.normal(jax.random.key(seed), (61, 61))} for seed in (0, 1))
+
+    @jax.jit
+    def compute(params, start, batch):
+        reference = objectives[0].reference(start, batch)
+        batches = [dataclasses.replace(batch, reference=each.reference and reference) for each in objectives]
+
+        def loss(params):
+            found = [each.loss(params, given) for each, given in zip(objectives, batches, strict=True)]
+            return sum(value for value, _ in found), found
+
+        gradients, found = jax.grad(loss, has_aux=True)(params)
+        measured = [each.measure(params, given) for each, given in zip(objectives, batches, strict=True)]
+        return gradients, found, measured, reference
+
+    packed, apart = packed_and_loose(8)
+    (gradients, found, measured, reference), expected = (
+        jax.device_get(compute(params, start, each)) for each in (packed, apart)
+    )
+    assert found[0][1][0] == len(apart.tokens)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected[1])
+    largest = np.abs(expected[0]["table"]).max()
+    assert largest > 0.01
+    np.testing.assert_allclose(gradients["table"], expected[0]["table"], atol=1e-5 * largest)
+    is_pair = ~np.isnan(packed.scores[..., 0])
+    np.testing.assert_allclose(reference[is_pair], expected[3], rtol=1e-5)
+    for objective, one, other in zip(objectives, measured, expected[2], strict=True):
+        assert objective.summarize([one], [packed]) == pytest.approx(objective.summarize([other], [apart]), rel=1e-5)
+
+
+def test_micro_batches_of_unequal_numbers_of_pairs_and_eight_devices_change_no_loss_and_no_step():
+    packed, apart = packed_and_loose(8)
+    *expected, reference = one_update(tiny.mesh_of("one"), apart, 1)
+    *found, by_row = one_update(tiny.mesh_of("fsdp4-tensor2"), packed, 2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), found, expected)
+    is_pair = ~np.isnan(packed.scores[..., 0])
+    np.testing.assert_allclose(by_row[is_pair], reference, rtol=1e-5)
+    first, second = (is_pair[start::2].sum() for start in (0, 1))  # as `split_micro_batches` divides them
+    assert first != second
+
+
 @pytest.fixture(scope="module")
 def dpo_folder(tmp_path_factory):
     """The folder of a finished run of SFT and DPO, next to its recipe."""
@@ -192,6 +274,41 @@ def test_a_stopped_run_reads_its_reference_and_ends_bit_equal(dpo_folder, tmp_pa
     assert [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()] == []
 
 
+PACKED = [*DPO, "run.stages=['dpo']", "dpo.pack_length=300", "dpo.nll_coef=1.0", "dpo.batch_size=2", "dpo.steps=3"]
+PACKED += ["dpo.micro_batch_size=1", "dpo.eval_batches=40"]
+
+
+def test_a_packed_run_measures_every_held_out_pair_once(dpo_folder, tmp_path):
+    base, run = dpo_folder / "sft/export", tmp_path / "run"
+    options = [*PACKED, f"model.actor={base}", f"run.dir={run}"]
+    assert tiny_recipe.run("train", write_recipe(tmp_path), *options) == 0
+    model = rlhf_jax.from_pretrained(base)
+    data = load_config(run / "config.toml", [], Recipe).data
+    spec, tokenizer = RowSpec("pair", "dpo", pack_length=300), prepare_tokenizer(model.tokenizer)
+    packed = select_rows(data, tokenizer, spec, held_out=True)
+    rows = select_rows(data, tokenizer, dataclasses.replace(spec, pack_length=0), held_out=True)
+    assert (len(rows), len(packed)) == (30, 10)
+    held_out = Batches(rows, batch_size=len(rows), seed=0)[0]
+    chosen = (logprobs_by_logits(model, held_out) / held_out.loss_mask.sum(axis=-1))[:, 0]
+    first, *_, last = records(run / "dpo/metrics.jsonl")
+    assert first["held_out_loss"] == pytest.approx(math.log(2) - chosen.mean(), rel=1e-5)
+    assert last["held_out_loss"] < first["held_out_loss"] and last["held_out_accuracy"] > 0.5
+
+
+def test_a_stopped_run_of_packed_pairs_ends_bit_equal(dpo_folder, tmp_path, monkeypatch):
+    recipe, folders = write_recipe(tmp_path), [tmp_path / name for name in ("stopped", "whole")]
+    options = [*PACKED, f"model.actor={dpo_folder / 'sft/export'}"]
+    with monkeypatch.context() as patch:
+        tiny_recipe.interrupt_stage(patch, "dpo", 2)
+        assert tiny_recipe.run("train", recipe, f"run.dir={folders[0]}", *options) == 130
+    for folder in folders:
+        assert tiny_recipe.run("train", recipe, f"run.dir={folder}", *options) == 0
+    stopped, whole = (untimed_records(folder / "dpo/metrics.jsonl") for folder in folders)
+    assert stopped == whole and len(whole) > 3
+    ours, theirs = (tensors(folder / "dpo/export") for folder in folders)
+    assert [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()] == []
+
+
 def test_adapters_length_buckets_and_no_sft_give_the_same_first_loss_and_leave_the_base(dpo_folder, tmp_path):
     base, run = dpo_folder / "sft/export", tmp_path / "run"
     options = ["run.stages=['dpo']", f"model.actor={base}", "model.lora={rank=2, alpha=4.0}", "dpo.length_buckets=3"]
@@ -224,3 +341,8 @@ def test_the_plan_has_a_pass_of_the_reference_alone_and_no_reference_in_training
     numbers = 8 * 2 * (4 + 4)  # the scores that rank the answers, and their log-probabilities by the reference
     assert found["update"].live["batch"] == tokens * (4 + 1 + 1) + numbers
     assert all(each.program.lower(*each.args) for each in found.values())
+    packed = dataclasses.replace(recipe, dpo=dataclasses.replace(recipe.dpo, pack_length=288))
+    found = {each.name: each for each in phases(packed, tiny.mesh_of("one"), ("dpo",))}
+    tokens, numbers = 8 * 2 * 288, 8 * 8 * 2 * (4 + 4)  # with the number of each token's answer; of 8 pairs a row
+    assert found["update"].live["batch"] == tokens * (4 + 1 + 1 + 4) + numbers
+    assert found["evaluate"].program.lower(*found["evaluate"].args)

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 
 from rlhf_jax.data.mixture import permute
-from rlhf_jax.data.packing import segment_ids
 from rlhf_jax.data.rows import Rows
 from rlhf_jax.trees import record
 
@@ -19,17 +18,22 @@ BUCKET_WINDOW = 32  # steps whose rows are sorted by padded length among themsel
 
 @record
 class Batch:
-    """B rows of T tokens; [B, T], or [B, K, T] for pairs (K = 2) and rankings, the best answer first. Host arrays."""
+    """B rows of T tokens; [B, T], or [B, K, T] for pairs (K = 2) and rankings, the best answer first. Host arrays.
+
+    A packed row holds several documents: of pairs at most D, whose answers are in either of its two sub-rows.
+    """
 
     tokens: np.ndarray  # int32; 0 where there is no token
     mask: np.ndarray  # bool: real tokens
     loss_mask: np.ndarray  # bool: tokens whose prediction is trained; never the first token of a document
-    # int32, the document of its row that each token belongs to, from 1; 0: no token. None where rows hold one.
+    # int32, the sequence of its row that each token belongs to: d K + k + 1 for answer k of document d, which is d + 1
+    # for K = 1; 0: no token. None where rows hold one document.
     segments: np.ndarray | None = None
-    # [B, 2] float32, log-probability of each answer of a pair by the reference. None where the loss has no reference.
+    # [B, 2] float32, or [B, D, 2] of packed rows: log-probability of each answer of a pair by the reference. None where
+    # the loss has no reference.
     reference: np.ndarray | None = None
-    # [B, K] float32, how good each answer is by its source, descending; NaN for those that only fill a row. None where
-    # rows are no pairs or rankings.
+    # [B, K] float32, or [B, D, K] of packed rows: how good each answer is by its source, descending; NaN for those that
+    # only fill a row. None where rows are no pairs or rankings.
     scores: np.ndarray | None = None
 
 
@@ -70,6 +74,8 @@ class Batches:
         self.rows, self.batch_size, self.seed, self.side, self.shuffle = rows, batch_size, seed, side, shuffle
         self.own = np.arange(batch_size) if own is None else own
         self.reference: Sequence[np.ndarray] = ()  # `Batch.reference` of the rows of each part, where there is one
+        # The shape of `Batch.scores` and `Batch.reference` without B. D is a multiple of 8: fewer shapes to compile.
+        self.answers = (-(-rows.most_documents // 8) * 8, rows.per_row) if rows.is_packed else (rows.per_row,)
         self.steps_per_epoch = len(rows) // batch_size
         longest = width or -(-max(part.longest_row for part in rows.parts if len(part)) // 8) * 8
         lengths = np.concatenate([part.lengths.max(axis=1) for part in rows.parts])
@@ -120,7 +126,8 @@ class Batches:
         documents = [self.rows.parts[p].documents(r) for p, r in rows]
         for each in self.rows.parts:
             each.release()
-        batch = make_batch(documents, length, self.rows.per_row, self.side, packed=self.rows.is_packed)
+        packed = [bins.sub_rows[bins.span(r)] for p, r in rows if (bins := self.rows.parts[p].bins) is not None]
+        batch = make_batch(documents, length, self.answers, self.side, packed)
         if not self.reference:
             return batch
         return dataclasses.replace(batch, reference=np.stack([self.reference[p][r] for p, r in rows]))
@@ -151,28 +158,37 @@ def bucket_lengths(row_lengths: np.ndarray, longest: int, buckets: int) -> tuple
 
 
 def make_batch(
-    rows: Sequence[Sequence[Sequence]], length: int, per_row: int, side: Literal["right", "left"], *, packed: bool
+    rows: Sequence[Sequence[Sequence]],
+    length: int,
+    answers: tuple[int, ...],
+    side: Literal["right", "left"],
+    packed: Sequence[np.ndarray] = (),
 ) -> Batch:
-    """A batch of width `length`. rows[i] are the documents of row i, each with `per_row` `Encoding` sequences."""
-    tokens = np.zeros((len(rows), per_row, length), np.int32)
-    mask, loss_mask = np.zeros(tokens.shape, bool), np.zeros(tokens.shape, bool)
-    segments = np.zeros(tokens.shape, np.int32) if packed else None
+    """A batch of width `length`.
+
+    Args:
+        rows: rows[i] are the documents of row i, each with K `Encoding` sequences.
+        answers: (K,), or (D, K) of packed rows.
+        packed: of packed rows, [documents, K] the sub-row of each sequence.
+    """
+    per_row = answers[-1]
+    segments = np.zeros((len(rows), per_row, length), np.int32)
+    tokens, mask, loss_mask = np.zeros_like(segments), np.zeros(segments.shape, bool), np.zeros(segments.shape, bool)
+    scores = np.full((len(rows), *answers), np.nan, np.float32)
     for i, documents in enumerate(rows):
-        for j in range(per_row):
-            at = 0 if side == "right" else length - sum(len(document[j].tokens) for document in documents)
-            for document in documents:
-                stop = at + len(document[j].tokens)
-                tokens[i, j, at:stop] = document[j].tokens
+        sub_rows, ends = packed[i].tolist() if packed else [range(per_row)], [0] * per_row
+        for d, document in enumerate(documents):
+            for k, (each, j) in enumerate(zip(document, sub_rows[d], strict=True)):
+                at = ends[j] if side == "right" else length - len(each.tokens)
+                stop = ends[j] = at + len(each.tokens)
+                tokens[i, j, at:stop] = each.tokens
                 mask[i, j, at:stop] = True
-                for first, last in document[j].spans.tolist():
+                segments[i, j, at:stop] = d * per_row + k + 1
+                for first, last in each.spans.tolist():
                     loss_mask[i, j, at + max(first, 1) : at + last] = True
-                at = stop
-        if segments is not None:
-            segments[i, 0] = segment_ids([len(document[0].tokens) for document in documents], length)
-    if per_row > 1:
-        scores = np.array([[each.score for each in documents[0]] for documents in rows], np.float32)
-        return Batch(tokens, mask, loss_mask, scores=scores)
-    return Batch(*(x if x is None else x[:, 0] for x in (tokens, mask, loss_mask, segments)))
+                scores[(i, d, k) if packed else (i, k)] = each.score
+    arrays = tokens, mask, loss_mask, *[segments] * bool(packed)
+    return Batch(*arrays, scores=scores) if per_row > 1 else Batch(*(x[:, 0] for x in arrays))
 
 
 PREFETCH_DEPTH = 2  # batches made in advance

@@ -3,27 +3,38 @@
 Best-fit decreasing (Johnson et al. 1974, "Worst-case performance bounds for simple one-dimensional packing
 algorithms"), computed on the histogram of the lengths: its result for all sequences of one length
 is known in advance, so they are placed by whole ranges of equal bins, however many those are.
+
+Pairs go into bins of two sub-rows, by the tokens of both answers and one pair after the other.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+PAIRS_AT_ONCE = 4096  # pairs that are packed together, so that time is linear in their number
+
 
 @dataclass(frozen=True)
 class Bins:
-    """The sequences of each bin: bin b has `members[offsets[b] : offsets[b + 1]]`, in ascending order."""
+    """The documents of each bin: bin b has `members[offsets[b] : offsets[b + 1]]`, in ascending order.
+
+    A document is a sequence, or K = 2 of them, and a bin has as many sub-rows.
+    """
 
     offsets: np.ndarray  # [number of bins + 1] int64
-    members: np.ndarray  # [n] int64: every sequence once
+    members: np.ndarray  # [n] int64: every document once
+    sub_rows: np.ndarray  # [n, K] int8: the sub-row of each sequence of each of `members`
     fill: float  # share of the positions of all bins that have a token; 1 where there is no bin
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    def span(self, number: int) -> slice:
+        """Where `members` and `sub_rows` have the documents of a bin."""
+        return slice(self.offsets[number], self.offsets[number + 1])
 
 
 def pack(lengths: np.ndarray, capacity: int) -> Bins:
@@ -36,15 +47,7 @@ def pack(lengths: np.ndarray, capacity: int) -> Bins:
     Raises:
         ValueError: a length is below 1 or above the capacity.
     """
-    lengths = np.asarray(lengths)
-    assert lengths.ndim == 1 and (not lengths.size or np.issubdtype(lengths.dtype, np.integer)), lengths.dtype
-    lengths = lengths.astype(np.int64)
-    (wrong,) = np.nonzero((lengths < 1) | (lengths > capacity))
-    if wrong.size:
-        raise ValueError(
-            f"sequence {wrong[0]} has {lengths[wrong[0]]} tokens ({wrong.size:,} such): rows of {capacity} tokens hold "
-            f"sequences of 1 to {capacity}; cut or drop longer ones and drop empty ones, or make rows longer"
-        )
+    lengths = _check_lengths(np.asarray(lengths)[:, None], capacity)[:, 0]
     # RandomState, because NumPy keeps its stream the same in all versions. The order of the bins is random, and so is
     # which sequence of a length goes where, so that neighbours in the data are not neighbours in a row.
     chance = np.random.RandomState(0)
@@ -52,23 +55,72 @@ def pack(lengths: np.ndarray, capacity: int) -> Bins:
     # A small type is sorted by radix, in linear time.
     room_left = (capacity - lengths[shuffled]).astype(np.min_scalar_type(capacity))
     largest_first = shuffled[np.argsort(room_left, kind="stable")]
-    place = _assign_bins(np.bincount(lengths), capacity)
-    num_bins = int(place.max(initial=-1)) + 1
     bin_of = np.empty(lengths.size, np.int64)
-    bin_of[largest_first] = chance.permutation(num_bins)[place]
+    bin_of[largest_first] = _assign_bins(np.bincount(lengths), capacity)
+    return _make_bins(bin_of, np.zeros((lengths.size, 1), np.int8), lengths, capacity, chance)
+
+
+def pack_pairs(lengths: np.ndarray, capacity: int) -> Bins:
+    """Few bins of two sub-rows of `capacity` tokens each, which hold these pairs; the same for the same lengths.
+
+    Both answers of a pair are in one bin, in either of its sub-rows: bins of the longer answer of each pair alone would
+    leave the room next to the shorter ones empty. Orders are as those of `pack`.
+
+    Args:
+        lengths: [n, 2] integers, tokens of both answers of each pair.
+    Raises:
+        ValueError: as `pack`.
+    """
+    lengths = _check_lengths(np.asarray(lengths), capacity)
+    chance = np.random.RandomState(0)
+    shuffled = chance.permutation(len(lengths))
+    bin_of, sub_rows, num_bins = np.empty(len(lengths), np.int64), np.empty(lengths.shape, np.int8), 0
+    for start in range(0, len(lengths), PAIRS_AT_ONCE):
+        block = shuffled[start : start + PAIRS_AT_ONCE]
+        room, opened = np.full((2, len(block)), capacity), 0
+        for pair in block[np.argsort(-lengths[block].sum(axis=1), kind="stable")].tolist():
+            longer = int(lengths[pair].argmax())
+            long, short = lengths[pair, [longer, 1 - longer]]
+            # With an empty bin, which has the most room and is taken only where no other suffices.
+            one, two = room[:, : opened + 1]
+            most, least = np.maximum(one, two), np.minimum(one, two)
+            fits = (most >= long) & (np.maximum(most - long, least) >= short)
+            best = int(np.where(fits, one + two, 2 * capacity + 1).argmin())
+            for answer in (longer, 1 - longer):
+                sub_row = room[:, best].argmax()
+                room[sub_row, best] -= lengths[pair, answer]
+                sub_rows[pair, answer] = sub_row
+            bin_of[pair], opened = num_bins + best, max(opened, best + 1)
+        num_bins += opened
+    return _make_bins(bin_of, sub_rows, lengths, capacity, chance)
+
+
+def _check_lengths(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """[n, K] as int64. ValueError for one that is below 1 or above the capacity."""
+    assert lengths.ndim == 2 and (not lengths.size or np.issubdtype(lengths.dtype, np.integer)), lengths.dtype
+    (wrong,) = np.nonzero(((lengths < 1) | (lengths > capacity)).any(axis=1))
+    if wrong.size:
+        what, tokens = ("sequence", "pair")[lengths.shape[1] - 1], " and ".join(map(str, lengths[wrong[0]].tolist()))
+        raise ValueError(
+            f"{what} {wrong[0]} has {tokens} tokens ({wrong.size:,} such): rows of {capacity} tokens hold "
+            f"sequences of 1 to {capacity}; cut or drop longer ones and drop empty ones, or make rows longer"
+        )
+    return lengths.astype(np.int64)
+
+
+def _make_bins(
+    bin_of: np.ndarray, sub_rows: np.ndarray, lengths: np.ndarray, capacity: int, chance: np.random.RandomState
+) -> Bins:
+    """The bins in random order. bin_of: [n], of each document; sub_rows: [n, K], of its sequences."""
+    num_bins = int(bin_of.max(initial=-1)) + 1
+    bin_of = chance.permutation(num_bins)[bin_of]
+    members, positions = np.argsort(bin_of, kind="stable"), num_bins * capacity * sub_rows.shape[1]
     return Bins(
         offsets=np.concatenate([[0], np.bincount(bin_of, minlength=num_bins).cumsum()]).astype(np.int64),
-        members=np.argsort(bin_of, kind="stable"),
-        fill=float(lengths.sum() / (num_bins * capacity)) if num_bins else 1.0,
+        members=members,
+        sub_rows=sub_rows[members],
+        fill=float(lengths.sum() / positions) if num_bins else 1.0,
     )
-
-
-def segment_ids(lengths: Sequence[int] | np.ndarray, width: int) -> np.ndarray:
-    """[width] int32, the `Batch.segments` of a row with documents of these lengths end to end: 1, 1, 2, ..., 0, 0."""
-    lengths = np.asarray(lengths, np.int64)
-    assert lengths.sum() <= width, (lengths.sum(), width)
-    documents = np.repeat(np.arange(1, lengths.size + 1, dtype=np.int32), lengths)
-    return np.pad(documents, (0, width - documents.size))
 
 
 def _assign_bins(histogram: np.ndarray, capacity: int) -> np.ndarray:

@@ -69,6 +69,11 @@ class RowSpec:
         """Sequences of a row: one; two for a pair, chosen then rejected; `answers` for a ranking, the best first."""
         return {"pair": 2, "ranking": self.answers}.get(self.kind, 1)
 
+    @property
+    def packed_tokens(self) -> str:
+        """The tokens of a packed row: "512", or of pairs "2 x 512"."""
+        return f"{self.per_row} x {self.pack_length}" if self.per_row > 1 else str(self.pack_length)
+
 
 @dataclass(frozen=True, slots=True)
 class Example:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +13,7 @@ import numpy as np
 from rlhf_jax.data.chat_template import Encoding
 from rlhf_jax.data.config import SourceConfig
 from rlhf_jax.data.mixture import draw_rows
-from rlhf_jax.data.packing import Bins, pack
+from rlhf_jax.data.packing import Bins, pack, pack_pairs
 from rlhf_jax.data.store import Store
 from rlhf_jax.data.stream import StreamRows
 from rlhf_jax.data.tokenize import RowStats
@@ -33,12 +34,14 @@ class SourceRows:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """[rows, per_row] int32, tokens of each sequence; of a packed row, of all its documents together."""
-        lengths = self.store.lengths[self.selected]
-        if self.bins is None:
+        """[rows, per_row] int32, tokens of each sequence; of a packed row, of all those of each sub-row together."""
+        lengths, bins = self.store.lengths[self.selected], self.bins
+        if bins is None:
             return lengths
-        ends = np.cumsum(np.concatenate([[0], lengths[self.bins.members, 0]]), dtype=np.int64)[self.bins.offsets]
-        return np.diff(ends).astype(np.int32)[:, None]
+        shape = len(bins), lengths.shape[1]
+        places = np.repeat(np.arange(len(bins)), np.diff(bins.offsets))[:, None] * shape[1] + bins.sub_rows
+        tokens = lengths[bins.members].reshape(-1)
+        return np.bincount(places.reshape(-1), tokens, math.prod(shape)).astype(np.int32).reshape(shape)
 
     @property
     def cut(self) -> int:
@@ -56,9 +59,12 @@ class SourceRows:
 
     @property
     def digest(self) -> str:
-        """A digest of every token of every row, and of the selection."""
-        picked = hashlib.blake2b(np.ascontiguousarray(self.selected).tobytes(), digest_size=16).hexdigest()
-        return f"{self.store.digest} {picked} {len(self)}"
+        """A digest of every token of every row, of the selection, and of what is packed together."""
+        packed = () if self.bins is None else (self.bins.offsets, self.bins.members, self.bins.sub_rows)
+        picked = hashlib.blake2b(digest_size=16)
+        for each in (self.selected, *packed):
+            picked.update(np.ascontiguousarray(each).tobytes())
+        return f"{self.store.digest} {picked.hexdigest()} {len(self)}"
 
     def row_lengths(self, rows: np.ndarray) -> np.ndarray:
         """[n] tokens of the longest sequence of each of rows [n]."""
@@ -76,7 +82,7 @@ class SourceRows:
         """The documents of a row end to end, one or those of a bin; each is the list of its sequences."""
         if self.bins is None:
             return [self.store.row(int(self.selected[row]))]
-        members = self.bins.members[self.bins.offsets[row] : self.bins.offsets[row + 1]]
+        members = self.bins.members[self.bins.span(row)]
         return [self.store.row(int(self.selected[member])) for member in members]
 
 
@@ -108,6 +114,11 @@ class Rows:
         return any(part.bins is not None for part in self.parts)
 
     @cached_property
+    def most_documents(self) -> int:
+        """Documents of a packed row, at most."""
+        return max(int(np.diff(part.bins.offsets).max(initial=0)) for part in self.parts)
+
+    @cached_property
     def longest(self) -> int:
         """Tokens of the longest document: positions that a model needs."""
         return max(part.longest for part in self.parts)
@@ -123,4 +134,6 @@ class Rows:
 
 def pack_rows(part: SourceRows, length: int) -> SourceRows:
     """The rows with several documents packed into each; `max_rows` of the source counts packed rows."""
-    return dataclasses.replace(part, bins=pack(part.store.lengths[part.selected, 0], length))
+    lengths = part.store.lengths[part.selected]
+    bins = pack(lengths[:, 0], length) if lengths.shape[1] == 1 else pack_pairs(lengths, length)
+    return dataclasses.replace(part, bins=bins)

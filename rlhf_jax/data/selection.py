@@ -196,8 +196,9 @@ def _assemble_rows(found: list[SourceRows | StreamRows], config: DataConfig, spe
         )
     if spec.pack_length:
         found = [pack_rows(part, spec.pack_length) for part in found]
-        fill = sum(float(part.lengths.sum()) for part in found) / (sum(map(len, found)) * spec.pack_length)
-        reported.append(f"packed into {sum(map(len, found)):,} of {spec.pack_length} tokens, {fill:.1%} of them real")
+        count = sum(map(len, found))
+        fill = sum(float(part.lengths.sum()) for part in found) / (count * spec.pack_length * spec.per_row)
+        reported.append(f"packed into {count:,} of {spec.packed_tokens} tokens, {fill:.1%} of them real")
     sizes, sources = tuple(map(len, found)), [part.source for part in found]
     # Evaluation draws each row once.
     quota = sizes if held_out else tuple(draws_per_epoch(sizes, sources, config.temperature).tolist())

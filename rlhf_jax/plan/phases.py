@@ -121,14 +121,16 @@ def _supervised_phases(stage: Stage, recipe: Recipe, decoder: DecoderConfig, lay
     """The update of a supervised stage, and the evaluation of held-out batches while the training state is resident."""
     name, model, config, spec = stage.name, recipe.model, getattr(recipe, stage.name), recipe.row_spec(stage.name)
     tx = make_optimizer(config.optim, config.optim.warmup_steps + 1)  # shapes do not depend on the length of the run
-    length = _round8(min(spec.pack_length or recipe.data.max_length, decoder.max_positions))
+    length = _round8(spec.pack_length or min(recipe.data.max_length, decoder.max_positions))
     num_micro = micro_batches(name, config.batch_size, config.micro_batch_size, layout)
     objective = resolve_name(stage.objective)(model.with_lora(decoder), model.compute, layout, config)
     update, measure = make_programs(objective, model.with_lora(decoder), layout, tx, num_micro, model.scaling)
     state, frozen = abstract_state(abstract_pretrained(decoder, model, layout), model, tx)
     shape = (config.batch_size, *[spec.per_row] * (spec.per_row > 1), length)
     kinds = (jnp.int32, jnp.bool, jnp.bool, *[jnp.int32] * bool(spec.pack_length))
-    each_answer = jax.ShapeDtypeStruct(shape[:2], jnp.float32)
+    # How many pairs a packed row holds is known only after tokenization; the arrays by pair are small.
+    answers = (8, spec.per_row) if spec.pack_length else shape[1:-1]
+    each_answer = jax.ShapeDtypeStruct((config.batch_size, *answers), jnp.float32)
     more = {"scores": each_answer} if spec.per_row > 1 else {}
     more |= {"reference": each_answer} if objective.reference else {}
     host_batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype) for dtype in kinds), **more)

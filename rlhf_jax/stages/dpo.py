@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,11 +15,10 @@ import numpy as np
 from rlhf_jax.data.batches import Batch
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.config import Compute, DecoderConfig
-from rlhf_jax.models.decoder import bind, head_kernel, head_options
-from rlhf_jax.objectives.logprobs import token_logprobs
-from rlhf_jax.objectives.masked import zero_outside
+from rlhf_jax.objectives.masked import mean, zero_outside
 from rlhf_jax.objectives.preference import hinge_loss, ipo_loss, orpo_loss, smoothed_logistic_loss
 from rlhf_jax.optim import OptimConfig
+from rlhf_jax.policy import next_token_logprobs
 from rlhf_jax.stages.context import StageContext
 from rlhf_jax.stages.from_scratch import make_base_model
 from rlhf_jax.stages.supervised import Objective, SupervisedConfig, run_supervised_stage
@@ -38,6 +38,8 @@ class DPOConfig(SupervisedConfig):
     label_smoothing: float = 0.0  # share of the pairs taken to be the wrong way round, of "sigmoid" and "simpo"
     simpo_margin: float = 0.5  # by how much "simpo" wants the chosen reward above the rejected one
     nll_coef: float = 0.0  # coefficient of the chosen answer's mean negative log-likelihood, added to the loss
+    # tokens of each of the two sub-rows of a row of several pairs, which do not attend to each other; 0: one pair
+    pack_length: int = 0
     optim: OptimConfig = OptimConfig(learning_rate=1e-6)  # the optimizer
 
     def __post_init__(self) -> None:
@@ -73,33 +75,57 @@ def pair_losses(
     return losses - config.nll_coef * means[:, 0], rewards
 
 
+def sum_by_answer(logprobs: jax.Array, learned: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each answer and number of its tokens, both [B, 2], or [B, D, 2] of packed rows; 0 of none.
+
+    logprobs, learned: [B, 2, T - 1] of each token after the first, and whether it belongs to an answer.
+    """
+    if batch.segments is None:
+        return zero_outside(logprobs, learned).sum(axis=-1), learned.sum(axis=-1)
+    shape = batch.scores.shape
+    # A comparison instead of a scatter: it splits over devices, and its sums have a fixed order.
+    mine = learned[..., None] & (batch.segments[..., 1:, None] == np.arange(1, math.prod(shape[1:]) + 1))
+    sums = zero_outside(logprobs[..., None], mine).sum(axis=(1, 2)), mine.sum(axis=(1, 2))
+    return sums[0].reshape(shape), sums[1].reshape(shape)
+
+
 def dpo_objective(config: DecoderConfig, compute: Compute, layout: Layout, settings: DPOConfig) -> Objective:
     """The loss of preference pairs, by the log-probabilities of both answers."""
 
     def answers(config: DecoderConfig, compute: Compute, params: Params, batch: Batch) -> tuple[jax.Array, ...]:
-        """[B, 2] log-probability of each answer and number of its tokens, and the balance loss."""
-        tokens, mask, learned = (x.reshape(-1, x.shape[-1]) for x in (batch.tokens, batch.mask, batch.loss_mask))
-        hidden, balance = bind(config, params)(tokens, mask, compute, layout)
-        head, options = head_kernel(config, params), head_options(config, params)
-        logprobs = token_logprobs(hidden[:, :-1], head, tokens[:, 1:], chunk=compute.chunk, **options)
-        sums = zero_outside(logprobs, learned[:, 1:]).sum(axis=1), learned[:, 1:].sum(axis=1)
-        return *(x.reshape(-1, 2) for x in sums), balance
+        """Log-probability of each answer and number of its tokens, both as `Batch.reference`, and the balance loss."""
+        arrays = batch.tokens, batch.mask, batch.segments
+        tokens, mask, segments = (x if x is None else x.reshape(-1, x.shape[-1]) for x in arrays)
+        logprobs, balance = next_token_logprobs(config, params, tokens, mask, compute, layout, segments)
+        learned = batch.loss_mask[..., 1:]
+        return *sum_by_answer(logprobs.reshape(learned.shape), learned, batch), balance
 
-    def measure(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        logprobs, counts, _ = answers(config, compute, params, batch)
-        return pair_losses(settings, logprobs, counts, batch.reference)
+    def pairs(params: Params, batch: Batch) -> tuple[jax.Array, ...]:
+        """Loss [P], rewards and log-probabilities [P, 2] of each pair, whether there is one [P], and the balance loss.
+
+        P is B, or B D of packed rows.
+        """
+        logprobs, counts, balance = answers(config, compute, params, batch)
+        is_pair = jnp.ones(len(logprobs), bool) if batch.segments is None else ~jnp.isnan(batch.scores[..., 0])
+        of_pairs = (x if x is None else x.reshape(-1, 2) for x in (logprobs, counts, batch.reference))
+        return *pair_losses(settings, *of_pairs), logprobs.reshape(-1, 2), is_pair.reshape(-1), balance
+
+    def measure(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        losses, rewards, _, is_pair, _ = pairs(params, batch)
+        return losses, rewards, is_pair
 
     def loss(params: Params, batch: Batch):
-        logprobs, counts, balance = answers(config, compute, params, batch)
-        losses, rewards = pair_losses(settings, logprobs, counts, batch.reference)
+        losses, rewards, logprobs, is_pair, balance = pairs(params, batch)
         chosen, rejected = jax.lax.stop_gradient(rewards).T
-        stats = {"rewards_chosen": chosen.mean(), "rewards_rejected": rejected.mean()}
-        stats |= {"margin": (chosen - rejected).mean(), "accuracy": (chosen > rejected).mean()}
-        stats |= dict(zip(("logprob_chosen", "logprob_rejected"), logprobs.mean(axis=0), strict=True))
-        return losses.mean() + balance, (losses.shape[0], stats)
+        each = {"rewards_chosen": chosen, "rewards_rejected": rejected}
+        each |= {"margin": chosen - rejected, "accuracy": chosen > rejected}
+        each |= dict(zip(("logprob_chosen", "logprob_rejected"), logprobs.T, strict=True))
+        stats = {name: mean(values, is_pair) for name, values in each.items()}
+        return mean(losses, is_pair) + balance, (is_pair.sum(), stats)
 
     def summarize(measured: Sequence[tuple], batches: Sequence[Batch]) -> dict[str, float]:
-        losses, rewards = (np.concatenate(each) for each in zip(*measured, strict=True))
+        losses, rewards, is_pair = (np.concatenate(each) for each in zip(*measured, strict=True))
+        losses, rewards = losses[is_pair], rewards[is_pair]
         return {
             "held_out_loss": float(losses.mean()),
             "held_out_accuracy": float((rewards[:, 0] > rewards[:, 1]).mean()),

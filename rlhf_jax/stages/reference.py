@@ -21,7 +21,7 @@ class Reference(NamedTuple):
     """The reference of a supervised stage.
 
     Attributes:
-        program: jitted (params, batch) -> [B, 2] float32.
+        program: jitted (params, batch) -> [B, 2] float32, or [B, D, 2] of packed rows.
         params: of the model that training starts from, without adapters.
         layout: layout of the parameters and of batches.
     """
@@ -31,11 +31,11 @@ class Reference(NamedTuple):
     layout: Layout
 
     def __call__(self, batch: Batch) -> np.ndarray:
-        """[B, 2] float32 of a batch, on the host."""
+        """`Batch.reference` of a batch, on the host."""
         return hosts.fetch(self.program(self.params, self.layout.put_batch(batch)))
 
     def read_or_compute(self, context: StageContext, batches: Batches, steps: int, size: int) -> list[np.ndarray]:
-        """[rows, 2] float32 for each part of the rows, of the rows that `steps` steps draw; NaN for others.
+        """`Batch.reference` of all rows of each part, float32; NaN for rows that `steps` steps do not draw.
 
         Computed `size` rows at a time, those of similar length together, and kept in RUN/NAME/reference.npz, which a
         resumed run reads.
@@ -51,7 +51,7 @@ class Reference(NamedTuple):
         if hosts.on_main(lambda: path.exists() and bool(np.load(path)["key"] == key)):
             saved = np.load(path)
             return [saved[str(number)] for number in range(len(rows.parts))]
-        values = [np.full((len(part), 2), np.nan, np.float32) for part in rows.parts]
+        values = [np.full((len(part), *batches.answers), np.nan, np.float32) for part in rows.parts]
         drawn = drawn_rows(batches, steps)
         lengths = [part.row_lengths(each) for part, each in zip(rows.parts, drawn, strict=True)]
         order = np.argsort(np.concatenate(lengths), kind="stable")

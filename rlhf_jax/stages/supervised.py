@@ -40,7 +40,7 @@ class SupervisedConfig:
 
     epochs: int = 1  # passes over the rows
     steps: int = 0  # optimizer steps; 0: as `epochs` says
-    batch_size: int = 64  # rows of one optimizer step, over all devices; a pair is one row
+    batch_size: int = 64  # rows of one optimizer step, over all devices; a pair is one row, unless rows are packed
     micro_batch_size: int = 0  # rows of one forward and backward pass, over all devices; 0: batch_size
     length_buckets: int = 1  # number of lengths that rows are padded to, at most; each is compiled once
     eval_every: int = 0  # steps between held-out measurements; 0: only at the start and the end
@@ -62,7 +62,7 @@ class Objective(NamedTuple):
         measure: (params, batch) -> arrays of a held-out batch; to be jitted.
         summarize: (results of `measure` for each held-out batch, those batches) -> held-out metrics.
         headline: metrics on the progress bar.
-        reference: (params, batch) -> [B, 2], `Batch.reference`, computed once for each row with the parameters that
+        reference: (params, batch) -> `Batch.reference`, computed once for each row with the parameters that
             training starts from; to be jitted. None: the loss has no reference.
     """
 

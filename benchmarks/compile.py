@@ -39,6 +39,7 @@ def first_steps(size: str) -> list[float]:
     found = []
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}
+        environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}  # as `rlhf_jax.cli` sets it
         command = [sys.executable, "-m", "benchmarks.ppo_iteration", "--size", size, "--warm-up", "1"]
         for _ in range(2):
             options = dict(check=True, stdout=subprocess.PIPE, text=True, env=environment)

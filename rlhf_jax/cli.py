@@ -162,9 +162,12 @@ def set_compile_cache(environ: Mapping[str, str]) -> None:
     """Let JAX keep compiled programs in the user's cache folder, so that the next run need not compile them.
 
     JAX_COMPILATION_CACHE_DIR names another folder, or if empty disables the cache; JAX has read it already.
+    Programs that took a tenth of a second are kept, where JAX's default is a second: a run has many.
     """
     import jax
 
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     if "JAX_COMPILATION_CACHE_DIR" not in environ:
         caches = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(caches / "rlhf_jax" / "compiled"))

@@ -484,7 +484,7 @@ def test_a_message_is_printed_on_its_own_line_above_the_progress_bar(tmp_path, m
         ({"XDG_CACHE_HOME": "/caches"}, "/caches/rlhf_jax/compiled"),
         ({"HOME": "/home/me"}, str(Path.home() / ".cache/rlhf_jax/compiled")),
         ({"XDG_CACHE_HOME": "/caches", "JAX_COMPILATION_CACHE_DIR": "/mine"}, None),
-        ({"JAX_COMPILATION_CACHE_DIR": ""}, None),
+        ({"JAX_COMPILATION_CACHE_DIR": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "2"}, None),
     ],
 )
 def test_compiled_programs_are_cached_in_the_users_cache_unless_the_environment_names_a_folder(
@@ -493,7 +493,12 @@ def test_compiled_programs_are_cached_in_the_users_cache_unless_the_environment_
     reported = {}
     monkeypatch.setattr(jax.config, "update", reported.__setitem__)
     set_compile_cache(environ)
-    assert reported == ({"jax_compilation_cache_dir": folder} if folder else {})
+    seconds = (
+        {}
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" in environ
+        else {"jax_persistent_cache_min_compile_time_secs": 0.1}
+    )
+    assert reported == seconds | ({"jax_compilation_cache_dir": folder} if folder else {})
 
 
 def test_a_run_caches_its_compiled_programs_for_the_next_unless_the_environment_disables_the_cache(tmp_path):

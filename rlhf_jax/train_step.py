@@ -237,6 +237,8 @@ def sum_gradients(
         return jax.tree.map(jnp.add, total, by_layout(micro_batch_sums(*given, micro))), None
 
     first = jax.tree.map(lambda leaf: leaf[0], micros)
+    if num_micro == 1:
+        return by_layout(micro_batch_sums(*given, first))
     shapes = jax.eval_shape(functools.partial(micro_batch_sums, *given), first)
     zeros = by_layout(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
     return jax.lax.scan(add, zeros, micros)[0]

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--kind", choices=("demonstration", "pair"), default="demonstration", help="of the rows")
     parser.add_argument("--length", type=int, default=512, help="tokens of a row (default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=8192, help="of the tokenizer (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=16, help="steps of pairs (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=16, help="steps of pairs; 0: none (default: %(default)s)")
     args = parser.parse_args(argv)
     with args.file.open(encoding="utf-8") as lines:
         texts = [json.loads(line)["chosen"] for line in lines]
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     result = {"file": args.file.parent.name, "kind": args.kind, "length": args.length, "documents": len(rows)}
     result |= {"packed_rows": len(packed), "lengths": LENGTHS}
     result["padding"] = {name: padding(batches) for name, batches in forms.items()}
-    if args.kind == "pair":
+    if args.kind == "pair" and args.steps:
         vocab = len(tokenizer)
         result["cpu_seconds"] = {
             name: cpu_seconds_per_pair(batches, vocab, args.steps) for name, batches in forms.items()

@@ -430,10 +430,13 @@ def start_up() -> str:
 
 def packing() -> str:
     def row(result: dict) -> list[str]:
-        counts = [f"{result['documents']:,}", str(result["length"]), percent(result["padding"])]
-        return [result["file"], *counts, f"{result['packed_rows']:,}", percent(result["packed_padding"])]
+        counts = [f"{result['documents']:,} {result['kind']}s", str(result["length"]), f"{result['packed_rows']:,}"]
+        forms = ("one_length", "few_lengths", "packed")
+        return [result["file"], *counts, *(percent(result["padding"][form]) for form in forms)]
 
-    head = ["file", "documents", "tokens per row", "padding, one document per row", "packed rows", "padding, packed"]
+    lengths = max(run["result"]["lengths"] for run in runs_of("packing"))
+    forms = ("one length", f"up to {lengths} lengths", "packed")
+    head = ["file", "rows", "tokens", "packed rows", *(f"padding, {form}" for form in forms)]
     return table_of_runs("packing", head, row)
 
 

@@ -65,7 +65,8 @@ def test_a_router_that_sends_every_token_to_one_expert_drops_none(rng):
 @pytest.mark.parametrize("name", [name for name in tiny.MESHES if name != "one"])
 def test_eight_devices_give_the_values_and_gradients_of_one(rng, table, name):
     layout = Layout(tiny.mesh_of(name), table)
-    x, weights = rng.standard_normal((8, 5, 8)).astype(np.float32), kernels(rng)
+    # Small, because the sine of large outputs would be that of their rounding.
+    x, weights = rng.standard_normal((8, 5, 8)).astype(np.float32) / 4, kernels(rng)
     axes = {"router": (None, None), "gate": (None, None, "mlp"), "up": (None, None, "mlp"), "down": (None, "mlp", None)}
 
     def loss(x, weights, layout):

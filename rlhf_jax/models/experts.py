@@ -24,6 +24,8 @@ from rlhf_jax.models.config import Experts
 from rlhf_jax.models.layers import ACTIVATIONS
 from rlhf_jax.products import matmul
 
+BLOCK_ROWS = 64  # of `_experts_by_blocks`, at most
+
 
 class Routing(NamedTuple):
     """Attributes:
@@ -79,9 +81,43 @@ def apply_experts(
         local,
         gathered_over=tuple(axis for axis in width if axis in shared),
         summed_over=tuple(axis for axis in width if axis not in shared),
+        copied_over=tuple(axis for axis in shared if axis not in width),
     )
     specs = tokens, tokens, tokens, (up, up, PartitionSpec(None, width, None))
     return jax.shard_map(program, mesh=layout.mesh, in_specs=specs, out_specs=tokens)(*arguments)
+
+
+def _ragged_experts(
+    rows: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, sizes: jax.Array, *, activation: str
+) -> jax.Array:
+    """rows [R, D], of which each expert in turn has `sizes` [X] -> [R, D]."""
+    hidden_rows = ACTIVATIONS[activation](jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
+    return jax.lax.ragged_dot(hidden_rows, down, sizes)
+
+
+def _experts_by_blocks(
+    rows: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, sizes: jax.Array, *, activation: str
+) -> jax.Array:
+    """`_ragged_experts` for CPUs, where XLA (jax 0.10.2) makes `ragged_dot` a product of all rows by every expert.
+
+    The rows of each expert are padded to whole blocks, and one block after the other is multiplied by its expert.
+    """
+    count, experts = rows.shape[0], sizes.shape[0]
+    block = min(BLOCK_ROWS, max(8, count // experts))
+    blocks = -(-sizes // block)  # of each expert
+    total = -(-count // block) + experts  # as many as there may be
+    expert = jnp.repeat(jnp.arange(experts), blocks, total_repeat_length=total)
+    of_row = jnp.repeat(jnp.arange(experts), sizes, total_repeat_length=count)
+    first = (jnp.cumsum(blocks) - blocks) * block - (jnp.cumsum(sizes) - sizes)
+    place = jnp.arange(count) + first[of_row]
+    padded = jnp.zeros((total * block, rows.shape[1]), rows.dtype).at[place].set(rows, unique_indices=True)
+
+    def multiply(_, block_and_expert):
+        x, e = block_and_expert
+        return None, matmul(ACTIVATIONS[activation](matmul(x, gate[e])) * matmul(x, up[e]), down[e])
+
+    _, outputs = jax.lax.scan(multiply, None, (padded.reshape(total, block, -1), expert))
+    return outputs.reshape(total * block, -1)[place]
 
 
 def _local_experts(
@@ -93,18 +129,25 @@ def _local_experts(
     activation: str,
     gathered_over: tuple[str, ...] = (),
     summed_over: tuple[str, ...] = (),
+    copied_over: tuple[str, ...] = (),
 ) -> jax.Array:
     batch, length, hidden = x.shape
     per_token = chosen.shape[-1]
     order = jnp.argsort(chosen.reshape(-1), stable=True)  # of the N x C pairs of token and expert, by expert
     sizes = jnp.bincount(chosen.reshape(-1), length=kernels[0].shape[0])
     rows = x.reshape(-1, hidden)[order // per_token]
-    gate, up, down = (kernel.astype(x.dtype) for kernel in kernels)
+    gate, up, down = (jnp.asarray(kernel, x.dtype) for kernel in kernels)
     if gathered_over:  # here, after the cast, and so that the gradients are reduce-scattered
         gate, up = (jax.lax.all_gather(kernel, gathered_over, axis=2, tiled=True) for kernel in (gate, up))
         down = jax.lax.all_gather(down, gathered_over, axis=1, tiled=True)
-    hidden_rows = ACTIVATIONS[activation](jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
-    outputs = jax.lax.ragged_dot(hidden_rows, down, sizes)[jnp.argsort(order)]
+    # `matmul` has gradients of its own, which differ between devices as both of its operands do.
+    rows = jax.lax.pcast(rows, summed_over, to="varying")
+    gate, up, down = (jax.lax.pcast(kernel, copied_over, to="varying") for kernel in (gate, up, down))
+    outputs = jax.lax.platform_dependent(
+        *(rows, gate, up, down, sizes),
+        cpu=functools.partial(_experts_by_blocks, activation=activation),
+        default=functools.partial(_ragged_experts, activation=activation),
+    )[jnp.argsort(order)]
     outputs = outputs.reshape(batch, length, per_token, hidden)
     y = jnp.einsum("btcd,btc->btd", outputs, weights.astype(x.dtype))
     return jax.lax.psum(y, summed_over) if summed_over else y

@@ -428,6 +428,14 @@ def start_up() -> str:
     return transposed_table("compile", ["", *(run["result"]["size"] for run in runs_of("compile"))], rows)
 
 
+def host_time() -> str:
+    def row(result: dict) -> list[str]:
+        sizes = [SPEED_SIZES[result["size"]], result["dtype"], str(result["iterations"])]
+        return [*sizes, f"{result['seconds']:.2f}", percent(result["share"])]
+
+    return table_of_runs("host_time", ["size", "dtype", "iterations", "seconds of one", "no program executes"], row)
+
+
 def packing() -> str:
     def row(result: dict) -> list[str]:
         counts = [f"{result['documents']:,} {result['kind']}s", str(result["length"]), f"{result['packed_rows']:,}"]
@@ -705,6 +713,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
             serving,
             speed,
             speed_phases,
+            host_time,
             start_up,
             packing,
             real_data,

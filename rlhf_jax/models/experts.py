@@ -112,6 +112,7 @@ def _experts_by_blocks(
     place = jnp.arange(count) + first[of_row]
     padded = jnp.zeros((total * block, rows.shape[1]), rows.dtype).at[place].set(rows, unique_indices=True)
 
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # which keeps no copy of an expert for every block
     def multiply(_, block_and_expert):
         x, e = block_and_expert
         return None, matmul(ACTIVATIONS[activation](matmul(x, gate[e])) * matmul(x, up[e]), down[e])

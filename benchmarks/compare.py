@@ -4,7 +4,7 @@
 
 Short runs find the fastest dtype of each side; in it all sides run one after the other, and again in the reverse order.
 Every run is a process of its own that leaves its first iterations out. A ratio is that of the medians over both orders.
-All sides get large pages from the C library, which makes each of them faster on CPUs.
+All sides get large pages from the C library, as the scripts do.
 Writes a row of benchmarks/results/compare.json for each peer; where this machine has an NVIDIA GPU, all sides compute
 on it, and rows are in compare_gpu.json.
 """

@@ -313,8 +313,9 @@ def test_adapters_length_buckets_and_no_sft_give_the_same_first_loss_and_leave_t
     base, run = dpo_folder / "sft/export", tmp_path / "run"
     options = ["run.stages=['dpo']", f"model.actor={base}", "model.lora={rank=2, alpha=4.0}", "dpo.length_buckets=3"]
     assert tiny_recipe.run("train", write_recipe(tmp_path), f"run.dir={run}", *DPO, *options) == 0
-    first, *_, last = [line for line in records(run / "dpo/metrics.jsonl") if "loss" in line]
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5) and last["loss"] < first["loss"]
+    first, *later = [line["loss"] for line in records(run / "dpo/metrics.jsonl") if "loss" in line]
+    # Every step has other pairs, so that the least of the later losses says that the adapters learn.
+    assert first == pytest.approx(math.log(2), abs=1e-5) and min(later) < first - 0.01
     assert (run / "dpo/export_adapter/adapter_model.safetensors").exists()
 
 

@@ -141,7 +141,8 @@ def demo() -> str:
         return [trained, str(len(own)), *shares, least, "" if is_sft else kl, f"{minutes:.1f} min"]
 
     rows = [row(method) for method in DEMO_METHODS if any(result["method"] == method for result in results)]
-    head = ["model", "seeds", "sampled", "greedy", "greedy against SFT, worst seed", "KL per answer", "fastest training"]
+    head = ["model", "seeds", "sampled", "greedy", "greedy against SFT, worst seed", "KL per answer"]
+    head += ["fastest training"]
     content = [result["content"] for result in results if "content" in result]
     accuracy, sums = (spread([each[name] for each in content], percent) for name in ("accuracy", "sums"))
     text = f"The reward model orders {accuracy} of the held-out pairs that differ only in content; of sums, {sums}."

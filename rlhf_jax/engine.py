@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,7 @@ class ScoredRollout:
         starts: [B] int32, number of tokens of the prompt.
         actions, action_mask: [B, N] int32, bool: the answer, up to and including EOS.
         ended: [B] bool, whether the answer ended by EOS.
-        logprobs: [B, N] float32, of the actor before any update.
+        logprobs: [B, N] float32, of the actor before any update, by `Algorithm.old_logprobs`.
         ref_logprobs: [B, N] float32, of the reference; None: there is none.
         values: [B, N] float32, of the critic before each action; None: there is none.
         score: [B] float32 of the whole answer: by the reward model at the last token, given by the caller, or both.
@@ -138,6 +138,7 @@ class Algorithm:
         actor_weight: (experience) -> the number of things that the actor's loss of a micro-batch is a mean over; None:
             the tokens of its answers.
         score_weight: of the reward model's score in the sum with scores that the caller gives.
+        old_logprobs: the actor's before any update, by a pass of its own ("score") or as it sampled ("rollout").
     """
 
     estimate: Callable[..., Estimates]
@@ -146,6 +147,7 @@ class Algorithm:
     text_coef: float = 0.0
     actor_weight: Callable[[Experience], jax.Array] | None = None
     score_weight: float = 1.0
+    old_logprobs: Literal["score", "rollout"] = "score"
 
 
 @dataclass(frozen=True)
@@ -271,11 +273,12 @@ def make_score(
             options = dict(chunk=compute.chunk, temperature=temperature, **head_options(config, params))
             return token_logprobs(answers(config, params), head_kernel(config, params), rollout.tokens, **options)
 
-        learned, reference = logprobs(models.actor, state.actor.params(frozen.actor)), frozen.reference
-        if models.reference and not reference:
+        reference, own_pass = frozen.reference or frozen.actor, algorithm.old_logprobs == "score"
+        learned = logprobs(models.actor, state.actor.params(frozen.actor)) if own_pass else rollout.logprobs
+        if models.reference and not frozen.reference and own_pass:
             # For a shared base the compiler would gather each kernel once for both passes, and with unrolled layers
             # keep those of the whole model from the first pass to the second.
-            learned, reference = jax.lax.optimization_barrier((learned, frozen.actor))
+            learned, reference = jax.lax.optimization_barrier((learned, reference))
         critic = state.critic.params(frozen.critic) if models.critic else {}
         if models.reward:
             given, hidden = 0.0 if scores is None else scores, last_hidden(forward(models.reward, frozen.reward), mask)

@@ -51,7 +51,10 @@ from rlhf_jax.plan.phase import Phase
 from rlhf_jax.plan.phases import decoder_configs, engine_phases, phases
 from rlhf_jax.plan.report import format_plan
 from rlhf_jax.plan.roofline import forward_flops, weights_per_token, work_of_phases
+from rlhf_jax.plan.temporaries import SMALL_BUFFERS, find_bounds
 from rlhf_jax.recipe import Recipe
+from rlhf_jax.sampling import SampleConfig
+from rlhf_jax.stages.grpo_config import GRPOConfig
 from rlhf_jax.stages.models import relayout
 from rlhf_jax.stages.ppo import ppo_engine, ppo_models, ppo_optimizers
 
@@ -262,6 +265,23 @@ def test_the_plan_of_an_actor_alone_has_no_phase_and_no_byte_of_the_missing_mode
     held = {"actor frozen": 0, "actor trainable": 4 * WEIGHTS, "actor optimizer": 8 * WEIGHTS + 5 * 4 + 20}
     assert found[0].live == held | {"reference": 0, "reward model": 0}
     assert all(phase.program.lower(*phase.args) for phase in found)
+
+
+def test_where_rollouts_give_the_logprobs_scoring_is_planned_without_a_pass_of_the_actor(tmp_path):
+    def score_of(recipe, stage):
+        return next(phase for phase in phases(recipe, mesh, (stage,)) if phase.name == "score")
+
+    recipe, less = recipe_of(tmp_path), recipe_of(tmp_path, old_logprobs="rollout")
+    mesh = abstract_mesh(recipe.mesh, 1)
+    whole, saved = score_of(recipe, "ppo"), score_of(less, "ppo")
+    flops = [work_of_phases(recipe, [each], mesh)["ppo/score"].flops for each in (whole, saved)]
+    actor = next(each for each in whole.passes if not each.decoder.scalar_head)
+    assert flops[0] - flops[1] == forward_flops(actor.decoder, actor.rows, actor.length, actor.head_tokens)
+    # Without a reward model and a KL no model scores.
+    alone = GRPOConfig(rewards=("a.py:b",), sample=SampleConfig(16, num_samples=2), old_logprobs="rollout")
+    alone = score_of(dataclasses.replace(recipe, grpo=alone), "grpo")
+    bounds = find_bounds(recipe, alone, mesh)
+    assert alone.passes == () and bounds.most - bounds.least == SMALL_BUFFERS
 
 
 def test_four_answers_per_prompt_are_planned_as_four_times_the_rows(tmp_path):

@@ -18,6 +18,7 @@ from rlhf_jax.data.chat_template import prepare_tokenizer
 from rlhf_jax.data.records import RowSpec
 from rlhf_jax.data.selection import select_rows
 from rlhf_jax.recipe import Recipe
+from rlhf_jax.stages.ppo_config import PPOConfig
 
 
 @pytest.fixture
@@ -104,6 +105,11 @@ def test_a_run_with_all_options_equals_itself_resumed_and_carries_coefficient_an
     scores = [[row["score"] for row in records(whole / f"ppo/rollouts/{step:06d}.jsonl")] for step in (1, 2)]
     assert lines[2]["score_scale_mean"] == pytest.approx(np.mean(scores), rel=1e-4)
     assert lines[2]["score_scale_std"] == pytest.approx(np.std(scores), rel=1e-4)
+
+
+def test_a_correction_for_the_mismatch_needs_logprobs_of_both_policies():
+    with pytest.raises(ValueError, match='mismatch="token" compares two policies, .* has one: set "score"'):
+        PPOConfig(mismatch="token", old_logprobs="rollout")
 
 
 def test_scores_of_demonstrations_have_mean_0_and_variance_1_in_the_scale_of_a_run(tmp_path, finished_folder):

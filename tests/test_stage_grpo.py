@@ -139,6 +139,7 @@ def test_the_plan_of_functions_alone_has_one_model_and_no_reference(grpo_folder)
 
 def test_a_stopped_run_that_refills_groups_ends_bit_equal(tmp_path, monkeypatch):
     more = ["grpo.refill_rounds=2", "grpo.kl_coef=0.1", "grpo.ema_decay=0.5", "grpo.advantage=global"]
+    more.append("grpo.old_logprobs=rollout")
     recipe, given = write_recipe(tmp_path), options(tmp_path, *more)
     assert tiny_recipe.run("train", recipe, *given, f"run.dir={tmp_path / 'whole'}") == 0
     loop = rlhf_jax.stages.grpo.train_loop

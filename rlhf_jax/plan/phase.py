@@ -40,7 +40,8 @@ class Phase(NamedTuple):
         added: bytes on one device that the program needs in addition to `live`: the weights that it publishes, the
             cache, the sum of gradients.
         host: bytes of one device's arrays that are kept in host memory then; not in `live`, and never arguments.
-        passes: the models that compute in it; () for programs that step one parameter at a time.
+        passes: the models that compute in it; () for programs that step one parameter at a time, and for a score where
+            no model passes.
         micro: micro-batches of one run.
         runs: number of runs in one optimizer step (SFT, reward model) or one iteration (PPO).
     """

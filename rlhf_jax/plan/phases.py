@@ -295,7 +295,9 @@ def _learning_from(
         if (learner := getattr(state, name))
     }
     # The reference has the actor's architecture, and the reward model the critic's.
-    scoring, scorer = [*passes.values(), *[passes["actor"]] * bool(engine.models.reference)], engine.models.reward
+    by_actor = (config.old_logprobs == "score") + bool(engine.models.reference)
+    critics = [each for name, each in passes.items() if name == "critic"]
+    scoring, scorer = [*[passes["actor"]] * by_actor, *critics], engine.models.reward
     if scorer:
         own = passes["actor"]._replace(decoder=scorer, params=frozen.reward, cast=0)
         scoring.append(passes.get("critic", own))

@@ -141,13 +141,14 @@ def _generate_work(recipe: Recipe, phase: Phase, layout: Layout) -> Work:
 
 def _score_work(recipe: Recipe, phase: Phase, layout: Layout) -> Work:
     """The passes of all models that score: actor and reference, critic and reward model."""
-    model, (actor, *_) = recipe.model, phase.passes
+    model, frozen = recipe.model, phase.args[1]
     flops = sum(phase.micro * forward_flops(each.decoder, *each[2:5]) for each in phase.passes)
     gathered = sum(_gather_bytes(recipe, each.decoder, layout) for each in phase.passes)
     reference = 0.0
-    if model.offload_reference and phase.args[1].reference:
+    if model.offload_reference:
         stored = 4 if model.frozen_dtype == "float32" else 2
-        reference = _num_parameters(actor.decoder) * stored / layout.shards("vocab")
+        size = sum(math.prod(leaf.shape) for leaf in frozen.reference.values())
+        reference = size * stored / layout.shards("vocab")
     return Work(flops / layout.shards("batch"), link=phase.micro * gathered, host=reference)
 
 

@@ -74,10 +74,14 @@ def largest_micro_batches(
 
 def temporary_bytes(recipe: Recipe, phase: Phase, mesh: Mesh | AbstractMesh) -> int:
     """Bytes of temporaries on one device, without the sum of gradients, the cache and the weights in `phase.added`."""
+    layout, model = Layout(mesh, TRAIN), recipe.model
+    count = layout.shards("batch")
+    if phase.name == "score":  # where an engine holds one model, none may score
+        passing = max((_forward_bytes(model, each, count) for each in phase.passes), default=0)
+        return max((each.cast for each in phase.passes), default=0) + passing
     if not phase.passes:  # one parameter at a time, and the new one before it replaces the old
         return device_bytes(phase.args[0])
-    layout, model, (first, *_) = Layout(mesh, TRAIN), recipe.model, phase.passes
-    count = layout.shards("batch")
+    first = phase.passes[0]
     if phase.is_update:
         # In a loop over micro-batches, the gradients of the current one are as large as their sum, `phase.added`, and
         # weights are cast once before it.
@@ -87,8 +91,7 @@ def temporary_bytes(recipe: Recipe, phase: Phase, mesh: Mesh | AbstractMesh) -> 
         return _publish_bytes(first.decoder, layout, model)
     if phase.name == "generate":
         return _generate_bytes(recipe, phase, mesh)
-    passing = max(_forward_bytes(model, each, count) for each in phase.passes)
-    return max(each.cast for each in phase.passes) + passing
+    return first.cast + _forward_bytes(model, first, count)
 
 
 def _generate_bytes(recipe: Recipe, phase: Phase, mesh: Mesh | AbstractMesh) -> int:

@@ -58,7 +58,8 @@ def grpo_algorithm(config: GRPOConfig) -> Algorithm:
     """Advantages from groups, and the policy loss of these settings."""
     estimate, loss = (functools.partial(part, config=config) for part in (estimate_advantages, group_loss))
     weight = functools.partial(loss_weight, config=config)
-    return Algorithm(estimate, loss, actor_weight=weight, score_weight=config.model_weight or 0.0)
+    scored = dict(score_weight=config.model_weight or 0.0, old_logprobs=config.old_logprobs)
+    return Algorithm(estimate, loss, actor_weight=weight, **scored)
 
 
 def grpo_optimizers(config: GRPOConfig, updates: int) -> Optimizers:

@@ -61,6 +61,10 @@ class PPOConfig(RolloutConfig):
             raise ValueError(f'kl_target={self.kl_target:g} adapts the penalty in the reward: set kl_in = "rewards"')
         if self.dual_clip and self.dual_clip <= 1:
             raise ValueError(f"dual_clip={self.dual_clip:g}: above 1, such as 3, or 0 for no bound")
+        if self.mismatch != "none" and self.old_logprobs == "rollout":
+            raise ValueError(
+                f'mismatch="{self.mismatch}" compares two policies, and old_logprobs="rollout" has one: set "score"'
+            )
         if self.mismatch_limit <= 0:
             raise ValueError(f"mismatch_limit={self.mismatch_limit:g}: above 0, such as 2")
         if not 0 <= self.overlong_tokens <= self.sample.max_new_tokens:

@@ -1,12 +1,13 @@
 """The seconds of this package's programs and of the same work by its peers, in turn on one machine, and their ratios.
 
-    python -m benchmarks.compare [SUBJECT/SIZE ...] [--peers NAME ...] [--note TEXT]
+    python -m benchmarks.compare [SUBJECT/SIZE ...] [--peers NAME ...] [--dtypes DTYPE ...] [--note TEXT]
 
 Short runs find the fastest dtype of each side; in it all sides run one after the other, and again in the reverse order.
 Every run is a process of its own that leaves its first iterations out. A ratio is that of the medians over both orders.
 All sides get large pages from the C library, as the scripts do.
-Writes a row of benchmarks/results/compare.json for each peer; where this machine has an NVIDIA GPU, all sides compute
-on it, and rows are in compare_gpu.json.
+Writes a row for each peer: where this machine has an NVIDIA GPU, all sides compute on it, and rows are in
+benchmarks/results/compare_gpu.json; of a processor that multiplies in bfloat16 in compare.json, of others in
+compare_float32.json.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.peers.environments import gpu, run_module
-from benchmarks.provenance import RESULTS, record
+from benchmarks.provenance import RESULTS, record, vector_instructions
 
 OWN = "rlhf_jax"
 
@@ -56,6 +57,7 @@ class Comparison:
         iterations: that are timed in both runs together.
         dtypes: of which each side has some, or all.
         dtypes_of: the comparison whose fastest dtypes are taken; "": short runs find them.
+        settings: keys of this package's configuration.
     """
 
     subject: str
@@ -65,6 +67,7 @@ class Comparison:
     iterations: int = 10
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "mixed")
     dtypes_of: str = ""
+    settings: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -76,9 +79,20 @@ COMPARISONS = (
     Comparison("generate", "A", {"torch": 2.0}, dtypes=("float32", "bfloat16")),
     Comparison("train_step", "A", {"torch": 1.15}),
     Comparison("score", "A", {"torch": 1.3}),
-    Comparison("grpo_iteration", "qwen3", {"tunix 0.1.7": 2.0, "TRL 1.16": 1.5}),
+    # As its peers, which make no forward pass for the log-probabilities before an update.
+    Comparison(
+        "grpo_iteration", "qwen3", {"tunix 0.1.7": 2.0, "TRL 1.16": 1.5}, settings=("grpo.old_logprobs=rollout",)
+    ),
     Comparison("ppo_iteration", "A", PPO, iterations=6),
-    Comparison("ppo_iteration", "opt-125m", PPO, warm_up=1, iterations=5, dtypes_of="ppo_iteration/A"),
+    Comparison(
+        "ppo_iteration",
+        "opt-125m",
+        PPO,
+        warm_up=1,
+        iterations=5,
+        dtypes_of="ppo_iteration/A",
+        settings=("ppo.micro_batch_size=2",),  # lowers the peak of the memory
+    ),
 )
 ON_GPU = (
     Comparison("generate", "opt-1.3b", {"torch": 2.0}, dtypes=("bfloat16",)),
@@ -86,14 +100,15 @@ ON_GPU = (
     Comparison("ppo_iteration", "opt-1.3b", PPO, dtypes=("bfloat16", "mixed")),
 )
 SHORT = (1, 1)  # iterations of a short run: of warm-up, and timed
-Run = Callable[[str, str, str, str, tuple[int, int]], dict[str, Any]]  # of `run_side`
+Run = Callable[[Comparison, str, str, tuple[int, int]], dict[str, Any]]  # of `run_side`
 
 
-def run_side(subject: str, size: str, side: str, dtype: str, iterations: tuple[int, int]) -> dict[str, Any]:
+def run_side(comparison: Comparison, side: str, dtype: str, iterations: tuple[int, int]) -> dict[str, Any]:
     """The JSON line of a side in a process of its own; `iterations`: of warm-up, and timed."""
+    subject, size = comparison.subject, comparison.size
     shared = ["--size", size, "--dtype", dtype, "--warm-up", str(iterations[0]), "--iterations", str(iterations[1])]
     if side == OWN:
-        command = [sys.executable, "-m", f"benchmarks.{subject}", *shared]
+        command = [sys.executable, "-m", f"benchmarks.{subject}", *shared, *comparison.settings]
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": "runs/compiled"}
         lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
     else:
@@ -113,11 +128,12 @@ def short_runs(comparison: Comparison, run: Run) -> dict[str, dict[str, float]]:
         ValueError: none are recorded.
     """
     if not comparison.dtypes_of:
-        given = comparison.subject, comparison.size
         every = {OWN: ("float32", "bfloat16")} | {peer: PEERS[peer].dtypes for peer in comparison.ratios}
         dtypes = {side: [each for each in own if each in comparison.dtypes] for side, own in every.items()}
-        return {side: {each: run(*given, side, each, SHORT)["seconds"] for each in own} for side, own in dtypes.items()}
-    path = RESULTS / "compare.json"
+        return {
+            side: {each: run(comparison, side, each, SHORT)["seconds"] for each in own} for side, own in dtypes.items()
+        }
+    path = RESULTS / f"{file_name()}.json"
     recorded = [each["result"] for each in json.loads(path.read_text())] if path.exists() else []
     rows = {row["peer"]: row for row in recorded if f"{row['subject']}/{row['size']}" == comparison.dtypes_of}
     if missing := comparison.ratios.keys() - rows.keys():
@@ -131,11 +147,11 @@ def compare(comparison: Comparison, run: Run) -> list[dict[str, Any]]:
     """The row of each peer."""
     by_dtype = short_runs(comparison, run)
     fastest = {side: min(seconds, key=seconds.get) for side, seconds in by_dtype.items()}
-    given, second = (comparison.subject, comparison.size), comparison.iterations // 2
+    second = comparison.iterations // 2
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in fastest}
     for order, count in ((fastest, comparison.iterations - second), (reversed(fastest), second)):
         for side in order:
-            runs[side].append(run(*given, side, fastest[side], (comparison.warm_up, count)))
+            runs[side].append(run(comparison, side, fastest[side], (comparison.warm_up, count)))
     sides = {side: summary(each) | {"by_dtype": by_dtype[side]} for side, each in runs.items()}
     own = sides[OWN]
     return [
@@ -146,6 +162,7 @@ def compare(comparison: Comparison, run: Run) -> list[dict[str, Any]]:
             "ratio": sides[peer]["seconds"] / own["seconds"],
             "wanted": wanted,
             "memory_ratio": own["peak_bytes"] / sides[peer]["peak_bytes"],
+            "settings": list(comparison.settings),
             "own": own,
             "other": sides[peer],
         }
@@ -167,6 +184,13 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def file_name() -> str:
+    """Of the results of this machine, without its suffix."""
+    if gpu():
+        return "compare_gpu"
+    return "compare" if vector_instructions() == "AVX512-BF16" else "compare_float32"
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = gpu()
@@ -176,6 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="NAME", help="(default: all)")
     parser.add_argument("--note", default="", help="about the machine, such as that other processes shared it")
     parser.add_argument("--iterations", type=int, help="that are timed, in place of the comparison's")
+    parser.add_argument("--dtypes", nargs="+", metavar="DTYPE", help="of all sides, in place of the comparison's")
     args = parser.parse_args(argv)
     if unknown := set(args.names) - set(names):
         parser.error(f"no such comparison: {', '.join(sorted(unknown))}; choose from {', '.join(names)}")
@@ -183,10 +208,9 @@ def main(argv: list[str] | None = None) -> None:
     for comparison in comparisons:
         ratios = {peer: wanted for peer, wanted in comparison.ratios.items() if peer in args.peers}
         if ratios and comparison.name in (args.names or names):
-            iterations = args.iterations or comparison.iterations
-            for row in compare(dataclasses.replace(comparison, ratios=ratios, iterations=iterations), run_side):
-                name = "compare_gpu" if device else "compare"
-                record(name, row, "subject", "size", "peer", machine=device, note=args.note)
+            given = {name: getattr(args, name) or getattr(comparison, name) for name in ("iterations", "dtypes")}
+            for row in compare(dataclasses.replace(comparison, ratios=ratios, **given), run_side):
+                record(file_name(), row, "subject", "size", "peer", machine=device, note=args.note)
                 print(json.dumps({key: value for key, value in row.items() if key not in ("own", "other")}))
 
 

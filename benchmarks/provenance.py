@@ -62,8 +62,20 @@ def commit() -> str:
 
 
 def cpu() -> str:
-    """The name of the processor and the number of cores that this process may use."""
-    described = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = re.search(r"^model name\s*: (.+)$", described, re.MULTILINE)
+    """The name of the processor, its vector instructions, and the number of cores that this process may use."""
+    name = re.search(r"^model name\s*: (.+)$", _described(), re.MULTILINE)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name[1] if name else 'unknown processor'}, {cores} cores"
+    parts = name[1] if name else "unknown processor", vector_instructions(), f"{cores} cores"
+    return ", ".join(filter(None, parts))
+
+
+def vector_instructions() -> str:
+    """Those that products take: "AVX512-BF16", which multiply in bfloat16, "AVX-512" or "AVX2"; "": others."""
+    flags = re.search(r"^flags\s*: (.+)$", _described(), re.MULTILINE)
+    kinds = {"avx512_bf16": "AVX512-BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
+    return next((kinds[each] for each in kinds if flags and each in flags[1].split()), "")
+
+
+def _described() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""

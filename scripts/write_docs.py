@@ -392,7 +392,7 @@ WORK = {
 SPEED_SIZES = {"A": "A", "opt-125m": "OPT-125M", "qwen3": "Qwen3"}
 
 
-def speed() -> str:
+def speed(name: str = "compare") -> str:
     """A row per peer: seconds in the fastest dtype of each side, their ratio, and that of the peak memory."""
 
     def row(result: dict) -> list[str]:
@@ -401,7 +401,12 @@ def speed() -> str:
         return [WORK[result["subject"]], SPEED_SIZES[result["size"]], own, result["peer"], other, *ratios]
 
     head = ["", "size", "here, seconds", "peer", "its seconds", "ratio", "aimed at", "peak memory over the peer's"]
-    return table_of_runs("compare", head, row)
+    return table_of_runs(name, head, row)
+
+
+def speed_float32() -> str:
+    """`speed` of a processor that does not multiply in bfloat16."""
+    return speed("compare_float32")
 
 
 def speed_phases() -> str:
@@ -713,6 +718,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
             slot_refill,
             serving,
             speed,
+            speed_float32,
             speed_phases,
             host_time,
             start_up,

@@ -65,12 +65,10 @@ def state_of(config, lora, layout, tx, seed, scaling=None):
     return init_state(trainable, tx, abstract_params(tiny.with_lora(config, lora)), layout, scaling), frozen
 
 
-def engine_of(
-    case, mesh, dtype=FLOAT32, num_score_micro=None, ema_decay=0.0, scaling=None, settings=PPOConfig()
-):
+def engine_of(case, mesh, dtype=FLOAT32, num_score_micro=None, ema_decay=0.0, scaling=None, **settings):
     """(engine, state, frozen): the actor differs from its reference, the critic from the reward model."""
     family, lora, temperature, num_micro = CASES[case]
-    config, layout = tiny.FAMILIES[family], Layout(mesh, TRAIN)
+    config, layout, settings = tiny.FAMILIES[family], Layout(mesh, TRAIN), PPOConfig(**settings)
     critic, tx = tiny.scalar(config), make_optimizer(OPTIM, 10)
 
     def policy_objective(logprobs, entropy, experience):
@@ -198,8 +196,8 @@ def test_the_ratio_is_one_before_the_first_update_and_not_after_it(case, name):
 def test_logprobs_of_the_rollout_in_place_of_a_pass_give_the_same_experience_and_save_a_quarter_of_the_products(
     case, name
 ):
-    trained, settings = run(case, name), PPOConfig(old_logprobs="rollout")
-    engine, state, frozen = engine_of(case, trained.mesh, settings=settings)
+    trained = run(case, name)
+    engine, state, frozen = engine_of(case, trained.mesh, old_logprobs="rollout")
     got, e = engine.score(state, frozen, trained.rollout_there), trained.experience
     np.testing.assert_array_equal(got.logprobs, trained.rollout.logprobs)
     for field in ("ref_logprobs", "values", "score", "rewards", "returns", "advantages"):

@@ -67,7 +67,8 @@ def ppo_optimizers(config: PPOConfig, updates: int, actor_updates: int = 0) -> O
 def ppo_algorithm(config: PPOConfig) -> Algorithm:
     """Generalised advantages, clipped policy loss, clipped value loss."""
     parts = (functools.partial(part, config=config) for part in (estimate, actor_loss, critic_loss))
-    return Algorithm(*parts, config.texts.coef, score_weight=config.model_weight or 0.0, old_logprobs=config.old_logprobs)
+    scored = dict(score_weight=config.model_weight or 0.0, old_logprobs=config.old_logprobs)
+    return Algorithm(*parts, config.texts.coef, **scored)
 
 
 def ppo_engine(

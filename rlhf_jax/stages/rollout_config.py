@@ -23,7 +23,7 @@ class RolloutConfig(RewardsConfig):
     generate_rows: int = 0  # answers decoded at a time; a free decode slot takes the next prompt; 0: all at once
     batch_size: int = 0  # rollouts of one optimizer step, in grpo whole groups; 0: all of an iteration
     micro_batch_size: int = 0  # rollouts of one forward and backward pass, over all devices; 0: batch_size
-    # Log-probabilities of the policy before an update: of a pass over the answers, as it trains ("score"), or those with
+    # Log-probabilities of the policy before an update: of a pass over the answers as it trains ("score"), or those with
     # which they were sampled ("rollout"), which saves that pass; in bfloat16 the two differ by rounding
     old_logprobs: Literal["score", "rollout"] = "score"
     missing_eos_penalty: float = 0.0  # subtracted from the score of an answer that was cut at max_new_tokens

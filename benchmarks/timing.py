@@ -240,7 +240,7 @@ def report(
         "flops": flops,
         "bytes": moved,
         "ceilings": found,
-        "flops_share": flops / seconds / max(found["float32"], found["bfloat16"]),
+        "flops_share": flops / seconds / max(found[each] for each in ("float32", "bfloat16") if each in found),
         "bytes_share": moved / seconds / found["memory"],
         "peak_bytes": peak,
     }

@@ -63,7 +63,7 @@ def commit() -> str:
 
 def cpu() -> str:
     """The name of the processor, its vector instructions, and the number of cores that this process may use."""
-    name = re.search(r"^model name\s*: (.+)$", _described(), re.MULTILINE)
+    name = re.search(r"^model name\s*: (.+)$", _read_cpuinfo(), re.MULTILINE)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parts = name[1] if name else "unknown processor", vector_instructions(), f"{cores} cores"
     return ", ".join(filter(None, parts))
@@ -71,11 +71,11 @@ def cpu() -> str:
 
 def vector_instructions() -> str:
     """Those that products take: "AVX512-BF16", which multiply in bfloat16, "AVX-512" or "AVX2"; "": others."""
-    flags = re.search(r"^flags\s*: (.+)$", _described(), re.MULTILINE)
+    flags = re.search(r"^flags\s*: (.+)$", _read_cpuinfo(), re.MULTILINE)
     kinds = {"avx512_bf16": "AVX512-BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
     return next((kinds[each] for each in kinds if flags and each in flags[1].split()), "")
 
 
-def _described() -> str:
+def _read_cpuinfo() -> str:
     path = Path("/proc/cpuinfo")
     return path.read_text() if path.exists() else ""

@@ -3,10 +3,11 @@
 import importlib
 import json
 import math
+import types
 
 import pytest
 
-from benchmarks import ceilings, compare, host_time, timing, train_step
+from benchmarks import ceilings, compare, host_time, provenance, timing, train_step
 from benchmarks.gpu import decode, table
 from benchmarks.peers import environments
 
@@ -36,7 +37,7 @@ def check_line(result, line, side, subject):
     tokens = result["sizes"]["prompts"] * result["sizes"]["samples"] * 12
     assert math.isclose(result["tokens_per_second"] * result["seconds"], tokens, rel_tol=1e-9)
     found = result["ceilings"]
-    share = result["flops"] / result["seconds"] / max(found["float32"], found["bfloat16"])
+    share = result["flops"] / result["seconds"] / max(found.get(dtype, 0) for dtype in ("float32", "bfloat16"))
     assert math.isclose(result["flops_share"], share, rel_tol=1e-9)
     assert math.isclose(result["bytes_share"], result["bytes"] / result["seconds"] / found["memory"], rel_tol=1e-9)
     assert result["peak_bytes"] > 2**20
@@ -123,6 +124,39 @@ def test_the_same_work_in_torch_prints_the_same_line(subject, capsys):
     check_line(result, capsys.readouterr().out.splitlines()[-1], "torch", subject)
 
 
+def test_a_processor_has_a_ceiling_in_bfloat16_and_the_file_of_one_only_where_it_multiplies_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(compare, "gpu", lambda: "")
+    for flags, name, dtypes, file in (
+        ("fma avx2 avx512f avx512_bf16", "AVX512-BF16", {"float32", "bfloat16"}, "compare"),
+        ("avx512f avx2", "AVX-512", {"float32"}, "compare_float32"),
+        ("fma avx2", "AVX2", {"float32"}, "compare_float32"),
+        ("neon", "", {"float32"}, "compare_float32"),
+    ):
+        text = f"model name\t: A processor\nflags\t\t: {flags}\n"
+        monkeypatch.setattr(provenance, "_read_cpuinfo", lambda text=text: text)
+        assert provenance.vector_instructions() == name and compare.file_name() == file
+        assert provenance.cpu().startswith("A processor, " + name)
+        assert ceilings.ceilings(lambda *given: lambda: None, lambda numbers: lambda: None).keys() == {
+            *dtypes,
+            "memory",
+        }
+
+
+def test_the_settings_of_a_comparison_are_those_of_this_package_alone(monkeypatch):
+    commands, line = [], json.dumps({"seconds": 1.0, "peak_bytes": 1})
+
+    def run(command, **more):
+        commands.append(command)
+        return types.SimpleNamespace(stdout=line)
+
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    monkeypatch.setattr(compare, "run_module", lambda *command, capture: commands.append(command) or line)
+    comparison = compare.Comparison("ppo_iteration", "A", {"torch": 1.5}, settings=("ppo.micro_batch_size=2",))
+    for side in (compare.OWN, "torch"):
+        compare.run_side(comparison, side, "float32", (1, 1))
+    assert ["ppo.micro_batch_size=2" in command for command in commands] == [True, False]
+
+
 def test_the_work_of_a_small_model_is_that_of_its_products_by_hand():
     sizes = timing.Sizes("opt", 4, 1, 2, 2, 8, 10, 3, 1, 2, 2)
     # Linears: four of 4 x 4 and two of 4 x 8, 128 weights; attention: 2 products of 4 numbers for half of 4 x 4 pairs.
@@ -138,7 +172,7 @@ def test_the_work_of_a_small_model_is_that_of_its_products_by_hand():
 def make_run(seconds, order):
     """The `run` of a comparison, with the timings of each side and dtype in turn; appends the runs to `order`."""
 
-    def run(subject, size, side, dtype, iterations):
+    def run(comparison, side, dtype, iterations):
         order.append((side, dtype, iterations))
         timings = seconds[side, dtype].pop(0)
         found = {"dtype": dtype, "seconds": sorted(timings)[1], "timings": timings, "phases": {"all": timings[0]}}
@@ -176,7 +210,7 @@ def test_a_comparison_takes_the_fastest_dtypes_that_are_recorded_of_another(tmp_
         compare.compare(large, make_run({}, []))
     by_dtype = {"own": {"by_dtype": {"float32": 1.0, "bfloat16": 2.0}}, "other": {"by_dtype": {"mixed": 1.0}}}
     row = {"subject": "score", "size": "A", "peer": "torch", **by_dtype}
-    (tmp_path / "compare.json").write_text(json.dumps([{"result": row}]))
+    (tmp_path / f"{compare.file_name()}.json").write_text(json.dumps([{"result": row}]))
     seconds = {("rlhf_jax", "float32"): [[2.0] * 3] * 2, ("torch", "mixed"): [[3.0] * 3] * 2}
     (found,) = compare.compare(large, make_run(seconds, order := []))
     assert found["ratio"] == 1.5 and [each[2] for each in order] == [(1, 3)] * 4

@@ -200,7 +200,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="NAME", help="(default: all)")
     parser.add_argument("--note", default="", help="about the machine, such as that other processes shared it")
     parser.add_argument("--iterations", type=int, help="that are timed, in place of the comparison's")
-    parser.add_argument("--dtypes", nargs="+", metavar="DTYPE", help="of all sides, in place of the comparison's")
+    dtypes = ("float32", "bfloat16")  # which every side has
+    parser.add_argument("--dtypes", nargs="+", choices=dtypes, help="of all sides, in place of the comparison's")
     args = parser.parse_args(argv)
     if unknown := set(args.names) - set(names):
         parser.error(f"no such comparison: {', '.join(sorted(unknown))}; choose from {', '.join(names)}")

@@ -536,11 +536,12 @@ def reinforce():
     return Algorithm(estimate, actor_loss)
 
 
-def actor_alone(mesh):
+def actor_alone(mesh, **options):
     """(engine, state, frozen) without critic, reference and reward model."""
     layout, tx = Layout(mesh, TRAIN), make_optimizer(OPTIM, 10)
     execution = Execution(layout, Compute(FLOAT32, "layers", 4), num_micro=2, num_score_micro=2)
-    engine = make_hybrid_engine(Architectures(tiny.LLAMA), reinforce(), Optimizers(tx), Sampling(PAIRS, EOS), execution)
+    algorithm = dataclasses.replace(reinforce(), **options)
+    engine = make_hybrid_engine(Architectures(tiny.LLAMA), algorithm, Optimizers(tx), Sampling(PAIRS, EOS), execution)
     actor, frozen = state_of(tiny.LLAMA, NO_LORA, layout, tx, seed=0)
     return engine, EngineState(actor), FrozenParams(frozen)
 
@@ -589,6 +590,10 @@ def test_an_engine_has_no_forward_pass_and_no_program_of_a_model_that_it_lacks()
     engine, state, frozen = actor_alone(tiny.mesh_of("one"))
     alone = products(engine, state, frozen, rollout, rollout.logprobs[:, 0])
     assert alone > 4 and products(trained.engine, trained.state, trained.frozen, rollout, None) == 4 * alone
+    sampled = actor_alone(tiny.mesh_of("one"), old_logprobs="rollout")[0]
+    assert products(sampled, state, frozen, rollout, rollout.logprobs[:, 0]) == 0, "no model is left to score"
+    scored = sampled.score(state, frozen, rollout, np.zeros(ROWS))
+    np.testing.assert_array_equal(scored.logprobs, rollout.logprobs)
     assert engine.programs.critic is None and len(jax.tree.leaves(frozen)) == 0
 
 

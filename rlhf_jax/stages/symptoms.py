@@ -34,8 +34,8 @@ def find_symptoms(
     found = {}
     if last.get("first_ratio_deviation", 0.0) > 0.02:
         found["first_ratio_deviation"] = (
-            "the probability ratio of the first mini-batch is not 1, so scoring and training compute the policy "
-            'differently: try model.attention="xla" and model.dtype="float32", and compare logprob_mismatch'
+            'the probability ratio of the first mini-batch is not 1, so scoring (with old_logprobs="rollout" '
+            'sampling) and training differ: try old_logprobs="score", model.attention="xla" and model.dtype="float32"'
         )
     if lasts("kl", lambda kl: kl > limit):
         found["kl"] = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import tomli_w
 from jax.sharding import Mesh
 
 from benchmarks import timing
+from rlhf_jax.cli import keep_freed_memory
 from rlhf_jax.config import load_config
 from rlhf_jax.engine import EngineState, FrozenParams, HybridEngine
 from rlhf_jax.mesh import Layout
@@ -63,7 +65,8 @@ def make_recipe(args: argparse.Namespace, folder: str | Path) -> Recipe:
 
 @contextlib.contextmanager
 def open_recipe(args: argparse.Namespace) -> Iterator[Recipe]:
-    """`make_recipe`, in a folder that exists meanwhile."""
+    """`make_recipe`, in a folder that exists meanwhile, and the process's memory as `rlhf-jax train` sets it."""
+    keep_freed_memory(os.environ)
     with tempfile.TemporaryDirectory() as folder:
         yield make_recipe(args, folder)
 

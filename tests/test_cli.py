@@ -527,3 +527,23 @@ def test_simulated_devices_get_spare_threads_unless_the_user_sets_their_number()
     environ = {key: value for key, value in os.environ.items() if key != "PJRT_NPROC"} | flags
     done = subprocess.run([sys.executable, "-c", script], env=environ, check=True, capture_output=True, text=True)
     assert int(done.stdout) == 64, "XLA no longer reads this flag"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library is not glibc")
+@pytest.mark.parametrize("has_plugin", [False, True])
+def test_on_cpus_freed_memory_is_used_again_without_new_pages(has_plugin, tmp_path):
+    (tmp_path / ("jax_plugins" if has_plugin else "other")).mkdir()  # JAX's plugins for GPUs are in a package like it
+    script = (
+        "import ctypes, os, resource; from rlhf_jax.cli import keep_freed_memory; keep_freed_memory(os.environ)\n"
+        "library = ctypes.CDLL(None); library.malloc.restype = ctypes.c_void_p\n"
+        "def use():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    place = ctypes.c_void_p(library.malloc(ctypes.c_size_t(2**26)))\n"
+        "    library.memset(place, 1, ctypes.c_size_t(2**26)); library.free(place)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "use(); print(use())"
+    )
+    environ = {key: value for key, value in os.environ.items() if key not in ("GLIBC_TUNABLES", "JAX_PLATFORMS")}
+    environ["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", script], env=environ, check=True, capture_output=True, text=True)
+    assert (int(done.stdout) < 10) != has_plugin

@@ -22,7 +22,7 @@ from rlhf_jax.models.attention import (
 )
 from rlhf_jax.models.config import Alibi, Compute
 from rlhf_jax.models.decoder import bind
-from rlhf_jax.models.layers import attention, fused_attention, roll_rows
+from rlhf_jax.models.layers import attention, fused_attention, roll_rows, softmax
 
 BFLOAT16, FLOAT16, FLOAT32 = (jnp.dtype(name) for name in ("bfloat16", "float16", "float32"))
 WINDOWED = dataclasses.replace(tiny.LLAMA, windows=(5, 5))
@@ -266,3 +266,16 @@ def test_cudnn_attention_equals_xlas_in_bfloat16(heads, window):
     for name, got, expected in zip("yqkv", run((q, k, v), "cudnn"), run((q, k, v), "xla"), strict=True):
         got, expected = (np.asarray(x, np.float32)[mask] for x in (got, expected))
         assert np.abs(got - expected).max() < 2e-2 * max(1, np.abs(expected).max()), name
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_gradient_of_softmax_is_that_of_jax_and_keeps_its_result_alone(dtype):
+    rng = np.random.default_rng(0)
+    scores, gradient = (jnp.asarray(rng.normal(size=(3, 5, 16)) * 3, jnp.float32) for _ in range(2))
+    got, to_scores = jax.vjp(lambda x: softmax(x, dtype), scores)
+    want, reference = jax.vjp(lambda x: jax.nn.softmax(x), scores)
+    np.testing.assert_array_equal(got, want.astype(dtype))
+    rounding = 1e-6 if dtype == jnp.float32 else 2**-7
+    gradient = gradient.astype(dtype)
+    np.testing.assert_allclose(to_scores(gradient)[0], reference(gradient.astype(jnp.float32))[0], atol=rounding)
+    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(to_scores)] == [((3, 5, 16), dtype)]

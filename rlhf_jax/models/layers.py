@@ -164,8 +164,31 @@ def attention(
     if bias is not None:
         scores = scores + bias
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return einsum("bkgts,bksd->btkgd", weights, v)
+    return einsum("bkgts,bksd->btkgd", softmax(scores, v.dtype), v)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def softmax(scores: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Over the last axis, computed in float32 and rounded to `dtype`.
+
+    The gradient is w (g - sum(w g)): JAX (0.10.2) differentiates exponential, sum and quotient one by one, which keeps
+    and computes more.
+    """
+    return jax.nn.softmax(scores, axis=-1).astype(dtype)
+
+
+def _softmax_forward(scores: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    weights = softmax(scores, dtype)
+    return weights, weights
+
+
+def _softmax_backward(dtype: jnp.dtype, weights: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    weights, gradient = weights.astype(jnp.float32), gradient.astype(jnp.float32)
+    product = weights * gradient
+    return (product - weights * product.sum(axis=-1, keepdims=True),)
+
+
+softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def fused_attention(

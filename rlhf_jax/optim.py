@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -108,9 +109,15 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> Optimizer:
     adamw = optax.adamw(learning_rate(config, total_steps), *betas, config.eps, weight_decay=decay, mask=decay_mask)
     if not config.clip_norm:
         return Optimizer(adamw.init, adamw.update, lambda grads: grads, adamw.update)
-    clip = optax.clip_by_global_norm(config.clip_norm)
+    clip = optax.stateless(functools.partial(_clip, config.clip_norm))
     whole, each = optax.chain(clip, adamw), optax.chain(optax.identity(), adamw)  # with equal states
     return Optimizer(whole.init, whole.update, lambda grads: clip.update(grads, clip.init(grads))[0], each.update)
+
+
+def _clip(largest: float, grads: Any, params: Any = None) -> Any:
+    """Gradients of at most this global norm. One factor for all: `optax.clip_by_global_norm` divides every number."""
+    share = largest / jnp.maximum(optax.tree.norm(grads), largest)
+    return jax.tree.map(lambda leaf: leaf * share.astype(leaf.dtype), grads)
 
 
 def map_nodes(function: Callable, opt_state: Any, *more: Any) -> Any:

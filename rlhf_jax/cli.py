@@ -189,9 +189,9 @@ def set_xla_threads(environ: MutableMapping[str, str]) -> None:
 def keep_freed_memory(environ: Mapping[str, str]) -> None:
     """On CPUs, let the C library keep what is freed; to be called before JAX makes its threads.
 
-    Every program allocates its results and temporary arrays afresh, and the system would take each back when it is freed
-    and clear it when it is allocated. Nothing happens where JAX may find another device, whose arrays are not in this
-    memory, or where the C library is not glibc.
+    Every program allocates its results and temporary arrays afresh, and the system would take each back once it is
+    freed and clear it when it is allocated. Nothing happens where JAX may find another device, whose arrays are not in
+    this memory, or where the C library is not glibc.
     """
     is_cpu = environ.get("JAX_PLATFORMS") == "cpu" or importlib.util.find_spec("jax_plugins") is None
     library = ctypes.CDLL(None) if is_cpu and sys.platform == "linux" else None

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+_FEW_ROWS = 16  # of activations, at most, for which weights [out, in] are the left operand, in two halves
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def einsum(spec: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
@@ -54,10 +56,15 @@ def _product_on_cpus(spec: str, dtype: jnp.dtype | None, x: jax.Array, y: jax.Ar
     rows = x.shape[-2]
     if rows == 1:  # a product with a vector is none of the backend's either
         x = jnp.repeat(x, 2, axis=-2)
-    summed = (x.ndim - 1,), (y.ndim - 1 if y_turned else y.ndim - 2,)
-    batch = ((0,), (0,)) if b else ((), ())
-    product = jax.lax.dot_general(x, y, (summed, batch), preferred_element_type=jnp.float32).astype(dtype or x.dtype)
-    product = product[..., :rows, :]
+    multiply = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+    if y_turned and not b and rows <= _FEW_ROWS and len(y) % 2 == 0:
+        # A right operand is rearranged by the backend before every product; the left one is read as it is.
+        halves, x_twice = rearrange(y, "(two n) k -> two n k", two=2), jnp.broadcast_to(x, (2, *x.shape))
+        product = rearrange(multiply(halves, x_twice, (((2,), (2,)), ((0,), (0,)))), "two n m -> m (two n)")
+    else:
+        summed = (x.ndim - 1,), (y.ndim - 1 if y_turned else y.ndim - 2,)
+        product = multiply(x, y, (summed, ((0,), (0,)) if b else ((), ())))
+    product = product.astype(dtype or x.dtype)[..., :rows, :]
     return rearrange(product, f"{pattern(m, n)} -> {' '.join(of_result)}", **{each: sizes[each] for each in of_result})
 
 

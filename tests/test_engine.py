@@ -318,9 +318,9 @@ def test_models_keep_their_shardings_and_experience_is_sharded_by_rows(case, nam
 @pytest.mark.parametrize(("case", "name"), ON_EIGHT)
 def test_published_weights_are_sharded_over_tensor_only(case, name):
     trained = run(case, name)
-    split = {"qkv/kernel", "qkv/bias", "gate_up/kernel", "gate_up/bias", "o/kernel", "down/kernel"}
+    split = {"qkv/rows", "qkv/bias", "gate_up/rows", "gate_up/bias", "o/rows", "down/rows"}
     for path, leaf in trained.weights.items():
-        halves = path in ("embed/tokens", "head/kernel") or path.split("/", 2)[-1] in split
+        halves = path in ("embed/tokens", "head/rows") or path.split("/", 2)[-1] in split
         sizes = {x.data.size for x in leaf.addressable_shards}
         assert sizes == {leaf.size // (2 if halves else 1)}, path
 
@@ -337,11 +337,12 @@ def test_published_weights_are_the_trained_ones_in_the_generation_layout(family)
             np.asarray(merged[f"layers/attention/{name}/kernel"])[i].reshape(32, heads, -1, config.head_dim)
             for name in "qkv"
         )
-        np.testing.assert_allclose(weights[f"layers/{i}/qkv/kernel"], np.concatenate([q, k, v], axis=2), atol=1e-6)
-        up = np.asarray(merged["layers/mlp/up/kernel"])[i]
-        np.testing.assert_allclose(weights[f"layers/{i}/gate_up/kernel"][:, -1], up, atol=1e-6)
-    head = merged["embed/tokens" if config.tied else "head/kernel"]
-    np.testing.assert_array_equal(weights["head/kernel"], np.asarray(head).T)
+        qkv = np.moveaxis(np.concatenate([q, k, v], axis=2), 0, -1)
+        np.testing.assert_allclose(weights[f"layers/{i}/qkv/rows"], qkv, atol=1e-6)
+        for name, published in (("up", f"layers/{i}/gate_up/rows"), ("down", f"layers/{i}/down/rows")):
+            rows = weights[published][-1] if name == "up" else weights[published]
+            np.testing.assert_allclose(rows, np.asarray(merged[f"layers/mlp/{name}/kernel"])[i].T, atol=1e-6)
+    np.testing.assert_array_equal(weights["head/rows"], merged["embed/tokens" if config.tied else "head/kernel"])
 
 
 @pytest.mark.parametrize(

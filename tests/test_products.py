@@ -45,6 +45,16 @@ def test_a_product_and_both_gradients_are_those_of_float64_rounded_once(spec):
         assert close(to_y, f"{of_x},{of_result}->{of_y}", x, gradient)
 
 
+@pytest.mark.parametrize(("rows", "outputs"), [(1, 6), (2, 6), (16, 6), (16, 7), (17, 6)])
+def test_few_activations_by_a_row_for_each_output_are_the_right_operand_of_an_equal_product(rows, outputs):
+    x, y = operands("ab,cb->", {"a": rows, "b": 32, "c": outputs})
+    product = jax.jit(lambda x, y: einsum("ab,cb->ac", x, y))
+    assert close(product(x, y), "ab,cb->ac", x, y)
+    text = product.trace(x, y).lower(lowering_platforms=("cpu",)).as_text()
+    (operand,) = re.findall(r"stablehlo\.dot_general.*: \(tensor<(\S+)xbf16>,", text)
+    assert operand == ("2x3x32" if (rows, outputs) in ((1, 6), (2, 6), (16, 6)) else f"{rows}x32")
+
+
 def test_a_float32_result_is_not_rounded_and_its_gradients_are_of_the_gradient_in_bfloat16():
     x, y = operands("ab,bc->", {"a": 16, "b": 32, "c": 24})
     gradient = jnp.asarray(np.random.default_rng(1).normal(size=(16, 24)), F32)

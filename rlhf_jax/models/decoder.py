@@ -306,9 +306,14 @@ def init_params(
     return jax.jit(init, out_shardings={path: layout.sharding(leaf.axes) for path, leaf in leaves.items()})(key)
 
 
+def head_rows(config: DecoderConfig, params: Mapping[str, jax.Array]) -> jax.Array:
+    """[V', E] over the padded vocabulary: the embedding where tied."""
+    return params["embed/tokens" if config.tied else "head/kernel"]
+
+
 def head_kernel(config: DecoderConfig, params: Mapping[str, jax.Array]) -> jax.Array:
-    """[E, V'] over the padded vocabulary, as `token_logprobs` takes it: the transposed embedding where tied."""
-    return params["embed/tokens" if config.tied else "head/kernel"].T
+    """[E, V'], `head_rows` as `token_logprobs` takes it."""
+    return head_rows(config, params).T
 
 
 def head_options(config: DecoderConfig, params: Mapping[str, jax.Array]) -> dict[str, Any]:
@@ -319,7 +324,7 @@ def head_options(config: DecoderConfig, params: Mapping[str, jax.Array]) -> dict
 def logits(config: DecoderConfig, params: Mapping[str, jax.Array], hidden: jax.Array) -> jax.Array:
     """[..., E] -> [..., V] float32, without the padding of the vocabulary."""
     bias = params.get("head/bias")
-    return head_logits(hidden, head_kernel(config, params), bias, config.final_softcap)[..., : config.vocab_size]
+    return head_logits(hidden, head_rows(config, params), bias, config.final_softcap)[..., : config.vocab_size]
 
 
 def last_hidden(hidden: jax.Array, mask: jax.Array) -> jax.Array:

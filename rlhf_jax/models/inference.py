@@ -1,10 +1,10 @@
 """Decoder weights in the generation layout, and the forward pass with a KV cache.
 
 Training keeps layers stacked and every product apart; decoding is bound by reading weights, so it wants each layer's
-arrays by themselves, query, key and value in one product, gate and up in one, and the head ready as [E, V]. What is
-fused is stacked on an axis that is not sharded (the G query heads of a KV head with its key and value; gate with up),
-so that no shard moves. Where there are fewer KV heads than tensor shards, each is repeated until every shard has one
-of its own.
+arrays by themselves, query, key and value in one product and gate and up in one, with a row for each output, as the
+head and the embedding have, which are read in the order that products of few activations want. What is fused is
+stacked on an axis that is not sharded (the G query heads of a KV head with its key and value; gate with up), so that no
+shard moves. Where there are fewer KV heads than tensor shards, each is repeated until every shard has one of its own.
 
 Parameters that both phases share are used as they are; on one device, or where the training layout already is the
 generation layout, they are the training arrays themselves: kernels that are quantised (stacked, and each layer
@@ -30,7 +30,7 @@ from einops import rearrange, repeat
 from rlhf_jax.mesh import TRAIN, Layout, Table
 from rlhf_jax.models.attention import kernel_for_mesh
 from rlhf_jax.models.config import Choice, DecoderConfig
-from rlhf_jax.models.decoder import Leaf, abstract_params, head_kernel
+from rlhf_jax.models.decoder import Leaf, abstract_params, head_rows
 from rlhf_jax.models.layers import (
     AttentionContext,
     attention_context,
@@ -47,9 +47,9 @@ from rlhf_jax.objectives.logprobs import head_logits
 from rlhf_jax.products import einsum, matmul
 from rlhf_jax.trees import record
 
-# "layers/0/qkv/kernel" [D, K, G+2, d], "layers/0/gate_up/kernel" [D, 2, F], ..., "head/kernel" [E, V].
+# "layers/0/qkv/rows" [K, G+2, d, D], "layers/0/gate_up/rows" [2, F, D], ..., "head/rows" [V, E].
 # Shared: "layers/0/q/kernel", "layers/0/up/kernel", ..., or, quantised, of all layers together, "layers/q/kernel", ...;
-# of each its adapters, "layers/0/q/lora_a" [D, rank], ...; and "head/rows" [V, E], or the embedding where tied.
+# of each its adapters, "layers/0/q/lora_a" [D, rank], ...; and "head/rows", or the embedding where tied.
 Weights = dict[str, jax.Array | Quantised]
 
 
@@ -134,12 +134,17 @@ def inference_weights(
     axes = {"qkv/kernel": ("embed", "kv_heads", None, None), "qkv/bias": ("kv_heads", None, None)}
     axes |= {"gate_up/kernel": ("embed", None, "mlp"), "gate_up/bias": (None, "mlp")}
     if not kept:
-        weights["head/kernel"] = layout.constrain(head_kernel(config, gathered), "embed", "vocab")
+        weights["head/rows"] = layout.constrain(head_rows(config, gathered), "vocab", "embed")
     for path, leaf in leaves.items():
         if not path.startswith(("layers/", "head/kernel", "score/")):
             weights[path] = gathered[path]
         elif path.startswith("layers/") and path.removeprefix("layers/").rpartition("/")[0] not in _FUSED:
             stacked[_name(path)], axes[_name(path)] = gathered[path], leaf.axes[1:]
+    for name in ("qkv", "o", "gate_up", "down"):
+        if f"{name}/kernel" in stacked:
+            stacked[f"{name}/rows"] = jnp.moveaxis(stacked.pop(f"{name}/kernel"), 1, -1)
+            of_input, *of_output = axes[f"{name}/kernel"]
+            axes[f"{name}/rows"] = (*of_output, of_input)
     for name, leaf in stacked.items():
         weights |= {f"layers/{i}/{name}": layout.constrain(leaf[i], *axes[name]) for i in range(config.num_layers)}
     return weights
@@ -320,13 +325,16 @@ class _Parts(NamedTuple):
         return dequantise(self.weights[f"layers/{name}/kernel"][self.layer + zero], x.dtype)
 
     def linear(self, name: str, x: jax.Array) -> jax.Array:
+        rows = self.get(f"{name}/rows")
+        if rows is not None:
+            return einsum("btd,fd->btf", x, rows.astype(x.dtype))
         y, a = matmul(x, self.kernel(name, x)), self.get(f"{name}/lora_a")
         return y if a is None else y + matmul(matmul(x, a), self.get(f"{name}/lora_b"))
 
     def qkv(self, x: jax.Array, context: AttentionContext) -> tuple[jax.Array, jax.Array, jax.Array]:
-        fused, layout = self.get("qkv/kernel"), context.layout
+        fused, layout = self.get("qkv/rows"), context.layout
         if fused is not None:
-            qkv = einsum("btd,dkgh->btkgh", x, fused.astype(x.dtype))
+            qkv = einsum("btd,kghd->btkgh", x, fused.astype(x.dtype))
         else:
             head, repeats = self.config.head_dim, _kv_repeats(self.config, layout)
             q, k, v = (self.linear(name, x) for name in "qkv")
@@ -340,9 +348,9 @@ class _Parts(NamedTuple):
         return self.add_bias("o", self.linear("o", context.layout.constrain(y, "batch", None, "heads")))
 
     def gate_up(self, x: jax.Array, context: AttentionContext) -> tuple[jax.Array | None, jax.Array]:
-        fused, gated = self.get("gate_up/kernel"), self.config.gated_mlp
+        fused, gated = self.get("gate_up/rows"), self.config.gated_mlp
         if fused is not None:
-            y = einsum("btd,dnf->btnf", x, fused.astype(x.dtype))
+            y = einsum("btd,nfd->btnf", x, fused.astype(x.dtype))
         else:
             y = jnp.stack([self.linear(name, x) for name in (("gate", "up") if gated else ("up",))], axis=-2)
         y = context.layout.constrain(self.add_bias("gate_up", y), "batch", None, None, "mlp")
@@ -360,9 +368,7 @@ class _Parts(NamedTuple):
 
 def inference_logits(config: DecoderConfig, weights: Weights, hidden: jax.Array) -> jax.Array:
     """[..., E] -> [..., V] float32; rows that only pad the vocabulary are the lowest finite number."""
-    kernel = weights.get("head/kernel")
-    if kernel is None:
-        kernel = weights["embed/tokens" if config.tied else "head/rows"].T
-    logits = head_logits(hidden, kernel, weights.get("head/bias"), config.final_softcap)
+    rows = weights.get("head/rows", weights["embed/tokens"])
+    logits = head_logits(hidden, rows, weights.get("head/bias"), config.final_softcap)
     real = jnp.arange(config.padded_vocab) < config.vocab_size
     return jnp.where(real, logits, jnp.finfo(jnp.float32).min)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from rlhf_jax.products import matmul
+from rlhf_jax.products import einsum
 
 # In place of minus infinity: exp gives 0, and 0 times it is still 0, which the entropy needs.
 _EXCLUDED = -1e30
@@ -47,13 +47,14 @@ def softcap_logits(x: jax.Array, cap: float) -> jax.Array:
     return cap * jnp.tanh(x / cap) if cap else x
 
 
-def head_logits(hidden: jax.Array, head: jax.Array, bias: jax.Array | None = None, softcap: float = 0.0) -> jax.Array:
-    """hidden [..., D] @ head [D, V] + bias [V], soft-capped, in float32.
+def head_logits(hidden: jax.Array, rows: jax.Array, bias: jax.Array | None = None, softcap: float = 0.0) -> jax.Array:
+    """hidden [..., D] by rows [V, D] + bias [V], soft-capped, in float32.
 
     Multiplied in the dtype of `hidden`, summed in float32 and kept so: rounded to bfloat16, what is sampled would not
     be what trains.
     """
-    logits = matmul(hidden, head.astype(hidden.dtype), jnp.float32)
+    leading = "abc"[: hidden.ndim - 1]
+    logits = einsum(f"{leading}d,vd->{leading}v", hidden, rows.astype(hidden.dtype), jnp.float32)
     if bias is not None:
         logits = logits + bias.astype(jnp.float32)
     return softcap_logits(logits, softcap)
@@ -82,6 +83,7 @@ def token_logprobs_and_entropy(
     if chunk < 0:
         raise ValueError(f"chunk is {chunk}: give the positions per chunk, or 0 for all at once")
     batch, length = targets.shape
+    rows = head.T
     size = min(chunk, length) or length
     num_chunks = -(-length // size)
 
@@ -96,7 +98,7 @@ def token_logprobs_and_entropy(
     # Inside a scan nothing can undo the recomputation, so the barrier against it is left out.
     @functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
     def one_chunk(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = checkpoint_name(head_logits(hidden, head, bias, softcap), "logits")
+        logits = checkpoint_name(head_logits(hidden, rows, bias, softcap), "logits")
         return from_logits(logits / temperature, targets, num_real=num_real)
 
     _, outputs = jax.lax.scan(lambda _, xs: (None, one_chunk(*xs)), None, (chunks_first(hidden), chunks_first(targets)))

@@ -44,7 +44,7 @@ def ceilings(
     """
     more_rows, more_numbers = (1, 1) if gpu_peak is None else ON_GPU
     rows = more_rows * ROWS
-    has_bfloat16 = gpu_peak is not None or vector_instructions() == "AVX512-BF16"
+    has_bfloat16 = gpu_peak is not None or vector_instructions() in ("AMX", "AVX512-BF16")
     dtypes = ("float32", "bfloat16") if has_bfloat16 else ("float32",)
     found = {dtype: 2 * rows**3 / best_seconds(product(dtype, rows)) for dtype in dtypes}
     found |= {"memory": bandwidth(add, more_numbers * NUMBERS)}

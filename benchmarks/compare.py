@@ -6,8 +6,8 @@ Short runs find the fastest dtype of each side; in it all sides run one after th
 Every run is a process of its own that leaves its first iterations out. A ratio is that of the medians over both orders.
 All sides get large pages from the C library, as the scripts do.
 Writes a row for each peer: where this machine has an NVIDIA GPU, all sides compute on it, and rows are in
-benchmarks/results/compare_gpu.json; of a processor that multiplies in bfloat16 in compare.json, of others in
-compare_float32.json.
+benchmarks/results/compare_gpu.json; of a processor with AMX in compare_amx.json, of others that multiply in bfloat16 in
+compare.json, and of the rest in compare_float32.json.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def file_name() -> str:
     """Of the results of this machine, without its suffix."""
     if gpu():
         return "compare_gpu"
-    return "compare" if vector_instructions() == "AVX512-BF16" else "compare_float32"
+    return {"AMX": "compare_amx", "AVX512-BF16": "compare"}.get(vector_instructions(), "compare_float32")
 
 
 def main(argv: list[str] | None = None) -> None:

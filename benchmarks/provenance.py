@@ -70,9 +70,9 @@ def cpu() -> str:
 
 
 def vector_instructions() -> str:
-    """Those that products take: "AVX512-BF16", which multiply in bfloat16, "AVX-512" or "AVX2"; "": others."""
+    """Those that products take: "AMX" or "AVX512-BF16", which multiply in bfloat16, "AVX-512" or "AVX2"; "": others."""
     flags = re.search(r"^flags\s*: (.+)$", _read_cpuinfo(), re.MULTILINE)
-    kinds = {"avx512_bf16": "AVX512-BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
+    kinds = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
     return next((kinds[each] for each in kinds if flags and each in flags[1].split()), "")
 
 

@@ -404,6 +404,11 @@ def speed(name: str = "compare") -> str:
     return table_of_runs(name, head, row)
 
 
+def speed_amx() -> str:
+    """`speed` of a processor with matrix instructions."""
+    return speed("compare_amx")
+
+
 def speed_float32() -> str:
     """`speed` of a processor that does not multiply in bfloat16."""
     return speed("compare_float32")
@@ -718,6 +723,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
             slot_refill,
             serving,
             speed,
+            speed_amx,
             speed_float32,
             speed_phases,
             host_time,

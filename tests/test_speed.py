@@ -127,6 +127,7 @@ def test_the_same_work_in_torch_prints_the_same_line(subject, capsys):
 def test_a_processor_has_a_ceiling_in_bfloat16_and_the_file_of_one_only_where_it_multiplies_in_bfloat16(monkeypatch):
     monkeypatch.setattr(compare, "gpu", lambda: "")
     for flags, name, dtypes, file in (
+        ("avx2 avx512f avx512_bf16 amx_bf16 amx_tile", "AMX", {"float32", "bfloat16"}, "compare_amx"),
         ("fma avx2 avx512f avx512_bf16", "AVX512-BF16", {"float32", "bfloat16"}, "compare"),
         ("avx512f avx2", "AVX-512", {"float32"}, "compare_float32"),
         ("fma avx2", "AVX2", {"float32"}, "compare_float32"),

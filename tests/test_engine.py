@@ -318,7 +318,7 @@ def test_models_keep_their_shardings_and_experience_is_sharded_by_rows(case, nam
 @pytest.mark.parametrize(("case", "name"), ON_EIGHT)
 def test_published_weights_are_sharded_over_tensor_only(case, name):
     trained = run(case, name)
-    split = {"qkv/rows", "qkv/bias", "gate_up/rows", "gate_up/bias", "o/rows", "down/rows"}
+    split = {"qkv/kernel", "qkv/bias", "gate_up/kernel", "gate_up/bias", "o/kernel", "down/kernel"}
     for path, leaf in trained.weights.items():
         halves = path in ("embed/tokens", "head/rows") or path.split("/", 2)[-1] in split
         sizes = {x.data.size for x in leaf.addressable_shards}
@@ -337,12 +337,22 @@ def test_published_weights_are_the_trained_ones_in_the_generation_layout(family)
             np.asarray(merged[f"layers/attention/{name}/kernel"])[i].reshape(32, heads, -1, config.head_dim)
             for name in "qkv"
         )
-        qkv = np.moveaxis(np.concatenate([q, k, v], axis=2), 0, -1)
-        np.testing.assert_allclose(weights[f"layers/{i}/qkv/rows"], qkv, atol=1e-6)
-        for name, published in (("up", f"layers/{i}/gate_up/rows"), ("down", f"layers/{i}/down/rows")):
-            rows = weights[published][-1] if name == "up" else weights[published]
-            np.testing.assert_allclose(rows, np.asarray(merged[f"layers/mlp/{name}/kernel"])[i].T, atol=1e-6)
-    np.testing.assert_array_equal(weights["head/rows"], merged["embed/tokens" if config.tied else "head/kernel"])
+        np.testing.assert_allclose(weights[f"layers/{i}/qkv/kernel"], np.concatenate([q, k, v], axis=2), atol=1e-6)
+        up = np.asarray(merged["layers/mlp/up/kernel"])[i]
+        np.testing.assert_allclose(weights[f"layers/{i}/gate_up/kernel"][:, -1], up, atol=1e-6)
+    head = merged["embed/tokens" if config.tied else "head/kernel"]
+    np.testing.assert_array_equal(weights["head/rows"], head)
+
+
+def test_in_bfloat16_published_weights_have_a_row_for_each_output():
+    config = tiny.FAMILIES["llama"]
+    params = tiny.random_arrays(config)
+    kernels, rows = (make_publish(config, single_device_mesh(), dtype)(params) for dtype in (FLOAT32, jnp.bfloat16))
+    names = {f"layers/{i}/{name}" for i in range(2) for name in ("qkv", "o", "gate_up", "down")}
+    assert {f"{name}/kernel" for name in names} == kernels.keys() - rows.keys()
+    for name in names:
+        want = np.moveaxis(np.asarray(kernels[f"{name}/kernel"].astype(jnp.bfloat16)), 0, -1)
+        np.testing.assert_array_equal(np.asarray(rows[f"{name}/rows"]), want)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """Decoder weights in the generation layout, and the forward pass with a KV cache.
 
 Training keeps layers stacked and every product apart; decoding is bound by reading weights, so it wants each layer's
-arrays by themselves, query, key and value in one product and gate and up in one, with a row for each output, as the
-head and the embedding have, which are read in the order that products of few activations want. What is fused is
-stacked on an axis that is not sharded (the G query heads of a KV head with its key and value; gate with up), so that no
-shard moves. Where there are fewer KV heads than tensor shards, each is repeated until every shard has one of its own.
+arrays by themselves, query, key and value in one product and gate and up in one. What is fused is stacked on an axis
+that is not sharded (the G query heads of a KV head with its key and value; gate with up), so that no shard moves. Where
+there are fewer KV heads than tensor shards, each is repeated until every shard has one of its own. In 16 bits a weight
+has a row for each output, as the head always has: that is the order that products of few activations want. In float32
+CPUs are slower with it.
 
 Parameters that both phases share are used as they are; on one device, or where the training layout already is the
 generation layout, they are the training arrays themselves: kernels that are quantised (stacked, and each layer
@@ -47,7 +48,8 @@ from rlhf_jax.objectives.logprobs import head_logits
 from rlhf_jax.products import einsum, matmul
 from rlhf_jax.trees import record
 
-# "layers/0/qkv/rows" [K, G+2, d, D], "layers/0/gate_up/rows" [2, F, D], ..., "head/rows" [V, E].
+# "layers/0/qkv/rows" [K, G+2, d, D], "layers/0/gate_up/rows" [2, F, D], ..., "head/rows" [V, E]; in float32
+# "layers/0/qkv/kernel" [D, K, G+2, d], ...
 # Shared: "layers/0/q/kernel", "layers/0/up/kernel", ..., or, quantised, of all layers together, "layers/q/kernel", ...;
 # of each its adapters, "layers/0/q/lora_a" [D, rank], ...; and "head/rows", or the embedding where tied.
 Weights = dict[str, jax.Array | Quantised]
@@ -141,7 +143,7 @@ def inference_weights(
         elif path.startswith("layers/") and path.removeprefix("layers/").rpartition("/")[0] not in _FUSED:
             stacked[_name(path)], axes[_name(path)] = gathered[path], leaf.axes[1:]
     for name in ("qkv", "o", "gate_up", "down"):
-        if f"{name}/kernel" in stacked:
+        if f"{name}/kernel" in stacked and dtype != jnp.float32:
             stacked[f"{name}/rows"] = jnp.moveaxis(stacked.pop(f"{name}/kernel"), 1, -1)
             of_input, *of_output = axes[f"{name}/kernel"]
             axes[f"{name}/rows"] = (*of_output, of_input)
@@ -324,18 +326,25 @@ class _Parts(NamedTuple):
         zero = jnp.minimum(jnp.isinf(x[0, 0, 0]).astype(jnp.int32), 0)
         return dequantise(self.weights[f"layers/{name}/kernel"][self.layer + zero], x.dtype)
 
+    def product(self, x: jax.Array, name: str, by_rows: str, by_kernel: str = "") -> jax.Array | None:
+        """x by a weight, by the `einsum` of the order that it has; None: in neither."""
+        for order, spec in (("rows", by_rows), ("kernel", by_kernel)):
+            weight = self.get(f"{name}/{order}") if spec else None
+            if weight is not None:
+                return einsum(spec, x, weight.astype(x.dtype))
+        return None
+
     def linear(self, name: str, x: jax.Array) -> jax.Array:
-        rows = self.get(f"{name}/rows")
-        if rows is not None:
-            return einsum("btd,fd->btf", x, rows.astype(x.dtype))
+        y = self.product(x, name, "btd,fd->btf")
+        if y is not None:
+            return y
         y, a = matmul(x, self.kernel(name, x)), self.get(f"{name}/lora_a")
         return y if a is None else y + matmul(matmul(x, a), self.get(f"{name}/lora_b"))
 
     def qkv(self, x: jax.Array, context: AttentionContext) -> tuple[jax.Array, jax.Array, jax.Array]:
-        fused, layout = self.get("qkv/rows"), context.layout
-        if fused is not None:
-            qkv = einsum("btd,kghd->btkgh", x, fused.astype(x.dtype))
-        else:
+        layout = context.layout
+        qkv = self.product(x, "qkv", "btd,kghd->btkgh", "btd,dkgh->btkgh")
+        if qkv is None:
             head, repeats = self.config.head_dim, _kv_repeats(self.config, layout)
             q, k, v = (self.linear(name, x) for name in "qkv")
             q = rearrange(q, "b t (k g d) -> b t k g d", k=self.config.num_kv_heads * repeats, d=head)
@@ -348,10 +357,9 @@ class _Parts(NamedTuple):
         return self.add_bias("o", self.linear("o", context.layout.constrain(y, "batch", None, "heads")))
 
     def gate_up(self, x: jax.Array, context: AttentionContext) -> tuple[jax.Array | None, jax.Array]:
-        fused, gated = self.get("gate_up/rows"), self.config.gated_mlp
-        if fused is not None:
-            y = einsum("btd,nfd->btnf", x, fused.astype(x.dtype))
-        else:
+        gated = self.config.gated_mlp
+        y = self.product(x, "gate_up", "btd,nfd->btnf", "btd,dnf->btnf")
+        if y is None:
             y = jnp.stack([self.linear(name, x) for name in (("gate", "up") if gated else ("up",))], axis=-2)
         y = context.layout.constrain(self.add_bias("gate_up", y), "batch", None, None, "mlp")
         return y[:, :, 0] if gated else None, y[:, :, -1]

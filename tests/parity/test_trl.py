@@ -50,7 +50,7 @@ def folders(tmp_path_factory):
     for seed, name in enumerate(("policy", "reference")):
         model = build(SETTINGS, seed=seed)
         # The first norm divides by their size: from small ones the gradient has the rounding of all layers, enlarged.
-        model.get_input_embeddings().weight.data *= 8
+        model.get_input_embeddings().weight.data *= 16
         model.save_pretrained(folder / name)
         gpt2_like(pad_token="<s>").save_pretrained(folder / name)
     return folder

@@ -344,15 +344,18 @@ def test_published_weights_are_the_trained_ones_in_the_generation_layout(family)
     np.testing.assert_array_equal(weights["head/rows"], head)
 
 
-def test_in_bfloat16_published_weights_have_a_row_for_each_output():
-    config = tiny.FAMILIES["llama"]
-    params = tiny.random_arrays(config)
-    kernels, rows = (make_publish(config, single_device_mesh(), dtype)(params) for dtype in (FLOAT32, jnp.bfloat16))
+@pytest.mark.parametrize("name", ["one", "fsdp4-tensor2"])
+def test_in_bfloat16_published_weights_have_a_row_for_each_output_sharded_like_their_kernels(name):
+    config, mesh = tiny.FAMILIES["llama"], tiny.mesh_of(name)
+    params = tiny.random_params(config, mesh)
+    kernels, rows = (make_publish(config, mesh, dtype)(params) for dtype in (FLOAT32, jnp.bfloat16))
     names = {f"layers/{i}/{name}" for i in range(2) for name in ("qkv", "o", "gate_up", "down")}
     assert {f"{name}/kernel" for name in names} == kernels.keys() - rows.keys()
-    for name in names:
-        want = np.moveaxis(np.asarray(kernels[f"{name}/kernel"].astype(jnp.bfloat16)), 0, -1)
-        np.testing.assert_array_equal(np.asarray(rows[f"{name}/rows"]), want)
+    for path in names:
+        kernel, by_rows = kernels[f"{path}/kernel"], rows[f"{path}/rows"]
+        np.testing.assert_array_equal(by_rows, np.moveaxis(np.asarray(kernel.astype(jnp.bfloat16)), 0, -1))
+        first, *rest = kernel.sharding.shard_shape(kernel.shape)
+        assert by_rows.sharding.shard_shape(by_rows.shape) == (*rest, first)
 
 
 @pytest.mark.parametrize(

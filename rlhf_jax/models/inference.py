@@ -3,9 +3,9 @@
 Training keeps layers stacked and every product apart; decoding is bound by reading weights, so it wants each layer's
 arrays by themselves, query, key and value in one product and gate and up in one. What is fused is stacked on an axis
 that is not sharded (the G query heads of a KV head with its key and value; gate with up), so that no shard moves. Where
-there are fewer KV heads than tensor shards, each is repeated until every shard has one of its own. In 16 bits a weight
-has a row for each output, as the head always has: that is the order that products of few activations want. In float32
-CPUs are slower with it.
+there are fewer KV heads than tensor shards, each is repeated until every shard has one of its own. In bfloat16 a
+weight has a row for each output, as the head always has: that is the order that products of few activations want. In
+other dtypes CPUs are slower with it.
 
 Parameters that both phases share are used as they are; on one device, or where the training layout already is the
 generation layout, they are the training arrays themselves: kernels that are quantised (stacked, and each layer
@@ -48,8 +48,8 @@ from rlhf_jax.objectives.logprobs import head_logits
 from rlhf_jax.products import einsum, matmul
 from rlhf_jax.trees import record
 
-# "layers/0/qkv/rows" [K, G+2, d, D], "layers/0/gate_up/rows" [2, F, D], ..., "head/rows" [V, E]; in float32
-# "layers/0/qkv/kernel" [D, K, G+2, d], ...
+# "layers/0/qkv/rows" [K, G+2, d, D], "layers/0/gate_up/rows" [2, F, D], ..., "head/rows" [V, E]; in other
+# dtypes than bfloat16 "layers/0/qkv/kernel" [D, K, G+2, d], ...
 # Shared: "layers/0/q/kernel", "layers/0/up/kernel", ..., or, quantised, of all layers together, "layers/q/kernel", ...;
 # of each its adapters, "layers/0/q/lora_a" [D, rank], ...; and "head/rows", or the embedding where tied.
 Weights = dict[str, jax.Array | Quantised]
@@ -143,7 +143,7 @@ def inference_weights(
         elif path.startswith("layers/") and path.removeprefix("layers/").rpartition("/")[0] not in _FUSED:
             stacked[_name(path)], axes[_name(path)] = gathered[path], leaf.axes[1:]
     for name in ("qkv", "o", "gate_up", "down"):
-        if f"{name}/kernel" in stacked and dtype != jnp.float32:
+        if f"{name}/kernel" in stacked and dtype == jnp.bfloat16:
             stacked[f"{name}/rows"] = jnp.moveaxis(stacked.pop(f"{name}/kernel"), 1, -1)
             of_input, *of_output = axes[f"{name}/kernel"]
             axes[f"{name}/rows"] = (*of_output, of_input)
@@ -327,7 +327,7 @@ class _Parts(NamedTuple):
         return dequantise(self.weights[f"layers/{name}/kernel"][self.layer + zero], x.dtype)
 
     def product(self, x: jax.Array, name: str, by_rows: str, by_kernel: str = "") -> jax.Array | None:
-        """x by a weight, by the `einsum` of the order that it has; None: in neither."""
+        """x [B, T, D] by a weight, by the `einsum` of the order that it has; None: there is none of this name."""
         for order, spec in (("rows", by_rows), ("kernel", by_kernel)):
             weight = self.get(f"{name}/{order}") if spec else None
             if weight is not None:

@@ -115,7 +115,10 @@ def make_optimizer(config: OptimConfig, total_steps: int) -> Optimizer:
 
 
 def _clip(largest: float, grads: Any, params: Any = None) -> Any:
-    """Gradients of at most this global norm. One factor for all: `optax.clip_by_global_norm` divides every number."""
+    """A tree of gradients scaled to at most this global norm, in their dtypes.
+
+    By one factor, which XLA fuses into what reads them: `optax.clip_by_global_norm` divides every number in a pass.
+    """
     share = largest / jnp.maximum(optax.tree.norm(grads), largest)
     return jax.tree.map(lambda leaf: leaf * share.astype(leaf.dtype), grads)
 

@@ -78,6 +78,11 @@ class Layout:
     moments_in: str | None = None
 
     @property
+    def on_cpus(self) -> bool:
+        """Whether the devices are CPUs; an AbstractMesh has no devices."""
+        return isinstance(self.mesh, Mesh) and self.mesh.devices.flat[0].platform == "cpu"
+
+    @property
     def gradients(self) -> Layout:
         return Layout(self.mesh, self.gradients_by or self.table)
 

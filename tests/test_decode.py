@@ -22,7 +22,7 @@ from rlhf_jax.rollout import check_positions, make_generate, make_publish
 from rlhf_jax.sampling import SampleConfig, check_sample, draw, truncate_logits
 
 EIGHT = [name for name in tiny.MESHES if name != "one"]
-FLOAT32 = jnp.dtype("float32")
+BFLOAT16, FLOAT16, FLOAT32 = (jnp.dtype(name) for name in ("bfloat16", "float16", "float32"))
 NEW = 6
 LENGTHS = [8, 1, 5, 3, 8, 2, 7, 4]
 KEY = jax.random.key(11)
@@ -115,6 +115,33 @@ def test_cached_generation_equals_a_full_forward_pass_for_every_token(family, te
     np.testing.assert_array_equal(rollout.tokens, tokens)
     np.testing.assert_allclose(rollout.logprobs, logprobs, atol=1e-5)
     assert rollout.tokens.dtype == np.int32 and rollout.logprobs.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "kept"),
+    [
+        ("opt", BFLOAT16, FLOAT32),
+        ("llama-tied", BFLOAT16, FLOAT32),
+        ("llama", BFLOAT16, BFLOAT16),
+        ("opt", FLOAT16, FLOAT16),
+    ],
+)
+def test_on_cpus_the_cache_is_in_float32_for_bfloat16_and_heads_with_keys_of_their_own(family, dtype, kept):
+    config, layout = tiny.FAMILIES[family], Layout(tiny.mesh_of("fsdp4-tensor2"), GENERATE)
+    assert {each.dtype for each in empty_cache(config, 8, 16, dtype, layout).keys} == {kept}
+    without_devices = dataclasses.replace(layout, mesh=layout.mesh.abstract_mesh)
+    abstract = jax.eval_shape(lambda: empty_cache(config, 8, 16, dtype, without_devices))
+    assert {each.dtype for each in abstract.values} == {dtype}
+    tokens, mask = tiny.prompts(config, LENGTHS, 8)
+    mesh, sample, right = single_device_mesh(), SampleConfig(NEW, 0.0), np.zeros((len(LENGTHS), 8 + NEW), np.int32)
+    weights = make_publish(config, mesh, dtype)(params_of(family, "one"))
+    rollout = make_generate(tiny.decoding(config, sample, NO_EOS, mesh, dtype))(weights, tokens, mask, KEY)
+    for row, length in enumerate(LENGTHS):
+        right[row, :length], right[row, length : length + NEW] = tokens[row][mask[row]], rollout.tokens[row]
+    for t in range(NEW):
+        logits = last_logits(config, params_of(family, "one"), right, np.asarray(LENGTHS) + t)
+        expected = np.take_along_axis(log_softmax(np.asarray(logits)), np.asarray(rollout.tokens[:, t : t + 1]), -1)
+        np.testing.assert_allclose(rollout.logprobs[:, t], expected[:, 0], atol=0.05)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jax.sharding import AbstractMesh
 
 from rlhf_jax.mesh import Layout
 from rlhf_jax.models.attention import kernel_for_mesh
@@ -257,9 +256,7 @@ class Decoder(nnx.Module):
 def is_unrolled(layout: Layout | None, compute: Compute) -> bool:
     """Whether layers follow one another in the program, in place of a loop: on CPUs in bfloat16, where what a loop
     keeps for the backward pass is filled with zeros and copied in float32 first."""
-    if layout is None or isinstance(layout.mesh, AbstractMesh) or compute.remat != "none":
-        return False
-    return compute.dtype == jnp.bfloat16 and layout.mesh.devices.flat[0].platform == "cpu"
+    return layout is not None and layout.on_cpus and compute.dtype == jnp.bfloat16 and compute.remat == "none"
 
 
 class Leaf(NamedTuple):

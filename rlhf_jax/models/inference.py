@@ -57,7 +57,7 @@ Weights = dict[str, jax.Array | Quantised]
 
 @record
 class Cache:
-    """Keys and values of every layer, in the activations' dtype.
+    """Keys and values of every layer, in the activations' dtype or, as `empty_cache` says, in float32.
 
     Attributes:
         keys: L arrays [B, K, S, d], rotated already.
@@ -78,7 +78,13 @@ def _kv_repeats(config: DecoderConfig, layout: Layout) -> int:
 
 
 def empty_cache(config: DecoderConfig, batch: int, length: int, dtype: jnp.dtype, layout: Layout) -> Cache:
-    """A cache of `length` positions with nothing in it, split by batch and KV heads."""
+    """A cache of `length` positions with nothing in it, split by batch and KV heads.
+
+    In `dtype`, of the activations; on CPUs in float32 for bfloat16 and heads with keys of their own: there each write
+    converts the whole of an array in bfloat16 to float32 and back, and products of one query are faster.
+    """
+    if dtype == jnp.bfloat16 and config.num_kv_heads == config.num_heads and layout.on_cpus:
+        dtype = jnp.dtype(jnp.float32)
     shape = (batch, config.num_kv_heads * _kv_repeats(config, layout), length, config.head_dim)
 
     def zeros() -> tuple[jax.Array, ...]:
@@ -232,7 +238,7 @@ class Inference:
 
     Attributes:
         layout: of weights and cache, by GENERATE.
-        dtype: of activations, matrix products and cache.
+        dtype: of activations, matrix products and, as `empty_cache` says, cache.
         attention: the kernel of a prefill, see `kernel_for_mesh`; one query is XLA's.
     """
 
@@ -262,7 +268,7 @@ def forward(
             may then have more rows than B, which stay as they are.
 
     Returns:
-        ([B, T, E] in the cache's dtype, the cache with the new tokens in it)
+        ([B, T, E] in the model's dtype, the cache with the new tokens in it)
     """
     chex.assert_equal_shape((tokens, mask, positions))
     c, layout, length = model.config, model.layout, tokens.shape[1]

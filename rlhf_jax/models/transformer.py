@@ -59,7 +59,7 @@ class LayerCache(NamedTuple):
         """The cache with keys and values [B, T, K, d] of the new tokens."""
         if self.padding is not None:
             k, v = (roll_rows(y, -self.padding) for y in (k, v))
-        k, v = (rearrange(y, "b t k d -> b k t d") for y in (k, v))
+        k, v = (rearrange(y, "b t k d -> b k t d").astype(self.keys.dtype) for y in (k, v))
         return self._replace(
             keys=write(self.keys, k, self.index, axis=2), values=write(self.values, v, self.index, axis=2)
         )
@@ -129,7 +129,9 @@ def attention_block(
         if cache is not None and x.shape[1] == 1:
             keys, values = cache.first(len(x))
         visible, cap = context.visible_within(window), config.attention_softcap
+        q = q.astype(keys.dtype)  # the cache may be in another
         y = attention(q, keys, values, visible, scale=config.attention_scale, cap=cap, bias=context.bias)
+        y = y.astype(x.dtype)
     return parts.out(rearrange(y, "b t k g d -> b t (k g d)"), context), cache
 
 

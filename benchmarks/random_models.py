@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +14,8 @@ import numpy as np
 import tomli_w
 from jax.sharding import Mesh
 
+import benchmarks.kept_memory  # noqa: F401
 from benchmarks import timing
-from rlhf_jax.cli import keep_freed_memory
 from rlhf_jax.config import load_config
 from rlhf_jax.engine import EngineState, FrozenParams, HybridEngine
 from rlhf_jax.mesh import Layout
@@ -65,8 +64,7 @@ def make_recipe(args: argparse.Namespace, folder: str | Path) -> Recipe:
 
 @contextlib.contextmanager
 def open_recipe(args: argparse.Namespace) -> Iterator[Recipe]:
-    """`make_recipe`, in a folder that exists meanwhile, and the process's memory as `rlhf-jax train` sets it."""
-    keep_freed_memory(os.environ)
+    """`make_recipe`, in a folder that exists meanwhile."""
     with tempfile.TemporaryDirectory() as folder:
         yield make_recipe(args, folder)
 

@@ -187,8 +187,9 @@ def set_xla_threads(environ: MutableMapping[str, str]) -> None:
 
 
 def keep_freed_memory(environ: Mapping[str, str]) -> None:
-    """On CPUs, let the C library keep what is freed; to be called before JAX makes its threads.
+    """On CPUs, let the C library keep what is freed; to be called before anything makes threads.
 
+    A thread may have got a heap of its own before, and large arrays in such a heap are given back all the same.
     Every program allocates its results and temporary arrays afresh, and the system would take each back once it is
     freed and clear it when it is allocated. Nothing happens where JAX may find another device, whose arrays are not in
     this memory, or where the C library is not glibc.

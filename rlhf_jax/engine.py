@@ -247,6 +247,14 @@ def with_texts(experience: Experience, texts: Batch) -> tuple[Experience, Batch,
     return experience, texts, actions, learned
 
 
+def _tokens_after(tokens: jax.Array, before: jax.Array | None, layout: Layout) -> jax.Array:
+    """The tokens, which on a single CPU the compiler takes to depend on a result: else it would run several passes at
+    once, which compete for the cache. They are added a zero that it cannot see."""
+    if before is None or not layout.on_cpus or layout.mesh.size > 1:
+        return tokens
+    return tokens + jnp.minimum(jnp.isinf(before.ravel()[0]).astype(jnp.int32), 0)
+
+
 def make_score(
     models: Architectures, algorithm: Algorithm, execution: Execution, temperature: float
 ) -> Callable[..., Experience]:
@@ -263,25 +271,30 @@ def make_score(
         mask = roll_rows(jnp.concatenate([rollout.prompt_mask, rollout.mask], axis=1), padding)
         tokens, mask = (layout.constrain(x, "batch", None) for x in (tokens, mask))
 
-        def forward(config: DecoderConfig, params: Params) -> jax.Array:
-            return bind(config, params)(tokens, mask, compute, layout)[0]
+        def forward(config: DecoderConfig, params: Params, before: jax.Array | None) -> jax.Array:
+            return bind(config, params)(_tokens_after(tokens, before, layout), mask, compute, layout)[0]
 
-        def answers(config: DecoderConfig, params: Params) -> jax.Array:
-            return answer_hidden(forward(config, params), starts, rollout.tokens.shape[1])
+        def answers(config: DecoderConfig, params: Params, before: jax.Array | None) -> jax.Array:
+            return answer_hidden(forward(config, params, before), starts, rollout.tokens.shape[1])
 
-        def logprobs(config: DecoderConfig, params: Params) -> jax.Array:
+        def logprobs(config: DecoderConfig, params: Params, before: jax.Array | None) -> jax.Array:
             options = dict(chunk=compute.chunk, temperature=temperature, **head_options(config, params))
-            return token_logprobs(answers(config, params), head_kernel(config, params), rollout.tokens, **options)
+            hidden = answers(config, params, before)
+            return token_logprobs(hidden, head_kernel(config, params), rollout.tokens, **options)
 
         reference, own_pass = frozen.reference or frozen.actor, algorithm.old_logprobs == "score"
-        learned = logprobs(models.actor, state.actor.params(frozen.actor)) if own_pass else rollout.logprobs
+        learned = logprobs(models.actor, state.actor.params(frozen.actor), None) if own_pass else rollout.logprobs
         if models.reference and not frozen.reference and own_pass:
             # For a shared base the compiler would gather each kernel once for both passes, and with unrolled layers
             # keep those of the whole model from the first pass to the second.
             learned, reference = jax.lax.optimization_barrier((learned, reference))
-        critic = state.critic.params(frozen.critic) if models.critic else {}
+        ref_logprobs = logprobs(models.reference, reference, learned) if models.reference else None
+        values, critic = None, state.critic.params(frozen.critic) if models.critic else {}
+        if models.critic:
+            values = scalar_scores(critic, answers(models.critic, critic, ref_logprobs))
         if models.reward:
-            given, hidden = 0.0 if scores is None else scores, last_hidden(forward(models.reward, frozen.reward), mask)
+            hidden = last_hidden(forward(models.reward, frozen.reward, ref_logprobs if values is None else values), mask)
+            given = 0.0 if scores is None else scores
             scores = given + algorithm.score_weight * scalar_scores(frozen.reward, hidden)
         return ScoredRollout(
             tokens=tokens,
@@ -291,8 +304,8 @@ def make_score(
             action_mask=rollout.mask,
             ended=rollout.ended,
             logprobs=learned,
-            ref_logprobs=logprobs(models.reference, reference) if models.reference else None,
-            values=scalar_scores(critic, answers(models.critic, critic)) if models.critic else None,
+            ref_logprobs=ref_logprobs,
+            values=values,
             score=scores,
         )
 

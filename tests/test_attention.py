@@ -22,7 +22,7 @@ from rlhf_jax.models.attention import (
 )
 from rlhf_jax.models.config import Alibi, Compute
 from rlhf_jax.models.decoder import bind
-from rlhf_jax.models.layers import attention, fused_attention, roll_rows, softmax
+from rlhf_jax.models.layers import attention, causal_attention, fused_attention, roll_rows, softmax
 
 BFLOAT16, FLOAT16, FLOAT32 = (jnp.dtype(name) for name in ("bfloat16", "float16", "float32"))
 WINDOWED = dataclasses.replace(tiny.LLAMA, windows=(5, 5))
@@ -120,6 +120,27 @@ GRIDS = [
     pytest.mark.parametrize("window", [0, 1, 5]),
     pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=str),
 ]
+
+
+@pytest.mark.parametrize(("length", "blocks"), [(12, 1), (128, 1), (300, 3), (2000, 8)])
+def test_by_blocks_of_queries_causal_attention_and_its_gradients_are_the_same(length, blocks):
+    q, k, v = arrays(FLOAT32, 4, 2, 2, length, 4)
+    k, v = (rearrange(y, "b t k d -> b k t d") for y in (k, v))
+    mask = np.tril(np.ones((length, length), bool)) & (np.arange(length) >= np.array([[0], [5]]))[:, None]
+    bias = jnp.asarray(np.random.default_rng(1).standard_normal((2, 2, 2, 1, length)), jnp.float32)
+    real = jnp.asarray(mask.any(-1))[..., None, None, None]
+
+    def run(attend):
+        def output(*qkv):
+            return jnp.where(real, attend(*qkv, jnp.asarray(mask), scale=0.5, cap=5.0, bias=bias), 0.0)
+
+        return output(q, k, v), jax.grad(lambda *qkv: jnp.sin(output(*qkv)).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-5), run(causal_attention), run(attention)
+    )
+    text = jax.jit(functools.partial(causal_attention, scale=0.5)).lower(q, k, v, jnp.asarray(mask)).as_text()
+    assert text.count("stablehlo.dot_general ") == 2 * blocks
 
 
 def in_all_cases(test):

@@ -167,6 +167,30 @@ def attention(
     return einsum("bkgts,bksd->btkgd", softmax(scores, v.dtype), v)
 
 
+def causal_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, bias: jax.Array | None = None, **options
+) -> jax.Array:
+    """`attention` of T tokens to themselves where no query sees a later key: a block of queries and the keys up to its
+    last at a time. Of a long row that is little more than half of the products, and a block's scores are fewer.
+    """
+    length = q.shape[1]
+    size = max(_QUERIES, -(-length // _BLOCKS))
+
+    def block(start: int) -> jax.Array:
+        end = min(start + size, length)
+        near = None if bias is None else bias[..., :end]
+        seen = q[:, start:end], k[:, :, :end], v[:, :, :end], mask[:, start:end, :end]
+        return attention(*seen, bias=near, **options)
+
+    return jnp.concatenate([block(start) for start in range(0, length, size)], axis=1)
+
+
+_QUERIES, _BLOCKS = (
+    128,
+    8,
+)  # at least in a block, unless there are fewer; and the most blocks, each of which is compiled
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def softmax(scores: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Over the last axis, computed in float32 and rounded to `dtype`.

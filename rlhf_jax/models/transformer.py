@@ -33,6 +33,7 @@ from rlhf_jax.models.layers import (
     AttentionContext,
     apply_rope,
     attention,
+    causal_attention,
     fused_attention,
     roll_rows,
 )
@@ -129,8 +130,10 @@ def attention_block(
         if cache is not None and x.shape[1] == 1:
             keys, values = cache.first(len(x))
         visible, cap = context.visible_within(window), config.attention_softcap
+        on_cpus = context.layout is not None and context.layout.on_cpus
+        attend = causal_attention if on_cpus and keys.shape[2] == x.shape[1] else attention
         q = q.astype(keys.dtype)  # the cache may be in another
-        y = attention(q, keys, values, visible, scale=config.attention_scale, cap=cap, bias=context.bias)
+        y = attend(q, keys, values, visible, scale=config.attention_scale, cap=cap, bias=context.bias)
         y = y.astype(x.dtype)
     return parts.out(rearrange(y, "b t k g d -> b t (k g d)"), context), cache
 

@@ -293,10 +293,8 @@ def make_score(
         if models.critic:
             values = scalar_scores(critic, answers(models.critic, critic, ref_logprobs))
         if models.reward:
-            hidden = last_hidden(
-                forward(models.reward, frozen.reward, ref_logprobs if values is None else values), mask
-            )
-            given = 0.0 if scores is None else scores
+            given, before = 0.0 if scores is None else scores, ref_logprobs if values is None else values
+            hidden = last_hidden(forward(models.reward, frozen.reward, before), mask)
             scores = given + algorithm.score_weight * scalar_scores(frozen.reward, hidden)
         return ScoredRollout(
             tokens=tokens,

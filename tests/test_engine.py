@@ -419,6 +419,21 @@ def test_new_prompts_a_new_key_and_updated_models_compile_nothing(case, name):
     assert trained.later_compiled == []
 
 
+@pytest.mark.parametrize(("name", "in_turn"), [("one", True), ("fsdp4-tensor2", False)])
+def test_on_one_cpu_the_pass_of_the_reward_model_waits_for_all_others(name, in_turn):
+    engine, state, frozen = engine_of("llama", tiny.mesh_of(name))
+    prompts = tiny.prompts(tiny.LLAMA, LENGTHS, WIDTH)
+    rollout = engine.generate(engine.publish(params_of(state, frozen)[0]), *prompts, jax.random.key(7))
+
+    score = engine.programs.score.__wrapped__  # without its own jit
+
+    def products(result):
+        program = jax.jit(lambda *models: result(score(*models, rollout, None)))
+        return program.lower(state, frozen).compile().as_text().count(" dot(")
+
+    assert (products(lambda experience: experience.score) == products(lambda experience: experience)) == in_turn
+
+
 def test_scoring_in_micro_batches_equals_scoring_at_once():
     whole, parts = (engine_of("opt-lora", tiny.mesh_of("one"), num_score_micro=n) for n in (1, 4))
     prompts = tiny.prompts(tiny.OPT, LENGTHS, WIDTH)

@@ -185,10 +185,8 @@ def causal_attention(
     return jnp.concatenate([block(start) for start in range(0, length, size)], axis=1)
 
 
-_QUERIES, _BLOCKS = (
-    128,
-    8,
-)  # at least in a block, unless there are fewer; and the most blocks, each of which is compiled
+_QUERIES = 128  # of a block at least, where there are as many
+_BLOCKS = 8  # at most: each is compiled
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

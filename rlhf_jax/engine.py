@@ -248,8 +248,8 @@ def with_texts(experience: Experience, texts: Batch) -> tuple[Experience, Batch,
 
 
 def _tokens_after(tokens: jax.Array, before: jax.Array | None, layout: Layout) -> jax.Array:
-    """The tokens, which on a single CPU the compiler takes to depend on a result: else it would run several passes at
-    once, which compete for the cache. They are added a zero that it cannot see."""
+    """Tokens [B, T] int32, which on a single CPU the compiler takes to depend on `before`, of any shape: else it would
+    run several passes at once, which compete for the cache. A zero that it cannot see is added."""
     if before is None or not layout.on_cpus or layout.mesh.size > 1:
         return tokens
     return tokens + jnp.minimum(jnp.isinf(before.ravel()[0]).astype(jnp.int32), 0)

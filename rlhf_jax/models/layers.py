@@ -172,6 +172,7 @@ def causal_attention(
 ) -> jax.Array:
     """`attention` of T tokens to themselves where no query sees a later key: a block of queries and the keys up to its
     last at a time. Of a long row that is little more than half of the products, and a block's scores are fewer.
+    Shapes are those of `attention` with S = T, bias [B, K, G, 1, T].
     """
     length = q.shape[1]
     size = max(_QUERIES, -(-length // _BLOCKS))

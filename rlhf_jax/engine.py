@@ -250,7 +250,7 @@ def with_texts(experience: Experience, texts: Batch) -> tuple[Experience, Batch,
 def _tokens_after(tokens: jax.Array, before: jax.Array | None, layout: Layout) -> jax.Array:
     """Tokens [B, T] int32, which on a single CPU the compiler takes to depend on `before`, of any shape: else it would
     run several passes at once, which compete for the cache. A zero that it cannot see is added."""
-    if before is None or not layout.on_cpus or layout.mesh.size > 1:
+    if before is None or not layout.on_one_cpu:
         return tokens
     return tokens + jnp.minimum(jnp.isinf(before.ravel()[0]).astype(jnp.int32), 0)
 
@@ -296,18 +296,9 @@ def make_score(
             given, before = 0.0 if scores is None else scores, ref_logprobs if values is None else values
             hidden = last_hidden(forward(models.reward, frozen.reward, before), mask)
             scores = given + algorithm.score_weight * scalar_scores(frozen.reward, hidden)
-        return ScoredRollout(
-            tokens=tokens,
-            mask=mask,
-            starts=starts,
-            actions=rollout.tokens,
-            action_mask=rollout.mask,
-            ended=rollout.ended,
-            logprobs=learned,
-            ref_logprobs=ref_logprobs,
-            values=values,
-            score=scores,
-        )
+        answer = dict(actions=rollout.tokens, action_mask=rollout.mask, ended=rollout.ended, score=scores)
+        outputs = dict(logprobs=learned, ref_logprobs=ref_logprobs, values=values)
+        return ScoredRollout(tokens=tokens, mask=mask, starts=starts, **answer, **outputs)
 
     def score(state: EngineState, frozen: FrozenParams, rollout: Rollout, scores: jax.Array | None) -> Experience:
         parts = split_micro_batches((rollout, scores), execution.num_score_micro, layout)

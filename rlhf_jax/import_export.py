@@ -22,12 +22,7 @@ LOGGER = logging.getLogger(__name__)
 
 
 def import_model(
-    source: str,
-    destination: str,
-    *,
-    adapter: str | None = None,
-    dtype: str | None = None,
-    container: str | None = None,
+    source: str, destination: str, *, adapter: str | None = None, dtype: str | None = None, container: str | None = None
 ) -> None:
     """Read a Hugging Face folder or hub id as training would, over all devices, and write it to `destination`.
 

@@ -83,6 +83,10 @@ class Layout:
         return isinstance(self.mesh, Mesh) and self.mesh.devices.flat[0].platform == "cpu"
 
     @property
+    def on_one_cpu(self) -> bool:
+        return self.on_cpus and self.mesh.size == 1
+
+    @property
     def gradients(self) -> Layout:
         return Layout(self.mesh, self.gradients_by or self.table)
 

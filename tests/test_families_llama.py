@@ -436,7 +436,7 @@ def test_gemma_3_has_full_attention_with_slower_rotation_in_every_sixth_layer():
     assert sizes(config) == (1152, 26, 4, 1, 256, 6912, 32768)
     assert config.windows == (512, 512, 512, 512, 512, 0) * 4 + (512, 512)
     assert (config.qk_norm, config.attention_softcap, config.final_softcap) == ("head", 0.0, 0.0)
-    assert (1e6, 1e4) == (theta(config.layer_rope(5), 256), theta(config.layer_rope(0), 256))
+    assert (1e6, 1e4) == (theta(config.rope, 256), theta(config.local_rope, 256))
     absent = GEMMA_3_1B.keys() - {"rope_theta", "rope_local_base_freq", "sliding_window_pattern"}
     assert read({key: GEMMA_3_1B[key] for key in absent}) == config
     assert read(GEMMA_3_1B, sliding_window_pattern=2).windows == (512, 0) * 13

@@ -67,8 +67,8 @@ def test_code_lines_are_counted_without_docstrings_comments_blank_lines_and_impo
     assert code_lines(text) == {5, 6, 7, 10, 11}
 
 
-def test_the_package_has_at_most_15861_code_lines():
-    assert sum(len(code_lines(text)) for text in SOURCES.values()) <= 15861
+def test_the_package_has_at_most_15832_code_lines():
+    assert sum(len(code_lines(text)) for text in SOURCES.values()) <= 15832
 
 
 def test_no_function_has_more_than_80_lines_or_8_parameters():

@@ -131,6 +131,3 @@ class DecoderConfig:
 
     def window(self, layer: int) -> int:
         return self.windows[layer] if self.windows else 0
-
-    def layer_rope(self, layer: int) -> Rope | None:
-        return self.local_rope if self.local_rope and self.window(layer) else self.rope

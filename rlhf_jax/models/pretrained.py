@@ -21,26 +21,11 @@ from rlhf_jax.models import peft
 from rlhf_jax.models.attention import kernel_for_mesh
 from rlhf_jax.models.config import Choice, Compute, DecoderConfig
 from rlhf_jax.models.containers import write_container
-from rlhf_jax.models.decoder import (
-    abstract_params,
-    bind,
-    head_kernel,
-    head_options,
-    last_hidden,
-    logits,
-    scalar_scores,
-)
+from rlhf_jax.models.decoder import abstract_params, bind, head_kernel, head_options, last_hidden, logits, scalar_scores
 from rlhf_jax.models.dtypes import DTYPES, QUANTISED_KINDS
 from rlhf_jax.models.families import checkpoint_of, decoder_config, hf_config, hf_tensors
 from rlhf_jax.models.families.containers import is_container, text_config
-from rlhf_jax.models.hub import (
-    is_folder,
-    local_folder,
-    read_json,
-    read_tokenizer,
-    replace_folder,
-    write_json,
-)
+from rlhf_jax.models.hub import is_folder, local_folder, read_json, read_tokenizer, replace_folder, write_json
 from rlhf_jax.models.inference import shared_leaves
 from rlhf_jax.models.quantised import UNQUANTISED_DTYPE
 from rlhf_jax.models.safetensors_io import check_sums, different_twin, read_params, write_params, write_sums

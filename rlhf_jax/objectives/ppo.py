@@ -109,12 +109,8 @@ def policy_loss(
     Source: Schulman et al. 2017 (PPO, arXiv 1707.06347), eq. 7, with the sign turned so that it is minimised;
     clip_high: Yu et al. 2025 (DAPO, arXiv 2503.14476), eq. 10; dual clip: Ye et al. 2020 (arXiv 1912.09729), eq. 8.
     """
-    free, clipped = _policy_terms(logprobs, old_logprobs, advantages, mask, clip, clip_high)
-    loss = jnp.maximum(free, clipped)
-    if dual_clip:
-        gain = masked.zero_outside(advantages, mask)
-        loss = jnp.where(gain < 0, jnp.minimum(loss, -dual_clip * gain), loss)
-    return masked.mean(loss, mask)
+    free, clipped, most = _policy_terms(logprobs, old_logprobs, advantages, mask, clip, clip_high, dual_clip)
+    return masked.mean(jnp.minimum(jnp.maximum(free, clipped), most), mask)
 
 
 def policy_clip_fraction(
@@ -128,19 +124,15 @@ def policy_clip_fraction(
     dual_clip: float = 0.0,
 ) -> jax.Array:
     """Share of the tokens on which the clips of `policy_loss` take the gradient away; a float32 scalar."""
-    free, clipped = _policy_terms(logprobs, old_logprobs, advantages, mask, clip, clip_high)
-    is_clipped = clipped > free
-    if dual_clip:
-        gain = masked.zero_outside(advantages, mask)
-        is_clipped |= (gain < 0) & (free > -dual_clip * gain)
-    return masked.mean(is_clipped, mask)
+    free, clipped, most = _policy_terms(logprobs, old_logprobs, advantages, mask, clip, clip_high, dual_clip)
+    return masked.mean((clipped > free) | (free > most), mask)
 
 
-def _policy_terms(
-    logprobs, old_logprobs, advantages, mask, clip: float, clip_high: float
-) -> tuple[jax.Array, jax.Array]:
+def _policy_terms(logprobs, old_logprobs, advantages, mask, clip: float, clip_high: float, dual_clip: float) -> tuple:
+    """The loss of each token without a clip, with the clip of its ratio, and the most that it may be."""
     ratio, gain = policy_ratio(logprobs, old_logprobs, mask), masked.zero_outside(advantages, mask)
-    return -gain * ratio, -gain * jnp.clip(ratio, 1.0 - clip, 1.0 + (clip_high or clip))
+    most = jnp.where(gain < 0, -dual_clip * gain, jnp.inf) if dual_clip else jnp.inf
+    return -gain * ratio, -gain * jnp.clip(ratio, 1.0 - clip, 1.0 + (clip_high or clip)), most
 
 
 def policy_ratio(logprobs: jax.Array, old_logprobs: jax.Array, mask: jax.Array) -> jax.Array:

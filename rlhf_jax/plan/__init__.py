@@ -148,35 +148,19 @@ def verdict(fits: bool | None, table: Sequence[Mapping[str, Any]]) -> str:
 def bounds_entry(phase: Phase, bounds: PeakBounds, usable: int) -> dict[str, Any]:
     """One row of a plan without a compiler, in bytes on one GPU."""
     held = sum(phase.live.values())
-    return {
-        "stage": phase.stage,
-        "phase": phase.name,
-        "live": phase.live,
-        "resident": held,
-        "temporaries": bounds.most - held,
-        "cache": phase.cache,
-        "host": phase.host,
-        "least": bounds.least,
-        "peak": bounds.most,
-        "headroom": usable - bounds.most,
-    }
+    return _entry(phase, held, {"temporaries": bounds.most - held}, bounds, usable)
 
 
 def phase_entry(phase: Phase, memory: Memory, usable: int) -> dict[str, Any]:
     """One row of a compiled plan, in bytes on one GPU."""
-    peak = memory.peak(phase)
-    return {
-        "stage": phase.stage,
-        "phase": phase.name,
-        "live": phase.live,
-        "resident": sum(phase.live.values()) - memory.arguments,
-        **memory._asdict(),
-        "cache": phase.cache,
-        "host": phase.host,
-        "least": peak,
-        "peak": peak,
-        "headroom": usable - peak,
-    }
+    peak, held = memory.peak(phase), sum(phase.live.values()) - memory.arguments
+    return _entry(phase, held, memory._asdict(), PeakBounds(peak, peak), usable)
+
+
+def _entry(phase: Phase, resident: int, parts: Mapping[str, int], peak: PeakBounds, usable: int) -> dict[str, Any]:
+    named = {"stage": phase.stage, "phase": phase.name, "live": phase.live, "resident": resident, **parts}
+    named |= {"cache": phase.cache, "host": phase.host}
+    return named | {"least": peak.least, "peak": peak.most, "headroom": usable - peak.most}
 
 
 def _notes(recipe: Recipe, wanted: Machine, obstacle: str = "") -> list[str]:

@@ -199,12 +199,7 @@ class Running:
     """Answers that a worker computes, as a context: at its end what they hold is freed."""
 
     def __init__(
-        self,
-        service: Service,
-        policy: Policy,
-        answers: Sequence[PendingAnswer],
-        pieces: asyncio.Queue,
-        deadline: float,
+        self, service: Service, policy: Policy, answers: Sequence[PendingAnswer], pieces: asyncio.Queue, deadline: float
     ):
         self.service, self.policy, self.answers, self.queue = service, policy, answers, pieces
         self.deadline = deadline  # of time.monotonic

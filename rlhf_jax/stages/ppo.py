@@ -93,12 +93,7 @@ def ppo_engine(
 
 
 def ppo_models(
-    actor: Pretrained,
-    critic: Pretrained,
-    model: ModelConfig,
-    optimizers: Optimizers,
-    seed: int,
-    config: PPOConfig,
+    actor: Pretrained, critic: Pretrained, model: ModelConfig, optimizers: Optimizers, seed: int, config: PPOConfig
 ) -> tuple[EngineState, FrozenParams]:
     """The trained state and the frozen parameters, from a loaded actor and a loaded reward model.
 

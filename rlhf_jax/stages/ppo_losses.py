@@ -14,10 +14,7 @@ from rlhf_jax.stages.ppo_config import PPOConfig
 
 
 def shaped_rewards(
-    scored: ScoredRollout,
-    config: PPOConfig,
-    kl_coef: jax.Array | None = None,
-    score_moments: Moments | None = None,
+    scored: ScoredRollout, config: PPOConfig, kl_coef: jax.Array | None = None, score_moments: Moments | None = None
 ) -> jax.Array:
     """[B, N]: the KL penalty on every token, and on the last the score by the rules for cut answers.
 

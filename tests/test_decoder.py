@@ -170,6 +170,16 @@ def test_recomputing_in_the_backward_pass_does_not_change_the_gradient(again):
         np.testing.assert_allclose(again[path], kept[path], atol=1e-5 * max(1.0, largest), err_msg=path)
 
 
+@pytest.mark.parametrize(
+    ("name", "remat", "loops"), [("one", "none", 0), ("one", "layers", 2), ("fsdp4-tensor2", "none", 2)]
+)
+def test_layers_are_a_loop_and_its_gradient_another_unless_one_cpu_keeps_all_for_it(name, remat, loops):
+    config, layout = tiny.FAMILIES["llama"], Layout(tiny.mesh_of(name), TRAIN)
+    tokens, mask = layout.put_batch(tiny.prompts(config, [11, 1, 6, 10, 2, 3, 4, 5], 11))
+    gradient = jax.jit(jax.grad(lambda params: hidden_of(config, params, tokens, mask, layout, remat=remat).sum()))
+    assert gradient.lower(tiny.random_params(config, layout.mesh)).as_text().count("stablehlo.while") == loops
+
+
 # Replicated arrays: one vector of the hidden size per layer, and the thin side of an adapter.
 WHOLE = re.compile(r"norm/|(o|down)/bias$|(q|k|v|gate|up)/lora_a$|(o|down)/lora_b$|^score/")
 

@@ -254,9 +254,9 @@ class Decoder(nnx.Module):
 
 
 def is_unrolled(layout: Layout | None, compute: Compute) -> bool:
-    """Whether layers follow one another in the program, in place of a loop: on CPUs in bfloat16, where what a loop
-    keeps for the backward pass is filled with zeros and copied in float32 first."""
-    return layout is not None and layout.on_cpus and compute.dtype == jnp.bfloat16 and compute.remat == "none"
+    """Whether layers follow one another in the program, in place of a loop: on a single CPU, where what a loop keeps
+    for the backward pass is filled with zeros and copied first."""
+    return layout is not None and layout.on_one_cpu and compute.remat == "none"
 
 
 class Leaf(NamedTuple):

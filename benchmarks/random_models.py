@@ -14,7 +14,7 @@ import numpy as np
 import tomli_w
 from jax.sharding import Mesh
 
-import benchmarks.kept_memory  # noqa: F401
+import benchmarks.process_settings  # noqa: F401
 from benchmarks import timing
 from rlhf_jax.config import load_config
 from rlhf_jax.engine import EngineState, FrozenParams, HybridEngine

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_logging(args)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about missing torch, which is not needed
     set_compile_cache(os.environ)
-    set_xla_threads(os.environ)
+    set_xla_flags(os.environ)
     try:
         if args.run in (run_train, run_evaluate):
             keep_freed_memory(os.environ)
@@ -176,14 +176,28 @@ def set_compile_cache(environ: Mapping[str, str]) -> None:
         jax.config.update("jax_compilation_cache_dir", str(caches / "rlhf_jax" / "compiled"))
 
 
-def set_xla_threads(environ: MutableMapping[str, str]) -> None:
-    """Give XLA more threads than simulated CPU devices, so that devices waiting for each other never use them all.
+def set_xla_flags(environ: MutableMapping[str, str]) -> None:
+    """Set what XLA reads from the environment when it is first used; what the user has set stays.
 
-    A device that waits in a collective holds a thread, and two collectives of a program may start in a different order
-    on each device: with one thread per device, XLA's default, a run may then hang.
+    On CPUs it orders the operations of a program for many at once by default. In an order for little memory training
+    is as fast; and in jaxlib 0.10.2 simulated devices that run a program from the compilation cache may wait for each
+    other forever in the default order (docs/measurements.md).
+    Simulated devices get more threads than devices: one that waits in a collective holds a thread, and two collectives
+    of a program may start in a different order on each, so that with XLA's default, a thread each, all may wait.
     """
-    if "xla_force_host_platform_device_count" in environ.get("XLA_FLAGS", ""):
+    flags = environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" in flags:
         environ.setdefault("PJRT_NPROC", "64")
+    if _is_cpu_alone(environ) and _ORDER_FLAG not in flags:
+        environ["XLA_FLAGS"] = f"{flags} --{_ORDER_FLAG}=false".strip()
+
+
+_ORDER_FLAG = "xla_cpu_enable_concurrency_optimized_scheduler"
+
+
+def _is_cpu_alone(environ: Mapping[str, str]) -> bool:
+    """Whether JAX can find no device other than CPUs."""
+    return environ.get("JAX_PLATFORMS") == "cpu" or importlib.util.find_spec("jax_plugins") is None
 
 
 def keep_freed_memory(environ: Mapping[str, str]) -> None:
@@ -194,8 +208,7 @@ def keep_freed_memory(environ: Mapping[str, str]) -> None:
     freed and clear it when it is allocated. Nothing happens where JAX may find another device, whose arrays are not in
     this memory, or where the C library is not glibc.
     """
-    is_cpu = environ.get("JAX_PLATFORMS") == "cpu" or importlib.util.find_spec("jax_plugins") is None
-    library = ctypes.CDLL(None) if is_cpu and sys.platform == "linux" else None
+    library = ctypes.CDLL(None) if _is_cpu_alone(environ) and sys.platform == "linux" else None
     if hasattr(library, "mallopt"):
         for option, value in _MALLOC_OPTIONS.items():
             library.mallopt(option, value)

@@ -45,6 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
         flags += " --xla_cpu_parallel_codegen_split_count=1"
         if sys.version_info < (3, 12):  # jax 0.12 has no other emitters, and refuses the flag
             flags += " --xla_cpu_use_fusion_emitters=false"
+        # In XLA's order for many operations at once, devices that run a cached program may wait for each other forever.
+        flags += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
         # Eight devices on a busy machine of two cores may wait for each other longer than the 40 s that XLA allows.
         flags += " --xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
         # Collectives may start in a different order on each device, and each waiting one occupies a thread.

@@ -20,7 +20,7 @@ import tomli_w
 from safetensors.numpy import load_file, save_file
 from tiny_recipe import RECIPE, records, tensors, tree, write_recipe
 
-from rlhf_jax.cli import main, set_compile_cache, set_logging, set_xla_threads
+from rlhf_jax.cli import main, set_compile_cache, set_logging, set_xla_flags
 from rlhf_jax.config import dump_config, load_config
 from rlhf_jax.metrics import Metrics
 from rlhf_jax.recipe import Recipe
@@ -517,16 +517,30 @@ def test_simulated_devices_get_spare_threads_unless_the_user_sets_their_number()
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     for given, wanted in (({}, None), (flags, "64"), (flags | {"PJRT_NPROC": "9"}, "9")):
         environ = dict(given)
-        set_xla_threads(environ)
+        set_xla_flags(environ)
         assert environ.get("PJRT_NPROC") == wanted
     script = (
-        "import os, jax; from rlhf_jax.cli import set_xla_threads; set_xla_threads(os.environ); jax.devices()\n"
+        "import os, jax; from rlhf_jax.cli import set_xla_flags; set_xla_flags(os.environ); jax.devices()\n"
         "tasks = [open(f'/proc/self/task/{task}/comm').read() for task in os.listdir('/proc/self/task')]\n"
         "print(tasks.count('tf_XLAEigen\\n'))"
     )
     environ = {key: value for key, value in os.environ.items() if key != "PJRT_NPROC"} | flags
     done = subprocess.run([sys.executable, "-c", script], env=environ, check=True, capture_output=True, text=True)
     assert int(done.stdout) == 64, "XLA no longer reads this flag"
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="jax 0.12 reports no temporary memory of programs for CPUs")
+@pytest.mark.parametrize(("given", "peak"), [("", 3), ("--xla_cpu_enable_concurrency_optimized_scheduler=true", 9)])
+def test_programs_on_cpus_run_in_the_order_that_holds_least_unless_the_user_sets_another(given, peak):
+    script = (
+        "import os, jax, jax.numpy as jnp; from rlhf_jax.cli import set_xla_flags; set_xla_flags(os.environ)\n"
+        "def sums(x, ws): return [jnp.sin(jnp.tanh(x @ w) @ x).sum(0) for w in ws]\n"
+        "x = jnp.ones((512, 512)); program = jax.jit(sums).lower(x, [x] * 8).compile()\n"
+        "print(program.memory_analysis().temp_size_in_bytes)"
+    )
+    environ = os.environ | {"XLA_FLAGS": given, "JAX_COMPILATION_CACHE_DIR": ""}
+    done = subprocess.run([sys.executable, "-c", script], env=environ, check=True, capture_output=True, text=True)
+    assert (peak - 2) * 2**20 < int(done.stdout) <= peak * 2**20  # one matrix is 2**20 bytes, and there are 8 sums
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the C library is not glibc")

@@ -180,8 +180,8 @@ def set_xla_flags(environ: MutableMapping[str, str]) -> None:
     """Set what XLA reads from the environment when it is first used; what the user has set stays.
 
     On CPUs it orders the operations of a program for many at once by default. In an order for little memory training
-    is as fast; and in jaxlib 0.10.2 simulated devices that run a program from the compilation cache may wait for each
-    other forever in the default order (docs/measurements.md).
+    is about as fast; and in jaxlib 0.10.2 simulated devices that run a program from the compilation cache may wait for
+    each other forever in the default order (docs/measurements.md).
     Simulated devices get more threads than devices: one that waits in a collective holds a thread, and two collectives
     of a program may start in a different order on each, so that with XLA's default, a thread each, all may wait.
     """

@@ -128,8 +128,10 @@ def policy_clip_fraction(
     return masked.mean((clipped > free) | (free > most), mask)
 
 
-def _policy_terms(logprobs, old_logprobs, advantages, mask, clip: float, clip_high: float, dual_clip: float) -> tuple:
-    """The loss of each token without a clip, with the clip of its ratio, and the most that it may be."""
+def _policy_terms(
+    logprobs, old_logprobs, advantages, mask, clip: float, clip_high: float, dual_clip: float
+) -> tuple[jax.Array, jax.Array, jax.Array | float]:
+    """[B, N] each: a token's loss without a clip, with the clip of its ratio, and the most that it may be."""
     ratio, gain = policy_ratio(logprobs, old_logprobs, mask), masked.zero_outside(advantages, mask)
     most = jnp.where(gain < 0, -dual_clip * gain, jnp.inf) if dual_clip else jnp.inf
     return -gain * ratio, -gain * jnp.clip(ratio, 1.0 - clip, 1.0 + (clip_high or clip)), most
